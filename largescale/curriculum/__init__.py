@@ -1,0 +1,16 @@
+"""The denoising-difficulty curriculum of arXiv:2403.10348. Pure: numpy only, usable in any training loop."""
+
+from largescale.curriculum.clusters import snr_clusters, uniform_clusters
+from largescale.curriculum.curriculum import Curriculum
+from largescale.curriculum.pacing import FixedPacing, NoPacing, Pacing, PacingState, PatiencePacing
+
+__all__ = [
+    "Curriculum",
+    "FixedPacing",
+    "NoPacing",
+    "Pacing",
+    "PacingState",
+    "PatiencePacing",
+    "snr_clusters",
+    "uniform_clusters",
+]

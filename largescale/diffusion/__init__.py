@@ -1,0 +1,1 @@
+"""Diffusion objectives, guidance and samplers."""

@@ -1,0 +1,1 @@
+"""Networks that predict noise from a noisy image, a timestep and a condition."""

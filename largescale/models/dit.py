@@ -1,0 +1,155 @@
+"""DiT, Peebles and Xie, arXiv:2212.09748, with the parameter names of its released checkpoints.
+
+In half precision the large matrix products run in the weights' type. The residual stream, layer norms, modulation, the
+embeddings and the last projection stay float32; where the weights are float32 every cast here does nothing.
+"""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from largescale.errors import ConfigError
+from largescale.models.conditioning import LabelEmbedder, LinearFp32, TimestepEmbedder
+
+
+def sincos_position(hidden_size: int, grid: int) -> Tensor:
+    """(1, grid ** 2, hidden_size) float32: half of the channels for the column, half for the row."""
+    quarter = hidden_size // 4
+    position = torch.arange(grid, dtype=torch.float64)
+    angles = position[:, None] / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)                # (grid, D / 2)
+    rows, columns = axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)
+    return torch.cat([columns, rows], dim=-1).reshape(1, grid * grid, hidden_size).float()
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer norm in float32: x (N, T, D), shift and scale (N, 1, D)."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def adaln(hidden_size: int, chunks: int) -> nn.Sequential:
+    return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, chunks * hidden_size))
+
+
+class PatchEmbed(nn.Module):
+    """The strided convolution of ViT as one matrix product; `proj` holds its weights in the convolution's shape."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, p = self.proj.weight.float(), self.proj.bias, self.proj.kernel_size[0]
+        n, c, h, w = x.shape
+        x = x.float().reshape(n, c, h // p, p, w // p, p)
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)         # (N, T, C * p ** 2)
+        return F.linear(x, weight.flatten(1), None if bias is None else bias.float())  # (N, T, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))         # (N, T, 3, heads, D / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                             # (N, heads, T, D / heads) each
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))                   # (N, T, D)
+
+
+class Block(nn.Module):
+    """Transformer block with adaLN-Zero: x (N, T, D) float32, c (N, D) in the weights' type -> (N, T, D) float32."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        mlp_size = int(hidden_size * mlp_ratio)
+        self.attn = Attention(hidden_size, num_heads)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(hidden_size, mlp_size), act=nn.GELU("tanh"), fc2=nn.Linear(mlp_size, hidden_size)))
+        self.adaLN_modulation = adaln(hidden_size, 6)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        modulation = self.adaLN_modulation(c).float()[:, None].chunk(6, dim=-1)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation         # (N, 1, D) each
+        x = x + gate_attn * self.attn(modulate(x, shift_attn, scale_attn).to(c.dtype)).float()
+        return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp).to(c.dtype)).float()  # (N, T, D)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.linear = LinearFp32(hidden_size, patch_size**2 * out_channels)
+        self.adaLN_modulation = adaln(hidden_size, 2)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).float()[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(x, shift, scale))                    # (N, T, p ** 2 * out_channels)
+
+
+class DiT(nn.Module):
+    """Predicts the noise in x_t, and with `learn_sigma` where its variance lies, from t and the label y."""
+
+    def __init__(self, *, patch_size: int, hidden_size: int, depth: int, num_heads: int, input_size: int = 32,
+                 in_channels: int = 4, mlp_ratio: float = 4.0, num_classes: int = 1000,
+                 class_dropout_prob: float = 0.1, learn_sigma: bool = True):
+        """`input_size`: height and width of the (latent) image. Weights are drawn from torch's global generator."""
+        super().__init__()
+        if input_size % patch_size:
+            raise ConfigError(f"input_size={input_size} is not a multiple of patch_size={patch_size}; "
+                              f"try input_size {max(input_size // patch_size, 1) * patch_size}")
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ConfigError(f"hidden_size={hidden_size} is not a multiple of num_heads={num_heads} and of 4 (the "
+                              "position embedding); try 64 channels a head")
+        if not 0 <= class_dropout_prob < 1:
+            raise ConfigError(f"class_dropout_prob={class_dropout_prob} is not in [0, 1); DiT uses 0.1")
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.hidden_size, self.mlp_ratio, self.num_classes = hidden_size, mlp_ratio, num_classes
+        self.learn_sigma, self.out_channels = learn_sigma, in_channels * (2 if learn_sigma else 1)
+        self.grid = input_size // patch_size
+
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.pos_embed = nn.Parameter(sincos_position(hidden_size, self.grid), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """As in the paper: each block starts as the identity (adaLN-Zero) and the output as 0."""
+        for name, parameter in self.named_parameters():
+            if "adaLN_modulation" in name or name.startswith("final_layer") or name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name.startswith(("t_embedder", "y_embedder")):
+                nn.init.normal_(parameter, std=0.02)
+            elif name != "pos_embed":
+                nn.init.xavier_uniform_(parameter.flatten(1))            # a view: the patch projection as a matrix
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """x (N, C, H, W) of any float type, t (N,) int64, y (N,) int64 -> (N, C or 2C, H, W) float32."""
+        if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
+            raise ConfigError(f"this model takes (N, {self.in_channels}, {self.input_size}, {self.input_size}), got "
+                              f"{tuple(x.shape)}; set input_size and in_channels to the data's")
+        x = self.x_embedder(x) + self.pos_embed.float()                  # (N, T, D), T = (H / patch_size) ** 2
+        c = self.t_embedder(t) + self.y_embedder(y)                      # (N, D)
+        c = c.to(self.final_layer.linear.weight.dtype)
+        for block in self.blocks:
+            x = block(x, c)                                              # (N, T, D)
+        x = self.final_layer(x, c)                                       # (N, T, p ** 2 * out_channels)
+        x = x.reshape(len(x), self.grid, self.grid, self.patch_size, self.patch_size, self.out_channels)
+        return torch.einsum("nhwpqc->nchpwq", x).reshape(len(x), -1, self.input_size, self.input_size)
+
+
+def flops_per_image(model: DiT) -> int:
+    """Floating-point operations of one forward pass per image: two per multiply-add, matrix products only."""
+    tokens, d = model.grid**2, model.hidden_size
+    patch = model.patch_size**2
+    per_token = d * patch * (model.in_channels + model.out_channels)
+    per_token += len(model.blocks) * (4 * d * d + 2 * d * int(d * model.mlp_ratio) + 2 * tokens * d)
+    per_image = (model.t_embedder.frequency_dim + d) * d + (6 * len(model.blocks) + 2) * d * d
+    return 2 * (tokens * per_token + per_image)
