@@ -1,0 +1,1 @@
+"""Programs that make shards; run from the clone, never installed."""

@@ -1,0 +1,1 @@
+"""Shards, their order, and the loader that feeds one rank."""

@@ -1,0 +1,235 @@
+"""Shards hold what was written; whatever is missing, damaged or of another data set is named, with a remedy."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from largescale.data.shards import DatasetInfo, ShardDataset, ShardWriter
+from largescale.errors import DataError
+
+INFO = DatasetInfo("toy", "latents", (2, 3, 4), num_classes=10, scale_factor=0.5, encoders={"vae": "toy-vae"})
+ROWS = 25
+
+
+def image(i: int) -> np.ndarray:
+    return np.full(INFO.shape, i, np.float16)
+
+
+def pack(out: Path, info: DatasetInfo = INFO, rows: int = ROWS, mirror: bool = False, **text: Any) -> Path:
+    with ShardWriter(out, info, rows_per_shard=10) as writer:
+        for i in range(rows):
+            mirrored = -image(i) if mirror else None
+            writer.write(id=f"row-{i}", latent=image(i), label=i % 10, latent_mirror=mirrored, **text)
+    return out
+
+
+def alter(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def edit_manifest(out: Path, edit: Any) -> None:
+    manifest = json.loads((out / "manifest.json").read_text())
+    edit(manifest)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_gather_gives_the_rows_in_the_order_asked(tmp_path: Path, mirror: bool) -> None:
+    data = ShardDataset(pack(tmp_path, mirror=mirror), verify=True)
+    indices = np.array([24, 0, 9, 10, 0, 19, 20, 3])    # across shards, with repeats
+    rows = data.gather(indices)
+    assert (len(data), data.info, data.has_mirror) == (ROWS, INFO, mirror)
+    assert rows["latent"].dtype == np.float16 and rows["label"].dtype == np.int64
+    assert np.array_equal(rows["latent"], np.stack([image(i) for i in indices]))
+    assert np.array_equal(rows["label"], indices % 10)
+    assert ("latent_mirror" in rows) == mirror
+    if mirror:
+        assert np.array_equal(rows["latent_mirror"], -rows["latent"])
+
+
+@pytest.mark.parametrize("indices", [[-1], [ROWS], [0, 1, ROWS]])
+def test_gather_refuses_an_index_outside(tmp_path: Path, indices: list[int]) -> None:
+    with pytest.raises(IndexError, match=r"\[0, 25\)"):
+        ShardDataset(pack(tmp_path)).gather(np.array(indices))
+
+
+def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
+    one, two = pack(tmp_path / "one"), pack(tmp_path / "two")
+    files = sorted(path.name for path in one.iterdir())
+    assert files == ["manifest.json", "shard_00000.arrow", "shard_00001.arrow", "shard_00002.arrow"]
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in files)
+
+
+def test_the_fingerprint_follows_content_and_info(tmp_path: Path) -> None:
+    variants = [pack(tmp_path / "a"), pack(tmp_path / "b", rows=ROWS - 1), pack(tmp_path / "c", mirror=True),
+                pack(tmp_path / "d", dataclasses.replace(INFO, scale_factor=1.0))]
+    assert len({ShardDataset(path).fingerprint for path in variants}) == len(variants)
+
+
+def test_a_shard_is_one_mapped_batch_and_its_file_is_closed(tmp_path: Path) -> None:
+    data = ShardDataset(pack(tmp_path))
+    before = len(os.listdir("/proc/self/fd"))
+    data.gather(np.arange(ROWS))
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not data._views(0)["latent"].flags.owndata and not data._views(0)["latent"].flags.writeable
+
+
+def test_opening_reads_no_shard(tmp_path: Path) -> None:
+    """Also what is only found when a shard is first mapped, is found with its name."""
+    pack(tmp_path)
+    size = (tmp_path / "shard_00001.arrow").stat().st_size
+    (tmp_path / "shard_00001.arrow").write_bytes(bytes(size))
+    data = ShardDataset(tmp_path)
+    data.gather(np.arange(10))
+    with pytest.raises(DataError, match=r"shard_00001.arrow cannot be read"):
+        data.gather(np.array([10]))
+
+
+def test_text_columns_are_stored_and_ignored(tmp_path: Path) -> None:
+    tokens = [np.arange(6, dtype=np.float16), np.arange(3, dtype=np.float16)]
+    pack(tmp_path, captions=["a cat", "a dog"], caption_tokens=tokens, caption_pooled=tokens)
+    assert set(ShardDataset(tmp_path).gather(np.arange(3))) == {"latent", "label"}
+    with pa.memory_map(str(tmp_path / "shard_00000.arrow")) as file:
+        row = pa.ipc.open_file(file).read_all().slice(4, 1).to_pylist()[0]
+    assert row["captions"] == ["a cat", "a dog"] and row["caption_tokens"][1] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"latent": np.zeros((2, 3, 5), np.float16)}, r"float16 \(2, 3, 5\)"),
+    ({"latent": np.zeros((2, 3, 4), np.float32)}, "float32"),
+    ({"latent": np.full((2, 3, 4), np.inf, np.float16)}, "not finite"),
+    ({"latent_mirror": np.zeros((2, 3, 4), np.uint8)}, "latent_mirror is uint8"),
+    ({"label": 10}, r"label=10 .*\[0, 10\)"),
+    ({"label": -1}, "label=-1"),
+    ({"label": 1.5}, "label=1.5"),
+    ({"latent_mirror": None}, "the first row"),
+    ({"caption": "a cat"}, "the columns"),
+])
+def test_a_row_that_does_not_fit_is_named_and_nothing_is_finished(tmp_path: Path, change: Any, message: str) -> None:
+    good: dict[str, Any] = {"latent": image(0), "label": 0, "latent_mirror": image(0)}
+    with pytest.raises(DataError, match=rf"row 'bad'.*{message}"), ShardWriter(tmp_path, INFO) as writer:
+        writer.write(id="good", **good)
+        writer.write(id="bad", **good | change)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_column_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"row 'row-0' has the columns .*'caption'.*'captions'"):
+        pack(tmp_path, caption="a cat")
+
+
+def test_the_writer_keeps_the_values_of_a_reused_array(tmp_path: Path) -> None:
+    latent = image(1)
+    with ShardWriter(tmp_path, INFO) as writer:
+        writer.write(id="a", latent=latent, label=0)
+        latent[:] = 2
+    assert ShardDataset(tmp_path).gather(np.array([0]))["latent"].max() == 1
+
+
+def test_killed_half_way_leaves_no_manifest(tmp_path: Path) -> None:
+    pack(tmp_path)                                      # nor does the old one outlive its shards
+    writer = ShardWriter(tmp_path, INFO, rows_per_shard=1)
+    writer.write(id="a", latent=image(99), label=0)     # and no __exit__, as after SIGKILL
+    with pytest.raises(DataError, match=r"packing did not finish.*python -m data_prep.digits --out"):
+        ShardDataset(tmp_path)
+    pack(tmp_path)
+    assert len(ShardDataset(tmp_path, verify=True)) == ROWS
+
+
+def test_refuses_the_folder_of_another_data_set(tmp_path: Path) -> None:
+    pack(tmp_path)
+    with pytest.raises(DataError, match=r"already holds another data set.*another --out"):
+        ShardWriter(tmp_path, dataclasses.replace(INFO, name="other"))
+    assert len(ShardDataset(tmp_path, verify=True)) == ROWS
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere does not exist; correct --data.path, or pack it again"):
+        ShardDataset(tmp_path / "nowhere")
+
+
+def test_missing_shard(tmp_path: Path) -> None:
+    (pack(tmp_path) / "shard_00001.arrow").unlink()
+    with pytest.raises(DataError, match=r"shard_00001.arrow is missing; restore the file, or pack it again"):
+        ShardDataset(tmp_path)
+
+
+def test_truncated_shard(tmp_path: Path) -> None:
+    path = pack(tmp_path) / "shard_00002.arrow"
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(DataError, match=r"shard_00002.arrow has \d+ bytes, not the manifest's \d+; restore"):
+        ShardDataset(tmp_path)
+
+
+def test_an_altered_byte_is_found_by_verify(tmp_path: Path) -> None:
+    path = pack(tmp_path) / "shard_00001.arrow"
+    alter(path, path.stat().st_size // 2)
+    ShardDataset(tmp_path)                              # same size: a start does not read 10 million rows
+    with pytest.raises(DataError, match=r"shard_00001.arrow was altered.*restore"):
+        ShardDataset(tmp_path, verify=True)
+
+
+def test_a_shard_of_another_data_set_is_found_on_opening(tmp_path: Path) -> None:
+    pack(tmp_path / "a")
+    pack(tmp_path / "b", dataclasses.replace(INFO, name="yot"))
+    (tmp_path / "b" / "shard_00000.arrow").replace(tmp_path / "a" / "shard_00000.arrow")
+    with pytest.raises(DataError, match=r"shard_00000.arrow is of another data set.*: name differ"):
+        ShardDataset(tmp_path / "a").gather(np.array([0]))
+
+
+def test_labels_outside_the_classes(tmp_path: Path) -> None:
+    edit_manifest(pack(tmp_path), lambda manifest: manifest["shards"][1].update(label_max=10))
+    with pytest.raises(DataError, match=r"shard_00001.arrow has labels from 0 to 10, outside \[0, num_classes=10\)"):
+        ShardDataset(tmp_path)
+
+
+def test_an_edited_label_range_is_found_by_verify(tmp_path: Path) -> None:
+    edit_manifest(pack(tmp_path), lambda manifest: manifest["shards"][1].update(label_max=8))
+    with pytest.raises(DataError, match=r"shard_00001.arrow.*label_max differ"):
+        ShardDataset(tmp_path, verify=True)
+
+
+@pytest.mark.parametrize("edit", [
+    lambda manifest: manifest.update(format=2),
+    lambda manifest: manifest["info"].update(num_classes=11),
+    lambda manifest: manifest["info"].update(kind="jpegs"),
+    lambda manifest: manifest["shards"].pop(),
+    lambda manifest: manifest.pop("info"),
+])
+def test_an_edited_manifest_is_refused(tmp_path: Path, edit: Any) -> None:
+    edit_manifest(pack(tmp_path), edit)
+    with pytest.raises(DataError, match=r"manifest.json cannot be used.*restore it"):
+        ShardDataset(tmp_path)
+
+
+def test_a_cut_manifest_is_refused(tmp_path: Path) -> None:
+    os.truncate(pack(tmp_path) / "manifest.json", 100)
+    with pytest.raises(DataError, match=r"manifest.json cannot be used"):
+        ShardDataset(tmp_path)
+
+
+def test_empty_data_sets(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no rows were written"):
+        pack(tmp_path, rows=0)
+    assert not list(tmp_path.iterdir())
+    edit_manifest(pack(tmp_path), lambda manifest: [shard.update(rows=0) for shard in manifest["shards"]])
+    with pytest.raises(DataError, match="holds no rows; pack it again"):
+        ShardDataset(tmp_path)
+
+
+def test_unknown_kind() -> None:
+    with pytest.raises(DataError, match=r"kind='jpegs'.*pixels, latents, moments"):
+        DatasetInfo("toy", "jpegs", (3, 8, 8), 10)
+
+
+def test_moments_have_twice_the_channels() -> None:
+    assert DatasetInfo("toy", "moments", (8, 32, 32), 10).x_shape == (4, 32, 32)
+    assert DatasetInfo("toy", "latents", (4, 32, 32), 10).x_shape == (4, 32, 32)
