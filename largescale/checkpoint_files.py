@@ -1,0 +1,161 @@
+"""What lies in a run directory, read without DeepSpeed (and, but for tensors, without torch).
+
+    RUN/checkpoints/step_00001000/           one checkpoint; it exists once it holds a manifest, which is written last
+        manifest.json                        step, world size, files with sizes and hashes, and a copy of our state:
+                                             config, curriculum, counters
+        mp_rank_00_model_states.pt           DeepSpeed's: weights in the compute dtype, and client_state
+        [bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt   DeepSpeed's: rank R's fp32 master weights, moments and EMA
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from largescale.errors import CheckpointError
+from largescale.files import sha256
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CLIENT_KEY = "largescale"  # everything of ours in DeepSpeed's client_state, which it merges flat over its own keys
+MODEL_FILE = "mp_rank_00_model_states.pt"
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CheckpointDir:
+    path: Path
+    step: int
+
+    @classmethod
+    def at(cls, run_dir: Path, step: int) -> "CheckpointDir":
+        return cls(run_dir / "checkpoints" / f"step_{step:08d}", step)
+
+    @property
+    def exists(self) -> bool:
+        """A folder without a manifest is a write that did not finish, not a checkpoint."""
+        return (self.path / MANIFEST).exists()
+
+    def manifest(self) -> dict[str, Any]:
+        try:
+            manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text())
+            if manifest["format"] != FORMAT:
+                raise CheckpointError(f"{self.path} has format {manifest['format']}, this version reads {FORMAT}")
+            return manifest
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.path / MANIFEST} cannot be read: {error}") from error
+
+    def optimizer_state(self, rank: int) -> dict[str, Any]:
+        """What DeepSpeed's ZeRO optimizer saved on that rank."""
+        name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        path = self.path / name
+        state: dict[str, Any] = load(path if path.exists() else self.path / f"bf16_{name}")["optimizer_state_dict"]
+        return state
+
+    def problem(self, part: slice = slice(None)) -> str | None:
+        """What is wrong with the files, or None. Hashes `part` of them, so that ranks can share the work."""
+        try:
+            files = sorted(self.manifest()["files"].items())
+        except CheckpointError as error:
+            return str(error)
+        for name, expected in files:
+            path = self.path / name
+            if not path.exists():
+                return f"{path} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}"
+        for name, expected in files[part]:
+            if sha256(self.path / name) != expected["sha256"]:
+                return f"{self.path / name} does not have the content that was written"
+        return None
+
+
+def checkpoints(run_dir: Path) -> list[CheckpointDir]:
+    """Newest first."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for path in (run_dir / "checkpoints").iterdir():
+            if match := re.fullmatch(r"step_(\d+)", path.name):
+                directory = CheckpointDir(path, int(match[1]))
+                if directory.exists:
+                    found.append(directory)
+    return sorted(found, key=lambda c: -c.step)
+
+
+def newest_valid(run_dir: Path, report: Any = None) -> CheckpointDir | None:
+    """The newest checkpoint whose files are what was written; `report(text)` is told of each that is passed over.
+
+    None where there is no checkpoint. Raises CheckpointError where there are some and none can be used.
+    """
+    found = checkpoints(run_dir)
+    problems = []
+    for checkpoint in found:
+        problem = checkpoint.problem()
+        if problem is None:
+            return checkpoint
+        problems.append(problem)
+        if report is not None:
+            report(f"passing over a damaged checkpoint: {problem}")
+    if problems:
+        raise none_usable(run_dir, problems)
+    return None
+
+
+def none_usable(run_dir: Path, problems: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"none of the {len(problems)} checkpoints in {run_dir} can be used:\n  " + "\n  ".join(problems)
+        + "\nrestore one from a copy, or start again in another folder with --output DIR"
+    )
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Tensors and plain values only: a file from elsewhere cannot run code."""
+    import torch
+
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return state
+
+
+def client_state(checkpoint: CheckpointDir) -> dict[str, Any]:
+    state: dict[str, Any] = load(checkpoint.path / MODEL_FILE)[CLIENT_KEY]
+    return state
+
+
+def flat_state(checkpoint: CheckpointDir, kind: str, group: int, world_size: int) -> Iterator["Tensor"]:
+    """The flat fp32 pieces of one state tensor ('master', 'exp_avg', 'exp_avg_sq', 'ema') in rank order.
+
+    Joined and cut to the parameters' size they are whole: DeepSpeed stores master weights without the padding at the
+    end, the optimizer's tensors with it. One rank's file is mapped at a time.
+    """
+    for rank in range(world_size):
+        state = checkpoint.optimizer_state(rank)
+        if kind == "master":
+            yield state["single_partition_of_fp32_groups"][group]
+        else:
+            yield state["base_optimizer_state"]["state"][group][kind]
+
+
+def named_weights(checkpoint: CheckpointDir, kind: str = "ema") -> dict[str, "Tensor"]:
+    """The model's weights by name, in fp32: the EMA, or the 'master' weights, which the EMA is at step 0."""
+    import torch
+
+    model = load(checkpoint.path / MODEL_FILE)
+    world_size = checkpoint.manifest()["world_size"]
+    if checkpoint.step == 0:
+        kind = "master"
+    weights: dict[str, Tensor] = {}
+    for group, shapes in enumerate(model["param_shapes"]):
+        flat = torch.cat([piece.reshape(-1) for piece in flat_state(checkpoint, kind, group, world_size)])
+        offset = 0
+        for name, shape in shapes.items():
+            count = int(torch.Size(shape).numel())
+            weights[name] = flat[offset : offset + count].view(tuple(shape)).clone()
+            offset += count
+    for name, value in (model.get("frozen_param_fragments") or {}).items():
+        weights[name] = value.float()
+    return weights

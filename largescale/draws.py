@@ -1,0 +1,65 @@
+"""Every random draw of a step, a function of (seed, step).
+
+A step's draws are made for the whole global batch and each rank takes its rows, so they do not depend on the number of
+ranks, and a resumed run sees what the uninterrupted run would have seen. Nothing of this is ever saved.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# One stream a kind of draw: a new kind never shifts the others.
+_STREAMS = ("noise_level", "noise", "flip", "dropout", "posterior")
+
+
+def stream_seed(seed: int, stream: str, index: int) -> int:
+    """A generator's seed for the `index`-th use of a stream (a step, or a sample).
+
+    torch's CPU generator reads the low 32 bits only: within a stream these are a permutation of the index, so no two
+    steps below 2**32 share their draws.
+    """
+    key = int.from_bytes(hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest(), "little")
+    low = (key + index * 0x9E3779B1) % 2**32  # an odd factor: a bijection modulo 2**32
+    return (key >> 32 << 32 | low) & (2**63 - 1)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """One step's draws for the whole global batch of G rows, or some rows of it."""
+
+    v: Tensor                 # (G,) float64, uniform in the open (0, 1): where in the active noise range
+    noise: Tensor             # (G, C, H, W) standard normal
+    flip: Tensor              # (G,) bool, with probability 1/2
+    dropout: Tensor           # (G,) bool: the label becomes the null label
+    posterior: Tensor | None  # (G, C, H, W) standard normal, for data stored as moments
+
+    def rows(self, index: Tensor) -> "Draws":
+        return Draws(
+            self.v[index], self.noise[index], self.flip[index], self.dropout[index],
+            None if self.posterior is None else self.posterior[index],
+        )
+
+
+def step_draws(
+    seed: int, step: int, n: int, shape: tuple[int, ...], *, dropout_prob: float, posterior: bool, device: torch.device
+) -> Draws:
+    """`n`: global batch size; `shape`: (C, H, W) of `x_start`. Bitwise reproducible on one type of device."""
+    generators = {s: torch.Generator(device).manual_seed(stream_seed(seed, s, step)) for s in _STREAMS}
+
+    def uniform(stream: str) -> Tensor:
+        # float64 is a multiple of 2**-53 in [0, 1): only the 0 has to be moved for the interval to be open
+        u = torch.rand(n, dtype=torch.float64, device=device, generator=generators[stream])
+        return u.clamp_(min=2.0**-53)
+
+    def normal(stream: str) -> Tensor:
+        return torch.randn(n, *shape, device=device, generator=generators[stream])
+
+    return Draws(
+        v=uniform("noise_level"),
+        noise=normal("noise"),
+        flip=uniform("flip") < 0.5,
+        dropout=uniform("dropout") < dropout_prob,
+        posterior=normal("posterior") if posterior else None,
+    )

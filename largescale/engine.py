@@ -1,0 +1,159 @@
+"""The only file that imports deepspeed: a ZeRO-2 engine whose state can be written and read by us, whole."""
+
+import enum
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, is_dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import deepspeed
+    from deepspeed.runtime.fp16.loss_scaler import LossScalerBase
+
+from largescale.checkpoint_files import CLIENT_KEY, CheckpointDir, flat_state
+
+# What moves in a loss scaler; its settings are the config's.
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+_STATE_KINDS = ("exp_avg", "exp_avg_sq", "ema")
+
+
+class Engine:
+    """One optimizer step is `grad_accum_steps` times `forward` and `backward`, then `step`."""
+
+    def __init__(self, model: nn.Module, build_optimizer: Callable[[Any], torch.optim.Optimizer], ds: dict[str, Any]):
+        """`model` in fp32, equal on every rank; `ds` the final DeepSpeed config."""
+        deepspeed.utils.logger.setLevel(logging.ERROR)
+        # Built at start with a C++ compiler, 25 s, for collectives between CPU ranks that gloo does as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        initial = {name: p.detach().clone() for name, p in model.named_parameters()}
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        self._engine, self._zero, _, _ = deepspeed.initialize(
+            model=model, optimizer=build_optimizer(trainable), config=ds, dist_init_required=False
+        )
+        # A scale that cannot fall any more is the trainer's to report, with the step and the rank.
+        self._zero.loss_scaler.raise_error_at_min_scale = False
+        self._engine._copy_recovery_script = lambda *_: None  # its zero_to_fp32.py does not know our files
+        self.module: nn.Module = self._engine.module
+        self.world_size = int(self._engine.dp_world_size)
+        self.rank = int(self._engine.global_rank)
+        self.grad_accum_steps = int(self._engine.gradient_accumulation_steps())
+        # DeepSpeed casts the module first and copies its master weights from that: put back what the cast rounded away.
+        for name, p in self.module.named_parameters():
+            if not p.requires_grad:
+                p.data = initial[name].to(p.device)
+        self._fill(self._master, (initial[n].reshape(-1) for n, p in self.module.named_parameters() if p.requires_grad))
+
+    def forward(self, *args: Any) -> Tensor:
+        return cast(Tensor, self._engine(*args))
+
+    __call__ = forward
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def advance(self) -> bool:
+        """After each `backward`. At the end of an accumulation: True if the optimizer step was applied, False if it was
+        skipped for a gradient that is not finite (in fp16 the loss scale falls with it)."""
+        self._engine.step()
+        return bool(self._engine.was_step_applied())
+
+    @property
+    def _master(self) -> Tensor:
+        """This rank's flat fp32 partition of the (single) parameter group, padded at the end."""
+        (partition,) = self._zero.single_partition_of_fp32_groups
+        return cast(Tensor, partition)
+
+    @property
+    def numel(self) -> int:
+        """Trainable parameters, over all ranks."""
+        return sum(p.numel() for p in self._zero.bit16_groups[0])
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self._zero.loss_scale)
+
+    @property
+    def can_lower_loss_scale(self) -> bool:
+        """Whether a skipped step is worth a retry: a dynamic loss scale, not yet at its minimum."""
+        scaler = self._zero.loss_scaler
+        return bool(scaler.dynamic) and scaler.cur_scale > scaler.min_scale
+
+    def grad_norm(self) -> float:
+        """Of the last step, before clipping, unscaled."""
+        return float(self._engine.get_global_grad_norm() or 0.0)
+
+    @property
+    def lr(self) -> float:
+        return float(self._zero.optimizer.param_groups[0]["lr"])
+
+    def ema_partition(self) -> Tensor:
+        """This rank's flat fp32 piece of the EMA; the master weights where no step was applied yet."""
+        return cast(Tensor, self._zero.optimizer.state[self._master].get("ema", self._master.detach()))
+
+    def save(self, checkpoint: CheckpointDir, client_state: dict[str, Any], writer: Any) -> None:
+        """Collective. Hands every file's content to `writer` (see checkpoint.py), which decides when it is on disk."""
+        self._engine.checkpoint_engine = writer
+        self._engine.save_checkpoint(
+            str(checkpoint.path.parent), tag=checkpoint.path.name, save_latest=False,
+            client_state={CLIENT_KEY: client_state},
+        )
+
+    def load(self, checkpoint: CheckpointDir, saved_world_size: int) -> None:
+        """Collective. Reads the state of any number of ranks; hyper-parameters stay as configured.
+
+        Not DeepSpeed's own loading: that refuses another number of ranks, unpickles, and brings back the old lr.
+        """
+        self._fill(self._master, flat_state(checkpoint, "master", 0, saved_world_size))
+        saved = checkpoint.optimizer_state(0)  # what is not sharded is the same on every rank
+        state = self._zero.optimizer.state[self._master]
+        state.clear()
+        for key, value in saved["base_optimizer_state"]["state"].get(0, {}).items():
+            if key in _STATE_KINDS:
+                state[key] = torch.zeros_like(self._master)
+                self._fill(state[key], flat_state(checkpoint, key, 0, saved_world_size))
+            else:
+                state[key] = value.clone()
+        for key in _SCALER_STATE:
+            if key in saved["loss_scaler"]:
+                setattr(self._zero.loss_scaler, key, saved["loss_scaler"][key])
+        self._zero.update_lp_params()
+
+    @torch.no_grad()
+    def _fill(self, partition: Tensor, pieces: Iterable[Tensor]) -> None:
+        """Copy this rank's part of a flat state, given whole in consecutive pieces, into `partition`."""
+        start = self.rank * partition.numel()
+        end = min(start + partition.numel(), self.numel)
+        partition.zero_()
+        offset = 0
+        for piece in pieces:
+            low, high = max(offset, start), min(offset + piece.numel(), end)
+            if low < high:
+                partition[low - start : high - start].copy_(piece[low - offset : high - offset])
+            offset += piece.numel()
+
+
+def plain(value: Any) -> Any:
+    """A copy in host memory, of tensors and plain values only, so that the file loads with weights_only=True."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, LossScalerBase):
+        return {key: item for key, item in vars(value).items() if isinstance(item, bool | int | float)}
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, torch.Size) or (is_dataclass(value) and not isinstance(value, type)):
+        return list(value) if isinstance(value, torch.Size) else list(astuple(value))
+    if isinstance(value, list | tuple | set):
+        return [plain(item) for item in value]
+    if isinstance(value, torch.dtype | Path):
+        return str(value)
+    return value

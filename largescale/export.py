@@ -1,0 +1,53 @@
+"""python -m largescale.export RUN: the EMA weights as safetensors with their config. Needs no DeepSpeed."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from largescale.checkpoint_files import named_weights
+from largescale.errors import LargescaleError
+from largescale.files import write_atomically
+from largescale.weights import EXPORT_CONFIG, EXPORT_WEIGHTS, describe, find_checkpoint
+
+
+@dataclass(frozen=True)
+class Export:
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run directory, such as runs/digits."""
+    out: Path | None = None
+    """RUN/export by default."""
+    step: int | None = None
+    """Which checkpoint; the newest valid one by default."""
+
+
+def export(run: Path, out: Path | None = None, step: int | None = None) -> Path:
+    from safetensors.torch import save_file
+
+    checkpoint = find_checkpoint(run, step, report=lambda text: print(text, file=sys.stderr))
+    out = out or run / "export"
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.contiguous() for name, tensor in named_weights(checkpoint).items()}
+    # The config last: a folder with one is whole.
+    (out / EXPORT_CONFIG).unlink(missing_ok=True)
+    save_file(weights, out / EXPORT_WEIGHTS, metadata={"format": "pt", "weights": "ema"})
+    write_atomically(out / EXPORT_CONFIG, json.dumps(describe(checkpoint), indent=1))
+    return out
+
+
+def main(args: list[str] | None = None) -> int:
+    options = tyro.cli(Export, args=args, description=__doc__)
+    try:
+        out = export(options.run, options.out, options.step)
+    except LargescaleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"EMA weights: {out / EXPORT_WEIGHTS}, config: {out / EXPORT_CONFIG}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

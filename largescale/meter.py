@@ -1,0 +1,78 @@
+"""Losses and times between two lines of the log. Times are the host's: on a GPU, where it waited."""
+
+import contextlib
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+
+from largescale.agreed import Report
+from largescale.distributed import Ranks
+from largescale.telemetry import peak_flops
+
+_COMPUTE = ("forward", "backward", "optimizer")
+_ASIDE = ("checkpoint", "reference", "preview")  # now and then, not part of a step
+
+
+class Meter:
+    def __init__(self, images_per_step: int, flops_per_step: float, ranks: Ranks, precision: str, n_clusters: int):
+        self._images, self._flops = images_per_step, flops_per_step
+        self._device, self._n_clusters = ranks.device, n_clusters
+        name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
+        peak = peak_flops(name, precision)
+        self._peak = peak and peak * ranks.world_size
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since, self._steps = time.perf_counter(), 0
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._losses = [0.0, 0.0, 0.0]
+        self._cluster_loss = [0.0] * self._n_clusters
+        self._cluster_count = [0.0] * self._n_clusters
+
+    @contextlib.contextmanager
+    def lap(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - start
+
+    def count(self, report: Report) -> None:
+        self._steps += 1
+        for i, value in enumerate((report.loss, report.mse, report.vb)):
+            self._losses[i] += value
+        for i, (loss, count) in enumerate(zip(report.cluster_loss, report.cluster_count, strict=True)):
+            self._cluster_loss[i] += loss
+            self._cluster_count[i] += count
+
+    def read(self) -> dict[str, float | None]:
+        """Means over the steps since the last call, which starts the next window."""
+        elapsed, steps = time.perf_counter() - self._since, self._steps
+        mean = [value / steps if steps else None for value in self._losses]
+        compute = sum(self._seconds[name] for name in _COMPUTE)
+        stepping = elapsed - sum(self._seconds[name] for name in _ASIDE)
+        metrics: dict[str, float | None] = {
+            "loss": mean[0],
+            "mse": mean[1],
+            "vb": mean[2],
+            "images_per_s": steps * self._images / elapsed,
+            "mfu": steps * self._flops / elapsed / self._peak if self._peak else None,
+            "memory_gib": self._memory() / 2**30,
+            "time/data_wait_share": self._seconds["data"] / elapsed,
+            "time/overhead_share": (stepping - compute) / stepping,  # of a step, outside forward, backward, optimizer
+            **{f"time/{name}_ms": 1e3 * s / max(steps, 1) for name, s in self._seconds.items()},
+            **{
+                f"cluster/C{i + 1}": loss / count
+                for i, (loss, count) in enumerate(zip(self._cluster_loss, self._cluster_count, strict=True))
+                if count
+            },
+        }
+        self._reset()
+        return metrics
+
+    def _memory(self) -> float:
+        """The peak so far, in bytes: of the GPU where there is one."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,60 @@
+"""The loss on a fixed set of (image, u, noise) per noise cluster: a measure that does not move with the curriculum.
+
+The training loss of two stages cannot be compared, since each draws from other noise levels; this one can.
+"""
+
+import itertools
+
+import numpy as np
+import torch
+from torch import nn
+
+from largescale.config import Config
+from largescale.data.loader import to_x_start
+from largescale.data.order import sample_indices
+from largescale.data.shards import ShardDataset
+from largescale.diffusion.gaussian import GaussianDiffusion
+from largescale.distributed import Ranks
+from largescale.draws import step_draws
+
+
+class ReferenceLoss:
+    def __init__(self, config: Config, dataset: ShardDataset, diffusion: GaussianDiffusion, edges: tuple[float, ...],
+                 ranks: Ranks, batch_size: int, shape: tuple[int, int, int]):
+        per_cluster, n_clusters = config.telemetry.reference_images, len(edges) - 1
+        self._diffusion, self._ranks, self._batch_size = diffusion, ranks, batch_size
+        n = per_cluster * n_clusters
+        # Evenly spaced inside each cluster, cluster by cluster; images and noise as a training step draws them.
+        inside = (np.arange(per_cluster) + 0.5) / per_cluster
+        u = np.concatenate([low + inside * (high - low) for low, high in itertools.pairwise(edges)])
+        self._cluster = torch.arange(n_clusters, device=ranks.device).repeat_interleave(per_cluster)
+        self._n_clusters = n_clusters
+        moments = dataset.info.kind == "moments"
+        seed = config.train.seed ^ 0x5EED  # not the images and noise of the first steps
+        draws = step_draws(seed, 0, n, shape, dropout_prob=0.0, posterior=moments, device=ranks.device)
+        rows = dataset.gather(sample_indices(np.arange(n), len(dataset), seed))
+        # Only this rank's share of the set stays in memory.
+        mine = torch.arange(ranks.rank, n, ranks.world_size, device=ranks.device)
+        draws, self._cluster = draws.rows(mine), self._cluster[mine]
+        latent = torch.from_numpy(rows["latent"]).to(ranks.device)[mine]
+        info = dataset.info
+        self._x_start = to_x_start(latent, None, info.kind, info.scale_factor, None, draws.posterior)
+        self._t = diffusion.timesteps(torch.from_numpy(u).to(ranks.device), 0.0)[mine]
+        self._y = torch.from_numpy(rows["label"]).to(ranks.device)[mine]
+        self._noise = draws.noise
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Collective. The mean loss of each cluster, C_1 first, and over all of them."""
+        model.eval()
+        sums = torch.zeros(2, self._n_clusters, dtype=torch.float64, device=self._ranks.device)
+        for part in torch.arange(len(self._t), device=self._t.device).split(self._batch_size):
+            losses = self._diffusion.training_losses(
+                model, self._x_start[part], self._t[part], self._noise[part], self._y[part]
+            )
+            member = (self._cluster[part] == torch.arange(self._n_clusters, device=part.device)[:, None]).double()
+            sums += torch.stack([(member * losses.loss.double()).sum(1), member.sum(1)])
+        model.train()
+        loss, count = self._ranks.all_reduce_sum(sums).tolist()
+        clusters = {f"reference/C{i + 1}": a / b for i, (a, b) in enumerate(zip(loss, count, strict=True))}
+        return {"reference/loss": sum(loss) / sum(count), **clusters}

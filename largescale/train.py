@@ -1,0 +1,167 @@
+"""python -m largescale.train PRESET [--section.field VALUE ...]
+
+Under torchrun or srun, one process a rank. To resume, run the same command again.
+"""
+
+import difflib
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from largescale.checkpoint_files import CheckpointDir
+from largescale.config import Config, config_hash, differences, to_dict, validate
+from largescale.ds_config import final_ds_config, precision
+from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError
+from largescale.launch import env_rank, env_world_size
+from largescale.presets import PRESETS
+from largescale.signals import EXIT_REQUEUE, serve_stop_signals
+
+if TYPE_CHECKING:
+    from largescale.data.shards import ShardDataset
+    from largescale.distributed import Ranks
+
+T = TypeVar("T")
+
+
+def parse(args: list[str]) -> Config:
+    """Typed overrides of a preset. Exits with a message for an unknown key, naming the nearest one, or a wrong type."""
+    import tyro
+
+    name, *overrides = args or ["--help"]
+    if name in ("-h", "--help"):
+        print(__doc__ + "\nPresets:\n  " + "\n  ".join(PRESETS) + "\n\nIts settings: PRESET --help")
+        sys.exit(0)
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0)
+        raise ConfigError(f"unknown preset {name!r}; did you mean {near[0]!r}? There are: {', '.join(PRESETS)}")
+    # One rank speaks for all.
+    return tyro.cli(
+        Config, default=PRESETS[name](), args=overrides, prog=f"python -m largescale.train {name}",
+        config=(tyro.conf.AvoidSubcommands,), console_outputs=env_rank() == 0,
+    )
+
+
+def open_dataset(config: Config, verify: bool) -> "ShardDataset":
+    """The data set, checked against the model. Raises DataError."""
+    from largescale.build import latent_shape
+    from largescale.data.loader import check_flip
+    from largescale.data.shards import ShardDataset
+
+    dataset = ShardDataset(config.data.path, verify=verify)
+    if dataset.info.x_shape != latent_shape(config.model):
+        raise DataError(
+            f"{config.data.path} holds {dataset.info.kind} of shape {dataset.info.x_shape}, the model takes "
+            f"{latent_shape(config.model)}; set --model.in-channels and --model.input-size, or choose other data"
+        )
+    if dataset.info.num_classes > config.model.num_classes:
+        raise DataError(
+            f"{config.data.path} has labels up to {dataset.info.num_classes - 1}, the model's classes end at "
+            f"{config.model.num_classes - 1}; set --model.num-classes {dataset.info.num_classes}"
+        )
+    check_flip(dataset.info, dataset.has_mirror, config.data.horizontal_flip)
+    return dataset
+
+
+def together(ranks: "Ranks", action: Callable[[], T]) -> T:
+    """Do something that can fail on one rank alone: if it does, every rank raises, and none waits for the others."""
+    result: Any = None
+    problem: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:
+        problem = error
+    failures = [p for p in ranks.all_gather_object(problem and (type(problem), str(problem))) if p]
+    if problem is not None:
+        raise problem
+    if failures:
+        kind, text = failures[0]
+        if issubclass(kind, LargescaleError):
+            raise kind(text)
+        raise RuntimeError(f"another rank failed: {kind.__name__}: {text}")
+    return result  # type: ignore[no-any-return]
+
+
+def run(config: Config) -> int:
+    """Train; the process's exit status."""
+    from largescale.distributed import Ranks
+
+    validate(config, env_world_size())
+    ds = final_ds_config(config, env_world_size())
+    ranks = Ranks(config.train.device)
+    try:
+        return train(config, ds, ranks)
+    finally:
+        ranks.close()
+
+
+def train(config: Config, ds: dict[str, Any], ranks: "Ranks") -> int:
+    def say(text: str) -> None:
+        if ranks.rank == 0:
+            print(text, file=sys.stderr, flush=True)
+
+    dataset = together(ranks, lambda: open_dataset(config, verify=config.data.verify and ranks.rank == 0))
+    # DeepSpeed's import takes seconds: what is wrong with the settings or the data is said before it.
+    from largescale.checkpoint import Checkpointer
+    from largescale.telemetry import Telemetry
+    from largescale.trainer import Trainer
+
+    plain = to_dict(config)
+    identity = {
+        "config": plain, "config_hash": config_hash(plain), "precision": precision(ds), "dataset": dataset.fingerprint
+    }
+    checkpointer = Checkpointer(config.run_dir, config.checkpoint, ranks)
+    checkpoint = checkpointer.newest(say)
+    if checkpoint is not None:
+        check_same_run(checkpoint, identity, say)
+
+    trainer = Trainer(config, ds, ranks, dataset, checkpointer, identity)
+    if checkpoint is not None:
+        together(ranks, lambda: trainer.resume(checkpoint))
+        say(f"resumed {config.run_dir} at step {trainer.step}, curriculum index {trainer.curriculum.index}")
+    with Telemetry(
+        config.run_dir, active=ranks.rank == 0, tensorboard=config.telemetry.tensorboard,
+        step=trainer.step, steps=config.train.steps,
+    ) as telemetry:
+        finished = trainer.run(telemetry)
+    say(
+        f"{'finished' if finished else 'stopped'} {config.run_dir} at step {trainer.step}, "
+        f"curriculum index {trainer.curriculum.index}, {trainer.skipped_steps} skipped steps"
+        + ("" if finished else "; run again to go on")
+    )
+    return 0 if finished else EXIT_REQUEUE
+
+
+def check_same_run(checkpoint: CheckpointDir, identity: dict[str, Any], say: Callable[[str], None]) -> None:
+    """A run directory belongs to one run: refuse what would make it another, say what is changed."""
+    saved = checkpoint.manifest()["state"]
+
+    def comparable(state: dict[str, Any]) -> dict[str, Any]:
+        return {**state["config"], "precision": state["precision"], "dataset": state["dataset"]}
+
+    refused, said = differences(comparable(saved), comparable(identity))
+    if refused:
+        raise CheckpointError(
+            f"{checkpoint.path.parent.parent} belongs to a run that differs in what may not change:\n  "
+            + "\n  ".join(refused) + "\nresume it with its own settings, or start another run with --output DIR"
+        )
+    for change in said:
+        say(f"changed on resume, in force from here on: {change}")
+
+
+def main(args: list[str] | None = None) -> int:
+    serve_stop_signals()
+    try:
+        config = parse(sys.argv[1:] if args is None else args)
+        if config.dry_run:
+            from largescale.dry_run import dry_run
+
+            return dry_run(config)
+        return run(config)
+    except LargescaleError as error:
+        if env_rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""A trained model from an export or a run directory, without DeepSpeed."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from largescale.build import build_diffusion, build_model
+from largescale.checkpoint_files import CheckpointDir, named_weights, newest_valid
+from largescale.config import Config, from_dict
+from largescale.diffusion.gaussian import GaussianDiffusion
+from largescale.errors import CheckpointError
+
+EXPORT_WEIGHTS, EXPORT_CONFIG = "model.safetensors", "config.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    model: nn.Module
+    """EMA weights, fp32, in eval mode, on the CPU."""
+    diffusion: GaussianDiffusion
+    config: Config
+    info: dict[str, Any]
+    """Where the weights are from: step, curriculum state, data set."""
+
+
+def find_checkpoint(run_dir: Path, step: int | None, report: Any = print) -> CheckpointDir:
+    """The newest valid checkpoint of a run, or that of `step`, verified."""
+    if step is not None:
+        checkpoint = CheckpointDir.at(run_dir, step)
+        if not checkpoint.exists:
+            raise CheckpointError(f"{run_dir} has no checkpoint of step {step}")
+        if problem := checkpoint.problem():
+            raise CheckpointError(f"{problem}; choose another --step, or leave it out for the newest valid one")
+        return checkpoint
+    newest = newest_valid(run_dir, report)
+    if newest is None:
+        raise CheckpointError(f"{run_dir} holds no checkpoint; give the folder of a run, such as runs/digits")
+    return newest
+
+
+def load_trained(path: Path, step: int | None = None) -> Trained:
+    """From an export's folder or a run's. Raises CheckpointError for a folder that is neither, or another model's."""
+    if (path / EXPORT_CONFIG).exists():
+        from safetensors.torch import load_file
+
+        description = json.loads((path / EXPORT_CONFIG).read_text())
+        weights = load_file(path / EXPORT_WEIGHTS)
+    else:
+        checkpoint = find_checkpoint(path, step)
+        description = describe(checkpoint)
+        weights = named_weights(checkpoint)
+    config = from_dict(description["config"])
+    model = build_model(config.model)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights in {path} are not those of its config: {error}") from error
+    diffusion = build_diffusion(config.diffusion, config.model.learn_sigma)
+    return Trained(model.eval(), diffusion, config, {k: v for k, v in description.items() if k != "config"})
+
+
+def describe(checkpoint: CheckpointDir) -> dict[str, Any]:
+    """Config and provenance of a checkpoint, as an export carries them."""
+    state = checkpoint.manifest()["state"]
+    return {key: state[key] for key in ("config", "step", "samples_seen", "dataset", "precision", "curriculum")}
