@@ -12,7 +12,7 @@ RANKS ?= 2
 demo: .venv/demo.stamp
 	$(BIN)/python -m data_prep.digits --out data/digits
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(RANKS) -m largescale.train digits --output $(RUN)
-	$(BIN)/python -m eval.sample $(RUN) --out $(RUN)/eval --n 1000 --cfg-scale 1.5 2.0
+	$(BIN)/python -m eval.sample $(RUN) --out $(RUN)/eval --num-samples 1000 --cfg-scale 1.5 2.0
 	$(BIN)/python -m eval.digits $(RUN)/eval/cfg1.5 $(RUN)/eval/cfg2.0 --data data/digits --out $(RUN)/eval/digits.json
 
 test: .venv/dev.stamp check

@@ -174,7 +174,7 @@ def _publish(checkpoint: CheckpointDir, state: dict[str, Any], files: dict[str, 
         "format": FORMAT, "step": checkpoint.step, "world_size": world_size, "files": files,
         "written_unix_s": round(time.time()), "state": state,
     }
-    write_atomically(checkpoint.path / MANIFEST, json.dumps(manifest, indent=1))
+    write_atomically(checkpoint.path / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False))
 
 
 def _remove(checkpoint: CheckpointDir) -> None:

@@ -78,7 +78,7 @@ class CheckpointDir:
 def checkpoints(run_dir: Path) -> list[CheckpointDir]:
     """Newest first."""
     found = []
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in (run_dir / "checkpoints").iterdir():
             if match := re.fullmatch(r"step_(\d+)", path.name):
                 directory = CheckpointDir(path, int(match[1]))

@@ -8,7 +8,8 @@ def env_rank() -> int:
 
 
 def env_world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+    # Not SLURM_NTASKS: that is set for the batch script too, which is one process.
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", 1)))
 
 
 def env_local_rank() -> int:

@@ -3,9 +3,11 @@
 Under torchrun or srun, one process a rank. To resume, run the same command again.
 """
 
+import dataclasses
 import difflib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from largescale.checkpoint_files import CheckpointDir
@@ -107,13 +109,15 @@ def train(config: Config, ds: dict[str, Any], ranks: "Ranks") -> int:
 
     plain = to_dict(config)
     identity = {
-        "config": plain, "config_hash": config_hash(plain), "precision": precision(ds), "dataset": dataset.fingerprint
+        "config": plain, "config_hash": config_hash(plain), "precision": precision(ds),
+        "dataset": dataset.fingerprint, "data_info": dataclasses.asdict(dataset.info),
     }
     checkpointer = Checkpointer(config.run_dir, config.checkpoint, ranks)
     checkpoint = checkpointer.newest(say)
     if checkpoint is not None:
         check_same_run(checkpoint, identity, say)
 
+    together(ranks, lambda: make_run_dir(config.run_dir))
     trainer = Trainer(config, ds, ranks, dataset, checkpointer, identity)
     if checkpoint is not None:
         together(ranks, lambda: trainer.resume(checkpoint))
@@ -129,6 +133,13 @@ def train(config: Config, ds: dict[str, Any], ranks: "Ranks") -> int:
         + ("" if finished else "; run again to go on")
     )
     return 0 if finished else EXIT_REQUEUE
+
+
+def make_run_dir(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"the run directory {path} cannot be made: {error}; choose another --output") from error
 
 
 def check_same_run(checkpoint: CheckpointDir, identity: dict[str, Any], say: Callable[[str], None]) -> None:

@@ -20,7 +20,7 @@ from largescale.distributed import PendingVector, Ranks
 from largescale.draws import Draws, step_draws
 from largescale.ds_config import precision
 from largescale.engine import Engine
-from largescale.errors import NonFiniteError
+from largescale.errors import CheckpointError, NonFiniteError
 from largescale.meter import Meter
 from largescale.models.dit import flops_per_image
 from largescale.optim import build_optimizer
@@ -159,7 +159,7 @@ class Trainer:
             done = "the curriculum is complete" if index == 0 else f"training on u in [{lowest:.3g}, 1)"
             self.telemetry.event(
                 self.step, "transition", f"step {self.step}: curriculum index {before.index} -> {index}, {done}",
-                index=index, lowest=lowest, best_loss=before.best_loss,
+                index=index, lowest=lowest,
             )
 
     def do_what_is_due(self) -> None:
@@ -204,7 +204,7 @@ class Trainer:
         """Make a started checkpoint valid. A failed one is said and tried again at the next, unless it is the last."""
         problem = self.checkpointer.finish()
         if problem is not None and required:
-            raise OSError(problem)
+            raise CheckpointError(f"{problem}; free space or correct --output, and run again")
         if problem is not None:
             self.telemetry.event(self.step, "checkpoint failed", f"{problem}; training goes on")
 

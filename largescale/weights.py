@@ -26,7 +26,7 @@ class Trained:
     """Where the weights are from: step, curriculum state, data set."""
 
 
-def find_checkpoint(run_dir: Path, step: int | None, report: Any = print) -> CheckpointDir:
+def find_checkpoint(run_dir: Path, step: int | None, report: Any = None) -> CheckpointDir:
     """The newest valid checkpoint of a run, or that of `step`, verified."""
     if step is not None:
         checkpoint = CheckpointDir.at(run_dir, step)
@@ -44,10 +44,16 @@ def find_checkpoint(run_dir: Path, step: int | None, report: Any = print) -> Che
 def load_trained(path: Path, step: int | None = None) -> Trained:
     """From an export's folder or a run's. Raises CheckpointError for a folder that is neither, or another model's."""
     if (path / EXPORT_CONFIG).exists():
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        description = json.loads((path / EXPORT_CONFIG).read_text())
-        weights = load_file(path / EXPORT_WEIGHTS)
+        try:
+            description = json.loads((path / EXPORT_CONFIG).read_text())
+            weights = load_file(path / EXPORT_WEIGHTS)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"the export {path} cannot be read: {error}; export the run again") from error
+        if step not in (None, description["step"]):
+            raise CheckpointError(f"{path} is an export of step {description['step']}, not {step}; give the run instead")
     else:
         checkpoint = find_checkpoint(path, step)
         description = describe(checkpoint)
@@ -65,4 +71,5 @@ def load_trained(path: Path, step: int | None = None) -> Trained:
 def describe(checkpoint: CheckpointDir) -> dict[str, Any]:
     """Config and provenance of a checkpoint, as an export carries them."""
     state = checkpoint.manifest()["state"]
-    return {key: state[key] for key in ("config", "step", "samples_seen", "dataset", "precision", "curriculum")}
+    carried = ("config", "step", "samples_seen", "dataset", "data_info", "precision", "curriculum")
+    return {key: state[key] for key in carried}

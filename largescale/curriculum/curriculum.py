@@ -52,10 +52,11 @@ class Curriculum:
         return self.index != before
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values only: JSON (with infinity) and weights-only torch files both take it."""
+        """Plain values only: strict JSON and weights-only torch files both take it."""
+        pacing = asdict(self.state)
         return {
             "edges": list(self.edges),
-            "pacing": asdict(self.state),
+            "pacing": {**pacing, "best_loss": pacing["best_loss"] if math.isfinite(pacing["best_loss"]) else None},
             "observations": self.observations,
             "transitions": [list(transition) for transition in self.transitions],
         }
@@ -66,6 +67,7 @@ class Curriculum:
                 f"this curriculum has {self.n_clusters} clusters with edges {self.edges}, the saved state has "
                 f"{len(state['edges']) - 1} with {tuple(state['edges'])}; go on with the clusters of the saved run"
             )
-        self.state = PacingState(**state["pacing"])
+        best = state["pacing"]["best_loss"]
+        self.state = PacingState(**{**state["pacing"], "best_loss": math.inf if best is None else best})
         self.observations = state["observations"]
         self.transitions = [(observations, index) for observations, index in state["transitions"]]

@@ -56,7 +56,10 @@ def sample(
         raise ConfigError(f"unknown sampler={sampler!r} with eta={eta}; use ddpm, or ddim with eta from 0 to 1")
     if sampler == "ddpm" and eta:
         raise ConfigError(f"eta={eta} is a setting of ddim; leave it 0, or use sampler=ddim")
-    respaced = diffusion.respaced(space_timesteps(diffusion.timesteps_total, steps))
+    kept = space_timesteps(diffusion.timesteps_total, steps)
+    if len(kept) < 2:
+        raise ConfigError(f"steps={steps} leaves nothing between noise and image; use 2 or more")
+    respaced = diffusion.respaced(kept)
     last = respaced.timesteps_total - 1
     x_t = x_T.float()
     for i in progress(range(last + 1)) if progress else range(last + 1):

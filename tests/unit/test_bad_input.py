@@ -1,0 +1,264 @@
+"""What a user gets wrong: one line that says what to do, before any work, and nothing lost."""
+
+import importlib.metadata
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from largescale.checkpoint_files import CheckpointDir, checkpoints
+from largescale.data.shards import DatasetInfo, ShardWriter
+from largescale.errors import ConfigError
+from largescale.optim import check_apex
+from largescale.telemetry import read_metrics
+from tests.conftest import Outcome, RunHere, assert_same_run, final_state
+
+
+def assert_refused(outcome: Outcome, *parts: str) -> None:
+    assert outcome.code == 2 and "Traceback" not in outcome.err
+    for part in parts:
+        assert part in outcome.err
+
+
+def test_unknown_preset(run_here: RunHere) -> None:
+    assert_refused(run_here(preset="digts"), "error: unknown preset 'digts'; did you mean 'digits'?")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("--train.stpes", 3), "--train.steps"), (("--train.steps", "many"), "invalid literal for int() with base 10: 'many'"),
+     (("--curriculum.pacing", "sometimes"), "sometimes")],
+)
+def test_unknown_key_and_wrong_type(run_here: RunHere, arguments: tuple[Any, ...], message: str) -> None:
+    outcome = run_here(*arguments)
+    assert_refused(outcome, message)
+    assert not outcome.run.exists()
+
+
+def test_batch_that_does_not_divide(run_here: RunHere) -> None:
+    assert_refused(run_here("--train.micro-batch-size", 5), "try --train.micro-batch-size 4")
+
+
+def test_missing_device_is_not_replaced(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert_refused(run_here("--train.device", "cuda"), "torch sees no CUDA device", "--train.device cpu")
+
+
+def test_missing_data(run_here: RunHere, tmp_path: Path) -> None:
+    outcome = run_here(data=tmp_path / "nowhere")
+    assert_refused(outcome, f"{tmp_path}/nowhere does not exist", "python -m data_prep.")
+    assert not outcome.run.exists()
+
+
+def test_empty_data(run_here: RunHere, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert_refused(run_here(data=tmp_path / "empty"), "manifest.json", "pack")
+
+
+def test_truncated_shard(run_here: RunHere, blobs: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(blobs, tmp_path / "data")
+    shard = data / "shard_00001.arrow"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert_refused(run_here(data=data), "shard_00001.arrow", "bytes")
+
+
+def test_verify_finds_an_altered_shard(run_here: RunHere, blobs: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(blobs, tmp_path / "data")
+    content = bytearray((data / "shard_00002.arrow").read_bytes())
+    content[len(content) // 2] ^= 1
+    (data / "shard_00002.arrow").write_bytes(content)
+    assert run_here("--train.steps", 2, data=data, output=tmp_path / "unseen").code == 0
+    assert_refused(run_here("--data.verify", data=data), "shard_00002.arrow")
+
+
+def test_labels_outside_the_classes(run_here: RunHere) -> None:
+    assert_refused(run_here("--model.num-classes", 9), "labels up to 9", "--model.num-classes 10")
+
+
+def test_shape_of_the_data(run_here: RunHere) -> None:
+    for setting in (("--model.input-size", 32), ("--model.in-channels", 3)):
+        assert_refused(run_here(*setting), "(1, 16, 16), the model takes", "--model.input-size")
+        assert_refused(run_here(*setting, "--dry-run"), "(1, 16, 16), the model takes")
+
+
+def test_latents_that_cannot_be_flipped(run_here: RunHere, tmp_path: Path) -> None:
+    info = DatasetInfo("latents", "moments", (2, 16, 16), 10, 0.18, {})
+    with ShardWriter(tmp_path / "latents", info) as writer:
+        for i in range(40):
+            writer.write(id=str(i), latent=np.full((2, 16, 16), i / 40, np.float16), label=i % 10)
+    data = tmp_path / "latents"
+    assert_refused(run_here("--data.horizontal-flip", data=data), "--data.no-horizontal-flip")
+    assert run_here("--data.no-horizontal-flip", "--telemetry.reference-every", 10, data=data).code == 0
+
+
+def test_dry_run_starts_nothing(run_here: RunHere, tmp_path: Path) -> None:
+    outcome = run_here("--dry-run")
+    assert outcome.code == 0 and not outcome.run.exists()
+    for part in ("config:", "deepspeed:", "parameters:", "GFLOP per image", "memory per rank", "steps per epoch: 18.8"):
+        assert part in outcome.err
+    absent = run_here("--dry-run", data=tmp_path / "nowhere")
+    assert absent.code == 0 and "nowhere does not exist" in absent.err
+    assert "458,840,672" not in outcome.err
+
+
+def test_dry_run_of_the_headline(run_here: RunHere) -> None:
+    outcome = run_here("--dry-run", preset="dit_l2_imagenet256", data=None)
+    assert "parameters: 457,840,672 trainable" in outcome.err and "484.2 GFLOP per image" in outcome.err
+
+
+# ---- a run directory that does not fit
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [(("--model.depth", 3), "model.depth: 2 -> 3"), (("--diffusion.schedule", "linear"), "diffusion.schedule: cosine -> linear"),
+     (("--curriculum.n-clusters", 4), "curriculum.n_clusters: 5 -> 4"), (("--train.seed", 1), "train.seed: 0 -> 1"),
+     (("--train.ds-config", "ds_configs/zero2_bf16.json"), "precision: fp32 -> bf16"),
+     (("--train.global-batch-size", 32), "train.global_batch_size: 16 -> 32")],
+)
+def test_another_run(run_here: RunHere, change: tuple[Any, ...], named: str) -> None:
+    run = run_here("--train.steps", 4).run
+    before = read_metrics(run), final_state(run)
+    outcome = run_here("--train.steps", 8, *change)
+    assert_refused(outcome, "may not change", named, "--output DIR")
+    assert read_metrics(run) == before[0] and checkpoints(run)[0].step == 4
+
+
+def test_other_data(run_here: RunHere, tmp_path: Path) -> None:
+    run_here("--train.steps", 4)
+    with ShardWriter(tmp_path / "other", DatasetInfo("other", "pixels", (1, 16, 16), 10, 1.0, {})) as writer:
+        for i in range(40):
+            writer.write(id=str(i), latent=np.full((1, 16, 16), i, np.uint8), label=i % 10)
+    assert_refused(run_here("--train.steps", 8, data=tmp_path / "other"), "dataset: ")
+
+
+def test_moved_data_is_the_same_data(run_here: RunHere, blobs: Path, tmp_path: Path) -> None:
+    run_here("--train.steps", 4)
+    moved = shutil.copytree(blobs, tmp_path / "moved")
+    assert run_here("--train.steps", 8, data=moved).code == 0
+
+
+def test_changed_lr_and_steps_are_said_and_in_force(run_here: RunHere, tmp_path: Path) -> None:
+    run_here("--train.steps", 4, "--optimizer.clip-grad-norm", 1)
+    outcome = run_here("--train.steps", 8, "--optimizer.lr", 0.125, "--optimizer.ema-decay", 0, "--optimizer.betas", 0.5, 0.6)
+    assert outcome.code == 0
+    for change in ("optimizer.lr: 0.001 -> 0.125", "train.steps: 4 -> 8", "optimizer.clip_grad_norm: 1.0 -> 0.0"):
+        assert f"changed on resume, in force from here on: {change}" in outcome.err
+    rows = outcome.trace()
+    assert [row["optimizer/lr"] for row in rows] == [0.001] * 4 + [0.125] * 4
+    state = final_state(outcome.run)
+    moved = [abs(state[n] - state[n.replace("master", "ema")]).max().item() for n in state if n.startswith("master.")]
+    assert max(moved) == 0  # the new decay of 0
+    unchanged = run_here("--train.steps", 8, output=tmp_path / "unchanged").trace()
+    assert rows[3]["loss"] == unchanged[3]["loss"] and rows[7]["loss"] != unchanged[7]["loss"]
+
+
+# ---- damaged checkpoints
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "flipped byte": lambda c: flip_a_byte(next(c.path.glob("*optim_states.pt"))),
+    "truncated": lambda c: (c.path / "mp_rank_00_model_states.pt").write_bytes(b"short"),
+    "missing file": lambda c: (c.path / "mp_rank_00_model_states.pt").unlink(),
+    "broken manifest": lambda c: (c.path / "manifest.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_newest_checkpoint(damage: str, run_here: RunHere, tmp_path: Path) -> None:
+    """Falls back to the one before, says so, and the run becomes what it would have been."""
+    settings = ("--train.steps", 12, "--checkpoint.every", 4)
+    truth = run_here(*settings, output=tmp_path / "truth").run
+    run = tmp_path / "run"
+    shutil.copytree(truth, run)
+    DAMAGE[damage](checkpoints(run)[0])
+    outcome = run_here(*settings, output=run)
+    assert outcome.code == 0
+    assert "passing over a damaged checkpoint" in outcome.err and f"resumed {run} at step 8" in outcome.err
+    assert_same_run(run, truth)
+
+
+def test_all_checkpoints_damaged(run_here: RunHere) -> None:
+    """Stops; never starts again at step 0, never removes what might still be repaired."""
+    run = run_here("--train.steps", 8, "--checkpoint.every", 4).run
+    for checkpoint in checkpoints(run):
+        flip_a_byte(next(checkpoint.path.glob("*optim_states.pt")))
+    metrics = read_metrics(run)
+    outcome = run_here("--train.steps", 8)
+    assert_refused(outcome, "none of the 3 checkpoints", "--output DIR")
+    assert read_metrics(run) == metrics and len(checkpoints(run)) == 3
+
+
+def test_a_write_that_did_not_finish_is_no_checkpoint(run_here: RunHere) -> None:
+    run = run_here("--train.steps", 8, "--checkpoint.every", 4).run
+    (checkpoints(run)[0].path / "manifest.json").unlink()
+    assert "at step 4" in run_here("--train.steps", 8).err
+
+
+def test_unwritable_run_directory(run_here: RunHere, tmp_path: Path) -> None:
+    """Found at the start, by the checkpoint of step 0; not hours later."""
+    (tmp_path / "file").write_text("")
+    outcome = run_here(output=tmp_path / "file" / "run")
+    assert outcome.code == 2 and "file" in outcome.err and "Traceback" not in outcome.err
+
+
+def test_a_failed_write_is_said_and_tried_again(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full for a while: training goes on, the last good checkpoint stays, the next one is written."""
+    from largescale import checkpoint
+
+    write = checkpoint._write
+
+    def full(state: Any, path: Path) -> Any:
+        if "step_00000004" in str(path):
+            raise OSError(28, "No space left on device")
+        return write(state, path)
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    outcome = run_here("--train.steps", 8, "--checkpoint.every", 2)
+    assert outcome.code == 0
+    assert "checkpoint of step 4 was not written: rank 0: OSError: [Errno 28] No space left on device" in outcome.err
+    assert [c.step for c in checkpoints(outcome.run)] == [8, 6, 2]
+
+
+def test_ranks_that_disagree() -> None:
+    from largescale.checkpoint import _require_equal
+    from largescale.errors import CheckpointError
+
+    states = [json.dumps({"step": 5, "curriculum": {"index": i}}) for i in (3, 3, 2)]
+    _require_equal(states[:2])
+    with pytest.raises(CheckpointError, match="rank 2 disagrees with rank 0 on curriculum"):
+        _require_equal(states)
+
+
+# ---- apex
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_pypis_apex_is_recognised(monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
+    files = ["apex/__init__.py", "apex/interfaces.py", "apex/models.py", "apex/views.py"]  # as in apex 0.9.10.dev0
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: SimpleNamespace(version="0.9.10", files=files))
+    with pytest.raises(ConfigError, match="is PyPI's, a web toolkit.*pip uninstall apex"):
+        check_apex(wanted)
+
+
+def test_nvidias_apex_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = ["apex/__init__.py", "apex/optimizers/fused_adam.py"]
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: SimpleNamespace(version="0.1", files=files))
+    check_apex(wanted=True)
+
+
+def test_apex_is_not_installed(run_here: RunHere) -> None:
+    assert_refused(run_here("--optimizer.kernel", "apex"), "apex is not installed", "--optimizer.kernel torch")
+
+
+assert CheckpointDir

@@ -1,0 +1,158 @@
+import ast
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from largescale.config import Config, CurriculumConfig, DiffusionConfig, cluster_edges
+from largescale.curriculum import Curriculum, FixedPacing, NoPacing, PatiencePacing, snr_clusters, uniform_clusters
+from largescale.diffusion.schedule import log_snr, make_betas
+from largescale.errors import CheckpointError, ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+def transcription(losses: list[float], n: int, tau_max: int) -> list[int]:
+    """Algorithms 1 and 2 of arXiv:2403.10348, line by line: the curriculum index after each loss."""
+    index, best, tau, indices = n, math.inf, 0, []
+    for loss in losses:
+        if index > 0:                    # Algorithm 2: while the curriculum lasts
+            improved = loss < best
+            if improved:                 # Algorithm 1
+                tau = 0
+            elif tau + 1 > tau_max:
+                tau = 0
+                index = index - 1
+                best = math.inf          # Algorithm 2: a new stage starts without a best loss
+            else:
+                tau = tau + 1
+            if improved:
+                best = loss
+        indices.append(index)
+    return indices
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_pacing_is_the_papers(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    n, tau_max = int(random.integers(1, 6)), int(random.integers(0, 5))
+    # Rounded, so that ties occur: a loss equal to the best is no improvement.
+    losses = [float(x) for x in np.round(random.random(200) * random.choice([1, 3]) + np.linspace(1, 0, 200), 1)]
+    curriculum = Curriculum(uniform_clusters(n), PatiencePacing(tau_max))
+    indices = []
+    for loss in losses:
+        before = curriculum.index
+        assert curriculum.observe(loss) == (curriculum.index < before)
+        indices.append(curriculum.index)
+    assert indices == transcription(losses, n, tau_max)
+    changes = [(i + 1, index) for i, index in enumerate(indices) if index != ([n, *indices][i])]
+    assert curriculum.transitions == changes
+
+
+@pytest.mark.parametrize("tau_max", [0, 1, 200])
+def test_a_stage_ends_at_the_observation_after_tau_max(tau_max: int) -> None:
+    curriculum = Curriculum(uniform_clusters(3), PatiencePacing(tau_max))
+    assert not curriculum.observe(1.0)
+    for _ in range(tau_max):
+        assert not curriculum.observe(1.0)
+    assert curriculum.observe(1.0) and curriculum.index == 2
+    assert curriculum.state.best_loss == math.inf and curriculum.state.patience_count == 0
+
+
+def test_stages_and_the_end() -> None:
+    """Stage n is the union of the n easiest clusters; index 1 covers everything, and so does 0."""
+    curriculum = Curriculum(uniform_clusters(4), PatiencePacing(0))
+    lowest = [curriculum.lowest]
+    while curriculum.index > 0:
+        lowest += [curriculum.lowest] if curriculum.observe(1.0) else []
+    assert lowest == [0.75, 0.5, 0.25, 0.0, 0.0]
+    for loss in (5.0, 0.1, 5.0):
+        assert not curriculum.observe(loss)
+    assert curriculum.index == 0 and curriculum.lowest == 0.0
+
+
+def test_fixed_pacing_ignores_the_loss() -> None:
+    curriculum = Curriculum(uniform_clusters(3), FixedPacing(4))
+    assert [curriculum.observe(loss) for loss in np.linspace(1, 0, 13)] == [i in (3, 7, 11) for i in range(13)]
+    assert curriculum.index == 0
+
+
+def test_no_pacing_is_vanilla() -> None:
+    curriculum = Curriculum(uniform_clusters(20), NoPacing())
+    assert curriculum.lowest == 0.0 and not curriculum.observe(1.0) and curriculum.index == 0
+
+
+def test_state_survives_json_and_refuses_other_clusters() -> None:
+    first, again = (Curriculum(uniform_clusters(5), PatiencePacing(2)) for _ in range(2))
+    losses = list(np.random.default_rng(1).random(40))
+    for loss in losses[:20]:
+        first.observe(loss)
+    again.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for loss in losses[20:]:
+        assert first.observe(loss) == again.observe(loss)
+    assert first.state_dict() == again.state_dict()
+    with pytest.raises(CheckpointError, match="has 4 clusters.*saved state has 5"):
+        Curriculum(uniform_clusters(4), PatiencePacing(2)).load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_refused(loss: float) -> None:
+    curriculum = Curriculum(uniform_clusters(2), PatiencePacing(1))
+    before = curriculum.state_dict()
+    with pytest.raises(ValueError, match="finite"):
+        curriculum.observe(loss)
+    assert curriculum.state_dict() == before
+
+
+def test_uniform_clusters() -> None:
+    assert uniform_clusters(4) == (0.0, 0.25, 0.5, 0.75, 1.0)
+    with pytest.raises(ConfigError, match="n_clusters=0"):
+        uniform_clusters(0)
+
+
+def test_snr_clusters_match_the_reference_schedule() -> None:
+    linear, cosine = (log_snr(make_betas(name, 1000)) for name in ("linear", "cosine"))
+    assert snr_clusters(20, cosine, cosine) == uniform_clusters(20)
+    edges = snr_clusters(20, linear, cosine)
+    for uniform, edge in list(zip(uniform_clusters(20), edges, strict=True))[1:-1]:
+        t, reference = round(edge * 1000), cosine[round(uniform * 1000)]
+        assert linear[t] <= reference < linear[t - 1]
+    with pytest.raises(ConfigError, match="n_clusters=1000 leaves a cluster without"):
+        snr_clusters(1000, linear, cosine)
+
+
+def test_the_config_chooses_clusters() -> None:
+    linear = DiffusionConfig(schedule="linear")
+    by_snr = Config("x", diffusion=linear, curriculum=CurriculumConfig(clusters="snr"))
+    uniform = Config("x", diffusion=linear)
+    assert cluster_edges(by_snr) != cluster_edges(uniform) == uniform_clusters(20)
+
+
+@pytest.mark.parametrize("edges", [(0.0,), (0.0, 0.5), (0.1, 1.0), (0.0, 0.5, 0.5, 1.0)])
+def test_edges_must_rise_from_0_to_1(edges: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match="rise from 0 to 1"):
+        Curriculum(edges, NoPacing())
+
+
+def test_the_readmes_three_lines() -> None:
+    """The curriculum in somebody else's loop, as the README shows it: the code there runs, and trains by the curriculum."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    ast.parse(code)
+    scope: dict[str, object] = {}
+    exec(code, scope)
+    curriculum = scope["curriculum"]
+    assert isinstance(curriculum, Curriculum)
+    assert curriculum.index < curriculum.n_clusters and curriculum.observations > 0
+
+
+def test_the_package_imports_no_torch_and_is_quick() -> None:
+    code = ("import time; t = time.perf_counter(); import largescale; seconds = time.perf_counter() - t\n"
+            "import sys; assert 'torch' not in sys.modules; assert seconds < 0.2, seconds\n"
+            "import largescale.config, largescale.presets, largescale.ds_config, largescale.curriculum\n"
+            "import largescale.checkpoint_files, largescale.telemetry; assert 'torch' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,84 @@
+"""Who may import whom (the table in docs/layout.md): imports only go down, and two libraries have one door each."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+LAYERS = {
+    0: ["errors", "files", "launch", "signals", "config", "presets", "ds_config", "curriculum", "diffusion.schedule"],
+    1: ["diffusion", "models", "optim", "draws", "images", "build", "agreed"],
+    2: ["data", "checkpoint_files", "telemetry", "sampling", "weights", "export"],
+    3: ["distributed", "engine", "checkpoint"],
+    4: ["meter", "preview", "reference", "trainer"],
+    5: ["train", "dry_run"],
+}
+NO_TORCH = [*LAYERS[0], "checkpoint_files", "telemetry"]  # at import; some functions of the last two load it
+EMPTY = {"largescale", "largescale.data", "largescale.diffusion", "largescale.models"}  # packages that import nothing
+ABOVE_THE_LIBRARY = {"data_prep", "eval"}
+
+
+def layer(module: str) -> int:
+    name = module.removeprefix("largescale.")
+    while name:
+        for number, names in LAYERS.items():
+            if name in names:
+                return number
+        name = name.rpartition(".")[0]
+    raise AssertionError(f"{module} has no layer; give it one in LAYERS")
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    found: set[str] = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def modules(package: str) -> dict[str, Path]:
+    paths = (ROOT / package).rglob("*.py")
+    return {str(p.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): p for p in paths}
+
+
+def test_imports_only_go_down() -> None:
+    library = modules("largescale")
+    for name, path in library.items():
+        for imported in imports(path) & library.keys() - EMPTY:
+            assert layer(imported) <= layer(name), f"{name} imports {imported}, which lies above it"
+
+
+def test_programs_use_the_library_below_the_engine() -> None:
+    allowed = {"largescale.distributed"}
+    library = modules("largescale").keys() - EMPTY
+    for package in ABOVE_THE_LIBRARY:
+        for name, path in modules(package).items():
+            for imported in imports(path) & library - allowed:
+                assert layer(imported) <= 2, f"{name} imports {imported}: packing and sampling run without DeepSpeed"
+    for name, path in modules("largescale").items():
+        above = {i for i in imports(path) if i.split(".")[0] in ABOVE_THE_LIBRARY | {"tests"}}
+        assert not above, f"{name} imports {above}"
+
+
+def test_empty_packages_are_empty() -> None:
+    for name in EMPTY:
+        assert not imports(modules("largescale")[name])
+
+
+def test_one_door_each() -> None:
+    def users(library: str) -> set[str]:
+        everything = {**modules("largescale"), **modules("data_prep"), **modules("eval")}
+        return {n for n, p in everything.items() if any(i == library or i.startswith(library + ".") for i in imports(p))}
+
+    assert users("deepspeed") == {"largescale.engine"}
+    assert users("torch.distributed") == {"largescale.distributed"}
+
+
+def test_no_torch_below() -> None:
+    for name, path in modules("largescale").items():
+        if name.removeprefix("largescale.").split(".")[0] in NO_TORCH or name == "largescale.diffusion.schedule":
+            torch = {i for i in imports(path, top_level_only=True) if i.split(".")[0] == "torch"}
+            assert not torch, f"{name} imports {torch}"
