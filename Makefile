@@ -2,18 +2,31 @@
 # make test   sets everything up and runs the tests
 
 PYTHON ?= python3
-BIN := .venv/bin
-RUN := runs/digits
 RANKS ?= 2
+RUN ?= runs/digits
+SAMPLES ?= 1000
+# More options for the training program, for example DEMO_ARGS='--train.steps 8000'
+DEMO_ARGS ?=
+
+BIN := .venv/bin
+TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(RANKS)
+comma := ,
 
 .PHONY: demo test check clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
+	@date +%s > .venv/demo.started
 	$(BIN)/python -m data_prep.digits --out data/digits
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(RANKS) -m largescale.train digits --output $(RUN)
-	$(BIN)/python -m eval.sample $(RUN) --out $(RUN)/eval --num-samples 1000 --cfg-scale 1.5 2.0
-	$(BIN)/python -m eval.digits $(RUN)/eval/cfg1.5 $(RUN)/eval/cfg2.0 --data data/digits --out $(RUN)/eval/digits.json
+	$(TORCHRUN) -m largescale.train digits --output $(RUN) $(DEMO_ARGS)
+	$(TORCHRUN) -m eval.sample $(RUN) --out $(RUN)/eval --num-samples $(SAMPLES) --cfg-scale 1.5 2.0 --steps 100
+	$(BIN)/python -m eval.digits $(RUN)/eval/cfg1.5 $(RUN)/eval/cfg2.0 --out $(RUN)/eval/digits.json
+	@echo
+	@echo "pictures     $(RUN)/eval/cfg2.0/grid.png, $(RUN)/eval/cfg1.5/grid.png (a column a class)"
+	@echo "logs         $(RUN)/metrics.jsonl; to look: $(BIN)/tensorboard --logdir $(RUN)/tensorboard"
+	@echo "checkpoint   $$(ls -d $(RUN)/checkpoints/step_* | tail -n 1)"
+	@echo "measured     above, and in $(RUN)/eval/digits.json; $$(($$(date +%s) - $$(cat .venv/demo.started))) s without installation"
+	@echo "to resume    make demo, after an interruption; to train on: make demo DEMO_ARGS='--train.steps 10000'"
 
 test: .venv/dev.stamp check
 	$(BIN)/python -m pytest
@@ -23,13 +36,11 @@ check: .venv/dev.stamp
 	$(BIN)/mypy
 
 .venv/%.stamp: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "largescale needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit((3, 11) > sys.version_info and "largescale needs Python 3.11 or newer; try make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv: about 3 GB to download, one to three minutes"
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo$(if $(filter dev,$*),$(comma)dev)]'
-	touch $@
-
-comma := ,
+	@touch $@
 
 clean:
 	rm -rf .venv runs data/digits

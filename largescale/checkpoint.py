@@ -21,6 +21,7 @@ from largescale.checkpoint_files import (
     CheckpointDir,
     checkpoints,
     none_usable,
+    step_folders,
 )
 from largescale.config import CheckpointConfig
 from largescale.distributed import Ranks
@@ -103,8 +104,8 @@ class Checkpointer:
         return self._pending is not None
 
     def save(self, step: int, state: dict[str, Any], engine: Engine) -> None:
-        """Snapshot, and start to write. `state`: plain values, equal on all ranks."""
-        self.finish()
+        """Snapshot, and start to write; `finish` what was started before. `state`: plain values, equal on all ranks."""
+        assert not self.pending
         if step == self.last_saved:
             return
         checkpoint = CheckpointDir.at(self.run_dir, step)
@@ -131,6 +132,8 @@ class Checkpointer:
                 errors = [f"rank 0: {error}"]
         (errors, *_) = self.ranks.all_gather_object(errors)
         if errors:
+            if self.ranks.rank == 0:
+                _remove(checkpoint)  # on a full disk its remains would be in the way of the next
             return f"checkpoint of step {checkpoint.step} was not written: " + "; ".join(errors)
         self.last_saved = checkpoint.step
         if self.ranks.rank == 0:
@@ -162,10 +165,9 @@ class Checkpointer:
         every = self.config.keep_every
         keep = {c.step for c in valid[: self.config.keep_last]}
         keep |= {c.step for c in valid if c.step > 0 and every and c.step % every == 0}
-        for path in (self.run_dir / "checkpoints").iterdir():
-            step = int(path.name.removeprefix("step_"))
-            if step not in keep:
-                _remove(CheckpointDir(path, step))
+        for checkpoint in step_folders(self.run_dir):
+            if checkpoint.step not in keep:
+                _remove(checkpoint)
 
 
 def _publish(checkpoint: CheckpointDir, state: dict[str, Any], files: dict[str, Any], world_size: int) -> None:

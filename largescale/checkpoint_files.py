@@ -75,16 +75,19 @@ class CheckpointDir:
         return None
 
 
-def checkpoints(run_dir: Path) -> list[CheckpointDir]:
-    """Newest first."""
+def step_folders(run_dir: Path) -> list[CheckpointDir]:
+    """Newest first, those too whose writing did not finish. Whatever else lies there is not ours."""
     found = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in (run_dir / "checkpoints").iterdir():
             if match := re.fullmatch(r"step_(\d+)", path.name):
-                directory = CheckpointDir(path, int(match[1]))
-                if directory.exists:
-                    found.append(directory)
+                found.append(CheckpointDir(path, int(match[1])))
     return sorted(found, key=lambda c: -c.step)
+
+
+def checkpoints(run_dir: Path) -> list[CheckpointDir]:
+    """Newest first."""
+    return [folder for folder in step_folders(run_dir) if folder.exists]
 
 
 def newest_valid(run_dir: Path, report: Any = None) -> CheckpointDir | None:

@@ -77,7 +77,7 @@ def dry_run(config: Config) -> int:
     try:
         from largescale.train import open_dataset
 
-        dataset = open_dataset(config, verify=config.data.verify)
+        dataset = open_dataset(config)
     except DataError as error:
         if Path(config.data.path, "manifest.json").exists():
             raise

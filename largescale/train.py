@@ -43,13 +43,13 @@ def parse(args: list[str]) -> Config:
     )
 
 
-def open_dataset(config: Config, verify: bool) -> "ShardDataset":
-    """The data set, checked against the model. Raises DataError."""
+def open_dataset(config: Config, rank: int = 0, world_size: int = 1) -> "ShardDataset":
+    """The data set, checked against the model; ranks share the hashing. Raises DataError."""
     from largescale.build import latent_shape
     from largescale.data.loader import check_flip
     from largescale.data.shards import ShardDataset
 
-    dataset = ShardDataset(config.data.path, verify=verify)
+    dataset = ShardDataset(config.data.path, config.data.verify, slice(rank, None, world_size))
     if dataset.info.x_shape != latent_shape(config.model):
         raise DataError(
             f"{config.data.path} holds {dataset.info.kind} of shape {dataset.info.x_shape}, the model takes "
@@ -101,7 +101,7 @@ def train(config: Config, ds: dict[str, Any], ranks: "Ranks") -> int:
         if ranks.rank == 0:
             print(text, file=sys.stderr, flush=True)
 
-    dataset = together(ranks, lambda: open_dataset(config, verify=config.data.verify and ranks.rank == 0))
+    dataset = together(ranks, lambda: open_dataset(config, ranks.rank, ranks.world_size))
     # DeepSpeed's import takes seconds: what is wrong with the settings or the data is said before it.
     from largescale.checkpoint import Checkpointer
     from largescale.telemetry import Telemetry
@@ -166,7 +166,7 @@ def main(args: list[str] | None = None) -> int:
         if config.dry_run:
             from largescale.dry_run import dry_run
 
-            return dry_run(config)
+            return dry_run(config) if env_rank() == 0 else 0
         return run(config)
     except LargescaleError as error:
         if env_rank() == 0:

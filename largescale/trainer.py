@@ -212,21 +212,23 @@ class Trainer:
         """Raise NonFiniteError for a loss that is not finite, or a skipped step that a lower loss scale cannot mend.
 
         The weights are untouched: DeepSpeed skips the update in both cases."""
-        where = f"step {self.step}, curriculum index {self.curriculum.index}"
+        if not report.non_finite and going_on:
+            return
+        self.finish_checkpoint()  # one that is being written is good
+        where = f"step {self.step + 1}, curriculum index {self.curriculum.index}"
         if report.non_finite:
             raise NonFiniteError(
                 f"the loss is not finite at {where}, on rank {report.non_finite[0]}"
                 + (f" and {len(report.non_finite) - 1} more" if len(report.non_finite) > 1 else "")
                 + f"; the last good checkpoint is step {self.checkpointer.last_saved}"
             )
-        if not going_on:
-            culprits = self.ranks.all_gather_object(self.non_finite_gradient(batch))
-            found = [f"rank {rank} in {name}" for rank, name in enumerate(culprits) if name]
-            raise NonFiniteError(
-                f"the gradient is not finite at {where} (loss {report.loss:.6g}, loss scale "
-                f"{self.engine.loss_scale:g}): {'; '.join(found) or 'finite on every rank before their sum'}; "
-                f"the last good checkpoint is step {self.checkpointer.last_saved}"
-            )
+        culprits = self.ranks.all_gather_object(self.non_finite_gradient(batch))
+        found = [f"rank {rank} in {name}" for rank, name in enumerate(culprits) if name]
+        raise NonFiniteError(
+            f"the gradient is not finite at {where} (loss {report.loss:.6g}, loss scale "
+            f"{self.engine.loss_scale:g}): {'; '.join(found) or 'finite on every rank before their sum'}; "
+            f"the last good checkpoint is step {self.checkpointer.last_saved}"
+        )
 
     def non_finite_gradient(self, batch: Batch) -> str | None:
         """The first parameter whose gradient, from this rank's rows alone, is not finite."""

@@ -53,7 +53,7 @@ def load_trained(path: Path, step: int | None = None) -> Trained:
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"the export {path} cannot be read: {error}; export the run again") from error
         if step not in (None, description["step"]):
-            raise CheckpointError(f"{path} is an export of step {description['step']}, not {step}; give the run instead")
+            raise CheckpointError(f"{path} is an export of step {description['step']}, not of {step}; give the run")
     else:
         checkpoint = find_checkpoint(path, step)
         description = describe(checkpoint)

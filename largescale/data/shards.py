@@ -149,11 +149,12 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
 class ShardDataset:
     """Random access to a packed data set; shards are mapped when first asked for, and never read as a whole.
 
-    The start reads the manifest and the files' sizes only; `verify` also hashes every file and compares its schema.
+    The start reads the manifest and the files' sizes only; `verify` also hashes every file, or `part` of them so that
+    ranks can share the work, and compares its schema.
     Raises DataError for what is missing, cut short, altered (which `verify` finds), empty, or labelled out of range.
     """
 
-    def __init__(self, path: str | Path, verify: bool = False) -> None:
+    def __init__(self, path: str | Path, verify: bool = False, part: slice = slice(None)) -> None:
         self.path = Path(path)
         manifest = _read_manifest(self.path)
         self.info: DatasetInfo = manifest["info"]
@@ -173,7 +174,8 @@ class ShardDataset:
             if shard["label_min"] < 0 or shard["label_max"] >= self.info.num_classes:
                 raise self._damaged(shard, f"has labels from {shard['label_min']} to {shard['label_max']}, "
                                            f"outside [0, num_classes={self.info.num_classes})")
-        for number, shard in enumerate(tqdm(self._shards if verify else (), "verify", unit="shard", delay=2)):
+        to_verify = list(enumerate(self._shards))[part] if verify else []
+        for number, shard in tqdm(to_verify, "verify", unit="shard", delay=2):
             if sha256(self.path / shard["file"]) != shard["sha256"]:
                 raise self._damaged(shard, "was altered: its hash is not the manifest's")
             self._views(number)

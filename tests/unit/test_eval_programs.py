@@ -174,7 +174,7 @@ def test_two_ranks_draw_what_one_draws(export: Path, tmp_path: Path) -> None:
     (("--steps", "0"), "cannot sample 1000 timesteps with 0 steps"),
     (("--steps", "1001"), "cannot sample 1000 timesteps with 1001 steps"),
     (("--cfg-channels", "0"), "channels=0 leaves nothing to guide"),
-    (("--step", "7"), "is an export of step 20, not 7; give the run instead"),
+    (("--step", "7"), "is an export of step 20, not of 7; give the run"),
     (("--device", "cuda"), "device=cuda, but torch sees no CUDA device; to sample here: --device cpu"),
 ])
 def test_bad_settings_are_one_line_and_no_files(

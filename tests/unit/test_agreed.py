@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+from largescale.agreed import Tally, read
+from largescale.diffusion.gaussian import Losses
+
+EDGES = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
+
+
+def losses(*values: float) -> Losses:
+    loss = torch.tensor(values)
+    return Losses(loss, loss * 0.75, loss * 0.25)
+
+
+def vector(rank: int, stop: bool = False, writing: bool = False, *micro: tuple[Losses, list[float]]) -> torch.Tensor:
+    tally = Tally(EDGES, rank, 2)
+    for each, u in micro:
+        tally.add(each, torch.tensor(u, dtype=torch.float64))
+    return tally.vector(stop=stop, writing=writing)
+
+
+def test_means_and_clusters_over_ranks_and_micro_steps() -> None:
+    summed = vector(0, False, False, (losses(1, 2), [0.1, 0.25]), (losses(3, 4), [0.3, 0.9]))
+    summed += vector(1, False, False, (losses(5, 6), [0.5, 0.2499]), (losses(7, 8), [0.6, 0.999]))
+    report = read(summed.tolist(), 3)
+    assert (report.loss, report.mse, report.vb) == (4.5, 4.5 * 0.75, 4.5 * 0.25)
+    assert report.cluster_count == [2, 2, 4]     # an edge belongs to the cluster above it
+    assert report.cluster_loss == [1 + 6, 2 + 3, 4 + 5 + 7 + 8]
+    assert (report.stop, report.writing, report.non_finite) == (False, False, [])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_ranks_word_is_enough(rank: int) -> None:
+    def both(**of_one: bool) -> torch.Tensor:
+        other = vector(1 - rank, False, False, (losses(1), [0.1]))
+        return vector(rank, of_one.get("stop", False), of_one.get("writing", False), (losses(1), [0.1])) + other
+
+    assert read(both(stop=True).tolist(), 3).stop and not read(both(stop=True).tolist(), 3).writing
+    assert read(both(writing=True).tolist(), 3).writing and not read(both(writing=True).tolist(), 3).stop
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_names_its_rank(bad: float) -> None:
+    summed = vector(0, False, False, (losses(1), [0.1])) + vector(1, False, False, (losses(bad), [0.1]))
+    assert read(summed.tolist(), 3).non_finite == [1]

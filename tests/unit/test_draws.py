@@ -1,0 +1,60 @@
+import torch
+
+from largescale.draws import Draws, step_draws, stream_seed
+
+CPU = torch.device("cpu")
+
+
+def draws(step: int = 3, seed: int = 0, n: int = 12, posterior: bool = True) -> Draws:
+    return step_draws(seed, step, n, (2, 4, 4), dropout_prob=0.3, posterior=posterior, device=CPU)
+
+
+def test_a_function_of_seed_and_step() -> None:
+    torch.manual_seed(1)
+    first = draws()
+    torch.rand(100)
+    assert all(torch.equal(a, b) for a, b in zip(vars(first).values(), vars(draws()).values(), strict=True))
+    for other in (draws(step=4), draws(seed=1)):
+        assert not torch.equal(first.noise, other.noise) and not torch.equal(first.v, other.v)
+
+
+def test_not_of_the_threads() -> None:
+    threads = torch.get_num_threads()
+    first = draws(n=4096)
+    torch.set_num_threads(1)
+    assert torch.equal(first.noise, draws(n=4096).noise)
+    torch.set_num_threads(threads)
+
+
+def test_streams_are_separate() -> None:
+    """Leaving one kind of draw out shifts no other; no two kinds are alike."""
+    with_posterior, without = draws(), draws(posterior=False)
+    assert without.posterior is None
+    assert torch.equal(with_posterior.noise, without.noise) and torch.equal(with_posterior.dropout, without.dropout)
+    assert not torch.equal(with_posterior.noise, with_posterior.posterior)
+
+
+def test_rows_of_all_ranks_are_the_global_batch() -> None:
+    whole = draws()
+    for world_size in (1, 2, 3, 4):
+        layout = torch.arange(12).view(-1, world_size, 12 // world_size)
+        parts = [whole.rows(layout[0, rank]) for rank in range(world_size)]
+        assert torch.equal(torch.cat([part.noise for part in parts]), whole.noise)
+        assert torch.equal(torch.cat([part.v for part in parts]), whole.v)
+
+
+def test_distributions() -> None:
+    many = draws(n=200_000)
+    assert many.v.dtype == torch.float64 and many.v.min() > 0 and many.v.max() < 1
+    assert abs(many.v.mean() - 0.5) < 0.005 and abs(many.v.std() - 12**-0.5) < 0.005
+    assert abs(many.noise.mean()) < 0.002 and abs(many.noise.std() - 1) < 0.002
+    assert abs(many.flip.double().mean() - 0.5) < 0.01 and abs(many.dropout.double().mean() - 0.3) < 0.01
+
+
+def test_no_two_steps_share_a_seed() -> None:
+    """torch's CPU generator reads the low 32 bits."""
+    for stream in ("noise", "dropout"):
+        low = {stream_seed(7, stream, step) % 2**32 for step in range(200_000)}
+        assert len(low) == 200_000
+    a, b = (torch.Generator().manual_seed(seed) for seed in (5, 5 + 2**32))
+    assert torch.equal(torch.rand(3, generator=a), torch.rand(3, generator=b)), "the reason no longer holds"
