@@ -23,6 +23,7 @@ from tqdm import trange
 from largescale.data.shards import ShardDataset
 from largescale.errors import DataError, LargescaleError
 from largescale.files import write_atomically
+from largescale.launch import print_error
 
 EPOCHS, BATCH_SIZE, LR, HELD_OUT, SEED = 8, 100, 8e-3, 0.2, 0
 
@@ -131,7 +132,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         results = score(options.samples, options.data)
     except LargescaleError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     print(line("held-out real digits", results["held_out"]))
     for name, result in results["samples"].items():

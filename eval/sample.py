@@ -32,7 +32,7 @@ from largescale.distributed import Ranks
 from largescale.errors import ConfigError, LargescaleError
 from largescale.files import write_atomically
 from largescale.images import balanced_labels, grid, to_uint8
-from largescale.launch import env_world_size
+from largescale.launch import env_world_size, print_error
 from largescale.sampling import SamplingConfig, draw_samples
 from largescale.weights import load_trained
 
@@ -84,6 +84,9 @@ class Sampler:
         self.weights_sha256 = weights_sha256(self.trained.model)
         self.trained.model.to(self.device)
         self.pixels = self.trained.info["data_info"]["kind"] == "pixels"
+        if not self.trained.config.model.class_dropout_prob and set(options.cfg_scale) != {1.0}:
+            raise ConfigError("the model was trained with class_dropout_prob=0 and knows no null label to guide with; "
+                              "set --cfg-scale 1")
         self.labels = balanced_labels(options.num_samples, self.trained.config.model.num_classes)
 
     def __call__(self, cfg_scale: float) -> None:
@@ -194,7 +197,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         run(options)
     except LargescaleError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     return 0
 

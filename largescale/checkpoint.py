@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from largescale.checkpoint_files import (
     MANIFEST,
     CheckpointDir,
     checkpoints,
-    none_usable,
+    newest_valid,
     step_folders,
 )
 from largescale.config import CheckpointConfig
@@ -91,6 +92,7 @@ class Checkpointer:
         self.run_dir, self.config, self.ranks = run_dir, config, ranks
         self._writer = Writer()
         self._pending: tuple[CheckpointDir, dict[str, Any]] | None = None
+        self._damaged: set[int] = set()  # steps
         self.last_saved = -1  # the step of the newest checkpoint that is on disk
 
     @property
@@ -111,6 +113,7 @@ class Checkpointer:
         checkpoint = CheckpointDir.at(self.run_dir, step)
         if self.ranks.rank == 0 and checkpoint.path.exists():  # damaged, or never finished: or it would be `last_saved`
             _remove(checkpoint)
+        self._damaged.discard(step)
         engine.save(checkpoint, state, self._writer)
         self._pending = checkpoint, state
 
@@ -140,33 +143,35 @@ class Checkpointer:
             self._retain()
         return None
 
-    def newest(self, say: Any) -> CheckpointDir | None:
-        """The newest checkpoint that every rank finds sound. Ranks share the hashing.
+    def newest(self, say: Callable[[str], None]) -> CheckpointDir | None:
+        """The newest checkpoint that every rank finds sound; ranks share the hashing.
 
         Raises CheckpointError where there are checkpoints and none can be used: never a silent restart.
         """
-        problems = []
-        (steps, *_) = self.ranks.all_gather_object([c.step for c in checkpoints(self.run_dir)])
-        for checkpoint in (CheckpointDir.at(self.run_dir, step) for step in steps):
-            found = checkpoint.problem(slice(self.ranks.rank, None, self.ranks.world_size))
-            problem = next(filter(None, self.ranks.all_gather_object(found)), None)
-            if problem is None:
-                self.last_saved = checkpoint.step
-                return checkpoint
-            problems.append(problem)
-            say(f"passing over a damaged checkpoint: {problem}")
-        if problems:
-            raise none_usable(self.run_dir, problems)
-        return None
+        ranks = self.ranks
+        (steps, *_) = ranks.all_gather_object([c.step for c in checkpoints(self.run_dir)])
+
+        def check(checkpoint: CheckpointDir) -> str | None:
+            found = checkpoint.problem(slice(ranks.rank, None, ranks.world_size))
+            return next(filter(None, ranks.all_gather_object(found)), None)
+
+        found = (CheckpointDir.at(self.run_dir, step) for step in steps)
+        newest, self._damaged = newest_valid(self.run_dir, found, say, check)
+        if newest is not None:
+            self.last_saved = newest.step
+        return newest
 
     def _retain(self) -> None:
-        """Keep the last k and every m-th; remove what never became valid. Only after a newer one is valid."""
-        valid = checkpoints(self.run_dir)
+        """Keep the last k and every m-th; remove what never became valid. Only after a newer one is valid.
+
+        One that was found damaged neither counts as kept nor is removed: somebody may want to repair it.
+        """
+        valid = [c for c in checkpoints(self.run_dir) if c.step not in self._damaged]
         every = self.config.keep_every
         keep = {c.step for c in valid[: self.config.keep_last]}
         keep |= {c.step for c in valid if c.step > 0 and every and c.step % every == 0}
         for checkpoint in step_folders(self.run_dir):
-            if checkpoint.step not in keep:
+            if checkpoint.step not in keep | self._damaged:
                 _remove(checkpoint)
 
 
@@ -189,4 +194,6 @@ def _require_equal(states: list[str]) -> None:
         if text != states[0]:
             first, other = json.loads(states[0]), json.loads(text)
             key = next(k for k in first if first[k] != other.get(k))
-            raise CheckpointError(f"rank {rank} disagrees with rank 0 on {key}: {other.get(key)} and {first[key]}")
+            error = CheckpointError(f"rank {rank} disagrees with rank 0 on {key}: {other.get(key)} and {first[key]}")
+            error.agreed = True
+            raise error

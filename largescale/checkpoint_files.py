@@ -10,7 +10,7 @@
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,9 +60,12 @@ class CheckpointDir:
     def problem(self, part: slice = slice(None)) -> str | None:
         """What is wrong with the files, or None. Hashes `part` of them, so that ranks can share the work."""
         try:
-            files = sorted(self.manifest()["files"].items())
-        except CheckpointError as error:
-            return str(error)
+            return self._problem(part)
+        except (CheckpointError, OSError, LookupError, TypeError) as error:
+            return f"{self.path}: {error!r}" if not isinstance(error, CheckpointError) else str(error)
+
+    def _problem(self, part: slice) -> str | None:
+        files = sorted(self.manifest()["files"].items())
         for name, expected in files:
             path = self.path / name
             if not path.exists():
@@ -90,30 +93,31 @@ def checkpoints(run_dir: Path) -> list[CheckpointDir]:
     return [folder for folder in step_folders(run_dir) if folder.exists]
 
 
-def newest_valid(run_dir: Path, report: Any = None) -> CheckpointDir | None:
-    """The newest checkpoint whose files are what was written; `report(text)` is told of each that is passed over.
+def newest_valid(
+    run_dir: Path,
+    found: Iterable[CheckpointDir],
+    report: Callable[[str], None],
+    check: Callable[[CheckpointDir], str | None] = CheckpointDir.problem,
+) -> tuple[CheckpointDir | None, set[int]]:
+    """The newest of `found` in which `check` finds no problem, and the steps of those passed over, which are reported.
 
-    None where there is no checkpoint. Raises CheckpointError where there are some and none can be used.
+    None where nothing was found. Raises CheckpointError where there are checkpoints and none can be used.
     """
-    found = checkpoints(run_dir)
-    problems = []
+    problems: dict[int, str] = {}
     for checkpoint in found:
-        problem = checkpoint.problem()
+        problem = check(checkpoint)
         if problem is None:
-            return checkpoint
-        problems.append(problem)
-        if report is not None:
-            report(f"passing over a damaged checkpoint: {problem}")
+            return checkpoint, set(problems)
+        problems[checkpoint.step] = problem
+        report(f"passing over a damaged checkpoint: {problem}")
     if problems:
-        raise none_usable(run_dir, problems)
-    return None
-
-
-def none_usable(run_dir: Path, problems: list[str]) -> CheckpointError:
-    return CheckpointError(
-        f"none of the {len(problems)} checkpoints in {run_dir} can be used:\n  " + "\n  ".join(problems)
-        + "\nrestore one from a copy, or start again in another folder with --output DIR"
-    )
+        error = CheckpointError(
+            f"none of the {len(problems)} checkpoints in {run_dir} can be used:\n  " + "\n  ".join(problems.values())
+            + "\nrestore one from a copy, or start again in another folder with --output DIR"
+        )
+        error.agreed = True
+        raise error
+    return None, set()
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What a run is: frozen dataclasses, and the rules that need nothing but the config. No torch."""
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -136,12 +135,12 @@ class Config:
 # A resumed run may not differ in these: its state, or its random draws, would not be this run's.
 FIXED_ON_RESUME = (
     "model.", "diffusion.", "curriculum.clusters", "curriculum.n_clusters", "curriculum.pacing",
-    "data.horizontal_flip", "train.global_batch_size", "train.seed", "precision", "dataset",
+    "data.horizontal_flip", "optimizer.kernel", "train.global_batch_size", "train.seed", "precision", "dataset",
 )
 # These change how a run is carried out or watched, not what it computes: not worth a word.
 FREE_ON_RESUME = (
     "name", "output", "dry_run", "data.path", "data.prefetch", "data.verify", "train.micro_batch_size",
-    "train.ds_config", "train.device", "checkpoint.", "telemetry.", "optimizer.kernel",
+    "train.ds_config", "train.device", "checkpoint.", "telemetry.",
 )
 
 
@@ -176,10 +175,6 @@ def from_dict(tree: dict[str, Any]) -> Config:
     return config
 
 
-def config_hash(tree: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What a resumed run would change: (not allowed, allowed but worth saying), each as 'key: old -> new'."""
     old, new = dict(flatten(saved)), dict(flatten(current))
@@ -197,6 +192,8 @@ def batch_layout(config: Config, world_size: int) -> tuple[int, int]:
     """(micro_batch_size, grad_accum_steps), with
     global_batch_size = micro_batch_size * grad_accum_steps * world_size."""
     total = config.train.global_batch_size
+    if total < 1:
+        raise ConfigError(f"global_batch_size={total} must be at least 1; the paper uses 256")
     if total % world_size:
         works = [n for n in range(1, total + 1) if total % n == 0 and n <= 2 * world_size]
         raise ConfigError(
@@ -251,7 +248,10 @@ def validate(config: Config, world_size: int) -> None:
     require(config.curriculum.patience >= 0, "curriculum.patience", "be 0 or more")
     require(config.curriculum.interval > 0, "curriculum.interval", "be at least 1")
     require(config.data.prefetch > 0, "data.prefetch", "be at least 1")
-    require(o.lr > 0, "optimizer.lr", "be positive")
+    require(0 < o.lr < math.inf, "optimizer.lr", "be positive")
+    require(all(0 <= beta < 1 for beta in o.betas), "optimizer.betas", "lie in [0, 1)")
+    require(o.eps >= 0, "optimizer.eps", "be 0 or more")
+    require(0 <= o.weight_decay < math.inf, "optimizer.weight_decay", "be 0 or more")
     require(0 <= o.ema_decay < 1, "optimizer.ema_decay", "lie in [0, 1)")
     require(o.clip_grad_norm >= 0, "optimizer.clip_grad_norm", "be 0 (off) or positive")
     require(t.steps > 0, "train.steps", "be at least 1")
@@ -262,5 +262,8 @@ def validate(config: Config, world_size: int) -> None:
     require(config.telemetry.log_every > 0, "telemetry.log_every", "be at least 1")
     require(config.telemetry.reference_images > 0, "telemetry.reference_images", "be at least 1")
     require(config.telemetry.preview_images > 0, "telemetry.preview_images", "be at least 1")
-    require(0 < config.telemetry.preview_steps <= d.timesteps, "telemetry.preview_steps", f"lie in 1..{d.timesteps}")
+    require(1 < config.telemetry.preview_steps <= d.timesteps, "telemetry.preview_steps", f"lie in 2..{d.timesteps}")
     require(config.telemetry.preview_cfg_scale >= 0, "telemetry.preview_cfg_scale", "be 0 or more")
+    unguided = config.telemetry.preview_cfg_scale == 1 or config.telemetry.preview_every == 0
+    require(m.class_dropout_prob > 0 or unguided, "telemetry.preview_cfg_scale",
+            "be 1 where model.class_dropout_prob is 0: there is no null label to guide with")

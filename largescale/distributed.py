@@ -2,32 +2,34 @@
 
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from largescale.errors import ConfigError
+from largescale.errors import DeviceError, LargescaleError
 from largescale.launch import env_local_rank, env_rank, env_world_size
+
+T = TypeVar("T")
 
 
 class Ranks:
     """The process group of a run: training collectives over NCCL or gloo, exchanges of Python objects over gloo."""
 
     def __init__(self, device: str, timeout_s: float = 600):
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("train.device=cuda, but torch sees no CUDA device; to train here: --train.device cpu")
-        self.rank, self.world_size = env_rank(), env_world_size()
-        local_rank = env_local_rank()
-        for key, value in {"RANK": self.rank, "WORLD_SIZE": self.world_size, "LOCAL_RANK": local_rank}.items():
-            os.environ.setdefault(key, str(value))
+        self.rank, self.world_size, index = env_rank(), env_world_size(), env_local_rank()
+        if device == "cuda":
+            index = _gpu_index(index)
+        # DeepSpeed reads these too; srun sets none of them.
+        os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.world_size), "LOCAL_RANK": str(index)}
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0" if self.world_size == 1 else "29500")
         if device == "cuda":
-            torch.cuda.set_device(local_rank % torch.cuda.device_count())
-            self.device = torch.device("cuda", torch.cuda.current_device())
+            torch.cuda.set_device(index)
+            self.device = torch.device("cuda", index)
         else:
             self.device = torch.device("cpu")
         timeout = datetime.timedelta(seconds=timeout_s)
@@ -56,11 +58,41 @@ class Ranks:
         """Start the sum of a small float64 vector over ranks; nobody waits until `PendingVector.read`."""
         return PendingVector.launch(vector, self._vectors)
 
+    def together(self, action: Callable[[], T]) -> T:
+        """Do something, not collective itself, that can fail on one rank alone: if it does, every rank raises.
+
+        Otherwise the others would wait for that rank in their next collective."""
+        result: Any = None
+        problem: Exception | None = None
+        try:
+            result = action()
+        except Exception as error:
+            problem = error
+        failures = [p for p in self.all_gather_object(problem and (type(problem), str(problem))) if p]
+        if not failures:
+            return result  # type: ignore[no-any-return]
+        kind, text = failures[0] if problem is None else (type(problem), str(problem))
+        if not issubclass(kind, LargescaleError):
+            raise problem or RuntimeError(f"another rank failed: {kind.__name__}: {text}")
+        known: Any = kind(text)
+        known.agreed = True
+        raise known
+
     def barrier(self) -> None:
         dist.barrier(group=self._objects)
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def _gpu_index(local_rank: int) -> int:
+    """This rank's GPU among those it sees: its own number, or the only one where the launcher shows it no other."""
+    if not torch.cuda.is_available():
+        raise DeviceError("device=cuda, but torch sees no CUDA device; to run on the CPU: --train.device cpu")
+    visible = torch.cuda.device_count()
+    if visible > 1 and local_rank >= visible:
+        raise DeviceError(f"local rank {local_rank} has no GPU of its own, {visible} are visible; start {visible} here")
+    return 0 if visible == 1 else local_rank
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """--dry-run: what would run, what it costs, and whether the data fit; starts nothing."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ def dry_run(config: Config) -> int:
     validate(config, world_size)
     check_apex(wanted=config.optimizer.kernel == "apex")
     ds = final_ds_config(config, world_size)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # only its settings are read
+    from largescale.engine import check_ds_config
+
+    check_ds_config(ds)
     micro, accumulation = batch_layout(config, world_size)
     with torch.device("meta"):
         model = build_model(config.model)

@@ -67,6 +67,11 @@ def load_ds_config(path: str) -> dict[str, Any]:
                 f"{path}: zero_optimization.{key} is not supported: checkpoints and the EMA rely on the plain flat "
                 "partition on the device; remove it"
             )
+    for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16_master_weights_and_grads"):
+        if ds.get("bf16", {}).get(key) or ds.get("fp16", {}).get(key):
+            raise ConfigError(f"{path}: {key} is not supported: master weights, moments and EMA are fp32; remove it")
+    if unknown := sorted(set(ds.get("data_types", {})) - {"grad_accum_dtype"}):
+        raise ConfigError(f"{path}: unknown key data_types.{unknown[0]}; DeepSpeed reads grad_accum_dtype there")
     if ds.get("bf16", {}).get("check_grad_overflow") is False:
         raise ConfigError(f"{path}: bf16.check_grad_overflow=false lets a NaN into the weights; remove it")
     precision(ds)

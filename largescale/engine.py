@@ -2,7 +2,6 @@
 
 import enum
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import astuple, is_dataclass
@@ -12,13 +11,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+# DS_ACCELERATOR must be set to the run's device before this import; train.py does.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.fp16.loss_scaler import LossScalerBase
 
 from largescale.checkpoint_files import CLIENT_KEY, CheckpointDir, flat_state
+from largescale.errors import CheckpointError, ConfigError
 
 # What moves in a loss scaler; its settings are the config's.
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -26,7 +27,7 @@ _STATE_KINDS = ("exp_avg", "exp_avg_sq", "ema")
 
 
 class Engine:
-    """One optimizer step is `grad_accum_steps` times `forward` and `backward`, then `step`."""
+    """One optimizer step is `forward`, `backward` and `advance`, each as often as there are accumulation steps."""
 
     def __init__(self, model: nn.Module, build_optimizer: Callable[[Any], torch.optim.Optimizer], ds: dict[str, Any]):
         """`model` in fp32, equal on every rank; `ds` the final DeepSpeed config."""
@@ -42,9 +43,7 @@ class Engine:
         self._zero.loss_scaler.raise_error_at_min_scale = False
         self._engine._copy_recovery_script = lambda *_: None  # its zero_to_fp32.py does not know our files
         self.module: nn.Module = self._engine.module
-        self.world_size = int(self._engine.dp_world_size)
-        self.rank = int(self._engine.global_rank)
-        self.grad_accum_steps = int(self._engine.gradient_accumulation_steps())
+        self._rank = int(self._engine.global_rank)
         # DeepSpeed casts the module first and copies its master weights from that: put back what the cast rounded away.
         for name, p in self.module.named_parameters():
             if not p.requires_grad:
@@ -107,9 +106,10 @@ class Engine:
         )
 
     def load(self, checkpoint: CheckpointDir, saved_world_size: int) -> None:
-        """Collective. Reads the state of any number of ranks; hyper-parameters stay as configured.
+        """Read this rank's part of a state saved by any number of ranks; hyper-parameters stay as configured.
 
-        Not DeepSpeed's own loading: that refuses another number of ranks, unpickles, and brings back the old lr.
+        Not collective, and to be followed by `gather_weights`, which is. Not DeepSpeed's own loading: that refuses
+        another number of ranks, unpickles, and brings back the old lr. Raises CheckpointError for a state too short.
         """
         self._fill(self._master, flat_state(checkpoint, "master", 0, saved_world_size))
         saved = checkpoint.optimizer_state(0)  # what is not sharded is the same on every rank
@@ -120,16 +120,24 @@ class Engine:
                 state[key] = torch.zeros_like(self._master)
                 self._fill(state[key], flat_state(checkpoint, key, 0, saved_world_size))
             else:
-                state[key] = value.clone()
+                state[key] = value.to(self._master.device, copy=True)  # the step: a fused kernel wants it there
+        for group, saved_group in zip(
+            self._zero.optimizer.param_groups, saved["base_optimizer_state"]["param_groups"], strict=True
+        ):
+            if "step" in saved_group:  # apex counts here
+                group["step"] = saved_group["step"]
         for key in _SCALER_STATE:
             if key in saved["loss_scaler"]:
                 setattr(self._zero.loss_scaler, key, saved["loss_scaler"][key])
+
+    def gather_weights(self) -> None:
+        """Collective. The weights, in the compute dtype, from all ranks' master weights."""
         self._zero.update_lp_params()
 
     @torch.no_grad()
     def _fill(self, partition: Tensor, pieces: Iterable[Tensor]) -> None:
         """Copy this rank's part of a flat state, given whole in consecutive pieces, into `partition`."""
-        start = self.rank * partition.numel()
+        start = self._rank * partition.numel()
         end = min(start + partition.numel(), self.numel)
         partition.zero_()
         offset = 0
@@ -138,6 +146,17 @@ class Engine:
             if low < high:
                 partition[low - start : high - start].copy_(piece[low - offset : high - offset])
             offset += piece.numel()
+        if offset < self.numel:
+            raise CheckpointError(f"the saved state has {offset} of the model's {self.numel} parameters")
+
+
+def check_ds_config(ds: dict[str, Any]) -> None:
+    """Let DeepSpeed read its settings, before anything is built. Raises ConfigError for what it does not take."""
+    batch = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}  # of all ranks
+    try:
+        DeepSpeedConfig({key: value for key, value in ds.items() if key not in batch} | {"train_batch_size": 2**20})
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"DeepSpeed does not take these settings: {error}") from error
 
 
 def plain(value: Any) -> Any:

@@ -4,9 +4,18 @@
 class LargescaleError(Exception):
     """Base of every error whose message says what to do about it."""
 
+    agreed = False
+    """Whether every rank raises it, so that one rank's word is enough."""
+
 
 class ConfigError(LargescaleError, ValueError):
-    """A setting, or two that contradict each other."""
+    """A setting, or two that contradict each other. All ranks have the same settings."""
+
+    agreed = True
+
+
+class DeviceError(LargescaleError, RuntimeError):
+    """A device that this rank lacks; others may have theirs."""
 
 
 class DataError(LargescaleError, ValueError):
@@ -19,3 +28,5 @@ class CheckpointError(LargescaleError, RuntimeError):
 
 class NonFiniteError(LargescaleError, RuntimeError):
     """A loss or gradient that is not finite; nothing was saved over the last good state."""
+
+    agreed = True

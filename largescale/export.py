@@ -11,6 +11,7 @@ import tyro
 from largescale.checkpoint_files import named_weights
 from largescale.errors import LargescaleError
 from largescale.files import write_atomically
+from largescale.launch import print_error
 from largescale.weights import EXPORT_CONFIG, EXPORT_WEIGHTS, describe, find_checkpoint
 
 
@@ -27,7 +28,7 @@ class Export:
 def export(run: Path, out: Path | None = None, step: int | None = None) -> Path:
     from safetensors.torch import save_file
 
-    checkpoint = find_checkpoint(run, step, report=lambda text: print(text, file=sys.stderr))
+    checkpoint = find_checkpoint(run, step)
     out = out or run / "export"
     out.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in named_weights(checkpoint).items()}
@@ -43,7 +44,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         out = export(options.run, options.out, options.step)
     except LargescaleError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     print(f"EMA weights: {out / EXPORT_WEIGHTS}, config: {out / EXPORT_CONFIG}")
     return 0

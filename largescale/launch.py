@@ -1,6 +1,9 @@
 """What the launcher (torchrun, srun) says of this process, before anything is initialised."""
 
 import os
+import sys
+
+from largescale.errors import LargescaleError
 
 
 def env_rank() -> int:
@@ -14,3 +17,11 @@ def env_world_size() -> int:
 
 def env_local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+
+
+def print_error(error: LargescaleError) -> None:
+    """One line, once: from rank 0 what all ranks know, from any other what it alone met."""
+    if env_rank() == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    elif not error.agreed:
+        print(f"error on rank {env_rank()}: {error}", file=sys.stderr, flush=True)

@@ -23,9 +23,10 @@ class Meter:
         name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
         peak = peak_flops(name, precision)
         self._peak = peak and peak * ranks.world_size
-        self._reset()
+        self.restart()
 
-    def _reset(self) -> None:
+    def restart(self) -> None:
+        """Begin a window of the log."""
         self._since, self._steps = time.perf_counter(), 0
         self._seconds: dict[str, float] = defaultdict(float)
         self._losses = [0.0, 0.0, 0.0]
@@ -68,7 +69,7 @@ class Meter:
                 if count
             },
         }
-        self._reset()
+        self.restart()
         return metrics
 
     def _memory(self) -> float:

@@ -67,7 +67,6 @@ def build_optimizer(params: Any, config: OptimizerConfig, device: str) -> torch.
         "lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay,
         "ema_decay": config.ema_decay,
     }
-    check_apex(wanted=config.kernel == "apex")
     if config.kernel == "apex":
         from apex.optimizers import FusedAdam  # adam_w_mode is its default
 

@@ -1,9 +1,6 @@
 """Sample grids while training, from the EMA."""
 
-from pathlib import Path
-
 import numpy as np
-from PIL import Image
 from torch import nn
 
 from largescale.build import build_model, latent_shape
@@ -21,7 +18,7 @@ class Preview:
         self._config, self._diffusion, self._engine, self._ranks = config, diffusion, engine, ranks
         self._pixels = pixels
 
-    def __call__(self, step: int, telemetry: Telemetry, run_dir: Path) -> None:
+    def __call__(self, step: int, telemetry: Telemetry) -> None:
         """Collective: every rank draws its share, rank 0 lays out the grid."""
         c, ranks = self._config, self._ranks
         sampling = SamplingConfig(
@@ -40,9 +37,6 @@ class Preview:
             images[rank :: ranks.world_size] = share
         if ranks.rank == 0:
             sheet = grid(images, columns=min(10, len(images)), scale=max(1, 64 // images.shape[1]))
-            path = run_dir / "samples" / f"step_{step:08d}.png"
-            path.parent.mkdir(exist_ok=True)
-            Image.fromarray(sheet).save(path)
             telemetry.image(step, "samples", sheet)
 
     def _ema_model(self) -> nn.Module:

@@ -48,7 +48,8 @@ class ReferenceLoss:
         """Collective. The mean loss of each cluster, C_1 first, and over all of them."""
         model.eval()
         sums = torch.zeros(2, self._n_clusters, dtype=torch.float64, device=self._ranks.device)
-        for part in torch.arange(len(self._t), device=self._t.device).split(self._batch_size):
+        shares = torch.arange(len(self._t), device=self._t.device).split(self._batch_size)
+        for part in filter(len, shares):  # with more ranks than rows some have none
             losses = self._diffusion.training_losses(
                 model, self._x_start[part], self._t[part], self._noise[part], self._y[part]
             )

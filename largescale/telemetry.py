@@ -1,12 +1,14 @@
 """What a run tells: metrics.jsonl, TensorBoard, and a progress bar, all from rank 0."""
 
+import contextlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from largescale.files import write_atomically
@@ -41,6 +43,7 @@ class Telemetry:
         self.active = active
         if not active:
             return
+        self._run_dir, self._said_failing = run_dir, False
         run_dir.mkdir(parents=True, exist_ok=True)
         kept = [json.dumps(row) + "\n" for row in read_metrics(run_dir) if row["step"] <= step]
         write_atomically(run_dir / "metrics.jsonl", "".join(kept))
@@ -81,8 +84,14 @@ class Telemetry:
         self.say(text)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """`image`: (H, W, 3) uint8."""
-        if self.active and self._board:
+        """`image`: (H, W, 3) uint8, to TensorBoard and as RUN/NAME/step_00001000.png."""
+        if not self.active:
+            return
+        with self._going_on():
+            path = self._run_dir / name / f"step_{step:08d}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(image).save(path)
+        if self._board:
             self._board.add_image(name, image, step, dataformats="HWC")
 
     def say(self, text: str) -> None:
@@ -90,8 +99,19 @@ class Telemetry:
             tqdm.write(text, file=sys.stderr)
 
     def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with self._going_on():
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """A full disk costs a line of the log, not the run: rank 0 must not leave the others in a collective."""
+        try:
+            yield
+        except OSError as error:
+            if not self._said_failing:
+                self.say(f"telemetry cannot be written, training goes on without it: {error}")
+            self._said_failing = True
 
     def __enter__(self) -> Self:
         return self

@@ -5,24 +5,25 @@ Under torchrun or srun, one process a rank. To resume, run the same command agai
 
 import dataclasses
 import difflib
+import json
+import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from largescale.checkpoint_files import CheckpointDir
-from largescale.config import Config, config_hash, differences, to_dict, validate
+from largescale.config import Config, differences, from_dict, to_dict, validate
 from largescale.ds_config import final_ds_config, precision
 from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError
-from largescale.launch import env_rank, env_world_size
+from largescale.launch import env_rank, env_world_size, print_error
 from largescale.presets import PRESETS
 from largescale.signals import EXIT_REQUEUE, serve_stop_signals
 
 if TYPE_CHECKING:
     from largescale.data.shards import ShardDataset
     from largescale.distributed import Ranks
-
-T = TypeVar("T")
 
 
 def parse(args: list[str]) -> Config:
@@ -64,30 +65,13 @@ def open_dataset(config: Config, rank: int = 0, world_size: int = 1) -> "ShardDa
     return dataset
 
 
-def together(ranks: "Ranks", action: Callable[[], T]) -> T:
-    """Do something that can fail on one rank alone: if it does, every rank raises, and none waits for the others."""
-    result: Any = None
-    problem: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:
-        problem = error
-    failures = [p for p in ranks.all_gather_object(problem and (type(problem), str(problem))) if p]
-    if problem is not None:
-        raise problem
-    if failures:
-        kind, text = failures[0]
-        if issubclass(kind, LargescaleError):
-            raise kind(text)
-        raise RuntimeError(f"another rank failed: {kind.__name__}: {text}")
-    return result  # type: ignore[no-any-return]
-
-
 def run(config: Config) -> int:
     """Train; the process's exit status."""
     from largescale.distributed import Ranks
+    from largescale.optim import check_apex
 
     validate(config, env_world_size())
+    check_apex(wanted=config.optimizer.kernel == "apex")
     ds = final_ds_config(config, env_world_size())
     ranks = Ranks(config.train.device)
     try:
@@ -101,31 +85,33 @@ def train(config: Config, ds: dict[str, Any], ranks: "Ranks") -> int:
         if ranks.rank == 0:
             print(text, file=sys.stderr, flush=True)
 
-    dataset = together(ranks, lambda: open_dataset(config, ranks.rank, ranks.world_size))
+    dataset = ranks.together(lambda: open_dataset(config, ranks.rank, ranks.world_size))
     # DeepSpeed's import takes seconds: what is wrong with the settings or the data is said before it.
+    os.environ["DS_ACCELERATOR"] = config.train.device
     from largescale.checkpoint import Checkpointer
+    from largescale.engine import check_ds_config
     from largescale.telemetry import Telemetry
     from largescale.trainer import Trainer
 
-    plain = to_dict(config)
+    check_ds_config(ds)
     identity = {
-        "config": plain, "config_hash": config_hash(plain), "precision": precision(ds),
-        "dataset": dataset.fingerprint, "data_info": dataclasses.asdict(dataset.info),
+        "config": to_dict(config), "precision": precision(ds),
+        "dataset": dataset.fingerprint, "data_info": json.loads(json.dumps(dataclasses.asdict(dataset.info))),
     }
     checkpointer = Checkpointer(config.run_dir, config.checkpoint, ranks)
     checkpoint = checkpointer.newest(say)
     if checkpoint is not None:
-        check_same_run(checkpoint, identity, say)
+        ranks.together(lambda: check_same_run(checkpoint, identity, say))
 
-    together(ranks, lambda: make_run_dir(config.run_dir))
+    ranks.together(lambda: check_writable(config.run_dir))
     trainer = Trainer(config, ds, ranks, dataset, checkpointer, identity)
     if checkpoint is not None:
-        together(ranks, lambda: trainer.resume(checkpoint))
+        trainer.resume(checkpoint)
         say(f"resumed {config.run_dir} at step {trainer.step}, curriculum index {trainer.curriculum.index}")
-    with Telemetry(
+    with ranks.together(lambda: Telemetry(
         config.run_dir, active=ranks.rank == 0, tensorboard=config.telemetry.tensorboard,
         step=trainer.step, steps=config.train.steps,
-    ) as telemetry:
+    )) as telemetry:
         finished = trainer.run(telemetry)
     say(
         f"{'finished' if finished else 'stopped'} {config.run_dir} at step {trainer.step}, "
@@ -135,11 +121,14 @@ def train(config: Config, ds: dict[str, Any], ranks: "Ranks") -> int:
     return 0 if finished else EXIT_REQUEUE
 
 
-def make_run_dir(path: Path) -> None:
+def check_writable(run_dir: Path) -> None:
+    """Make the run directory, and prove that this rank can write there."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
     except OSError as error:
-        raise CheckpointError(f"the run directory {path} cannot be made: {error}; choose another --output") from error
+        raise CheckpointError(f"cannot write to {run_dir}: {error}; choose another --output") from error
 
 
 def check_same_run(checkpoint: CheckpointDir, identity: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -147,7 +136,8 @@ def check_same_run(checkpoint: CheckpointDir, identity: dict[str, Any], say: Cal
     saved = checkpoint.manifest()["state"]
 
     def comparable(state: dict[str, Any]) -> dict[str, Any]:
-        return {**state["config"], "precision": state["precision"], "dataset": state["dataset"]}
+        config = to_dict(from_dict(state["config"]))  # fields that are new since then have their defaults
+        return {**config, "precision": state["precision"], "dataset": state["dataset"]}
 
     refused, said = differences(comparable(saved), comparable(identity))
     if refused:
@@ -169,8 +159,7 @@ def main(args: list[str] | None = None) -> int:
             return dry_run(config) if env_rank() == 0 else 0
         return run(config)
     except LargescaleError as error:
-        if env_rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        print_error(error)
         return 2
 
 

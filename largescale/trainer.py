@@ -1,5 +1,6 @@
 """The loop. Everything that a step decides follows from the agreed vector, so every rank decides alike."""
 
+import json
 import math
 from functools import partial
 from typing import Any
@@ -33,7 +34,7 @@ from largescale.telemetry import Telemetry
 class Trainer:
     def __init__(self, config: Config, ds: dict[str, Any], ranks: Ranks, dataset: ShardDataset,
                  checkpointer: Checkpointer, identity: dict[str, Any]):
-        """`identity`: what the checkpoint must say about the run besides its progress (see start.py)."""
+        """`identity`: what the checkpoint must say about the run besides its progress (see train.py)."""
         self.config, self.ranks, self.dataset, self.checkpointer = config, ranks, dataset, checkpointer
         self.identity = identity
         self.micro_batch_size, self.grad_accum_steps = batch_layout(config, ranks.world_size)
@@ -63,8 +64,16 @@ class Trainer:
         }
 
     def resume(self, checkpoint: CheckpointDir) -> None:
-        self.engine.load(checkpoint, checkpoint.manifest()["world_size"])
-        state = client_state(checkpoint)
+        """Collective."""
+        def read() -> dict[str, Any]:
+            manifest, state = checkpoint.manifest(), client_state(checkpoint)
+            if manifest["state"] != json.loads(json.dumps(state)):
+                raise CheckpointError(f"{checkpoint.path}: the manifest's copy of the state is not the checkpoint's")
+            self.engine.load(checkpoint, manifest["world_size"])
+            return state
+
+        state = self.ranks.together(read)
+        self.engine.gather_weights()
         self.step, self.skipped_steps = state["step"], state["skipped_steps"]
         self.curriculum.load_state_dict(state["curriculum"])
 
@@ -75,9 +84,9 @@ class Trainer:
         c = self.config
         self.telemetry = telemetry
         self.preview = Preview(c, self.diffusion, self.engine, self.ranks, self.dataset.info.kind == "pixels")
-        self.reference = ReferenceLoss(
+        self.reference = self.ranks.together(lambda: ReferenceLoss(
             c, self.dataset, self.diffusion, self.curriculum.edges, self.ranks, self.micro_batch_size, self.shape
-        )
+        ))
         self.save()
         self.finish_checkpoint(required=True)  # step 0 proves, before GPU time is spent, that it can be saved at all
         stop = False
@@ -86,6 +95,7 @@ class Trainer:
             micro_batch_size=self.micro_batch_size, rank=self.ranks.rank, world_size=self.ranks.world_size,
             start_step=self.step, prefetch=c.data.prefetch, pin_memory=c.train.device == "cuda",
         ) as loader:
+            self.meter.restart()
             while self.step < c.train.steps and not stop:
                 with self.meter.lap("data"):
                     batch = loader.batch(self.step)
@@ -171,11 +181,11 @@ class Trainer:
         if c.telemetry.reference_every and step % c.telemetry.reference_every == 0:
             with self.meter.lap("reference"):
                 self.telemetry.log(step, self.reference(self.engine.module))
-        if c.telemetry.preview_every and step % c.telemetry.preview_every == 0:
-            with self.meter.lap("preview"):
-                self.preview(step, self.telemetry, c.run_dir)
         if step % c.checkpoint.every == 0:
             self.save()
+        if c.telemetry.preview_every and step % c.telemetry.preview_every == 0:
+            with self.meter.lap("preview"):
+                self.preview(step, self.telemetry)
 
     # ---- what is due now and then
 
@@ -222,7 +232,7 @@ class Trainer:
                 + (f" and {len(report.non_finite) - 1} more" if len(report.non_finite) > 1 else "")
                 + f"; the last good checkpoint is step {self.checkpointer.last_saved}"
             )
-        culprits = self.ranks.all_gather_object(self.non_finite_gradient(batch))
+        culprits = self.ranks.all_gather_object(self.ranks.together(lambda: self.non_finite_gradient(batch)))
         found = [f"rank {rank} in {name}" for rank, name in enumerate(culprits) if name]
         raise NonFiniteError(
             f"the gradient is not finite at {where} (loss {report.loss:.6g}, loss scale "

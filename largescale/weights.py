@@ -1,6 +1,7 @@
 """A trained model from an export or a run directory, without DeepSpeed."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from largescale.build import build_diffusion, build_model
-from largescale.checkpoint_files import CheckpointDir, named_weights, newest_valid
+from largescale.checkpoint_files import CheckpointDir, checkpoints, named_weights, newest_valid
 from largescale.config import Config, from_dict
 from largescale.diffusion.gaussian import GaussianDiffusion
 from largescale.errors import CheckpointError
@@ -26,7 +27,7 @@ class Trained:
     """Where the weights are from: step, curriculum state, data set."""
 
 
-def find_checkpoint(run_dir: Path, step: int | None, report: Any = None) -> CheckpointDir:
+def find_checkpoint(run_dir: Path, step: int | None) -> CheckpointDir:
     """The newest valid checkpoint of a run, or that of `step`, verified."""
     if step is not None:
         checkpoint = CheckpointDir.at(run_dir, step)
@@ -35,7 +36,7 @@ def find_checkpoint(run_dir: Path, step: int | None, report: Any = None) -> Chec
         if problem := checkpoint.problem():
             raise CheckpointError(f"{problem}; choose another --step, or leave it out for the newest valid one")
         return checkpoint
-    newest = newest_valid(run_dir, report)
+    newest, _ = newest_valid(run_dir, checkpoints(run_dir), report=lambda text: print(text, file=sys.stderr))
     if newest is None:
         raise CheckpointError(f"{run_dir} holds no checkpoint; give the folder of a run, such as runs/digits")
     return newest

@@ -25,7 +25,9 @@ PYTHON=${PYTHON:-.venv/bin/python}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 
-# In the background and waited for, so that a signal to this shell is not held back until srun ends.
+# Slurm sends TERM to this shell too; it stays, to see what the run says. In the background and waited for, or the trap would
+# be held back until srun ends.
+trap : TERM
 srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
     "$PYTHON" -m largescale.train dit_l2_imagenet256 --output "$RUN" --data.path "$DATA" "$@" &
 wait $!

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from largescale.errors import DataError
 from largescale.files import fsync_dir, sha256, write_atomically
+from largescale.launch import env_rank
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -175,7 +176,7 @@ class ShardDataset:
                 raise self._damaged(shard, f"has labels from {shard['label_min']} to {shard['label_max']}, "
                                            f"outside [0, num_classes={self.info.num_classes})")
         to_verify = list(enumerate(self._shards))[part] if verify else []
-        for number, shard in tqdm(to_verify, "verify", unit="shard", delay=2):
+        for number, shard in tqdm(to_verify, "verify", unit="shard", delay=2, disable=env_rank() != 0):
             if sha256(self.path / shard["file"]) != shard["sha256"]:
                 raise self._damaged(shard, "was altered: its hash is not the manifest's")
             self._views(number)

@@ -7,11 +7,13 @@ import argparse
 import os
 import signal
 import sys
+from pathlib import Path
 
 import torch
 
-from largescale import train
-from largescale.engine import Engine
+os.environ["DS_ACCELERATOR"] = "cpu"
+from largescale import checkpoint, train
+from largescale.errors import DataError
 from largescale.trainer import Trainer
 
 parser = argparse.ArgumentParser()
@@ -19,6 +21,8 @@ parser.add_argument("--die-after", type=int, help="kill -9 this process when the
 parser.add_argument("--forget", choices=["patience", "ema", "moments", "loss_scale"], help="lose it on resume")
 parser.add_argument("--bad-loss", type=int, nargs=2, metavar=("STEP", "RANK"), help="an infinite loss")
 parser.add_argument("--bad-gradient", type=int, nargs=2, metavar=("STEP", "RANK"), help="a finite loss, a NaN gradient")
+parser.add_argument("--full-disk", type=int, nargs=2, metavar=("STEP", "RANK"), help="that checkpoint, on that rank only")
+parser.add_argument("--no-data", type=int, metavar="RANK", help="the data set cannot be opened on that rank")
 parser.add_argument("--stop-at", type=int, help="send this process SIGTERM at the step")
 separator = sys.argv.index("--")
 faults = parser.parse_args(sys.argv[1:separator])
@@ -83,5 +87,22 @@ if faults.bad_loss or faults.bad_gradient:
 
     Trainer.losses = bad  # type: ignore[assignment, method-assign]
 
-assert Engine
+if faults.full_disk:
+    step, rank = faults.full_disk
+    write = checkpoint._write
+
+    def full(state: object, path: Path) -> object:
+        if os.environ["RANK"] == str(rank) and path.parent.name == f"step_{step:08d}":
+            raise OSError(28, "No space left on device")
+        return write(state, path)  # type: ignore[arg-type]
+
+    checkpoint._write = full  # type: ignore[assignment]
+
+if faults.no_data is not None and os.environ["RANK"] == str(faults.no_data):
+
+    def lost(*args: object) -> None:
+        raise DataError("the file system is not mounted here")
+
+    train.open_dataset = lost  # type: ignore[assignment]
+
 sys.exit(train.main(sys.argv[separator + 1 :]))

@@ -44,11 +44,22 @@ def undisturbed(precision: str, truths: dict[str, Any], factory: pytest.TempPath
     return truths[precision]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_new_process_beside_a_transition(precision: str, truths: dict[str, Any], tmp_path: Path, train: Train,
-                                         tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize(
+    ("precision", "where"),
+    [("fp32", "step 0"), ("fp32", "a transition"), ("bf16", "just before a transition"), ("fp16", "after a skipped step"),
+     ("fp16", "just after a transition")],
+)
+def test_new_process(precision: str, where: str, truths: dict[str, Any], tmp_path: Path, train: Train,
+                     tmp_path_factory: pytest.TempPathFactory) -> None:
     truth, args = undisturbed(precision, truths, tmp_path_factory, train)
-    step = checkpoints(truth)[0].manifest()["state"]["curriculum"]["transitions"][0][0] - 1
+    transition = checkpoints(truth)[0].manifest()["state"]["curriculum"]["transitions"][0][0]
+    skipped = itertools.pairwise(row["optimizer/skipped_steps"] for row in trace(truth))
+    step = {
+        "step 0": 0, "just before a transition": transition - 1, "a transition": transition,
+        "just after a transition": transition + 1,
+        "after a skipped step": next((i + 2 for i, (a, b) in enumerate(skipped) if b > a), None),
+    }[where]
+    assert step is not None
     run = tmp_path / "run"
     cut(truth, run, step)
     done = train(*args, "--output", run)
@@ -72,16 +83,17 @@ def test_negative_control(forget: str, truths: dict[str, Any], tmp_path: Path, t
         assert_same_run(run, truth)
 
 
-def test_killed_process(truths: dict[str, Any], tmp_path: Path, train: Train,
+@pytest.mark.parametrize(("precision", "step"), [("fp32", 1), ("bf16", 7), ("fp16", 13)])
+def test_killed_process(precision: str, step: int, truths: dict[str, Any], tmp_path: Path, train: Train,
                         tmp_path_factory: pytest.TempPathFactory) -> None:
-    """kill -9 of both ranks after step 7, its files written and its manifest not: step 6 is resumed."""
-    truth, args = undisturbed("bf16", truths, tmp_path_factory, train)
+    """kill -9 of both ranks after a step whose files are written and whose manifest is not: the one before is resumed."""
+    truth, args = undisturbed(precision, truths, tmp_path_factory, train)
     run = tmp_path / "run"
-    done = train(*args, "--output", run, driver=("--die-after", 7))
+    done = train(*args, "--output", run, driver=("--die-after", step))
     assert [p.returncode for p in done] == [-signal.SIGKILL] * 2
-    assert CheckpointDir.at(run, 7).path.exists() and not CheckpointDir.at(run, 7).exists
+    assert CheckpointDir.at(run, step).path.exists() and not CheckpointDir.at(run, step).exists
     done = train(*args, "--output", run)
-    assert f"resumed {run} at step 6," in done[0].stderr, done[0].stderr
+    assert f"resumed {run} at step {step - 1}," in done[0].stderr, done[0].stderr
     assert_same_run(run, truth)
 
 

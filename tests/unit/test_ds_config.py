@@ -54,7 +54,7 @@ def test_the_headline_recipe() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value", "owner"),
-    [("train_batch_size", 7, "train.global_batch_size, now 64"), ("gradient_clipping", 1.0, "optimizer.clip_grad_norm"),
+    [("train_batch_size", 7, "train.global_batch_size, now 128"), ("gradient_clipping", 1.0, "optimizer.clip_grad_norm"),
      ("optimizer", {"type": "Adam"}, "owned by the run config"), ("gradient_accumulation_steps", 2, "number of ranks"),
      ("train_micro_batch_size_per_gpu", 2, "train.micro_batch_size"), ("scheduler", {}, "optimizer.lr")],
 )
@@ -71,6 +71,8 @@ def test_a_key_owned_by_both_is_an_error_with_both_values(tmp_path: Path, key: s
      ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer is not supported"),
      ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin_gradients is not supported"),
      ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "lets a NaN into the weights"),
+     ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16_master_weights_and_grads is not supported"),
+     ({"data_types": {"grad_acum_dtype": "fp32"}}, "unknown key data_types.grad_acum_dtype"),
      ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "choose one")],
 )
 def test_settings_that_a_run_cannot_be_trusted_to(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
@@ -84,6 +86,14 @@ def test_a_json_that_is_missing_or_broken(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ConfigError, match="not valid JSON"):
         load_ds_config(str(tmp_path / "broken.json"))
+
+
+def test_deepspeed_reads_the_settings_first(tmp_path: Path) -> None:
+    from largescale.engine import check_ds_config
+
+    check_ds_config(final_ds_config(digits(), 2))
+    with pytest.raises(ConfigError, match="does not take these settings(.|\n)*reduce_bucket_sise"):
+        check_ds_config(load_ds_config(write(tmp_path, zero_optimization={"stage": 2, "reduce_bucket_sise": 1})))
 
 
 def test_batch_layout() -> None:
@@ -107,12 +117,14 @@ def test_batch_layout() -> None:
      ("curriculum", "n_clusters", 2000), ("data", "prefetch", 0), ("optimizer", "lr", 0.0), ("optimizer", "ema_decay", 1.0),
      ("optimizer", "clip_grad_norm", -1.0), ("train", "steps", 0), ("train", "seed", -1), ("checkpoint", "every", 0),
      ("checkpoint", "keep_last", 0), ("checkpoint", "keep_every", -1), ("telemetry", "log_every", 0),
-     ("telemetry", "preview_steps", 0), ("telemetry", "preview_steps", 1001), ("telemetry", "preview_cfg_scale", -1.0),
-     ("telemetry", "reference_images", 0), ("telemetry", "preview_images", 0)],
+     ("telemetry", "preview_steps", 1), ("telemetry", "preview_steps", 1001), ("telemetry", "preview_cfg_scale", -1.0),
+     ("telemetry", "reference_images", 0), ("telemetry", "preview_images", 0),
+     ("model", "class_dropout_prob", 0.0), ("optimizer", "betas", (0.9, 1.0)), ("optimizer", "eps", -1.0),
+     ("optimizer", "weight_decay", -1.0), ("optimizer", "lr", float("inf")), ("train", "global_batch_size", 0)],
 )
 def test_values_that_cannot_be_right(section: str, field: str, value: Any) -> None:
     config = digits()
     validate(config, 2)
     wrong = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
-    with pytest.raises(ConfigError, match=field):
+    with pytest.raises(ConfigError, match=field if field != "class_dropout_prob" else "class_dropout_prob|preview_cfg_scale"):
         validate(wrong, 2)

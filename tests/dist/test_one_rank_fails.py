@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite stops the run, says where, and costs nothing that was saved."""
+"""What goes wrong on one rank is known to all: nobody hangs, nothing that was saved is lost, and the message says where."""
 
 from pathlib import Path
 
@@ -42,3 +42,18 @@ def test_fp16_gradient_lowers_the_scale_then_stops(tmp_path: Path, train: Train)
     assert [p.returncode for p in done] == [2, 2]
     assert "the gradient is not finite at step 7" in done[0].stderr and "loss scale 1)" in done[0].stderr
     assert checkpoints(run)[0].step == 4
+
+
+def test_full_disk_on_one_rank(tmp_path: Path, train: Train) -> None:
+    """The checkpoint is given up by all, training goes on, and the next one is written."""
+    run = tmp_path / "run"
+    done = train(*ARGS, "--output", run, driver=("--full-disk", 4, 1))
+    assert [p.returncode for p in done] == [0, 0], done[0].stderr
+    assert "checkpoint of step 4 was not written: rank 1: OSError: [Errno 28] No space left on device" in done[0].stderr
+    assert [c.step for c in checkpoints(run)] == [12, 8, 0]
+
+
+def test_no_data_on_one_rank(tmp_path: Path, train: Train) -> None:
+    done = train(*ARGS, "--output", tmp_path / "run", driver=("--no-data", 1))
+    assert [p.returncode for p in done] == [2, 2]
+    assert done[0].stderr.splitlines()[-1] == "error: the file system is not mounted here" and not done[1].stderr

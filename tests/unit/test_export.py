@@ -1,0 +1,80 @@
+"""What leaves a run: the EMA, with its config, without DeepSpeed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from largescale import export
+from largescale.checkpoint_files import checkpoints
+from largescale.errors import CheckpointError
+from largescale.weights import load_trained
+from tests.conftest import RunHere
+
+
+def test_the_export_is_the_ema(run_here: RunHere) -> None:
+    run = run_here("--train.steps", 6, "--curriculum.patience", 0).run
+    assert export.main([str(run)]) == 0
+    weights = load_file(run / "export/model.safetensors")
+    # The optimizer's flat tensor, put together here without the code under test: DiT's order, and padding at the end.
+    flat = checkpoints(run)[0].optimizer_state(0)["base_optimizer_state"]["state"][0]["ema"]
+    trained = load_trained(run / "export")
+    names = [name for name, p in trained.model.named_parameters() if p.requires_grad]
+    joined = torch.cat([weights[name].flatten() for name in names])
+    assert torch.equal(joined, flat[: len(joined)]) and len(flat) - len(joined) < 8
+    assert weights.keys() == trained.model.state_dict().keys()
+    description = json.loads((run / "export/config.json").read_text())
+    assert description["step"] == 6 and description["config"]["model"]["depth"] == 2
+    assert description["data_info"]["kind"] == "pixels" and description["curriculum"]["pacing"]["index"] < 5
+
+
+def test_run_and_export_are_the_same_model(run_here: RunHere) -> None:
+    run = run_here("--train.steps", 6, "--checkpoint.every", 3).run
+    export.export(run, step=3, out=run / "three")
+    x, t, y = torch.randn(2, 1, 16, 16), torch.tensor([10, 500]), torch.tensor([3, 10])
+    three, again, six = (load_trained(*where).model(x, t, y) for where in ((run / "three",), (run, 3), (run,)))
+    assert torch.equal(three, again) and not torch.equal(three, six)
+
+
+def test_at_step_0_the_ema_is_the_weights(run_here: RunHere) -> None:
+    run = run_here("--train.steps", 1).run
+    assert load_trained(run, 0).info["step"] == 0
+
+
+def test_no_deepspeed(run_here: RunHere) -> None:
+    run = run_here("--train.steps", 2).run
+    code = (f"import sys; from largescale import export; assert export.main([{str(run)!r}]) == 0\n"
+            "import eval.sample; assert 'deepspeed' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_damage(run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_here("--train.steps", 6, "--checkpoint.every", 3).run
+    export.export(run)
+    (run / "export/model.safetensors").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="cannot be read.*export the run again"):
+        load_trained(run / "export")
+    (checkpoints(run)[0].path / "mp_rank_00_model_states.pt").write_bytes(b"short")
+    assert load_trained(run).info["step"] == 3
+    assert "passing over a damaged checkpoint" in capsys.readouterr().err
+    assert export.main([str(run), "--step", "6"]) == 2 and export.main([str(run / "nothing")]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+
+
+def test_events_and_measures_of_a_run(run_here: RunHere) -> None:
+    """What metrics.jsonl holds besides the losses."""
+    from largescale.telemetry import read_metrics
+
+    rows = read_metrics(run_here("--train.steps", 8, "--curriculum.patience", 0).run)
+    events = [row for row in rows if row.get("event") == "transition"]
+    assert events and [e["index"] for e in events] == list(range(4, 4 - len(events), -1))
+    last = next(row for row in reversed(rows) if "loss" in row)
+    assert {"images_per_s", "memory_gib", "time/data_wait_share", "time/overhead_share", "optimizer/grad_norm",
+            "optimizer/loss_scale", "optimizer/skipped_steps", "curriculum/lowest", "cluster/C5"} <= last.keys()
+    assert "mfu" not in last  # no peak is known of a CPU
+    for event, row in ((e, r) for e in events for r in rows if r["step"] == e["step"] and "loss" in r):
+        assert row["curriculum/index"] == event["index"]
