@@ -3,7 +3,7 @@
 A step is a pure function that returns the mean and the standard deviation of x_{t-1}; `sample` adds the noise.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -44,13 +44,12 @@ def sample(
     noise: Callable[[int], Tensor],
     eta: float = 0.0,
     clip_denoised: bool = False,
-    progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
 ) -> Tensor:
     """x_0, (N, C, H, W) float32, from pure noise x_T (N, C, H, W) and conditions y.
 
     `diffusion`: the one trained with, over all T timesteps. `steps`: as `space_timesteps` takes them.
     `noise(i)`: noise of x_T's shape for the i-th step, i = 0 .. steps - 2 in the order taken; not asked for where it
-    would not be used. `progress` wraps the steps, like tqdm.
+    would not be used.
     """
     if sampler not in ("ddpm", "ddim") or not 0 <= eta <= 1:
         raise ConfigError(f"unknown sampler={sampler!r} with eta={eta}; use ddpm, or ddim with eta from 0 to 1")
@@ -62,7 +61,7 @@ def sample(
     respaced = diffusion.respaced(kept)
     last = respaced.timesteps_total - 1
     x_t = x_T.float()
-    for i in progress(range(last + 1)) if progress else range(last + 1):
+    for i in range(last + 1):
         t = torch.full((len(x_t),), last - i, device=x_t.device)
         model_output = respaced.model_output(model, x_t, t, y)
         if sampler == "ddpm":

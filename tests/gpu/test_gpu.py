@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import Train, cut, ds_json, trace
+from tests.conftest import Train, cut, ds_json, final_state, trace
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -24,5 +24,20 @@ def test_training_and_resume(precision: str, tmp_path: Path, train: Train) -> No
     assert train(*args, "--output", tmp_path / "run", ranks=1)[0].returncode == 0
     resumed = [row["loss"] for row in trace(tmp_path / "run")]
     # Bitwise only where every kernel is deterministic; to rounding everywhere.
+    assert resumed[:11] == losses[:11] and resumed[11] == pytest.approx(losses[11], rel=1e-5 if precision == "fp32" else 1e-2)
     assert resumed == pytest.approx(losses, rel=1e-3 if precision == "fp32" else 3e-2)
+    ours, theirs = final_state(tmp_path / "run"), final_state(tmp_path / "truth")
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0.05, atol=0.01)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_and_one(tmp_path: Path, train: Train) -> None:
+    """NCCL, and the agreed vector on its side stream."""
+    args = (*ARGS, "--train.ds-config", ds_json("fp32", tmp_path))
+    for ranks in (1, 2):
+        done = train(*args, "--output", tmp_path / f"on{ranks}", ranks=ranks)
+        assert done[0].returncode == 0, done[0].stderr
+    one, two = ([row["loss"] for row in trace(tmp_path / name)] for name in ("on1", "on2"))
+    assert two == pytest.approx(one, rel=1e-3)
 
