@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from largescale.draws import Draws, step_draws, stream_seed
@@ -61,3 +62,9 @@ def test_no_two_steps_share_a_seed() -> None:
         assert len(low) == 200_000
     a, b = (torch.Generator().manual_seed(seed) for seed in (5, 5 + 2**32))
     assert torch.equal(torch.rand(3, generator=a), torch.rand(3, generator=b)), "the reason no longer holds"
+
+
+def test_the_interval_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A zero, which torch.rand gives once in 2**53 draws, would be an infinite SNR."""
+    monkeypatch.setattr(torch, "rand", lambda n, **settings: torch.zeros(n, dtype=settings["dtype"]))
+    assert (draws().v > 0).all()

@@ -1,0 +1,62 @@
+"""What training does with the parts: the noise it draws, the weights it starts from, the state it saves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from largescale.build import build_model
+from largescale.checkpoint_files import CheckpointDir, checkpoints, client_state, load, named_weights
+from largescale.presets import debug
+from tests.conftest import RunHere, ds_json
+
+
+def test_only_active_noise_levels_are_drawn(run_here: RunHere) -> None:
+    """Each row's clusters are those of the stage that its step was drawn in: the one in force after the step before."""
+    rows = run_here("--train.steps", 20, "--curriculum.patience", 0, "--train.global-batch-size", 64).trace()
+    index = 5
+    for row in rows:
+        active = {f"cluster/C{i}" for i in range(max(index, 1), 6)}
+        assert {key for key in row if key.startswith("cluster/")} == active, row["step"]
+        index = row["curriculum/index"]
+    assert index < 3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_master_weights_start_unrounded(precision: str, run_here: RunHere, tmp_path: Path) -> None:
+    """DeepSpeed casts the module before it copies; the position embedding stays fp32 too."""
+    run = run_here("--train.steps", 1, "--train.ds-config", ds_json(precision, tmp_path)).run
+    torch.manual_seed(0)
+    initial = build_model(debug().model).state_dict()
+    saved = named_weights(CheckpointDir.at(run, 0), "master")
+    assert saved.keys() == initial.keys()
+    assert [name for name in saved if not torch.equal(saved[name], initial[name])] == []
+    half = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    module = load(CheckpointDir.at(run, 0).path / "mp_rank_00_model_states.pt")["module"]
+    assert module["blocks.0.attn.qkv.weight"].dtype == half and module["pos_embed"].dtype == torch.float32
+
+
+def test_what_the_client_state_holds(run_here: RunHere) -> None:
+    """Everything of ours under one key of DeepSpeed's file, and the manifest's copy of it for tools without torch."""
+    run = run_here("--train.steps", 8, "--curriculum.patience", 1).run
+    checkpoint = checkpoints(run)[0]
+    state = client_state(checkpoint)
+    assert (state["step"], state["samples_seen"], state["skipped_steps"]) == (8, 128, 0)
+    last = run_here("--train.steps", 8, "--curriculum.patience", 1).trace()[-1]
+    pacing = state["curriculum"]["pacing"]
+    assert (pacing["index"], pacing["patience_count"]) == (last["curriculum/index"], last["curriculum/patience"])
+    assert checkpoint.manifest()["state"] == state
+    assert state["precision"] == "fp32" and state["config"]["model"]["depth"] == 2
+
+
+def test_files_load_without_unpickling(run_here: RunHere) -> None:
+    for path in checkpoints(run_here("--train.steps", 2).run)[0].path.glob("*.pt"):
+        torch.load(path, weights_only=True)
+
+
+def test_a_finished_run_has_nothing_left_to_do(run_here: RunHere) -> None:
+    first = run_here("--train.steps", 6)
+    before = {p: p.stat().st_mtime_ns for p in first.run.rglob("*.pt")}
+    again = run_here("--train.steps", 6)
+    assert again.code == 0 and "finished" in again.err
+    assert {p: p.stat().st_mtime_ns for p in first.run.rglob("*.pt")} == before and again.trace() == first.trace()
