@@ -22,10 +22,10 @@ demo: .venv/demo.stamp
 	$(TORCHRUN) -m eval.sample $(RUN) --out $(RUN)/eval --num-samples $(SAMPLES) --cfg-scale 1.5 2.0 --steps 100
 	$(BIN)/python -m eval.digits $(RUN)/eval/cfg1.5 $(RUN)/eval/cfg2.0 --out $(RUN)/eval/digits.json
 	@echo
-	@echo "pictures     $(RUN)/eval/cfg2.0/grid.png, $(RUN)/eval/cfg1.5/grid.png (a column a class)"
+	@echo "pictures     $(RUN)/eval/cfg2.0/grid.png, $(RUN)/eval/cfg1.5/grid.png (a column a class); while training: $(RUN)/samples"
 	@echo "logs         $(RUN)/metrics.jsonl; to look: $(BIN)/tensorboard --logdir $(RUN)/tensorboard"
 	@echo "checkpoint   $$(ls -d $(RUN)/checkpoints/step_* | tail -n 1)"
-	@echo "measured     above, and in $(RUN)/eval/digits.json; $$(($$(date +%s) - $$(cat .venv/demo.started))) s without installation"
+	@echo "measured     above, and in $(RUN)/eval/digits.json; this start took $$(($$(date +%s) - $$(cat .venv/demo.started))) s"
 	@echo "to resume    make demo, after an interruption; to train on: make demo DEMO_ARGS='--train.steps 10000'"
 
 test: .venv/dev.stamp check
@@ -36,9 +36,9 @@ check: .venv/dev.stamp
 	$(BIN)/mypy
 
 .venv/%.stamp: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit((3, 11) > sys.version_info and "largescale needs Python 3.11 or newer; try make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "largescale needs Python 3.11 to 3.13; try make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "installing into .venv: about 3 GB to download, one to three minutes"
+	@echo "installing into .venv: about 3 GB to download, one to three minutes, the last one silent"
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo$(if $(filter dev,$*),$(comma)dev)]'
 	@touch $@
 

@@ -112,14 +112,15 @@ class Sampler:
         model, n = self.trained.config.model, len(self.labels)
         mine = slice(self.rank, None, self.world_size)
         bar = tqdm(
-            total=len(range(n)[mine]), desc=name, unit="image", dynamic_ncols=True, disable=self.rank != 0,
+            total=n, desc=name, unit="image", dynamic_ncols=True, disable=self.rank != 0,
             mininterval=0.5 if sys.stderr.isatty() else 20,
         )
         with bar, torch.inference_mode():
             share = draw_samples(
                 self.trained.model, self.trained.diffusion, config, index=range(n)[mine], labels=self.labels[mine],
                 shape=latent_shape(model), num_classes=model.num_classes, batch_size=self.options.batch_size,
-                device=self.device, progress=bar.update,
+                device=self.device,
+                progress=lambda drawn: bar.update(min(drawn * self.world_size, n - bar.n)),  # the others keep pace
             )
         x = torch.empty(n, *share.shape[1:])
         for rank, part in enumerate(self.gather(share)):

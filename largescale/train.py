@@ -102,12 +102,23 @@ def train(config: Config, ds: dict[str, Any], ranks: "Ranks") -> int:
     checkpoint = checkpointer.newest(say)
     if checkpoint is not None:
         ranks.together(lambda: check_same_run(checkpoint, identity, say))
+        if checkpoint.step >= config.train.steps:
+            say(
+                f"finished already: {config.run_dir} is at step {checkpoint.step} of train.steps={config.train.steps}; "
+                "to train on, raise --train.steps; for another run, --output DIR"
+            )
+            return 0
 
     ranks.together(lambda: check_writable(config.run_dir))
     trainer = Trainer(config, ds, ranks, dataset, checkpointer, identity)
     if checkpoint is not None:
         trainer.resume(checkpoint)
         say(f"resumed {config.run_dir} at step {trainer.step}, curriculum index {trainer.curriculum.index}")
+    say(
+        f"training {config.run_dir} to step {config.train.steps}: {trainer.engine.numel:,} parameters, "
+        f"{len(dataset):,} rows, {ranks.world_size} x {config.train.device}, {precision(ds)}, "
+        f"batch {config.train.global_batch_size}"
+    )
     with ranks.together(lambda: Telemetry(
         config.run_dir, active=ranks.rank == 0, tensorboard=config.telemetry.tensorboard,
         step=trainer.step, steps=config.train.steps,

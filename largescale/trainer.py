@@ -166,7 +166,8 @@ class Trainer:
         before = self.curriculum.state
         if self.curriculum.observe(report.loss):
             index, lowest = self.curriculum.index, self.curriculum.lowest
-            done = "the curriculum is complete" if index == 0 else f"training on u in [{lowest:.3g}, 1)"
+            active = f"training on u in [{lowest:.3g}, 1)" if lowest else "training on all noise levels"
+            done = "the curriculum is complete" if index == 0 else active
             self.telemetry.event(
                 self.step, "transition", f"step {self.step}: curriculum index {before.index} -> {index}, {done}",
                 index=index, lowest=lowest,

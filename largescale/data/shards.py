@@ -37,7 +37,7 @@ COLUMNS = {
     "caption_pooled": pa.list_(pa.list_(pa.float16())),
 }
 KINDS = {"pixels": np.uint8, "latents": np.float16, "moments": np.float16}
-REMEDY = "pack it again (python -m data_prep.digits --out {}, or the program that made it)"
+REMEDY = "pack {} with the program of data_prep that makes it (the demo's: python -m data_prep.digits)"
 
 
 @dataclass(frozen=True)

@@ -58,5 +58,7 @@ def test_a_finished_run_has_nothing_left_to_do(run_here: RunHere) -> None:
     first = run_here("--train.steps", 6)
     before = {p: p.stat().st_mtime_ns for p in first.run.rglob("*.pt")}
     again = run_here("--train.steps", 6)
-    assert again.code == 0 and "finished" in again.err
+    assert again.code == 0 and "finished already" in again.err and "--output DIR" in again.err
+    fewer = run_here("--train.steps", 4)
+    assert fewer.code == 0 and "is at step 6 of train.steps=4" in fewer.err
     assert {p: p.stat().st_mtime_ns for p in first.run.rglob("*.pt")} == before and again.trace() == first.trace()
