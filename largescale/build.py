@@ -1,8 +1,11 @@
 """The objects that a config describes."""
 
+import torch
+
 from largescale.config import DiffusionConfig, ModelConfig
 from largescale.diffusion import schedule
 from largescale.diffusion.gaussian import GaussianDiffusion
+from largescale.models.conditioning import Captions, Condition
 from largescale.models.dit import DiT
 
 
@@ -17,6 +20,16 @@ def build_diffusion(config: DiffusionConfig, learn_sigma: bool) -> GaussianDiffu
         learn_sigma=learn_sigma,
         fixed_variance=config.fixed_variance,
     )
+
+
+def blank_condition(model: ModelConfig, n: int) -> Condition:
+    """Of the right shapes for n images, on torch's default device: for counting, and for models that need none."""
+    zeros = torch.zeros(n, dtype=torch.long)
+    if not model.caption_tokens:
+        return zeros
+    tokens = torch.zeros(n, model.caption_tokens, model.caption_width)
+    pooled = torch.zeros(n, model.caption_pooled_width)
+    return Captions(tokens, zeros + model.caption_tokens, pooled, null=zeros > 0)
 
 
 def latent_shape(model: ModelConfig) -> tuple[int, int, int]:

@@ -25,8 +25,17 @@ class ModelConfig:
     num_heads: int = 16
     mlp_ratio: float = 4.0
     num_classes: int = 1000
+    """0: no labels."""
+    caption_tokens: int = 0
+    """Tokens that a caption is padded to; 0: no captions."""
+    caption_width: int = 768
+    """Channels of a caption's token; of CLIP ViT-L/14."""
+    caption_pooled_width: int = 768
+    """Channels of the vector that stands for a whole caption."""
+    null_caption: Literal["encoded", "learned"] = "encoded"
+    """What stands for a dropped caption: the encoding of the empty one, or learned values."""
     class_dropout_prob: float = 0.1
-    """Probability that a label is replaced by the null label, for classifier-free guidance."""
+    """Probability that a label or caption is replaced by the null one, for classifier-free guidance."""
     learn_sigma: bool = True
     """Learn the variance too, between the bounds of arXiv:2102.09672 (adds the vb term to the loss)."""
 
@@ -242,8 +251,15 @@ def validate(config: Config, world_size: int) -> None:
     m, d, o, t = config.model, config.diffusion, config.optimizer, config.train
     require(m.patch_size > 0 and m.input_size % m.patch_size == 0, "model.patch_size", f"divide {m.input_size=}")
     require(m.num_heads > 0 and m.hidden_size % m.num_heads == 0, "model.num_heads", f"divide {m.hidden_size=}")
-    require(m.num_classes > 0, "model.num_classes", "be at least 1")
+    require(m.num_classes >= 0, "model.num_classes", "be 0 (no labels) or positive")
+    require(m.caption_tokens >= 0, "model.caption_tokens", "be 0 (no captions) or positive")
+    if m.caption_tokens:
+        require(m.num_classes == 0, "model.num_classes", f"be 0 with captions ({m.caption_tokens=})")
+        require(m.caption_width > 0, "model.caption_width", "be at least 1")
+        require(m.caption_pooled_width > 0, "model.caption_pooled_width", "be at least 1")
     require(0 <= m.class_dropout_prob < 1, "model.class_dropout_prob", "lie in [0, 1)")
+    require(m.class_dropout_prob == 0 or m.num_classes + m.caption_tokens > 0, "model.class_dropout_prob",
+            f"be 0 with {m.num_classes=} and {m.caption_tokens=}: there is nothing to drop")
     require(config.curriculum.n_clusters <= d.timesteps, "curriculum.n_clusters", f"not exceed {d.timesteps=}")
     require(config.curriculum.patience >= 0, "curriculum.patience", "be 0 or more")
     require(config.curriculum.interval > 0, "curriculum.interval", "be at least 1")
@@ -266,4 +282,4 @@ def validate(config: Config, world_size: int) -> None:
     require(config.telemetry.preview_cfg_scale >= 0, "telemetry.preview_cfg_scale", "be 0 or more")
     unguided = config.telemetry.preview_cfg_scale == 1 or config.telemetry.preview_every == 0
     require(m.class_dropout_prob > 0 or unguided, "telemetry.preview_cfg_scale",
-            "be 1 where model.class_dropout_prob is 0: there is no null label to guide with")
+            "be 1 where model.class_dropout_prob is 0: there is no null label or caption to guide with")

@@ -7,11 +7,13 @@ ranks, and a resumed run sees what the uninterrupted run would have seen. Nothin
 import hashlib
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-# One stream a kind of draw: a new kind never shifts the others.
-_STREAMS = ("noise_level", "noise", "flip", "dropout", "posterior")
+# One stream a kind of draw: a new kind never shifts the others. On the host there are also "flip" and "caption".
+_STREAMS = ("noise_level", "noise", "dropout", "posterior")
 
 
 def stream_seed(seed: int, stream: str, index: int) -> int:
@@ -25,19 +27,28 @@ def stream_seed(seed: int, stream: str, index: int) -> int:
     return (key >> 32 << 32 | low) & (2**63 - 1)
 
 
+def host_draws(seed: int, step: int, n: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
+    """What the loader's thread needs, on the host: which rows of the global batch are flipped, (n,) with probability
+    1/2, and which of its captions each gets, (n,) in [0, 1)."""
+    flip, caption = (
+        torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(stream_seed(seed, stream, step)))
+        for stream in ("flip", "caption")
+    )
+    return (flip < 0.5).numpy(), caption.numpy()
+
+
 @dataclass(frozen=True)
 class Draws:
-    """One step's draws for the whole global batch of G rows, or some rows of it."""
+    """One step's draws for the whole global batch of G rows, or some rows of it; the rest are `host_draws`."""
 
     v: Tensor                 # (G,) float64, uniform in the open (0, 1): where in the active noise range
     noise: Tensor             # (G, C, H, W) standard normal
-    flip: Tensor              # (G,) bool, with probability 1/2
-    dropout: Tensor           # (G,) bool: the label becomes the null label
+    dropout: Tensor           # (G,) bool: the label or caption becomes the null one
     posterior: Tensor | None  # (G, C, H, W) standard normal, for data stored as moments
 
     def rows(self, index: Tensor) -> "Draws":
         return Draws(
-            self.v[index], self.noise[index], self.flip[index], self.dropout[index],
+            self.v[index], self.noise[index], self.dropout[index],
             None if self.posterior is None else self.posterior[index],
         )
 
@@ -59,7 +70,6 @@ def step_draws(
     return Draws(
         v=uniform("noise_level"),
         noise=normal("noise"),
-        flip=uniform("flip") < 0.5,
         dropout=uniform("dropout") < dropout_prob,
         posterior=normal("posterior") if posterior else None,
     )

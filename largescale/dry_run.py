@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from largescale.build import build_model, latent_shape
+from largescale.build import blank_condition, build_model, latent_shape
 from largescale.config import Config, batch_layout, cluster_edges, to_dict, validate
 from largescale.ds_config import final_ds_config, precision
 from largescale.errors import DataError
@@ -28,10 +28,11 @@ def activation_bytes(model: nn.Module, config: Config) -> int:
             kept[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
         return tensor
 
-    x = torch.empty(1, *latent_shape(config.model), device="meta")
-    index = torch.zeros(1, dtype=torch.long, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(x, index, index)  # kept alive, so that no storage's id is used twice
+    with torch.device("meta"):
+        x, t = torch.empty(1, *latent_shape(config.model)), torch.zeros(1, dtype=torch.long)
+        y = blank_condition(config.model, 1)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model(x, t, y)  # kept alive, so that no storage's id is used twice
     del output
     return sum(kept.values())
 

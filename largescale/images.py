@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 
@@ -24,6 +25,28 @@ def grid(images: np.ndarray, columns: int, scale: int = 1, pad: int = 2) -> np.n
         top, left = pad + i // columns * (height + pad), pad + i % columns * (width + pad)
         sheet[top : top + height, left : left + width] = image
     return sheet
+
+
+def titled(images: np.ndarray, titles: Sequence[str], columns: int, scale: int = 1, lines: int = 3) -> np.ndarray:
+    """(N, H, W, 3) uint8 -> one picture, with the title of each image below it, wrapped, cut after so many lines."""
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    width, line = images.shape[2], 12
+    below = []
+    for title in titles:
+        strip = Image.new("RGB", (width, lines * line + 2), (32, 32, 32))
+        draw = ImageDraw.Draw(strip)
+        for row, text in enumerate(_wrapped(title, draw, width - 2)[:lines]):
+            draw.text((1, row * line), text, fill=(230, 230, 230))
+        below.append(np.asarray(strip))
+    return grid(np.concatenate([images, np.stack(below)], axis=1), columns)
+
+
+def _wrapped(text: str, draw: ImageDraw.ImageDraw, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], longer] if draw.textlength(longer) <= width or not lines[-1] else [*lines, word]
+    return lines
 
 
 def balanced_labels(n: int, num_classes: int) -> Sequence[int]:

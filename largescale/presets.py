@@ -1,7 +1,9 @@
 """Recipes by name. `python -m largescale.train NAME` starts one; every field can be overridden there."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from largescale.config import (
     CheckpointConfig,
@@ -17,22 +19,33 @@ from largescale.config import (
 # hidden_size, depth, num_heads (table 1 of arXiv:2212.09748)
 DIT_SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
 
+# What a model is told, by data set. CLIP ViT-L/14 has 77 tokens of 768 channels, and 768 pooled.
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "imagenet256": {"num_classes": 1000},
+    "coco256": {"num_classes": 0, "caption_tokens": 77, "caption_width": 768, "caption_pooled_width": 768},
+    "ffhq256": {"num_classes": 0, "class_dropout_prob": 0.0},
+}
 
-def dit_imagenet256(size: str, patch_size: int) -> Config:
-    """DiT on ImageNet 256x256 latents (4, 32, 32) with the hyper-parameters of arXiv:2403.10348: AdamW at 1e-4 without
-    decay, EMA 0.9999, batch 256, 20 clusters, tau_max 200 (400 for DiT-L), cosine schedule, 400K steps. Not the
-    paper's: bf16 (it trained in fp32), and DiT-XL, which it does not train and which gets DiT-L's tau_max."""
+
+def dit(size: str, patch_size: int, data: str, steps: int = 400_000) -> Config:
+    """DiT on 256x256 latents (4, 32, 32) with the hyper-parameters of arXiv:2403.10348: AdamW at 1e-4 without decay,
+    EMA 0.9999, batch 256, 20 clusters, tau_max 200 (400 for DiT-L), cosine schedule. Not the paper's: bf16 (it trained
+    in fp32), and DiT-XL, which it does not train and which gets DiT-L's tau_max."""
     hidden_size, depth, num_heads = DIT_SIZES[size]
     return Config(
-        name=f"dit_{size}{patch_size}_imagenet256",
-        model=ModelConfig(patch_size=patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads),
+        name=f"dit_{size}{patch_size}_{data}",
+        model=ModelConfig(
+            patch_size=patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads, **CONDITIONS[data]
+        ),
         curriculum=CurriculumConfig(patience=400 if size in ("l", "xl") else 200),
+        data=DataConfig(path=f"data/{data}"),
+        train=TrainConfig(steps=steps),
     )
 
 
-def dit_l2_imagenet256() -> Config:
-    """The headline run: DiT-L/2 for 2M steps."""
-    return Config(**{**vars(dit_imagenet256("l", 2)), "train": TrainConfig(steps=2_000_000)})
+def dit_b2_ffhq256() -> Config:
+    """Unconditional: nothing to guide a preview with."""
+    return dataclasses.replace(dit("b", 2, "ffhq256", 100_000), telemetry=TelemetryConfig(preview_cfg_scale=1.0))
 
 
 def digits() -> Config:
@@ -52,6 +65,19 @@ def digits() -> Config:
             log_every=20, reference_every=400, reference_images=32, preview_every=800, preview_images=40,
             preview_cfg_scale=2.0,
         ),
+    )
+
+
+def emoji() -> Config:
+    """The text demo: 32x32 pixels and the captions of a small encoder, a small DiT on CPU cores."""
+    return dataclasses.replace(
+        digits(),
+        name="emoji",
+        model=ModelConfig(
+            input_size=32, in_channels=3, patch_size=4, hidden_size=192, depth=6, num_heads=3, num_classes=0,
+            caption_tokens=16, caption_width=384, caption_pooled_width=384,
+        ),
+        data=DataConfig(path="data/emoji", horizontal_flip=False),
     )
 
 
@@ -75,11 +101,16 @@ def debug() -> Config:
 
 PRESETS: dict[str, Callable[[], Config]] = {
     **{
-        f"dit_{size}{patch_size}_imagenet256": partial(dit_imagenet256, size, patch_size)
+        f"dit_{size}{patch_size}_imagenet256": partial(dit, size, patch_size, "imagenet256")
         for size in DIT_SIZES
         for patch_size in (2, 4, 8)
     },
-    "dit_l2_imagenet256": dit_l2_imagenet256,
+    "dit_l2_imagenet256": partial(dit, "l", 2, "imagenet256", 2_000_000),  # the headline run
+    "dit_s2_coco256": partial(dit, "s", 2, "coco256"),
+    "dit_b2_coco256": partial(dit, "b", 2, "coco256"),
+    "dit_l2_coco256": partial(dit, "l", 2, "coco256", 2_000_000),
+    "dit_b2_ffhq256": dit_b2_ffhq256,
     "digits": digits,
+    "emoji": emoji,
     "debug": debug,
 }

@@ -1,22 +1,37 @@
 """Sample grids while training, from the EMA."""
 
 import numpy as np
+import torch
 from torch import nn
 
 from largescale.build import build_model, latent_shape
 from largescale.config import Config
+from largescale.data.loader import to_condition
+from largescale.data.order import sample_indices
+from largescale.data.shards import ShardDataset
 from largescale.diffusion.gaussian import GaussianDiffusion
 from largescale.distributed import Ranks
 from largescale.engine import Engine
-from largescale.images import balanced_labels, grid, to_uint8
+from largescale.images import balanced_labels, grid, titled, to_uint8
+from largescale.models.conditioning import Condition, take
 from largescale.sampling import SamplingConfig, draw_samples
 from largescale.telemetry import Telemetry
 
 
 class Preview:
-    def __init__(self, config: Config, diffusion: GaussianDiffusion, engine: Engine, ranks: Ranks, pixels: bool):
+    """The same classes, or captions of the data set, every time."""
+
+    def __init__(self, config: Config, diffusion: GaussianDiffusion, engine: Engine, ranks: Ranks,
+                 dataset: ShardDataset):
         self._config, self._diffusion, self._engine, self._ranks = config, diffusion, engine, ranks
-        self._pixels = pixels
+        self._pixels = dataset.info.kind == "pixels"
+        n, self._titles = config.telemetry.preview_images, None
+        self._y: Condition = torch.tensor(balanced_labels(n, max(config.model.num_classes, 1)))
+        if config.model.caption_tokens and config.telemetry.preview_every:
+            rows = sample_indices(np.arange(n), len(dataset), config.train.seed)
+            gathered = dataset.gather(rows, choice=np.zeros(n))
+            self._y = to_condition({name: torch.from_numpy(values) for name, values in gathered.items()})
+            self._titles = [texts[0] for texts in dataset.texts(rows)]
 
     def __call__(self, step: int, telemetry: Telemetry) -> None:
         """Collective: every rank draws its share, rank 0 lays out the grid."""
@@ -25,18 +40,18 @@ class Preview:
             "ddim", c.telemetry.preview_steps, c.telemetry.preview_cfg_scale, seed=c.train.seed,
             clip_denoised=self._pixels,
         )
-        labels = balanced_labels(c.telemetry.preview_images, c.model.num_classes)
-        index = range(len(labels))
-        part = slice(ranks.rank, None, ranks.world_size)
+        n = c.telemetry.preview_images
         x = draw_samples(
-            self._ema_model(), self._diffusion, sampling, index=index[part], labels=labels[part],
+            self._ema_model(), self._diffusion, sampling, index=range(n)[ranks.rank :: ranks.world_size],
+            condition=lambda index: take(self._y, torch.tensor(index)),
             shape=latent_shape(c.model), num_classes=c.model.num_classes, batch_size=64, device=ranks.device,
         )
-        images = np.empty((len(labels), *x.shape[2:], 3), np.uint8)
+        images = np.empty((n, *x.shape[2:], 3), np.uint8)
         for rank, share in enumerate(ranks.all_gather_object(to_uint8(x))):
             images[rank :: ranks.world_size] = share
         if ranks.rank == 0:
-            sheet = grid(images, columns=min(10, len(images)), scale=max(1, 64 // images.shape[1]))
+            columns, scale = min(10, n), max(1, (96 if self._titles else 64) // images.shape[1])
+            sheet = titled(images, self._titles, columns, scale) if self._titles else grid(images, columns, scale)
             telemetry.image(step, "samples", sheet)
 
     def _ema_model(self) -> nn.Module:
@@ -44,4 +59,7 @@ class Preview:
         model = build_model(self._config.model).to(self._ranks.device).eval()
         flat = self._ranks.all_gather_flat(self._engine.ema_partition())[: self._engine.numel]
         nn.utils.vector_to_parameters(flat, [p for p in model.parameters() if p.requires_grad])
+        for ours, trained in zip(model.parameters(), self._engine.module.parameters(), strict=True):
+            if not ours.requires_grad:
+                ours.data.copy_(trained)  # fixed values, which have no EMA
         return model

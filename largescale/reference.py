@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from largescale.config import Config
-from largescale.data.loader import to_x_start
+from largescale.data.loader import to_condition, to_x_start
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset
 from largescale.diffusion.gaussian import GaussianDiffusion
 from largescale.distributed import Ranks
 from largescale.draws import step_draws
+from largescale.models.conditioning import take
 
 
 class ReferenceLoss:
@@ -32,15 +33,16 @@ class ReferenceLoss:
         moments = dataset.info.kind == "moments"
         seed = config.train.seed ^ 0x5EED  # not the images and noise of the first steps
         draws = step_draws(seed, 0, n, shape, dropout_prob=0.0, posterior=moments, device=ranks.device)
-        rows = dataset.gather(sample_indices(np.arange(n), len(dataset), seed))
+        first_caption = np.zeros(n) if config.model.caption_tokens else None
+        gathered = dataset.gather(sample_indices(np.arange(n), len(dataset), seed), choice=first_caption)
+        rows = {name: torch.from_numpy(values).to(ranks.device) for name, values in gathered.items()}
         # Only this rank's share of the set stays in memory.
         mine = torch.arange(ranks.rank, n, ranks.world_size, device=ranks.device)
         draws, self._cluster = draws.rows(mine), self._cluster[mine]
-        latent = torch.from_numpy(rows["latent"]).to(ranks.device)[mine]
         info = dataset.info
-        self._x_start = to_x_start(latent, None, info.kind, info.scale_factor, None, draws.posterior)
+        self._x_start = to_x_start(rows["latent"][mine], info.kind, info.scale_factor, draws.posterior)
         self._t = diffusion.timesteps(torch.from_numpy(u).to(ranks.device), 0.0)[mine]
-        self._y = torch.from_numpy(rows["label"]).to(ranks.device)[mine]
+        self._y = take(to_condition(rows), mine)
         self._noise = draws.noise
 
     @torch.no_grad()
@@ -51,7 +53,7 @@ class ReferenceLoss:
         shares = torch.arange(len(self._t), device=self._t.device).split(self._batch_size)
         for part in filter(len, shares):  # with more ranks than rows some have none
             losses = self._diffusion.training_losses(
-                model, self._x_start[part], self._t[part], self._noise[part], self._y[part]
+                model, self._x_start[part], self._t[part], self._noise[part], take(self._y, part)
             )
             member = (self._cluster[part] == torch.arange(self._n_clusters, device=part.device)[:, None]).double()
             sums += torch.stack([(member * losses.loss.double()).sum(1), member.sum(1)])

@@ -12,6 +12,7 @@ from largescale.diffusion.guidance import ClassifierFreeGuidance
 from largescale.diffusion.samplers import sample
 from largescale.draws import stream_seed
 from largescale.errors import ConfigError
+from largescale.models.conditioning import Condition, moved
 
 
 @dataclass(frozen=True)
@@ -49,27 +50,29 @@ def draw_samples(
     config: SamplingConfig,
     *,
     index: Sequence[int],
-    labels: Sequence[int],
+    condition: Callable[[Sequence[int]], Condition],
     shape: tuple[int, int, int],
     num_classes: int,
     batch_size: int,
     device: torch.device,
     progress: Callable[[int], Any] = lambda n: None,
 ) -> Tensor:
-    """Samples number `index[k]` with class `labels[k]`: (N, C, H, W) in the model's space, on the CPU.
+    """Samples number `index[k]`: (N, C, H, W) in the model's space, on the CPU.
 
+    `condition`: what the model is told of these sample numbers, on the CPU; asked for batch by batch.
     `progress(n)` is told of n more finished samples. Raises ConfigError for a label outside the classes.
     """
-    if bad := [label for label in labels if not 0 <= label < num_classes]:
-        raise ConfigError(f"label {bad[0]} lies outside the model's classes 0..{num_classes - 1}")
     guided = ClassifierFreeGuidance(model, config.cfg_scale, num_classes, config.cfg_channels)
     finished = []
     for start in range(0, len(index), batch_size):
         part = slice(start, start + batch_size)
+        y = condition(index[part])
+        if isinstance(y, Tensor) and num_classes and (outside := (y < 0) | (y >= num_classes)).any():
+            raise ConfigError(f"label {y[outside][0]} lies outside the model's classes 0..{num_classes - 1}")
         noise = SampleNoise(config.seed, index[part], shape, device)
         x = sample(
-            diffusion, guided, noise(), torch.tensor(labels[part], device=device), sampler=config.sampler,
-            steps=config.steps, noise=noise, eta=config.eta, clip_denoised=config.clip_denoised,
+            diffusion, guided, noise(), moved(y, device), sampler=config.sampler, steps=config.steps, noise=noise,
+            eta=config.eta, clip_denoised=config.clip_denoised,
         )
         finished.append(x.cpu())
         progress(len(x))

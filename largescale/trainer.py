@@ -14,7 +14,7 @@ from largescale.checkpoint import Checkpointer
 from largescale.checkpoint_files import CheckpointDir, client_state
 from largescale.config import Config, batch_layout, cluster_edges, pacing
 from largescale.curriculum import Curriculum
-from largescale.data.loader import Batch, Loader, to_x_start
+from largescale.data.loader import Batch, Loader, to_condition, to_x_start
 from largescale.data.shards import ShardDataset
 from largescale.diffusion.gaussian import Losses
 from largescale.distributed import PendingVector, Ranks
@@ -23,6 +23,7 @@ from largescale.ds_config import precision
 from largescale.engine import Engine
 from largescale.errors import CheckpointError, NonFiniteError
 from largescale.meter import Meter
+from largescale.models.conditioning import CaptionEmbedder, drop
 from largescale.models.dit import flops_per_image
 from largescale.optim import build_optimizer
 from largescale.preview import Preview
@@ -42,7 +43,10 @@ class Trainer:
         self.curriculum = Curriculum(cluster_edges(config), pacing(config))
         self.diffusion = build_diffusion(config.diffusion, config.model.learn_sigma)
         torch.manual_seed(config.train.seed)
-        model = build_model(config.model).to(ranks.device)
+        model = build_model(config.model)
+        if isinstance(model.y_embedder, CaptionEmbedder) and config.model.null_caption == "encoded":
+            model.y_embedder.set_null_caption(*map(torch.tensor, dataset.empty_caption))
+        model.to(ranks.device)
         flops = 3 * flops_per_image(model) * config.train.global_batch_size
         self.engine = Engine(model, partial(build_optimizer, config=config.optimizer, device=config.train.device), ds)
         self.meter = Meter(config.train.global_batch_size, flops, ranks, precision(ds), self.curriculum.n_clusters)
@@ -83,7 +87,9 @@ class Trainer:
         """Train to the last step, or until a rank is asked to stop. True if the run is finished."""
         c = self.config
         self.telemetry = telemetry
-        self.preview = Preview(c, self.diffusion, self.engine, self.ranks, self.dataset.info.kind == "pixels")
+        self.preview = self.ranks.together(
+            lambda: Preview(c, self.diffusion, self.engine, self.ranks, self.dataset)
+        )
         self.reference = self.ranks.together(lambda: ReferenceLoss(
             c, self.dataset, self.diffusion, self.curriculum.edges, self.ranks, self.micro_batch_size, self.shape
         ))
@@ -93,6 +99,7 @@ class Trainer:
         with Loader(
             self.dataset, seed=c.train.seed, global_batch_size=c.train.global_batch_size,
             micro_batch_size=self.micro_batch_size, rank=self.ranks.rank, world_size=self.ranks.world_size,
+            flip=c.data.horizontal_flip, captions=c.model.caption_tokens > 0,
             start_step=self.step, prefetch=c.data.prefetch, pin_memory=c.train.device == "cuda",
         ) as loader:
             self.meter.restart()
@@ -150,12 +157,9 @@ class Trainer:
         """Of this rank's k-th micro step: losses (B,) and timesteps (B,)."""
         info, device = self.dataset.info, self.ranks.device
         draws = draws.rows(self._rows[k])
-        mirror = None if batch.latent_mirror is None else batch.latent_mirror[k].to(device, non_blocking=True)
-        flip = draws.flip if self.config.data.horizontal_flip else None
-        latent = batch.latent[k].to(device, non_blocking=True)
-        x_start = to_x_start(latent, mirror, info.kind, info.scale_factor, flip, draws.posterior)
-        y = batch.label[k].to(device, non_blocking=True)
-        y = torch.where(draws.dropout, self.config.model.num_classes, y)
+        rows = {name: values[k].to(device, non_blocking=True) for name, values in batch.items()}
+        x_start = to_x_start(rows["latent"], info.kind, info.scale_factor, draws.posterior)
+        y = drop(to_condition(rows), draws.dropout, self.config.model.num_classes)
         t = self.diffusion.timesteps(draws.v, self.curriculum.lowest)
         return self.diffusion.training_losses(model, x_start, t, draws.noise, y), t
 

@@ -16,7 +16,8 @@ import torch
 from largescale import distributed
 from largescale import train as train_program
 from largescale.checkpoint_files import checkpoints, named_weights
-from largescale.data.shards import DatasetInfo, ShardWriter
+from largescale.data.format import CaptionInfo, DatasetInfo
+from largescale.data.writer import ShardWriter
 from largescale.telemetry import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +42,33 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             x, y = 3 + label, 12 - label + random.uniform(-1, 1)
             image = 255 * np.exp(-((row - y) ** 2 + (column - x) ** 2) / 8)
             writer.write(id=f"{i:05d}", latent=image.astype(np.uint8)[None], label=label)
+    return path
+
+
+CAPTIONED = ("--model.num-classes", 0, "--model.caption-tokens", 5, "--model.caption-width", 8,
+             "--model.caption-pooled-width", 6)
+
+
+@pytest.fixture(scope="session")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images as `blobs` has them, told apart by captions: 120 rows of one to three, for the settings CAPTIONED."""
+    path = tmp_path_factory.mktemp("data") / "captioned"
+    random = np.random.default_rng(1)
+    row, column = np.mgrid[:16, :16]
+
+    def noise(*shape: int) -> np.ndarray:
+        return random.normal(size=shape).astype(np.float16)
+
+    words = noise(10, 8)
+    info = DatasetInfo("captioned", "pixels", (1, 16, 16), 0, captions=CaptionInfo(5, 8, 6))
+    with ShardWriter(path, info, rows_per_shard=50) as writer:
+        for i in range(120):
+            kind, n = i % 10, 1 + i % 3
+            image = 255 * np.exp(-((row - 3 - kind) ** 2 + (column - 12 + kind) ** 2) / 8)
+            tokens = [np.concatenate([words[[kind]], noise(k + 1, 8)]) for k in range(n)]
+            writer.write(id=f"{i:05d}", latent=image.astype(np.uint8)[None], captions=[f"kind {kind}, {k}" for k in range(n)],
+                         caption_tokens=tokens, caption_pooled=[noise(6) for _ in range(n)])
+        writer.write_empty_caption(noise(2, 8), noise(6))
     return path
 
 

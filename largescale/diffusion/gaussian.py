@@ -13,8 +13,9 @@ from torch import Tensor
 
 from largescale.diffusion.schedule import alphas_cumprod, respaced_betas
 from largescale.errors import ConfigError
+from largescale.models.conditioning import Condition
 
-Model = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, y) -> model_output
+Model = Callable[[Tensor, Tensor, Condition], Tensor]  # (x_t, t, y) -> model_output
 
 
 class Losses(NamedTuple):
@@ -113,7 +114,7 @@ class GaussianDiffusion:
         return (self.at("sqrt_alphas_cumprod", t) * x_start.float()
                 + self.at("sqrt_one_minus_alphas_cumprod", t) * noise.float())
 
-    def model_output(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def model_output(self, model: Model, x_t: Tensor, t: Tensor, y: Condition) -> Tensor:
         """What the model says, float32, at the original timesteps."""
         return model(x_t, self._table("timestep_map", t), y).float()
 
@@ -147,7 +148,7 @@ class GaussianDiffusion:
     def _posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         return self.at("posterior_mean_coef1", t) * x_start + self.at("posterior_mean_coef2", t) * x_t
 
-    def training_losses(self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, y: Tensor) -> Losses:
+    def training_losses(self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, y: Condition) -> Losses:
         """`x_start`, `noise`: (N, C, H, W). `model(x_t, t, y)`: (N, 2C or C, H, W) of any float type."""
         x_start, noise = x_start.float(), noise.float()
         x_t = self.q_sample(x_start, t, noise)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from largescale.diffusion.gaussian import Model
 from largescale.errors import ConfigError
+from largescale.models.conditioning import Condition, drop, joined
 
 
 class ClassifierFreeGuidance:
@@ -21,12 +22,12 @@ class ClassifierFreeGuidance:
             raise ConfigError(f"channels={channels} leaves nothing to guide; use None to guide every channel")
         self.model, self.cfg_scale, self.null_label, self.channels = model, cfg_scale, null_label, channels
 
-    def __call__(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """x_t (N, C, H, W), t (N,), y (N,) -> (N, C or 2C, H, W)."""
+    def __call__(self, x_t: Tensor, t: Tensor, y: Condition) -> Tensor:
+        """x_t (N, C, H, W), t (N,), y for N images -> (N, C or 2C, H, W)."""
         if self.cfg_scale == 1:
             return self.model(x_t, t, y)
-        labels = torch.cat([y, torch.full_like(y, self.null_label)])
-        cond, uncond = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), labels).chunk(2)
+        both = joined(y, drop(y, torch.ones_like(t, dtype=torch.bool), self.null_label))
+        cond, uncond = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         guided = x_t.shape[1] if self.channels is None else min(self.channels, x_t.shape[1])
         eps = uncond[:, :guided] + self.cfg_scale * (cond - uncond)[:, :guided]
         return torch.cat([eps, cond[:, guided:]], dim=1)

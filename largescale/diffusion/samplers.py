@@ -12,6 +12,7 @@ from torch import Tensor
 from largescale.diffusion.gaussian import GaussianDiffusion, Model
 from largescale.diffusion.schedule import space_timesteps
 from largescale.errors import ConfigError
+from largescale.models.conditioning import Condition
 
 
 def ddpm_step(diffusion: GaussianDiffusion, model_output: Tensor, x_t: Tensor, t: Tensor,
@@ -37,7 +38,7 @@ def sample(
     diffusion: GaussianDiffusion,
     model: Model,
     x_T: Tensor,
-    y: Tensor,
+    y: Condition,
     *,
     sampler: Literal["ddpm", "ddim"],
     steps: int | str,

@@ -1,10 +1,48 @@
-"""Embeddings of what a denoiser is conditioned on. Outputs are float32 whatever type the weights have."""
+"""What a denoiser is conditioned on, and its embeddings: float32 whatever type the weights have, but for the tokens of
+captions."""
 
 import math
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from largescale.errors import ConfigError
+
+
+class Captions(NamedTuple):
+    """What a text-conditional model is told, for N images."""
+
+    tokens: Tensor  # (N, L, width) of any float type; what stands in the padding does not matter
+    length: Tensor  # (N,) int64, real tokens of each, 1 .. L
+    pooled: Tensor  # (N, pooled_width) of any float type
+    null: Tensor    # (N,) bool: the caption is dropped, the null caption stands in its place
+
+
+Condition = Tensor | Captions  # labels (N,) int64, which an unconditional model ignores, or captions
+
+
+def drop(y: Condition, dropped: Tensor, null_label: int) -> Condition:
+    """`y` with the null condition where `dropped`, (N,) bool."""
+    if isinstance(y, Captions):
+        return y._replace(null=y.null | dropped)
+    return torch.where(dropped, null_label, y)
+
+
+def joined(one: Condition, two: Condition) -> Condition:
+    """The rows of `one`, then those of `two`."""
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return torch.cat([one, two])
+    return Captions(*map(torch.cat, zip(one, two, strict=True)))
+
+
+def take(y: Condition, index: Tensor | slice) -> Condition:
+    return Captions(*(part[index] for part in y)) if isinstance(y, Captions) else y[index]
+
+
+def moved(y: Condition, device: torch.device) -> Condition:
+    return Captions(*(part.to(device) for part in y)) if isinstance(y, Captions) else y.to(device)
 
 
 class LinearFp32(nn.Linear):
@@ -46,5 +84,63 @@ class LabelEmbedder(nn.Module):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + (class_dropout_prob > 0), hidden_size)
 
-    def forward(self, y: Tensor) -> Tensor:
+    def forward(self, y: Condition) -> Tensor:
+        if isinstance(y, Captions):
+            raise ConfigError("this model takes labels and was given captions; choose data with labels, or set "
+                              "caption_tokens and num_classes=0")
         return self.embedding_table(y).float()
+
+
+class CaptionEmbedder(nn.Module):
+    """Captions -> (N, D) float32, (N, L, D) in the weights' type and its mask (N, L) bool, with D = hidden_size.
+
+    Encoders differ in scale, and CLIP's have outlier channels: both inputs are layer-normalised first, in float32.
+    The null caption is frozen, and one token of zeros until it is set (null_caption="encoded"), or learned, with all of
+    its L tokens, as in PixArt-alpha, arXiv:2310.00426.
+    """
+
+    def __init__(self, caption_tokens: int, caption_width: int, caption_pooled_width: int, hidden_size: int,
+                 null_caption: Literal["encoded", "learned"]):
+        super().__init__()
+        learned = null_caption == "learned"
+        self.token_proj = nn.Linear(caption_width, hidden_size)
+        self.mlp = nn.Sequential(
+            LinearFp32(caption_pooled_width, hidden_size), nn.SiLU(), LinearFp32(hidden_size, hidden_size))
+        self.null_tokens = nn.Parameter(torch.zeros(caption_tokens, caption_width), requires_grad=learned)
+        self.null_pooled = nn.Parameter(torch.zeros(caption_pooled_width), requires_grad=learned)
+        # 1 for a real token. Frozen values are parameters, as pos_embed is, to travel with checkpoints and exports.
+        first = (torch.arange(caption_tokens) == 0).float()
+        self.null_mask = nn.Parameter(torch.ones(caption_tokens) if learned else first, requires_grad=False)
+
+    @torch.no_grad()
+    def set_null_caption(self, tokens: Tensor, pooled: Tensor) -> None:
+        """The encoding of the empty caption: `tokens` (n, width), n <= L, and `pooled` (pooled_width,)."""
+        (length, width), n = self.null_tokens.shape, len(tokens)
+        if self.null_tokens.requires_grad:
+            raise ConfigError("null_caption=learned is not set from data; use null_caption=encoded")
+        if not 1 <= n <= length or tokens.shape[1:] != (width,) or pooled.shape != self.null_pooled.shape:
+            raise ConfigError(f"this model takes an empty caption of up to ({length}, {width}) and pooled "
+                              f"{tuple(self.null_pooled.shape)}, got {tuple(tokens.shape)} and {tuple(pooled.shape)}; "
+                              "set caption_tokens, caption_width and caption_pooled_width to the data's")
+        self.null_tokens.zero_()[:n].copy_(tokens)
+        self.null_mask.zero_()[:n].fill_(1)
+        self.null_pooled.copy_(pooled)
+
+    def forward(self, y: Condition) -> tuple[Tensor, Tensor, Tensor]:
+        if not isinstance(y, Captions):
+            raise ConfigError("this model takes captions and was given labels; choose data with captions, or set "
+                              "caption_tokens=0 and num_classes")
+        if y.tokens.shape[1:] != self.null_tokens.shape or y.pooled.shape[1:] != self.null_pooled.shape:
+            length, width = self.null_tokens.shape
+            raise ConfigError(f"this model takes captions (N, {length}, {width}) and pooled "
+                              f"(N, {len(self.null_pooled)}), got {tuple(y.tokens.shape)} and {tuple(y.pooled.shape)}; "
+                              "set caption_tokens, caption_width and caption_pooled_width to the data's")
+        null = y.null[:, None]
+        real = torch.arange(y.tokens.shape[1], device=y.length.device) < y.length[:, None]
+        mask = torch.where(null, self.null_mask > 0, real)               # (N, L)
+        tokens = torch.where(null[..., None], self.null_tokens.float(), y.tokens.float())
+        tokens = tokens.masked_fill(~mask[..., None], 0)                 # padding may be nan, which attention keeps
+        tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6).to(self.token_proj.weight.dtype)
+        pooled = torch.where(null, self.null_pooled.float(), y.pooled.float())
+        pooled = F.layer_norm(pooled, pooled.shape[-1:], eps=1e-6)
+        return self.mlp(pooled), self.token_proj(tokens), mask

@@ -1,17 +1,19 @@
-"""DiT, Peebles and Xie, arXiv:2212.09748, with the parameter names of its released checkpoints.
+"""DiT, Peebles and Xie, arXiv:2212.09748, with the parameter names of its released checkpoints. With captions, each
+block also attends to their tokens, as in PixArt-alpha, arXiv:2310.00426.
 
 In half precision the large matrix products run in the weights' type. The residual stream, layer norms, modulation, the
 embeddings and the last projection stay float32; where the weights are float32 every cast here does nothing.
 """
 
 from collections import OrderedDict
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from largescale.errors import ConfigError
-from largescale.models.conditioning import LabelEmbedder, LinearFp32, TimestepEmbedder
+from largescale.models.conditioning import CaptionEmbedder, Condition, LabelEmbedder, LinearFp32, TimestepEmbedder
 
 
 def sincos_position(hidden_size: int, grid: int) -> Tensor:
@@ -62,21 +64,43 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))                   # (N, T, D)
 
 
-class Block(nn.Module):
-    """Transformer block with adaLN-Zero: x (N, T, D) float32, c (N, D) in the weights' type -> (N, T, D) float32."""
+class CrossAttention(nn.Module):
+    """From x (N, T, D) to those of the tokens (N, L, D) where the mask (N, L) is true."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(hidden_size, hidden_size)
+        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (self.num_heads, -1))                # (N, T, heads, D / heads)
+        kv = self.kv(tokens).unflatten(-1, (2, self.num_heads, -1))      # (N, L, 2, heads, D / heads)
+        k, v = kv.permute(2, 0, 3, 1, 4)                                 # (N, heads, L, D / heads) each
+        x = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask[:, None, None])
+        return self.proj(x.transpose(1, 2).flatten(2))                   # (N, T, D)
+
+
+class Block(nn.Module):
+    """Transformer block with adaLN-Zero: x (N, T, D) float32, c (N, D) in the weights' type -> (N, T, D) float32.
+    With `captions`: tokens (N, L, D) in the weights' type and their mask."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, captions: bool):
         super().__init__()
         mlp_size = int(hidden_size * mlp_ratio)
         self.attn = Attention(hidden_size, num_heads)
+        self.cross_attn = CrossAttention(hidden_size, num_heads) if captions else None
         self.mlp = nn.Sequential(OrderedDict(
             fc1=nn.Linear(hidden_size, mlp_size), act=nn.GELU("tanh"), fc2=nn.Linear(mlp_size, hidden_size)))
         self.adaLN_modulation = adaln(hidden_size, 6)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, captions: tuple[Tensor, Tensor] | None) -> Tensor:
         modulation = self.adaLN_modulation(c).float()[:, None].chunk(6, dim=-1)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation         # (N, 1, D) each
         x = x + gate_attn * self.attn(modulate(x, shift_attn, scale_attn).to(c.dtype)).float()
+        if self.cross_attn is not None and captions is not None:
+            x = x + self.cross_attn(F.layer_norm(x, x.shape[-1:], eps=1e-6).to(c.dtype), *captions).float()
         return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp).to(c.dtype)).float()  # (N, T, D)
 
 
@@ -92,12 +116,16 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Predicts the noise in x_t, and with `learn_sigma` where its variance lies, from t and the label y."""
+    """Predicts the noise in x_t, and with `learn_sigma` where its variance lies, from t and the condition y: captions
+    with `caption_tokens`, labels with `num_classes`, nothing with neither."""
 
     def __init__(self, *, patch_size: int, hidden_size: int, depth: int, num_heads: int, input_size: int = 32,
                  in_channels: int = 4, mlp_ratio: float = 4.0, num_classes: int = 1000,
-                 class_dropout_prob: float = 0.1, learn_sigma: bool = True):
-        """`input_size`: height and width of the (latent) image. Weights are drawn from torch's global generator."""
+                 class_dropout_prob: float = 0.1, learn_sigma: bool = True, caption_tokens: int = 0,
+                 caption_width: int = 768, caption_pooled_width: int = 768,
+                 null_caption: Literal["encoded", "learned"] = "encoded"):
+        """`input_size`: height and width of the (latent) image. `caption_*`: L and the widths of `Captions`.
+        Weights are drawn from torch's global generator."""
         super().__init__()
         if input_size % patch_size:
             raise ConfigError(f"input_size={input_size} is not a multiple of patch_size={patch_size}; "
@@ -107,6 +135,9 @@ class DiT(nn.Module):
                               "position embedding); try 64 channels a head")
         if not 0 <= class_dropout_prob < 1:
             raise ConfigError(f"class_dropout_prob={class_dropout_prob} is not in [0, 1); DiT uses 0.1")
+        if num_classes and caption_tokens:
+            raise ConfigError(f"num_classes={num_classes} and caption_tokens={caption_tokens} exclude each other; "
+                              "set one of them to 0")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.hidden_size, self.mlp_ratio, self.num_classes = hidden_size, mlp_ratio, num_classes
         self.learn_sigma, self.out_channels = learn_sigma, in_channels * (2 if learn_sigma else 1)
@@ -114,32 +145,45 @@ class DiT(nn.Module):
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.y_embedder: CaptionEmbedder | LabelEmbedder | None = None
+        if caption_tokens:
+            self.y_embedder = CaptionEmbedder(
+                caption_tokens, caption_width, caption_pooled_width, hidden_size, null_caption)
+        elif num_classes:
+            self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.pos_embed = nn.Parameter(sincos_position(hidden_size, self.grid), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, caption_tokens > 0) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
         """As in the paper: each block starts as the identity (adaLN-Zero) and the output as 0."""
         for name, parameter in self.named_parameters():
-            if "adaLN_modulation" in name or name.startswith("final_layer") or name.endswith("bias"):
+            if not parameter.requires_grad:
+                continue                                                 # fixed values
+            zero = "adaLN_modulation" in name or "cross_attn.proj" in name or name.startswith("final_layer")
+            if zero or name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            elif name.startswith(("t_embedder", "y_embedder")):
+            elif name.startswith(("t_embedder", "y_embedder")) and "token_proj" not in name:
                 nn.init.normal_(parameter, std=0.02)
-            elif name != "pos_embed":
+            else:
                 nn.init.xavier_uniform_(parameter.flatten(1))            # a view: the patch projection as a matrix
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """x (N, C, H, W) of any float type, t (N,) int64, y (N,) int64 -> (N, C or 2C, H, W) float32."""
+    def forward(self, x: Tensor, t: Tensor, y: Condition) -> Tensor:
+        """x (N, C, H, W) of any float type, t (N,) int64, y for N images -> (N, C or 2C, H, W) float32."""
         if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
             raise ConfigError(f"this model takes (N, {self.in_channels}, {self.input_size}, {self.input_size}), got "
                               f"{tuple(x.shape)}; set input_size and in_channels to the data's")
         x = self.x_embedder(x) + self.pos_embed.float()                  # (N, T, D), T = (H / patch_size) ** 2
-        c = self.t_embedder(t) + self.y_embedder(y)                      # (N, D)
+        c, captions = self.t_embedder(t), None                           # (N, D)
+        if isinstance(self.y_embedder, CaptionEmbedder):
+            pooled, tokens, mask = self.y_embedder(y)                    # (N, D), (N, L, D), (N, L)
+            c, captions = c + pooled, (tokens, mask)
+        elif self.y_embedder is not None:
+            c = c + self.y_embedder(y)
         c = c.to(self.final_layer.linear.weight.dtype)
         for block in self.blocks:
-            x = block(x, c)                                              # (N, T, D)
+            x = block(x, c, captions)                                    # (N, T, D)
         x = self.final_layer(x, c)                                       # (N, T, p ** 2 * out_channels)
         x = x.reshape(len(x), self.grid, self.grid, self.patch_size, self.patch_size, self.out_channels)
         return torch.einsum("nhwpqc->nchpwq", x).reshape(len(x), -1, self.input_size, self.input_size)
@@ -147,9 +191,13 @@ class DiT(nn.Module):
 
 def flops_per_image(model: DiT) -> int:
     """Floating-point operations of one forward pass per image: two per multiply-add, matrix products only."""
-    tokens, d = model.grid**2, model.hidden_size
+    tokens, d, depth = model.grid**2, model.hidden_size, len(model.blocks)
     patch = model.patch_size**2
     per_token = d * patch * (model.in_channels + model.out_channels)
-    per_token += len(model.blocks) * (4 * d * d + 2 * d * int(d * model.mlp_ratio) + 2 * tokens * d)
-    per_image = (model.t_embedder.frequency_dim + d) * d + (6 * len(model.blocks) + 2) * d * d
+    per_token += depth * (4 * d * d + 2 * d * int(d * model.mlp_ratio) + 2 * tokens * d)
+    per_image = (model.t_embedder.frequency_dim + d) * d + (6 * depth + 2) * d * d
+    if isinstance(model.y_embedder, CaptionEmbedder):
+        length, width = model.y_embedder.null_tokens.shape
+        per_token += depth * (2 * d * d + 2 * length * d)
+        per_image += length * d * (width + depth * 2 * d) + (len(model.y_embedder.null_pooled) + d) * d
     return 2 * (tokens * per_token + per_image)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from largescale.checkpoint_files import checkpoints
-from largescale.data.shards import DatasetInfo, ShardWriter
+from largescale.data.format import DatasetInfo
+from largescale.data.writer import ShardWriter
 from largescale.errors import ConfigError
 from largescale.optim import check_apex
 from largescale.telemetry import read_metrics

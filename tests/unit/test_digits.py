@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from data_prep import digits
-from largescale.data.shards import DatasetInfo, ShardDataset, ShardWriter
+from largescale.data.format import DatasetInfo
+from largescale.data.shards import ShardDataset
+from largescale.data.writer import ShardWriter
 from largescale.errors import DataError
 
 

@@ -148,7 +148,7 @@ def test_half_precision_weights(dtype, tolerance):
     embedded = F.silu(F.linear(sinusoid(t, 256), first.weight.float(), first.bias.float()))
     assert torch.equal(seen["t_embedder"][1], F.linear(embedded, last.weight.float(), last.bias.float()))
 
-    block, (x_in, _) = half.blocks[1], seen["blocks.1"][0]               # rounded once, after the modulation
+    block, (x_in, *_) = half.blocks[1], seen["blocks.1"][0]              # rounded once, after the modulation
     shift, scale, gate_attn, _, _, gate_mlp = seen["blocks.1.adaLN_modulation"][1].float()[:, None].chunk(6, -1)
     modulated = F.layer_norm(x_in, (64,), eps=1e-6) * (1 + scale) + shift
     assert torch.equal(seen["blocks.1.attn"][0][0], modulated.to(dtype))
@@ -171,7 +171,18 @@ def test_inputs_of_any_float_type_and_models_without_learned_variance_or_null_la
         model(x, t, torch.tensor([0, 10]))
 
 
-@pytest.mark.parametrize("size", [TINY, SIZES["DiT_S_2"],
+@torch.no_grad()
+def test_without_labels_the_condition_is_ignored():
+    model = with_formula_weights(DiT(**TINY | {"num_classes": 0}))
+    assert model.y_embedder is None and not [name for name in model.state_dict() if name.startswith("y_embedder")]
+    x, t, y = rnd("x", 2, 4, 8, 8), torch.tensor([17, 999]), torch.tensor([0, 10])
+    assert torch.equal(model(x, t, y), model(x, t, y + 1))
+    labelled = with_formula_weights(DiT(**TINY))
+    labelled.y_embedder.embedding_table.weight.zero_()
+    assert torch.equal(model(x, t, y), labelled(x, t, y))
+
+
+@pytest.mark.parametrize("size", [TINY, SIZES["DiT_S_2"], TINY | {"num_classes": 0},
                                   TINY | {"patch_size": 4, "mlp_ratio": 3.0, "learn_sigma": False}])
 def test_flops_match_torchs_count(size):
     with torch.device("meta"):
@@ -196,6 +207,7 @@ def test_training_cost_is_the_published_one(hidden_size, depth, num_heads, gflop
     ({"hidden_size": 66, "num_heads": 3}, "hidden_size=66"),
     ({"patch_size": 3}, "input_size=8 is not a multiple of patch_size=3; try input_size 6"),
     ({"class_dropout_prob": 1.0}, "class_dropout_prob=1.0"),
+    ({"caption_tokens": 5}, "num_classes=10 and caption_tokens=5 exclude each other; set one of them to 0"),
 ])
 def test_bad_sizes_are_named_with_a_remedy(change, message):
     with pytest.raises(ConfigError, match=message):

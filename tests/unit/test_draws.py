@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 import torch
 
-from largescale.draws import Draws, step_draws, stream_seed
+from largescale.draws import Draws, host_draws, step_draws, stream_seed
 
 CPU = torch.device("cpu")
 
@@ -52,7 +53,15 @@ def test_distributions() -> None:
     assert many.v.dtype == torch.float64 and many.v.min() > 0 and many.v.max() < 1
     assert abs(many.v.mean() - 0.5) < 0.005 and abs(many.v.std() - 12**-0.5) < 0.005
     assert abs(many.noise.mean()) < 0.002 and abs(many.noise.std() - 1) < 0.002
-    assert abs(many.flip.double().mean() - 0.5) < 0.01 and abs(many.dropout.double().mean() - 0.3) < 0.01
+    assert abs(many.dropout.double().mean() - 0.3) < 0.01
+
+
+def test_what_the_loader_draws() -> None:
+    flip, caption = host_draws(0, 3, 200_000)
+    assert abs(flip.mean() - 0.5) < 0.005 and abs(caption.mean() - 0.5) < 0.005 and 0 <= caption.min() <= caption.max() < 1
+    assert np.array_equal(flip, host_draws(0, 3, 200_000)[0]) and abs(np.corrcoef(flip, caption)[0, 1]) < 0.01
+    for other in (host_draws(0, 4, 200_000), host_draws(1, 3, 200_000)):
+        assert not np.array_equal(flip, other[0]) and not np.array_equal(caption, other[1])
 
 
 def test_no_two_steps_share_a_seed() -> None:

@@ -12,7 +12,7 @@ from largescale.checkpoint_files import checkpoints
 from largescale.config import Config, DiffusionConfig, ModelConfig, flatten, to_dict
 from largescale.data.loader import Loader
 from largescale.data.shards import ShardDataset
-from tests.conftest import RunHere, final_state, trace
+from tests.conftest import CAPTIONED, RunHere, final_state, trace
 
 # key: (another value, further settings that both runs have)
 CHANGES_WHAT_IS_COMPUTED: dict[str, tuple[str, str]] = {
@@ -24,6 +24,7 @@ CHANGES_WHAT_IS_COMPUTED: dict[str, tuple[str, str]] = {
     "model.num_classes": ("11", ""),
     "model.class_dropout_prob": ("0.5", ""),
     "model.learn_sigma": ("no", ""),
+    "model.null_caption": ("learned", "CAPTIONED"),
     "diffusion.schedule": ("linear", ""),
     "diffusion.timesteps": ("500", ""),
     "curriculum.clusters": ("snr", "--diffusion.schedule linear"),
@@ -48,6 +49,9 @@ ELSEWHERE = {
     "dry_run": "test_dry_run_starts_nothing",
     "model.input_size": "test_shape_of_the_data",
     "model.in_channels": "test_shape_of_the_data",
+    "model.caption_tokens": "test_captions_that_do_not_fit_the_model",
+    "model.caption_width": "test_captions_that_do_not_fit_the_model",
+    "model.caption_pooled_width": "test_captions_that_do_not_fit_the_model",
     "diffusion.fixed_variance": "test_fixed_variance",
     "data.path": "test_missing_data",
     "data.prefetch": "test_prefetch",
@@ -86,9 +90,11 @@ def test_no_field_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("key", CHANGES_WHAT_IS_COMPUTED)
-def test_field_changes_what_is_computed(key: str, run_here: RunHere, tmp_path: Path) -> None:
+def test_field_changes_what_is_computed(key: str, run_here: RunHere, captioned: Path, tmp_path: Path) -> None:
     value, common = CHANGES_WHAT_IS_COMPUTED[key]
-    settings = ("--train.steps", 8, *common.split())
+    settings: tuple[Any, ...] = ("--train.steps", 8, *common.split())
+    if common == "CAPTIONED":
+        settings = ("--train.steps", 8, "--data.path", captioned, *CAPTIONED)
     base = run_here(*settings, output=tmp_path / "base")
     again = run_here(*settings, output=tmp_path / "again")
     other = run_here(*settings, *flags(key, value), output=tmp_path / "other")

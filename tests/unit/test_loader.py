@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from largescale.data.loader import Loader, check_flip, to_x_start
+from largescale.data.format import CaptionInfo, DatasetInfo
+from largescale.data.loader import Loader, to_x_start
 from largescale.data.order import sample_indices
-from largescale.data.shards import DatasetInfo, ShardDataset, ShardWriter
+from largescale.data.shards import ShardDataset, check_flip
+from largescale.data.writer import ShardWriter
+from largescale.draws import host_draws
 from largescale.errors import ConfigError, DataError
 
 ROWS, GLOBAL, SEED = 50, 16, 3
@@ -22,9 +25,9 @@ INFO = DatasetInfo("toy", "pixels", (1, 2, 2), num_classes=ROWS)
 class Counting(ShardDataset):
     calls = 0
 
-    def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def gather(self, *args: Any) -> dict[str, np.ndarray]:
         self.calls += 1
-        return super().gather(indices)
+        return super().gather(*args)
 
 
 @pytest.fixture
@@ -59,10 +62,10 @@ def test_every_world_size_sees_the_same_rows_in_the_same_places(data: Counting, 
         for rank in range(world_size):
             with loader(data, rank, world_size, micro, start_step=step) as ranks_loader:
                 batch = ranks_loader.batch(step)
-            assert batch.label.shape == (GLOBAL // world_size // micro, micro) and batch.label.dtype == torch.int64
-            assert batch.latent.shape == (*batch.label.shape, 1, 2, 2) and batch.latent.dtype == torch.uint8
-            assert torch.equal(batch.latent[..., 0, 0, 0].long(), batch.label) and batch.latent_mirror is None
-            labels.append(batch.label)
+            assert batch["label"].shape == (GLOBAL // world_size // micro, micro) and batch["label"].dtype == torch.int64
+            assert batch["latent"].shape == (*batch["label"].shape, 1, 2, 2) and batch["latent"].dtype == torch.uint8
+            assert torch.equal(batch["latent"][..., 0, 0, 0].long(), batch["label"])
+            labels.append(batch["label"])
         assert np.array_equal(torch.stack(labels, dim=1).flatten(), expected(step))  # (accum, world, micro)
 
 
@@ -75,7 +78,7 @@ def test_a_retry_returns_the_same_batch_without_reading_again(data: Counting) ->
 def test_any_step_may_follow_any_other(data: Counting) -> None:
     with loader(data, start_step=5, prefetch=3) as batches:
         for step in (5, 6, 7, 7, 8, 100, 101, 99, 2, 0, 10**6, 5):
-            assert np.array_equal(batches.batch(step).label.flatten(), expected(step))
+            assert np.array_equal(batches.batch(step)["label"].flatten(), expected(step))
 
 
 def test_reads_ahead_and_no_further(data: Counting) -> None:
@@ -98,9 +101,9 @@ def test_what_fails_in_the_thread_reaches_the_caller(data: Counting) -> None:
 
 def test_close_is_prompt_and_drops_what_was_read_ahead(data: Counting) -> None:
     class Slow(Counting):
-        def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        def gather(self, *args: Any) -> dict[str, np.ndarray]:
             time.sleep(0.1)
-            return super().gather(indices)
+            return super().gather(*args)
 
     batches = loader(Slow(data.path), prefetch=100)
     started = time.monotonic()
@@ -116,32 +119,46 @@ def test_refuses_a_batch_that_cannot_be_shared_out(data: Counting) -> None:
         loader(data, world_size=2, micro=3)
 
 
-def test_mirrors_travel_with_their_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["pixels", "latents"])
+def test_half_of_the_rows_are_flipped_as_the_seed_and_the_step_say(tmp_path: Path, kind: str) -> None:
+    """Latents are taken of the mirrored image, pixels turned along W."""
+    dtype = np.uint8 if kind == "pixels" else np.float16
+    with ShardWriter(tmp_path, DatasetInfo("toy", kind, (1, 1, 2), 40), rows_per_shard=16) as writer:
+        for i in range(40):
+            latent = np.array([[[i, i + 100]]], dtype)
+            writer.write(id=str(i), latent=latent, label=i, **({"latent_mirror": latent[..., ::-1]} if kind == "latents" else {}))
+    data, seen = ShardDataset(tmp_path), set()
+    for step in range(4):
+        with loader(data, rank=1, world_size=2, micro=4, flip=True, start_step=step) as batches:
+            batch = batches.batch(step)
+        flip = host_draws(SEED, step, GLOBAL)[0].reshape(2, 2, 4)[:, 1]
+        seen |= set(flip.ravel())
+        label = batch["label"]
+        expected = torch.stack([label, label + 100], dim=-1)
+        expected = torch.where(torch.from_numpy(flip)[..., None], expected.flip(-1), expected)
+        assert torch.equal(batch["latent"][..., 0, 0, :].long(), expected)
+    assert seen == {True, False}
+    with loader(data) as batches:
+        assert (batches.batch(0)["latent"][..., 0].long() < 100).all()
+
+
+def test_latents_without_mirrors_are_not_flipped_in_silence(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, DatasetInfo("toy", "latents", (1, 1, 1), 8)) as writer:
-        for i in range(8):
-            latent = np.full((1, 1, 1), i, np.float16)
-            writer.write(id=str(i), latent=latent, latent_mirror=-latent, label=i)
-    with loader(ShardDataset(tmp_path)) as batches:
-        batch = batches.batch(0)
-    assert batch.latent_mirror is not None and torch.equal(batch.latent_mirror, -batch.latent)
+        writer.write(id="0", latent=np.zeros((1, 1, 1), np.float16), label=0)
+    with pytest.raises(DataError, match="without a latent_mirror"):
+        ShardDataset(tmp_path).gather(np.array([0]), flip=np.array([True]))
 
 
-FLIP = torch.tensor([True, False])
-
-
-def test_pixels_are_scaled_and_flipped_along_w() -> None:
-    pixels = torch.tensor([0, 255, 51, 102], dtype=torch.uint8).reshape(1, 1, 2, 2).repeat(2, 1, 1, 1)
-    x_start = to_x_start(pixels, None, "pixels", 1.0, FLIP, None)
+def test_pixels_are_scaled() -> None:
+    pixels = torch.tensor([0, 255, 51, 102], dtype=torch.uint8).reshape(1, 1, 2, 2)
+    x_start = to_x_start(pixels, "pixels", 1.0, None)
     assert x_start.dtype == torch.float32
-    torch.testing.assert_close(x_start[:, 0], torch.tensor([[[1, -1], [-0.2, -0.6]], [[-1, 1], [-0.6, -0.2]]]))
+    torch.testing.assert_close(x_start[0, 0], torch.tensor([[-1, 1], [-0.6, -0.2]]))
 
 
-def test_latents_are_scaled_in_fp32_and_take_the_mirrors_where_flipped() -> None:
-    latent, mirror = torch.full((2, 4, 3, 3), 2, dtype=torch.float16), torch.full((2, 4, 3, 3), 3, dtype=torch.float16)
-    x_start = to_x_start(latent, mirror, "latents", 0.18215, FLIP, None)
-    expected = torch.tensor([3.0, 2.0]).reshape(2, 1, 1, 1).expand(2, 4, 3, 3) * 0.18215
-    torch.testing.assert_close(x_start, expected)
-    assert torch.equal(to_x_start(latent, mirror, "latents", 0.5, None, None), torch.ones(2, 4, 3, 3))
+def test_latents_are_scaled_in_fp32() -> None:
+    latent = torch.full((2, 4, 3, 3), 3, dtype=torch.float16)
+    torch.testing.assert_close(to_x_start(latent, "latents", 0.18215, None), torch.full((2, 4, 3, 3), 3 * 0.18215))
 
 
 def test_moments_are_sampled_as_in_the_ldm() -> None:
@@ -149,28 +166,56 @@ def test_moments_are_sampled_as_in_the_ldm() -> None:
     logvar = torch.tensor([-40.0, -1.0, 30.0]).half().reshape(1, 3, 1, 1).expand(2, 3, 4, 4)
     std = torch.exp(0.5 * torch.tensor([-30.0, -1.0, 20.0])).reshape(1, 3, 1, 1)    # the clamp's ends
     mean[:, 0] = 0                                      # so that the smallest std shows
-    moments, mirror = torch.cat([mean, logvar], dim=1), torch.cat([-mean, logvar], dim=1)
-    sign = torch.where(FLIP, -1.0, 1.0).reshape(2, 1, 1, 1)
-    x_start = to_x_start(moments, mirror, "moments", 0.5, FLIP, noise)
-    torch.testing.assert_close(x_start, (sign * mean.float() + std * noise) * 0.5, rtol=1e-5, atol=0)
-
-
-def test_x_start_needs_what_its_kind_needs() -> None:
-    latent = torch.zeros(2, 4, 3, 3, dtype=torch.float16)
+    x_start = to_x_start(torch.cat([mean, logvar], dim=1), "moments", 0.5, noise)
+    torch.testing.assert_close(x_start, (mean.float() + std * noise) * 0.5, rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match="posterior_noise"):
-        to_x_start(latent, None, "moments", 1.0, None, None)
-    with pytest.raises(ValueError, match="mirror"):
-        to_x_start(latent, None, "latents", 1.0, FLIP, None)
+        to_x_start(torch.cat([mean, logvar], dim=1), "moments", 1.0, None)
 
 
-@pytest.mark.parametrize(("kind", "has_mirror", "horizontal_flip", "ok"), [
-    ("pixels", False, True, True), ("latents", True, True, True), ("moments", False, False, True),
-    ("latents", False, True, False), ("moments", False, True, False),
+@pytest.mark.parametrize(("kind", "has_mirror", "ok"), [
+    ("pixels", False, True), ("latents", True, True), ("latents", False, False), ("moments", False, False),
 ])
-def test_flips_need_pixels_or_mirrors(kind: str, has_mirror: bool, horizontal_flip: bool, ok: bool) -> None:
+def test_flips_need_pixels_or_mirrors(kind: str, has_mirror: bool, ok: bool) -> None:
     info = DatasetInfo("toy", kind, (8, 4, 4), num_classes=10)
     if ok:
-        check_flip(info, has_mirror, horizontal_flip)
+        check_flip(info, has_mirror)
     else:
         with pytest.raises(DataError, match=r"--data.no-horizontal-flip"):
-            check_flip(info, has_mirror, horizontal_flip)
+            check_flip(info, has_mirror)
+
+
+@pytest.fixture
+def captioned(tmp_path: Path) -> ShardDataset:
+    """Row i has 1 + i % 3 captions; the k-th's embedding is 10 i + k."""
+    info = DatasetInfo("toy", "pixels", (1, 2, 2), num_classes=0, captions=CaptionInfo(tokens=3, width=2, pooled_width=1))
+    with ShardWriter(tmp_path / "captioned", info, rows_per_shard=20) as writer:
+        for i in range(ROWS):
+            pooled = [np.full(1, 10 * i + k, np.float16) for k in range(1 + i % 3)]
+            tokens = [np.full((1 + k, 2), 10 * i + k, np.float16) for k in range(1 + i % 3)]
+            writer.write(id=str(i), latent=np.full((1, 2, 2), i, np.uint8), captions=["x"] * len(pooled),
+                         caption_tokens=tokens, caption_pooled=pooled)
+        writer.write_empty_caption(np.zeros((1, 2), np.float16), np.zeros(1, np.float16))
+    return ShardDataset(tmp_path / "captioned")
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 16), (2, 2), (4, 4)])
+def test_captions_follow_the_seed_and_the_step_alone(captioned: ShardDataset, world_size: int, micro: int) -> None:
+    for step in (0, 7):
+        rows = expected(step)
+        chosen = (host_draws(SEED, step, GLOBAL)[1] * (1 + rows % 3)).astype(int)
+        got = np.empty((GLOBAL // world_size // micro, world_size, micro))
+        for rank in range(world_size):
+            with loader(captioned, rank, world_size, micro, captions=True, start_step=step) as ranks_loader:
+                batch = ranks_loader.batch(step)
+                assert batch["caption_tokens"].shape == (*batch["label"].shape, 3, 2)
+                assert torch.equal(batch["caption_length"], 1 + batch["caption_pooled"][..., 0].long() % 10)
+                got[:, rank] = batch["caption_pooled"][..., 0]
+        assert np.array_equal(got.ravel(), 10 * rows + chosen)
+    with loader(captioned) as without:
+        assert set(without.batch(0)) == {"latent", "label"}
+
+
+def test_every_caption_is_seen(captioned: ShardDataset) -> None:
+    with loader(captioned, micro=GLOBAL, captions=True) as batches:
+        seen = {int(c) for step in range(60) for c in batches.batch(step)["caption_pooled"].flatten()}
+    assert seen == {10 * i + k for i in range(ROWS) for k in range(1 + i % 3)}

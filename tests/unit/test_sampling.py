@@ -1,5 +1,6 @@
 """Sample i is a function of (seed, i) alone; and the pictures and sheets made of samples."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,10 +33,14 @@ def model() -> DiT:
     return model.eval()
 
 
+def condition(index: Sequence[int]) -> Tensor:
+    return torch.tensor([LABELS[i] for i in index])
+
+
 def draw(model: nn.Module, config: SamplingConfig, index: list[int], batch_size: int = 4) -> Tensor:
     return draw_samples(
         model, DIFFUSION, config, index=index,
-        labels=[LABELS[i] for i in index], shape=SHAPE, num_classes=CLASSES, batch_size=batch_size, device=CPU,
+        condition=condition, shape=SHAPE, num_classes=CLASSES, batch_size=batch_size, device=CPU,
     )  # fmt: skip
 
 
@@ -73,7 +78,7 @@ def test_every_setting_counts(model: DiT, change: dict[str, Any]) -> None:
 def test_progress_counts_samples_and_nothing_is_something(model: DiT) -> None:
     told: list[int] = []
     for index in (range(5), range(0)):
-        x = draw_samples(model, DIFFUSION, DDIM, index=index, labels=LABELS[: len(index)], shape=SHAPE,
+        x = draw_samples(model, DIFFUSION, DDIM, index=index, condition=condition, shape=SHAPE,
                          num_classes=CLASSES, batch_size=2, device=CPU, progress=told.append)
         assert x.shape == (len(index), *SHAPE)
     assert told == [2, 2, 1]
@@ -108,7 +113,7 @@ def test_scale_one_evaluates_the_conditional_half_only(
 def test_a_label_outside_the_classes(model: DiT, label: int) -> None:
     with pytest.raises(ConfigError, match=rf"label {label} lies outside the model's classes 0\.\.9"):
         draw_samples(model, DIFFUSION, DDPM, index=[0, 1],
-                     labels=[3, label], shape=SHAPE, num_classes=CLASSES, batch_size=2, device=CPU)
+                     condition=lambda _: torch.tensor([3, label]), shape=SHAPE, num_classes=CLASSES, batch_size=2, device=CPU)
 
 
 def test_a_negative_scale(model: DiT) -> None:

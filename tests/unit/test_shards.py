@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from largescale.data.shards import DatasetInfo, ShardDataset, ShardWriter
+from largescale.data.format import CaptionInfo, DatasetInfo
+from largescale.data.shards import ShardDataset
+from largescale.data.writer import ShardWriter
 from largescale.errors import DataError
 
 INFO = DatasetInfo("toy", "latents", (2, 3, 4), num_classes=10, scale_factor=0.5, encoders={"vae": "toy-vae"})
@@ -50,9 +53,9 @@ def test_gather_gives_the_rows_in_the_order_asked(tmp_path: Path, mirror: bool) 
     assert rows["latent"].dtype == np.float16 and rows["label"].dtype == np.int64
     assert np.array_equal(rows["latent"], np.stack([image(i) for i in indices]))
     assert np.array_equal(rows["label"], indices % 10)
-    assert ("latent_mirror" in rows) == mirror
     if mirror:
-        assert np.array_equal(rows["latent_mirror"], -rows["latent"])
+        flip = np.arange(len(indices)) % 3 == 0
+        assert np.array_equal(data.gather(indices, flip)["latent"], np.stack([image(-i if f else i) for i, f in zip(indices, flip, strict=True)]))
 
 
 @pytest.mark.parametrize("indices", [[-1], [ROWS], [0, 1, ROWS]])
@@ -79,7 +82,8 @@ def test_a_shard_is_one_mapped_batch_and_its_file_is_closed(tmp_path: Path) -> N
     before = len(os.listdir("/proc/self/fd"))
     data.gather(np.arange(ROWS))
     assert len(os.listdir("/proc/self/fd")) == before
-    assert not data._views(0)["latent"].flags.owndata and not data._views(0)["latent"].flags.writeable
+    latent = data._shard(0).latent
+    assert not latent.flags.owndata and not latent.flags.writeable
 
 
 def test_opening_reads_no_shard(tmp_path: Path) -> None:
@@ -93,13 +97,103 @@ def test_opening_reads_no_shard(tmp_path: Path) -> None:
         data.gather(np.array([10]))
 
 
-def test_text_columns_are_stored_and_ignored(tmp_path: Path) -> None:
-    tokens = [np.arange(6, dtype=np.float16), np.arange(3, dtype=np.float16)]
-    pack(tmp_path, captions=["a cat", "a dog"], caption_tokens=tokens, caption_pooled=tokens)
-    assert set(ShardDataset(tmp_path).gather(np.arange(3))) == {"latent", "label"}
-    with pa.memory_map(str(tmp_path / "shard_00000.arrow")) as file:
-        row = pa.ipc.open_file(file).read_all().slice(4, 1).to_pylist()[0]
-    assert row["captions"] == ["a cat", "a dog"] and row["caption_tokens"][1] == [0, 1, 2]
+def test_captions_without_embeddings_are_kept(tmp_path: Path) -> None:
+    data = ShardDataset(pack(tmp_path, captions=["a cat", "a dog"]), verify=True)
+    assert set(data.gather(np.arange(3))) == {"latent", "label"}
+    assert data.texts(np.array([24, 0])) == [["a cat", "a dog"]] * 2
+    with pytest.raises(DataError, match="has no captions"):
+        ShardDataset(pack(tmp_path / "without")).texts(np.array([0]))
+
+
+CAPTIONED = dataclasses.replace(INFO, captions=CaptionInfo(tokens=4, width=3, pooled_width=2))
+
+
+def caption(i: int, k: int) -> dict[str, Any]:
+    """The k-th caption of row i has 1 to 4 tokens, each with a value of its own."""
+    n = 1 + (i + k) % 4
+    value = 10 * i + k
+    return {"text": f"{i}/{k}", "tokens": np.full((n, 3), value, np.float16), "pooled": np.full(2, -value, np.float16)}
+
+
+def pack_captioned(out: Path, rows: int = ROWS, **change: Any) -> Path:
+    """Row i has 1 + i % 3 captions."""
+    with ShardWriter(out, CAPTIONED, rows_per_shard=10) as writer:
+        for i in range(rows):
+            captions = [caption(i, k) for k in range(1 + i % 3)]
+            texts, tokens, pooled = ([c[key] for c in captions] for key in ("text", "tokens", "pooled"))
+            row: dict[str, Any] = {"captions": texts, "caption_tokens": tokens, "caption_pooled": pooled} | change
+            writer.write(id=f"row-{i}", latent=image(i), **row)
+        writer.write_empty_caption(np.ones((2, 3), np.float16), np.ones(2, np.float16))
+    return out
+
+
+def test_one_caption_a_row_is_chosen_padded_and_measured(tmp_path: Path) -> None:
+    data = ShardDataset(pack_captioned(tmp_path), verify=True)
+    indices, choice = np.array([24, 0, 11, 20, 11, 5]), np.array([0.0, 0.99, 0.5, 0.34, 0.999, 0.0])
+    chosen = [0, 0, 1, 1, 2, 0]                         # floor(choice * number of captions)
+    rows = data.gather(indices, choice=choice)
+    for row, (i, k) in enumerate(zip(indices, chosen, strict=True)):
+        expected = caption(int(i), k)
+        n = len(expected["tokens"])
+        assert rows["caption_length"][row] == n
+        assert np.array_equal(rows["caption_tokens"][row, :n], expected["tokens"]) and not rows["caption_tokens"][row, n:].any()
+        assert np.array_equal(rows["caption_pooled"][row], expected["pooled"])
+    first = data.gather(indices, choice=np.zeros(6))
+    assert np.array_equal(first["caption_pooled"][:, 0], -10.0 * indices)
+    assert data.texts(indices) == [[f"{i}/{k}" for k in range(1 + i % 3)] for i in indices]
+    assert set(data.gather(indices)) == {"latent", "label"}
+    tokens, pooled = data.empty_caption
+    assert tokens.shape == (2, 3) and pooled.shape == (2,) and (tokens == 1).all()
+
+
+def test_only_real_tokens_are_stored(tmp_path: Path) -> None:
+    shard = pack_captioned(tmp_path, rows=10) / "shard_00000.arrow"
+    stored = sum(caption(i, k)["tokens"].size for i in range(10) for k in range(1 + i % 3))
+    with pa.memory_map(str(shard)) as file:
+        column = pa.ipc.open_file(file).get_batch(0).column("caption_tokens")
+    assert len(column.values.values) == stored
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"caption_pooled": None}, "the first row"),
+    ({"captions": ["one", "too", "many", "texts"]}, "4 captions"),
+    ({"captions": [], "caption_tokens": [], "caption_pooled": []}, "at least one"),
+    ({"caption_tokens": [np.zeros((5, 3), np.float16)]}, r"float16 \(5, 3\)"),
+    ({"caption_tokens": [np.zeros((0, 3), np.float16)]}, r"float16 \(0, 3\)"),
+    ({"caption_tokens": [np.zeros((1, 4), np.float16)]}, r"float16 \(1, 4\)"),
+    ({"caption_tokens": [np.zeros((1, 3), np.float32)]}, r"float32 \(1, 3\)"),
+    ({"caption_pooled": [np.zeros(3, np.float16)]}, r"float16 \(3,\)"),
+    ({"caption_tokens": [np.full((1, 3), np.nan, np.float16)]}, "not finite"),
+])
+def test_captions_that_do_not_fit_are_named(tmp_path: Path, change: Any, message: str) -> None:
+    good = {"captions": ["a"], "caption_tokens": [np.zeros((1, 3), np.float16)], "caption_pooled": [np.zeros(2, np.float16)]}
+    with pytest.raises(DataError, match=rf"row 'bad'.*{message}"), ShardWriter(tmp_path, CAPTIONED) as writer:
+        writer.write(id="good", latent=image(0), **good)
+        writer.write(id="bad", latent=image(0), **good | change)
+
+
+def test_a_captioned_set_needs_the_empty_caption(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="empty caption"), ShardWriter(tmp_path / "a", CAPTIONED) as writer:
+        writer.write(id="a", latent=image(0), captions=["a"], caption_tokens=[np.zeros((1, 3), np.float16)],
+                     caption_pooled=[np.zeros(2, np.float16)])
+    pack_captioned(tmp_path / "b")
+    alter(tmp_path / "b/empty_caption.arrow", at=400)
+    with pytest.raises(DataError, match=r"empty_caption.arrow was altered"):
+        ShardDataset(tmp_path / "b", verify=True)
+    (tmp_path / "b/empty_caption.arrow").unlink()
+    with pytest.raises(DataError, match=r"empty_caption.arrow is missing"):
+        ShardDataset(tmp_path / "b")
+
+
+def test_a_full_disk_is_said_and_leaves_no_half_a_shard(tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(DataError, match=r"cannot write .*shard_00000.arrow.*free space"):
+            pack(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -111,7 +205,8 @@ def test_text_columns_are_stored_and_ignored(tmp_path: Path) -> None:
     ({"label": -1}, "label=-1"),
     ({"label": 1.5}, "label=1.5"),
     ({"latent_mirror": None}, "the first row"),
-    ({"caption": "a cat"}, "the columns"),
+    ({"captions": ["a cat"]}, "the columns"),
+    ({"caption_tokens": [], "caption_pooled": []}, "the columns"),
 ])
 def test_a_row_that_does_not_fit_is_named_and_nothing_is_finished(tmp_path: Path, change: Any, message: str) -> None:
     good: dict[str, Any] = {"latent": image(0), "label": 0, "latent_mirror": image(0)}
@@ -119,11 +214,6 @@ def test_a_row_that_does_not_fit_is_named_and_nothing_is_finished(tmp_path: Path
         writer.write(id="good", **good)
         writer.write(id="bad", **good | change)
     assert not list(tmp_path.iterdir())
-
-
-def test_an_unknown_column_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"row 'row-0' has the columns .*'caption'.*'captions'"):
-        pack(tmp_path, caption="a cat")
 
 
 def test_the_writer_keeps_the_values_of_a_reused_array(tmp_path: Path) -> None:

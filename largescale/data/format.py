@@ -1,0 +1,108 @@
+"""What a packed data set is: one schema for pixels, latents and moments, and a manifest.
+
+    DIR/shard_00000.arrow ...   one record batch each, so that a column is one zero-copy NumPy view of the mapped file
+    DIR/empty_caption.arrow     of a captioned set: the encoding of the empty caption, for classifier-free guidance
+    DIR/manifest.json           what the data set is, and each file's size and hashes; a set exists once this does
+
+Columns: id, label, latent, and where the packer has them latent_mirror (of the mirrored image) and the caption columns.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from largescale.errors import DataError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+EMPTY_CAPTION = "empty_caption.arrow"
+METADATA_KEY = b"largescale"
+IMAGES = ("latent", "latent_mirror")
+EMBEDDINGS = ("caption_tokens", "caption_pooled")       # one list of float16 a caption, tokens flattened
+COLUMNS = {
+    "id": pa.string(),
+    "label": pa.int32(),
+    "captions": pa.list_(pa.string()),
+    # large: 2**31 values are 4,096 images with five long captions
+    **{name: pa.list_(pa.large_list(pa.float16())) for name in EMBEDDINGS},
+}
+KINDS = {"pixels": np.uint8, "latents": np.float16, "moments": np.float16}
+REMEDY = "pack {} with the program of data_prep that makes it (the demo's: python -m data_prep.digits)"
+
+
+@dataclass(frozen=True)
+class CaptionInfo:
+    """How captions are encoded; each is stored up to its last real token."""
+
+    tokens: int                       # what the loader pads to
+    width: int
+    pooled_width: int
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What every row of a data set has in common."""
+
+    name: str
+    kind: str                         # "pixels" in [0, 255] | "latents" | "moments": means, then log-variances
+    shape: tuple[int, int, int]       # (C, H, W) as stored; moments have twice the channels of x_start
+    num_classes: int                  # 0: no labels, every row's is 0
+    scale_factor: float = 1.0         # x_start = latent * scale_factor
+    encoders: dict[str, str] = field(default_factory=dict)
+    captions: CaptionInfo | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))  # JSON gives a list, and a dict
+        if isinstance(self.captions, dict):
+            object.__setattr__(self, "captions", CaptionInfo(**self.captions))
+        if self.kind not in KINDS:
+            raise DataError(f"kind={self.kind!r} of data set {self.name!r} is unknown; use one of {', '.join(KINDS)}")
+
+    @property
+    def x_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of x_start."""
+        channels, height, width = self.shape
+        return (channels // 2 if self.kind == "moments" else channels), height, width
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        tree: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return {key: value for key, value in tree.items() if value is not None}
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, with `info` as DatasetInfo. Raises DataError where there is none or it cannot be used."""
+    if not (path / MANIFEST).is_file():
+        what = f"has no {MANIFEST}, so its packing did not finish" if path.is_dir() else "does not exist"
+        raise DataError(f"{path} {what}; correct --data.path, or {REMEDY.format(path)}")
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']}; this version reads {FORMAT}")
+        manifest["info"] = DatasetInfo(**manifest["info"])
+        if manifest["fingerprint"] != fingerprint(manifest["info"], manifest["shards"], manifest.get("empty_caption")):
+            raise ValueError("its fingerprint is not that of its content")
+    except (LookupError, TypeError, ValueError) as error:
+        raise DataError(f"{path / MANIFEST} cannot be used ({error!r}); "
+                        f"restore it, or delete the folder and {REMEDY.format(path)}") from error
+    return manifest
+
+
+def fingerprint(info: DatasetInfo, shards: list[dict[str, Any]], empty_caption: dict[str, Any] | None) -> str:
+    """The same content in the same shards has the same."""
+    files = [*shards, *([empty_caption] if empty_caption else [])]
+    content = [info.plain(), [file["content_sha256"] for file in files]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def content_sha256(batch: pa.RecordBatch) -> str:
+    """Hash of the values: unlike that of the file, it does not depend on the version of Arrow's writer."""
+    digest = hashlib.sha256(json.dumps(batch.schema.names).encode())
+    for buffer in (buffer for column in batch.columns for buffer in column.buffers() if buffer is not None):
+        digest.update(buffer)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Frozen networks that turn images and captions into what a shard stores."""

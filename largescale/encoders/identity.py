@@ -1,0 +1,77 @@
+"""Other people's weights: loaded quietly, whole or not at all, and named by what is in them."""
+
+import hashlib
+import importlib
+import logging
+import textwrap
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from largescale.errors import DataError
+
+
+def weights_identity(module: nn.Module) -> str:
+    """"sha256:" and 16 hex digits over names and float32 bytes of the parameters: the same wherever the files lie."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().to("cpu", torch.float32).contiguous().numpy())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def library(name: str) -> Any:
+    """The module `name`, which a run does without. Raises DataError where it is not installed."""
+    try:
+        with silence():
+            return importlib.import_module(name)
+    except ImportError as error:
+        raise DataError(f"{name} comes with largescale[prep]; try pip install 'largescale[prep]'") from error
+
+
+def locate(name: str, option: str) -> tuple[str, str]:
+    """A folder's path, or `name` taken as the hub's; and what to do where it cannot be loaded. Raises DataError."""
+    folder, download = Path(name).expanduser(), "`hf download NAME --local-dir DIR`"
+    if folder.is_dir():
+        return str(folder), f"fetch the folder anew, as {download} makes it"
+    if folder.exists() or name.startswith((".", "/", "~")):
+        raise DataError(f"{name} is not a folder; give one: {option}, as {download} makes it, or a name on the hub")
+    return name, (f"without a network give a local folder: {option} with config.json and the weights, as {download} "
+                  "makes it")
+
+
+@contextmanager
+def loading(what: str, remedy: str) -> Iterator[None]:
+    """Only calls of the libraries go inside: whatever they raise is a DataError about `what`, with the first cause."""
+    try:
+        with silence():
+            library("huggingface_hub").utils.disable_progress_bars()
+            yield
+    except DataError:
+        raise
+    except Exception as error:  # the libraries let through any error of those below them
+        cause: BaseException = error
+        while below := cause.__cause__ or cause.__context__:
+            cause = below
+        reason = textwrap.shorten(str(cause) or type(cause).__name__, 200)
+        raise DataError(f"{what} cannot be loaded ({reason}); {remedy}") from error
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """No notes, bars or warnings. What matters is raised."""
+    root, level, handler = logging.getLogger(), logging.root.manager.disable, logging.NullHandler()
+    root.addHandler(handler)  # without any, open_clip's logging.info() would give it one that prints, for good
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        root.removeHandler(handler)

@@ -1,0 +1,80 @@
+"""Every shipped recipe is one that can run, and is the model that it says."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from largescale.build import build_model
+from largescale.config import ModelConfig, validate
+from largescale.errors import ConfigError
+from largescale.presets import DIT_SIZES, PRESETS
+
+
+def parameters(m: ModelConfig) -> tuple[int, int]:
+    """(all, trainable) of a DiT, in closed form."""
+    def linear(inputs: int, outputs: int) -> int:
+        return (inputs + 1) * outputs
+
+    d, patch, tokens = m.hidden_size, m.patch_size**2, (m.input_size // m.patch_size) ** 2
+    mlp = int(d * m.mlp_ratio)
+    block = linear(d, 3 * d) + linear(d, d) + linear(d, mlp) + linear(mlp, d) + linear(d, 6 * d)
+    trainable = linear(patch * m.in_channels, d) + linear(256, d) + linear(d, d) + linear(d, 2 * d)
+    trainable += linear(d, patch * m.in_channels * (2 if m.learn_sigma else 1))
+    frozen = tokens * d
+    if m.num_classes:
+        trainable += (m.num_classes + (m.class_dropout_prob > 0)) * d
+    if m.caption_tokens:
+        block += linear(d, d) + linear(d, 2 * d) + linear(d, d)
+        trainable += linear(m.caption_width, d) + linear(m.caption_pooled_width, d) + linear(d, d)
+        null = m.caption_tokens * m.caption_width + m.caption_pooled_width
+        frozen += m.caption_tokens + (null if m.null_caption == "encoded" else 0)
+        trainable += null if m.null_caption == "learned" else 0
+    trainable += m.depth * block
+    return trainable + frozen, trainable
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_one_that_can_run(name: str) -> None:
+    config = PRESETS[name]()
+    validate(config, 1)
+    assert config.name == name
+    for model in (config.model, dataclasses.replace(config.model, null_caption="learned")):
+        with torch.device("meta"):
+            built = list(build_model(model).parameters())
+        assert (sum(p.numel() for p in built), sum(p.numel() for p in built if p.requires_grad)) == parameters(model)
+
+
+@pytest.mark.parametrize("name, size, steps, patience, told", [
+    ("dit_xl2_imagenet256", "xl", 400_000, 400, (1000, 0, 0.1)),
+    ("dit_l2_imagenet256", "l", 2_000_000, 400, (1000, 0, 0.1)),
+    ("dit_s2_coco256", "s", 400_000, 200, (0, 77, 0.1)),
+    ("dit_b2_coco256", "b", 400_000, 200, (0, 77, 0.1)),
+    ("dit_l2_coco256", "l", 2_000_000, 400, (0, 77, 0.1)),
+    ("dit_b2_ffhq256", "b", 100_000, 200, (0, 0, 0.0)),
+])
+def test_recipes_of_the_paper(name: str, size: str, steps: int, patience: int, told: tuple[int, int, float]) -> None:
+    c = PRESETS[name]()
+    m = c.model
+    assert (m.hidden_size, m.depth, m.num_heads) == DIT_SIZES[size] and m.patch_size == 2
+    assert (m.num_classes, m.caption_tokens, m.class_dropout_prob) == told
+    assert (c.train.steps, c.curriculum.patience, c.data.path) == (steps, patience, f"data/{name.split('_')[2]}")
+    assert (c.optimizer.lr, c.optimizer.weight_decay, c.optimizer.ema_decay, c.train.global_batch_size) == (1e-4, 0, 0.9999, 256)
+    assert (c.curriculum.n_clusters, c.diffusion.schedule, c.data.horizontal_flip) == (20, "cosine", True)
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("digits", {"num_classes": -1}, "model.num_classes=-1 must be 0 .no labels. or positive"),
+    ("digits", {"caption_tokens": 5}, "model.num_classes=10 must be 0 with captions .m.caption_tokens=5."),
+    ("digits", {"num_classes": 0}, "model.class_dropout_prob=0.1 must be 0 with m.num_classes=0 and m.caption_tokens=0: .*nothing to drop"),
+    ("digits", {"num_classes": 0, "class_dropout_prob": 0.0}, "preview_cfg_scale=2.0 must be 1 .*no null label or caption"),
+    ("emoji", {"class_dropout_prob": 0.0}, "preview_cfg_scale=2.0 must be 1"),
+    ("emoji", {"caption_tokens": 0}, "model.class_dropout_prob=0.1 must be 0"),
+    ("emoji", {"caption_tokens": -1}, "model.caption_tokens=-1 must be 0 .no captions. or positive; set --model.caption-tokens"),
+    ("emoji", {"caption_width": 0}, "model.caption_width=0 must be at least 1"),
+    ("emoji", {"caption_pooled_width": 0}, "model.caption_pooled_width=0 must be at least 1"),
+])
+def test_conditions_that_cannot_be_right(name: str, change: dict[str, float], message: str) -> None:
+    config = PRESETS[name]()
+    with pytest.raises(ConfigError, match=message):
+        validate(dataclasses.replace(config, model=dataclasses.replace(config.model, **change)), 1)
