@@ -1,5 +1,6 @@
 """From model space to pictures, and sheets of them."""
 
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,7 +36,7 @@ def titled(images: np.ndarray, titles: Sequence[str], columns: int, scale: int =
     for title in titles:
         strip = Image.new("RGB", (width, lines * line + 2), (32, 32, 32))
         draw = ImageDraw.Draw(strip)
-        for row, text in enumerate(_wrapped(title, draw, width - 2)[:lines]):
+        for row, text in enumerate(_wrapped(unicodedata.normalize("NFC", title), draw, width - 2)[:lines]):
             draw.text((1, row * line), text, fill=(230, 230, 230))
         below.append(np.asarray(strip))
     return grid(np.concatenate([images, np.stack(below)], axis=1), columns)

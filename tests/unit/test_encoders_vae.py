@@ -1,8 +1,11 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from largescale.encoders.identity import weights_identity
 from largescale.encoders.vae import load_vae
 from largescale.errors import DataError
 
@@ -108,10 +112,25 @@ def test_taesd_files_and_diffusers_folder_are_one_vae(tmp_path: Path) -> None:
     torch.testing.assert_close(latent.float(), expected, atol=1e-3, rtol=1e-3)
 
 
-def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    kl().save_pretrained(tmp_path, safe_serialization=False)
-    load_vae(str(tmp_path), CPU)
-    assert capfd.readouterr() == ("", "")
+def test_identity_is_of_names_and_values_alone() -> None:
+    def identity(*layers: tuple[str, nn.Module]) -> str:
+        return weights_identity(nn.Sequential(OrderedDict(layers)))
+
+    torch.manual_seed(0)
+    a, b = nn.Linear(2, 3).half(), nn.Linear(3, 2)
+    one = identity(("a", a), ("b", b))
+    assert one == identity(("b", b), ("a", a)) == identity(("a", deepcopy(a).float()), ("b", b))
+    assert one != identity(("b", a), ("a", b))
+
+
+def test_loading_prints_nothing(tmp_path: Path) -> None:
+    kl().save_pretrained(tmp_path, safe_serialization=False)        # about which diffusers has much to say
+    save_taesd(tmp_path / "taesd", diffusers.AutoencoderTiny())
+    program = "import sys, torch; from largescale.encoders.vae import load_vae; " \
+              "[load_vae(folder, torch.device('cpu'), torch.bfloat16) for folder in sys.argv[1:]]"
+    done = subprocess.run([sys.executable, "-c", program, tmp_path, tmp_path / "taesd"], capture_output=True, text=True, check=True,
+                          cwd=Path(__file__).parents[2])
+    assert done.stdout + done.stderr == ""
 
 
 def test_resolution_that_does_not_divide(tmp_path: Path) -> None:

@@ -1,0 +1,35 @@
+"""Packs a folder of images, such as FFHQ, for unconditional training.
+
+    python -m data_prep.folder --images ffhq --vae stabilityai/sd-vae-ft-ema --out data/ffhq
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep import packing
+from data_prep.sources import ListSource, list_images, name_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder(packing.Packing):
+    images: Path
+    """The folder; images in folders below it count too."""
+
+    def source(self) -> ListSource:
+        return read(self.images)
+
+
+def read(images: Path) -> ListSource:
+    """All images below the folder, sorted by path. Raises DataError where there are none."""
+    files, others = list_images(images)
+    facts = {"program": "data_prep.folder", "images": str(images), "images_listed": len(files), "other_files": others}
+    return ListSource(f"folder-{name_of(images)}", images, files, facts=facts)
+
+
+def main(args: list[str] | None = None) -> int:
+    return packing.main(Folder, args, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

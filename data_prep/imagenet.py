@@ -1,0 +1,147 @@
+"""Packs labelled images: class folders as ImageNet has them, or a CSV of files and labels.
+
+    python -m data_prep.imagenet --images ILSVRC2012/train --vae stabilityai/sd-vae-ft-ema --out data/imagenet256
+    python -m data_prep.imagenet --images pictures --labels labels.csv --classes classes.txt --vae none --out data/mine
+
+Without --labels the folders in --images are the classes, in sorted order, as torchvision has it: ImageNet's 0 .. 999.
+"""
+
+import csv
+import io
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep import packing
+from data_prep.sources import ListSource, first_three, list_images, missing_files, name_of, relative_name, text_of
+from largescale.errors import DataError
+from largescale.files import sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageNet(packing.Packing):
+    images: Path
+    """The folder of class folders, or the one that the files of --labels lie in."""
+    labels: Path | None = None
+    """CSV with a header that has file (relative to --images) and label (an index, or a class name)."""
+    classes: Path | None = None
+    """One class name a line, such as n01440764; the line's number, from 0, is the label."""
+    skip_missing: bool = False
+    """Pack what is there where images that the CSV names are missing."""
+
+    def source(self) -> ListSource:
+        return read(self.images, self.labels, self.classes, self.skip_missing)
+
+
+def read(images: Path, labels: Path | None = None, classes: Path | None = None,
+         skip_missing: bool = False) -> ListSource:
+    """From class folders sorted by path, from a CSV in its order.
+
+    Raises DataError for a label that is not in the label map, a file given twice, and images that are missing.
+    """
+    names = _class_names(classes) if classes else None
+    facts: dict[str, Any] = {"program": "data_prep.imagenet", "images": str(images)}
+    for key, path in {"labels": labels, "classes": classes}.items():
+        if path:
+            facts |= {key: str(path), f"{key}_sha256": sha256(path)}
+    if labels is None:
+        return _from_folders(images, names, classes, facts)
+    return _from_csv(images, labels, names, classes, skip_missing, facts)
+
+
+def _from_folders(images: Path, names: Sequence[str] | None, classes: Path | None,
+                  facts: dict[str, Any]) -> ListSource:
+    files, others = list_images(images)
+    inside = [file for file in files if "/" in file]
+    folders = sorted(entry.name for entry in os.scandir(images) if entry.is_dir() and not entry.name.startswith("."))
+    if not folders or (files and not inside):
+        raise DataError(f"{images} has no class folders with images; give --labels FILE, or for images without labels "
+                        f"python -m data_prep.folder")
+    if names is None:
+        names = folders
+    elif unknown := sorted(set(folders) - set(names)):
+        raise DataError(f"{images} has {len(unknown)} folders that {classes} does not name: {first_three(unknown)}; "
+                        "add them to it, or leave out --classes to take the folders' sorted names")
+    index = {name: label for label, name in enumerate(names)}
+    labels = np.fromiter((index[file.partition("/")[0]] for file in inside), np.int32, len(inside))
+    facts |= {"images_listed": len(files), "images_outside_classes": len(files) - len(inside), "other_files": others}
+    return _source(images, inside, labels, len(names), names, facts, [])
+
+
+def _from_csv(images: Path, path: Path, names: Sequence[str] | None, classes: Path | None, skip_missing: bool,
+              facts: dict[str, Any]) -> ListSource:
+    lines = _rows(path)                                 # file: (line, label)
+    labels = {label for _, label in lines.values()}
+    integers = {label for label in labels if re.fullmatch(r"-?[0-9]+", label)}
+    by_index = integers == labels and not integers & set(names or ())
+    if names is None and not by_index:
+        if integers:
+            line, label = next(where for where in lines.values() if where[1] not in integers)
+            raise DataError(f"{path}, line {line}: label {label!r} is not an integer, as others are; correct it, or "
+                            "give the label map with --classes FILE")
+        names = sorted(labels)
+    count = len(names) if names is not None else max((int(label) for label in integers), default=-1) + 1
+    index = {name: label for label, name in enumerate(names or ())}
+    numbers = {file: int(label) if by_index else index.get(label, -1) for file, (_, label) in lines.items()}
+    if outside := [file for file, label in numbers.items() if not 0 <= label < count]:
+        line, label = lines[outside[0]]
+        where = f"{classes}, which has {count} classes" if classes else f"[0, {count})"
+        raise DataError(f"{path}, line {line}: label {label!r} of {outside[0]} is not in {where} ({len(outside):,} "
+                        "such labels in all); correct it, or give the label map with --classes FILE")
+    missing, unlisted = missing_files(images, list(lines), path, skip_missing)
+    kept = [file for file in lines if file not in missing]
+    facts |= {"images_listed": len(lines), "images_missing": len(missing), "images_not_listed": unlisted}
+    return _source(images, kept, np.array([numbers[file] for file in kept], np.int32), count, names or (), facts,
+                   [(file, "the file is missing") for file in lines if file in missing])
+
+
+def _source(images: Path, files: Sequence[str], labels: npt.NDArray[np.int32], num_classes: int, names: Sequence[str],
+            facts: dict[str, Any], skipped: list[tuple[str, str]]) -> ListSource:
+    empty = np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0).tolist()
+    facts |= {"num_classes": num_classes, "classes_without_images": [names[i] if names else i for i in empty]}
+    return ListSource(f"imagenet-{name_of(images)}", images, files, labels=labels if len(labels) else None,
+                      num_classes=num_classes, class_names=names, facts=facts, skipped=skipped)
+
+
+def _class_names(path: Path) -> list[str]:
+    names = [line.strip() for line in text_of(path).rstrip().split("\n")]
+    if not all(names) or len(set(names)) != len(names):
+        line = next(i for i, name in enumerate(names) if not name or name in names[:i]) + 1
+        raise DataError(f"{path}, line {line}: {names[line - 1]!r} is empty or given twice; write each class name "
+                        "once, one a line")
+    return names
+
+
+def _rows(path: Path) -> dict[str, tuple[int, str]]:
+    """file -> (line, label), in the file's order."""
+    rows: dict[str, tuple[int, str]] = {}
+    reader = csv.DictReader(io.StringIO(text_of(path), newline=""))
+    if not {"file", "label"} <= set(reader.fieldnames or ()):
+        raise DataError(f"{path} has the columns {', '.join(reader.fieldnames or ())}; its first line must name file "
+                        "and label")
+    for row in reader:
+        if not row["file"] or not (row["label"] or "").strip():
+            raise DataError(f"{path}, line {reader.line_num}: no file, or no label; complete the line, or remove it")
+        file = relative_name(row["file"].strip(), f"{path}, line {reader.line_num}")
+        if file in rows:
+            raise DataError(f"{path}, line {reader.line_num}: {file} is given a second time, first in line "
+                            f"{rows[file][0]}; keep one")
+        rows[file] = reader.line_num, row["label"].strip()
+    if not rows:
+        raise DataError(f"{path} lists no images; give one line for each")
+    return rows
+
+
+def main(args: list[str] | None = None) -> int:
+    return packing.main(ImageNet, args, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

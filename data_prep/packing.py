@@ -1,0 +1,349 @@
+"""What every packer does: decode, crop, encode, write. Killed at any moment, it goes on when it is run again.
+
+    OUT/shard_00000.arrow ...  OUT/manifest.json     the data set (largescale/data/format.py)
+    OUT/skipped.jsonl                                what was left out, and why
+    OUT/packing/job.json  part_00000.json ...        while packing: what is being made, and what is done of each part
+
+A source is cut into parts (4,096 images, or one tar file), and rank r packs the parts r, r + world_size, ... by itself:
+what comes out does not depend on the number of ranks. Ranks meet in the file system only: rank 0 finishes when it finds
+every part done.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import tyro
+from tqdm import tqdm
+
+from data_prep import images
+from data_prep.sources import Item, Source
+from largescale.data.format import MANIFEST, CaptionInfo, DatasetInfo, read_manifest
+from largescale.data.shards import ShardDataset
+from largescale.data.writer import Shard, write_empty_caption, write_manifest
+from largescale.encoders.text import TextEncoder, load_text_encoder
+from largescale.encoders.vae import Vae, load_vae
+from largescale.errors import ConfigError, DataError, LargescaleError
+from largescale.files import write_atomically
+from largescale.launch import env_local_rank, env_rank, env_world_size, print_error
+
+A = TypeVar("A")
+B = TypeVar("B")
+Image = npt.NDArray[np.uint8]                           # (3, R, R)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    out: Path
+    """Folder for the shards. Run again after an interruption, packing goes on there."""
+    vae: str | None = None
+    """A VAE's folder or hub name (stabilityai/sd-vae-ft-ema), to store latents; none: pixels."""
+    text_encoder: str | None = None
+    """Of captions: open_clip:ViT-L-14/openai, or hf: and a folder or hub name (hf:openai/clip-vit-large-patch14); none:
+    the texts only."""
+    max_tokens: int | None = None
+    """Longer captions are cut there; by default the text encoder's own limit."""
+    resolution: int = 256
+    """Height and width after ADM's centre crop."""
+    mirror: bool = True
+    """Store the latents of the mirrored image too, for horizontal flips."""
+    min_side: int | None = None
+    """Images with a shorter side are left out; by default a quarter of the resolution."""
+    max_pixels: int = images.MAX_PIXELS
+    """Images with more are left out, undecoded."""
+    rows_per_shard: int = 4096
+    batch_size: int = 64
+    """Images encoded at a time."""
+    workers: int | None = None
+    """Threads that decode; by default one a core, shared among the ranks of a machine."""
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    precision: Literal["fp32", "bf16"] | None = None
+    """What the encoders compute in; by default bf16 on a GPU, fp32 on a CPU."""
+
+    def source(self) -> Source:
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises ConfigError before anything is read."""
+        for key in ("resolution", "rows_per_shard", "batch_size", "workers", "max_pixels", "max_tokens", "min_side"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise ConfigError(f"{key}={value} must be at least 1; set --{key.replace('_', '-')}")
+        if self.vae is None:
+            raise ConfigError("give --vae a folder or a hub name (such as stabilityai/sd-vae-ft-ema) to pack latents, "
+                              "or --vae none to pack pixels")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device=cuda, but torch sees no CUDA device; to pack here: --device cpu")
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigError(f"--out {self.out} is a file; give a folder")
+
+
+class Packer:
+    """A source, the encoders, and this process's share of the parts."""
+
+    def __init__(self, options: Packing) -> None:
+        options.check()
+        self.options, self.source = options, options.source()
+        if self.source.captioned and options.text_encoder is None:
+            raise ConfigError("the images have captions: give --text-encoder (such as open_clip:ViT-L-14/openai or "
+                              "hf:openai/clip-vit-large-patch14), or --text-encoder none to keep the texts only")
+        self.rank, self.world_size = env_rank(), env_world_size()
+        cuda = options.device == "cuda"
+        device = torch.device("cuda", env_local_rank() % torch.cuda.device_count()) if cuda else torch.device("cpu")
+        self.precision = options.precision or ("bf16" if cuda else "fp32")
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        self.vae: Vae | None = None
+        if options.vae is not None and options.vae != "none":
+            self.vae = load_vae(options.vae, device, dtype)
+        self.text: TextEncoder | None = None
+        if self.source.captioned and options.text_encoder is not None and options.text_encoder != "none":
+            self.text = load_text_encoder(options.text_encoder, device, dtype, options.max_tokens)
+        self.device, self.info = device, self._info()
+        self.min_side = options.min_side or max(options.resolution // 4, 1)
+        self.job = json.loads(json.dumps({              # what the result depends on
+            "source": self.source.fingerprint, "info": self.info.plain(), "rows_per_shard": options.rows_per_shard,
+            "crop": "ADM's centre crop", "min_side": self.min_side, "max_pixels": options.max_pixels,
+            "mirror": self.vae is not None and options.mirror, "precision": self.precision,
+        }))
+        self.folder = options.out / "packing"
+        self.parts = self.source.parts(options.rows_per_shard)
+        self.mine = range(self.rank, self.parts, self.world_size)
+
+    def _info(self) -> DatasetInfo:
+        side, vae, text = self.options.resolution, self.vae, self.text
+        encoders = {"vae": vae.identity} if vae else {}
+        return DatasetInfo(
+            name=self.source.name, num_classes=self.source.num_classes,
+            kind=vae.kind if vae else "pixels", shape=vae.stored_shape(side) if vae else (3, side, side),
+            scale_factor=vae.scale_factor if vae else 1.0,
+            encoders=encoders | ({"text": text.identity} if text else {}),
+            captions=CaptionInfo(text.max_tokens, text.width, text.pooled_width) if text else None,
+        )
+
+    # ---- the folder
+
+    def claim(self) -> bool:
+        """Whether there is something to pack: False where this very job is done. Raises DataError for another's."""
+        out = self.options.out
+        found = None
+        if (out / MANIFEST).exists():
+            found = read_manifest(out)
+            if found.get("job") == self.job:
+                return False
+        elif (self.folder / "job.json").exists():
+            found = {"job": json.loads((self.folder / "job.json").read_text())}
+        if found is not None and found.get("job") != self.job:
+            job = found.get("job") or {"info": found["info"].plain()}
+            differ = [f"{key}: {job.get(key)} there, {self.job[key]} here" for key in self.job
+                      if job.get(key) != self.job[key]]
+            raise DataError(f"{out} holds another data set, or a part of one; give another --out, or delete the "
+                            "folder. What differs:\n  " + "\n  ".join(differ))
+        if found is None and (stray := next(out.glob("shard_*.arrow"), None)):
+            raise DataError(f"{out} holds {stray.name}, and nothing that says of which data set; give another --out, "
+                            "or delete the folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        job_file = self.folder / "job.json"
+        if not job_file.exists():
+            write_atomically(job_file, json.dumps(self.job, indent=1), unique=True)
+        return True
+
+    def record(self, part: int) -> dict[str, Any]:
+        """What is done of a part."""
+        path = self.folder / f"part_{part:05d}.json"
+        nothing: dict[str, Any] = {"done": False, "items": 0, "captions": 0, "columns": [], "shards": [], "skipped": []}
+        if not path.exists():
+            return nothing
+        record: dict[str, Any] = json.loads(path.read_text())
+        files = ((self.options.out / shard["file"], shard["bytes"]) for shard in record["shards"])
+        return record if all(f.is_file() and f.stat().st_size == size for f, size in files) else nothing
+
+    # ---- the work
+
+    def __call__(self) -> str:
+        """Pack this rank's parts; rank 0 then waits for the others' and writes the manifest. Returns a line to say."""
+        start, new = time.perf_counter(), 0
+        if self.claim():
+            threads = self.options.workers or max(1, len(os.sched_getaffinity(0)) // _ranks_here())
+            bar = tqdm(total=self._share(), unit="image", desc="pack", dynamic_ncols=True, disable=self.rank != 0,
+                       mininterval=0.5 if sys.stderr.isatty() else 20, smoothing=0.05)
+            with bar, ThreadPoolExecutor(threads, "decode") as decoders, ThreadPoolExecutor(1, "encode") as encoder:
+                try:
+                    for part in self.mine:
+                        new += self.pack_part(part, decoders, encoder, bar)
+                except BaseException:                   # a pool's exit would first finish what is queued
+                    decoders.shutdown(wait=False, cancel_futures=True)
+                    encoder.shutdown(wait=False, cancel_futures=True)
+                    raise
+            if self.rank == 0:
+                self.finish()
+        return self.summary(new, time.perf_counter() - start) if self.rank == 0 else ""
+
+    def _share(self) -> int | None:
+        """Items of this rank's parts, where that is known."""
+        rows, size = self.options.rows_per_shard, self.source.size
+        return None if size is None else sum(min(rows, size - part * rows) for part in self.mine)
+
+    def pack_part(self, part: int, decoders: Executor, encoder: Executor, bar: Any) -> int:
+        """Goes on behind the part's last whole shard; returns how many images were encoded now."""
+        record = self.record(part)
+        bar.update(record["items"])
+        if record["done"] or (self.options.out / MANIFEST).exists():
+            return 0
+        encoded, items = 0, islice(self.source.part(part, self.options.rows_per_shard), record["items"], None)
+        while not record["done"]:
+            chunk = _Counted(islice(items, self.options.rows_per_shard))
+            shard, skipped = Shard(self.info), record["skipped"]
+            batches = self.batches(_ahead(decoders, self.decode, chunk, 2 * self.options.batch_size), skipped, bar)
+            for rows in _ahead(encoder, self.encode, batches, 2):
+                for row in rows:
+                    shard.add(**row)
+                    record["captions"] += len(row.get("captions", ()))
+            if len(shard):
+                number = len(record["shards"])          # only tar files have more than one
+                name = f"shard_{part:05d}" + (f"_{number}" if number else "") + ".arrow"
+                record["shards"].append(shard.write(self.options.out / name))
+                record["columns"] = shard.columns
+                encoded += len(shard)
+            record["items"] += chunk.count
+            record["done"] = chunk.count < self.options.rows_per_shard or self.source.size is not None
+            write_atomically(self.folder / f"part_{part:05d}.json", json.dumps(record))
+        return encoded
+
+    def decode(self, item: Item) -> tuple[Item, Image | str]:
+        """The cropped image, or why there is none."""
+        try:
+            if self.source.captioned and not item.captions:
+                raise images.Unusable("it has no caption")
+            data = item.read()
+            return item, images.decode(data, self.options.resolution, self.min_side, self.options.max_pixels)
+        except (images.Unusable, OSError) as error:
+            return item, str(error)
+
+    def batches(self, decoded: Iterable[tuple[Item, Image | str]], skipped: list[list[str]],
+                bar: Any) -> Iterator[list[tuple[Item, Image]]]:
+        batch: list[tuple[Item, Image]] = []
+        for item, image in decoded:
+            bar.update(1)
+            if isinstance(image, str):
+                skipped.append([item.id, image])
+                bar.set_postfix(skipped=len(skipped), refresh=False)
+            else:
+                batch.append((item, image))
+            if len(batch) == self.options.batch_size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def encode(self, batch: list[tuple[Item, Image]]) -> list[dict[str, Any]]:
+        """The rows of a batch, as `Shard.add` takes them."""
+        pixels = np.stack([image for _, image in batch])
+        columns: dict[str, Iterable[Any]] = {"latent": pixels}
+        if self.vae:
+            x = torch.from_numpy(pixels)
+            x = (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
+            columns["latent"] = self.vae.encode(x).cpu().numpy()
+            if self.options.mirror:
+                columns["latent_mirror"] = self.vae.encode(x.flip(-1)).cpu().numpy()
+        if self.source.captioned:
+            columns["captions"] = [list(item.captions) for item, _ in batch]
+        if self.text:
+            of_all = iter(self.text([caption for item, _ in batch for caption in item.captions]))
+            encoded = [list(islice(of_all, len(item.captions))) for item, _ in batch]
+            columns["caption_tokens"] = [[caption.tokens for caption in captions] for captions in encoded]
+            columns["caption_pooled"] = [[caption.pooled for caption in captions] for captions in encoded]
+        values = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return [{"id": item.id, "label": item.label, **row} for (item, _), row in zip(batch, values, strict=True)]
+
+    def finish(self) -> None:
+        """Rank 0, once every part is done: the manifest, and what only packing needed goes."""
+        records: list[dict[str, Any]] = []
+        with tqdm(total=self.parts, desc="wait for the other ranks", unit="part", delay=2, dynamic_ncols=True) as bar:
+            while len(records) < self.parts:
+                record = self.record(len(records))
+                if record["done"]:
+                    records.append(record)
+                    bar.update()
+                else:
+                    time.sleep(0.5)
+        skipped = [*map(list, self.source.skipped), *(entry for record in records for entry in record["skipped"])]
+        shards = [shard for record in records for shard in record["shards"]]
+        if not shards:
+            raise DataError(f"not one image of {self.source.name} could be used; the first: "
+                            + "; ".join(f"{id}: {reason}" for id, reason in skipped[:3]))
+        out, empty = self.options.out, None
+        if self.text:
+            (encoding,) = self.text([""])
+            empty = write_empty_caption(out, self.info, encoding.tokens, encoding.pooled)
+        lines = (json.dumps({"id": id, "reason": reason}) + "\n" for id, reason in skipped)
+        write_atomically(out / "skipped.jsonl", "".join(lines))
+        columns = next(record["columns"] for record in records if record["columns"])
+        write_manifest(
+            out, self.info, columns, shards, empty, job=self.job, source=self.source.facts,
+            class_names=list(self.source.class_names), captions=sum(record["captions"] for record in records),
+            skipped={"count": len(skipped), "reasons": dict(Counter(reason for _, reason in skipped).most_common(20))},
+            made_with={"vae": self.options.vae, "text_encoder": self.options.text_encoder if self.text else None},
+        )
+        shutil.rmtree(self.folder)
+
+    def summary(self, new: int, seconds: float) -> str:
+        data = ShardDataset(self.options.out)
+        manifest = data.manifest
+        size = sum(shard["bytes"] for shard in manifest["shards"])
+        of_ranks = f" a rank, {self.world_size} ranks" if self.world_size > 1 else ""
+        rate = f"packed {new:,} now in {seconds:.1f} s, {new / seconds:.1f} images/s{of_ranks}"
+        captions = f", {manifest['captions']:,} captions" if manifest["captions"] else ""
+        left_out = manifest["skipped"]["count"]
+        return (f"{data.path}: {len(data):,} images{captions}, {size / 1e6:.1f} MB ({size / len(data):,.0f} bytes an "
+                f"image); {rate if new else 'already packed'}; {left_out} left out" + (f", see {data.path / 'skipped.jsonl'}" if left_out else ""))
+
+
+class _Counted(Iterator[A]):
+    def __init__(self, items: Iterable[A]) -> None:
+        self._items, self.count = iter(items), 0
+
+    def __next__(self) -> A:
+        item = next(self._items)
+        self.count += 1
+        return item
+
+
+def _ahead(pool: Executor, work: Callable[[A], B], items: Iterable[A], window: int) -> Iterator[B]:
+    """`work` of each item in order, up to `window` of them under way."""
+    pending: deque[Any] = deque()
+    for item in items:
+        pending.append(pool.submit(work, item))
+        if len(pending) == window:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _ranks_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def main(program: type[Packing], args: list[str] | None, description: str | None) -> int:
+    options = tyro.cli(program, args=args, description=description)
+    try:
+        line = Packer(options)()
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr, flush=True)
+        return 130
+    except LargescaleError as error:
+        print_error(error)
+        return 2
+    if line:
+        print(line, flush=True)
+    return 0

@@ -1,0 +1,206 @@
+"""Where images come from: what every program hands to data_prep.packing, and the checks that they share."""
+
+import hashlib
+import os
+import posixpath
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from data_prep.images import Unusable
+from largescale.errors import DataError
+from largescale.launch import env_rank
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An image to pack. `read` gives the file's content; it raises OSError, or Unusable with the reason."""
+
+    id: str                                             # unique in the data set
+    read: Callable[[], bytes]
+    label: int = 0
+    captions: tuple[str, ...] = ()
+
+
+class Source(Protocol):
+    """What a packing program reads. All that can be wrong with lists and labels is found when it is made."""
+
+    name: str
+    num_classes: int                                    # 0 without labels
+    captioned: bool
+    class_names: Sequence[str]                          # () where unknown
+    facts: dict[str, Any]                               # for the manifest: what was read, plain JSON
+    fingerprint: str                                    # of what determines content and order, not of the pixels
+    skipped: list[tuple[str, str]]                      # (id, reason): left out before any image is read
+    size: int | None                                    # items in all; None where only reading tells
+
+    def parts(self, rows_per_shard: int) -> int:
+        """How many parts there are; one rank packs a part on its own."""
+
+    def part(self, number: int, rows_per_shard: int) -> Iterator[Item]:
+        """The items of a part, the same each time, in the same order."""
+
+
+class ListSource:
+    """Image files below `root`, given by relative path; a part is `rows_per_shard` of them. Millions are bearable.
+
+    ids: the paths, unless given. Raises DataError where there are none, and for a label outside [0, num_classes).
+    """
+
+    def __init__(self, name: str, root: Path, files: Sequence[str], *, ids: Sequence[str] | None = None,
+                 labels: npt.NDArray[np.int32] | None = None, num_classes: int = 0, class_names: Sequence[str] = (),
+                 captions: Sequence[tuple[str, ...]] | None = None, facts: dict[str, Any],
+                 skipped: list[tuple[str, str]] | None = None) -> None:
+        self.name, self.num_classes, self.class_names = name, num_classes, class_names
+        self.captioned, self.facts, self.skipped = captions is not None, facts, skipped or []
+        self.size: int | None = len(files)
+        self._root, self._files, self._ids = str(root), files, files if ids is None else ids
+        self._labels, self._captions = labels, captions
+        if not files:
+            raise DataError(f"no images were found to pack in {root}; correct the folder (files "
+                            f"that are read end in {', '.join(SUFFIXES)})")
+        if labels is not None and not 0 <= labels.min() <= labels.max() < num_classes:
+            raise DataError(f"labels from {labels.min()} to {labels.max()} are not in [0, num_classes={num_classes})")
+        texts = (f"{len(some)}" + "".join(f"\n{text}" for text in some) for some in captions or ())
+        self.fingerprint = fingerprint(files, self._ids if ids is not None else (), class_names, texts,
+                                       b"" if labels is None else labels.astype("<i4").tobytes())
+
+    def parts(self, rows_per_shard: int) -> int:
+        return -(-len(self._files) // rows_per_shard)
+
+    def part(self, number: int, rows_per_shard: int) -> Iterator[Item]:
+        for i in range(number * rows_per_shard, min((number + 1) * rows_per_shard, len(self._files))):
+            yield Item(self._ids[i], partial(_read, os.path.join(self._root, self._files[i])),
+                       0 if self._labels is None else int(self._labels[i]),
+                       () if self._captions is None else self._captions[i])
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def given(data: bytes) -> Callable[[], bytes]:
+    """The `read` of an item whose content is at hand."""
+    return partial(bytes, data)
+
+
+def unusable(reason: str) -> Callable[[], bytes]:
+    """The `read` of an item that is known to lack something."""
+    return partial(_raise, reason)
+
+
+def _raise(reason: str) -> NoReturn:
+    raise Unusable(reason)
+
+
+def fingerprint(*columns: bytes | Iterable[str]) -> str:
+    """sha256 of columns of text, read as streams, and of bytes."""
+    digest = hashlib.sha256()
+    for column in columns:
+        length = 0
+        for chunk in [column] if isinstance(column, bytes) else _chunks(column):
+            digest.update(chunk)
+            length += len(chunk)
+        digest.update(f"#{length}".encode())
+    return digest.hexdigest()
+
+
+def _chunks(texts: Iterable[str], size: int = 10_000) -> Iterator[bytes]:
+    texts = iter(texts)
+    while some := list(islice(texts, size)):
+        try:
+            yield "".join(f"{len(text)}:{text}" for text in some).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{error.object[max(error.start - 40, 0):error.end + 10]!r}: a name that is not UTF-8; "
+                            "rename the file") from error
+
+
+def list_images(root: Path) -> tuple[list[str], int]:
+    """Relative paths of the image files below `root`, sorted, and the number of other files. Links are followed,
+    names that begin with a dot passed over. Raises DataError for what cannot be listed."""
+    found: list[str] = []
+    others, stack = 0, [("", frozenset[tuple[int, int]]())]
+    with tqdm(desc=f"list {root}", unit="file", delay=2, disable=env_rank() != 0) as bar:
+        while stack:
+            prefix, above = stack.pop()
+            folder = os.path.join(root, prefix)
+            here, entries = _scan(folder)
+            if here in above:
+                raise DataError(f"{folder} is a link to a folder that it lies in; remove the link")
+            for entry in entries:
+                if entry.is_dir():
+                    stack.append((f"{prefix}{entry.name}/", above | {here}))
+                elif entry.name.lower().endswith(SUFFIXES) and (entry.is_symlink() or entry.is_file()):
+                    found.append(prefix + entry.name)   # a link to nothing too: reading it will say so
+                else:
+                    others += 1
+            bar.update(len(entries))
+    return sorted(found), others
+
+
+def _scan(folder: str) -> tuple[tuple[int, int], list[os.DirEntry[str]]]:
+    try:
+        status = os.stat(folder)
+        with os.scandir(folder) as entries:
+            return (status.st_dev, status.st_ino), [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"{folder} cannot be listed ({error.strerror}); correct the path") from error
+
+
+def missing_files(root: Path, names: Sequence[str], listed_in: Path, skip: bool) -> tuple[set[str], int]:
+    """Which of `names` are not files below `root`, and how many images beside the others are not named.
+
+    Each folder is listed once, as asking for each of millions of files takes hours. Raises DataError, unless `skip`.
+    """
+    _scan(str(root))
+    folders: dict[str, set[str]] = {}
+    for folder in {posixpath.dirname(name) for name in names}:
+        if os.path.isdir(path := os.path.join(root, folder)):
+            folders[folder] = {entry.name for entry in _scan(path)[1] if entry.is_file()}
+    missing = {name for name in names
+               if posixpath.basename(name) not in folders.get(posixpath.dirname(name), ())}
+    if missing and not skip:
+        raise DataError(f"{listed_in} names {len(names):,} images, of which {len(missing):,} are not in {root}: "
+                        f"{first_three(sorted(missing))}; complete the folder, or pack the others with --skip-missing")
+    images = sum(name.lower().endswith(SUFFIXES) for files in folders.values() for name in files)
+    return missing, images - (len(set(names)) - len(missing))
+
+
+def relative_name(name: str, listed_in: object) -> str:
+    """`name` in its shortest form. Raises DataError for one that does not lie below the folder of images."""
+    short = posixpath.normpath(name)
+    if not name or short.startswith("/") or short.split("/")[0] in (".", ".."):
+        raise DataError(f"{listed_in}: {name!r} does not lie below --images; give file names relative to it")
+    return short
+
+
+def first_three(names: Iterable[object]) -> str:
+    some = list(islice(names, 4))
+    return ", ".join(str(name) for name in some[:3]) + (" ..." if len(some) > 3 else "")
+
+
+def text_of(path: Path) -> str:
+    """Raises DataError for a file that is missing, or not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); correct the path") from error
+
+
+def clean(captions: Iterable[str]) -> tuple[str, ...]:
+    """Captions without the white space around them; empty ones are dropped."""
+    return tuple(text for caption in captions if (text := caption.strip()))
+
+
+def name_of(path: Path) -> str:
+    return os.path.basename(os.path.abspath(path)).split(".")[0]

@@ -1,0 +1,399 @@
+"""What comes out of packing depends on what goes in: not on ranks, batches, interruptions. Bad input is said, or listed."""
+
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_prep import folder, imagenet, packing, webdataset
+from data_prep.images import decode
+from largescale.data.shards import ShardDataset
+from largescale.errors import DataError
+from tests.conftest import ROOT
+
+RUN = {"folder": folder.main, "imagenet": imagenet.main, "webdataset": webdataset.main}
+BAD = {"010.png": b"", "011.png": b"no image", "025.png": None}  # None: too small
+
+
+def picture(i: int, side: int = 24) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(i).integers(0, 256, (side + i % 3, side, 3), np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """37 pictures, of which three cannot be used."""
+    root = tmp_path_factory.mktemp("pictures")
+    for i in range(37):
+        (root / f"{i:03d}.png").write_bytes(picture(i))
+    for name, content in BAD.items():
+        (root / name).write_bytes(picture(0, side=2) if content is None else content)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pack(images: Path, out: Path, *more: Any, program: str = "folder") -> int:
+    where = "--shards" if program == "webdataset" else "--images"
+    args = [where, images, "--out", out, "--vae", "none", "--resolution", 16, "--rows-per-shard", 10, "--device", "cpu",
+            "--workers", 2, *more]
+    return RUN[program]([str(arg) for arg in args])
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def truth(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("truth") / "out"
+    assert pack(images, out) == 0
+    return out
+
+
+def test_what_is_packed(truth: Path, images: Path) -> None:
+    data = ShardDataset(truth, verify=True)
+    assert sorted(files(truth)) == ["manifest.json", *(f"shard_{i:05d}.arrow" for i in range(4)), "skipped.jsonl"]
+    good = [i for i in range(37) if f"{i:03d}.png" not in BAD]
+    rows = data.gather(np.arange(len(data)))["latent"]
+    assert np.array_equal(rows, np.stack([decode(picture(i), 16, 4) for i in good]))
+    assert (data.info.kind, data.info.shape, data.info.num_classes) == ("pixels", (3, 16, 16), 0)
+    skipped = [json.loads(line) for line in (truth / "skipped.jsonl").read_text().splitlines()]
+    assert [entry["id"] for entry in skipped] == list(BAD) and all(entry["reason"] for entry in skipped)
+    manifest = data.manifest
+    assert manifest["skipped"]["count"] == 3 and sum(manifest["skipped"]["reasons"].values()) == 3
+    assert manifest["source"]["images"] == str(images) and manifest["job"]["min_side"] == 4
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_the_number_of_ranks_does_not_matter(images: Path, truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                             world_size: int) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    for rank in reversed(range(world_size)):            # rank 0, which waits for the others, last
+        monkeypatch.setenv("RANK", str(rank))
+        assert pack(images, tmp_path / "out") == 0
+    assert files(tmp_path / "out") == files(truth)
+
+
+@pytest.mark.parametrize("more", [("--batch-size", 1), ("--batch-size", 7, "--workers", 5)])
+def test_batches_and_workers_do_not_matter(images: Path, truth: Path, tmp_path: Path, more: tuple[Any, ...]) -> None:
+    pack(images, tmp_path / "out", *more)
+    assert files(tmp_path / "out") == files(truth)
+
+
+def tree(out: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+
+
+def test_run_again_it_does_nothing(images: Path, truth: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = tree(truth)
+    assert pack(images, truth) == 0
+    assert "already packed" in capsys.readouterr().out and tree(truth) == before
+
+
+@pytest.mark.parametrize("at", range(1, 14))
+def test_stopped_at_any_write_it_goes_on(images: Path, truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                         capsys: pytest.CaptureFixture[str], at: int) -> None:
+    """Stopped before the n-th renaming or removing of a file; at most one shard is encoded twice."""
+    calls = encoded = 0
+    rename, decode_item = os.replace, packing.Packer.decode
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise KeyboardInterrupt
+        rename(*args, **kwargs)
+
+    def counting(self: packing.Packer, item: Any) -> Any:
+        nonlocal encoded
+        encoded += 1
+        return decode_item(self, item)
+
+    monkeypatch.setattr(os, "replace", counted)
+    monkeypatch.setattr(Path, "replace", lambda path, target: counted(path, target))
+    monkeypatch.setattr(packing.Packer, "decode", counting)
+    stopped = pack(images, tmp_path / "out")
+    assert (stopped, "run the same command again" in capsys.readouterr().err) == ((130, True) if at <= 11 else (0, False))
+    assert (tmp_path / "out/manifest.json").exists() == (stopped == 0)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    calls = 100
+    assert pack(images, tmp_path / "out", "--batch-size", 3) == 0
+    assert files(tmp_path / "out") == files(truth)
+    assert 37 <= encoded <= 47
+
+
+def test_killed_it_goes_on(images: Path, truth: Path, tmp_path: Path) -> None:
+    """With -9, at random moments, until it is done."""
+    out, killed = tmp_path / "out", 0
+    random = np.random.default_rng(0)
+    slow = ("import sys, time; from data_prep import folder, packing; decode = packing.Packer.decode\n"
+            "packing.Packer.decode = lambda self, item: (print(flush=True), time.sleep(0.03), decode(self, item))[2]\n"
+            "sys.exit(folder.main(sys.argv[1:]))")
+    while not (out / "manifest.json").exists():
+        process = subprocess.Popen(
+            [sys.executable, "-c", slow, "--images", images, "--out", out, "--vae", "none", "--resolution", "16",
+             "--rows-per-shard", "10", "--device", "cpu", "--workers", "1"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE)
+        assert process.stdout
+        process.stdout.readline()                       # it has begun to decode
+        try:
+            process.wait(0.3 + 0.5 * random.random())   # a shard takes 0.3 s
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed += 1
+    assert killed >= 1
+    assert pack(images, out) == 0
+    assert files(out) == files(truth)
+
+
+def test_a_half_written_shard_is_made_again(images: Path, truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(packing.Packer, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert pack(images, tmp_path / "out") == 130
+    shard = tmp_path / "out/shard_00001.arrow"
+    shard.write_bytes(shard.read_bytes()[:500])
+    (tmp_path / "out/shard_00003.arrow").unlink()
+    assert pack(images, tmp_path / "out") == 0
+    assert files(tmp_path / "out") == files(truth)
+
+
+def test_a_full_disk_loses_nothing(images: Path, truth: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limit[1]))
+    try:
+        assert pack(images, tmp_path / "out") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    said = capsys.readouterr().err
+    assert "cannot write" in said and "free space, and run again" in said
+    assert not list((tmp_path / "out").glob("*.arrow*"))
+    assert pack(images, tmp_path / "out") == 0 and files(tmp_path / "out") == files(truth)
+
+
+@pytest.mark.parametrize("change", [("--resolution", 8), ("--rows-per-shard", 5), ("--min-side", 3)])
+def test_a_folder_that_holds_another_data_set(images: Path, truth: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                              monkeypatch: pytest.MonkeyPatch, change: tuple[Any, ...]) -> None:
+    before = tree(truth)
+    assert pack(images, truth, *change) == 2
+    said = capsys.readouterr().err
+    assert f"{truth} holds another data set" in said and "give another --out" in said and tree(truth) == before
+    with monkeypatch.context() as patch:                # and one of which only a part is there
+        patch.setattr(packing.Packer, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        pack(images, tmp_path / "out")
+    before = tree(tmp_path / "out")
+    assert pack(images, tmp_path / "out", *change) == 2 and tree(tmp_path / "out") == before
+
+
+def test_a_folder_of_shards_of_unknown_origin(images: Path, truth: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(truth / "shard_00002.arrow", tmp_path)
+    assert pack(images, tmp_path) == 2
+    assert "holds shard_00002.arrow, and nothing that says of which data set" in capsys.readouterr().err
+
+
+def test_images_that_changed_meanwhile_are_another_data_set(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = shutil.copytree(images, tmp_path / "images")
+    pack(mine, tmp_path / "out")
+    (mine / "100.png").write_bytes(picture(100))
+    assert pack(mine, tmp_path / "out") == 2
+    assert "source: " in capsys.readouterr().err
+
+
+def test_nothing_that_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").write_bytes(b"no image")
+    assert pack(tmp_path / "images", tmp_path / "out") == 2
+    assert "not one image of folder-images could be used; the first: a.png:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (("--resolution", 0), "resolution=0 must be at least 1"),
+    (("--rows-per-shard", 0), "rows_per_shard=0"),
+    (("--batch-size", -1), "batch_size=-1"),
+    (("--device", "cuda"), "torch sees no CUDA device; to pack here: --device cpu"),
+    (("--vae", "nowhere/at-all"), "nowhere/at-all"),
+])
+def test_bad_settings_are_one_line_and_nothing_is_made(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    more: tuple[Any, ...], message: str,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pack(images, tmp_path / "out", *more) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said and not (tmp_path / "out").exists()
+
+
+def test_the_vae_is_asked_for(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert folder.main(["--images", str(images), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    assert "or --vae none to pack pixels" in capsys.readouterr().err
+
+
+def test_labels(tmp_path: Path) -> None:
+    for i in range(12):
+        path = tmp_path / "images" / f"class_{i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(i))
+    assert pack(tmp_path / "images", tmp_path / "out", "--rows-per-shard", 5, program="imagenet") == 0
+    data = ShardDataset(tmp_path / "out", verify=True)
+    rows = data.gather(np.arange(12))
+    assert rows["label"].tolist() == [0] * 4 + [1] * 4 + [2] * 4 and data.info.num_classes == 3
+    assert data.manifest["class_names"] == ["class_0", "class_1", "class_2"]
+    order = [i for c in range(3) for i in sorted(range(c, 12, 3), key=str)]
+    assert np.array_equal(rows["latent"], np.stack([decode(picture(i), 16, 4) for i in order]))
+
+
+# ---- tar files: parts of a length that only reading tells
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    """Two tar files of 25 and 20 captioned images: more than two shards of ten, and exactly two."""
+    for number, count in enumerate((25, 20)):
+        with tarfile.open(tmp_path / f"{number:05d}.tar", "w") as tar:
+            for i in range(count):
+                add(tar, f"{i:04d}.png", picture(100 * number + i))
+                if i != 7:
+                    add(tar, f"{i:04d}.txt", f"picture {i} of {number}".encode())
+    return tmp_path / "*.tar"
+
+
+def test_tar_files(tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = ("--text-encoder", "none")
+    assert pack(tars, tmp_path / "one", *more, program="webdataset") == 0
+    data = ShardDataset(tmp_path / "one", verify=True)
+    assert [s["rows"] for s in data.manifest["shards"]] == [9, 10, 5, 9, 10] and data.manifest["captions"] == 43
+    expected = [f"picture {i} of {n}" for n, count in enumerate((25, 20)) for i in range(count) if i != 7]
+    assert data.texts(np.arange(len(data))) == [[text] for text in expected]
+    assert [json.loads(line)["id"] for line in (tmp_path / "one/skipped.jsonl").read_text().splitlines()] == ["00000/0007", "00001/0007"]
+    assert np.array_equal(data.gather(np.array([9]))["latent"][0], decode(picture(10), 16, 4))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in (2, 1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        assert pack(tars, tmp_path / "three", *more, program="webdataset") == 0
+    assert files(tmp_path / "three") == files(tmp_path / "one")
+
+
+@pytest.mark.parametrize("at", range(1, 6))
+def test_tar_files_stopped_and_gone_on_with(tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    more = ("--text-encoder", "none", "--batch-size", 4)
+    pack(tars, tmp_path / "truth", *more, program="webdataset")
+    written, write, decoded, decode_item = 0, packing.Shard.write, 0, packing.Packer.decode
+
+    def stopping(self: packing.Shard, path: Path) -> dict[str, Any]:
+        nonlocal written
+        written += 1
+        if written == at:
+            raise KeyboardInterrupt
+        return write(self, path)
+
+    def counting(self: packing.Packer, item: Any) -> Any:
+        nonlocal decoded
+        decoded += 1
+        return decode_item(self, item)
+
+    monkeypatch.setattr(packing.Shard, "write", stopping)
+    assert pack(tars, tmp_path / "out", *more, program="webdataset") == 130
+    monkeypatch.setattr(packing.Packer, "decode", counting)
+    assert pack(tars, tmp_path / "out", *more, program="webdataset") == 0
+    assert files(tmp_path / "out") == files(tmp_path / "truth")
+    assert decoded == [45, 35, 25, 20, 10][at - 1]      # the whole shards are not decoded again
+
+
+def test_a_tar_that_is_cut_short_stops_the_packing(tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tar = tmp_path / "00001.tar"
+    tar.write_bytes(tar.read_bytes()[:20_000])
+    assert pack(tars, tmp_path / "out", "--text-encoder", "none", program="webdataset") == 2
+    said = capsys.readouterr().err
+    assert "00001.tar cannot be read to its end" in said and not (tmp_path / "out/manifest.json").exists()
+
+
+def test_captions_need_an_encoder_or_a_word(tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pack(tars, tmp_path / "out", program="webdataset") == 2
+    assert "or --text-encoder none to keep the texts only" in capsys.readouterr().err
+
+
+# ---- encoders
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4, scaling_factor=0.5,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    model.save_pretrained(path := tmp_path_factory.mktemp("vae"))
+    return path
+
+
+def test_moments_of_the_image_and_its_mirror(images: Path, vae: Path, tmp_path: Path) -> None:
+    from largescale.encoders.vae import load_vae
+
+    assert pack(images, tmp_path / "out", "--vae", vae) == 0
+    data, encoder = ShardDataset(tmp_path / "out", verify=True), load_vae(str(vae), torch.device("cpu"))
+    assert (data.info.kind, data.info.shape, data.info.scale_factor) == ("moments", (8, 8, 8), 0.5)
+    assert data.info.encoders == {"vae": encoder.identity} and data.has_mirror
+    pixels = torch.from_numpy(np.stack([decode(picture(i), 16, 4) for i in range(5)]))
+    for flip in (False, True):
+        rows = data.gather(np.arange(5), flip=np.full(5, flip))["latent"]
+        expected = encoder.encode(pixels.flip(-1) if flip else pixels)
+        torch.testing.assert_close(torch.from_numpy(rows).float(), expected.float(), atol=2e-3, rtol=2e-3)
+    assert pack(images, tmp_path / "plain", "--vae", vae, "--no-mirror") == 0
+    assert not ShardDataset(tmp_path / "plain").has_mirror
+
+
+def test_shards_of_different_encoders_do_not_mix(images: Path, truth: Path, vae: Path, tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    pack(images, tmp_path / "a", "--vae", vae)
+    with torch.no_grad():
+        other = pytest.importorskip("diffusers").AutoencoderKL.from_pretrained(vae)
+        other.quant_conv.bias += 1
+    other.save_pretrained(tmp_path / "vae")
+    assert pack(images, tmp_path / "a", "--vae", tmp_path / "vae") == 2
+    assert "holds another data set" in capsys.readouterr().err
+    pack(images, tmp_path / "b", "--vae", tmp_path / "vae")
+    # a shard of the one put into the other, with the manifest's size and hash corrected by hand
+    shutil.copy(tmp_path / "b/shard_00001.arrow", tmp_path / "a")
+    manifest = json.loads((tmp_path / "a/manifest.json").read_text())
+    entry = json.loads((tmp_path / "b/manifest.json").read_text())["shards"][1]
+    manifest["shards"][1] |= {key: entry[key] for key in ("bytes", "sha256")}
+    (tmp_path / "a/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"shard_00001.arrow is of another data set than the manifest: .*encoders"):
+        ShardDataset(tmp_path / "a", verify=True)
+
+
+def test_a_vae_that_does_not_fit_the_preset_is_said_by_the_dry_run(images: Path, vae: Path, tmp_path: Path) -> None:
+    pack(images, tmp_path / "out", "--vae", vae)
+    done = subprocess.run([sys.executable, "-m", "largescale.train", "dit_b2_ffhq256", "--data.path", tmp_path / "out", "--dry-run"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "holds moments of shape (4, 8, 8), the model takes (4, 32, 32); set --model.in-channels" in done.stderr
