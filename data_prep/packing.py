@@ -223,9 +223,9 @@ class Packer:
     def decode(self, item: Item) -> tuple[Item, Image | str]:
         """The cropped image, or why there is none."""
         try:
+            data = item.read()
             if self.source.captioned and not item.captions:
                 raise images.Unusable("it has no caption")
-            data = item.read()
             return item, images.decode(data, self.options.resolution, self.min_side, self.options.max_pixels)
         except (images.Unusable, OSError) as error:
             return item, str(error)
@@ -305,8 +305,9 @@ class Packer:
         rate = f"packed {new:,} now in {seconds:.1f} s, {new / seconds:.1f} images/s{of_ranks}"
         captions = f", {manifest['captions']:,} captions" if manifest["captions"] else ""
         left_out = manifest["skipped"]["count"]
+        listed = f", see {data.path / 'skipped.jsonl'}" if left_out else ""
         return (f"{data.path}: {len(data):,} images{captions}, {size / 1e6:.1f} MB ({size / len(data):,.0f} bytes an "
-                f"image); {rate if new else 'already packed'}; {left_out} left out" + (f", see {data.path / 'skipped.jsonl'}" if left_out else ""))
+                f"image); {rate if new else 'already packed'}; {left_out} left out{listed}")
 
 
 class _Counted(Iterator[A]):

@@ -133,7 +133,7 @@ class ParquetSource:
 
     def _read(self, key: str, type: pa.DataType) -> pa.ChunkedArray:
         name = self._columns[key]
-        chunks = [chunk for file in self._files     # not read_table: it takes key=value in paths for columns
+        chunks = [chunk for file in self._files
                   for chunk in pq.ParquetFile(file).read(columns=[name]).column(name).cast(type).chunks]
         column = pa.chunked_array(chunks, type)
         if column.null_count:

@@ -60,9 +60,9 @@ class Sample:
     captions: Path | None = None
     """Or a packed data set: sample i has a caption of its row i % n."""
     text_encoder: str | None = None
-    """For prompts: the encoder that the data were packed with, as data_prep takes it."""
+    """For prompts: where the encoder that the data were packed with lies now; by default where it was then."""
     vae: str | None = None
-    """Of a latent model: the VAE that the data were packed with, as data_prep takes it, to decode the samples."""
+    """Of a latent model: likewise the VAE, to decode the samples with; none: keep latents."""
     cfg_channels: int | None = None
     """Guide the first k channels only; by default all of the image's."""
     batch_size: int = 250
@@ -99,18 +99,21 @@ class Sampler:
         if not self.trained.config.model.class_dropout_prob and set(options.cfg_scale) != {1.0}:
             raise ConfigError("the model was trained with class_dropout_prob=0 and knows no null label to guide with; "
                               "set --cfg-scale 1")
+        made_with = self.trained.info.get("made_with", {})
         self.conditions = make_conditions(
-            self.trained, options.num_samples, options.captions, options.prompts, options.text_encoder, self.device)
-        self.vae = self.decoder() if options.vae else None
+            self.trained, options.num_samples, options.captions, options.prompts,
+            options.text_encoder or made_with.get("text_encoder"), self.device)
+        vae = options.vae or made_with.get("vae") or "none"
+        self.vae = None if vae == "none" else self.decoder(vae)
 
-    def decoder(self) -> Vae:
+    def decoder(self, spec: str) -> Vae:
         """Raises ConfigError for a VAE that is not the one that made the model's latents."""
         encoder = self.trained.info["data_info"].get("encoders", {}).get("vae")
         if encoder is None:
             raise ConfigError("the model draws pixels, or latents of no VAE that its data name; leave out --vae")
-        vae = load_vae(str(self.options.vae), self.device)
+        vae = load_vae(spec, self.device)
         if vae.identity != encoder:
-            raise ConfigError(f"--vae {self.options.vae} is {vae.identity}, the model was trained with {encoder}")
+            raise ConfigError(f"--vae {spec} is {vae.identity}, the model was trained with {encoder}")
         return vae
 
     def __call__(self, cfg_scale: float) -> None:

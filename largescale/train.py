@@ -5,7 +5,6 @@ Under torchrun or srun, one process a rank. To resume, run the same command agai
 
 import dataclasses
 import difflib
-import json
 import os
 import sys
 import tempfile
@@ -113,7 +112,8 @@ def train(config: Config, ds: dict[str, Any], ranks: "Ranks") -> int:
     check_ds_config(ds)
     identity = {
         "config": to_dict(config), "precision": precision(ds),
-        "dataset": dataset.fingerprint, "data_info": json.loads(json.dumps(dataclasses.asdict(dataset.info))),
+        "dataset": dataset.fingerprint, "data_info": dataset.info.plain(),
+        "made_with": dataset.manifest.get("made_with", {}),  # where the encoders were, for sampling
     }
     checkpointer = Checkpointer(config.run_dir, config.checkpoint, ranks)
     checkpoint = checkpointer.newest(say)

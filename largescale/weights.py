@@ -72,5 +72,5 @@ def load_trained(path: Path, step: int | None = None) -> Trained:
 def describe(checkpoint: CheckpointDir) -> dict[str, Any]:
     """Config and provenance of a checkpoint, as an export carries them."""
     state = checkpoint.manifest()["state"]
-    carried = ("config", "step", "samples_seen", "dataset", "data_info", "precision", "curriculum")
-    return {key: state[key] for key in carried}
+    carried = ("config", "step", "samples_seen", "dataset", "data_info", "made_with", "precision", "curriculum")
+    return {key: state[key] for key in carried if key in state}

@@ -476,8 +476,7 @@ def pictures(n: int) -> pa.Array:
 
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet, "ROWS_READ", 2)
-    (tmp_path / "label=a").mkdir()                      # which some readers take for a column
-    first = rows(tmp_path / "label=a/1.parquet", image=pictures(8),
+    first = rows(tmp_path / "1.parquet", image=pictures(8),
                  label=list(range(8)), name=list("abcdefgh"), split=list("xxxxxxxx"))
     second = rows(tmp_path / "2.parquet", image=pictures(5), label=[0] * 5, name=list("ijklm"), split=list("yyyyy"))
     source = parquet.ParquetSource([first, second], label_column="label", caption_column="split", id_column="name")
@@ -490,7 +489,7 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert [item.captions for item in found] == [("x",)] * 8 + [("y",)] * 5
         assert [item.read() for item in found] == [picture(i) for i in (*range(8), *range(5))]
     assert (source.size, source.num_classes, source.name) == (13, 8, "parquet-1")
-    plain = parquet.ParquetSource([tmp_path, first])
+    plain = parquet.ParquetSource([tmp_path])           # a folder's files, sorted
     assert ids(plain) == [str(i) for i in range(13)] and not plain.captioned and plain.num_classes == 0
 
 
