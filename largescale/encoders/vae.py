@@ -43,7 +43,7 @@ class Vae:
             encoded = encoded.parameters                                # (B, 2 C, H, W)
         encoded = encoded.float()
         encoded[:, : self.latent_channels] -= self.shift_factor
-        encoded = encoded.half()
+        encoded = encoded.half().contiguous()
         if not encoded.isfinite().all():
             raise DataError(f"this VAE's latents are not finite when computed in {self.dtype} and stored in float16"
                             + ("" if self.dtype == torch.float32 else "; try float32"))

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,9 @@ def test_every_way_to_name_local_open_clip_weights(tmp_path: Path, monkeypatch: 
         assert_close(encoder(CAPTIONS), encoders[0](CAPTIONS))
         assert str(tmp_path) not in encoder.identity
     assert len({encoder.identity for encoder in encoders[:3]}) == 1
+    clip.visual.proj.data += 1          # of the other tower, which is not used
+    torch.save(clip.state_dict(), single / "epoch_32.pt")
+    assert load_text_encoder("open_clip:Tiny/single", CPU).identity == encoders[2].identity
     torch.save(tiny_clip(seed=1).state_dict(), single / "epoch_32.pt")
     assert load_text_encoder("open_clip:Tiny/single", CPU).identity != encoders[2].identity
 
@@ -318,8 +322,13 @@ def test_hidden_states_beyond_float16(tmp_path: Path) -> None:
     model.encoder.layer[0].output.LayerNorm.weight.data *= 1e6
     model.save_pretrained(tmp_path)
     save_words(tmp_path, "bert")
+    encoder = load_text_encoder(f"hf:{tmp_path}", CPU)
     with pytest.raises(DataError, match="not finite in float16 for the caption 'a cat'"):
-        load_text_encoder(f"hf:{tmp_path}", CPU)(["a cat"])
+        encoder(["a cat"])
+    infinite = torch.tensor([[0.0], [0.0], [1e6], [0.0]])
+    encoder = replace(encoder, encode=lambda captions: (torch.zeros(4, 2, 1), infinite, torch.full((4,), 2)))
+    with pytest.raises(DataError, match="for the caption 'third'"):
+        encoder(["first", "second", "third", "fourth"])
 
 
 def test_minilm_means_what_it_says() -> None:

@@ -1,0 +1,88 @@
+"""What a packed data set is, in words and in a picture."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_prep import folder, inspect
+from largescale.data.format import DatasetInfo
+from largescale.data.writer import ShardWriter
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    return {line[:24].strip(): line[24:] for line in capsys.readouterr().out.splitlines()}
+
+
+def test_pixels_with_labels(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "a.png"
+    assert inspect.main([str(blobs), "--verify", "--picture", str(picture), "--images", "7"]) == 0
+    lines = said(capsys)
+    assert lines["images"].startswith("300 as pixels (1, 16, 16)") and lines["labels"] == "10 classes"
+    assert lines["captions"] == "none" and "verified" in lines and "shards: 3," in lines["on disk"]
+    sheet = np.asarray(Image.open(picture))
+    assert sheet.shape == (2 * (128 + 26 + 2) + 2, 5 * 130 + 2, 3)
+    assert (np.asarray(Image.open(picture)) == sheet).all() and sheet[:128].std() > 20
+    other = tmp_path / "b.png"
+    inspect.main([str(blobs), "--picture", str(other), "--images", "7", "--seed", "1"])
+    assert (np.asarray(Image.open(other)) != sheet).any()
+
+
+def test_captions(captioned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect.main([str(captioned), "--picture", str(tmp_path / "a.png")]) == 0
+    lines = said(capsys)
+    assert lines["captions"] == "texts, up to 5 tokens of 8, and one vector of 6, a caption" and lines["labels"] == "none"
+
+
+def test_latents_are_decoded_by_their_own_vae(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        diffusers.AutoencoderKL(
+            block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        ).save_pretrained(tmp_path / f"vae{seed}")
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16), (80 * i, 0, 0)).save(tmp_path / f"images/{i}.png")
+    (tmp_path / "images/broken.png").write_bytes(b"")
+    args = ["--images", str(tmp_path / "images"), "--out", str(tmp_path / "out"), "--resolution", "16", "--device", "cpu"]
+    assert folder.main([*args, "--vae", str(tmp_path / "vae0")]) == 0
+    capsys.readouterr()
+    assert inspect.main([str(tmp_path / "out"), "--picture", str(tmp_path / "a.png")]) == 0
+    lines = said(capsys)
+    assert lines["vae encoder"].startswith("AutoencoderKL sha256:") and lines["left out"] == "1 images"
+    assert lines["source images"] == str(tmp_path / "images") and "with mirror images" in lines["images"]
+    assert np.asarray(Image.open(tmp_path / "a.png")).shape == (130 + 2, 3 * 130 + 2, 3)
+    assert inspect.main([str(tmp_path / "out"), "--picture", str(tmp_path / "a.png"), "--vae", str(tmp_path / "vae1")]) == 2
+    assert "the latents are of AutoencoderKL" in capsys.readouterr().err
+    shutil.move(tmp_path / "vae0", tmp_path / "moved")
+    assert inspect.main([str(tmp_path / "out"), "--picture", str(tmp_path / "b.png"), "--vae", str(tmp_path / "moved")]) == 0
+
+
+def test_latents_of_an_unknown_vae(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with ShardWriter(tmp_path, DatasetInfo("toy", "latents", (4, 2, 2), 0, encoders={"vae": "a VAE"})) as writer:
+        writer.write(id="0", latent=np.zeros((4, 2, 2), np.float16))
+    assert inspect.main([str(tmp_path)]) == 0
+    assert inspect.main([str(tmp_path), "--picture", str(tmp_path / "a.png")]) == 2
+    assert "latents of a VAE need their VAE to be seen; give it with --vae" in capsys.readouterr().err
+
+
+def test_what_is_wrong_is_said(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = shutil.copytree(blobs, tmp_path / "data")
+    content = bytearray((data / "shard_00001.arrow").read_bytes())
+    content[-2000] ^= 1
+    (data / "shard_00001.arrow").write_bytes(content)
+    assert inspect.main([str(data)]) == 0
+    assert inspect.main([str(data), "--verify"]) == 2
+    assert "shard_00001.arrow was altered" in capsys.readouterr().err
+    assert inspect.main([str(tmp_path / "nowhere")]) == 2 and "does not exist" in capsys.readouterr().err
+    assert inspect.main([str(blobs), "--picture", str(tmp_path / "no/such/folder.png")]) == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert inspect.main([str(blobs), "--images", "0"]) == 2
+    manifest = json.loads((data / "manifest.json").read_text())
+    assert manifest["rows"] == 300
