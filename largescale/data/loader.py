@@ -1,4 +1,4 @@
-"""Feeds one rank: the rows of each step, read ahead by a thread, and the stored values turned into x_start."""
+"""Feeds one rank: the rows of each step, read ahead by threads, and the stored values turned into x_start."""
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from largescale.data.shards import ShardDataset
 from largescale.draws import host_draws
 from largescale.errors import ConfigError
 from largescale.models.conditioning import Captions, Condition
+
+_STEPS_A_BLOCK = 16
 
 Batch = dict[str, Tensor]
 """One rank's rows of one step, on the host, as `ShardDataset.gather` names and gives them: (accum, micro, ...) each."""
@@ -39,13 +42,14 @@ class Loader(AbstractContextManager["Loader"]):
         self._pending: dict[int, Future[Batch]] = {}    # the current step and the `prefetch` steps after it
         # a new thread is on GPU 0 until told: without this, pinning would open a context there for every rank
         on_gpu = (torch.cuda.set_device, (torch.cuda.current_device(),)) if pin_memory else (None, ())
-        self._thread = ThreadPoolExecutor(1, "loader", *on_gpu)
+        self._threads = ThreadPoolExecutor(2, "loader", *on_gpu)
+        self._order: dict[int, npt.NDArray[np.int64]] = {}  # of the last blocks of steps
         self._read_ahead(start_step)
 
     def batch(self, step: int) -> Batch:
         """The rows of `step`; asked again (an fp16 overflow retries), the same object. Any step may follow any other.
 
-        Raises what reading the rows raised in the thread.
+        Raises what reading the rows raised in a thread.
         """
         self._read_ahead(step)
         return self._pending[step].result()
@@ -56,23 +60,33 @@ class Loader(AbstractContextManager["Loader"]):
             self._pending.pop(stale).cancel()
         for ahead in wanted:
             if ahead not in self._pending:
-                self._pending[ahead] = self._thread.submit(self._load, ahead)
+                self._pending[ahead] = self._threads.submit(self._load, ahead)
 
     def _load(self, step: int) -> Batch:
-        positions = step * self.global_batch_size + self._rows
-        indices = sample_indices(positions.ravel(), len(self.dataset), self.seed)
+        indices = self._indices(step)
         flip, choice = host_draws(self.seed, step, self.global_batch_size)
         mine = self._rows.ravel()
         rows = self.dataset.gather(indices, flip[mine] if self.flip else None, choice[mine] if self.captions else None)
-        tensors = {name: torch.from_numpy(values.reshape(*positions.shape, *values.shape[1:]))
+        tensors = {name: torch.from_numpy(values.reshape(*self._rows.shape, *values.shape[1:]))
                    for name, values in rows.items()}
         if self.pin_memory:
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         return tensors
 
+    def _indices(self, step: int) -> npt.NDArray[np.int64]:
+        """Of this rank's rows; computed for some steps at once, as a call costs more than its rows."""
+        block, within = divmod(step, _STEPS_A_BLOCK)
+        order = self._order.get(block)
+        if order is None:
+            steps = np.arange(block * _STEPS_A_BLOCK, (block + 1) * _STEPS_A_BLOCK)
+            positions = steps[:, None] * self.global_batch_size + self._rows.ravel()
+            order = sample_indices(positions, len(self.dataset), self.seed)
+            self._order = {b: kept for b, kept in self._order.items() if abs(b - block) < 2} | {block: order}
+        return order[within]
+
     def close(self) -> None:
-        """Ends the thread; a batch that it is reading is finished first."""
-        self._thread.shutdown(cancel_futures=True)
+        """Ends the threads; a batch that one is reading is finished first."""
+        self._threads.shutdown(cancel_futures=True)
         self._pending.clear()
 
     def __exit__(self, *error: Any) -> None:

@@ -1,6 +1,7 @@
 """Random access to a packed data set (see format.py)."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,14 +29,17 @@ class _Lists(NamedTuple):
     inner: Array                                        # (elements + 1,): where in `values` each lies
     values: Array                                       # flat float16, a view of the mapped file
 
+    def element(self, k: int) -> Array:
+        return self.values[self.inner[k] : self.inner[k + 1]]
+
 
 @dataclass(frozen=True)
 class _Mapped:
     """One shard's columns as NumPy views of the mapped file."""
 
     label: Array
-    latent: Array
-    latent_mirror: Array | None
+    latent: Array                                       # (rows, C * H * W)
+    latent_mirror: Array                                # likewise; where there is none, the same
     lists: dict[str, _Lists]
     batch: pa.RecordBatch
 
@@ -100,16 +104,16 @@ class ShardDataset:
             rows["caption_length"] = np.empty(n, np.int64)
             rows["caption_pooled"] = np.empty((n, captions.pooled_width), np.float16)
         shard_of = np.searchsorted(self._starts, indices, side="right") - 1
-        order = np.argsort(shard_of, kind="stable")     # each run of equal shards is one fancy-indexed copy
-        for group in np.split(order, np.flatnonzero(np.diff(shard_of[order])) + 1):
-            shard, inside = self._shard(int(shard_of[group[0]])), indices[group] - self._starts[shard_of[group]]
-            rows["label"][group] = shard.label[inside]
-            rows["latent"][group] = shard.latent[inside]
-            if flip is not None and shard.latent_mirror is not None:
-                flipped = flip[group]
-                rows["latent"][group[flipped]] = shard.latent_mirror[inside[flipped]]
+        inside = indices - self._starts[shard_of]
+        mirrored = [False] * n if flip is None or not self.has_mirror else flip.tolist()
+        images = []
+        for i, (number, row, mirror) in enumerate(zip(shard_of.tolist(), inside.tolist(), mirrored, strict=True)):
+            shard = self._mapped.get(number) or self._shard(number)
+            images.append((shard.latent_mirror if mirror else shard.latent)[row])
+            rows["label"][i] = shard.label[row]
             if captions and choice is not None:
-                _copy_captions(shard, inside, choice[group], rows, group)
+                _copy_caption(shard, row, choice[i], rows, i)
+        np.concatenate(images, out=rows["latent"].reshape(-1))  # each image is copied once, and without the GIL
         if flip is not None and not self.has_mirror:
             check_flip(self.info, self.has_mirror)
             rows["latent"][flip] = rows["latent"][flip][..., ::-1]
@@ -129,20 +133,20 @@ class ShardDataset:
         """The empty caption's tokens (n, width) and pooled vector (pooled_width,), float16."""
         assert self.info.captions
         batch = self._read(self.manifest["empty_caption"])
-        tokens, pooled = (batch.column(name).values.values.to_numpy() for name in EMBEDDINGS)
+        tokens, pooled = (_values(batch.column(name).values, np.float16) for name in EMBEDDINGS)
         return tokens.reshape(-1, self.info.captions.width), pooled
 
     def _shard(self, number: int) -> _Mapped:
         if number not in self._mapped:
             batch = self._read(self._shards[number])
-            columns = [batch.column(name).values.to_numpy() for name in IMAGES[: 1 + self.has_mirror]]
-            latent, mirror = [column.reshape(-1, *self.info.shape) for column in columns] + [None] * (2 - len(columns))
+            size, dtype = math.prod(self.info.shape), KINDS[self.info.kind]
+            images = [_values(batch.column(name), dtype).reshape(-1, size) for name in IMAGES[: 1 + self.has_mirror]]
             lists = {}
             for name in EMBEDDINGS if self.info.captions else ():
                 outer = batch.column(name)
                 inner = outer.values
-                lists[name] = _Lists(outer.offsets.to_numpy(), inner.offsets.to_numpy(), inner.values.to_numpy())
-            self._mapped[number] = _Mapped(batch.column("label").to_numpy(), latent, mirror, lists, batch)
+                lists[name] = _Lists(outer.offsets.to_numpy(), inner.offsets.to_numpy(), _values(inner, np.float16))
+            self._mapped[number] = _Mapped(batch.column("label").to_numpy(), images[0], images[-1], lists, batch)
         return self._mapped[number]
 
     def _read(self, entry: Mapping[str, Any]) -> pa.RecordBatch:
@@ -164,6 +168,12 @@ class ShardDataset:
         return DataError(f"{self.path / entry['file']} {what}; restore the file, or {REMEDY.format(self.path)}")
 
 
+def _values(lists: pa.Array, dtype: npt.DTypeLike) -> Array:
+    """The flat values of a column of lists, a view. Not by to_numpy(), which imports pandas for float16: 0.2 s."""
+    values = lists.values
+    return np.frombuffer(values.buffers()[1], dtype)[values.offset : values.offset + len(values)]
+
+
 def check_flip(info: DatasetInfo, has_mirror: bool) -> None:
     """Raises DataError where images cannot be flipped: latents must be encoded from mirrored images."""
     if info.kind != "pixels" and not has_mirror:
@@ -171,14 +181,12 @@ def check_flip(info: DatasetInfo, has_mirror: bool) -> None:
                         "flipped; try --data.no-horizontal-flip, or pack it with mirrors")
 
 
-def _copy_captions(shard: _Mapped, inside: Array, choice: Array, rows: dict[str, Array], group: Array) -> None:
-    """One caption of each of the shard's rows `inside`, into the `group` rows of a batch."""
+def _copy_caption(shard: _Mapped, row: int, choice: float, rows: dict[str, Array], i: int) -> None:
+    """One caption of the shard's row, into row i of a batch."""
     tokens, pooled = (shard.lists[name] for name in EMBEDDINGS)
-    first = tokens.outer[inside]
-    chosen = first + (choice * (tokens.outer[inside + 1] - first)).astype(np.int64)
-    width = rows["caption_tokens"].shape[2]
-    starts, ends = tokens.inner[chosen], tokens.inner[chosen + 1]
-    rows["caption_length"][group] = (ends - starts) // width
-    for row, start, end in zip(group, starts, ends, strict=True):
-        rows["caption_tokens"][row].reshape(-1)[: end - start] = tokens.values[start:end]
-    rows["caption_pooled"][group] = pooled.values.reshape(-1, rows["caption_pooled"].shape[1])[chosen]
+    first, end = tokens.outer[row : row + 2]
+    chosen = first + int(choice * (end - first))
+    embedding = tokens.element(chosen)
+    rows["caption_length"][i] = len(embedding) // rows["caption_tokens"].shape[2]
+    rows["caption_tokens"][i].reshape(-1)[: len(embedding)] = embedding
+    rows["caption_pooled"][i] = pooled.element(chosen)

