@@ -177,7 +177,10 @@ class Packer:
             threads = self.options.workers or max(1, len(os.sched_getaffinity(0)) // _ranks_here())
             bar = tqdm(total=self._share(), unit="image", desc="pack", dynamic_ncols=True, disable=self.rank != 0,
                        mininterval=0.5 if sys.stderr.isatty() else 20, smoothing=0.05)
-            with bar, ThreadPoolExecutor(threads, "decode") as decoders, ThreadPoolExecutor(1, "encode") as encoder:
+            # a new thread is on GPU 0 until told, and pinning would open a context there for every rank
+            on_gpu = (torch.cuda.set_device, (self.device,)) if self.device.type == "cuda" else (None, ())
+            with (bar, ThreadPoolExecutor(threads, "decode") as decoders,
+                  ThreadPoolExecutor(1, "encode", *on_gpu) as encoder):
                 try:
                     for part in self.mine:
                         new += self.pack_part(part, decoders, encoder, bar)
@@ -344,6 +347,9 @@ def main(program: type[Packing], args: list[str] | None, description: str | None
         return 130
     except LargescaleError as error:
         print_error(error)
+        return 2
+    except OSError as error:
+        print_error(DataError(f"{error}; what is packed stays: correct the cause, and run again"))
         return 2
     if line:
         print(line, flush=True)

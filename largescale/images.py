@@ -36,15 +36,17 @@ def titled(images: np.ndarray, titles: Sequence[str], columns: int, scale: int =
     for title in titles:
         strip = Image.new("RGB", (width, lines * line + 2), (32, 32, 32))
         draw = ImageDraw.Draw(strip)
-        for row, text in enumerate(_wrapped(unicodedata.normalize("NFC", title), draw, width - 2)[:lines]):
+        for row, text in enumerate(_wrapped(title, draw, width - 2)[:lines]):
             draw.text((1, row * line), text, fill=(230, 230, 230))
         below.append(np.asarray(strip))
     return grid(np.concatenate([images, np.stack(below)], axis=1), columns)
 
 
 def _wrapped(text: str, draw: ImageDraw.ImageDraw, width: int) -> list[str]:
+    # without accents, which PIL's own font does not have
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     lines = [""]
-    for word in text.split():
+    for word in plain.split():
         longer = f"{lines[-1]} {word}".strip()
         lines = [*lines[:-1], longer] if draw.textlength(longer) <= width or not lines[-1] else [*lines, word]
     return lines

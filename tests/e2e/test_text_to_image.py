@@ -73,7 +73,7 @@ def test_what_is_packed(packed: Path, coco: tuple[Path, Path, Path, int, int]) -
     document = json.loads(captions.read_text())
     assert sorted(text for some in texts for text in some) == sorted(a["caption"].strip() for a in document["annotations"])
     rows = data.gather(np.arange(n_images), choice=np.zeros(n_images))
-    assert 3 <= rows["caption_length"].min() and rows["caption_length"].max() <= 32
+    assert rows["caption_length"].min() >= 3 and rows["caption_length"].max() <= 32
     stored = sum(shard["bytes"] for shard in data.manifest["shards"]) - 2 * data.gather(np.arange(n_images))["latent"].nbytes
     assert stored < n_captions * 32 * 384 * 2 / 1.9     # padded, to 32 tokens only
     assert data.empty_caption[0].shape == (2, 384)

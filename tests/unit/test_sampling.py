@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from largescale.diffusion.gaussian import GaussianDiffusion
 from largescale.diffusion.schedule import make_betas
 from largescale.errors import ConfigError
-from largescale.images import balanced_labels, grid, to_uint8
+from largescale.images import balanced_labels, grid, titled, to_uint8
 from largescale.models.dit import DiT
 from largescale.sampling import SamplingConfig, draw_samples
 
@@ -149,3 +149,13 @@ def test_grid_runs_row_by_row() -> None:
 
 def test_labels_are_balanced_to_one() -> None:
     assert list(balanced_labels(12, 10)) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+
+
+def test_titles_stand_below_their_images() -> None:
+    images = np.full((3, 16, 16, 3), 200, np.uint8)
+    sheet = titled(images, ["a", "a very long title that is wrapped and cut", ""], columns=2, scale=4)
+    assert sheet.shape == (2 * (64 + 38 + 2) + 2, 2 * 66 + 2, 3)
+    below = [sheet[top + 64 : top + 102, left : left + 64] for top, left in ((2, 2), (2, 68), (106, 2))]
+    ink = [int((strip > 100).any(axis=2).sum()) for strip in below]
+    assert 0 == ink[2] < ink[0] < ink[1] and (below[1][-14:] > 100).any()  # down to the third line
+    assert (titled(images[:1], ["São"], 1, 4) == titled(images[:1], ["Sao"], 1, 4)).all()
