@@ -1,7 +1,7 @@
 """Packs COCO: a folder of images and COCO's captions_*.json.
 
     python -m data_prep.coco --images train2014 --captions annotations/captions_train2014.json \\
-        --vae stabilityai/sd-vae-ft-ema --text-encoder open_clip:ViT-L-14/openai --out data/coco2014
+        --vae stabilityai/sd-vae-ft-ema --text-encoder open_clip:ViT-L-14/openai --out data/coco256
 """
 
 import json
@@ -50,7 +50,7 @@ def read(images: Path, captions: Path, skip_missing: bool = False) -> ListSource
     reasons = {number: "the file is missing" if file in missing else "it has no caption"
                for number, file in sorted(listed.files.items()) if file in missing or not listed.captions.get(number)}
     kept = [number for number in sorted(listed.files) if number not in reasons]
-    facts = {"program": "data_prep.coco", "images": str(images), "captions": str(captions),
+    facts = {"program": "data_prep.coco", "images": str(images.resolve()), "captions": str(captions.resolve()),
              "captions_sha256": sha256(captions), "images_listed": len(listed.files),
              "images_missing": len(missing), "images_without_caption": len(reasons) - len(missing),
              "images_not_listed": unlisted, "captions_of_packed": sum(len(listed.captions[number]) for number in kept),
@@ -61,8 +61,9 @@ def read(images: Path, captions: Path, skip_missing: bool = False) -> ListSource
 
 
 def parse(path: Path) -> Listed:
+    text = text_of(path)
     try:
-        document = json.loads(text_of(path))
+        document = json.loads(text)
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); give COCO's captions file, such as captions_train2014.json") \
             from error

@@ -1,6 +1,6 @@
 """Packs a folder of images, such as FFHQ, for unconditional training.
 
-    python -m data_prep.folder --images ffhq --vae stabilityai/sd-vae-ft-ema --out data/ffhq
+    python -m data_prep.folder --images ffhq --vae stabilityai/sd-vae-ft-ema --out data/ffhq256
 """
 
 import sys
@@ -23,7 +23,8 @@ class Folder(packing.Packing):
 def read(images: Path) -> ListSource:
     """All images below the folder, sorted by path. Raises DataError where there are none."""
     files, others = list_images(images)
-    facts = {"program": "data_prep.folder", "images": str(images), "images_listed": len(files), "other_files": others}
+    facts = {"program": "data_prep.folder", "images": str(images.resolve()), "images_listed": len(files),
+             "other_files": others}
     return ListSource(f"folder-{name_of(images)}", images, files, facts=facts)
 
 

@@ -47,10 +47,11 @@ def read(images: Path, labels: Path | None = None, classes: Path | None = None,
     Raises DataError for a label that is not in the label map, a file given twice, and images that are missing.
     """
     names = _class_names(classes) if classes else None
-    facts: dict[str, Any] = {"program": "data_prep.imagenet", "images": str(images)}
+    facts: dict[str, Any] = {"program": "data_prep.imagenet", "images": str(images.resolve())}
     for key, path in {"labels": labels, "classes": classes}.items():
         if path:
-            facts |= {key: str(path), f"{key}_sha256": sha256(path)}
+            text_of(path)                               # raises what is to be said of a file that is not there
+            facts |= {key: str(path.resolve()), f"{key}_sha256": sha256(path)}
     if labels is None:
         return _from_folders(images, names, classes, facts)
     return _from_csv(images, labels, names, classes, skip_missing, facts)

@@ -54,10 +54,11 @@ def describe(data: ShardDataset) -> list[str]:
     if "job" in manifest:
         job, skipped = manifest["job"], manifest["skipped"]
         lines.append(("packed", f"{job['crop']}, {job['precision']}, {job['rows_per_shard']} rows a shard"))
-        lines += [(f"source {key}", _short(value)) for key, value in manifest["source"].items()]
+        lines += [(f"source {key}", _short(value)) for key, value in job["source"].items()]
         lines.append(("left out", f"{skipped['count']} images"))
         lines += [("", f"{count} x {reason}") for reason, count in skipped["reasons"].items()]
-    return [f"{name:<24}{value}" for name, value in lines]
+    width = max(len(name) for name, _ in lines) + 2
+    return [f"{name:<{width}}{value}" for name, value in lines]
 
 
 def _captions(info: DatasetInfo, manifest: dict[str, Any]) -> str:
@@ -109,15 +110,21 @@ def sheet(data: ShardDataset, n: int, seed: int, vae: str | None) -> npt.NDArray
 
 
 def run(options: Inspect) -> None:
+    if options.picture and options.picture.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ConfigError(f"--picture {options.picture} has no suffix of a picture; try {options.picture}.png")
     if options.images < 1:
         raise ConfigError(f"images={options.images} must be at least 1; set --images")
     data = ShardDataset(options.data, verify=options.verify)
     print("\n".join(describe(data)))
     if options.verify:
-        print(f"{'verified':<24}every file has the hash that the manifest names")
+        print("verified: every file has the hash that the manifest names")
     if options.picture:
-        Image.fromarray(sheet(data, options.images, options.seed, options.vae)).save(options.picture)
-        print(f"{'picture':<24}{options.picture}")
+        picture = Image.fromarray(sheet(data, options.images, options.seed, options.vae))
+        try:
+            picture.save(options.picture)
+        except OSError as error:
+            raise ConfigError(f"cannot write {options.picture}: {error}; correct --picture") from error
+        print(f"picture: {options.picture}")
 
 
 def main(args: list[str] | None = None) -> int:
@@ -126,9 +133,6 @@ def main(args: list[str] | None = None) -> int:
         run(options)
     except LargescaleError as error:
         print_error(error)
-        return 2
-    except OSError as error:
-        print(f"error: cannot write {options.picture}: {error}; correct --picture", file=sys.stderr)
         return 2
     return 0
 

@@ -2,7 +2,7 @@
 
     OUT/shard_00000.arrow ...  OUT/manifest.json     the data set (largescale/data/format.py)
     OUT/skipped.jsonl                                what was left out, and why
-    OUT/packing/job.json  part_00000.json ...        while packing: what is being made, and what is done of each part
+    OUT/packing/                                     while packing: what is done of each part (parts.py)
 
 A source is cut into parts (4,096 images, or one tar file), and rank r packs the parts r, r + world_size, ... by itself:
 what comes out does not depend on the number of ranks. Ranks meet in the file system only: rank 0 finishes when it finds
@@ -11,7 +11,7 @@ every part done.
 
 import json
 import os
-import shutil
+import re
 import sys
 import time
 from collections import Counter, deque
@@ -29,13 +29,14 @@ import tyro
 from tqdm import tqdm
 
 from data_prep import images
+from data_prep.parts import Parts
 from data_prep.sources import Item, Source
-from largescale.data.format import MANIFEST, CaptionInfo, DatasetInfo, read_manifest
+from largescale.data.format import CaptionInfo, DatasetInfo
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import Shard, write_empty_caption, write_manifest
 from largescale.encoders.text import TextEncoder, load_text_encoder
 from largescale.encoders.vae import Vae, load_vae
-from largescale.errors import ConfigError, DataError, LargescaleError
+from largescale.errors import ConfigError, DataError, DeviceError, LargescaleError
 from largescale.files import write_atomically
 from largescale.launch import env_local_rank, env_rank, env_world_size, print_error
 
@@ -64,11 +65,13 @@ class Packing:
     max_pixels: int = images.MAX_PIXELS
     """Images with more are left out, undecoded."""
     rows_per_shard: int = 4096
+    """Images a file; what an interruption costs, and what a rank holds in memory."""
     batch_size: int = 64
     """Images encoded at a time."""
     workers: int | None = None
     """Threads that decode; by default one a core, shared among the ranks of a machine."""
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    """What the encoders run on."""
     precision: Literal["fp32", "bf16"] | None = None
     """What the encoders compute in; by default bf16 on a GPU, fp32 on a CPU."""
 
@@ -84,7 +87,7 @@ class Packing:
             raise ConfigError("give --vae a folder or a hub name (such as stabilityai/sd-vae-ft-ema) to pack latents, "
                               "or --vae none to pack pixels")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device=cuda, but torch sees no CUDA device; to pack here: --device cpu")
+            raise DeviceError("device=cuda, but torch sees no CUDA device; to pack here: --device cpu")
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"--out {self.out} is a file; give a folder")
 
@@ -98,9 +101,15 @@ class Packer:
         if self.source.captioned and options.text_encoder is None:
             raise ConfigError("the images have captions: give --text-encoder (such as open_clip:ViT-L-14/openai or "
                               "hf:openai/clip-vit-large-patch14), or --text-encoder none to keep the texts only")
+        if not self.source.captioned and options.text_encoder not in (None, "none"):
+            raise ConfigError(f"--text-encoder {options.text_encoder}: {self.source.name} has no captions; omit it")
+        if options.max_tokens is not None and options.text_encoder is None:
+            raise ConfigError(f"--max-tokens {options.max_tokens} is a setting of --text-encoder; give both or none")
         self.rank, self.world_size = env_rank(), env_world_size()
         cuda = options.device == "cuda"
         device = torch.device("cuda", env_local_rank() % torch.cuda.device_count()) if cuda else torch.device("cpu")
+        if not cuda:                                    # see `pack`
+            torch.set_num_threads(1)
         self.precision = options.precision or ("bf16" if cuda else "fp32")
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.vae: Vae | None = None
@@ -111,14 +120,15 @@ class Packer:
             self.text = load_text_encoder(options.text_encoder, device, dtype, options.max_tokens)
         self.device, self.info = device, self._info()
         self.min_side = options.min_side or max(options.resolution // 4, 1)
-        self.job = json.loads(json.dumps({              # what the result depends on
-            "source": self.source.fingerprint, "info": self.info.plain(), "rows_per_shard": options.rows_per_shard,
-            "crop": "ADM's centre crop", "min_side": self.min_side, "max_pixels": options.max_pixels,
-            "mirror": self.vae is not None and options.mirror, "precision": self.precision,
-        }))
-        self.folder = options.out / "packing"
-        self.parts = self.source.parts(options.rows_per_shard)
-        self.mine = range(self.rank, self.parts, self.world_size)
+        job = {                                         # what the result depends on, to the byte
+            "source": self.source.facts | {"fingerprint": self.source.fingerprint}, "info": self.info.plain(),
+            "rows_per_shard": options.rows_per_shard, "crop": "ADM's centre crop", "min_side": self.min_side,
+            "max_pixels": options.max_pixels, "mirror": self.vae is not None and options.mirror,
+        }
+        if self.vae or self.text:
+            job |= {"precision": self.precision, "device": device.type, "batch_size": options.batch_size}
+        parts = self.source.parts(options.rows_per_shard)
+        self.parts = Parts(options.out, job, parts, self.rank, self.world_size)
 
     def _info(self) -> DatasetInfo:
         side, vae, text = self.options.resolution, self.vae, self.text
@@ -131,84 +141,61 @@ class Packer:
             captions=CaptionInfo(text.max_tokens, text.width, text.pooled_width) if text else None,
         )
 
-    # ---- the folder
-
-    def claim(self) -> bool:
-        """Whether there is something to pack: False where this very job is done. Raises DataError for another's."""
-        out = self.options.out
-        found = None
-        if (out / MANIFEST).exists():
-            found = read_manifest(out)
-            if found.get("job") == self.job:
-                return False
-        elif (self.folder / "job.json").exists():
-            found = {"job": json.loads((self.folder / "job.json").read_text())}
-        if found is not None and found.get("job") != self.job:
-            job = found.get("job") or {"info": found["info"].plain()}
-            differ = [f"{key}: {job.get(key)} there, {self.job[key]} here" for key in self.job
-                      if job.get(key) != self.job[key]]
-            raise DataError(f"{out} holds another data set, or a part of one; give another --out, or delete the "
-                            "folder. What differs:\n  " + "\n  ".join(differ))
-        if found is None and (stray := next(out.glob("shard_*.arrow"), None)):
-            raise DataError(f"{out} holds {stray.name}, and nothing that says of which data set; give another --out, "
-                            "or delete the folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        job_file = self.folder / "job.json"
-        if not job_file.exists():
-            write_atomically(job_file, json.dumps(self.job, indent=1), unique=True)
-        return True
-
-    def record(self, part: int) -> dict[str, Any]:
-        """What is done of a part."""
-        path = self.folder / f"part_{part:05d}.json"
-        nothing: dict[str, Any] = {"done": False, "items": 0, "captions": 0, "columns": [], "shards": [], "skipped": []}
-        if not path.exists():
-            return nothing
-        record: dict[str, Any] = json.loads(path.read_text())
-        files = ((self.options.out / shard["file"], shard["bytes"]) for shard in record["shards"])
-        return record if all(f.is_file() and f.stat().st_size == size for f, size in files) else nothing
-
-    # ---- the work
-
     def __call__(self) -> str:
         """Pack this rank's parts; rank 0 then waits for the others' and writes the manifest. Returns a line to say."""
-        start, new = time.perf_counter(), 0
-        if self.claim():
-            threads = self.options.workers or max(1, len(os.sched_getaffinity(0)) // _ranks_here())
-            bar = tqdm(total=self._share(), unit="image", desc="pack", dynamic_ncols=True, disable=self.rank != 0,
-                       mininterval=0.5 if sys.stderr.isatty() else 20, smoothing=0.05)
-            # a new thread is on GPU 0 until told, and pinning would open a context there for every rank
-            on_gpu = (torch.cuda.set_device, (self.device,)) if self.device.type == "cuda" else (None, ())
-            with (bar, ThreadPoolExecutor(threads, "decode") as decoders,
-                  ThreadPoolExecutor(1, "encode", *on_gpu) as encoder):
-                try:
-                    for part in self.mine:
-                        new += self.pack_part(part, decoders, encoder, bar)
-                except BaseException:                   # a pool's exit would first finish what is queued
-                    decoders.shutdown(wait=False, cancel_futures=True)
-                    encoder.shutdown(wait=False, cancel_futures=True)
-                    raise
+        start = time.perf_counter()
+        try:
+            if not self.parts.claim():
+                return self.summary("already packed; to pack it anew, delete the folder first")
+            new = self.pack()
             if self.rank == 0:
                 self.finish()
-        return self.summary(new, time.perf_counter() - start) if self.rank == 0 else ""
+        except BaseException as error:
+            self.parts.failed(error)
+            raise
+        finally:
+            self.parts.close()
+        seconds = time.perf_counter() - start
+        return self.summary(f"rank 0 packed {new:,} now in {seconds:.1f} s, {new / seconds:.1f} images/s")
+
+    def pack(self) -> int:
+        """This rank's parts; returns how many images were packed now."""
+        cpus, new = max(1, len(os.sched_getaffinity(0)) // _ranks_here()), 0
+        # On a GPU one thread; it is on GPU 0 until told, and pinning would open a context there for every rank. On the
+        # CPU threads of one core each: how many cores share a sum changes its last digit, and the shards' bytes.
+        encoders, prepare = (1, (torch.cuda.set_device, (self.device,))) if self.device.type == "cuda" else (
+            cpus, (torch.set_num_threads, (1,)))
+        done = sum(self.parts.record(part)["items"] for part in self.parts.mine)
+        bar = tqdm(total=self._share(), initial=done, unit="image", desc="pack", dynamic_ncols=True, smoothing=0.05,
+                   disable=self.rank != 0, mininterval=0.5 if sys.stderr.isatty() else 20)
+        with (bar, ThreadPoolExecutor(self.options.workers or cpus, "decode") as decoders,
+              ThreadPoolExecutor(encoders, "encode", *prepare) as encoder):
+            try:
+                for part in self.parts.mine:
+                    new += self.pack_part(part, decoders, encoder, encoders + 1, bar)
+            except BaseException:                       # a pool's exit would first finish what is queued
+                decoders.shutdown(wait=False, cancel_futures=True)
+                encoder.shutdown(wait=False, cancel_futures=True)
+                raise
+        return new
 
     def _share(self) -> int | None:
         """Items of this rank's parts, where that is known."""
         rows, size = self.options.rows_per_shard, self.source.size
-        return None if size is None else sum(min(rows, size - part * rows) for part in self.mine)
+        return None if size is None else sum(min(rows, size - part * rows) for part in self.parts.mine)
 
-    def pack_part(self, part: int, decoders: Executor, encoder: Executor, bar: Any) -> int:
+    def pack_part(self, part: int, decoders: Executor, encoder: Executor, batches_ahead: int, bar: Any) -> int:
         """Goes on behind the part's last whole shard; returns how many images were encoded now."""
-        record = self.record(part)
-        bar.update(record["items"])
-        if record["done"] or (self.options.out / MANIFEST).exists():
+        record = self.parts.record(part)
+        if record["done"] or self.parts.finished:
             return 0
         encoded, items = 0, islice(self.source.part(part, self.options.rows_per_shard), record["items"], None)
         while not record["done"]:
             chunk = _Counted(islice(items, self.options.rows_per_shard))
             shard, skipped = Shard(self.info), record["skipped"]
             batches = self.batches(_ahead(decoders, self.decode, chunk, 2 * self.options.batch_size), skipped, bar)
-            for rows in _ahead(encoder, self.encode, batches, 2):
+            for rows in _ahead(encoder, self.encode, batches, batches_ahead):
+                bar.update(len(rows))
                 for row in rows:
                     shard.add(**row)
                     record["captions"] += len(row.get("captions", ()))
@@ -220,7 +207,7 @@ class Packer:
                 encoded += len(shard)
             record["items"] += chunk.count
             record["done"] = chunk.count < self.options.rows_per_shard or self.source.size is not None
-            write_atomically(self.folder / f"part_{part:05d}.json", json.dumps(record))
+            self.parts.save(part, record)
         return encoded
 
     def decode(self, item: Item) -> tuple[Item, Image | str]:
@@ -230,15 +217,17 @@ class Packer:
             if self.source.captioned and not item.captions:
                 raise images.Unusable("it has no caption")
             return item, images.decode(data, self.options.resolution, self.min_side, self.options.max_pixels)
-        except (images.Unusable, OSError) as error:
+        except (images.Unusable, FileNotFoundError) as error:
             return item, str(error)
+        except OSError as error:                        # a file system that is ill must not thin out the data set
+            raise DataError(f"{item.id} cannot be read: {error}; when it can, run again to go on") from error
 
     def batches(self, decoded: Iterable[tuple[Item, Image | str]], skipped: list[list[str]],
                 bar: Any) -> Iterator[list[tuple[Item, Image]]]:
         batch: list[tuple[Item, Image]] = []
         for item, image in decoded:
-            bar.update(1)
             if isinstance(image, str):
+                bar.update()
                 skipped.append([item.id, image])
                 bar.set_postfix(skipped=len(skipped), refresh=False)
             else:
@@ -271,15 +260,7 @@ class Packer:
 
     def finish(self) -> None:
         """Rank 0, once every part is done: the manifest, and what only packing needed goes."""
-        records: list[dict[str, Any]] = []
-        with tqdm(total=self.parts, desc="wait for the other ranks", unit="part", delay=2, dynamic_ncols=True) as bar:
-            while len(records) < self.parts:
-                record = self.record(len(records))
-                if record["done"]:
-                    records.append(record)
-                    bar.update()
-                else:
-                    time.sleep(0.5)
+        records = self.parts.all_records()
         skipped = [*map(list, self.source.skipped), *(entry for record in records for entry in record["skipped"])]
         shards = [shard for record in records for shard in record["shards"]]
         if not shards:
@@ -293,24 +274,28 @@ class Packer:
         write_atomically(out / "skipped.jsonl", "".join(lines))
         columns = next(record["columns"] for record in records if record["columns"])
         write_manifest(
-            out, self.info, columns, shards, empty, job=self.job, source=self.source.facts,
+            out, self.info, columns, shards, empty, job=self.parts.job,
             class_names=list(self.source.class_names), captions=sum(record["captions"] for record in records),
             skipped={"count": len(skipped), "reasons": dict(Counter(reason for _, reason in skipped).most_common(20))},
-            made_with={"vae": self.options.vae, "text_encoder": self.options.text_encoder if self.text else None},
+            made_with={"vae": _resolved(self.options.vae), "text_encoder": self._text_encoder()},
         )
-        shutil.rmtree(self.folder)
+        self.parts.remove()
 
-    def summary(self, new: int, seconds: float) -> str:
+    def _text_encoder(self) -> str | None:
+        scheme, _, where = (self.options.text_encoder or "").partition(":")
+        return f"{scheme}:{_resolved(where)}" if self.text else None
+
+    def summary(self, done: str) -> str:
+        if self.rank != 0:
+            return ""
         data = ShardDataset(self.options.out)
         manifest = data.manifest
         size = sum(shard["bytes"] for shard in manifest["shards"])
-        of_ranks = f" a rank, {self.world_size} ranks" if self.world_size > 1 else ""
-        rate = f"packed {new:,} now in {seconds:.1f} s, {new / seconds:.1f} images/s{of_ranks}"
         captions = f", {manifest['captions']:,} captions" if manifest["captions"] else ""
         left_out = manifest["skipped"]["count"]
         listed = f", see {data.path / 'skipped.jsonl'}" if left_out else ""
         return (f"{data.path}: {len(data):,} images{captions}, {size / 1e6:.1f} MB ({size / len(data):,.0f} bytes an "
-                f"image); {rate if new else 'already packed'}; {left_out} left out{listed}")
+                f"image); {done}; {left_out} left out{listed}")
 
 
 class _Counted(Iterator[A]):
@@ -335,7 +320,14 @@ def _ahead(pool: Executor, work: Callable[[A], B], items: Iterable[A], window: i
 
 
 def _ranks_here() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """As torchrun or srun says: '8', or '8(x2),4' for nodes that differ."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    return int(re.split(r"\D", ranks)[0])
+
+
+def _resolved(spec: str | None) -> str | None:
+    """A local path as it is found from anywhere; a hub name as it is."""
+    return str(Path(spec).expanduser().resolve()) if spec and Path(spec).expanduser().exists() else spec
 
 
 def main(program: type[Packing], args: list[str] | None, description: str | None) -> int:

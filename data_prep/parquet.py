@@ -101,6 +101,8 @@ class ParquetSource:
                         for i in range(max(start - at, 0), min(stop - at, len(batch))):
                             yield self._item(at + i, batch, i)
                         at += len(batch)
+                        if at >= stop:
+                            return
                 row += count
 
     def _item(self, row: int, batch: pa.RecordBatch, i: int) -> Item:

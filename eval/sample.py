@@ -128,14 +128,14 @@ class Sampler:
             self.say(f"{what}; already drawn, left alone")
             return
         start = time.perf_counter()
-        x = self.draw(config, folder.name, images=file == "samples.npz")
+        x = self.draw(config, folder.name)
         seconds = time.perf_counter() - start
         if self.rank == 0:
-            save(folder, file, x, self.conditions, provenance)
+            save(folder, file, self.decoded(x) if self.vae else x, self.conditions, provenance)
         self.say(f"{what}; {seconds:.1f} s, {o.num_samples / seconds:.1f} images/s")
 
-    def draw(self, config: SamplingConfig, name: str, images: bool) -> npt.NDArray[Any]:
-        """All samples, on every rank: images (N, H, W, 3) uint8, or (N, C, H, W) float32 as the model has them."""
+    def draw(self, config: SamplingConfig, name: str) -> npt.NDArray[Any]:
+        """All samples, on every rank: pixels (N, H, W, 3) uint8, or (N, C, H, W) float32 as a latent model has them."""
         model, n = self.trained.config.model, self.options.num_samples
         mine = slice(self.rank, None, self.world_size)
         bar = tqdm(
@@ -149,15 +149,17 @@ class Sampler:
                 batch_size=self.options.batch_size, device=self.device,
                 progress=lambda drawn: bar.update(min(drawn * self.world_size, n - bar.n)),  # the others keep pace
             )
-        if self.vae:
-            decoded = [self.vae.decode(part).permute(0, 2, 3, 1).numpy() for part in share.split(16)]
-            drawn: npt.NDArray[Any] = np.concatenate(decoded)
-        else:
-            drawn = to_uint8(share) if images else share.numpy()
+        drawn = to_uint8(share) if self.pixels else share.numpy()
         x = np.empty((n, *drawn.shape[1:]), drawn.dtype)
         for rank, part in enumerate(self.gather(drawn)):
             x[rank :: self.world_size] = part
         return x
+
+    def decoded(self, x: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+        """Latents (N, C, H, W) -> images (N, H, W, 3)."""
+        assert self.vae
+        parts = tqdm(torch.from_numpy(x).split(16), "decode", unit="batch", delay=2, dynamic_ncols=True)
+        return np.concatenate([self.vae.decode(part).permute(0, 2, 3, 1).numpy() for part in parts])
 
     def provenance(self, config: SamplingConfig) -> dict[str, Any]:
         """As plain JSON values. Not in it: batch size and number of ranks, which change the rounding only."""

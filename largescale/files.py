@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import uuid
 from pathlib import Path
 
 
@@ -19,11 +18,9 @@ def fsync_dir(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str, unique: bool = False) -> None:
-    """The file has its old content or all of the new one, whenever the machine stops.
-
-    `unique`: several processes may write it at once; the last one's content stands."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp" if unique else path.name + ".tmp")
+def write_atomically(path: Path, text: str) -> None:
+    """The file has its old content or all of the new one, whenever the machine stops."""
+    temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w") as file:
         file.write(text)
         file.flush()

@@ -78,8 +78,10 @@ class DatasetInfo:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest, with `info` as DatasetInfo. Raises DataError where there is none or it cannot be used."""
     if not (path / MANIFEST).is_file():
+        if (path / "packing").is_dir():
+            raise DataError(f"{path} is not packed to the end; run the command that packed it again, and it goes on")
         what = f"has no {MANIFEST}, so its packing did not finish" if path.is_dir() else "does not exist"
-        raise DataError(f"{path} {what}; correct --data.path, or {REMEDY.format(path)}")
+        raise DataError(f"{path} {what}; correct the path (of training: --data.path), or {REMEDY.format(path)}")
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
         if manifest["format"] != FORMAT:

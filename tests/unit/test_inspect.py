@@ -1,6 +1,6 @@
 """What a packed data set is, in words and in a picture."""
 
-import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from largescale.data.writer import ShardWriter
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
-    return {line[:24].strip(): line[24:] for line in capsys.readouterr().out.splitlines()}
+    lines = [re.split(r"  +|: ", line, maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    return dict(lines)  # type: ignore[arg-type]
 
 
 def test_pixels_with_labels(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,7 +27,7 @@ def test_pixels_with_labels(blobs: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert lines["captions"] == "none" and "verified" in lines and "shards: 3," in lines["on disk"]
     sheet = np.asarray(Image.open(picture))
     assert sheet.shape == (2 * (128 + 26 + 2) + 2, 5 * 130 + 2, 3)
-    assert (np.asarray(Image.open(picture)) == sheet).all() and sheet[:128].std() > 20
+    assert sheet[:128].std() > 20
     other = tmp_path / "b.png"
     inspect.main([str(blobs), "--picture", str(other), "--images", "7", "--seed", "1"])
     assert (np.asarray(Image.open(other)) != sheet).any()
@@ -84,5 +85,5 @@ def test_what_is_wrong_is_said(blobs: Path, tmp_path: Path, capsys: pytest.Captu
     assert inspect.main([str(blobs), "--picture", str(tmp_path / "no/such/folder.png")]) == 2
     assert "cannot write" in capsys.readouterr().err
     assert inspect.main([str(blobs), "--images", "0"]) == 2
-    manifest = json.loads((data / "manifest.json").read_text())
-    assert manifest["rows"] == 300
+    assert inspect.main([str(blobs), "--picture", str(tmp_path / "sheet")]) == 2
+    assert "has no suffix of a picture; try" in capsys.readouterr().err

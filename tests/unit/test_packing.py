@@ -83,7 +83,7 @@ def test_what_is_packed(truth: Path, images: Path) -> None:
     assert [entry["id"] for entry in skipped] == list(BAD) and all(entry["reason"] for entry in skipped)
     manifest = data.manifest
     assert manifest["skipped"]["count"] == 3 and sum(manifest["skipped"]["reasons"].values()) == 3
-    assert manifest["source"]["images"] == str(images) and manifest["job"]["min_side"] == 4
+    assert manifest["job"]["source"]["images"] == str(images) and manifest["job"]["min_side"] == 4
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
@@ -96,10 +96,65 @@ def test_the_number_of_ranks_does_not_matter(images: Path, truth: Path, tmp_path
     assert files(tmp_path / "out") == files(truth)
 
 
+def start(images: Path, out: Path, rank: int, world_size: int, *more: Any, code: str = "") -> "subprocess.Popen[str]":
+    """The program as a process of its own; `code` breaks it."""
+    program = f"import os, sys, time; from data_prep import folder, packing, parts\n{code}\nsys.exit(folder.main(sys.argv[1:]))"
+    args = ["--images", images, "--out", out, "--vae", "none", "--resolution", 16, "--rows-per-shard", 10, "--device", "cpu", *more]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    return subprocess.Popen([sys.executable, "-c", program, *map(str, args)], cwd=ROOT, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_ranks_at_once(images: Path, truth: Path, tmp_path: Path) -> None:
+    ranks = [start(images, tmp_path / "out", rank, 3) for rank in range(3)]
+    said = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0, 0], said
+    assert files(tmp_path / "out") == files(truth)
+
+
+def test_rank_0_does_not_wait_for_one_that_failed(images: Path, truth: Path, tmp_path: Path) -> None:
+    broken = "packing.Packer.encode = lambda self, batch: (time.sleep(1), 1 / 0)"
+    ranks = [start(images, tmp_path / "out", 0, 2), start(images, tmp_path / "out", 1, 2, code=broken)]
+    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 1] and "rank 1 has failed: division by zero" in said[0]
+    ranks = [start(images, tmp_path / "out", rank, 2) for rank in range(2)]
+    assert [rank.wait(60) for rank in ranks] == [0, 0] and files(tmp_path / "out") == files(truth)
+
+
+def test_ranks_that_want_different_things(images: Path, tmp_path: Path) -> None:
+    ranks = [start(images, tmp_path / "out", 0, 2), start(images, tmp_path / "out", 1, 2, "--min-side", 3)]
+    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert ranks[0].returncode == 2 and any("What differs:\n  min_side: " in text for text in said)
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_two_processes_cannot_be_the_same_rank(images: Path, tmp_path: Path) -> None:
+    slow = "encode = packing.Packer.encode; packing.Packer.encode = lambda self, batch: (time.sleep(3), encode(self, batch))[1]"
+    both = [start(images, tmp_path / "out", 0, 1, code=slow) for _ in range(2)]
+    said = [process.communicate(timeout=90)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2]
+    assert any("another process packs into" in text and "as the same rank" in text for text in said)
+
+
+def test_a_late_rank_finds_the_work_done(images: Path, truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 writes the manifest and removes packing/ between a late rank's look at the one and at the other."""
+    out = tmp_path / "out"
+    shutil.copytree(truth, out)
+    looked = iter([False])
+    monkeypatch.setattr(packing.Parts, "finished", property(lambda self: next(looked, True)))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert pack(images, out) == 0 and files(out) == files(truth)
+
+
 @pytest.mark.parametrize("more", [("--batch-size", 1), ("--batch-size", 7, "--workers", 5)])
 def test_batches_and_workers_do_not_matter(images: Path, truth: Path, tmp_path: Path, more: tuple[Any, ...]) -> None:
     pack(images, tmp_path / "out", *more)
     assert files(tmp_path / "out") == files(truth)
+
+
+def interrupted(self: packing.Packer) -> None:
+    raise KeyboardInterrupt
 
 
 def tree(out: Path) -> dict[str, int]:
@@ -108,14 +163,24 @@ def tree(out: Path) -> dict[str, int]:
 
 def test_run_again_it_does_nothing(images: Path, truth: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = tree(truth)
+    (truth / "packing").mkdir()                         # left by a kill after the manifest was written
+    (truth / "packing/job.json").write_text("{}")
     assert pack(images, truth) == 0
     assert "already packed" in capsys.readouterr().out and tree(truth) == before
+
+
+def test_a_damaged_set_is_not_called_packed(images: Path, truth: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = shutil.copytree(truth, tmp_path / "out")
+    (out / "shard_00002.arrow").unlink()
+    assert pack(images, out) == 2
+    said = capsys.readouterr().err
+    assert "lacks a shard" in said and f"to pack it anew, delete {out} first" in said
 
 
 @pytest.mark.parametrize("at", range(1, 14))
 def test_stopped_at_any_write_it_goes_on(images: Path, truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                          capsys: pytest.CaptureFixture[str], at: int) -> None:
-    """Stopped before the n-th renaming or removing of a file; at most one shard is encoded twice."""
+    """Stopped before the n-th renaming of a file; at most one shard is encoded twice."""
     calls = encoded = 0
     rename, decode_item = os.replace, packing.Packer.decode
 
@@ -135,7 +200,7 @@ def test_stopped_at_any_write_it_goes_on(images: Path, truth: Path, tmp_path: Pa
     monkeypatch.setattr(Path, "replace", lambda path, target: counted(path, target))
     monkeypatch.setattr(packing.Packer, "decode", counting)
     stopped = pack(images, tmp_path / "out")
-    assert (stopped, "run the same command again" in capsys.readouterr().err) == ((130, True) if at <= 11 else (0, False))
+    assert (stopped, "run the same command again" in capsys.readouterr().err) == ((130, True) if at <= 10 else (0, False))
     assert (tmp_path / "out/manifest.json").exists() == (stopped == 0)
     monkeypatch.setenv("WORLD_SIZE", "1")
     calls = 100
@@ -148,14 +213,10 @@ def test_killed_it_goes_on(images: Path, truth: Path, tmp_path: Path) -> None:
     """With -9, at random moments, until it is done."""
     out, killed = tmp_path / "out", 0
     random = np.random.default_rng(0)
-    slow = ("import sys, time; from data_prep import folder, packing; decode = packing.Packer.decode\n"
-            "packing.Packer.decode = lambda self, item: (print(flush=True), time.sleep(0.03), decode(self, item))[2]\n"
-            "sys.exit(folder.main(sys.argv[1:]))")
+    slow = ("decode = packing.Packer.decode\n"
+            "packing.Packer.decode = lambda self, item: (print(flush=True), time.sleep(0.03), decode(self, item))[2]")
     while not (out / "manifest.json").exists():
-        process = subprocess.Popen(
-            [sys.executable, "-c", slow, "--images", images, "--out", out, "--vae", "none", "--resolution", "16",
-             "--rows-per-shard", "10", "--device", "cpu", "--workers", "1"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE)
+        process = start(images, out, 0, 1, "--workers", 1, code=slow)
         assert process.stdout
         process.stdout.readline()                       # it has begun to decode
         try:
@@ -171,8 +232,10 @@ def test_killed_it_goes_on(images: Path, truth: Path, tmp_path: Path) -> None:
 
 def test_a_half_written_shard_is_made_again(images: Path, truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(packing.Packer, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(packing.Packer, "finish", interrupted)
         assert pack(images, tmp_path / "out") == 130
+    with pytest.raises(DataError, match="run the command that packed it again"):
+        ShardDataset(tmp_path / "out")
     shard = tmp_path / "out/shard_00001.arrow"
     shard.write_bytes(shard.read_bytes()[:500])
     (tmp_path / "out/shard_00003.arrow").unlink()
@@ -201,7 +264,7 @@ def test_a_folder_that_holds_another_data_set(images: Path, truth: Path, tmp_pat
     said = capsys.readouterr().err
     assert f"{truth} holds another data set" in said and "give another --out" in said and tree(truth) == before
     with monkeypatch.context() as patch:                # and one of which only a part is there
-        patch.setattr(packing.Packer, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(packing.Packer, "finish", interrupted)
         pack(images, tmp_path / "out")
     before = tree(tmp_path / "out")
     assert pack(images, tmp_path / "out", *change) == 2 and tree(tmp_path / "out") == before
@@ -213,12 +276,29 @@ def test_a_folder_of_shards_of_unknown_origin(images: Path, truth: Path, tmp_pat
     assert "holds shard_00002.arrow, and nothing that says of which data set" in capsys.readouterr().err
 
 
-def test_images_that_changed_meanwhile_are_another_data_set(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mine = shutil.copytree(images, tmp_path / "images")
+def test_another_folder_of_images_is_another_data_set(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also one in which the files have the same names; and one that got another image."""
+    mine = shutil.copytree(images, tmp_path / "a" / images.name)
     pack(mine, tmp_path / "out")
+    assert pack(images, tmp_path / "out") == 2
+    assert f"source.images: {mine} there, {images} here" in capsys.readouterr().err
     (mine / "100.png").write_bytes(picture(100))
     assert pack(mine, tmp_path / "out") == 2
-    assert "source: " in capsys.readouterr().err
+    assert "source.images_listed: 37 there, 38 here" in capsys.readouterr().err
+
+
+def test_an_ill_file_system_does_not_thin_out_the_data(images: Path, truth: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: str) -> bytes:
+        if path.endswith("020.png"):
+            raise OSError(5, "Input/output error")
+        return Path(path).read_bytes()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.sources._read", read)
+        assert pack(images, tmp_path / "out") == 2
+    assert "020.png cannot be read: [Errno 5] Input/output error; when it can, run again" in capsys.readouterr().err
+    assert pack(images, tmp_path / "out") == 0 and files(tmp_path / "out") == files(truth)
 
 
 def test_nothing_that_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,6 +314,8 @@ def test_nothing_that_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[
     (("--batch-size", -1), "batch_size=-1"),
     (("--device", "cuda"), "torch sees no CUDA device; to pack here: --device cpu"),
     (("--vae", "nowhere/at-all"), "nowhere/at-all"),
+    (("--text-encoder", "hf:x"), "has no captions; omit it"),
+    (("--max-tokens", 3), "--max-tokens 3 is a setting of --text-encoder"),
 ])
 def test_bad_settings_are_one_line_and_nothing_is_made(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
@@ -369,6 +451,17 @@ def test_moments_of_the_image_and_its_mirror(images: Path, vae: Path, tmp_path: 
         torch.testing.assert_close(torch.from_numpy(rows).float(), expected.float(), atol=2e-3, rtol=2e-3)
     assert pack(images, tmp_path / "plain", "--vae", vae, "--no-mirror") == 0
     assert not ShardDataset(tmp_path / "plain").has_mirror
+
+
+def test_bytes_do_not_depend_on_threads_or_ranks(images: Path, vae: Path, tmp_path: Path) -> None:
+    """Nor on how a launcher sets them; a resume with another batch size, which would change them, is refused."""
+    torch.set_num_threads(2)
+    assert pack(images, tmp_path / "one", "--vae", vae, "--batch-size", 4) == 0
+    ranks = [start(images, tmp_path / "two", rank, 2, "--vae", vae, "--batch-size", 4, code="import torch; torch.set_num_threads(1)")
+             for rank in range(2)]
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    assert pack(images, tmp_path / "one", "--vae", vae, "--batch-size", 3) == 2
 
 
 def test_shards_of_different_encoders_do_not_mix(images: Path, truth: Path, vae: Path, tmp_path: Path,

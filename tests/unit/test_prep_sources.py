@@ -21,6 +21,7 @@ from PIL import Image
 from data_prep import coco, emoji, folder, imagenet, parquet, sources, webdataset
 from data_prep.images import Unusable, decode
 from data_prep.sources import Item, ListSource, Source
+from largescale.data.shards import ShardDataset
 from largescale.errors import DataError
 
 SHARED = Path(os.environ.get("LARGESCALE_SHARED", Path(__file__).parents[2].parent / "shared")) / "data"
@@ -640,3 +641,25 @@ def test_long_listings_say_how_far_they_are(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setenv("RANK", rank)
         sources.list_images(tmp_path)
     assert [(options["delay"], options["disable"]) for options in made] == [(2, False), (2, True)]
+
+
+@pytest.mark.parametrize("program", ["imagenet", "parquet"])
+def test_real_data_sets_are_packed(program: str, tmp_path: Path) -> None:
+    common = ["--out", str(tmp_path / "out"), "--vae", "none", "--device", "cpu", "--resolution", "32"]
+    if program == "imagenet":
+        root = shared("imagenet1k-sample")
+        rows = list(csv.DictReader((root / "labels.csv").open()))
+        (tmp_path / "labels.csv").write_text("file,label\n" + "".join(f"{row['wnid']}.jpg,{row['wnid']}\n" for row in rows))
+        (tmp_path / "classes.txt").write_text("\n".join(row["wnid"] for row in rows))
+        done = imagenet.main(["--images", str(root / "images"), "--labels", str(tmp_path / "labels.csv"),
+                              "--classes", str(tmp_path / "classes.txt"), *common])
+        expected = [int(row["class_index"]) for row in rows]
+    else:
+        file = shared("cifar10-jpeg") / "train.parquet"
+        done = parquet.main(["--files", str(file), "--label-column", "label", *common])
+        expected = pq.read_table(file, columns=["label"])["label"].to_pylist()
+    assert done == 0
+    data = ShardDataset(tmp_path / "out", verify=True)
+    rows_of = data.gather(np.arange(len(data)))
+    assert rows_of["label"].tolist() == expected and data.manifest["skipped"]["count"] == 0
+    assert len(expected) == (1000 if program == "imagenet" else 50_000) and rows_of["latent"][::97].std() > 40

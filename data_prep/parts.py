@@ -1,0 +1,163 @@
+"""What is done of a packing, kept in the file system, where the ranks meet.
+
+    OUT/packing/job.json             what is being made; the first rank writes it, the others must want the same
+    OUT/packing/part_00000.json ...  what is done of each part
+    OUT/packing/rank_0.lock ...      held while a rank works: two processes must not be the same rank
+    OUT/packing/failed_1 ...         why a rank failed, so that rank 0 does not wait for it
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from largescale.config import flatten
+from largescale.data.format import MANIFEST, read_manifest
+from largescale.data.shards import ShardDataset
+from largescale.errors import DataError
+from largescale.files import write_atomically
+
+
+class Parts:
+    """Part p is rank p % world_size's."""
+
+    def __init__(self, out: Path, job: dict[str, Any], parts: int, rank: int, world_size: int) -> None:
+        self.out, self.parts, self.rank, self.world_size = out, parts, rank, world_size
+        self.job: dict[str, Any] = json.loads(json.dumps(job))
+        self.folder = out / "packing"
+        self._lock: IO[str] | None = None
+
+    @property
+    def mine(self) -> range:
+        return range(self.rank, self.parts, self.world_size)
+
+    def claim(self) -> bool:
+        """Whether there is something to pack: False where this very job is done. Raises DataError for another's."""
+        try:
+            return self._claim()
+        except (DataError, FileNotFoundError):
+            if self.finished and read_manifest(self.out).get("job") == self.job and _is_whole(self.out):
+                return False                            # rank 0 has finished while this late rank was looking
+            raise
+
+    @property
+    def finished(self) -> bool:
+        return (self.out / MANIFEST).exists()
+
+    def _claim(self) -> bool:
+        job_file = self.folder / "job.json"
+        if self.finished:
+            self._compare(read_manifest(self.out))
+            if not _is_whole(self.out):
+                raise DataError(f"{self.out} lacks a shard, or has one of another size; restore it, or to pack it "
+                                f"anew, delete {self.out} first")
+            if self.rank == 0:
+                self.remove()                           # left by a kill after the manifest was written
+            return False
+        if not job_file.exists() and (stray := next(self.out.glob("shard_*.arrow"), None)):
+            raise DataError(f"{self.out} holds {stray.name}, and nothing that says of which data set; give another "
+                            "--out, or delete the folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _create(job_file, json.dumps(self.job, indent=1))
+        self._compare({"job": json.loads(job_file.read_text())})  # another rank's may have been first
+        self._lock = _exclusive(self.folder / f"rank_{self.rank}.lock")
+        for failed in self.folder.glob("failed_*") if self.rank == 0 else ():
+            failed.unlink(missing_ok=True)
+        return True
+
+    def _compare(self, found: dict[str, Any]) -> None:
+        theirs, ours = (dict(flatten(job)) for job in (found.get("job") or {"info": found["info"].plain()}, self.job))
+        if differ := [f"{key}: {theirs.get(key)} there, {ours.get(key)} here"
+                      for key in theirs | ours if theirs.get(key) != ours.get(key)]:
+            raise DataError(f"{self.out} holds another data set, or a part of one; give another --out, or delete the "
+                            "folder. What differs:\n  " + "\n  ".join(differ))
+
+    def record(self, part: int) -> dict[str, Any]:
+        """What is done of a part: nothing, where a shard is not as it was written."""
+        nothing: dict[str, Any] = {"done": False, "items": 0, "captions": 0, "columns": [], "shards": [], "skipped": []}
+        try:
+            record: dict[str, Any] = json.loads(self._path(part).read_text())
+        except FileNotFoundError:
+            return nothing
+        files = ((self.out / shard["file"], shard["bytes"]) for shard in record["shards"])
+        return record if all(f.is_file() and f.stat().st_size == size for f, size in files) else nothing
+
+    def save(self, part: int, record: dict[str, Any]) -> None:
+        write_atomically(self._path(part), json.dumps(record))
+
+    def _path(self, part: int) -> Path:
+        return self.folder / f"part_{part:05d}.json"
+
+    def all_records(self) -> list[dict[str, Any]]:
+        """Of every part in order; waits until all are done. Raises DataError when a rank has failed."""
+        records: dict[int, dict[str, Any]] = {}
+        said = time.monotonic()
+        with tqdm(total=self.parts, desc="wait for the other ranks", unit="part", delay=2, dynamic_ncols=True) as bar:
+            while missing := [part for part in range(self.parts) if part not in records]:
+                found = {part: record for part in missing if (record := self.record(part))["done"]}
+                records |= found
+                bar.update(len(found))
+                missing = [part for part in missing if part not in found]
+                if broken := [part for part in missing if part in self.mine]:
+                    raise DataError(f"the shards of part {broken[0]} were changed while packing; run again")
+                for failed in sorted(self.folder.glob("failed_*")):
+                    raise DataError(f"rank {failed.name.removeprefix('failed_')} has failed: {failed.read_text()}; "
+                                    "correct that, and run again to go on")
+                if missing and time.monotonic() - said > 60:
+                    said = time.monotonic()
+                    ranks = ", ".join(str(rank) for rank in sorted({part % self.world_size for part in missing})[:8])
+                    tqdm.write(f"waiting for {len(missing)} parts, of ranks {ranks}", sys.stderr)
+                if missing:
+                    time.sleep(0.5)
+        return [records[part] for part in range(self.parts)]
+
+    def failed(self, error: BaseException) -> None:
+        with suppress(OSError):                         # the folder is gone where rank 0 has finished
+            if self.rank:
+                (self.folder / f"failed_{self.rank}").write_text(str(error) or repr(error))
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        if self._lock:
+            self._lock.close()
+
+
+def _is_whole(out: Path) -> bool:
+    try:
+        ShardDataset(out)
+    except DataError:
+        return False
+    return True
+
+
+def _create(path: Path, text: str) -> None:
+    """The first of several processes makes the file, whole; for the others nothing happens."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary.write_text(text)
+    with suppress(FileExistsError):
+        os.link(temporary, path)
+    temporary.unlink()
+
+
+def _exclusive(path: Path) -> IO[str]:
+    """Held while the process lives. Raises DataError where another one holds it."""
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise DataError(f"another process packs into {path.parent.parent} as the same rank; wait for it or stop it (a "
+                        "launcher other than torchrun and srun must set RANK and WORLD_SIZE)") from error
+    except OSError:
+        pass                                            # a file system without locks
+    return file
