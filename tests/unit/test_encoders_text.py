@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,15 @@ def test_a_caption_does_not_depend_on_its_neighbours(spec: str, monkeypatch: pyt
     captions = ["a cat", "the cat on the mat on the mat", "", "the", "cat on a mat", "a", "mat"]
     assert_close(encoder(captions), [encoder([caption])[0] for caption in captions])
     assert encoder([]) == []
+
+
+def test_threads_do_not_mix_captions(spec: str) -> None:
+    encoder, words = load_text_encoder(spec, CPU), ["a", "the", "cat", "mat", "on"]
+    calls = [[" ".join(words[(i + k) % 5] for k in range(1 + i % 7))] * (1 + i % 4) for i in range(60)]
+    one_by_one = [encoder(captions) for captions in calls]
+    with ThreadPoolExecutor(8, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        for at_once, alone in zip(threads.map(encoder, calls), one_by_one, strict=True):
+            assert_close(at_once, alone)
 
 
 def test_max_tokens(spec: str) -> None:
