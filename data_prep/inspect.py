@@ -128,7 +128,7 @@ def run(options: Inspect) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(Inspect, args=args, description=__doc__)
+    options = tyro.cli(Inspect, args=args, description=__doc__, prog="python -m data_prep.inspect")
     try:
         run(options)
     except LargescaleError as error:

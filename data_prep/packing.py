@@ -9,6 +9,7 @@ what comes out does not depend on the number of ranks. Ranks meet in the file sy
 every part done.
 """
 
+import inspect
 import json
 import os
 import re
@@ -331,7 +332,8 @@ def _resolved(spec: str | None) -> str | None:
 
 
 def main(program: type[Packing], args: list[str] | None, description: str | None) -> int:
-    options = tyro.cli(program, args=args, description=description)
+    name = Path(inspect.getfile(program)).stem
+    options = tyro.cli(program, args=args, description=description, prog=f"python -m data_prep.{name}")
     try:
         line = Packer(options)()
     except KeyboardInterrupt:

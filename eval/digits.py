@@ -127,7 +127,7 @@ def line(name: str, result: dict[str, Any]) -> str:
 
 
 def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(Digits, args=args, description=__doc__)
+    options = tyro.cli(Digits, args=args, description=__doc__, prog="python -m eval.digits")
     torch.set_num_threads(1)  # more gain nothing on so small a network, and lose ten times the time on a busy machine
     try:
         results = score(options.samples, options.data)

@@ -233,7 +233,7 @@ def run(options: Sample) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(Sample, args=args, description=__doc__)
+    options = tyro.cli(Sample, args=args, description=__doc__, prog="python -m eval.sample")
     try:
         run(options)
     except LargescaleError as error:

@@ -40,7 +40,7 @@ def export(run: Path, out: Path | None = None, step: int | None = None) -> Path:
 
 
 def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(Export, args=args, description=__doc__)
+    options = tyro.cli(Export, args=args, description=__doc__, prog="python -m largescale.export")
     try:
         out = export(options.run, options.out, options.step)
     except LargescaleError as error:
