@@ -53,7 +53,8 @@ def describe(data: ShardDataset) -> list[str]:
     ]
     if "job" in manifest:
         job, skipped = manifest["job"], manifest["skipped"]
-        lines.append(("packed", f"{job['crop']}, {job['precision']}, {job['rows_per_shard']} rows a shard"))
+        how = [f"encoded in {job['precision']} on {job['device']}"] if "precision" in job else []
+        lines.append(("packed", ", ".join([job["crop"], *how, f"{job['rows_per_shard']} rows a shard"])))
         lines += [(f"source {key}", _short(value)) for key, value in job["source"].items()]
         lines.append(("left out", f"{skipped['count']} images"))
         lines += [("", f"{count} x {reason}") for reason, count in skipped["reasons"].items()]

@@ -87,3 +87,13 @@ def test_what_is_wrong_is_said(blobs: Path, tmp_path: Path, capsys: pytest.Captu
     assert inspect.main([str(blobs), "--images", "0"]) == 2
     assert inspect.main([str(blobs), "--picture", str(tmp_path / "sheet")]) == 2
     assert "has no suffix of a picture; try" in capsys.readouterr().err
+
+
+def test_packed_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "images/a.png")
+    args = ["--images", str(tmp_path / "images"), "--out", str(tmp_path / "out"), "--resolution", "16", "--device", "cpu"]
+    assert folder.main([*args, "--vae", "none"]) == 0
+    capsys.readouterr()
+    assert inspect.main([str(tmp_path / "out")]) == 0
+    assert said(capsys)["packed"] == "ADM's centre crop, 4096 rows a shard"
