@@ -242,7 +242,7 @@ def test_refuses_the_folder_of_another_data_set(tmp_path: Path) -> None:
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere does not exist; correct the path, or pack .*nowhere with the program of data_prep"):
+    with pytest.raises(DataError, match=r"nowhere does not exist; correct the path .*, or pack .*nowhere with the program of data_prep"):
         ShardDataset(tmp_path / "nowhere")
 
 
