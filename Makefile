@@ -31,18 +31,18 @@ demo: .venv/demo.stamp
 	@echo "to resume    make demo, after an interruption; to train on: make demo DEMO_ARGS='--train.steps 10000'"
 
 TEXT_RUN ?= runs/emoji
-PROMPTS := "red heart" "green apple" "smiling cat" "yellow taxi" "blue book" "pizza" "flag France" "tiger face" \
-	"purple circle" "rainbow"
+PROMPTS := "grinning face" "blue book" "woman and man holding hands" "man firefighter medium skin tone" \
+	"girl dark skin tone" "person standing" "Germany" "orange circle" "woman swimming" "man farmer light skin tone"
 
 demo-text: .venv/demo-text.stamp
 	@date +%s > .venv/demo.started
 	$(BIN)/python -m data_prep.emoji --out data/emoji
 	$(BIN)/python -m data_prep.inspect data/emoji --picture data/emoji.png
 	$(TORCHRUN) -m largescale.train emoji --output $(TEXT_RUN) $(DEMO_ARGS)
-	$(TORCHRUN) -m eval.sample $(TEXT_RUN) --out $(TEXT_RUN)/eval --num-samples 50 --cfg-scale 3.0 --steps 100 \
+	$(TORCHRUN) -m eval.sample $(TEXT_RUN) --out $(TEXT_RUN)/eval --num-samples 50 --cfg-scale 2.0 --steps 100 \
 		--prompts $(PROMPTS)
 	@echo
-	@echo "pictures     $(TEXT_RUN)/eval/cfg3.0/grid.png (a column a prompt); while training: $(TEXT_RUN)/samples"
+	@echo "pictures     $(TEXT_RUN)/eval/cfg2.0/grid.png (a column a prompt); while training: $(TEXT_RUN)/samples"
 	@echo "data         data/emoji.png shows what was trained on: Twemoji graphics, by Twitter, Inc and others, CC-BY 4.0"
 	@echo "to resume    make demo-text, after an interruption; this start took $$(($$(date +%s) - $$(cat .venv/demo.started))) s"
 

@@ -57,8 +57,8 @@ def test_make_demo_text(tmp_path: Path) -> None:
     command = ["make", "demo-text", f"TEXT_RUN={run}", "DEMO_ARGS=--train.steps 20 --telemetry.preview-every 0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
-    for line in ("CC-BY 4.0", "cfg3.0:", "pictures ", "data ", "to resume "):
+    for line in ("CC-BY 4.0", "cfg2.0:", "pictures ", "data ", "to resume "):
         assert any(line in printed for printed in done.stdout.splitlines()), line
-    assert np.asarray(Image.open(run / "eval/cfg3.0/grid.png")).std() > 0
-    with np.load(run / "eval/cfg3.0/samples.npz") as file:
-        assert file["arr_0"].shape == (50, 32, 32, 3) and file["arr_1"][:11].tolist()[::10] == ["red heart"] * 2
+    assert np.asarray(Image.open(run / "eval/cfg2.0/grid.png")).std() > 0
+    with np.load(run / "eval/cfg2.0/samples.npz") as file:
+        assert file["arr_0"].shape == (50, 32, 32, 3) and file["arr_1"][:11].tolist()[::10] == ["grinning face"] * 2
