@@ -6,14 +6,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 LAYERS = {
-    0: ["errors", "files", "launch", "signals", "config", "presets", "ds_config", "curriculum", "diffusion.schedule"],
+    0: ["errors", "files", "launch", "signals", "starts", "config", "presets", "ds_config", "curriculum", "diffusion.schedule"],
     1: ["diffusion", "models", "optim", "draws", "images", "build", "agreed", "encoders"],
-    2: ["data", "checkpoint_files", "telemetry", "sampling", "weights", "export"],
+    2: ["data", "checkpoint_files", "telemetry", "sampling", "weights", "export", "inspect", "requeue"],
     3: ["distributed", "engine", "checkpoint"],
     4: ["meter", "preview", "reference", "trainer"],
     5: ["train", "dry_run"],
 }
-NO_TORCH = [*LAYERS[0], "checkpoint_files", "telemetry"]  # at import; some functions of the last two load it
+NO_TORCH = [*LAYERS[0], "checkpoint_files", "telemetry", "inspect", "requeue"]  # at import; some functions of the last two load it
 EMPTY = {"largescale", "largescale.data", "largescale.diffusion", "largescale.encoders", "largescale.models"}  # packages that import nothing
 ABOVE_THE_LIBRARY = {"data_prep", "eval"}
 

@@ -1,0 +1,130 @@
+"""One record for each start of a run, and what became of the time: RUN/starts/start_00001.json and so on.
+
+Rank 0 writes its record anew, whole, whenever it logs, so that a kill costs at most that much of the account.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from largescale.files import write_atomically
+
+KINDS = ("training", "data", "evaluation", "checkpoint", "compile", "start-up")
+"""Where a start's seconds go: steps; waiting for data; previews and reference losses; standing still for checkpoints;
+the first step, in which kernels are loaded and compiled; everything before that."""
+
+
+@dataclass
+class Start:
+    number: int                # 1, 2, ...
+    began_unix_s: float
+    world_size: int
+    device: str
+    from_step: int             # the step that was resumed; 0 for a new run
+    job: str | None = None     # Slurm's job id ...
+    restart: int = 0           # ... and how often Slurm had started that job before
+    host: str = ""             # rank 0's
+    step: int = 0              # applied so far, as far as known
+    saved_step: int = -1       # of the newest checkpoint that this start knew to be whole
+    seen_unix_s: float = 0.0   # when this record was written last
+    seconds: dict[str, float] = field(default_factory=dict)  # by KINDS
+    ended: str | None = None   # how; None while it runs, and for good if it was killed
+
+    @property
+    def made_progress(self) -> bool:
+        """Whether the next start finds a later step than this one did."""
+        return self.saved_step > self.from_step
+
+
+def read_starts(run_dir: Path) -> list[Start]:
+    """In order. One that cannot be read, which a full disk can leave behind, is left out."""
+    known = {f.name for f in dataclasses.fields(Start)}
+    starts = []
+    for path in sorted((run_dir / "starts").glob("start_*.json")):
+        try:
+            record: dict[str, Any] = json.loads(path.read_text())
+            starts.append(Start(**{key: value for key, value in record.items() if key in known}))
+        except (OSError, ValueError, TypeError):
+            continue
+    return sorted(starts, key=lambda start: start.number)
+
+
+def begin(run_dir: Path, *, began_unix_s: float, world_size: int, device: str, from_step: int) -> Start:
+    """A record with the next number, not written yet."""
+    numbers = [int(m[1]) for p in (run_dir / "starts").glob("*") if (m := re.fullmatch(r"start_(\d+)\.json", p.name))]
+    return Start(
+        number=max(numbers, default=0) + 1, began_unix_s=began_unix_s, world_size=world_size, device=device,
+        from_step=from_step, step=from_step, job=os.environ.get("SLURM_JOB_ID"),
+        restart=int(os.environ.get("SLURM_RESTART_COUNT", 0)), host=socket.gethostname(),
+    )
+
+
+def write(run_dir: Path, start: Start) -> None:
+    """Raises OSError."""
+    start.seen_unix_s = time.time()
+    folder = run_dir / "starts"
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / f"start_{start.number:05d}.json", json.dumps(dataclasses.asdict(start), indent=1))
+
+
+@dataclass(frozen=True)
+class Account:
+    """What became of a run's time, from its first start until it was last seen."""
+
+    wall_s: float
+    seconds: dict[str, float]
+    """By KINDS, and: replayed (steps that a later start took again), idle (nothing ran), other."""
+
+    @property
+    def goodput(self) -> float:
+        """The share of the wall time in which steps were taken that stayed."""
+        return self.seconds["training"] / self.wall_s if self.wall_s > 0 else 0.0
+
+    def __str__(self) -> str:
+        lost = sorted(((s, kind) for kind, s in self.seconds.items() if kind != "training"), reverse=True)
+        shares = ", ".join(f"{kind} {s / self.wall_s:.1%}" for s, kind in lost if s > 5e-4 * self.wall_s)
+        return f"goodput {self.goodput:.1%} of {duration(self.wall_s)}" + (f" ({shares})" if shares else "")
+
+
+def account(starts: Iterable[Start]) -> Account:
+    starts = list(starts)
+    seconds = dict.fromkeys((*KINDS, "replayed", "idle", "other"), 0.0)
+    if not starts:
+        return Account(0.0, seconds)
+    for i, start in enumerate(starts):
+        own = {kind: start.seconds.get(kind, 0.0) for kind in KINDS}
+        span = start.seen_unix_s - start.began_unix_s
+        seconds["other"] += max(0.0, span - sum(own.values()))
+        if later := starts[i + 1 :]:
+            seconds["idle"] += max(0.0, later[0].began_unix_s - start.seen_unix_s)
+            taken = start.step - start.from_step
+            lost = start.step - max(start.from_step, min(other.from_step for other in later))
+            if lost > 0:  # taken again later: a share of the time in which steps were taken
+                for kind in ("training", "data", "evaluation", "compile"):
+                    again = own[kind] * lost / taken
+                    own[kind] -= again
+                    seconds["replayed"] += again
+        for kind in KINDS:
+            seconds[kind] += own[kind]
+    return Account(starts[-1].seen_unix_s - starts[0].began_unix_s, seconds)
+
+
+def duration(seconds: float) -> str:
+    """Such as '3 d 4 h', '2 h 5 min', '12 min', '8.0 s'."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h"
