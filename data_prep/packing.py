@@ -37,9 +37,10 @@ from largescale.data.shards import ShardDataset
 from largescale.data.writer import Shard, write_empty_caption, write_manifest
 from largescale.encoders.text import TextEncoder, load_text_encoder
 from largescale.encoders.vae import Vae, load_vae
-from largescale.errors import ConfigError, DataError, DeviceError, LargescaleError
+from largescale.errors import ConfigError, DataError, DeviceError, LargescaleError, Stopped
 from largescale.files import write_atomically
 from largescale.launch import env_local_rank, env_rank, env_world_size, print_error
+from largescale.signals import serve_stop_signals, stop_requested
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -151,6 +152,8 @@ class Packer:
             new = self.pack()
             if self.rank == 0:
                 self.finish()
+        except Stopped:
+            raise                                       # no failure: the same ranks go on later
         except BaseException as error:
             self.parts.failed(error)
             raise
@@ -227,6 +230,8 @@ class Packer:
                 bar: Any) -> Iterator[list[tuple[Item, Image]]]:
         batch: list[tuple[Item, Image]] = []
         for item, image in decoded:
+            if stop_requested():
+                raise Stopped
             if isinstance(image, str):
                 bar.update()
                 skipped.append([item.id, image])
@@ -334,14 +339,12 @@ def _resolved(spec: str | None) -> str | None:
 def main(program: type[Packing], args: list[str] | None, description: str | None) -> int:
     name = Path(inspect.getfile(program)).stem
     options = tyro.cli(program, args=args, description=description, prog=f"python -m data_prep.{name}")
+    serve_stop_signals()
     try:
         line = Packer(options)()
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr, flush=True)
-        return 130
     except LargescaleError as error:
         print_error(error)
-        return 2
+        return error.exit_status
     except OSError as error:
         print_error(DataError(f"{error}; what is packed stays: correct the cause, and run again"))
         return 2

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from largescale.config import flatten
 from largescale.data.format import MANIFEST, read_manifest
 from largescale.data.shards import ShardDataset
-from largescale.errors import DataError
+from largescale.errors import DataError, Stopped
 from largescale.files import write_atomically
+from largescale.signals import stop_requested
 
 
 class Parts:
@@ -115,6 +116,8 @@ class Parts:
                     said = time.monotonic()
                     ranks = ", ".join(str(rank) for rank in sorted({part % self.world_size for part in missing})[:8])
                     tqdm.write(f"waiting for {len(missing)} parts, of ranks {ranks}", sys.stderr)
+                if missing and stop_requested():
+                    raise Stopped
                 if missing:
                     time.sleep(0.5)
         return [records[part] for part in range(self.parts)]

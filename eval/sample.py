@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,6 +39,7 @@ from largescale.files import write_atomically
 from largescale.images import grid, titled, to_uint8
 from largescale.launch import env_world_size, print_error
 from largescale.sampling import SamplingConfig, draw_samples
+from largescale.signals import serve_stop_signals, stop_requested
 from largescale.weights import load_trained
 
 PROVENANCE, GRID = "provenance.json", "grid.png"
@@ -143,12 +145,13 @@ class Sampler:
             mininterval=0.5 if sys.stderr.isatty() else 20,
         )
         with bar, torch.inference_mode():
-            share = draw_samples(
+            share = self.together(lambda: draw_samples(
                 self.trained.model, self.trained.diffusion, config, index=range(n)[mine],
                 condition=self.conditions.of, shape=latent_shape(model), num_classes=model.num_classes,
                 batch_size=self.options.batch_size, device=self.device,
                 progress=lambda drawn: bar.update(min(drawn * self.world_size, n - bar.n)),  # the others keep pace
-            )
+                stop=stop_requested,
+            ))
         drawn = to_uint8(share) if self.pixels else share.numpy()
         x = np.empty((n, *drawn.shape[1:]), drawn.dtype)
         for rank, part in enumerate(self.gather(drawn)):
@@ -178,6 +181,9 @@ class Sampler:
             **self.trained.info,
             "versions": {"torch": str(torch.__version__), "largescale": largescale.__version__},
         }
+
+    def together(self, action: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return self.ranks.together(action) if self.ranks else action()
 
     def gather(self, value: Any) -> list[Any]:
         return self.ranks.all_gather_object(value) if self.ranks else [value]
@@ -234,11 +240,12 @@ def run(options: Sample) -> None:
 
 def main(args: list[str] | None = None) -> int:
     options = tyro.cli(Sample, args=args, description=__doc__, prog="python -m eval.sample")
+    serve_stop_signals()
     try:
         run(options)
     except LargescaleError as error:
         print_error(error)
-        return 2
+        return error.exit_status
     return 0
 
 

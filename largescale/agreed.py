@@ -15,11 +15,19 @@ class Report:
     loss: float
     mse: float
     vb: float
-    cluster_loss: list[float]  # sums; a cluster's mean is its sum over its count
+    cluster_loss: list[float]   # sums; a cluster's mean is its sum over its count
     cluster_count: list[float]
-    stop: bool                 # a rank was asked to stop
-    writing: bool              # a rank still writes a checkpoint
-    non_finite: list[int]      # ranks that saw a loss that is not finite
+    rank_loss: list[float]      # means, in rank order
+    stop: bool                  # a rank was asked to stop
+    writing: bool               # a rank still writes a checkpoint
+    non_finite: list[int]       # ranks that saw a loss that is not finite ...
+    non_finite_clusters: list[int]  # ... and the clusters it was in: 1 for C_1
+    cannot_write: list[int]     # ranks whose part of a checkpoint has failed
+    cannot_read: list[int]      # ranks that got no data
+
+
+# Of one rank each, where a sum would say only how many.
+_OF_RANKS = ("non_finite", "cannot_write", "cannot_read", "loss")
 
 
 class Tally:
@@ -29,9 +37,14 @@ class Tally:
         """`edges`: (N + 1,) float64 cluster edges on the training device."""
         n = len(edges) - 1
         self._inner, self._clusters, self._rank = edges[1:-1], torch.arange(n, device=edges.device), rank
-        self._sums = torch.zeros(4, dtype=torch.float64, device=edges.device)  # loss, mse, vb, count
-        self._per_cluster = torch.zeros(2, n, dtype=torch.float64, device=edges.device)
-        self._flags = torch.zeros(2 + world_size, dtype=torch.float64, device=edges.device)
+        self._sums, self._per_cluster, self._flags, self._of_ranks = (
+            torch.zeros(size, dtype=torch.float64, device=edges.device) for size in (
+                (4,),                          # loss, mse, vb, count
+                (3, n),                        # loss, count, losses that are not finite
+                (2,),                          # stop, writing
+                (len(_OF_RANKS), world_size),
+            )
+        )
 
     @torch.no_grad()
     def add(self, losses: Losses, u: Tensor) -> None:
@@ -40,21 +53,33 @@ class Tally:
         self._sums += each.sum(1)
         cluster = torch.bucketize(u, self._inner, right=True)
         member = (cluster[None] == self._clusters[:, None]).double()                                     # (N, B)
-        self._per_cluster += torch.stack([(member * each[0]).sum(1), member.sum(1)])
-        self._flags[2 + self._rank] += (~torch.isfinite(each[0])).any()
+        bad = ~torch.isfinite(each[0])
+        self._per_cluster += torch.stack([(member * each[0]).sum(1), member.sum(1), (member * bad).sum(1)])
+        self._of_ranks[_OF_RANKS.index("non_finite"), self._rank] += bad.any()
 
-    def vector(self, *, stop: bool, writing: bool) -> Tensor:
+    def vector(self, *, stop: bool, writing: bool, cannot_write: bool = False, cannot_read: bool = False) -> Tensor:
         self._flags[0] += stop
         self._flags[1] += writing
-        return torch.cat([self._sums, self._per_cluster.flatten(), self._flags])
+        mine = self._of_ranks[:, self._rank]
+        mine[_OF_RANKS.index("cannot_write")] += cannot_write
+        mine[_OF_RANKS.index("cannot_read")] += cannot_read
+        mine[_OF_RANKS.index("loss")] += self._sums[0] / self._sums[3]
+        return torch.cat([self._sums, self._per_cluster.flatten(), self._flags, self._of_ranks.flatten()])
 
 
 def read(values: list[float], n_clusters: int) -> Report:
     """The summed vector, by name."""
     loss, mse, vb, count = values[:4]
-    flags = values[4 + 2 * n_clusters :]
+    of_clusters, rest = values[4 : 4 + 3 * n_clusters], values[4 + 3 * n_clusters :]
+    cluster_loss, cluster_count, bad = (of_clusters[i * n_clusters : (i + 1) * n_clusters] for i in range(3))
+    stop, writing, *of_ranks = rest
+    world_size = len(of_ranks) // len(_OF_RANKS)
+    by_name = {name: of_ranks[i * world_size : (i + 1) * world_size] for i, name in enumerate(_OF_RANKS)}
+
+    def named(name: str) -> list[int]:
+        return [rank for rank, flag in enumerate(by_name[name]) if flag > 0]
+
     return Report(
-        loss / count, mse / count, vb / count,
-        values[4 : 4 + n_clusters], values[4 + n_clusters : 4 + 2 * n_clusters],
-        flags[0] > 0, flags[1] > 0, [rank for rank, flag in enumerate(flags[2:]) if flag > 0],
+        loss / count, mse / count, vb / count, cluster_loss, cluster_count, by_name["loss"], stop > 0, writing > 0,
+        named("non_finite"), [i + 1 for i, n in enumerate(bad) if n > 0], named("cannot_write"), named("cannot_read"),
     )

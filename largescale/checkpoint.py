@@ -10,7 +10,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from largescale.checkpoint_files import (
     newest_valid,
     step_folders,
 )
-from largescale.config import CheckpointConfig
+from largescale.config import CheckpointConfig, flatten
 from largescale.distributed import Ranks
 from largescale.engine import Engine, plain
 from largescale.errors import CheckpointError
@@ -43,10 +44,7 @@ class Writer:
         self._files.append(self._pool.submit(_write, plain(state_dict), Path(path)))
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        try:
-            os.makedirs(path, exist_ok=exist_ok)
-        except OSError as error:
-            self._error = str(error)
+        self.attempt(lambda: os.makedirs(path, exist_ok=exist_ok))
 
     def create(self, info: Any) -> None:
         pass
@@ -60,9 +58,24 @@ class Writer:
     def is_data_parallel_writer(self, dp_rank: int) -> bool:
         return dp_rank == 0
 
+    def attempt(self, action: Callable[[], Any]) -> None:
+        """What may fail for want of space, permission or a file system: then the checkpoint fails, not the run."""
+        try:
+            action()
+        except OSError as error:
+            self._error = str(error)
+
     @property
     def busy(self) -> bool:
         return not all(file.done() for file in self._files)
+
+    @property
+    def failed(self) -> bool:
+        return self._error is not None or any(file.done() and file.exception() for file in self._files)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether this rank's files are written, or have failed, by then."""
+        return not wait(self._files, timeout_s).not_done
 
     def collect(self) -> tuple[dict[str, Any], str | None]:
         """Wait for this rank's files: ({name: {bytes, sha256}}, what went wrong if anything did)."""
@@ -88,10 +101,11 @@ def _write(state: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
 class Checkpointer:
     """Every public method is collective: all ranks call it at the same step."""
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, ranks: Ranks):
-        self.run_dir, self.config, self.ranks = run_dir, config, ranks
+    def __init__(self, run_dir: Path, config: CheckpointConfig, ranks: Ranks, patience_s: float):
+        """`patience_s`: how long `finish` waits for a file system that does not answer."""
+        self.run_dir, self.config, self.ranks, self._patience_s = run_dir, config, ranks, patience_s
         self._writer = Writer()
-        self._pending: tuple[CheckpointDir, dict[str, Any]] | None = None
+        self._pending: Pending | None = None
         self._damaged: set[int] = set()  # steps
         self.last_saved = -1  # the step of the newest checkpoint that is on disk
 
@@ -101,47 +115,64 @@ class Checkpointer:
         return self._writer.busy
 
     @property
+    def failed(self) -> bool:
+        """Whether this rank's part has failed. Not collective."""
+        return self._writer.failed
+
+    @property
     def pending(self) -> bool:
         """Whether a checkpoint waits for `finish`. The same on every rank, not collective."""
         return self._pending is not None
 
-    def save(self, step: int, state: dict[str, Any], engine: Engine) -> None:
-        """Snapshot, and start to write; `finish` what was started before. `state`: plain values, equal on all ranks."""
+    def save(self, step: int, state: dict[str, Any], engine: Engine, reason: str) -> None:
+        """Snapshot, and start to write; `finish` what was started before. `state`: plain values, equal on all ranks.
+
+        `reason`: 'start', 'schedule', 'stop' (a signal) or 'end'. Nothing is done where `step` is saved already."""
         assert not self.pending
         if step == self.last_saved:
             return
         checkpoint = CheckpointDir.at(self.run_dir, step)
-        if self.ranks.rank == 0 and checkpoint.path.exists():  # damaged, or never finished: or it would be `last_saved`
-            _remove(checkpoint)
+        if self.ranks.rank == 0:  # what is there is damaged, or was never finished: or it would be `last_saved`
+            self._writer.attempt(lambda: _remove(checkpoint))
         self._damaged.discard(step)
         engine.save(checkpoint, state, self._writer)
-        self._pending = checkpoint, state
+        self._pending = Pending(checkpoint, state, reason, engine.weights_checksum())
 
-    def finish(self) -> str | None:
-        """Wait for the files of all ranks and make the checkpoint valid. Returns what went wrong, or None.
+    def finish(self) -> tuple[bool, str | None]:
+        """Wait for the files of all ranks and make the checkpoint valid: (whether it is, which all ranks know alike;
+        what went wrong, which rank 0 knows best).
 
-        Raises CheckpointError if the ranks' states are not the same: one of them has lost its way.
+        Where the file system does not answer in time, it stays pending. Raises CheckpointError if the ranks' states
+        are not the same: one of them has lost its way.
         """
-        if self._pending is None:
-            return None
-        (checkpoint, state), self._pending = self._pending, None
-        reports = self.ranks.all_gather_object((*self._writer.collect(), json.dumps(state, sort_keys=True)))
+        pending = self._pending
+        assert pending is not None
+        ranks, what = self.ranks, f"checkpoint of step {pending.checkpoint.step}"
+        late = [r for r, done in enumerate(ranks.all_gather_object(self._writer.wait(self._patience_s))) if not done]
+        if late:
+            return False, f"{what} is still not written after {self._patience_s:g} s, on ranks {late[:8]}"
+        self._pending = None
+        own = {**pending.state, "weights (checksum)": pending.weights}
+        reports = ranks.all_gather_object((*self._writer.collect(), json.dumps(own, sort_keys=True)))
         _require_equal([text for _, _, text in reports])
         errors = [f"rank {rank}: {error}" for rank, (_, error, _) in enumerate(reports) if error]
-        if self.ranks.rank == 0 and not errors:
+        if ranks.rank == 0 and not errors:
             try:
-                _publish(checkpoint, state, {k: v for files, _, _ in reports for k, v in files.items()}, len(reports))
+                _publish(pending, {k: v for files, _, _ in reports for k, v in files.items()}, len(reports))
             except OSError as error:
                 errors = [f"rank 0: {error}"]
-        (errors, *_) = self.ranks.all_gather_object(errors)
+        (errors, *_) = ranks.all_gather_object(errors)
+        problem = None
         if errors:
-            if self.ranks.rank == 0:
-                _remove(checkpoint)  # on a full disk its remains would be in the way of the next
-            return f"checkpoint of step {checkpoint.step} was not written: " + "; ".join(errors)
-        self.last_saved = checkpoint.step
-        if self.ranks.rank == 0:
-            self._retain()
-        return None
+            problem = f"{what} was not written: " + "; ".join(errors)
+        else:
+            self.last_saved = pending.checkpoint.step
+        if ranks.rank == 0:
+            try:  # on a full disk the remains of a failed one would be in the way of the next
+                _remove(pending.checkpoint) if errors else self._retain()
+            except OSError as error:
+                problem = problem or f"{what} is written, but what is not needed any more cannot be removed: {error}"
+        return not errors, problem
 
     def newest(self, say: Callable[[str], None]) -> CheckpointDir | None:
         """The newest checkpoint that every rank finds sound; ranks share the hashing.
@@ -157,43 +188,61 @@ class Checkpointer:
 
         found = (CheckpointDir.at(self.run_dir, step) for step in steps)
         newest, self._damaged = newest_valid(self.run_dir, found, say, check)
-        if newest is not None:
-            self.last_saved = newest.step
+        self.last_saved = -1 if newest is None else newest.step
         return newest
 
     def _retain(self) -> None:
-        """Keep the last k and every m-th; remove what never became valid. Only after a newer one is valid.
+        """Keep the last k, every m-th, and the last that was written on a stop, so that preemptions do not push the
+        others out; remove what never became valid. Only after a newer one is valid.
 
         One that was found damaged neither counts as kept nor is removed: somebody may want to repair it.
         """
         valid = [c for c in checkpoints(self.run_dir) if c.step not in self._damaged]
         every = self.config.keep_every
-        keep = {c.step for c in valid[: self.config.keep_last]}
-        keep |= {c.step for c in valid if c.step > 0 and every and c.step % every == 0}
+        keep = {c.step for c in valid if c.step > 0 and every and c.step % every == 0} | self._damaged
+        stops = [c for c in valid if c.step not in keep and c.manifest().get("reason") == "stop"]
+        keep |= {c.step for c in [c for c in valid if c not in stops][: self.config.keep_last] + stops[:1]}
         for checkpoint in step_folders(self.run_dir):
-            if checkpoint.step not in keep | self._damaged:
+            if checkpoint.step not in keep:
                 _remove(checkpoint)
 
 
-def _publish(checkpoint: CheckpointDir, state: dict[str, Any], files: dict[str, Any], world_size: int) -> None:
+@dataclass(frozen=True)
+class Pending:
+    """A checkpoint that is being written."""
+
+    checkpoint: CheckpointDir
+    state: dict[str, Any]
+    reason: str
+    weights: int
+
+
+def _publish(pending: Pending, files: dict[str, Any], world_size: int) -> None:
+    checkpoint = pending.checkpoint
     fsync_dir(checkpoint.path)
+    fsync_dir(checkpoint.path.parent)
     manifest = {
-        "format": FORMAT, "step": checkpoint.step, "world_size": world_size, "files": files,
-        "written_unix_s": round(time.time()), "state": state,
+        "format": FORMAT, "step": checkpoint.step, "reason": pending.reason, "world_size": world_size, "files": files,
+        "written_unix_s": round(time.time()), "state": pending.state,
     }
     write_atomically(checkpoint.path / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False))
 
 
 def _remove(checkpoint: CheckpointDir) -> None:
+    """Raises OSError where it is still a checkpoint afterwards."""
     (checkpoint.path / MANIFEST).unlink(missing_ok=True)  # first: from here on it does not exist
     shutil.rmtree(checkpoint.path, ignore_errors=True)
 
 
 def _require_equal(states: list[str]) -> None:
+    first = dict(flatten(json.loads(states[0])))
     for rank, text in enumerate(states):
         if text != states[0]:
-            first, other = json.loads(states[0]), json.loads(text)
+            other = dict(flatten(json.loads(text)))
             key = next(k for k in first if first[k] != other.get(k))
-            error = CheckpointError(f"rank {rank} disagrees with rank 0 on {key}: {other.get(key)} and {first[key]}")
+            error = CheckpointError(
+                f"rank {rank} disagrees with rank 0 on {key}: {other.get(key)} and {first[key]}; nothing was saved, "
+                "and the same command goes on from the last checkpoint; if it comes again, suspect that rank's machine"
+            )
             error.agreed = True
             raise error

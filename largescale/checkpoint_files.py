@@ -47,7 +47,7 @@ class CheckpointDir:
             if manifest["format"] != FORMAT:
                 raise CheckpointError(f"{self.path} has format {manifest['format']}, this version reads {FORMAT}")
             return manifest
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.path / MANIFEST} cannot be read: {error}") from error
 
     def optimizer_state(self, rank: int) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class CheckpointDir:
         """What is wrong with the files, or None. Hashes `part` of them, so that ranks can share the work."""
         try:
             return self._problem(part)
-        except (CheckpointError, OSError, LookupError, TypeError) as error:
+        except (CheckpointError, OSError, LookupError, TypeError, AttributeError) as error:
             return f"{self.path}: {error!r}" if not isinstance(error, CheckpointError) else str(error)
 
     def _problem(self, part: slice) -> str | None:

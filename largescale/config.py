@@ -94,15 +94,33 @@ class TrainConfig:
     """DeepSpeed's settings: memory, precision, communication."""
     device: Literal["cuda", "cpu"] = "cuda"
     seed: int = 0
+    timeout_s: float = 600.0
+    """Seconds without a sign of life after which a run that hangs is ended, saying which rank is missing."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 5_000
-    """Steps between checkpoints."""
+    """Steps between checkpoints. One more is written when a run is asked to stop."""
     keep_last: int = 3
+    """Of these the newest are kept, and of those written on a stop the newest one."""
     keep_every: int = 50_000
     """Checkpoints at multiples of this are kept for ever; 0 keeps none."""
+
+
+@dataclass(frozen=True)
+class AnomalyConfig:
+    """What is done when numbers go bad. `skip` goes back to the last good checkpoint and leaves out the inputs from
+    there to here; the run's saved state says which."""
+
+    not_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite, or an fp16 loss scale that cannot fall further."""
+    spike: Literal["count", "stop", "skip"] = "count"
+    """A loss that leaps."""
+    spike_factor: float = 3.0
+    """How far: above this many times the running geometric mean of its stage."""
+    max_skips: int = 3
+    """Windows that may be left out, in the whole run, before it stops all the same."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +148,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     output: str | None = None
     """The run directory; runs/NAME by default."""
@@ -149,7 +168,7 @@ FIXED_ON_RESUME = (
 # These change how a run is carried out or watched, not what it computes: not worth a word.
 FREE_ON_RESUME = (
     "name", "output", "dry_run", "data.path", "data.prefetch", "data.verify", "train.micro_batch_size",
-    "train.ds_config", "train.device", "checkpoint.", "telemetry.",
+    "train.ds_config", "train.device", "train.timeout_s", "checkpoint.", "telemetry.",
 )
 
 
@@ -272,6 +291,9 @@ def validate(config: Config, world_size: int) -> None:
     require(o.clip_grad_norm >= 0, "optimizer.clip_grad_norm", "be 0 (off) or positive")
     require(t.steps > 0, "train.steps", "be at least 1")
     require(0 <= t.seed < 2**32, "train.seed", "lie in [0, 2**32)")
+    require(t.timeout_s > 0, "train.timeout_s", "be positive")
+    require(config.anomaly.spike_factor > 1, "anomaly.spike_factor", "be above 1")
+    require(config.anomaly.max_skips >= 0, "anomaly.max_skips", "be 0 or more")
     require(config.checkpoint.every > 0, "checkpoint.every", "be at least 1")
     require(config.checkpoint.keep_last > 0, "checkpoint.keep_last", "be at least 1")
     require(config.checkpoint.keep_every >= 0, "checkpoint.keep_every", "be 0 (off) or positive")

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from largescale.errors import DeviceError, LargescaleError
+from largescale.errors import DeviceError, LargescaleError, LostRankError
 from largescale.launch import env_local_rank, env_rank, env_world_size
 
 T = TypeVar("T")
@@ -20,6 +21,7 @@ class Ranks:
     """The process group of a run: training collectives over NCCL or gloo, exchanges of Python objects over gloo."""
 
     def __init__(self, device: str, timeout_s: float = 600):
+        """`timeout_s`: how long a collective may wait. Raises LostRankError where not all ranks come."""
         self.rank, self.world_size, index = env_rank(), env_world_size(), env_local_rank()
         if device == "cuda":
             index = _gpu_index(index)
@@ -33,10 +35,19 @@ class Ranks:
         else:
             self.device = torch.device("cpu")
         timeout = datetime.timedelta(seconds=timeout_s)
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
-        # Groups of their own: the agreed vector does not queue behind gradients, objects need no GPU.
-        self._vectors: Any = dist.new_group(timeout=timeout)
-        self._objects: Any = dist.new_group(backend="gloo", timeout=timeout)
+        try:
+            dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
+            # Groups of their own: the agreed vector does not queue behind gradients, objects need no GPU.
+            self._vectors: Any = dist.new_group(timeout=timeout)
+            self._objects: Any = dist.new_group(backend="gloo", timeout=timeout)
+            self._roll: Any = _connect_to_store() if self.world_size > 1 else None
+        except RuntimeError as error:
+            if not is_lost_contact(error):
+                raise
+            raise LostRankError(
+                f"the {self.world_size} ranks did not find each other at {os.environ['MASTER_ADDR']}:"
+                f"{os.environ['MASTER_PORT']} within {timeout_s:g} s: {_first_line(error)}"
+            ) from error
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order. Blocks; for start-up and checkpoints, never for a step."""
@@ -78,11 +89,52 @@ class Ranks:
         known.agreed = True
         raise known
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on one rank at least. Collective, and blocks."""
+        return any(self.all_gather_object(flag))
+
+    def roll_call(self, here: str, wait_s: float = 10.0) -> dict[int, str] | None:
+        """What each rank that answers is doing, by rank; not collective: for when collectives no longer work.
+
+        Says `here` for this rank, by way of the launcher's key-value store, and waits for what the others say.
+        None where the store does not answer: rank 0 kept it. (A `monitored_barrier` would not do: for a rank that has
+        died it says that a connection was closed, and without rank 0 it says nothing.)
+        """
+        if self._roll is None:
+            return {0: here}
+        try:
+            self._roll.set(f"roll/{self.rank}", here)
+            deadline, found = time.monotonic() + wait_s, {self.rank: here}
+            while len(found) < self.world_size and time.monotonic() < deadline:
+                for rank in set(range(self.world_size)) - found.keys():
+                    if self._roll.check([f"roll/{rank}"]):
+                        found[rank] = self._roll.get(f"roll/{rank}").decode()
+                time.sleep(0.1)
+        except RuntimeError:
+            return None
+        return dict(sorted(found.items()))
+
     def barrier(self) -> None:
         dist.barrier(group=self._objects)
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether it says that another rank could not be reached, or did not answer in time."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _connect_to_store() -> Any:
+    """A connection of its own: the process group's may be held by a collective that hangs."""
+    module: Any = dist  # whose stubs leave the stores out
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return module.PrefixStore("largescale", module.TCPStore(address, port, timeout=datetime.timedelta(seconds=30)))
 
 
 def _gpu_index(local_rank: int) -> int:

@@ -85,6 +85,16 @@ class Engine:
         scaler = self._zero.loss_scaler
         return bool(scaler.dynamic) and scaler.cur_scale > scaler.min_scale
 
+    def scaler_state(self) -> dict[str, Any]:
+        """What moves in the loss scaler."""
+        scaler = self._zero.loss_scaler
+        return {key: getattr(scaler, key) for key in _SCALER_STATE if hasattr(scaler, key)}
+
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        for key in _SCALER_STATE:
+            if key in state:
+                setattr(self._zero.loss_scaler, key, state[key])
+
     def grad_norm(self) -> float:
         """Of the last step, before clipping, unscaled."""
         return float(self._engine.get_global_grad_norm() or 0.0)
@@ -96,6 +106,12 @@ class Engine:
     def ema_partition(self) -> Tensor:
         """This rank's flat fp32 piece of the EMA; the master weights where no step was applied yet."""
         return cast(Tensor, self._zero.optimizer.state[self._master].get("ema", self._master.detach()))
+
+    def weights_checksum(self) -> int:
+        """Of this rank's copy of the weights, in the compute dtype: the same on every rank, or one is broken."""
+        integers = {2: torch.int16, 4: torch.int32}
+        sums = [p.detach().view(integers[p.element_size()]).sum(dtype=torch.int64) for p in self.module.parameters()]
+        return int(torch.stack(sums).sum())
 
     def save(self, checkpoint: CheckpointDir, client_state: dict[str, Any], writer: Any) -> None:
         """Collective. Hands every file's content to `writer` (see checkpoint.py), which decides when it is on disk."""
@@ -126,9 +142,7 @@ class Engine:
         ):
             if "step" in saved_group:  # apex counts here
                 group["step"] = saved_group["step"]
-        for key in _SCALER_STATE:
-            if key in saved["loss_scaler"]:
-                setattr(self._zero.loss_scaler, key, saved["loss_scaler"][key])
+        self.load_scaler_state(saved["loss_scaler"])
 
     def gather_weights(self) -> None:
         """Collective. The weights, in the compute dtype, from all ranks' master weights."""

@@ -6,6 +6,8 @@ class LargescaleError(Exception):
 
     agreed = False
     """Whether every rank raises it, so that one rank's word is enough."""
+    exit_status = 2
+    """Of the program: 2 needs a person, and a batch script does not start it again."""
 
 
 class ConfigError(LargescaleError, ValueError):
@@ -24,6 +26,29 @@ class DataError(LargescaleError, ValueError):
 
 class CheckpointError(LargescaleError, RuntimeError):
     """A run directory or checkpoint that cannot be used."""
+
+
+class StorageError(LargescaleError, OSError):
+    """Files that cannot be read or written at present: the same command may go on later."""
+
+    agreed = True
+    exit_status = 75  # signals.EXIT_REQUEUE
+
+
+class Stopped(LargescaleError):
+    """Asked to stop by a signal; what is whole stays."""
+
+    agreed = True
+    exit_status = 75
+
+    def __init__(self, text: str = "asked to stop; run the same command again to go on") -> None:
+        super().__init__(text)
+
+
+class LostRankError(LargescaleError, RuntimeError):
+    """A rank that is gone or does not move: a crash, after which the same command goes on from the last checkpoint."""
+
+    exit_status = 1
 
 
 class NonFiniteError(LargescaleError, RuntimeError):

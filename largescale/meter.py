@@ -4,7 +4,7 @@ import contextlib
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -13,16 +13,26 @@ from largescale.distributed import Ranks
 from largescale.telemetry import peak_flops
 
 _COMPUTE = ("forward", "backward", "optimizer")
-_ASIDE = ("checkpoint", "reference", "preview")  # now and then, not part of a step
+_ASIDE = {"checkpoint": "checkpoint", "reference": "evaluation", "preview": "evaluation"}  # not part of a step
+_KIND = {**_ASIDE, "data": "data"}  # of starts.KINDS; all else is training
 
 
 class Meter:
-    def __init__(self, images_per_step: int, flops_per_step: float, ranks: Ranks, precision: str, n_clusters: int):
+    def __init__(self, images_per_step: int, flops_per_step: float, ranks: Ranks, precision: str, n_clusters: int,
+                 on_lap: Callable[[str], None] = lambda name: None):
+        """`on_lap` is told what begins, each time."""
         self._images, self._flops = images_per_step, flops_per_step
-        self._device, self._n_clusters = ranks.device, n_clusters
+        self._device, self._n_clusters, self._on_lap = ranks.device, n_clusters, on_lap
         name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
         peak = peak_flops(name, precision)
         self._peak = peak and peak * ranks.world_size
+        self.lifetime: dict[str, float] = defaultdict(float)  # seconds by starts.KINDS, since this start began
+        self._first_step = True
+        self.restart()
+
+    def begin(self, began_unix_s: float) -> None:
+        """The first step is about to be taken by a program that was started then."""
+        self.lifetime["start-up"] = max(0.0, time.time() - began_unix_s - sum(self.lifetime.values()))
         self.restart()
 
     def restart(self) -> None:
@@ -35,11 +45,15 @@ class Meter:
 
     @contextlib.contextmanager
     def lap(self, name: str) -> Iterator[None]:
+        self._on_lap(name)
         start = time.perf_counter()
         yield
-        self._seconds[name] += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self._seconds[name] += seconds
+        self.lifetime[_KIND.get(name, "compile" if self._first_step else "training")] += seconds
 
     def count(self, report: Report) -> None:
+        self._first_step = False
         self._steps += 1
         for i, value in enumerate((report.loss, report.mse, report.vb)):
             self._losses[i] += value
@@ -51,8 +65,8 @@ class Meter:
         """Means over the steps since the last call, which starts the next window."""
         elapsed, steps = time.perf_counter() - self._since, self._steps
         mean = [value / steps if steps else None for value in self._losses]
-        compute = sum(self._seconds[name] for name in _COMPUTE)
-        stepping = elapsed - sum(self._seconds[name] for name in _ASIDE)
+        compute = sum(self._seconds.get(name, 0.0) for name in _COMPUTE)
+        stepping = elapsed - sum(self._seconds.get(name, 0.0) for name in _ASIDE)
         metrics: dict[str, float | None] = {
             "loss": mean[0],
             "mse": mean[1],
@@ -60,7 +74,7 @@ class Meter:
             "images_per_s": steps * self._images / elapsed,
             "mfu": steps * self._flops / elapsed / self._peak if self._peak else None,
             "memory_gib": self._memory() / 2**30,
-            "time/data_wait_share": self._seconds["data"] / elapsed,
+            "time/data_wait_share": self._seconds.get("data", 0.0) / elapsed,
             "time/overhead_share": (stepping - compute) / stepping,  # of a step, outside forward, backward, optimizer
             **{f"time/{name}_ms": 1e3 * s / max(steps, 1) for name, s in self._seconds.items()},
             **{

@@ -15,6 +15,7 @@ from largescale.engine import Engine
 from largescale.images import balanced_labels, grid, titled, to_uint8
 from largescale.models.conditioning import Condition, take
 from largescale.sampling import SamplingConfig, draw_samples
+from largescale.signals import stop_requested
 from largescale.telemetry import Telemetry
 
 
@@ -34,18 +35,20 @@ class Preview:
             self._titles = [texts[0] for texts in dataset.texts(rows)]
 
     def __call__(self, step: int, telemetry: Telemetry) -> None:
-        """Collective: every rank draws its share, rank 0 lays out the grid."""
+        """Collective: every rank draws its share, rank 0 lays out the grid. Raises Stopped, on every rank."""
         c, ranks = self._config, self._ranks
         sampling = SamplingConfig(
             "ddim", c.telemetry.preview_steps, c.telemetry.preview_cfg_scale, seed=c.train.seed,
             clip_denoised=self._pixels,
         )
         n = c.telemetry.preview_images
-        x = draw_samples(
-            self._ema_model(), self._diffusion, sampling, index=range(n)[ranks.rank :: ranks.world_size],
+        model = self._ema_model()
+        x = ranks.together(lambda: draw_samples(
+            model, self._diffusion, sampling, index=range(n)[ranks.rank :: ranks.world_size],
             condition=lambda index: take(self._y, torch.tensor(index)),
             shape=latent_shape(c.model), num_classes=c.model.num_classes, batch_size=64, device=ranks.device,
-        )
+            stop=stop_requested,
+        ))
         images = np.empty((n, *x.shape[2:], 3), np.uint8)
         for rank, share in enumerate(ranks.all_gather_object(to_uint8(x))):
             images[rank :: ranks.world_size] = share

@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from largescale.config import Config
 from largescale.data.loader import to_condition, to_x_start
@@ -16,7 +16,9 @@ from largescale.data.shards import ShardDataset
 from largescale.diffusion.gaussian import GaussianDiffusion
 from largescale.distributed import Ranks
 from largescale.draws import step_draws
+from largescale.errors import Stopped
 from largescale.models.conditioning import take
+from largescale.signals import stop_requested
 
 
 class ReferenceLoss:
@@ -47,17 +49,26 @@ class ReferenceLoss:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Collective. The mean loss of each cluster, C_1 first, and over all of them."""
+        """Collective. The mean loss of each cluster, C_1 first, and over all of them. Raises Stopped, on every rank."""
         model.eval()
+        try:
+            sums = self._ranks.together(lambda: self._sums(model))
+        finally:
+            model.train()
+        loss, count = self._ranks.all_reduce_sum(sums).tolist()
+        clusters = {f"reference/C{i + 1}": a / b for i, (a, b) in enumerate(zip(loss, count, strict=True))}
+        return {"reference/loss": sum(loss) / sum(count), **clusters}
+
+    def _sums(self, model: nn.Module) -> Tensor:
+        """Of this rank's share: losses and counts by cluster."""
         sums = torch.zeros(2, self._n_clusters, dtype=torch.float64, device=self._ranks.device)
         shares = torch.arange(len(self._t), device=self._t.device).split(self._batch_size)
         for part in filter(len, shares):  # with more ranks than rows some have none
+            if stop_requested():
+                raise Stopped
             losses = self._diffusion.training_losses(
                 model, self._x_start[part], self._t[part], self._noise[part], take(self._y, part)
             )
             member = (self._cluster[part] == torch.arange(self._n_clusters, device=part.device)[:, None]).double()
             sums += torch.stack([(member * losses.loss.double()).sum(1), member.sum(1)])
-        model.train()
-        loss, count = self._ranks.all_reduce_sum(sums).tolist()
-        clusters = {f"reference/C{i + 1}": a / b for i, (a, b) in enumerate(zip(loss, count, strict=True))}
-        return {"reference/loss": sum(loss) / sum(count), **clusters}
+        return sums

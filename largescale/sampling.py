@@ -11,7 +11,7 @@ from largescale.diffusion.gaussian import GaussianDiffusion
 from largescale.diffusion.guidance import ClassifierFreeGuidance
 from largescale.diffusion.samplers import sample
 from largescale.draws import stream_seed
-from largescale.errors import ConfigError
+from largescale.errors import ConfigError, Stopped
 from largescale.models.conditioning import Condition, moved
 
 
@@ -56,13 +56,21 @@ def draw_samples(
     batch_size: int,
     device: torch.device,
     progress: Callable[[int], Any] = lambda n: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Tensor:
     """Samples number `index[k]`: (N, C, H, W) in the model's space, on the CPU.
 
     `condition`: what the model is told of these sample numbers, on the CPU; asked for batch by batch.
-    `progress(n)` is told of n more finished samples. Raises ConfigError for a label outside the classes.
+    `progress(n)` is told of n more finished samples. Raises ConfigError for a label outside the classes, and Stopped
+    within one step of the sampler after `stop()` has become true.
     """
-    guided = ClassifierFreeGuidance(model, config.cfg_scale, num_classes, config.cfg_channels)
+    def unless_stopped(*inputs: Any) -> Tensor:
+        if stop():
+            raise Stopped
+        output: Tensor = model(*inputs)
+        return output
+
+    guided = ClassifierFreeGuidance(unless_stopped, config.cfg_scale, num_classes, config.cfg_channels)
     finished = []
     for start in range(0, len(index), batch_size):
         part = slice(start, start + batch_size)

@@ -1,4 +1,4 @@
-"""A polite stop: SIGTERM, SIGUSR1 and SIGINT ask a run to save and leave, however often they come."""
+"""A polite stop: SIGTERM, SIGUSR1 and SIGINT ask a program to save and leave, however often they come."""
 
 import signal
 from types import FrameType

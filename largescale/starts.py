@@ -5,6 +5,7 @@ Rank 0 writes its record anew, whole, whenever it logs, so that a kill costs at 
 
 import dataclasses
 import json
+import math
 import os
 import re
 import socket
@@ -50,8 +51,12 @@ def read_starts(run_dir: Path) -> list[Start]:
     for path in sorted((run_dir / "starts").glob("start_*.json")):
         try:
             record: dict[str, Any] = json.loads(path.read_text())
-            starts.append(Start(**{key: value for key, value in record.items() if key in known}))
-        except (OSError, ValueError, TypeError):
+            start = Start(**{key: value for key, value in record.items() if key in known})
+            numbers = (start.number, start.world_size, start.restart, start.from_step, start.step, start.saved_step,
+                       start.began_unix_s, start.seen_unix_s, *start.seconds.values())
+            if all(map(math.isfinite, numbers)):
+                starts.append(start)
+        except (OSError, ValueError, TypeError, AttributeError):
             continue
     return sorted(starts, key=lambda start: start.number)
 
@@ -118,7 +123,7 @@ def account(starts: Iterable[Start]) -> Account:
 
 def duration(seconds: float) -> str:
     """Such as '3 d 4 h', '2 h 5 min', '12 min', '8.0 s'."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     if minutes < 60:

@@ -43,21 +43,35 @@ class Telemetry:
         self.active = active
         if not active:
             return
-        self._run_dir, self._said_failing = run_dir, False
+        self.run_dir, self._said_failing, self._tensorboard = run_dir, False, tensorboard
         run_dir.mkdir(parents=True, exist_ok=True)
-        kept = [json.dumps(row) + "\n" for row in read_metrics(run_dir) if row["step"] <= step]
-        write_atomically(run_dir / "metrics.jsonl", "".join(kept))
-        self._file = (run_dir / "metrics.jsonl").open("a")
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self._open(step)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=steps, initial=step, unit="step", dynamic_ncols=True, ascii=not terminal,
             mininterval=0.5 if terminal else 20,
         )
+
+    def _open(self, step: int) -> None:
+        kept = [json.dumps(row) + "\n" for row in read_metrics(self.run_dir) if row["step"] <= step]
+        write_atomically(self.run_dir / "metrics.jsonl", "".join(kept))
+        self._file = (self.run_dir / "metrics.jsonl").open("ab", buffering=0)
+        self._unwritten = b""
+        self._board: Any = None
+        if self._tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
+
+    def go_back(self, step: int) -> None:
+        """Rows of later steps are dropped."""
+        if not self.active:
+            return
+        with self.going_on():
+            self._close()
+            self._open(step)
+        self._bar.n = step
+        self._bar.refresh()
 
     def progress(self, step: int, **shown: Any) -> None:
         if self.active:
@@ -71,46 +85,48 @@ class Telemetry:
             return
         known = {key: value for key, value in metrics.items() if value is not None}
         self._write({"step": step, **known})
-        if self._board:
-            for key, value in known.items():
+        with self.going_on():
+            for key, value in known.items() if self._board else ():
                 self._board.add_scalar(key, value, step)
 
     def event(self, step: int, kind: str, text: str, **facts: Any) -> None:
         if not self.active:
             return
         self._write({"step": step, "event": kind, "text": text, **facts})
-        if self._board:
-            self._board.add_text(kind, text, step)
+        with self.going_on():
+            if self._board:
+                self._board.add_text(kind, text, step)
         self.say(text)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """`image`: (H, W, 3) uint8, to TensorBoard and as RUN/NAME/step_00001000.png."""
         if not self.active:
             return
-        with self._going_on():
-            path = self._run_dir / name / f"step_{step:08d}.png"
+        with self.going_on():
+            path = self.run_dir / name / f"step_{step:08d}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(image).save(path)
-        if self._board:
-            self._board.add_image(name, image, step, dataformats="HWC")
+            if self._board:
+                self._board.add_image(name, image, step, dataformats="HWC")
 
     def say(self, text: str) -> None:
         if self.active:
             tqdm.write(text, file=sys.stderr)
 
     def _write(self, row: dict[str, Any]) -> None:
-        with self._going_on():
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+        self._unwritten += json.dumps(row).encode() + b"\n"
+        with self.going_on():
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     @contextlib.contextmanager
-    def _going_on(self) -> Iterator[None]:
-        """A full disk costs a line of the log, not the run: rank 0 must not leave the others in a collective."""
+    def going_on(self) -> Iterator[None]:
+        """A full disk does not end the run: rank 0 must not leave the others in a collective."""
         try:
             yield
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a file that could not be opened anew is a closed one
             if not self._said_failing:
-                self.say(f"telemetry cannot be written, training goes on without it: {error}")
+                self.say(f"telemetry cannot be written, training goes on: {error}")
             self._said_failing = True
 
     def __enter__(self) -> Self:
@@ -119,6 +135,11 @@ class Telemetry:
     def __exit__(self, *error: object) -> None:
         if self.active:
             self._bar.close()
+            self._close()
+
+    def _close(self) -> None:
+        with self.going_on():
             self._file.close()
+        with self.going_on():
             if self._board:
                 self._board.close()

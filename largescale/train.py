@@ -8,6 +8,7 @@ import difflib
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,12 @@ from largescale.ds_config import final_ds_config, precision
 from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError
 from largescale.launch import env_rank, env_world_size, print_error
 from largescale.presets import PRESETS
-from largescale.signals import EXIT_REQUEUE, serve_stop_signals
+from largescale.signals import EXIT_REQUEUE, serve_stop_signals, stop_requested
 
 if TYPE_CHECKING:
     from largescale.data.shards import ShardDataset
     from largescale.distributed import Ranks
+    from largescale.watch import Watch
 
 
 def parse(args: list[str]) -> Config:
@@ -81,27 +83,40 @@ def check_condition(dataset: "ShardDataset", config: Config) -> None:
             f"--model.caption-pooled-width {found[2]}")
 
 
-def run(config: Config) -> int:
+def run(config: Config, began_unix_s: float) -> int:
     """Train; the process's exit status."""
-    from largescale.distributed import Ranks
+    from largescale.distributed import Ranks, is_lost_contact
     from largescale.optim import check_apex
+    from largescale.watch import Watch, end_at_once, lost_rank
 
     validate(config, env_world_size())
     check_apex(wanted=config.optimizer.kernel == "apex")
     ds = final_ds_config(config, env_world_size())
-    ranks = Ranks(config.train.device)
+    ranks = Ranks(config.train.device, config.train.timeout_s + 60)  # the watch, which knows more, is first
+    watch = Watch(ranks, config.train.timeout_s)
     try:
-        return train(config, ds, ranks)
+        return train(config, ds, ranks, watch, began_unix_s)
+    except RuntimeError as error:
+        if is_lost_contact(error):
+            end_at_once(lost_rank(ranks, watch.where, "lost contact"))
+        raise
     finally:
         ranks.close()
 
 
-def train(config: Config, ds: dict[str, Any], ranks: "Ranks") -> int:
+def train(config: Config, ds: dict[str, Any], ranks: "Ranks", watch: "Watch", began_unix_s: float) -> int:
     def say(text: str) -> None:
         if ranks.rank == 0:
             print(text, file=sys.stderr, flush=True)
 
+    def asked_to_stop(at: str) -> bool:
+        if stop := ranks.any(stop_requested()):
+            say(f"asked to stop {at}; nothing is lost, run again to go on")
+        return stop
+
     dataset = ranks.together(lambda: open_dataset(config, ranks.rank, ranks.world_size))
+    if asked_to_stop("before DeepSpeed was loaded"):
+        return EXIT_REQUEUE
     # DeepSpeed's import takes seconds: what is wrong with the settings or the data is said before it.
     os.environ["DS_ACCELERATOR"] = config.train.device
     from largescale.checkpoint import Checkpointer
@@ -115,7 +130,7 @@ def train(config: Config, ds: dict[str, Any], ranks: "Ranks") -> int:
         "dataset": dataset.fingerprint, "data_info": dataset.info.plain(),
         "made_with": dataset.manifest.get("made_with", {}),  # where the encoders were, for sampling
     }
-    checkpointer = Checkpointer(config.run_dir, config.checkpoint, ranks)
+    checkpointer = Checkpointer(config.run_dir, config.checkpoint, ranks, patience_s=config.train.timeout_s / 2)
     checkpoint = checkpointer.newest(say)
     if checkpoint is not None:
         ranks.together(lambda: check_same_run(checkpoint, identity, say))
@@ -127,7 +142,9 @@ def train(config: Config, ds: dict[str, Any], ranks: "Ranks") -> int:
             return 0
 
     ranks.together(lambda: check_writable(config.run_dir))
-    trainer = Trainer(config, ds, ranks, dataset, checkpointer, identity)
+    trainer = Trainer(config, ds, ranks, dataset, checkpointer, watch, identity, began_unix_s)
+    if asked_to_stop("while the model was built"):
+        return EXIT_REQUEUE
     if checkpoint is not None:
         trainer.resume(checkpoint)
         say(f"resumed {config.run_dir} at step {trainer.step}, curriculum index {trainer.curriculum.index}")
@@ -143,8 +160,8 @@ def train(config: Config, ds: dict[str, Any], ranks: "Ranks") -> int:
         finished = trainer.run(telemetry)
     say(
         f"{'finished' if finished else 'stopped'} {config.run_dir} at step {trainer.step}, "
-        f"curriculum index {trainer.curriculum.index}, {trainer.skipped_steps} skipped steps"
-        + ("" if finished else "; run again to go on")
+        f"curriculum index {trainer.curriculum.index}, {trainer.skipped_steps} skipped steps; "
+        f"{trainer.goodput.account()}" + ("" if finished else "; run again to go on")
     )
     return 0 if finished else EXIT_REQUEUE
 
@@ -178,6 +195,7 @@ def check_same_run(checkpoint: CheckpointDir, identity: dict[str, Any], say: Cal
 
 
 def main(args: list[str] | None = None) -> int:
+    began_unix_s = time.time()
     serve_stop_signals()
     try:
         config = parse(sys.argv[1:] if args is None else args)
@@ -185,10 +203,10 @@ def main(args: list[str] | None = None) -> int:
             from largescale.dry_run import dry_run
 
             return dry_run(config) if env_rank() == 0 else 0
-        return run(config)
+        return run(config, began_unix_s)
     except LargescaleError as error:
         print_error(error)
-        return 2
+        return error.exit_status
 
 
 if __name__ == "__main__":

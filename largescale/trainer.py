@@ -1,14 +1,19 @@
 """The loop. Everything that a step decides follows from the agreed vector, so every rank decides alike."""
 
+import contextlib
 import json
 import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from largescale import agreed
+from largescale import agreed, trouble
+from largescale.anomaly import Skip, SpikeWatch, input_step, skipping
 from largescale.build import build_diffusion, build_model, latent_shape
 from largescale.checkpoint import Checkpointer
 from largescale.checkpoint_files import CheckpointDir, client_state
@@ -21,23 +26,30 @@ from largescale.distributed import PendingVector, Ranks
 from largescale.draws import Draws, step_draws
 from largescale.ds_config import precision
 from largescale.engine import Engine
-from largescale.errors import CheckpointError, NonFiniteError
+from largescale.errors import CheckpointError, DataError, LargescaleError, NonFiniteError, Stopped, StorageError
+from largescale.goodput import Goodput
 from largescale.meter import Meter
 from largescale.models.conditioning import CaptionEmbedder, drop
 from largescale.models.dit import flops_per_image
 from largescale.optim import build_optimizer
 from largescale.preview import Preview
 from largescale.reference import ReferenceLoss
+from largescale.saving import Saving
 from largescale.signals import stop_requested
 from largescale.telemetry import Telemetry
+from largescale.trouble import Trouble
+from largescale.watch import Watch
+
+READ_AGAIN_S = (1.0, 5.0, 15.0)  # pauses before data that could not be read are tried again
 
 
 class Trainer:
     def __init__(self, config: Config, ds: dict[str, Any], ranks: Ranks, dataset: ShardDataset,
-                 checkpointer: Checkpointer, identity: dict[str, Any]):
-        """`identity`: what the checkpoint must say about the run besides its progress (see train.py)."""
+                 checkpointer: Checkpointer, watch: Watch, identity: dict[str, Any], began_unix_s: float):
+        """`identity`: what the checkpoint must say about the run besides its progress (see train.py);
+        `began_unix_s`: when the program was started."""
         self.config, self.ranks, self.dataset, self.checkpointer = config, ranks, dataset, checkpointer
-        self.identity = identity
+        self.watch, self.identity, self.began_unix_s = watch, identity, began_unix_s
         self.micro_batch_size, self.grad_accum_steps = batch_layout(config, ranks.world_size)
         self.shape = latent_shape(config.model)
         self.curriculum = Curriculum(cluster_edges(config), pacing(config))
@@ -49,9 +61,15 @@ class Trainer:
         model.to(ranks.device)
         flops = 3 * flops_per_image(model) * config.train.global_batch_size
         self.engine = Engine(model, partial(build_optimizer, config=config.optimizer, device=config.train.device), ds)
-        self.meter = Meter(config.train.global_batch_size, flops, ranks, precision(ds), self.curriculum.n_clusters)
+        self.meter = Meter(
+            config.train.global_batch_size, flops, ranks, precision(ds), self.curriculum.n_clusters,
+            on_lap=lambda name: watch.at(f"{name} of step {self.step + 1}"),
+        )
         self.step = 0           # applied optimizer steps
         self.skipped_steps = 0  # attempts whose gradient overflowed in fp16
+        self.skips: list[Skip] = []
+        self.spikes = SpikeWatch(config.anomaly.spike_factor)
+        self.went_back = 0      # by this process
         self._edges = torch.tensor(self.curriculum.edges, dtype=torch.float64, device=ranks.device)
         rows = torch.arange(config.train.global_batch_size, device=ranks.device)
         self._rows = rows.view(self.grad_accum_steps, ranks.world_size, self.micro_batch_size)[:, ranks.rank]
@@ -65,6 +83,8 @@ class Trainer:
             "samples_seen": self.step * self.config.train.global_batch_size,
             "skipped_steps": self.skipped_steps,
             "curriculum": self.curriculum.state_dict(),
+            "skips": [asdict(skip) for skip in self.skips],
+            "spikes": self.spikes.state_dict(),
         }
 
     def resume(self, checkpoint: CheckpointDir) -> None:
@@ -80,6 +100,13 @@ class Trainer:
         self.engine.gather_weights()
         self.step, self.skipped_steps = state["step"], state["skipped_steps"]
         self.curriculum.load_state_dict(state["curriculum"])
+        self.skips = [Skip(**skip) for skip in state["skips"]]
+        self.spikes.load_state_dict(state["spikes"])
+
+    @property
+    def input_step(self) -> int:
+        """Whose data and draws the next step takes."""
+        return input_step(self.step, self.skips)
 
     # ---- the loop
 
@@ -87,57 +114,103 @@ class Trainer:
         """Train to the last step, or until a rank is asked to stop. True if the run is finished."""
         c = self.config
         self.telemetry = telemetry
+        self.goodput = Goodput(telemetry, self.meter, began_unix_s=self.began_unix_s, device=c.train.device,
+                               world_size=self.ranks.world_size, from_step=self.step)
+        self.saving = Saving(self.checkpointer, self.engine, self.meter, self.watch, telemetry, self.goodput)
         self.preview = self.ranks.together(
             lambda: Preview(c, self.diffusion, self.engine, self.ranks, self.dataset)
         )
         self.reference = self.ranks.together(lambda: ReferenceLoss(
             c, self.dataset, self.diffusion, self.curriculum.edges, self.ranks, self.micro_batch_size, self.shape
         ))
-        self.save()
-        self.finish_checkpoint(required=True)  # step 0 proves, before GPU time is spent, that it can be saved at all
-        stop = False
+        ended = None
+        try:
+            with self.watch:
+                self.saving.save_first(self.step, self.state())
+                self.leave(asked=self.train())
+            ended = "finished" if self.step >= c.train.steps else "stopped"
+        except Exception as error:
+            ended = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self.goodput.note(self.step, self.checkpointer.last_saved, ended)
+        return ended == "finished"
+
+    def train(self) -> bool:
+        """Whether it was asked to stop."""
+        c, stop = self.config, self.ranks.any(stop_requested())
         with Loader(
             self.dataset, seed=c.train.seed, global_batch_size=c.train.global_batch_size,
             micro_batch_size=self.micro_batch_size, rank=self.ranks.rank, world_size=self.ranks.world_size,
             flip=c.data.horizontal_flip, captions=c.model.caption_tokens > 0,
-            start_step=self.step, prefetch=c.data.prefetch, pin_memory=c.train.device == "cuda",
+            start_step=self.input_step, prefetch=c.data.prefetch, pin_memory=c.train.device == "cuda",
         ) as loader:
-            self.meter.restart()
+            self.batch: Batch = self.ranks.together(lambda: loader.batch(self.input_step))
+            self.meter.begin(self.began_unix_s)
             while self.step < c.train.steps and not stop:
-                with self.meter.lap("data"):
-                    batch = loader.batch(self.step)
-                retryable = self.engine.can_lower_loss_scale
-                report, applied = self.attempt(batch)
-                self.require_finite(report, applied or retryable, batch)
-                if self.checkpointer.pending and not report.writing:
-                    self.finish_checkpoint()
-                if applied:
-                    self.count(report)
-                    self.do_what_is_due()
-                else:
-                    self.skipped_steps += 1  # the same inputs again, at a lower loss scale
-                stop = report.stop
-        if stop and self.step < c.train.steps:
-            telemetry.say(f"asked to stop: saving at step {self.step}")
-        self.save()
-        self.finish_checkpoint(required=True)
-        return self.step >= c.train.steps
+                stop = self.take_step(loader)
+        return stop
 
-    def attempt(self, batch: Batch) -> tuple[agreed.Report, bool]:
-        """One optimizer step's work: (what all ranks know of it, whether it was applied)."""
+    def take_step(self, loader: Loader) -> bool:
+        """Try to take one; True if a rank was asked to stop."""
+        with self.meter.lap("data"):
+            unread = self.read(loader)
+        scaler, retryable = self.engine.scaler_state(), self.engine.can_lower_loss_scale
+        report, applied = self.attempt(unread is not None)
+        if report.cannot_read:
+            self.engine.load_scaler_state(scaler)
+            self.leave(asked=True)
+            raise self.no_data(unread)
+        self.saving.look(self.step, report)
+        bad = self.find_trouble(report, applied or retryable)
+        policy = getattr(self.config.anomaly, bad.kind) if bad else "count"
+        if bad and policy == "skip":
+            self.go_back(bad)
+        elif bad and policy == "stop":
+            self.saving.finish(self.step)  # one that is being written is good
+            raise NonFiniteError(f"{bad.text}; the last good checkpoint is step {self.checkpointer.last_saved}")
+        elif applied:
+            if bad:
+                self.tell(bad, bad.text)
+            self.count(report)
+            self.do_what_is_due()
+        else:
+            self.skipped_steps += 1  # the same inputs again, at a lower loss scale
+        return report.stop
+
+    def read(self, loader: Loader) -> Exception | None:
+        """Set `batch` to this step's rows. An error is returned: one rank alone must not leave the others waiting."""
+        for pause in (*READ_AGAIN_S, None):
+            try:
+                self.batch = loader.batch(self.input_step)
+                return None
+            except DataError as error:
+                return error
+            except OSError as error:
+                if pause is None:
+                    return error
+                time.sleep(pause)
+        raise AssertionError
+
+    def attempt(self, unread: bool) -> tuple[agreed.Report, bool]:
+        """One optimizer step's work: (what all ranks know of it, whether it was applied). If this rank's batch is
+        `unread`, the step is made one that no rank applies."""
         lap = self.meter.lap
         with lap("draws"):
             draws, tally = self.draws(), agreed.Tally(self._edges, self.ranks.rank, self.ranks.world_size)
         applied, pending = False, None
         for k in range(self.grad_accum_steps):
             with lap("forward"):
-                losses, t = self.losses(self.engine, batch, draws, k)
+                losses, t = self.losses(self.engine, self.batch, draws, k)
+                if unread:
+                    losses = losses._replace(loss=losses.loss * math.nan)
             with lap("agree"):
                 tally.add(losses, self.diffusion.noise_level(t))
                 if k == self.grad_accum_steps - 1:
-                    pending = self.ranks.launch(
-                        tally.vector(stop=stop_requested(), writing=self.checkpointer.writing)
-                    )
+                    pending = self.ranks.launch(tally.vector(
+                        stop=stop_requested(), writing=self.checkpointer.writing,
+                        cannot_write=self.checkpointer.failed, cannot_read=unread,
+                    ))
             with lap("backward"):
                 self.engine.backward(losses.loss.mean())
             with lap("optimizer"):
@@ -148,7 +221,7 @@ class Trainer:
 
     def draws(self) -> Draws:
         return step_draws(
-            self.config.train.seed, self.step, self.config.train.global_batch_size, self.shape,
+            self.config.train.seed, self.input_step, self.config.train.global_batch_size, self.shape,
             dropout_prob=self.config.model.class_dropout_prob,
             posterior=self.dataset.info.kind == "moments", device=self.ranks.device,
         )
@@ -167,8 +240,10 @@ class Trainer:
         """An applied step: the only thing that moves the step counter and the curriculum."""
         self.step += 1
         self.meter.count(report)
+        self.spikes.observe(report.loss)
         before = self.curriculum.state
         if self.curriculum.observe(report.loss):
+            self.spikes.new_stage()
             index, lowest = self.curriculum.index, self.curriculum.lowest
             active = f"training on u in [{lowest:.3g}, 1)" if lowest else "training on all noise levels"
             done = "the curriculum is complete" if index == 0 else active
@@ -184,18 +259,26 @@ class Trainer:
             self.log()
         self.telemetry.progress(step)
         if c.telemetry.reference_every and step % c.telemetry.reference_every == 0:
-            with self.meter.lap("reference"):
+            with self.aside("reference"):
                 self.telemetry.log(step, self.reference(self.engine.module))
-        if step % c.checkpoint.every == 0:
-            self.save()
+        if self.saving.due(step):
+            self.saving.save(step, self.state(), "schedule")
         if c.telemetry.preview_every and step % c.telemetry.preview_every == 0:
-            with self.meter.lap("preview"):
+            with self.aside("preview"):
                 self.preview(step, self.telemetry)
 
-    # ---- what is due now and then
+    @contextlib.contextmanager
+    def aside(self, name: str) -> Iterator[None]:
+        """Something to look at, which is left out when the run is asked to stop."""
+        with self.meter.lap(name):
+            try:
+                yield
+            except Stopped:
+                self.telemetry.say(f"the {name} of step {self.step} is left out")
 
     def log(self) -> None:
         state, curriculum = self.curriculum.state, self.curriculum
+        self.goodput.note(self.step, self.checkpointer.last_saved)
         metrics = {
             **self.meter.read(),
             "curriculum/index": state.index,
@@ -206,53 +289,75 @@ class Trainer:
             "optimizer/grad_norm": self.engine.grad_norm(),
             "optimizer/loss_scale": self.engine.loss_scale,
             "optimizer/skipped_steps": self.skipped_steps,
+            "anomaly/spikes": self.spikes.spikes,
+            "anomaly/skips": len(self.skips),
+            **self.goodput.metrics(),
         }
         self.telemetry.log(self.step, metrics)
         self.telemetry.progress(self.step, loss=f"{metrics['loss']:.4f}", index=state.index)
 
-    def save(self) -> None:
-        with self.meter.lap("checkpoint"):
-            self.finish_checkpoint()
-            self.checkpointer.save(self.step, self.state(), self.engine)
+    def leave(self, asked: bool) -> None:
+        stopped = asked and self.step < self.config.train.steps
+        if stopped:
+            self.telemetry.say(f"asked to stop: saving at step {self.step}")
+        self.saving.leave(self.step, self.state, stopped)
 
-    def finish_checkpoint(self, required: bool = False) -> None:
-        """Make a started checkpoint valid. A failed one is said and tried again at the next, unless it is the last."""
-        problem = self.checkpointer.finish()
-        if problem is not None and required:
-            raise CheckpointError(f"{problem}; free space or correct --output, and run again")
-        if problem is not None:
-            self.telemetry.event(self.step, "checkpoint failed", f"{problem}; training goes on")
+    # ---- when something goes wrong
 
-    def require_finite(self, report: agreed.Report, going_on: bool, batch: Batch) -> None:
-        """Raise NonFiniteError for a loss that is not finite, or a skipped step that a lower loss scale cannot mend.
+    def no_data(self, error: Exception | None) -> LargescaleError:
+        """What every rank raises when one got no data."""
+        errors = self.ranks.all_gather_object(error and (isinstance(error, DataError), str(error)))
+        (damaged, text), rank = next((e, rank) for rank, e in enumerate(errors) if e)
+        text = f"rank {rank} cannot read the data of step {self.step + 1}: {text}"
+        if damaged:
+            fatal: LargescaleError = DataError(text)
+            fatal.agreed = True
+            return fatal
+        return StorageError(f"{text}; saved at step {self.checkpointer.last_saved}, the same command goes on")
 
-        The weights are untouched: DeepSpeed skips the update in both cases."""
-        if not report.non_finite and going_on:
-            return
-        self.finish_checkpoint()  # one that is being written is good
+    def find_trouble(self, report: agreed.Report, going_on: bool) -> Trouble | None:
+        """`going_on`: the step was applied, or can be tried again at a lower loss scale."""
         where = f"step {self.step + 1}, curriculum index {self.curriculum.index}"
         if report.non_finite:
-            raise NonFiniteError(
-                f"the loss is not finite at {where}, on rank {report.non_finite[0]}"
-                + (f" and {len(report.non_finite) - 1} more" if len(report.non_finite) > 1 else "")
-                + f"; the last good checkpoint is step {self.checkpointer.last_saved}"
-            )
-        culprits = self.ranks.all_gather_object(self.ranks.together(lambda: self.non_finite_gradient(batch)))
-        found = [f"rank {rank} in {name}" for rank, name in enumerate(culprits) if name]
-        raise NonFiniteError(
-            f"the gradient is not finite at {where} (loss {report.loss:.6g}, loss scale "
-            f"{self.engine.loss_scale:g}): {'; '.join(found) or 'finite on every rank before their sum'}; "
-            f"the last good checkpoint is step {self.checkpointer.last_saved}"
-        )
-
-    def non_finite_gradient(self, batch: Batch) -> str | None:
-        """The first parameter whose gradient, from this rank's rows alone, is not finite."""
-        named = [(name, p) for name, p in self.engine.module.named_parameters() if p.requires_grad]
-        draws = self.draws()
-        for k in range(self.grad_accum_steps):
-            losses, _ = self.losses(self.engine.module, batch, draws, k)
-            gradients = torch.autograd.grad(losses.loss.mean() * self.engine.loss_scale, [p for _, p in named])
-            for (name, _), gradient in zip(named, gradients, strict=True):
-                if not torch.isfinite(gradient).all():
-                    return name
+            return trouble.loss_not_finite(report, where)
+        if not going_on:
+            found = self.ranks.all_gather_object(self.ranks.together(
+                lambda: trouble.find_gradient(self.engine.module, self.micro_steps(), self.engine.loss_scale)
+            ))
+            return trouble.gradient_not_finite(report, where, self.engine.loss_scale, found)
+        if self.spikes.is_spike(report.loss):
+            return trouble.spike(report, self.spikes.usual, where)
         return None
+
+    def micro_steps(self) -> list[Callable[[], tuple[Tensor, Tensor]]]:
+        """This rank's part of the step again, outside DeepSpeed."""
+        draws = self.draws()
+
+        def micro_step(k: int) -> tuple[Tensor, Tensor]:
+            losses, t = self.losses(self.engine.module, self.batch, draws, k)
+            return losses.loss, 1 + torch.bucketize(self.diffusion.noise_level(t), self._edges[1:-1], right=True)
+
+        return [partial(micro_step, k) for k in range(self.grad_accum_steps)]
+
+    def go_back(self, bad: Trouble) -> None:
+        """To the last good checkpoint, and on without the inputs from there to here."""
+        self.saving.finish(self.step)
+        if self.went_back >= self.config.anomaly.max_skips or len(self.skips) >= self.config.anomaly.max_skips:
+            raise NonFiniteError(
+                f"{bad.text}; anomaly.max_skips={self.config.anomaly.max_skips} windows of data were left out already; "
+                f"the last good checkpoint is step {self.checkpointer.last_saved}"
+            )
+        checkpoint = self.checkpointer.newest(self.telemetry.say)
+        assert checkpoint is not None  # that of step 0 at least
+        skips, step = self.skips, self.step
+        self.goodput.went_back(checkpoint.step, bad.text)
+        self.resume(checkpoint)
+        self.went_back += 1
+        self.skips = skipping(step, self.step, skips, bad.text)
+        self.telemetry.go_back(self.step)
+        self.meter.restart()
+        left_out = self.skips[-1].count
+        self.tell(bad, f"{bad.text}; went back to step {self.step}, leaving out the inputs of {left_out} steps")
+
+    def tell(self, bad: Trouble, text: str) -> None:
+        self.telemetry.event(self.step, bad.kind.replace("_", " "), text, ranks=bad.ranks, clusters=bad.clusters)

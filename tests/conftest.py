@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from largescale import distributed
+from largescale import distributed, signals
 from largescale import train as train_program
 from largescale.checkpoint_files import checkpoints, named_weights
 from largescale.data.format import CaptionInfo, DatasetInfo
@@ -30,10 +31,23 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+@pytest.fixture(autouse=True)
+def no_stop_signals_left() -> Iterator[None]:
+    """Programs that are called in this process serve signals in their way; pytest, afterwards, in its own."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    signals._requested = False
+
+
 @pytest.fixture(scope="session")
 def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_blobs(tmp_path_factory.mktemp("data") / "blobs")
+
+
+def make_blobs(path: Path) -> Path:
     """A small data set of pixels in the shape of the `debug` preset: 300 rows, 10 classes, 3 shards."""
-    path = tmp_path_factory.mktemp("data") / "blobs"
     random = np.random.default_rng(0)
     row, column = np.mgrid[:16, :16]
     with ShardWriter(path, DatasetInfo("blobs", "pixels", (1, 16, 16), 10, 1.0, {}), rows_per_shard=100) as writer:
@@ -135,8 +149,7 @@ def run_here(blobs: Path, tmp_path: Path, one_rank: distributed.Ranks, monkeypat
     """Run the training program in this process on one rank (0.1 s, where a new process takes 4 s)."""
     # The process group outlives a run here: DeepSpeed cannot be given a second one.
     ranks_for = distributed.Ranks
-    monkeypatch.setattr(distributed, "Ranks", lambda device: one_rank if device == "cpu" else ranks_for(device))
-    monkeypatch.setattr(train_program, "serve_stop_signals", lambda: None)
+    monkeypatch.setattr(distributed, "Ranks", lambda device, *timeout: one_rank if device == "cpu" else ranks_for(device))
     threads = torch.get_num_threads()
 
     def run(*args: Any, preset: str = "debug", output: Path | None = None, data: Path | None = blobs) -> Outcome:

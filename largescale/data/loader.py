@@ -49,10 +49,14 @@ class Loader(AbstractContextManager["Loader"]):
     def batch(self, step: int) -> Batch:
         """The rows of `step`; asked again (an fp16 overflow retries), the same object. Any step may follow any other.
 
-        Raises what reading the rows raised in a thread.
+        Raises what reading the rows raised in a thread; asked again, reads them again.
         """
         self._read_ahead(step)
-        return self._pending[step].result()
+        try:
+            return self._pending[step].result()
+        except Exception:
+            del self._pending[step]
+            raise
 
     def _read_ahead(self, step: int) -> None:
         wanted = range(step, step + 1 + self.prefetch)

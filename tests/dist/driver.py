@@ -7,12 +7,14 @@ import argparse
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 os.environ["DS_ACCELERATOR"] = "cpu"
-from largescale import checkpoint, train
+from largescale import checkpoint, train, trainer
+from largescale.data.loader import Loader
 from largescale.errors import DataError
 from largescale.trainer import Trainer
 
@@ -21,9 +23,17 @@ parser.add_argument("--die-after", type=int, help="kill -9 this process when the
 parser.add_argument("--forget", choices=["patience", "ema", "moments", "loss_scale"], help="lose it on resume")
 parser.add_argument("--bad-loss", type=int, nargs=2, metavar=("STEP", "RANK"), help="an infinite loss")
 parser.add_argument("--bad-gradient", type=int, nargs=2, metavar=("STEP", "RANK"), help="a finite loss, a NaN gradient")
+parser.add_argument("--every", type=int, default=0, help="the bad number again, after so many steps each time")
 parser.add_argument("--full-disk", type=int, nargs=2, metavar=("STEP", "RANK"), help="that checkpoint, on that rank only")
 parser.add_argument("--no-data", type=int, metavar="RANK", help="the data set cannot be opened on that rank")
+parser.add_argument("--leap", type=int, metavar="STEP", help="a loss a million times too high, on rank 1")
+parser.add_argument("--lost-files", type=int, nargs=2, metavar=("STEP", "RANK"), help="data that cannot be read any more")
+parser.add_argument("--damaged-data", type=int, nargs=2, metavar=("STEP", "RANK"), help="data that are not what was packed")
+parser.add_argument("--kill", type=int, nargs=2, metavar=("STEP", "RANK"), help="kill -9 of that rank in the step")
+parser.add_argument("--hang", type=int, nargs=2, metavar=("STEP", "RANK"), help="that rank does not come back from its data")
+parser.add_argument("--other-weights", type=int, nargs=2, metavar=("STEP", "RANK"), help="one bit of a weight, on that rank")
 parser.add_argument("--stop-at", type=int, help="send this process SIGTERM at the step")
+parser.add_argument("--stop-in", choices=["open_dataset", "Trainer", "Preview", "ReferenceLoss"], help="SIGTERM in that phase")
 separator = sys.argv.index("--")
 faults = parser.parse_args(sys.argv[1:separator])
 
@@ -80,12 +90,79 @@ if faults.bad_loss or faults.bad_gradient:
 
     def bad(self: Trainer, model: object, batch: object, draws: object, k: int) -> object:
         result, t = losses(self, model, batch, draws, k)  # type: ignore[arg-type]
-        if self.step == step and self.ranks.rank == rank:
+        late = self.input_step - step
+        if (late == 0 or (faults.every and late > 0 and late % faults.every == 0)) and self.ranks.rank == rank:
             loss = result.loss * float("inf") if faults.bad_loss else NanGradient.apply(result.loss)
             result = result._replace(loss=loss)
         return result, t
 
     Trainer.losses = bad  # type: ignore[assignment, method-assign]
+
+if faults.leap is not None:
+    losses_of = Trainer.losses
+
+    def leap(self: Trainer, model: object, batch: object, draws: object, k: int) -> object:
+        result, t = losses_of(self, model, batch, draws, k)  # type: ignore[arg-type]
+        if self.input_step == faults.leap and self.ranks.rank == 1:
+            result = result._replace(loss=result.loss * 1e6)
+        return result, t
+
+    Trainer.losses = leap  # type: ignore[assignment, method-assign]
+
+for fault in ("lost_files", "damaged_data", "kill", "hang"):
+    if (where := getattr(faults, fault)) and os.environ["RANK"] == str(where[1]):
+        gather = Loader.batch
+
+        def batch(self: Loader, step: int, fault: str = fault, at: int = where[0]) -> object:
+            if step == at:
+                if fault == "lost_files":
+                    raise OSError(116, "Stale file handle")
+                if fault == "damaged_data":
+                    raise DataError("shard_00000.arrow is damaged")
+                if fault == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(1000)
+            return gather(self, step)
+
+        Loader.batch = batch  # type: ignore[assignment, method-assign]
+        trainer.READ_AGAIN_S = (0.01, 0.01)
+
+if faults.other_weights and os.environ["RANK"] == str(faults.other_weights[1]):
+    counting = Trainer.count
+
+    def count_and_spoil(self: Trainer, report: object) -> None:
+        counting(self, report)  # type: ignore[arg-type]
+        if self.step == faults.other_weights[0]:
+            next(p for p in self.engine.module.parameters() if p.requires_grad).data.view(-1)[0] += 1e-3
+
+    Trainer.count = count_and_spoil  # type: ignore[method-assign]
+
+if faults.stop_in:
+    if faults.stop_in in ("Preview", "ReferenceLoss"):
+        cls = getattr(trainer, faults.stop_in)
+        call = cls.__call__
+
+        def stop_first(self: object, *args: object) -> object:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return call(self, *args)
+
+        cls.__call__ = stop_first
+    elif faults.stop_in == "Trainer":
+        init = Trainer.__init__
+
+        def init_and_stop(self: Trainer, *args: object) -> None:
+            init(self, *args)  # type: ignore[arg-type]
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        Trainer.__init__ = init_and_stop  # type: ignore[assignment, method-assign]
+    else:
+        open_dataset = train.open_dataset
+
+        def open_and_stop(*args: object) -> object:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return open_dataset(*args)  # type: ignore[arg-type]
+
+        train.open_dataset = open_and_stop  # type: ignore[assignment]
 
 if faults.full_disk:
     step, rank = faults.full_disk

@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 folder, data = Path(sys.argv[1]), sys.argv[2]
 ranks = distributed.Ranks("cpu")
 close, ranks.close = ranks.close, lambda: None  # type: ignore[method-assign]
-distributed.Ranks = lambda device: ranks  # type: ignore[assignment, misc]
+distributed.Ranks = lambda device, *timeout: ranks  # type: ignore[assignment, misc]
 steps, found = 24, {}
 for precision in ("fp32", "bf16", "fp16"):
     # A loss scale that overflows at the start, and doubles soon enough to overflow again.

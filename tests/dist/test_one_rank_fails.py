@@ -1,11 +1,14 @@
 """What goes wrong on one rank is known to all: nobody hangs, nothing that was saved is lost, and the message says where."""
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from largescale.checkpoint_files import checkpoints
-from tests.conftest import Train, ds_json, trace
+from largescale.starts import read_starts
+from largescale.telemetry import read_metrics
+from tests.conftest import Train, assert_same_run, cut, ds_json, trace
 
 ARGS = ("--train.steps", 12, "--telemetry.log-every", 1, "--checkpoint.every", 4, "--train.micro-batch-size", 4)
 
@@ -16,7 +19,7 @@ def test_loss(precision: str, tmp_path: Path, train: Train) -> None:
     args = (*ARGS, "--train.ds-config", ds_json(precision, tmp_path), "--output", run)
     done = train(*args, driver=("--bad-loss", 6, 1))
     assert [p.returncode for p in done] == [2, 2]
-    expected = "error: the loss is not finite at step 7, curriculum index 5, on rank 1; the last good checkpoint is step 4"
+    expected = "error: the loss is not finite at step 7, curriculum index 5, on rank 1, in C_5; the last good checkpoint is step 4"
     assert expected in done[0].stderr
     assert done[1].stderr.count("not finite") == 0, "one rank speaks for all"
     assert checkpoints(run)[0].step == 4
@@ -50,10 +53,132 @@ def test_full_disk_on_one_rank(tmp_path: Path, train: Train) -> None:
     done = train(*ARGS, "--output", run, driver=("--full-disk", 4, 1))
     assert [p.returncode for p in done] == [0, 0], done[0].stderr
     assert "checkpoint of step 4 was not written: rank 1: OSError: [Errno 28] No space left on device" in done[0].stderr
-    assert [c.step for c in checkpoints(run)] == [12, 8, 0]
+    assert "a checkpoint cannot be written on ranks [1]" in done[0].stderr  # at the next step
+    assert [c.step for c in checkpoints(run)] == [12, 8, 5]  # tried again at once
 
 
 def test_no_data_on_one_rank(tmp_path: Path, train: Train) -> None:
     done = train(*ARGS, "--output", tmp_path / "run", driver=("--no-data", 1))
     assert [p.returncode for p in done] == [2, 2]
     assert done[0].stderr.splitlines()[-1] == "error: the file system is not mounted here" and not done[1].stderr
+
+
+def test_data_that_cannot_be_read_any_more(tmp_path: Path, train: Train) -> None:
+    """All leave together, saved, with the status that asks for another start; the run becomes what it would have been."""
+    for run, fault in ((tmp_path / "truth", ()), (tmp_path / "run", ("--lost-files", 6, 1))):
+        done = train(*ARGS, "--output", run, driver=fault)
+    assert [p.returncode for p in done] == [75, 75], done[0].stderr
+    assert "error: rank 1 cannot read the data of step 7: [Errno 116] Stale file handle; saved at step 6" in done[0].stderr
+    assert not done[1].stderr and checkpoints(run)[0].step == 6
+    assert train(*ARGS, "--output", run)[0].returncode == 0
+    assert_same_run(run, tmp_path / "truth")
+
+
+def test_data_that_are_damaged(tmp_path: Path, train: Train) -> None:
+    """Not worth another start; in fp16 the step that nobody applied does not lower the loss scale."""
+    run, ds = tmp_path / "run", ds_json("fp16", tmp_path, initial_scale_power=4)
+    done = train(*ARGS, "--output", run, "--train.ds-config", ds, driver=("--damaged-data", 6, 0))
+    assert [p.returncode for p in done] == [2, 2], done[0].stderr
+    assert "error: rank 0 cannot read the data of step 7: shard_00000.arrow is damaged" in done[0].stderr
+    assert checkpoints(run)[0].step == 6
+    assert checkpoints(run)[0].optimizer_state(0)["loss_scaler"]["cur_scale"] == 16
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_is_killed(rank: int, tmp_path: Path, train: Train) -> None:
+    """The other one does not wait for it, and says who is gone."""
+    run = tmp_path / "run"
+    done = train(*ARGS, "--output", run, driver=("--kill", 6, rank))
+    assert (done[rank].returncode, done[1 - rank].returncode) == (-signal.SIGKILL, 1)
+    who = "rank 1 does not answer; rank 0 in" if rank else "rank 0, or the launcher that keeps its store, does not answer"
+    assert f"lost contact: {who}" in done[1 - rank].stderr and "goes on from the last checkpoint" in done[1 - rank].stderr
+    assert "Traceback" not in done[1 - rank].stderr
+    assert train(*ARGS, "--output", run)[0].returncode == 0
+    assert [row["step"] for row in trace(run)] == list(range(1, 13))
+
+
+def test_a_rank_hangs(tmp_path: Path, train: Train) -> None:
+    """Ended after the configured time; the message says where each of them is."""
+    run = tmp_path / "run"
+    done = train(*ARGS, "--output", run, "--train.timeout-s", 6, driver=("--hang", 6, 1))
+    assert [p.returncode for p in done] == [1, 1]
+    assert "error: no progress for 6 s: rank 0 in" in done[0].stderr and "rank 1 in data of step 7" in done[0].stderr
+    assert "error" not in done[1].stderr
+    ended = read_starts(run)[-1]
+    assert (ended.from_step, ended.saved_step, ended.ended) == (0, 4, None)
+
+
+def test_other_weights(tmp_path: Path, train: Train) -> None:
+    """A rank whose weights are not the others': found before the checkpoint is valid."""
+    run = tmp_path / "run"
+    done = train(*ARGS, "--output", run, driver=("--other-weights", 8, 1))
+    assert [p.returncode for p in done] == [2, 2]
+    assert "error: rank 1 disagrees with rank 0 on weights (checksum)" in done[0].stderr and not done[1].stderr
+    assert [c.step for c in checkpoints(run)] == [4, 0]
+
+
+@pytest.mark.parametrize("phase", ["open_dataset", "Trainer", "Preview", "ReferenceLoss"])
+def test_asked_to_stop(phase: str, tmp_path: Path, train: Train) -> None:
+    """In every phase: saved where there is something to save, and left with the status that asks for another start."""
+    args = (*ARGS, "--output", tmp_path / "run", "--telemetry.preview-every", 6, "--telemetry.reference-every", 6)
+    done = train(*args, driver=("--stop-in", phase))
+    assert [p.returncode for p in done] == [75, 75], done[0].stderr
+    if phase in ("Preview", "ReferenceLoss"):
+        assert "of step 6 is left out" in done[0].stderr
+        assert not list((tmp_path / "run").glob("samples/*")) or phase == "ReferenceLoss"
+        assert checkpoints(tmp_path / "run")[0].manifest()["reason"] == "stop"
+    else:
+        assert "asked to stop" in done[0].stderr and not checkpoints(tmp_path / "run")
+    assert train(*args)[0].returncode == 0
+
+
+# ---- numbers that go bad, under the policy to go on without them
+
+
+def test_loss_skipped(tmp_path: Path, train: Train) -> None:
+    """Back to step 4, on with the inputs of step 7; a run that is cut later knows that; so does the account."""
+    run, again = tmp_path / "run", tmp_path / "again"
+    args = (*ARGS, "--checkpoint.keep-last", 9, "--anomaly.not-finite", "skip")
+    done = train(*args, "--output", run, driver=("--bad-loss", 6, 1))
+    assert [p.returncode for p in done] == [0, 0], done[0].stderr
+    assert "went back to step 4, leaving out the inputs of 3 steps" in done[0].stderr
+    assert [row["step"] for row in trace(run)] == list(range(1, 13))
+    state = checkpoints(run)[0].manifest()["state"]
+    assert [(skip["at"], skip["count"]) for skip in state["skips"]] == [(4, 3)] and "on rank 1" in state["skips"][0]["why"]
+    event = next(row for row in read_metrics(run) if row.get("event") == "not finite")
+    assert (event["step"], event["ranks"], event["clusters"]) == (4, [1], [5])
+    assert [(s.from_step, s.step, (s.ended or "")[:8]) for s in read_starts(run)] == [(0, 6, "the loss"), (4, 12, "finished")]
+    cut(run, again, 8)
+    assert train(*args, "--output", again)[0].returncode == 0
+    assert_same_run(again, run)
+
+
+def test_gradients_skipped_until_it_is_enough(tmp_path: Path, train: Train) -> None:
+    """In fp16 at the smallest scale; every fifth input is bad, and two windows may be left out."""
+    run, ds = tmp_path / "run", ds_json("fp16", tmp_path, initial_scale_power=2)
+    settings = ("--anomaly.not-finite", "skip", "--anomaly.max-skips", 2, "--train.ds-config", ds, "--output", run)
+    done = train(*ARGS, *settings, "--train.steps", 16, driver=("--bad-gradient", 5, 1, "--every", 5))
+    assert [p.returncode for p in done] == [2, 2], done[0].stderr
+    assert done[0].stderr.count("went back to step") == 2
+    assert "anomaly.max_skips=2 windows of data were left out already" in done[0].stderr
+    assert "rank 1 in x_embedder.proj.weight, from C_5" in done[0].stderr
+
+
+@pytest.mark.parametrize("policy", ["count", "stop", "skip"])
+def test_a_loss_that_leaps(policy: str, tmp_path: Path, train: Train) -> None:
+    run = tmp_path / "run"
+    args = ("--train.steps", 120, "--telemetry.log-every", 1, "--checkpoint.every", 100, "--curriculum.patience", 200)
+    settings = ("--anomaly.spike", policy, "--anomaly.spike-factor", 1e4)  # so small a model leaps by itself now and then
+    done = train(*args, "--output", run, *settings, driver=("--leap", 110))
+    said = "times the usual; highest on rank 1"
+    assert said in done[0].stderr and "at step 111" in done[0].stderr
+    steps = [row["step"] for row in trace(run)]
+    if policy == "stop":
+        assert [p.returncode for p in done] == [2, 2] and checkpoints(run)[0].step == 100
+        return
+    assert [p.returncode for p in done] == [0, 0] and steps == list(range(1, 121))
+    state = checkpoints(run)[0].manifest()["state"]
+    skipped = [(skip["at"], skip["count"]) for skip in state["skips"]]
+    assert (skipped, state["spikes"]["spikes"]) == (([(100, 11)], 0) if policy == "skip" else ([], 1))
+    best = max(row["loss"] for row in trace(run))
+    assert (best > 1e3) == (policy == "count")

@@ -39,7 +39,20 @@ def test_one_ranks_word_is_enough(rank: int) -> None:
     assert read(both(writing=True).tolist(), 3).writing and not read(both(writing=True).tolist(), 3).stop
 
 
+def test_what_only_one_rank_knows() -> None:
+    """Each in its rank's place, where a sum would say only that it was somebody."""
+    tallies = [Tally(EDGES, rank, 3) for rank in range(3)]
+    for rank, tally in enumerate(tallies):
+        tally.add(losses(1, rank), torch.tensor([0.1, 0.6], dtype=torch.float64))
+    vectors = [t.vector(stop=False, writing=False, cannot_write=r == 2, cannot_read=r == 1) for r, t in enumerate(tallies)]
+    report = read(torch.stack(vectors).sum(0).tolist(), 3)
+    assert (report.cannot_write, report.cannot_read, report.non_finite) == ([2], [1], [])
+    assert report.rank_loss == [0.5, 1.0, 1.5] and report.loss == 1.0
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_names_its_rank(bad: float) -> None:
     summed = vector(0, False, False, (losses(1), [0.1])) + vector(1, False, False, (losses(bad), [0.1]))
-    assert read(summed.tolist(), 3).non_finite == [1]
+    summed += vector(0, False, False, (losses(1, bad), [0.1, 0.3]))
+    report = read(summed.tolist(), 3)
+    assert report.non_finite == [0, 1] and report.non_finite_clusters == [1, 2]

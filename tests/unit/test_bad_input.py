@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from largescale import telemetry
 from largescale.checkpoint_files import checkpoints
 from largescale.data.format import DatasetInfo
 from largescale.data.writer import ShardWriter
@@ -219,20 +220,29 @@ def test_a_manifest_edited_by_hand_is_not_believed(run_here: RunHere) -> None:
     assert_refused(run_here("--train.steps", 8), "the manifest's copy of the state is not the checkpoint's")
 
 
-def test_a_full_disk_costs_a_line_of_the_log_not_the_run(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
-    from largescale.telemetry import json as telemetry_json
+def test_a_full_disk_delays_the_log_and_not_the_run(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could not be written is kept, to the half line, until it can."""
+    write = telemetry.Telemetry._write
 
-    dumps = telemetry_json.dumps
+    def full(self: telemetry.Telemetry, row: Any) -> None:
+        file = self._file
 
-    def full(row: Any) -> str:
-        if row.get("step") in (3, 4):
-            raise OSError(28, "No space left on device")
-        return dumps(row)
+        class Disk:
+            def write(self, data: bytes) -> int:
+                if row["step"] == 4:
+                    raise OSError(28, "No space left on device")
+                if row["step"] == 3 and len(data) < 20:
+                    raise OSError(28, "No space left on device")
+                return int(file.write(data[:-10] if row["step"] == 3 else data))
 
-    monkeypatch.setattr("largescale.telemetry.json", SimpleNamespace(dumps=full, loads=json.loads, JSONDecodeError=ValueError))
+        self._file = Disk()  # type: ignore[assignment]
+        write(self, row)
+        self._file = file
+
+    monkeypatch.setattr(telemetry.Telemetry, "_write", full)
     outcome = run_here("--train.steps", 6)
     assert outcome.code == 0 and outcome.err.count("telemetry cannot be written") == 1
-    assert [row["step"] for row in outcome.trace()] == [1, 2, 5, 6]
+    assert [row["step"] for row in outcome.trace()] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_write_that_did_not_finish_is_no_checkpoint(run_here: RunHere) -> None:
@@ -275,7 +285,7 @@ def test_a_failed_write_is_said_and_tried_again(run_here: RunHere, monkeypatch: 
     outcome = run_here("--train.steps", 8, "--checkpoint.every", 2)
     assert outcome.code == 0
     assert "checkpoint of step 4 was not written: rank 0: OSError: [Errno 28] No space left on device" in outcome.err
-    assert [c.step for c in checkpoints(outcome.run)] == [8, 6, 2]
+    assert [c.step for c in checkpoints(outcome.run)] == [8, 6, 5]  # tried again at the next step
 
 
 def test_ranks_that_disagree() -> None:

@@ -21,7 +21,7 @@ from PIL import Image
 from data_prep import folder, imagenet, packing, webdataset
 from data_prep.images import decode
 from largescale.data.shards import ShardDataset
-from largescale.errors import DataError
+from largescale.errors import DataError, Stopped
 from tests.conftest import ROOT
 
 RUN = {"folder": folder.main, "imagenet": imagenet.main, "webdataset": webdataset.main}
@@ -154,7 +154,7 @@ def test_batches_and_workers_do_not_matter(images: Path, truth: Path, tmp_path: 
 
 
 def interrupted(self: packing.Packer) -> None:
-    raise KeyboardInterrupt
+    raise Stopped
 
 
 def tree(out: Path) -> dict[str, int]:
@@ -188,7 +188,7 @@ def test_stopped_at_any_write_it_goes_on(images: Path, truth: Path, tmp_path: Pa
         nonlocal calls
         calls += 1
         if calls == at:
-            raise KeyboardInterrupt
+            raise Stopped
         rename(*args, **kwargs)
 
     def counting(self: packing.Packer, item: Any) -> Any:
@@ -200,13 +200,32 @@ def test_stopped_at_any_write_it_goes_on(images: Path, truth: Path, tmp_path: Pa
     monkeypatch.setattr(Path, "replace", lambda path, target: counted(path, target))
     monkeypatch.setattr(packing.Packer, "decode", counting)
     stopped = pack(images, tmp_path / "out")
-    assert (stopped, "run the same command again" in capsys.readouterr().err) == ((130, True) if at <= 10 else (0, False))
+    assert (stopped, "run the same command again" in capsys.readouterr().err) == ((75, True) if at <= 10 else (0, False))
     assert (tmp_path / "out/manifest.json").exists() == (stopped == 0)
     monkeypatch.setenv("WORLD_SIZE", "1")
     calls = 100
     assert pack(images, tmp_path / "out", "--batch-size", 3) == 0
     assert files(tmp_path / "out") == files(truth)
     assert 37 <= encoded <= 47
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_asked_to_stop_it_goes_on(images: Path, truth: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """The whole shards stay, the status asks for another start."""
+    out = tmp_path / "out"
+    slow = ("decode = packing.Packer.decode\n"
+            "packing.Packer.decode = lambda self, item: (print(flush=True), time.sleep(0.03), decode(self, item))[2]")
+    process = start(images, out, 0, 1, "--workers", 1, code=slow)
+    assert process.stdout and process.stderr
+    for _ in range(20):
+        process.stdout.readline()
+    process.send_signal(number)
+    process.send_signal(number)                         # Slurm's comes twice
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 75 and "run the same command again" in err and "Traceback" not in err
+    assert not (out / "manifest.json").exists()
+    assert pack(images, out) == 0
+    assert files(out) == files(truth)
 
 
 def test_killed_it_goes_on(images: Path, truth: Path, tmp_path: Path) -> None:
@@ -233,7 +252,7 @@ def test_killed_it_goes_on(images: Path, truth: Path, tmp_path: Path) -> None:
 def test_a_half_written_shard_is_made_again(images: Path, truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(packing.Packer, "finish", interrupted)
-        assert pack(images, tmp_path / "out") == 130
+        assert pack(images, tmp_path / "out") == 75
     with pytest.raises(DataError, match="run the command that packed it again"):
         ShardDataset(tmp_path / "out")
     shard = tmp_path / "out/shard_00001.arrow"
@@ -394,7 +413,7 @@ def test_tar_files_stopped_and_gone_on_with(tars: Path, tmp_path: Path, monkeypa
         nonlocal written
         written += 1
         if written == at:
-            raise KeyboardInterrupt
+            raise Stopped
         return write(self, path)
 
     def counting(self: packing.Packer, item: Any) -> Any:
@@ -403,7 +422,7 @@ def test_tar_files_stopped_and_gone_on_with(tars: Path, tmp_path: Path, monkeypa
         return decode_item(self, item)
 
     monkeypatch.setattr(packing.Shard, "write", stopping)
-    assert pack(tars, tmp_path / "out", *more, program="webdataset") == 130
+    assert pack(tars, tmp_path / "out", *more, program="webdataset") == 75
     monkeypatch.setattr(packing.Packer, "decode", counting)
     assert pack(tars, tmp_path / "out", *more, program="webdataset") == 0
     assert files(tmp_path / "out") == files(tmp_path / "truth")

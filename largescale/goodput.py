@@ -1,0 +1,60 @@
+"""What becomes of a run's time, told while it runs: rank 0 keeps the record of this start (see starts.py)."""
+
+import time
+from dataclasses import replace
+
+from largescale import starts
+from largescale.meter import Meter
+from largescale.telemetry import Telemetry
+
+_EVERY_S = 10.0  # a kill costs at most so much of the account
+
+
+class Goodput:
+    """On ranks other than 0 every method does nothing."""
+
+    def __init__(self, telemetry: Telemetry, meter: Meter, *, began_unix_s: float, world_size: int, device: str,
+                 from_step: int):
+        """`began_unix_s`: when the program was started; `from_step`: where it goes on."""
+        self._telemetry, self._meter, self._active = telemetry, meter, telemetry.active
+        self._written_s = 0.0
+        if self._active:
+            run_dir = self._run_dir = telemetry.run_dir
+            self._earlier = starts.read_starts(run_dir)
+            self._start = starts.begin(run_dir, began_unix_s=began_unix_s, world_size=world_size, device=device,
+                                       from_step=from_step)
+
+    def note(self, step: int, saved_step: int, ended: str | None = None) -> None:
+        """Where the run stands. Written at once where that matters to the next start, else now and then."""
+        if not self._active:
+            return
+        start, now = self._start, time.time()
+        due = ended is not None or saved_step != start.saved_step or now - self._written_s > _EVERY_S
+        start.step, start.saved_step, start.ended = step, saved_step, ended
+        start.seconds, start.seen_unix_s = dict(self._meter.lifetime), now
+        if due:
+            self._written_s = now
+            with self._telemetry.going_on():
+                starts.write(self._run_dir, start)
+
+    def went_back(self, to_step: int, why: str) -> None:
+        """What follows is a start of its own, but for the start-up."""
+        if not self._active:
+            return
+        self.note(self._start.step, self._start.saved_step, ended=why)
+        self._earlier.append(self._start)
+        self._meter.lifetime.clear()
+        self._start = replace(self._start, number=self._start.number + 1, began_unix_s=time.time(), from_step=to_step,
+                              step=to_step, saved_step=to_step, ended=None, seconds={})
+
+    def account(self) -> starts.Account:
+        return starts.account([*self._earlier, self._start] if self._active else [])
+
+    def metrics(self) -> dict[str, float]:
+        """Shares of the wall time since the first start."""
+        account = self.account()
+        if not account.wall_s:
+            return {}
+        return {"goodput/training": account.goodput, **{
+            f"goodput/{kind}": s / account.wall_s for kind, s in account.seconds.items() if kind != "training"
+        }}

@@ -1,0 +1,99 @@
+"""python -m largescale.requeue RUN --status S: whether a batch script shall have Slurm start its job again.
+
+Exit status 0: yes; 1: no; the reason is one line on stderr. Crashed or stopped in good order, a job goes on for as long
+as its starts get further. How many there were is known from SLURM_RESTART_COUNT, what they reached from RUN. Without
+SLURM_JOB_ID there is no job to start again: no.
+"""
+
+import itertools
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from largescale.checkpoint_files import CheckpointDir, checkpoints
+from largescale.errors import CheckpointError, ConfigError, LargescaleError
+from largescale.launch import print_error
+from largescale.signals import EXIT_REQUEUE
+from largescale.starts import Start, read_starts
+
+
+@dataclass(frozen=True)
+class Requeue:
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run directory, such as runs/dit_l2_imagenet256. One that is missing brought no checkpoint."""
+    status: int
+    """With which the training program ended."""
+    max_restarts: int = 5
+    """Starts in a row without a new checkpoint, after which a person must look."""
+
+
+def decide(run_dir: Path, status: int, max_restarts: int, job: str | None, restart: int) -> tuple[bool, str]:
+    """(whether to start `job` again, why). `restart`: how often Slurm has done so before. Raises OSError."""
+    if status == 0:
+        return False, "the run is finished"
+    if status == 2:
+        return False, "status 2 is an error that another start would meet again; what to correct is said above"
+    if job is None:
+        return False, "SLURM_JOB_ID is not set, so this is no job of Slurm's; run the same command again to go on"
+    fruitless = restart - last_fruitful(run_dir, job)
+    if fruitless >= max_restarts:
+        row = "a start" if fruitless == 1 else f"{fruitless} starts in a row"
+        return False, (f"{row} of job {job} ended without a new checkpoint (the last with status {status}); "
+                       "look at the log above, correct the cause, and sbatch again")
+    how = "stopped in good order" if status == EXIT_REQUEUE else f"ended with status {status}"
+    brought = (f"{fruitless} in a row without a new checkpoint, {max_restarts} are too many" if fruitless
+               else "with a new checkpoint")
+    return True, f"this one of job {job} {how}, {brought}"
+
+
+def last_fruitful(run_dir: Path, job: str) -> int:
+    """The `restart` of the job's last start that brought the run further; -1 if none did."""
+    starts = read_starts(run_dir)
+    fruitful = [-1]
+    for start, later in itertools.zip_longest(starts, starts[1:]):
+        # Where the next start went on is the truth; only for the last one must it be foreseen.
+        further = later.from_step > start.from_step if later else _has_saved(run_dir, start)
+        if further and start.job == job:
+            fruitful.append(start.restart)
+    return max(fruitful)
+
+
+def _has_saved(run_dir: Path, start: Start) -> bool:
+    # A kill can come after the checkpoint and before the record. A later step that is older than the start was passed
+    # over as damaged, and is nobody's progress: else a run that never gets beyond it would be started for ever.
+    return start.made_progress or any(
+        checkpoint.step > start.from_step and _written_unix_s(checkpoint) >= start.began_unix_s - 1  # s, rounded
+        for checkpoint in checkpoints(run_dir)
+    )
+
+
+def _written_unix_s(checkpoint: CheckpointDir) -> float:
+    """0 where the manifest cannot tell."""
+    try:
+        return float(checkpoint.manifest()["written_unix_s"])
+    except (CheckpointError, LookupError, TypeError, ValueError):
+        return 0.0
+
+
+def main(args: list[str] | None = None) -> int:
+    options = tyro.cli(Requeue, args=args, description=__doc__, prog="python -m largescale.requeue")
+    try:
+        if options.max_restarts < 1:
+            raise ConfigError(f"max_restarts={options.max_restarts} must be at least 1; set --max-restarts")
+        job, restart = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        again, why = decide(options.run, options.status, options.max_restarts, job, restart)
+    except LargescaleError as error:
+        print_error(error)
+        return 2
+    except OSError as error:
+        again, why = False, f"{options.run} cannot be read: {error}; when it can, sbatch again"
+    print(f"{'asking' if again else 'not asking'} for another start: {why}", file=sys.stderr)
+    return 0 if again else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
