@@ -6,7 +6,6 @@
     OUT/packing/failed_1 ...         why a rank failed, so that rank 0 does not wait for it
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from largescale.config import flatten
 from largescale.data.format import MANIFEST, read_manifest
 from largescale.data.shards import ShardDataset
 from largescale.errors import DataError, Stopped
-from largescale.files import write_atomically
+from largescale.files import exclusive, write_atomically
 from largescale.signals import stop_requested
 
 
@@ -69,7 +68,10 @@ class Parts:
         self.folder.mkdir(parents=True, exist_ok=True)
         _create(job_file, json.dumps(self.job, indent=1))
         self._compare({"job": json.loads(job_file.read_text())})  # another rank's may have been first
-        self._lock = _exclusive(self.folder / f"rank_{self.rank}.lock")
+        self._lock = exclusive(self.folder / f"rank_{self.rank}.lock")
+        if self._lock is None:
+            raise DataError(f"another process packs into {self.out} as the same rank; wait for it or stop it (a "
+                            "launcher other than torchrun and srun must set RANK and WORLD_SIZE)")
         for failed in self.folder.glob("failed_*") if self.rank == 0 else ():
             failed.unlink(missing_ok=True)
         return True
@@ -150,17 +152,3 @@ def _create(path: Path, text: str) -> None:
     with suppress(FileExistsError):
         os.link(temporary, path)
     temporary.unlink()
-
-
-def _exclusive(path: Path) -> IO[str]:
-    """Held while the process lives. Raises DataError where another one holds it."""
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise DataError(f"another process packs into {path.parent.parent} as the same rank; wait for it or stop it (a "
-                        "launcher other than torchrun and srun must set RANK and WORLD_SIZE)") from error
-    except OSError:
-        pass                                            # a file system without locks
-    return file

@@ -5,6 +5,7 @@ DeepSpeed's own `save_checkpoint` decides what is saved; where it goes is decide
 ranks tell each other in `Checkpointer.finish`, and without a manifest the checkpoint does not exist.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from largescale.checkpoint_files import (
     CheckpointDir,
     checkpoints,
     newest_valid,
+    seal,
     step_folders,
 )
 from largescale.config import CheckpointConfig, flatten
@@ -39,9 +41,17 @@ class Writer:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._files: list[Future[tuple[str, dict[str, Any]]]] = []
         self._error: str | None = None
+        self.seconds = 0.0  # spent on this rank's files of one checkpoint, in the thread
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        self._files.append(self._pool.submit(_write, plain(state_dict), Path(path)))
+        self._files.append(self._pool.submit(self._timed_write, plain(state_dict), Path(path)))
+
+    def _timed_write(self, state: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
+        start = time.perf_counter()
+        try:
+            return _write(state, path)
+        finally:
+            self.seconds += time.perf_counter() - start
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         self.attempt(lambda: os.makedirs(path, exist_ok=exist_ok))
@@ -120,6 +130,11 @@ class Checkpointer:
         return self._writer.failed
 
     @property
+    def write_s(self) -> float:
+        """Seconds that this rank's thread spent on the last checkpoint."""
+        return self._writer.seconds
+
+    @property
     def pending(self) -> bool:
         """Whether a checkpoint waits for `finish`. The same on every rank, not collective."""
         return self._pending is not None
@@ -131,6 +146,7 @@ class Checkpointer:
         assert not self.pending
         if step == self.last_saved:
             return
+        self._writer.seconds = 0.0
         checkpoint = CheckpointDir.at(self.run_dir, step)
         if self.ranks.rank == 0:  # what is there is damaged, or was never finished: or it would be `last_saved`
             self._writer.attempt(lambda: _remove(checkpoint))
@@ -200,8 +216,11 @@ class Checkpointer:
         valid = [c for c in checkpoints(self.run_dir) if c.step not in self._damaged]
         every = self.config.keep_every
         keep = {c.step for c in valid if c.step > 0 and every and c.step % every == 0} | self._damaged
-        stops = [c for c in valid if c.step not in keep and c.manifest().get("reason") == "stop"]
-        keep |= {c.step for c in [c for c in valid if c not in stops][: self.config.keep_last] + stops[:1]}
+        reasons = {c: _reason(c) for c in valid if c.step not in keep}
+        unread = [c for c, reason in reasons.items() if reason is None]  # damaged too: nobody looked at old ones
+        stops = [c for c, reason in reasons.items() if reason == "stop"]
+        others = [c for c in valid if c not in stops and c not in unread]
+        keep |= {c.step for c in others[: self.config.keep_last] + stops[:1] + unread}
         for checkpoint in step_folders(self.run_dir):
             if checkpoint.step not in keep:
                 _remove(checkpoint)
@@ -219,13 +238,24 @@ class Pending:
 
 def _publish(pending: Pending, files: dict[str, Any], world_size: int) -> None:
     checkpoint = pending.checkpoint
-    fsync_dir(checkpoint.path)
-    fsync_dir(checkpoint.path.parent)
+    *ours, above = (checkpoint.path, *checkpoint.path.parents[:3])
+    for folder in ours:  # each holds the name of the one before, which a power cut would take back
+        fsync_dir(folder)
+    with contextlib.suppress(PermissionError):  # somebody else's
+        fsync_dir(above)
     manifest = {
         "format": FORMAT, "step": checkpoint.step, "reason": pending.reason, "world_size": world_size, "files": files,
         "written_unix_s": round(time.time()), "state": pending.state,
     }
-    write_atomically(checkpoint.path / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False))
+    write_atomically(checkpoint.path / MANIFEST, seal(manifest))
+
+
+def _reason(checkpoint: CheckpointDir) -> str | None:
+    """Why it was written; None if its manifest cannot be read."""
+    try:
+        return str(checkpoint.manifest().get("reason"))
+    except CheckpointError:
+        return None
 
 
 def _remove(checkpoint: CheckpointDir) -> None:

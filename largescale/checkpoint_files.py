@@ -8,6 +8,7 @@
 """
 
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 CLIENT_KEY = "largescale"  # everything of ours in DeepSpeed's client_state, which it merges flat over its own keys
 MODEL_FILE = "mp_rank_00_model_states.pt"
 MANIFEST = "manifest.json"
-FORMAT = 1
+_SEAL = ',\n "sha256": '
+FORMAT = 2  # in 1 the manifest had no hash of itself
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,13 @@ class CheckpointDir:
 
     def manifest(self) -> dict[str, Any]:
         try:
-            manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text())
-            if manifest["format"] != FORMAT:
-                raise CheckpointError(f"{self.path} has format {manifest['format']}, this version reads {FORMAT}")
+            content = (self.path / MANIFEST).read_bytes()
+            manifest: dict[str, Any] = json.loads(content)
+            if manifest["format"] not in (1, FORMAT):
+                known = f"has format {manifest['format']}, this version reads 1 and {FORMAT}"
+                raise CheckpointError(f"{self.path / MANIFEST} {known}")
+            if (manifest["format"] != 1 or "sha256" in manifest) and not _is_sealed(content):
+                raise CheckpointError(f"{self.path / MANIFEST} does not have the content that was written")
             return manifest
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.path / MANIFEST} cannot be read: {error}") from error
@@ -76,6 +82,17 @@ class CheckpointDir:
             if sha256(self.path / name) != expected["sha256"]:
                 return f"{self.path / name} does not have the content that was written"
         return None
+
+
+def seal(manifest: dict[str, Any]) -> str:
+    """A manifest as text, whose last line is the hash of those before: it tells what to expect of every other file."""
+    lines = json.dumps(manifest, indent=1, allow_nan=False).removesuffix("\n}")
+    return f'{lines}{_SEAL}"{hashlib.sha256(lines.encode()).hexdigest()}"\n}}'
+
+
+def _is_sealed(content: bytes) -> bool:
+    lines, _, last = content.rpartition(_SEAL.encode())
+    return last == f'"{hashlib.sha256(lines).hexdigest()}"\n}}'.encode()
 
 
 def step_folders(run_dir: Path) -> list[CheckpointDir]:

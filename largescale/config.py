@@ -223,10 +223,12 @@ def batch_layout(config: Config, world_size: int) -> tuple[int, int]:
     if total < 1:
         raise ConfigError(f"global_batch_size={total} must be at least 1; the paper uses 256")
     if total % world_size:
-        works = [n for n in range(1, total + 1) if total % n == 0 and n <= 2 * world_size]
+        works = [n for n in range(1, total + 1) if total % n == 0]
+        near = [n for n in works if n < world_size][-1:] + [n for n in works if n > world_size][:1]
         raise ConfigError(
             f"global_batch_size={total} is not a multiple of world_size={world_size}; "
-            f"start {works[-1]} ranks, or try --train.global-batch-size {math.ceil(total / world_size) * world_size}"
+            f"start {' or '.join(map(str, near))} ranks, "
+            f"or try --train.global-batch-size {math.ceil(total / world_size) * world_size}"
         )
     micro = total // world_size if config.train.micro_batch_size is None else config.train.micro_batch_size
     if micro < 1 or total % (micro * world_size):

@@ -41,6 +41,8 @@ class Engine:
         )
         # A scale that cannot fall any more is the trainer's to report, with the step and the rank.
         self._zero.loss_scaler.raise_error_at_min_scale = False
+        self._unscale, self._zero.unscale_and_clip_grads = self._zero.unscale_and_clip_grads, self._unscale_as_scaled
+        self._scale = self.loss_scale  # that this step's loss was multiplied by
         self._engine._copy_recovery_script = lambda *_: None  # its zero_to_fp32.py does not know our files
         self.module: nn.Module = self._engine.module
         self._rank = int(self._engine.global_rank)
@@ -56,7 +58,15 @@ class Engine:
     __call__ = forward
 
     def backward(self, loss: Tensor) -> None:
+        self._scale = self.loss_scale
         self._engine.backward(loss)
+
+    def _unscale_as_scaled(self, *args: Any) -> None:
+        """DeepSpeed 0.19.8 has moved the loss scale on when it unscales; where it grew, that halves the gradient."""
+        scaler = self._zero.loss_scaler
+        moved, scaler.cur_scale = scaler.cur_scale, self._scale
+        self._unscale(*args)
+        scaler.cur_scale = moved
 
     def advance(self) -> bool:
         """After each `backward`. At the end of an accumulation: True if the optimizer step was applied, False if it was
@@ -166,9 +176,10 @@ class Engine:
 
 def check_ds_config(ds: dict[str, Any]) -> None:
     """Let DeepSpeed read its settings, before anything is built. Raises ConfigError for what it does not take."""
-    batch = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}  # of all ranks
+    one_each = "train_micro_batch_size_per_gpu"  # which goes with any number of ranks
+    batch = {"train_batch_size", one_each, "gradient_accumulation_steps"}
     try:
-        DeepSpeedConfig({key: value for key, value in ds.items() if key not in batch} | {"train_batch_size": 2**20})
+        DeepSpeedConfig({key: value for key, value in ds.items() if key not in batch} | {one_each: 1})
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"DeepSpeed does not take these settings: {error}") from error
 

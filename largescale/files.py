@@ -1,8 +1,10 @@
 """Files that are whole or absent."""
 
+import fcntl
 import hashlib
 import os
 from pathlib import Path
+from typing import IO
 
 
 def sha256(path: Path) -> str:
@@ -16,6 +18,19 @@ def fsync_dir(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def exclusive(path: Path) -> IO[str] | None:
+    """Held until it is closed, or the process dies. None where another process holds it."""
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 def write_atomically(path: Path, text: str) -> None:

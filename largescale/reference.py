@@ -39,7 +39,7 @@ class ReferenceLoss:
         gathered = dataset.gather(sample_indices(np.arange(n), len(dataset), seed), choice=first_caption)
         rows = {name: torch.from_numpy(values).to(ranks.device) for name, values in gathered.items()}
         # Only this rank's share of the set stays in memory.
-        mine = torch.arange(ranks.rank, n, ranks.world_size, device=ranks.device)
+        mine = torch.arange(n, device=ranks.device)[ranks.rank :: ranks.world_size]  # none, with more ranks than rows
         draws, self._cluster = draws.rows(mine), self._cluster[mine]
         info = dataset.info
         self._x_start = to_x_start(rows["latent"][mine], info.kind, info.scale_factor, draws.posterior)

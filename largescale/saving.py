@@ -1,7 +1,8 @@
 """When a checkpoint is made valid, and what is done about one that cannot be written: training goes on, and says so."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from largescale.agreed import Report
@@ -29,6 +30,7 @@ class Saving:
         self._every = checkpointer.config.every
         self._retry_at = -1  # the step of the next try after one that failed
         self._said = False   # of the one that is being written, that it fails
+        self._stall_s = 0.0  # how long training has stood still for it
 
     @property
     def last_saved(self) -> int:
@@ -39,7 +41,7 @@ class Saving:
 
     def save(self, step: int, state: dict[str, Any], reason: str) -> None:
         """Start to write one, once the one before is valid or has failed."""
-        with self._meter.lap("checkpoint"):
+        with self._standing_still(step):
             self._finish(step)
             if not self._checkpointer.pending:
                 self._checkpointer.save(step, state, self._engine, reason)
@@ -47,7 +49,7 @@ class Saving:
     def save_first(self, step: int, state: dict[str, Any]) -> None:
         """Proves, before GPU time is spent, that the run can be saved. Raises CheckpointError where it cannot."""
         self.save(step, state, "start")
-        with self._meter.lap("checkpoint"):
+        with self._standing_still(step):
             problem = self._finish(step, told=False)
         if self.last_saved != step:
             raise CheckpointError(f"{problem}; free space or correct --output, and run again")
@@ -62,7 +64,7 @@ class Saving:
 
     def finish(self, step: int) -> None:
         """Make the one that is being written valid."""
-        with self._meter.lap("checkpoint"):
+        with self._standing_still(step):
             self._finish(step)
 
     def leave(self, step: int, state: Callable[[], dict[str, Any]], stopped: bool) -> None:
@@ -82,6 +84,17 @@ class Saving:
             self._telemetry.say(f"trying again in {pause:g} s; free space, or restore the file system")
             self._watch.at("wait for the file system")
             time.sleep(pause)
+
+    @contextlib.contextmanager
+    def _standing_still(self, step: int) -> Iterator[None]:
+        saved, start = self.last_saved, time.perf_counter()
+        with self._meter.lap("checkpoint"):
+            yield
+        self._stall_s += time.perf_counter() - start
+        if self.last_saved != saved:
+            stall = {"checkpoint/stall_s": self._stall_s, "checkpoint/write_s": self._checkpointer.write_s}
+            self._telemetry.log(step, stall)
+            self._stall_s = 0.0
 
     def _finish(self, step: int, told: bool = True) -> str | None:
         if not self._checkpointer.pending:

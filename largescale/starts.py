@@ -75,7 +75,7 @@ def write(run_dir: Path, start: Start) -> None:
     """Raises OSError."""
     start.seen_unix_s = time.time()
     folder = run_dir / "starts"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / f"start_{start.number:05d}.json", json.dumps(dataclasses.asdict(start), indent=1))
 
 

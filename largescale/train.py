@@ -3,6 +3,7 @@
 Under torchrun or srun, one process a rank. To resume, run the same command again.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -11,15 +12,18 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from largescale.checkpoint_files import CheckpointDir
 from largescale.config import Config, differences, from_dict, to_dict, validate
 from largescale.ds_config import final_ds_config, precision
-from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError
+from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, StorageError
+from largescale.files import exclusive
 from largescale.launch import env_rank, env_world_size, print_error
 from largescale.presets import PRESETS
 from largescale.signals import EXIT_REQUEUE, serve_stop_signals, stop_requested
+
+LOCK_WAIT_S = 60
 
 if TYPE_CHECKING:
     from largescale.data.shards import ShardDataset
@@ -109,12 +113,20 @@ def train(config: Config, ds: dict[str, Any], ranks: "Ranks", watch: "Watch", be
         if ranks.rank == 0:
             print(text, file=sys.stderr, flush=True)
 
+    dataset = ranks.together(lambda: open_dataset(config, ranks.rank, ranks.world_size))
+    ranks.together(lambda: check_writable(config.run_dir))
+    lock = ranks.together(lambda: claim(config.run_dir, say) if ranks.rank == 0 else None)
+    with lock or contextlib.nullcontext():
+        return train_claimed(config, ds, ranks, dataset, watch, began_unix_s, say)
+
+
+def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "ShardDataset", watch: "Watch",
+                  began_unix_s: float, say: Callable[[str], None]) -> int:
     def asked_to_stop(at: str) -> bool:
         if stop := ranks.any(stop_requested()):
             say(f"asked to stop {at}; nothing is lost, run again to go on")
         return stop
 
-    dataset = ranks.together(lambda: open_dataset(config, ranks.rank, ranks.world_size))
     if asked_to_stop("before DeepSpeed was loaded"):
         return EXIT_REQUEUE
     # DeepSpeed's import takes seconds: what is wrong with the settings or the data is said before it.
@@ -141,7 +153,6 @@ def train(config: Config, ds: dict[str, Any], ranks: "Ranks", watch: "Watch", be
             )
             return 0
 
-    ranks.together(lambda: check_writable(config.run_dir))
     trainer = Trainer(config, ds, ranks, dataset, checkpointer, watch, identity, began_unix_s)
     if asked_to_stop("while the model was built"):
         return EXIT_REQUEUE
@@ -174,6 +185,21 @@ def check_writable(run_dir: Path) -> None:
             pass
     except OSError as error:
         raise CheckpointError(f"cannot write to {run_dir}: {error}; choose another --output") from error
+
+
+def claim(run_dir: Path, say: Callable[[str], None]) -> IO[str]:
+    """Of two processes only one may train a run. Waits for one that is about to end, as after a requeue.
+
+    Raises StorageError where it does not end."""
+    for second in range(LOCK_WAIT_S):
+        if lock := exclusive(run_dir / "lock"):
+            return lock
+        if stop_requested():
+            break
+        if second == 0:
+            say(f"another process trains {run_dir}: waiting for it, for {LOCK_WAIT_S} s")
+        time.sleep(1)
+    raise StorageError(f"another process trains {run_dir}; stop it, or start another run with --output DIR")
 
 
 def check_same_run(checkpoint: CheckpointDir, identity: dict[str, Any], say: Callable[[str], None]) -> None:

@@ -33,6 +33,7 @@ def runs_here(command: str) -> bool:
 def test_what_the_readme_offers() -> None:
     """A command added there is either run below or named here with what runs it."""
     others = {"make demo", "make demo-text", "make test", "tensorboard --logdir runs", "sbatch slurm/dit_l2_2m.sh",
+              "sbatch slurm/dit_l2_coco_2m.sh", "sbatch slurm/pack_imagenet.sh", "sbatch slurm/pack_coco.sh",  # tests/slurm
               "pip install -e '.[prep]'"}
     assert {c for c in commands() if not runs_here(c)} == others
 

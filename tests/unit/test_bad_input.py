@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,14 @@ import pytest
 from largescale import telemetry
 from largescale.checkpoint_files import checkpoints
 from largescale.data.format import DatasetInfo
+from largescale.data.order import sample_indices
+from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
 from largescale.errors import ConfigError
+from largescale.files import exclusive
 from largescale.optim import check_apex
 from largescale.telemetry import read_metrics
+from largescale.trainer import Trainer
 from tests.conftest import Outcome, RunHere, assert_same_run, final_state
 
 
@@ -255,6 +260,56 @@ def test_unwritable_run_directory(run_here: RunHere, tmp_path: Path) -> None:
     """Found at the start, not at the first checkpoint hours later."""
     (tmp_path / "file").write_text("")
     assert_refused(run_here(output=tmp_path / "file" / "run"), f"cannot write to {tmp_path}/file/run", "--output")
+
+
+def test_a_run_directory_that_vanishes(run_here: RunHere, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Training goes on; what is saved after that is whole."""
+    count = Trainer.count
+
+    def vanish(self: Trainer, report: Any) -> None:
+        count(self, report)
+        if self.step == 7:
+            shutil.rmtree(tmp_path / "run")
+
+    monkeypatch.setattr(Trainer, "count", vanish)
+    outcome = run_here("--train.steps", 12, "--checkpoint.every", 5)
+    assert outcome.code == 0, outcome.err
+    assert [(c.step, c.problem()) for c in checkpoints(outcome.run)] == [(12, None), (10, None)]
+
+
+def test_data_that_can_be_read_at_the_third_try(run_here: RunHere, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gather, failures = ShardDataset.gather, 2
+
+    def flaky(self: ShardDataset, *args: Any, **kwargs: Any) -> Any:
+        nonlocal failures
+        if failures and kwargs.get("choice") is None and len(args) == 3 and args[0].tolist() == bad:
+            failures -= 1
+            raise OSError(5, "Input/output error")
+        return gather(self, *args, **kwargs)
+
+    settings = ("--train.steps", 6, "--optimizer.lr", 0.01)
+    truth = run_here(*settings, output=tmp_path / "truth").run
+    rows = np.arange(16) + 3 * 16
+    bad = sample_indices(rows, 300, 0).tolist()
+    monkeypatch.setattr(ShardDataset, "gather", flaky)
+    monkeypatch.setattr("largescale.trainer.READ_AGAIN_S", (0.0, 0.0))
+    assert run_here(*settings).code == 0 and failures == 0
+    assert_same_run(tmp_path / "run", truth)
+
+
+def test_two_processes_do_not_train_one_run(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits for the other one to end, as after a requeue; not for ever."""
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr("largescale.train.LOCK_WAIT_S", 2)
+    other = exclusive(tmp_path / "run/lock")
+    assert other
+    outcome = run_here()
+    assert outcome.code == 75 and "error: another process trains" in outcome.err and "--output DIR" in outcome.err
+    assert not checkpoints(tmp_path / "run")
+    timer = threading.Timer(1, other.close)
+    timer.start()
+    monkeypatch.setattr("largescale.train.LOCK_WAIT_S", 30)
+    assert run_here("--train.steps", 2).code == 0
 
 
 def test_a_disk_that_is_full_at_the_start(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,7 @@ def test_batch_layout() -> None:
 
     assert layout(256, None, 16) == (16, 1)
     assert layout(256, 4, 16) == (4, 4)
-    with pytest.raises(ConfigError, match="start 4 ranks, or try --train.global-batch-size 258"):
+    with pytest.raises(ConfigError, match="start 2 or 4 ranks, or try --train.global-batch-size 258"):
         layout(256, None, 3)
     with pytest.raises(ConfigError, match="micro_batch_size.world_size=48.*try --train.micro-batch-size 2"):
         layout(256, 3, 16)

@@ -62,3 +62,16 @@ def test_a_finished_run_has_nothing_left_to_do(run_here: RunHere) -> None:
     fewer = run_here("--train.steps", 4)
     assert fewer.code == 0 and "is at step 6 of train.steps=4" in fewer.err
     assert {p: p.stat().st_mtime_ns for p in first.run.rglob("*.pt")} == before and again.trace() == first.trace()
+
+
+def test_a_loss_scale_that_grows_does_not_halve_the_gradient(run_here: RunHere, tmp_path: Path) -> None:
+    """DeepSpeed 0.19.8 unscales after it has moved the scale on. The same run at a scale that grows, and at one that does
+    not: powers of two, so equal to rounding in fp16."""
+    grows, stays = (
+        run_here("--train.steps", 12, "--train.ds-config",
+                 ds_json("fp16", tmp_path, initial_scale_power=8, loss_scale_window=window), output=tmp_path / str(window)).trace()
+        for window in (3, 1000)
+    )
+    assert grows[-1]["optimizer/loss_scale"] > stays[-1]["optimizer/loss_scale"] == 2**8
+    for key in ("loss", "optimizer/grad_norm"):
+        assert [row[key] for row in grows] == pytest.approx([row[key] for row in stays], rel=1e-3), key

@@ -1,0 +1,124 @@
+"""python benchmarks/checkpoint.py: how long training stands still for a checkpoint, three ways, in one run.
+
+    background   as the trainer does it: a snapshot in host memory, written by a thread while steps are taken
+    waited for   the same files and hashes, but nothing goes on until they are valid
+    DeepSpeed    `engine.save_checkpoint` with its own checkpoint engine: no hashes, no fsync, not whole or absent
+
+A model of the preset's size on made-up data, ZeRO-2 fp32 on this machine's CPU, two ranks. The ways take turns, round
+by round; what is printed is the median. `stall` is time without a step; `slower` is what steps lose meanwhile.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+WAYS = ("background", "waited for", "DeepSpeed")
+
+
+def rank_main(preset: str, folder: Path, rounds: int) -> None:
+    import torch
+
+    from largescale.build import blank_condition, build_model, latent_shape
+    from largescale.checkpoint import Checkpointer
+    from largescale.config import CheckpointConfig
+    from largescale.distributed import Ranks
+    from largescale.ds_config import load_ds_config
+    from largescale.engine import Engine
+    from largescale.optim import build_optimizer
+    from largescale.presets import PRESETS
+
+    torch.set_num_threads(1)
+    config, ranks = PRESETS[preset](), Ranks("cpu")
+    ds = load_ds_config("ds_configs/zero2_fp32.json") | {
+        "train_batch_size": ranks.world_size, "train_micro_batch_size_per_gpu": 1, "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+    }
+    torch.manual_seed(0)
+    engine = Engine(build_model(config.model), partial(build_optimizer, config=config.optimizer, device="cpu"), ds)
+    x, t, y = torch.randn(1, *latent_shape(config.model)), torch.tensor([5]), blank_condition(config.model, 1)
+    stock = engine._engine.checkpoint_engine
+    checkpointer = Checkpointer(folder / "ours", CheckpointConfig(keep_last=1, keep_every=0), ranks, patience_s=600)
+
+    def step() -> float:
+        start = time.perf_counter()
+        engine.backward(engine(x, t, y).square().mean())
+        engine.advance()
+        ranks.barrier()
+        return time.perf_counter() - start
+
+    found: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in WAYS}
+    for _ in range(3):
+        step()
+    for number in range(1, rounds + 1):
+        for way in WAYS:
+            usual = statistics.median(step() for _ in range(5))
+            during: list[float] = []
+            start = time.perf_counter()
+            if way == "DeepSpeed":
+                engine._engine.checkpoint_engine = stock
+                engine._engine.save_checkpoint(str(folder / "stock"), tag=str(number), save_latest=True)
+                stall = time.perf_counter() - start
+            else:
+                at = 2 * number + (way == "waited for")
+                checkpointer.save(at, {"step": at}, engine, "schedule")
+                stall = time.perf_counter() - start
+                while way == "background" and ranks.any(checkpointer.writing):
+                    during.append(step())
+                start = time.perf_counter()
+                written, problem = checkpointer.finish()
+                assert written, problem
+                stall += time.perf_counter() - start
+            ranks.barrier()
+            found[way]["stall_s"].append(stall)
+            found[way]["slower_s"].append(sum(during) - len(during) * usual)
+            found[way]["steps_meanwhile"].append(len(during))
+            found[way]["step_s"].append(usual)
+        if ranks.rank == 0:
+            shutil.rmtree(folder / "stock", ignore_errors=True)
+    if ranks.rank == 0:
+        size = sum(path.stat().st_size for path in (folder / "ours").rglob("*.pt"))
+        print(json.dumps({"found": found, "bytes": size, "parameters": engine.numel}))
+    ranks.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="dit_s2_imagenet256")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="on the file system to write to; by default that of /tmp")
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank:
+        return rank_main(options.preset, options.folder, options.rounds)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", __file__, "--rank",
+                   "--preset", options.preset, "--rounds", str(options.rounds), "--folder", folder]
+        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = json.loads(done.stdout.splitlines()[-1])
+    medians = {way: {key: statistics.median(values) for key, values in of.items()}
+               for way, of in result["found"].items()}
+    size = f"{result['parameters']:,} parameters, {result['bytes'] / 1e6:,.0f} MB a checkpoint"
+    print(f"{options.preset}: {size}, 2 ranks")
+    print(f"{'':12} {'stall':>9} {'slower':>9} {'steps meanwhile':>16} {'of waiting':>11}")
+    whole = medians["waited for"]["stall_s"]
+    for way, of in medians.items():
+        lost = (of["stall_s"] + of["slower_s"]) / whole
+        print(f"{way:12} {of['stall_s']:7.2f} s {of['slower_s']:7.2f} s {of['steps_meanwhile']:16.0f} {lost:11.0%}")
+
+
+if __name__ == "__main__":
+    main()
