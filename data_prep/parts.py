@@ -25,6 +25,8 @@ from largescale.errors import DataError, Stopped
 from largescale.files import exclusive, write_atomically
 from largescale.signals import stop_requested
 
+_GONE_S = 300.0                                         # without a new part, before rank 0 looks who still works
+
 
 class Parts:
     """Part p is rank p % world_size's."""
@@ -102,11 +104,12 @@ class Parts:
     def all_records(self) -> list[dict[str, Any]]:
         """Of every part in order; waits until all are done. Raises DataError when a rank has failed."""
         records: dict[int, dict[str, Any]] = {}
-        said = time.monotonic()
+        said = moved = time.monotonic()
         with tqdm(total=self.parts, desc="wait for the other ranks", unit="part", delay=2, dynamic_ncols=True) as bar:
             while missing := [part for part in range(self.parts) if part not in records]:
                 found = {part: record for part in missing if (record := self.record(part))["done"]}
                 records |= found
+                moved = time.monotonic() if found else moved
                 bar.update(len(found))
                 missing = [part for part in missing if part not in found]
                 if broken := [part for part in missing if part in self.mine]:
@@ -120,9 +123,21 @@ class Parts:
                     tqdm.write(f"waiting for {len(missing)} parts, of ranks {ranks}", sys.stderr)
                 if missing and stop_requested():
                     raise Stopped
+                if missing and time.monotonic() - moved > _GONE_S and (gone := self._not_at_work(missing)):
+                    raise DataError(f"rank {gone[0]} is not at work, and has not packed its parts (ranks {gone[:8]}); "
+                                    "see its messages, correct that, and run again to go on")
                 if missing:
                     time.sleep(0.5)
         return [records[part] for part in range(self.parts)]
+
+    def _not_at_work(self, missing: list[int]) -> list[int]:
+        """Ranks that owe parts and hold no lock: they died, or never began."""
+        gone = []
+        for rank in sorted({part % self.world_size for part in missing}):
+            if lock := exclusive(self.folder / f"rank_{rank}.lock"):
+                lock.close()
+                gone.append(rank)
+        return gone
 
     def failed(self, error: BaseException) -> None:
         with suppress(OSError):                         # the folder is gone where rank 0 has finished

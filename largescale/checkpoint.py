@@ -175,7 +175,7 @@ class Checkpointer:
         if ranks.rank == 0 and not errors:
             try:
                 _publish(pending, {k: v for files, _, _ in reports for k, v in files.items()}, len(reports))
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 errors = [f"rank 0: {error}"]
         (errors, *_) = ranks.all_gather_object(errors)
         problem = None
@@ -196,10 +196,11 @@ class Checkpointer:
         Raises CheckpointError where there are checkpoints and none can be used: never a silent restart.
         """
         ranks = self.ranks
-        (steps, *_) = ranks.all_gather_object([c.step for c in checkpoints(self.run_dir)])
+        listed = ranks.together(lambda: [c.step for c in checkpoints(self.run_dir)])
+        (steps, *_) = ranks.all_gather_object(listed)
 
         def check(checkpoint: CheckpointDir) -> str | None:
-            found = checkpoint.problem(slice(ranks.rank, None, ranks.world_size))
+            found = ranks.together(lambda: checkpoint.problem(slice(ranks.rank, None, ranks.world_size)))
             return next(filter(None, ranks.all_gather_object(found)), None)
 
         found = (CheckpointDir.at(self.run_dir, step) for step in steps)
@@ -211,7 +212,7 @@ class Checkpointer:
         """Keep the last k, every m-th, and the last that was written on a stop, so that preemptions do not push the
         others out; remove what never became valid. Only after a newer one is valid.
 
-        One that was found damaged neither counts as kept nor is removed: somebody may want to repair it.
+        One that this process found damaged neither counts as kept nor is removed: somebody may want to repair it.
         """
         valid = [c for c in checkpoints(self.run_dir) if c.step not in self._damaged]
         every = self.config.keep_every
@@ -269,10 +270,11 @@ def _require_equal(states: list[str]) -> None:
     for rank, text in enumerate(states):
         if text != states[0]:
             other = dict(flatten(json.loads(text)))
-            key = next(k for k in first if first[k] != other.get(k))
+            key = next(k for k in first | other if first.get(k) != other.get(k))
             error = CheckpointError(
-                f"rank {rank} disagrees with rank 0 on {key}: {other.get(key)} and {first[key]}; nothing was saved, "
-                "and the same command goes on from the last checkpoint; if it comes again, suspect that rank's machine"
+                f"rank {rank} disagrees with rank 0 on {key}: {other.get(key)} and {first.get(key)}; nothing was "
+                "saved, and the same command goes on from the last checkpoint; if it comes again, suspect that rank's "
+                "machine"
             )
-            error.agreed = True
+            error.agreed, error.exit_status = True, 1  # as after a crash
             raise error

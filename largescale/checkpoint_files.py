@@ -11,12 +11,13 @@ import contextlib
 import hashlib
 import json
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from largescale.errors import CheckpointError
+from largescale.errors import CheckpointError, StorageError
 from largescale.files import sha256
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ CLIENT_KEY = "largescale"  # everything of ours in DeepSpeed's client_state, whi
 MODEL_FILE = "mp_rank_00_model_states.pt"
 MANIFEST = "manifest.json"
 _SEAL = ',\n "sha256": '
+READ_AGAIN_S = (1.0, 5.0)  # pauses before files that could not be read are tried again
 FORMAT = 2  # in 1 the manifest had no hash of itself
 
 
@@ -53,7 +55,11 @@ class CheckpointDir:
             if (manifest["format"] != 1 or "sha256" in manifest) and not _is_sealed(content):
                 raise CheckpointError(f"{self.path / MANIFEST} does not have the content that was written")
             return manifest
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{self.path / MANIFEST} is missing") from error
+        except OSError as error:
+            raise StorageError(f"{self.path / MANIFEST} cannot be read at present: {error}") from error
+        except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.path / MANIFEST} cannot be read: {error}") from error
 
     def optimizer_state(self, rank: int) -> dict[str, Any]:
@@ -64,11 +70,19 @@ class CheckpointDir:
         return state
 
     def problem(self, part: slice = slice(None)) -> str | None:
-        """What is wrong with the files, or None. Hashes `part` of them, so that ranks can share the work."""
-        try:
-            return self._problem(part)
-        except (CheckpointError, OSError, LookupError, TypeError, AttributeError) as error:
-            return f"{self.path}: {error!r}" if not isinstance(error, CheckpointError) else str(error)
+        """What is wrong with the files, or None. Hashes `part` of them, so that ranks can share the work.
+
+        Raises StorageError where they cannot be read, which does not say that they are damaged."""
+        for pause in (*READ_AGAIN_S, None):
+            try:
+                return self._problem(part)
+            except (CheckpointError, LookupError, TypeError, AttributeError) as error:
+                return f"{self.path}: {error!r}" if not isinstance(error, CheckpointError) else str(error)
+            except OSError as error:
+                if pause is None:
+                    raise StorageError(f"{self.path} cannot be read at present: {error}") from error
+                time.sleep(pause)
+        raise AssertionError
 
     def _problem(self, part: slice) -> str | None:
         files = sorted(self.manifest()["files"].items())

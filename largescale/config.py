@@ -95,7 +95,8 @@ class TrainConfig:
     device: Literal["cuda", "cpu"] = "cuda"
     seed: int = 0
     timeout_s: float = 600.0
-    """Seconds without a sign of life after which a run that hangs is ended, saying which rank is missing."""
+    """Seconds without a sign of life after which a run that hangs is ended, saying which rank is missing; a minute more
+    before the first step."""
 
 
 @dataclass(frozen=True)
@@ -287,14 +288,14 @@ def validate(config: Config, world_size: int) -> None:
     require(config.data.prefetch > 0, "data.prefetch", "be at least 1")
     require(0 < o.lr < math.inf, "optimizer.lr", "be positive")
     require(all(0 <= beta < 1 for beta in o.betas), "optimizer.betas", "lie in [0, 1)")
-    require(o.eps >= 0, "optimizer.eps", "be 0 or more")
+    require(0 <= o.eps < math.inf, "optimizer.eps", "be 0 or more")
     require(0 <= o.weight_decay < math.inf, "optimizer.weight_decay", "be 0 or more")
     require(0 <= o.ema_decay < 1, "optimizer.ema_decay", "lie in [0, 1)")
-    require(o.clip_grad_norm >= 0, "optimizer.clip_grad_norm", "be 0 (off) or positive")
+    require(0 <= o.clip_grad_norm < math.inf, "optimizer.clip_grad_norm", "be 0 (off) or positive")
     require(t.steps > 0, "train.steps", "be at least 1")
     require(0 <= t.seed < 2**32, "train.seed", "lie in [0, 2**32)")
-    require(t.timeout_s > 0, "train.timeout_s", "be positive")
-    require(config.anomaly.spike_factor > 1, "anomaly.spike_factor", "be above 1")
+    require(0 < t.timeout_s < math.inf, "train.timeout_s", "be positive")
+    require(1 < config.anomaly.spike_factor < math.inf, "anomaly.spike_factor", "be above 1")
     require(config.anomaly.max_skips >= 0, "anomaly.max_skips", "be 0 or more")
     require(config.checkpoint.every > 0, "checkpoint.every", "be at least 1")
     require(config.checkpoint.keep_last > 0, "checkpoint.keep_last", "be at least 1")

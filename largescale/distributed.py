@@ -83,8 +83,10 @@ class Ranks:
         if not failures:
             return result  # type: ignore[no-any-return]
         kind, text = failures[0] if problem is None else (type(problem), str(problem))
+        if not issubclass(kind, LargescaleError) and problem is not None:
+            raise problem
         if not issubclass(kind, LargescaleError):
-            raise problem or RuntimeError(f"another rank failed: {kind.__name__}: {text}")
+            kind, text = LostRankError, f"another rank failed: {kind.__name__}: {text}"  # and says so itself
         known: Any = kind(text)
         known.agreed = True
         raise known

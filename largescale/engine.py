@@ -150,7 +150,8 @@ class Engine:
         for group, saved_group in zip(
             self._zero.optimizer.param_groups, saved["base_optimizer_state"]["param_groups"], strict=True
         ):
-            if "step" in saved_group:  # apex counts here
+            group.pop("step", None)  # apex counts here
+            if "step" in saved_group:
                 group["step"] = saved_group["step"]
         self.load_scaler_state(saved["loss_scaler"])
 

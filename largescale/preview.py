@@ -1,5 +1,7 @@
 """Sample grids while training, from the EMA."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
@@ -15,7 +17,6 @@ from largescale.engine import Engine
 from largescale.images import balanced_labels, grid, titled, to_uint8
 from largescale.models.conditioning import Condition, take
 from largescale.sampling import SamplingConfig, draw_samples
-from largescale.signals import stop_requested
 from largescale.telemetry import Telemetry
 
 
@@ -23,8 +24,10 @@ class Preview:
     """The same classes, or captions of the data set, every time."""
 
     def __init__(self, config: Config, diffusion: GaussianDiffusion, engine: Engine, ranks: Ranks,
-                 dataset: ShardDataset):
+                 dataset: ShardDataset, stop: Callable[[], bool] = lambda: False):
+        """`stop` is asked often; once it is true the preview is left out."""
         self._config, self._diffusion, self._engine, self._ranks = config, diffusion, engine, ranks
+        self._stop = stop
         self._pixels = dataset.info.kind == "pixels"
         n, self._titles = config.telemetry.preview_images, None
         self._y: Condition = torch.tensor(balanced_labels(n, max(config.model.num_classes, 1)))
@@ -47,7 +50,7 @@ class Preview:
             model, self._diffusion, sampling, index=range(n)[ranks.rank :: ranks.world_size],
             condition=lambda index: take(self._y, torch.tensor(index)),
             shape=latent_shape(c.model), num_classes=c.model.num_classes, batch_size=64, device=ranks.device,
-            stop=stop_requested,
+            stop=self._stop,
         ))
         images = np.empty((n, *x.shape[2:], 3), np.uint8)
         for rank, share in enumerate(ranks.all_gather_object(to_uint8(x))):

@@ -4,6 +4,7 @@ The training loss of two stages cannot be compared, since each draws from other 
 """
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -18,14 +19,15 @@ from largescale.distributed import Ranks
 from largescale.draws import step_draws
 from largescale.errors import Stopped
 from largescale.models.conditioning import take
-from largescale.signals import stop_requested
 
 
 class ReferenceLoss:
     def __init__(self, config: Config, dataset: ShardDataset, diffusion: GaussianDiffusion, edges: tuple[float, ...],
-                 ranks: Ranks, batch_size: int, shape: tuple[int, int, int]):
+                 ranks: Ranks, batch_size: int, shape: tuple[int, int, int],
+                 stop: Callable[[], bool] = lambda: False):
+        """`stop` is asked often; once it is true an evaluation is left out."""
         per_cluster, n_clusters = config.telemetry.reference_images, len(edges) - 1
-        self._diffusion, self._ranks, self._batch_size = diffusion, ranks, batch_size
+        self._diffusion, self._ranks, self._batch_size, self._stop = diffusion, ranks, batch_size, stop
         n = per_cluster * n_clusters
         # Evenly spaced inside each cluster, cluster by cluster; images and noise as a training step draws them.
         inside = (np.arange(per_cluster) + 0.5) / per_cluster
@@ -64,7 +66,7 @@ class ReferenceLoss:
         sums = torch.zeros(2, self._n_clusters, dtype=torch.float64, device=self._ranks.device)
         shares = torch.arange(len(self._t), device=self._t.device).split(self._batch_size)
         for part in filter(len, shares):  # with more ranks than rows some have none
-            if stop_requested():
+            if self._stop():
                 raise Stopped
             losses = self._diffusion.training_losses(
                 model, self._x_start[part], self._t[part], self._noise[part], take(self._y, part)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from largescale.agreed import Report
@@ -52,7 +52,9 @@ class Saving:
         with self._standing_still(step):
             problem = self._finish(step, told=False)
         if self.last_saved != step:
-            raise CheckpointError(f"{problem}; free space or correct --output, and run again")
+            error = CheckpointError(f"{problem}; free space or correct --output, and run again")
+            error.agreed = True
+            raise error
 
     def look(self, step: int, report: Report) -> None:
         """After each step: an error is known to all at the next one; what is written is made valid."""
@@ -67,11 +69,11 @@ class Saving:
         with self._standing_still(step):
             self._finish(step)
 
-    def leave(self, step: int, state: Callable[[], dict[str, Any]], stopped: bool) -> None:
+    def leave(self, step: int, state: dict[str, Any], reason: str) -> None:
         """The last checkpoint. Where it cannot be written, it is tried again for as long as there is time."""
-        tries = 0
+        tries, stopped = 0, reason == "stop"
         while True:
-            self.save(step, state(), "stop" if stopped else "end")
+            self.save(step, state, reason)
             self.finish(step)
             tries += 1
             if self.last_saved == step:
@@ -106,5 +108,7 @@ class Saving:
         if problem and told:
             text = f"{problem}; the last good one is step {self.last_saved}"
             self._telemetry.event(step, "checkpoint failed", text)
+        if written:
+            self._telemetry.sync()  # a power cut must not take rows that this checkpoint has behind it
         self._goodput.note(step, self.last_saved)
         return problem

@@ -2,16 +2,15 @@
 
 import contextlib
 import json
+import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
-
-from largescale.files import write_atomically
 
 # Dense half-precision peaks in FLOP/s, from the makers' data sheets; elsewhere MFU is not reported.
 _PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
@@ -24,15 +23,27 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl. A last line that a crash cut short is left out."""
+    """The rows of metrics.jsonl. A line that a crash cut short is left out."""
     rows = []
     path = run_dir / "metrics.jsonl"
     for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return rows
+
+
+def _end_of_step(path: Path, step: int) -> int:
+    """The length of the file up to the first row of a later step, or the first half line at its end: to cut it there
+    takes no space on a full disk."""
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                if json.loads(line)["step"] > step:
+                    break
+            if line.endswith(b"\n"):
+                end += len(line)
+    return end
 
 
 class Telemetry:
@@ -45,39 +56,55 @@ class Telemetry:
             return
         self.run_dir, self._said_failing, self._tensorboard = run_dir, False, tensorboard
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._open(step)
+        self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
+        self._file.truncate(_end_of_step(run_dir / "metrics.jsonl", step))
+        self._unwritten = b""
+        self._board: Any = None
+        self._open_board(step)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=steps, initial=step, unit="step", dynamic_ncols=True, ascii=not terminal,
             mininterval=0.5 if terminal else 20,
         )
 
-    def _open(self, step: int) -> None:
-        kept = [json.dumps(row) + "\n" for row in read_metrics(self.run_dir) if row["step"] <= step]
-        write_atomically(self.run_dir / "metrics.jsonl", "".join(kept))
-        self._file = (self.run_dir / "metrics.jsonl").open("ab", buffering=0)
-        self._unwritten = b""
-        self._board: Any = None
+    def _open_board(self, step: int) -> None:
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
+            with self.going_on():
+                self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
+
+    def _on_board(self, step: int, add: Callable[[Any], Any]) -> None:
+        """TensorBoard's writer does not outlive an error: it is made anew."""
+        if self._board is None:
+            self._open_board(step)
+        try:
+            if self._board:
+                add(self._board)
+        except OSError as error:
+            self._say_failing(error)
+            self._board = None
 
     def go_back(self, step: int) -> None:
         """Rows of later steps are dropped."""
         if not self.active:
             return
         with self.going_on():
-            self._close()
-            self._open(step)
-        self._bar.n = step
-        self._bar.refresh()
+            self._file.truncate(_end_of_step(self.run_dir / "metrics.jsonl", step))
+        self._unwritten = b""
+        self._close_board()
+        self._board = None
+        self._open_board(step)
+        with contextlib.suppress(OSError):
+            self._bar.n = step
+            self._bar.refresh()
 
     def progress(self, step: int, **shown: Any) -> None:
         if self.active:
             if shown:
                 self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(step - self._bar.n)
+            with contextlib.suppress(OSError):
+                self._bar.update(step - self._bar.n)
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Values that are None (unknown here) are left out."""
@@ -85,17 +112,17 @@ class Telemetry:
             return
         known = {key: value for key, value in metrics.items() if value is not None}
         self._write({"step": step, **known})
-        with self.going_on():
-            for key, value in known.items() if self._board else ():
-                self._board.add_scalar(key, value, step)
+        def add(board: Any) -> None:
+            for key, value in known.items():
+                board.add_scalar(key, value, step)
+
+        self._on_board(step, add)
 
     def event(self, step: int, kind: str, text: str, **facts: Any) -> None:
         if not self.active:
             return
         self._write({"step": step, "event": kind, "text": text, **facts})
-        with self.going_on():
-            if self._board:
-                self._board.add_text(kind, text, step)
+        self._on_board(step, lambda board: board.add_text(kind, text, step))
         self.say(text)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
@@ -106,12 +133,18 @@ class Telemetry:
             path = self.run_dir / name / f"step_{step:08d}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(image).save(path)
-            if self._board:
-                self._board.add_image(name, image, step, dataformats="HWC")
+        self._on_board(step, lambda board: board.add_image(name, image, step, dataformats="HWC"))
 
     def say(self, text: str) -> None:
         if self.active:
-            tqdm.write(text, file=sys.stderr)
+            with contextlib.suppress(OSError):  # the disk that is full may be the log's
+                tqdm.write(text, file=sys.stderr)
+
+    def sync(self) -> None:
+        """What was logged so far outlives a power cut."""
+        if self.active:
+            with self.going_on():
+                os.fsync(self._file.fileno())
 
     def _write(self, row: dict[str, Any]) -> None:
         self._unwritten += json.dumps(row).encode() + b"\n"
@@ -124,10 +157,13 @@ class Telemetry:
         """A full disk does not end the run: rank 0 must not leave the others in a collective."""
         try:
             yield
-        except (OSError, ValueError) as error:  # ValueError: a file that could not be opened anew is a closed one
-            if not self._said_failing:
-                self.say(f"telemetry cannot be written, training goes on: {error}")
-            self._said_failing = True
+        except OSError as error:
+            self._say_failing(error)
+
+    def _say_failing(self, error: OSError) -> None:
+        if not self._said_failing:
+            self.say(f"telemetry cannot be written, training goes on: {error}")
+        self._said_failing = True
 
     def __enter__(self) -> Self:
         return self
@@ -135,11 +171,10 @@ class Telemetry:
     def __exit__(self, *error: object) -> None:
         if self.active:
             self._bar.close()
-            self._close()
-
-    def _close(self) -> None:
-        with self.going_on():
             self._file.close()
+            self._close_board()
+
+    def _close_board(self) -> None:
         with self.going_on():
             if self._board:
                 self._board.close()

@@ -22,8 +22,9 @@ from largescale.files import exclusive
 from largescale.launch import env_rank, env_world_size, print_error
 from largescale.presets import PRESETS
 from largescale.signals import EXIT_REQUEUE, serve_stop_signals, stop_requested
+from largescale.starts import read_starts
 
-LOCK_WAIT_S = 60
+LOCK_WAIT_S = 180  # a lease of NFS outlives the machine that held it
 
 if TYPE_CHECKING:
     from largescale.data.shards import ShardDataset
@@ -144,7 +145,9 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
     }
     checkpointer = Checkpointer(config.run_dir, config.checkpoint, ranks, patience_s=config.train.timeout_s / 2)
     checkpoint = checkpointer.newest(say)
-    if checkpoint is not None:
+    if checkpoint is None:
+        ranks.together(lambda: check_nothing_is_gone(config.run_dir))
+    else:
         ranks.together(lambda: check_same_run(checkpoint, identity, say))
         if checkpoint.step >= config.train.steps:
             say(
@@ -178,13 +181,24 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
 
 
 def check_writable(run_dir: Path) -> None:
-    """Make the run directory, and prove that this rank can write there."""
+    """Make the run directory, and prove that this rank can write there. Raises CheckpointError where it never can."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run_dir):
             pass
-    except OSError as error:
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise CheckpointError(f"cannot write to {run_dir}: {error}; choose another --output") from error
+    except OSError as error:
+        raise StorageError(f"cannot write to {run_dir} at present: {error}") from error
+
+
+def check_nothing_is_gone(run_dir: Path) -> None:
+    """Never a silent restart: checkpoints that were there once, and are not found, stop the run."""
+    if (saved := max((start.saved_step for start in read_starts(run_dir)), default=-1)) >= 0:
+        raise CheckpointError(
+            f"{run_dir} has no checkpoint any more, but step {saved} was saved: restore {run_dir}/checkpoints; to "
+            f"begin again, delete {run_dir}, or give another --output DIR"
+        )
 
 
 def claim(run_dir: Path, say: Callable[[str], None]) -> IO[str]:

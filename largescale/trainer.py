@@ -118,17 +118,21 @@ class Trainer:
                                world_size=self.ranks.world_size, from_step=self.step)
         self.saving = Saving(self.checkpointer, self.engine, self.meter, self.watch, telemetry, self.goodput)
         self.preview = self.ranks.together(
-            lambda: Preview(c, self.diffusion, self.engine, self.ranks, self.dataset)
+            lambda: Preview(c, self.diffusion, self.engine, self.ranks, self.dataset, self.asked_to_stop)
         )
         self.reference = self.ranks.together(lambda: ReferenceLoss(
-            c, self.dataset, self.diffusion, self.curriculum.edges, self.ranks, self.micro_batch_size, self.shape
+            c, self.dataset, self.diffusion, self.curriculum.edges, self.ranks, self.micro_batch_size, self.shape,
+            self.asked_to_stop,
         ))
         ended = None
         try:
             with self.watch:
                 self.saving.save_first(self.step, self.state())
-                self.leave(asked=self.train())
-            ended = "finished" if self.step >= c.train.steps else "stopped"
+                stopped = self.train() and self.step < c.train.steps
+                if stopped:
+                    telemetry.say(f"asked to stop: saving at step {self.step}")
+                self.saving.leave(self.step, self.state(), "stop" if stopped else "end")
+            ended = "finished" if self.checkpointer.last_saved >= c.train.steps else "stopped"
         except Exception as error:
             ended = f"{type(error).__name__}: {error}"
             raise
@@ -159,7 +163,8 @@ class Trainer:
         report, applied = self.attempt(unread is not None)
         if report.cannot_read:
             self.engine.load_scaler_state(scaler)
-            self.leave(asked=True)
+            self.saving.save(self.step, self.state(), "schedule")
+            self.saving.finish(self.step)
             raise self.no_data(unread)
         self.saving.look(self.step, report)
         bad = self.find_trouble(report, applied or retryable)
@@ -168,6 +173,7 @@ class Trainer:
             self.go_back(bad)
         elif bad and policy == "stop":
             self.saving.finish(self.step)  # one that is being written is good
+            self.tell(bad, bad.text)
             raise NonFiniteError(f"{bad.text}; the last good checkpoint is step {self.checkpointer.last_saved}")
         elif applied:
             if bad:
@@ -264,6 +270,7 @@ class Trainer:
         if self.saving.due(step):
             self.saving.save(step, self.state(), "schedule")
         if c.telemetry.preview_every and step % c.telemetry.preview_every == 0:
+            self.saving.finish(step)  # a preview takes its time
             with self.aside("preview"):
                 self.preview(step, self.telemetry)
 
@@ -275,6 +282,11 @@ class Trainer:
                 yield
             except Stopped:
                 self.telemetry.say(f"the {name} of step {self.step} is left out")
+
+    def asked_to_stop(self) -> bool:
+        """For what takes long beside training: a sign of life too."""
+        self.watch.at(self.watch.where)
+        return stop_requested()
 
     def log(self) -> None:
         state, curriculum = self.curriculum.state, self.curriculum
@@ -296,12 +308,6 @@ class Trainer:
         self.telemetry.log(self.step, metrics)
         self.telemetry.progress(self.step, loss=f"{metrics['loss']:.4f}", index=state.index)
 
-    def leave(self, asked: bool) -> None:
-        stopped = asked and self.step < self.config.train.steps
-        if stopped:
-            self.telemetry.say(f"asked to stop: saving at step {self.step}")
-        self.saving.leave(self.step, self.state, stopped)
-
     # ---- when something goes wrong
 
     def no_data(self, error: Exception | None) -> LargescaleError:
@@ -321,9 +327,9 @@ class Trainer:
         if report.non_finite:
             return trouble.loss_not_finite(report, where)
         if not going_on:
-            found = self.ranks.all_gather_object(self.ranks.together(
-                lambda: trouble.find_gradient(self.engine.module, self.micro_steps(), self.engine.loss_scale)
-            ))
+            found = self.ranks.all_gather_object(
+                trouble.find_gradient(self.engine.module, self.micro_steps(), self.engine.loss_scale)
+            )
             return trouble.gradient_not_finite(report, where, self.engine.loss_scale, found)
         if self.spikes.is_spike(report.loss):
             return trouble.spike(report, self.spikes.usual, where)
@@ -334,6 +340,7 @@ class Trainer:
         draws = self.draws()
 
         def micro_step(k: int) -> tuple[Tensor, Tensor]:
+            self.watch.at("diagnosis")
             losses, t = self.losses(self.engine.module, self.batch, draws, k)
             return losses.loss, 1 + torch.bucketize(self.diffusion.noise_level(t), self._edges[1:-1], right=True)
 
@@ -342,6 +349,8 @@ class Trainer:
     def go_back(self, bad: Trouble) -> None:
         """To the last good checkpoint, and on without the inputs from there to here."""
         self.saving.finish(self.step)
+        if self.checkpointer.pending:  # a file system that does not answer: what it writes later belongs to no run
+            raise NonFiniteError(f"{bad.text}; a checkpoint is still being written, so it cannot go back")
         if self.went_back >= self.config.anomaly.max_skips or len(self.skips) >= self.config.anomaly.max_skips:
             raise NonFiniteError(
                 f"{bad.text}; anomaly.max_skips={self.config.anomaly.max_skips} windows of data were left out already; "

@@ -52,16 +52,25 @@ def find_gradient(model: nn.Module, micro_steps: Sequence[Callable[[], tuple[Ten
                   ) -> tuple[str, list[int]] | None:
     """The first parameter whose gradient, from this rank's rows alone, is not finite, and the clusters of these rows.
 
-    `micro_steps`: each gives losses (B,) and clusters (B,), 1 for C_1."""
+    `micro_steps`: each gives losses (B,) and clusters (B,), 1 for C_1. What goes wrong here must not stand in the way
+    of what is done about the gradient."""
+    try:
+        return _find_gradient(model, micro_steps, loss_scale)
+    except RuntimeError as error:  # memory, above all
+        return f"a parameter unknown, for the diagnosis failed ({str(error).splitlines()[0]})", []
+
+
+def _find_gradient(model: nn.Module, micro_steps: Sequence[Callable[[], tuple[Tensor, Tensor]]], loss_scale: float,
+                   ) -> tuple[str, list[int]] | None:
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for micro_step in micro_steps:
         loss, clusters = micro_step()
         gradients = torch.autograd.grad(loss.mean() * loss_scale, [p for _, p in named], retain_graph=True)
         for (name, p), gradient in zip(named, gradients, strict=True):
             if not torch.isfinite(gradient).all():
-                rows = (torch.autograd.grad(row * loss_scale, p, retain_graph=True)[0] for row in loss)
+                rows = (torch.autograd.grad(row * loss_scale, p, retain_graph=True)[0] for row in loss[:64])
                 bad = [not torch.isfinite(of_row).all() for of_row in rows]
-                return name, sorted({int(c) for c, is_bad in zip(clusters, bad, strict=True) if is_bad})
+                return name, sorted({int(c) for c, is_bad in zip(clusters, bad, strict=False) if is_bad})
     return None
 
 

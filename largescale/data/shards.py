@@ -15,7 +15,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from largescale.data.format import EMBEDDINGS, FORMAT, IMAGES, KINDS, METADATA_KEY, REMEDY, DatasetInfo, read_manifest
-from largescale.errors import DataError
+from largescale.errors import DataError, StorageError
 from largescale.files import sha256
 from largescale.launch import env_rank
 
@@ -92,7 +92,8 @@ class ShardDataset:
 
         With `choice` (B,), in [0, 1), one of each row's captions too, at that share of their number: caption_tokens
         (B, L, width) float16, zero behind caption_length (B,) int64, and caption_pooled (B, pooled_width).
-        Raises IndexError for an index outside [0, len), DataError for a shard that is not the manifest's.
+        Raises IndexError for an index outside [0, len), DataError for a shard that is not the manifest's, StorageError
+        for one that cannot be read at present.
         """
         if not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"indices from {indices.min()} to {indices.max()} do not lie in [0, {len(self)})")
@@ -157,6 +158,8 @@ class ShardDataset:
                 batch = pa.ipc.open_file(file).get_batch(0)
             found = json.loads(batch.schema.metadata[METADATA_KEY])
         except (OSError, pa.ArrowInvalid, LookupError, TypeError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno:  # pyarrow calls bad content an OSError too, without a number
+                raise StorageError(f"{self.path / entry['file']} cannot be read at present: {error}") from error
             raise self._damaged(entry, f"cannot be read ({error!r})") from error
         facts = {key: value for key, value in entry.items() if key not in ("file", "bytes", "sha256")}
         expected = {"format": FORMAT, **self.info.plain(), **facts}

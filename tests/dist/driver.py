@@ -111,18 +111,21 @@ if faults.leap is not None:
 
 for fault in ("lost_files", "damaged_data", "kill", "hang"):
     if (where := getattr(faults, fault)) and os.environ["RANK"] == str(where[1]):
-        gather = Loader.batch
+        read_batch = Loader.batch
 
         def batch(self: Loader, step: int, fault: str = fault, at: int = where[0]) -> object:
             if step == at:
-                if fault == "lost_files":
-                    raise OSError(116, "Stale file handle")
+                if fault == "lost_files":  # really: no shard is mapped any more, and none is there
+                    self.dataset._mapped.clear()
+                    self.dataset.path = Path("/nowhere")
+                    self._pending.clear()
+                    return read_batch(self, step)
                 if fault == "damaged_data":
                     raise DataError("shard_00000.arrow is damaged")
                 if fault == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(1000)
-            return gather(self, step)
+            return read_batch(self, step)
 
         Loader.batch = batch  # type: ignore[assignment, method-assign]
         trainer.READ_AGAIN_S = (0.01, 0.01)

@@ -68,7 +68,8 @@ def test_data_that_cannot_be_read_any_more(tmp_path: Path, train: Train) -> None
     for run, fault in ((tmp_path / "truth", ()), (tmp_path / "run", ("--lost-files", 6, 1))):
         done = train(*ARGS, "--output", run, driver=fault)
     assert [p.returncode for p in done] == [75, 75], done[0].stderr
-    assert "error: rank 1 cannot read the data of step 7: [Errno 116] Stale file handle; saved at step 6" in done[0].stderr
+    assert "error: rank 1 cannot read the data of step 7: /nowhere/shard_0000" in done[0].stderr
+    assert "No such file or directory" in done[0].stderr and "; saved at step 6" in done[0].stderr
     assert not done[1].stderr and checkpoints(run)[0].step == 6
     assert train(*ARGS, "--output", run)[0].returncode == 0
     assert_same_run(run, tmp_path / "truth")
@@ -112,7 +113,7 @@ def test_other_weights(tmp_path: Path, train: Train) -> None:
     """A rank whose weights are not the others': found before the checkpoint is valid."""
     run = tmp_path / "run"
     done = train(*ARGS, "--output", run, driver=("--other-weights", 8, 1))
-    assert [p.returncode for p in done] == [2, 2]
+    assert [p.returncode for p in done] == [1, 1]  # as after a crash: the weights are made anew from the last checkpoint
     assert "error: rank 1 disagrees with rank 0 on weights (checksum)" in done[0].stderr and not done[1].stderr
     assert [c.step for c in checkpoints(run)] == [4, 0]
 

@@ -1,5 +1,8 @@
 """The short form of chaos.py, whose long form is run by hand: python tests/e2e/chaos.py --minutes 20."""
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +17,11 @@ ROOT = Path(__file__).parents[2]
 )
 def test_disturbed_at_random(seed: str, more: tuple[str, ...]) -> None:
     command = [sys.executable, str(ROOT / "tests/e2e/chaos.py"), "--seed", seed, *more]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "nothing was lost" in done.stdout
+    chaos = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        out, err = chaos.communicate(timeout=900)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(chaos.pid, signal.SIGKILL)  # its ranks too
+    print(out)
+    assert chaos.returncode == 0 and "nothing was lost" in out, out + err

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from largescale import telemetry
-from largescale.checkpoint_files import checkpoints
+from largescale import signals, telemetry
+from largescale.checkpoint_files import checkpoints, seal
 from largescale.data.format import DatasetInfo
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset
@@ -20,6 +20,7 @@ from largescale.data.writer import ShardWriter
 from largescale.errors import ConfigError
 from largescale.files import exclusive
 from largescale.optim import check_apex
+from largescale.starts import read_starts
 from largescale.telemetry import read_metrics
 from largescale.trainer import Trainer
 from tests.conftest import Outcome, RunHere, assert_same_run, final_state
@@ -222,7 +223,80 @@ def test_a_manifest_edited_by_hand_is_not_believed(run_here: RunHere) -> None:
     run = run_here("--train.steps", 4).run
     manifest = checkpoints(run)[0].path / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"index": 5', '"index": 4'))
+    outcome = run_here("--train.steps", 8)
+    assert outcome.code == 0 and f"passing over a damaged checkpoint: {manifest} does not have" in outcome.err
+
+
+def test_a_manifest_that_is_not_the_checkpoints(run_here: RunHere) -> None:
+    """Whole in itself, and at odds with the state in DeepSpeed's file."""
+    run = run_here("--train.steps", 4).run
+    path = checkpoints(run)[0].path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    manifest["state"]["curriculum"]["pacing"]["index"] = 4
+    path.write_text(seal(manifest))
     assert_refused(run_here("--train.steps", 8), "the manifest's copy of the state is not the checkpoint's")
+
+
+def test_checkpoints_that_are_gone(run_here: RunHere, tmp_path: Path) -> None:
+    """Purged, or on a file system that is not mounted: never a silent restart at step 0, and the log stays."""
+    run = run_here("--train.steps", 4).run
+    metrics = read_metrics(run)
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    assert_refused(run_here("--train.steps", 8), "has no checkpoint any more, but step 4 was saved", f"delete {run}")
+    assert read_metrics(run) == metrics
+    (tmp_path / "elsewhere").rename(run / "checkpoints")
+    assert "at step 4" in run_here("--train.steps", 8).err
+
+
+def test_a_finished_run_that_could_not_be_saved_is_not_finished(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tries again until it is asked to stop, and then comes back."""
+    from largescale import checkpoint
+
+    write = checkpoint._write
+
+    def full(state: Any, path: Path) -> Any:
+        if "step_00000006" in str(path):
+            signals._requested = True
+            raise OSError(28, "No space left on device")
+        return write(state, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write", full)
+        outcome = run_here("--train.steps", 6, "--checkpoint.every", 4)
+    assert outcome.code == 75 and "all after step 4 will be trained again" in outcome.err
+    assert read_starts(outcome.run)[-1].ended == "stopped"
+    signals._requested = False
+    again = run_here("--train.steps", 6, "--checkpoint.every", 4)
+    assert again.code == 0 and "at step 4" in again.err and checkpoints(again.run)[0].step == 6
+
+
+def test_files_that_cannot_be_read_at_present_are_not_damaged(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_here("--train.steps", 8, "--checkpoint.every", 4)
+    monkeypatch.setattr("largescale.checkpoint_files.READ_AGAIN_S", (0.0,))
+
+    def ill(path: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("largescale.checkpoint_files.sha256", ill)
+        outcome = run_here("--train.steps", 12)
+    assert outcome.code == 75 and "cannot be read at present" in outcome.err and "damaged" not in outcome.err
+    assert "at step 8" in run_here("--train.steps", 12).err
+
+
+@pytest.mark.parametrize("setting", ["anomaly.spike-factor", "optimizer.clip-grad-norm", "optimizer.eps", "train.timeout-s"])
+def test_settings_that_are_not_finite(setting: str, run_here: RunHere) -> None:
+    assert_refused(run_here(f"--{setting}", "inf"), f"set --{setting}")
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("largescale.telemetry.tqdm.write", full)
+    monkeypatch.setattr("largescale.telemetry.tqdm.update", full)
+    assert run_here("--train.steps", 8, "--curriculum.patience", 0).code == 0
 
 
 def test_a_full_disk_delays_the_log_and_not_the_run(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,15 +115,25 @@ def test_ranks_at_once(images: Path, truth: Path, tmp_path: Path) -> None:
 def test_rank_0_does_not_wait_for_one_that_failed(images: Path, truth: Path, tmp_path: Path) -> None:
     broken = "packing.Packer.encode = lambda self, batch: (time.sleep(1), 1 / 0)"
     ranks = [start(images, tmp_path / "out", 0, 2), start(images, tmp_path / "out", 1, 2, code=broken)]
-    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    said = [rank.communicate(timeout=180)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 1] and "rank 1 has failed: division by zero" in said[0]
     ranks = [start(images, tmp_path / "out", rank, 2) for rank in range(2)]
-    assert [rank.wait(60) for rank in ranks] == [0, 0] and files(tmp_path / "out") == files(truth)
+    assert [rank.wait(180) for rank in ranks] == [0, 0] and files(tmp_path / "out") == files(truth)
+
+
+def test_rank_0_does_not_wait_for_one_that_died(images: Path, truth: Path, tmp_path: Path) -> None:
+    """Without a word, as one that the kernel killed for its memory."""
+    died = "os.kill(os.getpid(), 9)"
+    ranks = [start(images, tmp_path / "out", 0, 2, code="parts._GONE_S = 3"), start(images, tmp_path / "out", 1, 2, code=died)]
+    said = [rank.communicate(timeout=180)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, -9] and "rank 1 is not at work" in said[0]
+    ranks = [start(images, tmp_path / "out", rank, 2) for rank in range(2)]
+    assert [rank.wait(180) for rank in ranks] == [0, 0] and files(tmp_path / "out") == files(truth)
 
 
 def test_ranks_that_want_different_things(images: Path, tmp_path: Path) -> None:
     ranks = [start(images, tmp_path / "out", 0, 2), start(images, tmp_path / "out", 1, 2, "--min-side", 3)]
-    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    said = [rank.communicate(timeout=180)[1] for rank in ranks]
     assert ranks[0].returncode == 2 and any("What differs:\n  min_side: " in text for text in said)
     assert not (tmp_path / "out/manifest.json").exists()
 

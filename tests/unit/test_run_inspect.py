@@ -238,7 +238,8 @@ def test_finished(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_run_of_an_older_version(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(run / "starts")
-    os.utime(run / "metrics.jsonl", (NOW - 7200, NOW - 7200))
+    then = time.time() - 7200
+    os.utime(run / "metrics.jsonl", (then, then))
     code, text = inspected(run, capsys)
     assert code == 0 and "running or not, its starts left no record" in text and ", 2 h 0 min ago\n" in text
     assert text.splitlines()[-1] == (

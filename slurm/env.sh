@@ -1,0 +1,97 @@
+# shellcheck shell=bash
+# What the batch scripts of this folder share; each sources it. Every setting is a variable with a default, for example
+#   PYTHON=/opt/largescale/bin/python MAX_RESTARTS=20 sbatch slurm/dit_l2_2m.sh
+
+[ -n "${SLURM_JOB_ID:-}" ] || { echo "error: this is a batch script; start it with sbatch" >&2; exit 2; }
+PYTHON=${PYTHON:-.venv/bin/python}
+command -v "$PYTHON" >/dev/null || { echo "error: no $PYTHON in $PWD; set PYTHON=/where/it/is" >&2; exit 2; }
+
+# Where the ranks meet: the job's first host. localhost would be another machine for the tasks of every other node.
+# The port follows from the job, so that two on one node differ; it is none that Linux hands out by itself.
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
+export MASTER_ADDR MASTER_PORT
+
+# Otherwise each of a node's ranks starts a thread for each of the node's cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+# A rank that crashes outside Python says where Python was.
+export PYTHONFAULTHANDLER=1
+
+# WARN says what went wrong, and nothing otherwise. NCCL that finds no InfiniBand takes sockets without a word: look
+# once, with NCCL_DEBUG=INFO, for "Using network" (IB or Socket) and "GPU Direct RDMA Enabled".
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# Which network the ranks find each other on is left to them. Where nodes have several, and a start hangs or ends with
+# "connection refused" or "no route to host", name the one that joins the nodes (`ip -brief address` on two of them):
+#   export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+# A collective that fails or outlasts --train.timeout-s ends its process; that is torch's default. Each rank then writes
+# its last collectives beside the log, which tells who was where: torchfrtrace FOLDER -p NAME-JOB-nccl_rank_
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$PWD/$SLURM_JOB_NAME-$SLURM_JOB_ID-nccl_rank_}
+
+# train PRESET OPTION...: the run RUN. If one rank dies, Slurm ends the others after two minutes: without --wait they
+# would hang in a collective, and --kill-on-bad-exit would kill a rank that still saves.
+train() {
+    again() { "$PYTHON" -m largescale.requeue "$RUN" --status "$1" --max-restarts "${MAX_RESTARTS:-5}"; }
+    run_ranks --kill-on-bad-exit=0 --wait=120 "$PYTHON" -m largescale.train "$@"
+    leave $?
+}
+
+# pack SOURCE OPTION...: data_prep.SOURCE. Ranks end when their parts are packed, hours apart. Of what goes wrong here,
+# little goes away by itself: only what was asked to stop (75) comes back.
+pack() {
+    again() { [ "$1" -eq 75 ]; }
+    run_ranks --kill-on-bad-exit=0 --wait=0 "$PYTHON" -m "data_prep.$1" "${@:2}"
+    leave $?
+}
+
+# run_ranks SRUN_OPTION... PROGRAM...: a rank a task; the status that the program ends with, whatever signals come.
+# Slurm signals the ranks itself, this shell has only to stay. srun is in the background and waited for, or bash would
+# hold the trap back until it ends. CONT comes just before TERM and must not be trapped: bash then loses the other.
+run_ranks() {
+    trap _over TERM
+    srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$@" &
+    local srun=$!
+    while kill -0 "$srun" 2>/dev/null; do wait "$srun"; done
+    wait "$srun"  # its own status, also where the last wait was ended by a signal
+}
+
+# leave STATUS: ends the script, and has Slurm start the job again if it should (`again STATUS`).
+leave() {
+    _requeue "$1"
+    exit "$1"
+}
+
+# Slurm requeues by itself after a node's failure, after `scontrol requeue`, and after a preemption that outlasted its
+# grace. A job that ends within the grace, before its time limit, or of itself, is over unless it asks, whatever its
+# status. One that was cancelled must not ask: it would come back.
+_requeue() {
+    local job=""
+    for _ in 1 2 3 4 5; do
+        job=$(scontrol --oneliner show job "$SLURM_JOB_ID") && break
+        sleep 15
+    done
+    if [ -z "$job" ]; then
+        echo "job $SLURM_JOB_ID does not come back, Slurm does not answer; sbatch again to go on" >&2
+        return
+    fi
+    # Whatever ended the job, it is COMPLETING for as long as this shell stays.
+    if [[ $job == *" JobState=COMPLETING "* ]]; then
+        [[ $job == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]] || return 0  # it is requeued already
+        if [[ $job != *" Reason=TimeLimit "* ]]; then
+            echo "job $SLURM_JOB_ID was cancelled and does not come back" >&2
+            return
+        fi
+    fi
+    if again "$1"; then
+        scontrol requeue "$SLURM_JOB_ID"  # "Job is pending execution": Slurm was faster
+    else
+        echo "job $SLURM_JOB_ID does not come back" >&2
+    fi
+}
+
+# TERM here means that the job is over. If the reason is its time limit, the ranks have not left when they were asked
+# to, and in a moment (KillWait) this shell is killed with them: now it can still ask.
+_over() {
+    [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") != *" Reason=TimeLimit "* ]] || _requeue 143
+}

@@ -1,0 +1,231 @@
+"""The shipped training script in a real Slurm of two nodes, stopped in every way that Slurm has.
+
+It comes back exactly when it should, and the run that comes out is the one that would have been, to the bit.
+"""
+
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from largescale.checkpoint_files import checkpoints
+from largescale.data.shards import ShardDataset
+from tests.conftest import assert_same_run
+from tests.slurm.conftest import Job, Lab, Submit
+
+STARTED = 115  # a step at which the curriculum has moved, and will move again
+
+
+def preempt(lab: Lab, tmp_path: Path) -> None:
+    """A job of higher priority that wants both nodes for itself, for a second."""
+    script = tmp_path / "high.sh"
+    script.write_text("#!/bin/sh\nsleep 1\n")
+    lab("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", script)
+
+
+def goes_on(job: Job, began: float, how: str) -> None:
+    """Waits for the first step after the restart, and says how long that took."""
+    job.wait_for("a restart", lambda: job.fact("Restarts") == "1")
+    job.wait_for_said("\nresumed ")
+    back = time.monotonic() - began
+    before = int(re.findall(r"^resumed .* at step (\d+)", job.text(), re.M)[-1])
+    job.wait_for("a new step", lambda: job.step() > before)
+    print(f"{how}: {time.monotonic() - began:.1f} s to the first new step, {back:.1f} s until it had resumed")
+
+
+def saved_and_resumed(text: str) -> None:
+    """It left in good order once, and went on exactly there: the step and the curriculum index."""
+    stopped = re.findall(r"^stopped \S+ at (step \d+, curriculum index \d+)", text, re.M)
+    resumed = re.findall(r"^resumed \S+ at (step \d+, curriculum index \d+)", text, re.M)
+    assert len(stopped) == 1 and stopped == resumed, text
+
+
+def test_preempted(lab: Lab, training: Submit, truth: Path, tmp_path: Path) -> None:
+    """With grace: it saves, asks to come back, and lets the other job have the nodes at once."""
+    job = training()
+    job.wait_for_step(STARTED)
+    began = time.monotonic()
+    preempt(lab, tmp_path)
+    goes_on(job, began, "preempted, GraceTime=20")
+    text = job.ended("COMPLETED", restarts=1)
+    saved_and_resumed(text)
+    assert "Exited with exit code 75" in text
+    assert text.count("\nasking for another start") == 1 and "not asking for another start: the run is finished" in text
+    assert_same_run(job.run, truth)
+
+
+def test_cancelled(lab: Lab, training: Submit) -> None:
+    """scancel: it saves and leaves with the status that asks for a requeue, and must not be given one."""
+    job = training()
+    job.wait_for_step(STARTED)
+    lab("scancel", job.id)
+    text = job.ended("CANCELLED", restarts=0)
+    step = int(re.findall(r"^stopped \S+ at step (\d+)", text, re.M)[0])
+    assert checkpoints(job.run)[0].step == step >= STARTED
+    assert f"job {job.id} was cancelled and does not come back" in text
+
+
+def test_nothing_to_come_back_for(training: Submit, truth: Path) -> None:
+    """A finished run, and a setting that a person must correct."""
+    finished = training(run=truth)
+    text = finished.ended("COMPLETED", restarts=0)
+    assert f"finished already: {truth}" in text and "not asking for another start: the run is finished" in text
+    wrong = training("--train.micro-batch-size", 3)
+    text = wrong.ended("FAILED", restarts=0)
+    assert wrong.fact("ExitCode") == "2:0" and "error: global_batch_size=16 is" in text
+    assert "not asking for another start: status 2" in text
+
+
+def python(tmp_path: Path, first: str) -> Path:
+    """A PYTHON that does something before each program but the one that decides about requeues."""
+    path = tmp_path / "python"
+    path.write_text(f'#!/bin/bash\nif [ "$2" != largescale.requeue ]; then\n{first}\nfi\nexec {sys.executable} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def test_crash_loop(training: Submit, tmp_path: Path) -> None:
+    """A run that dies each time, before it gets anywhere, is given up after MAX_RESTARTS starts."""
+    job = training(PYTHON=python(tmp_path, "kill -9 $$"), MAX_RESTARTS=3)
+    text = job.ended("FAILED", restarts=2)
+    assert job.fact("ExitCode") == "137:0"
+    assert text.count("\nasking for another start") == 2
+    assert f"not asking for another start: 3 starts in a row of job {job.id} ended without a new checkpoint" in text
+
+
+@pytest.mark.slow
+def test_preempted_without_grace(lab: Lab, training: Submit, truth: Path, tmp_path: Path) -> None:
+    """KillWait is all the time there is; Slurm requeues by itself."""
+    lab("scontrol", "update", "PartitionName=low", "GraceTime=0")
+    job = training()
+    job.wait_for_step(STARTED)
+    began = time.monotonic()
+    preempt(lab, tmp_path)
+    goes_on(job, began, "preempted, GraceTime=0")
+    saved_and_resumed(job.ended("COMPLETED", restarts=1))
+    assert_same_run(job.run, truth)
+
+
+@pytest.mark.slow
+def test_requeued_from_outside(lab: Lab, training: Submit, truth: Path) -> None:
+    job = training()
+    job.wait_for_step(STARTED)
+    began = time.monotonic()
+    lab("scontrol", "requeue", job.id)
+    goes_on(job, began, "scontrol requeue")
+    saved_and_resumed(job.ended("COMPLETED", restarts=1))
+    assert_same_run(job.run, truth)
+
+
+@pytest.mark.slow
+def test_asked_to_save_and_restart(lab: Lab, training: Submit, truth: Path) -> None:
+    """scancel -s USR1, as the script's header has it."""
+    job = training()
+    job.wait_for_step(STARTED)
+    began = time.monotonic()
+    lab("scancel", "--signal=USR1", job.id)
+    goes_on(job, began, "scancel -s USR1")
+    saved_and_resumed(job.ended("COMPLETED", restarts=1))
+    assert_same_run(job.run, truth)
+
+
+def more_time(job: Job) -> None:
+    """For its second start to be the last, however slow this machine is."""
+    job.wait_for("a requeue", lambda: job.fact("JobState") == "PENDING")
+    job.lab("scontrol", "update", f"JobId={job.id}", "TimeLimit=20")
+
+
+@pytest.mark.slow
+def test_time_limit(training: Submit, truth: Path) -> None:
+    """Slurm's notice before the limit. The ranks stand still until it comes: it begins with CONT."""
+    job = training(job=("--time=2", "--signal=USR1@60"))
+    job.wait_for_step(STARTED)
+    job.signal(signal.SIGSTOP, 0, 1)
+    job.wait_for_said("\nstopped ")
+    began = time.monotonic()
+    more_time(job)
+    goes_on(job, began, "time limit")
+    text = job.ended("COMPLETED", restarts=1)
+    saved_and_resumed(text)
+    assert "DUE TO TIME LIMIT" not in text
+    assert_same_run(job.run, truth)
+
+
+@pytest.mark.slow
+def test_over_the_time_limit(training: Submit, truth: Path, tmp_path: Path) -> None:
+    """A run that hangs and hears nothing: killed at its limit, and back for all that."""
+    hang = 'if [ -z "${SLURM_RESTART_COUNT:-}" ]; then trap "" TERM USR1; while :; do sleep 1; done; fi'
+    job = training(job=("--time=1", "--signal=USR1@60"), PYTHON=python(tmp_path, hang))
+    job.wait_for_said("DUE TO TIME LIMIT")
+    more_time(job)
+    text = job.ended("COMPLETED", restarts=1)
+    assert text.count("\nasking for another start") == 1
+    assert_same_run(job.run, truth)
+
+
+@pytest.mark.slow
+def test_node_down(lab: Lab, training: Submit, truth: Path) -> None:
+    """A node that is gone from the network: the rank on the other one is asked to stop, and hangs where it is."""
+    job = training()
+    job.wait_for_step(STARTED)
+    began = time.monotonic()
+    lab.cable("n2", "down")
+    lab("scontrol", "update", "NodeName=n2", "State=down", "Reason=test")
+    job.wait_for("a restart", lambda: job.fact("Restarts") == "1")
+    job.wait_for("the end of the first start", lambda: job.fact("JobState") == "PENDING")
+    lab.cable("n2", "up")
+    lab.resume("n2")
+    goes_on(job, began, "node down")
+    text = job.ended("COMPLETED", restarts=1)
+    assert "\nstopped " not in text and re.search(r"^resumed \S+ at step \d+00,", text, re.M), text
+    assert_same_run(job.run, truth)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_rank(rank: int, training: Submit, truth: Path) -> None:
+    job = training()
+    job.wait_for_step(STARTED)
+    began = time.monotonic()
+    job.signal(signal.SIGKILL, rank)
+    goes_on(job, began, f"kill -9 of rank {rank}")
+    text = job.ended("COMPLETED", restarts=1)
+    assert text.count("\nasking for another start") == 1 and "ended with status" in text
+    assert_same_run(job.run, truth)
+
+
+@pytest.mark.slow
+def test_killed_rank_and_one_that_hangs(training: Submit, truth: Path) -> None:
+    """What does not notice that another rank is gone: Slurm ends it after two minutes, srun's --wait."""
+    job = training()
+    job.wait_for_step(STARTED)
+    began = time.monotonic()
+    job.signal(signal.SIGSTOP, 0)
+    job.signal(signal.SIGKILL, 1)
+    goes_on(job, began, "kill -9 of rank 1 while rank 0 stands still")
+    assert "asking for another start" in job.ended("COMPLETED", restarts=1)
+    assert_same_run(job.run, truth)
+
+
+def test_packing(submit: Submit, tmp_path: Path) -> None:
+    """Asked to stop, it comes back and goes on where it was."""
+    pictures, out = tmp_path / "images", tmp_path / "packed"
+    (pictures / "n0").mkdir(parents=True)
+    Image.radial_gradient("L").resize((3000, 2000)).save(pictures / "n0/0.jpg")  # large, to be packed slowly
+    for i in range(1, 120):
+        (pictures / f"n0/{i}.jpg").hardlink_to(pictures / "n0/0.jpg")
+    job = submit("pack_imagenet.sh", "--device", "cpu", "--resolution", 16, "--rows-per-shard", 5, run=out,
+                 job=("--ntasks-per-node=2",), IMAGES=pictures, VAE="none", OUT=out)
+    job.wait_for("shards", lambda: len(list(out.glob("shard_*"))) > 4)
+    job.lab("scancel", "--signal=USR1", job.id)
+    job.ended("COMPLETED", restarts=1)
+    assert len(ShardDataset(out, verify=True)) == 120
+
+
+def test_packing_that_crashes(submit: Submit, tmp_path: Path) -> None:
+    job = submit("pack_coco.sh", PYTHON=python(tmp_path, "kill -9 $$"))
+    assert f"job {job.id} does not come back" in job.ended("FAILED", restarts=0)
