@@ -20,6 +20,8 @@ from largescale.launch import print_error
 from largescale.signals import EXIT_REQUEUE
 from largescale.starts import Start, read_starts
 
+PATIENCE_WITH_STOPS = 4
+
 
 @dataclass(frozen=True)
 class Requeue:
@@ -28,7 +30,8 @@ class Requeue:
     status: int
     """With which the training program ended."""
     max_restarts: int = 5
-    """Starts in a row without a new checkpoint, after which a person must look."""
+    """Starts in a row without a new checkpoint, after which a person must look; four times as many where the last one
+    was asked to stop, as a preemption during the start-up is."""
 
 
 def decide(run_dir: Path, status: int, max_restarts: int, job: str | None, restart: int) -> tuple[bool, str]:
@@ -40,6 +43,8 @@ def decide(run_dir: Path, status: int, max_restarts: int, job: str | None, resta
     if job is None:
         return False, "SLURM_JOB_ID is not set, so this is no job of Slurm's; run the same command again to go on"
     fruitless = restart - last_fruitful(run_dir, job)
+    if status == EXIT_REQUEUE:
+        max_restarts *= PATIENCE_WITH_STOPS
     if fruitless >= max_restarts:
         row = "a start" if fruitless == 1 else f"{fruitless} starts in a row"
         return False, (f"{row} of job {job} ended without a new checkpoint (the last with status {status}); "

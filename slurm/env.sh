@@ -12,6 +12,9 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
 export MASTER_ADDR MASTER_PORT
 
+# srun says who is which rank. What another launcher left in the environment that sbatch was typed in would overrule it.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
+
 # Otherwise each of a node's ranks starts a thread for each of the node's cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # A rank that crashes outside Python says where Python was.

@@ -287,6 +287,9 @@ class Alone:
     def all_gather_object(self, value: Any) -> list[Any]:
         return [value]
 
+    def together(self, action: Callable[[], Any]) -> Any:
+        return action()
+
 
 class TinyEngine:
     """Hands over files as DeepSpeed does."""

@@ -43,7 +43,7 @@ def asked(run: Path, status: int = 137, restart: int = 0, most: int = 2, job: st
 
 @pytest.mark.parametrize("status, restart, expected", [
     (0, 0, False), (2, 0, False), (75, 0, True), (1, 0, True), (137, 0, True),
-    (75, 1, False), (1, 1, False),
+    (75, 1, True), (75, 6, True), (75, 7, False), (1, 1, False),  # four times as many where it was asked to stop
 ])
 def test_status_with_nothing_saved(tmp_path: Path, status: int, restart: int, expected: bool) -> None:
     assert asked(tmp_path / "missing", status, restart) is expected
