@@ -37,7 +37,7 @@ from largescale.encoders.vae import Vae, load_vae
 from largescale.errors import ConfigError, LargescaleError
 from largescale.files import write_atomically
 from largescale.images import grid, titled, to_uint8
-from largescale.launch import env_world_size, print_error
+from largescale.launch import env_world_size, leave, print_error
 from largescale.sampling import SamplingConfig, draw_samples
 from largescale.signals import serve_stop_signals, stop_requested
 from largescale.weights import load_trained
@@ -250,4 +250,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

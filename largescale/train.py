@@ -19,7 +19,7 @@ from largescale.config import Config, differences, from_dict, to_dict, validate
 from largescale.ds_config import final_ds_config, precision
 from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, StorageError
 from largescale.files import exclusive
-from largescale.launch import env_rank, env_world_size, print_error
+from largescale.launch import env_rank, env_world_size, leave, print_error
 from largescale.presets import PRESETS
 from largescale.signals import EXIT_REQUEUE, serve_stop_signals, stop_requested
 from largescale.starts import read_starts
@@ -250,4 +250,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -100,8 +100,9 @@ class Trainer:
         self.engine.gather_weights()
         self.step, self.skipped_steps = state["step"], state["skipped_steps"]
         self.curriculum.load_state_dict(state["curriculum"])
-        self.skips = [Skip(**skip) for skip in state["skips"]]
-        self.spikes.load_state_dict(state["spikes"])
+        self.skips = [Skip(**skip) for skip in state.get("skips", [])]  # a checkpoint of format 1 has neither
+        if "spikes" in state:
+            self.spikes.load_state_dict(state["spikes"])
 
     @property
     def input_step(self) -> int:
@@ -167,7 +168,7 @@ class Trainer:
             self.saving.finish(self.step)
             raise self.no_data(unread)
         self.saving.look(self.step, report)
-        bad = self.find_trouble(report, applied or retryable)
+        bad = self.find_trouble(report, applied, retryable)
         policy = getattr(self.config.anomaly, bad.kind) if bad else "count"
         if bad and policy == "skip":
             self.go_back(bad)
@@ -321,17 +322,17 @@ class Trainer:
             return fatal
         return StorageError(f"{text}; saved at step {self.checkpointer.last_saved}, the same command goes on")
 
-    def find_trouble(self, report: agreed.Report, going_on: bool) -> Trouble | None:
-        """`going_on`: the step was applied, or can be tried again at a lower loss scale."""
+    def find_trouble(self, report: agreed.Report, applied: bool, retryable: bool) -> Trouble | None:
+        """`retryable`: a step that was not applied can be tried again at a lower loss scale."""
         where = f"step {self.step + 1}, curriculum index {self.curriculum.index}"
         if report.non_finite:
             return trouble.loss_not_finite(report, where)
-        if not going_on:
+        if not applied and not retryable:
             found = self.ranks.all_gather_object(
                 trouble.find_gradient(self.engine.module, self.micro_steps(), self.engine.loss_scale)
             )
             return trouble.gradient_not_finite(report, where, self.engine.loss_scale, found)
-        if self.spikes.is_spike(report.loss):
+        if applied and self.spikes.is_spike(report.loss):
             return trouble.spike(report, self.spikes.usual, where)
         return None
 

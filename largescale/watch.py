@@ -1,14 +1,12 @@
 """Ends a run in which a rank is gone or does not move, and says which one."""
 
-import os
-import sys
 import threading
 import time
 from typing import NoReturn, Self
 
 from largescale.distributed import Ranks
 from largescale.errors import LostRankError
-from largescale.launch import print_error
+from largescale.launch import leave, print_error
 
 
 class Watch:
@@ -67,8 +65,7 @@ def lost_rank(ranks: Ranks, where: str, what: str) -> LostRankError:
 def end_at_once(error: LostRankError) -> NoReturn:
     """The usual way out would wait for a process group whose other ranks are gone."""
     print_error(error)
-    sys.stderr.flush()
-    os._exit(error.exit_status)
+    leave(error.exit_status)
 
 
 def _named(ranks: list[int]) -> str:

@@ -16,6 +16,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 from largescale import checkpoint, train, trainer
 from largescale.data.loader import Loader
 from largescale.errors import DataError
+from largescale.launch import leave
 from largescale.trainer import Trainer
 
 parser = argparse.ArgumentParser()
@@ -185,4 +186,4 @@ if faults.no_data is not None and os.environ["RANK"] == str(faults.no_data):
 
     train.open_dataset = lost  # type: ignore[assignment]
 
-sys.exit(train.main(sys.argv[separator + 1 :]))
+leave(train.main(sys.argv[separator + 1 :]))

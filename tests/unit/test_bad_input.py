@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from largescale import signals, telemetry
 from largescale.checkpoint_files import checkpoints, seal
@@ -18,12 +19,12 @@ from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
 from largescale.errors import ConfigError
-from largescale.files import exclusive
+from largescale.files import exclusive, sha256
 from largescale.optim import check_apex
 from largescale.starts import read_starts
 from largescale.telemetry import read_metrics
 from largescale.trainer import Trainer
-from tests.conftest import Outcome, RunHere, assert_same_run, final_state
+from tests.conftest import Outcome, RunHere, assert_same_run, cut, final_state
 
 
 def assert_refused(outcome: Outcome, *parts: str) -> None:
@@ -236,6 +237,24 @@ def test_a_manifest_that_is_not_the_checkpoints(run_here: RunHere) -> None:
     manifest["state"]["curriculum"]["pacing"]["index"] = 4
     path.write_text(seal(manifest))
     assert_refused(run_here("--train.steps", 8), "the manifest's copy of the state is not the checkpoint's")
+
+
+def test_a_checkpoint_of_the_version_before(run_here: RunHere, tmp_path: Path) -> None:
+    """Format 1: a manifest without a hash of itself, a state that knows neither skips nor spikes."""
+    settings = ("--train.steps", 8, "--checkpoint.every", 4)
+    truth = run_here(*settings, output=tmp_path / "truth").run
+    cut(truth, tmp_path / "run", 4)
+    checkpoint = checkpoints(tmp_path / "run")[0]
+    manifest, model = json.loads((checkpoint.path / "manifest.json").read_text()), checkpoint.path / "mp_rank_00_model_states.pt"
+    content = torch.load(model, weights_only=True)
+    for state in (content["largescale"], manifest["state"]):
+        del state["skips"], state["spikes"]
+    torch.save(content, model)
+    del manifest["sha256"]
+    manifest |= {"format": 1, "files": manifest["files"] | {model.name: {"bytes": model.stat().st_size, "sha256": sha256(model)}}}
+    (checkpoint.path / "manifest.json").write_text(json.dumps(manifest))
+    assert "at step 4" in run_here(*settings).err
+    assert_same_run(tmp_path / "run", truth)
 
 
 def test_checkpoints_that_are_gone(run_here: RunHere, tmp_path: Path) -> None:
