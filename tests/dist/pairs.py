@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 os.environ["DS_ACCELERATOR"] = "cpu"
-from largescale import distributed, engine, train
+from largescale import distributed, train
 from largescale.data.loader import Batch, Loader
 from largescale.diffusion.gaussian import GaussianDiffusion, Losses
 from largescale.draws import Draws

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from largescale import distributed, train
+from largescale.launch import leave
 from tests.conftest import assert_same_run, cut, ds_json, trace
 
 torch.set_num_threads(1)
@@ -50,3 +51,4 @@ for precision in ("fp32", "bf16", "fp16"):
 if ranks.rank == 0:
     print(json.dumps(found))
 close()
+leave(0)

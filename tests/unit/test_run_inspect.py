@@ -23,7 +23,14 @@ from largescale.telemetry import read_metrics
 from tests.conftest import RunHere
 from tests.unit.test_requeue import NO_TORCH, ROOT
 
-NOW = time.time()
+NOW = 0.0
+
+
+@pytest.fixture(autouse=True)
+def now() -> None:
+    """What is made here is so many seconds old, however late this file's turn comes."""
+    global NOW
+    NOW = time.time()
 
 
 def curriculum(step: int) -> dict[str, Any]:
@@ -34,10 +41,11 @@ def curriculum(step: int) -> dict[str, Any]:
     return c.state_dict()
 
 
-def save(run: Path, step: int, written: float = NOW - 100, state: dict[str, Any] | None = None, **manifest: Any) -> CheckpointDir:
+def save(run: Path, step: int, written: float | None = None, state: dict[str, Any] | None = None, **manifest: Any) -> CheckpointDir:
     """A checkpoint as training leaves it, of two small files."""
     checkpoint = CheckpointDir.at(run, step)
     checkpoint.path.mkdir(parents=True)
+    written = NOW - 100 if written is None else written
     files = {}
     for name, size in (("mp_rank_00_model_states.pt", 30_000), ("zero_pp_rank_0_mp_rank_00_optim_states.pt", 70_000)):
         content = bytes([step % 256]) * size
