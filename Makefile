@@ -21,7 +21,7 @@ demo: .venv/demo.stamp
 	@date +%s > .venv/demo.started
 	$(BIN)/python -m data_prep.digits --out data/digits
 	$(TORCHRUN) -m largescale.train digits --output $(RUN) $(DEMO_ARGS)
-	$(TORCHRUN) -m eval.sample $(RUN) --out $(RUN)/eval --num-samples $(SAMPLES) --cfg-scale 1.5 2.0 --steps 100
+	$(TORCHRUN) -m eval.sample $(RUN) --out $(RUN)/eval --num-samples $(SAMPLES) --cfg-scale 1.5 2.0 --steps 100 --replace
 	$(BIN)/python -m eval.digits $(RUN)/eval/cfg1.5 $(RUN)/eval/cfg2.0 --out $(RUN)/eval/digits.json
 	@echo
 	@echo "pictures     $(RUN)/eval/cfg2.0/grid.png, $(RUN)/eval/cfg1.5/grid.png (a column a class); while training: $(RUN)/samples"
@@ -39,7 +39,7 @@ demo-text: .venv/demo-text.stamp
 	$(BIN)/python -m data_prep.emoji --out data/emoji
 	$(BIN)/python -m data_prep.inspect data/emoji --picture data/emoji.png
 	$(TORCHRUN) -m largescale.train emoji --output $(TEXT_RUN) $(DEMO_ARGS)
-	$(TORCHRUN) -m eval.sample $(TEXT_RUN) --out $(TEXT_RUN)/eval --num-samples 50 --cfg-scale 2.0 --steps 100 \
+	$(TORCHRUN) -m eval.sample $(TEXT_RUN) --out $(TEXT_RUN)/eval --num-samples 50 --cfg-scale 2.0 --steps 100 --replace \
 		--prompts $(PROMPTS)
 	@echo
 	@echo "pictures     $(TEXT_RUN)/eval/cfg2.0/grid.png (a column a prompt); while training: $(TEXT_RUN)/samples"

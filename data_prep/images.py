@@ -18,6 +18,8 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from largescale.images import center_crop
+
 MAX_PIXELS = 178_956_970                                # PIL's own limit
 PLUGINS = (BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, PpmImagePlugin, TiffImagePlugin,
            WebPImagePlugin)                             # imported, they register what opens their format
@@ -53,16 +55,6 @@ def decode(data: bytes, resolution: int, min_side: int, max_pixels: int = MAX_PI
     except Exception as error:                          # damaged content makes PIL raise some ten kinds
         raise Unusable(str(error) or repr(error)) from error
     return np.ascontiguousarray(np.asarray(center_crop(upright, resolution)).transpose(2, 0, 1))
-
-
-def center_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """ADM's: halve with a box filter while twice too large, bicubic to the short side, cut out the centre."""
-    while min(image.size) >= 2 * resolution:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = resolution / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
-    return image.crop((left, top, left + resolution, top + resolution))
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:

@@ -30,9 +30,9 @@ import tyro
 from tqdm import tqdm
 
 from data_prep import images
-from data_prep.parts import Parts
 from data_prep.sources import Item, Source
 from largescale.data.format import CaptionInfo, DatasetInfo
+from largescale.data.parts import Parts
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import Shard, write_empty_caption, write_manifest
 from largescale.encoders.text import TextEncoder, load_text_encoder

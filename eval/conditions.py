@@ -1,99 +1,255 @@
-"""What each sample is told: balanced classes, captions of a packed data set, prompts, or nothing."""
+"""What each sample is told: classes, captions of a packed data set, prompts, or nothing; found when it is asked for."""
 
+from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from eval.prompts import read_prompts
 from largescale.config import ModelConfig
 from largescale.data.loader import to_condition
 from largescale.data.shards import ShardDataset
-from largescale.encoders.text import load_text_encoder
+from largescale.draws import stream_seed
+from largescale.encoders.text import EncodedCaption, TextEncoder, load_text_encoder
 from largescale.errors import ConfigError
-from largescale.images import balanced_labels
 from largescale.models.conditioning import Condition
 from largescale.weights import Trained
 
+CACHE_BYTES = 2**29  # of encoded prompts in a process; COCO's 30,000 by CLIP ViT-L/14 take as much
+_LABELS_A_BLOCK = 4096
 
-@dataclass(frozen=True)
-class Conditions:
-    of: Callable[[Sequence[int]], Condition]            # of these sample numbers, on the CPU
-    stored: npt.NDArray[Any]                            # (N,) beside the samples: int64 labels, or texts
-    facts: dict[str, Any]                               # for the provenance
-
-    @property
-    def titles(self) -> list[str] | None:
-        return None if self.stored.dtype == np.int64 else self.stored.tolist()
+Numbers = npt.NDArray[np.int64]
 
 
-def make_conditions(trained: Trained, n: int, captions: Path | None, prompts: Sequence[str], text_encoder: str | None,
-                     device: torch.device) -> Conditions:
-    """Of samples 0 .. n - 1. Raises ConfigError for a model that is told something else, or captions encoded by another
-    encoder than the one that it was trained with."""
+class Conditions(ABC):
+    """Of samples 0 .. n - 1, a function of their numbers. Raises IndexError for any other number."""
+
+    def __init__(self, n: int, facts: dict[str, Any], num_classes: int = 0) -> None:
+        self.n = n
+        self.facts = facts                              # all that they depend on, plain JSON: for the provenance
+        self.num_classes = num_classes                  # of a data set of the samples; 0 without labels
+
+    @abstractmethod
+    def of(self, index: Sequence[int]) -> Condition:
+        """What the model is told of these samples, on the CPU."""
+
+    def labels(self, index: Sequence[int]) -> Numbers:
+        """(len(index),), to stand beside these samples; 0 where they have none."""
+        return np.zeros_like(self._numbers(index))
+
+    def texts(self, index: Sequence[int]) -> list[str] | None:
+        """As many, to stand beside these samples; None where they have none."""
+        return None
+
+    def prepare(self) -> None:  # noqa: B027  most have nothing to load
+        """Load what `of` would load when first asked, to hear now of what is wrong with it."""
+
+    def _numbers(self, index: Sequence[int]) -> Numbers:
+        numbers = np.asarray(index, np.int64)
+        if not 0 <= numbers.min(initial=0) <= numbers.max(initial=0) < self.n:
+            raise IndexError(f"samples {numbers.min()} to {numbers.max()} do not lie in [0, {self.n})")
+        return numbers
+
+
+def make_conditions(
+        trained: Trained, *, n: int, seed: int = 0, labels: Literal["balanced", "drawn"] = "balanced",
+        classes: Sequence[int] = (), prompts: Sequence[str] = (), prompts_file: Path | None = None,
+        captions: Path | None = None, text_encoder: str | None = None, device: torch.device) -> Conditions:
+    """Of samples 0 .. n - 1: balanced labels, unless something else is given.
+
+    seed: of drawn labels. text_encoder: encodes prompts on `device`; loaded when the first of them is asked for, and
+    not looked at otherwise. Raises ConfigError for a model that is told something else than it was trained on, and
+    DataError for a file of prompts or a data set that cannot be used.
+    """
     model = trained.config.model
+    texts = {"--prompts": prompts, "--prompts-file": prompts_file, "--captions": captions}
+    given = [option for option, value in texts.items() if value]
+    of_labels = [*(["--labels drawn"] if labels == "drawn" else []), *(["--classes"] if classes else [])]
     if not model.caption_tokens:
-        if captions or prompts:
-            raise ConfigError("the model was not trained on captions; leave out --captions and --prompts")
-        return _labels(model, n)
-    if bool(captions) == bool(prompts):
+        if given:
+            raise ConfigError(f"the model was not trained on captions; leave out {' and '.join(given)}")
+        return _of_labels(model, n, seed, of_labels, classes)
+    if of_labels:
+        raise ConfigError(f"the model was trained on captions, not on labels; leave out {' and '.join(of_labels)}")
+    if len(given) != 1:
         raise ConfigError("the model was trained on captions: give --prompts TEXT ..., or --captions DIR, a packed "
-                          "data set whose captions to use" + (", not both" if captions else ""))
-    encoder = trained.info["data_info"].get("encoders", {}).get("text")
+                          "data set whose captions to use, or --prompts-file FILE"
+                          + (f"; one of them, not {' and '.join(given)}" if given else ""))
+    trained_with = trained.info["data_info"].get("encoders", {}).get("text")
     if captions:
-        return _of_data(ShardDataset(captions), model, n, encoder)
+        return OfData(n, ShardDataset(captions), trained_with)
     if text_encoder is None:
-        raise ConfigError(f"--prompts needs --text-encoder, the one that the model was trained with: {encoder}")
-    return _of_prompts(prompts, text_encoder, model, n, encoder, device)
+        raise ConfigError(f"{given[0]} needs --text-encoder, the one that the model was trained with: {trained_with}")
+    if trained_with is None:
+        raise ConfigError(f"{given[0]}: the model's data do not say which text encoder made their captions; give "
+                          "--captions, a packed data set whose captions to use")
+
+    def load() -> TextEncoder:
+        encoder = load_text_encoder(text_encoder, device, max_tokens=model.caption_tokens)
+        if encoder.identity != trained_with:
+            raise ConfigError(f"--text-encoder {text_encoder} is {encoder.identity}, the model was trained with "
+                              f"{trained_with}")
+        return encoder
+
+    if prompts_file:
+        read = read_prompts(prompts_file)
+        list_of, fact = read.texts, {"name": read.source["name"], "sha256": read.sha256, "count": len(read.texts)}
+        facts: dict[str, Any] = {"prompts_file": fact}
+    else:
+        list_of = list(prompts)
+        facts = {"prompts": list_of}
+        if empty := [i for i, prompt in enumerate(list_of) if not prompt.strip()]:
+            raise ConfigError(f"prompt {empty[0]} of --prompts is empty; give a text, or --cfg-scale 0 to sample "
+                              "without")
+    return OfPrompts(n, list_of, EncodingCache(load), model, facts | {"text_encoder": trained_with})
 
 
-def _labels(model: ModelConfig, n: int) -> Conditions:
-    labels = np.array(balanced_labels(n, max(model.num_classes, 1)), np.int64)
-    said = f"sample i has class i % {model.num_classes}" if model.num_classes else "none"
-    return Conditions(lambda index: torch.from_numpy(labels[list(index)]), labels, {"labels": said})
+class OfLabels(Conditions):
+    """`label_of`: sample numbers -> their labels; for an unconditional model 0, which it ignores."""
+
+    def __init__(self, n: int, num_classes: int, label_of: Callable[[Numbers], Numbers], facts: dict[str, Any]) -> None:
+        super().__init__(n, facts, num_classes)
+        self._label_of = label_of
+
+    def of(self, index: Sequence[int]) -> Condition:
+        return torch.from_numpy(self.labels(index))
+
+    def labels(self, index: Sequence[int]) -> Numbers:
+        return self._label_of(self._numbers(index))
 
 
-def _of_data(data: ShardDataset, model: ModelConfig, n: int, encoder: str | None) -> Conditions:
-    found = data.info.encoders.get("text")
-    if data.info.captions is None or found != encoder:
-        raise ConfigError(f"{data.path} has captions encoded by {found}, the model was trained with {encoder}; "
-                          "pack them with that one")
-    rows, turn = np.arange(n) % len(data), np.arange(n) // len(data)
-    texts = data.texts(rows)
-    choice = np.array([(k % len(of_row) + 0.5) / len(of_row) for k, of_row in zip(turn, texts, strict=True)])
+def _of_labels(model: ModelConfig, n: int, seed: int, given: list[str], classes: Sequence[int]) -> OfLabels:
+    if not model.num_classes:
+        if given:
+            raise ConfigError(f"the model was trained without labels; leave out {' and '.join(given)}")
+        return OfLabels(n, 0, np.zeros_like, {"labels": "none"})
+    if len(given) > 1:
+        raise ConfigError("--classes says which label each sample has; leave out --labels drawn")
+    if classes:
+        if outside := [label for label in classes if not 0 <= label < model.num_classes]:
+            raise ConfigError(f"--classes: label {outside[0]} lies outside the model's classes "
+                              f"0..{model.num_classes - 1}; leave it out")
+        each = np.array(classes, np.int64)
+        return OfLabels(n, model.num_classes, lambda i: each[i % len(each)],
+                        {"labels": f"sample i has classes[i % {len(each)}]", "classes": each.tolist()})
+    if given:
+        return OfLabels(n, model.num_classes, _drawn(seed, model.num_classes),
+                        {"labels": f"sample i has a class drawn uniformly of {model.num_classes}, by (seed, i)",
+                         "labels_seed": seed})
+    return OfLabels(n, model.num_classes, lambda i: i % model.num_classes,
+                    {"labels": f"sample i has class i % {model.num_classes}"})
 
-    def of(index: Sequence[int]) -> Condition:
-        part = list(index)
-        gathered = data.gather(rows[part], choice=choice[part])
+
+def _drawn(seed: int, num_classes: int) -> Callable[[Numbers], Numbers]:
+    """Labels by (seed, i). Golden values in the tests pin them."""
+
+    @lru_cache(maxsize=64)                              # a generator a sample would take 10 us each
+    def block(number: int) -> Numbers:
+        generator = torch.Generator().manual_seed(stream_seed(seed, "label", number))
+        u = torch.rand(_LABELS_A_BLOCK, dtype=torch.float64, generator=generator)
+        drawn: Numbers = (u * num_classes).long().numpy()   # u <= 1 - 2**-53: rounds to below num_classes
+        return drawn
+
+    def label_of(index: Numbers) -> Numbers:
+        labels = np.empty_like(index)
+        numbers, within = np.divmod(index, _LABELS_A_BLOCK)
+        for number in np.unique(numbers):
+            here = numbers == number
+            labels[here] = block(int(number))[within[here]]
+        return labels
+
+    return label_of
+
+
+class OfData(Conditions):
+    """Sample i has a caption of row i % len(data): the first, the next time round the second, and so on."""
+
+    def __init__(self, n: int, data: ShardDataset, trained_with: str | None) -> None:
+        found = data.info.encoders.get("text")
+        if data.info.captions is None or found != trained_with:
+            raise ConfigError(f"{data.path} has captions encoded by {found}, the model was trained with "
+                              f"{trained_with}; pack them with that one")
+        super().__init__(n, {"captions": f"sample i has row i % {len(data)}'s, in turn",
+                             "captions_of": data.fingerprint})
+        self._data = data
+
+    def of(self, index: Sequence[int]) -> Condition:
+        rows, captions, turns = self._chosen(index)
+        choice = [(k + 0.5) / len(of_row) for of_row, k in zip(captions, turns, strict=True)]
+        gathered = self._data.gather(rows, choice=np.array(choice))
         return to_condition({name: torch.from_numpy(values) for name, values in gathered.items()})
 
-    stored = np.array([of_row[k % len(of_row)] for k, of_row in zip(turn, texts, strict=True)])
-    return Conditions(of, stored, {"captions": f"sample i has row i % {len(data)}'s, in turn",
-                                   "captions_of": data.fingerprint})
+    def texts(self, index: Sequence[int]) -> list[str]:
+        _, captions, turns = self._chosen(index)
+        return [of_row[k] for of_row, k in zip(captions, turns, strict=True)]
+
+    def _chosen(self, index: Sequence[int]) -> tuple[Numbers, list[list[str]], list[int]]:
+        """The row of each sample, all captions of it, and which of them is the sample's."""
+        rounds, rows = np.divmod(self._numbers(index), len(self._data))
+        captions = self._data.texts(rows)
+        return rows, captions, [k % len(of_row) for k, of_row in zip(rounds.tolist(), captions, strict=True)]
 
 
-def _of_prompts(prompts: Sequence[str], spec: str, model: ModelConfig, n: int, encoder: str | None,
-                device: torch.device) -> Conditions:
-    if empty := [i for i, prompt in enumerate(prompts) if not prompt.strip()]:
-        raise ConfigError(f"prompt {empty[0]} of --prompts is empty; give a text, or --cfg-scale 0 to sample without")
-    encode = load_text_encoder(spec, device, max_tokens=model.caption_tokens)
-    if encode.identity != encoder:
-        raise ConfigError(f"--text-encoder {spec} is {encode.identity}, the model was trained with {encoder}")
-    each = encode(list(prompts))                        # one encoding a prompt
-    rows = {
-        "caption_tokens": torch.zeros(len(each), model.caption_tokens, model.caption_width, dtype=torch.float16),
-        "caption_length": torch.tensor([len(prompt.tokens) for prompt in each]),
-        "caption_pooled": torch.from_numpy(np.stack([prompt.pooled for prompt in each])),
-    }
-    for row, prompt in zip(rows["caption_tokens"], each, strict=True):
-        row[: len(prompt.tokens)] = torch.from_numpy(prompt.tokens)
+class EncodingCache:
+    """Encodings of texts, each made once while it is kept: the last used, of `limit` bytes at most."""
 
-    def of(index: Sequence[int]) -> Condition:
-        part = torch.tensor(list(index)) % len(each)
-        return to_condition({name: values[part] for name, values in rows.items()})
+    def __init__(self, load: Callable[[], TextEncoder], limit: int = CACHE_BYTES) -> None:
+        self._load, self._limit = load, limit
+        self._kept: OrderedDict[str, EncodedCaption] = OrderedDict()    # the last used at the end
+        self.nbytes = 0
 
-    stored = np.array([prompts[i % len(prompts)] for i in range(n)])
-    return Conditions(of, stored, {"prompts": list(prompts), "text_encoder": encode.identity})
+    @cached_property
+    def encoder(self) -> TextEncoder:
+        return self._load()
+
+    def __call__(self, texts: Sequence[str]) -> list[EncodedCaption]:
+        """In the order of the texts. Raises what loading the encoder and encoding raise."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self._kept]
+        if missing:
+            for text, encoded in zip(missing, self.encoder(missing), strict=True):
+                self._kept[text] = encoded
+                self.nbytes += _nbytes(encoded)
+        found = [self._kept[text] for text in texts]    # before any of them may have to go
+        for text in texts:
+            self._kept.move_to_end(text)
+        while self.nbytes > self._limit:
+            _, dropped = self._kept.popitem(last=False)
+            self.nbytes -= _nbytes(dropped)
+        return found
+
+
+def _nbytes(encoded: EncodedCaption) -> int:
+    return encoded.tokens.nbytes + encoded.pooled.nbytes
+
+
+class OfPrompts(Conditions):
+    """Sample i has prompt i % len(prompts)."""
+
+    def __init__(self, n: int, prompts: Sequence[str], encodings: EncodingCache, model: ModelConfig,
+                 facts: dict[str, Any]) -> None:
+        super().__init__(n, facts)
+        self._prompts, self._encodings, self._model = prompts, encodings, model
+
+    def prepare(self) -> None:
+        _ = self._encodings.encoder
+
+    def of(self, index: Sequence[int]) -> Condition:
+        m, each = self._model, self._encodings(self.texts(index))
+        rows = {
+            "caption_tokens": torch.zeros(len(each), m.caption_tokens, m.caption_width, dtype=torch.float16),
+            "caption_length": torch.tensor([len(encoded.tokens) for encoded in each], dtype=torch.int64),
+            "caption_pooled": torch.zeros(len(each), m.caption_pooled_width, dtype=torch.float16),
+        }
+        for tokens, pooled, encoded in zip(rows["caption_tokens"], rows["caption_pooled"], each, strict=True):
+            tokens[: len(encoded.tokens)] = torch.from_numpy(encoded.tokens)
+            pooled[:] = torch.from_numpy(encoded.pooled)
+        return to_condition(rows)
+
+    def texts(self, index: Sequence[int]) -> list[str]:
+        return [self._prompts[i % len(self._prompts)] for i in self._numbers(index).tolist()]

@@ -55,14 +55,14 @@ def load_real(path: Path) -> tuple[Tensor, Tensor, str]:
 
 def load_samples(folder: Path, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Images (N, 1, H, W) and the labels asked for. Raises DataError for a folder without samples of such images."""
-    if not (folder / "samples.npz").is_file():
-        raise DataError(f"{folder} holds no samples.npz; give a folder that eval.sample wrote, such as samples/cfg1.5")
-    with np.load(folder / "samples.npz") as file:
-        images, labels = file["arr_0"], file["arr_1"]
-    if images.shape[1:] != (*shape[2:], 3):
-        raise DataError(f"{folder} holds images of shape {images.shape[1:]}, the real digits have {tuple(shape[2:])}; "
+    if not (folder / "provenance.json").is_file():
+        raise DataError(f"{folder} holds no samples; give a folder that eval.sample wrote, such as samples/cfg1.5")
+    data = ShardDataset(folder, verify=True)
+    if data.info.shape != tuple(shape[1:]):
+        raise DataError(f"{folder} holds images of shape {data.info.shape}, the real digits have {tuple(shape[1:])}; "
                         "give samples of a model that was trained on them")
-    return to_input(images[..., 0][:, None]), torch.from_numpy(labels)  # grey: three equal channels
+    rows = data.gather(np.arange(len(data)))
+    return to_input(rows["latent"]), torch.from_numpy(rows["label"])
 
 
 def split(labels: Tensor) -> tuple[Tensor, Tensor]:

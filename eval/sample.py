@@ -1,22 +1,21 @@
 """python -m eval.sample RUN_OR_EXPORT --out DIR: samples, as many of each class, or of captions or prompts.
 
-    DIR/cfg1.5/samples.npz        arr_0 (N, H, W, 3) uint8 and arr_1 (N,) int64 labels: ADM's layout, for its evaluator;
-                                  of a text-to-image model arr_1 are the texts. Of a latent model without --vae
-                                  latents.npz, with arr_0 (N, C, H, W) float32 as the model has them
-    DIR/cfg1.5/grid.png           the first 100, ten columns (latents show three channels, undecoded)
-    DIR/cfg1.5/provenance.json    all that the samples depend on; written last, so a set that has one is whole
+DIR gets a folder for each scale, such as DIR/cfg1.5: Arrow shards, a picture of the first samples and provenance.json,
+with all that the samples depend on (eval/sample_set.py lists the files). Killed or stopped, it goes on where it was
+when the same command is run again; a whole set is left alone. Under torchrun or srun the ranks share the samples; they
+meet in the file system only, and need not be as many as before.
 
-A whole set with the same provenance is left alone: to go on after an interruption, run the same command again.
-Under torchrun or srun the ranks share the samples; sample i is the same whoever draws it.
+Sample i depends on (seed, i) alone: it is bitwise the same on one type of device at the same batch size and shard size,
+whatever the number of ranks and restarts, and the same up to rounding at others.
 """
 
 import hashlib
 import json
 import math
-import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,24 +24,28 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import tyro
-from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import largescale
-from eval.conditions import Conditions, make_conditions
+from eval.conditions import make_conditions
+from eval.sample_set import Format, SampleSet, Worker, make_of
 from largescale.build import latent_shape
-from largescale.distributed import Ranks
+from largescale.checkpoint_files import CheckpointDir
+from largescale.data.format import KINDS, DatasetInfo
+from largescale.data.parts import JOB
+from largescale.diffusion.gaussian import Model
+from largescale.diffusion.samplers import SamplerName, evaluations
+from largescale.distributed import local_device
 from largescale.encoders.vae import Vae, load_vae
-from largescale.errors import ConfigError, LargescaleError
-from largescale.files import write_atomically
-from largescale.images import grid, titled, to_uint8
-from largescale.launch import env_world_size, leave, print_error
-from largescale.sampling import SamplingConfig, draw_samples
+from largescale.errors import ConfigError, DataError, LargescaleError, Stopped
+from largescale.inference import compile_pays, prepare
+from largescale.launch import env_rank, env_world_size, leave, print_error
+from largescale.sampling import SamplingConfig, draw_batches
 from largescale.signals import serve_stop_signals, stop_requested
 from largescale.weights import load_trained
 
-PROVENANCE, GRID = "provenance.json", "grid.png"
+DECODED_AT_ONCE = 16                                    # latents; the decoder needs far more memory than the model
 
 
 @dataclass(frozen=True)
@@ -52,31 +55,53 @@ class Sample:
     out: Path
     """Gets a folder for each cfg_scale."""
     num_samples: int = 1000
+    """Papers score 50,000."""
     cfg_scale: tuple[float, ...] = (1.5,)
     """One or more; 1 is no guidance."""
-    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    sampler: SamplerName = "ddpm"
     steps: int = 250
+    eta: float = 0.0
+    """DDIM's noise: 0 is deterministic."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Guide at these noise levels only; 0 is no noise, 1 pure noise."""
+    cfg_channels: int | None = None
+    """Guide the first k channels only; by default all of the image's."""
     seed: int = 0
+    labels: Literal["balanced", "drawn"] = "balanced"
+    """Of a class-conditional model: as many of each class, or classes drawn at random."""
+    classes: tuple[int, ...] = ()
+    """Or these classes in turn."""
     prompts: tuple[str, ...] = ()
     """Of a text-to-image model: sample i has prompt i % n."""
+    prompts_file: Path | None = None
+    """Or a list that eval.prompts froze, or a text file with a prompt a line."""
     captions: Path | None = None
     """Or a packed data set: sample i has a caption of its row i % n."""
     text_encoder: str | None = None
     """For prompts: where the encoder that the data were packed with lies now; by default where it was then."""
     vae: str | None = None
     """Of a latent model: likewise the VAE, to decode the samples with; none: keep latents."""
-    cfg_channels: int | None = None
-    """Guide the first k channels only; by default all of the image's."""
-    batch_size: int = 250
-    """Images drawn at a time, by each rank: a matter of speed and memory, not of what is drawn."""
+    also: tuple[Format, ...] = ()
+    """Besides the shards: npz for ADM's evaluator, png for a folder of pictures."""
+    replace: bool = False
+    """Other samples that lie in the folder are removed; otherwise they are an error."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the matrix products; auto: on a GPU the one that the model was trained in, else fp32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto: where it is expected to pay."""
+    batch_size: int | None = None
+    """Images drawn at a time by each rank: a matter of speed and memory. By default 128 on a GPU, 32 on the CPU."""
+    shard_size: int = 256
+    """Images in a shard. A rank that is stopped loses what it drew of its last one."""
     step: int | None = None
     """Which checkpoint of a run; the newest valid one by default."""
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
 
     def check(self) -> None:
         """Raises ConfigError before any work is done, not after the first of several scales."""
-        for key, value in {"num_samples": self.num_samples, "batch_size": self.batch_size}.items():
-            if value < 1:
+        for key, value in {"num_samples": self.num_samples, "batch_size": self.batch_size,
+                           "shard_size": self.shard_size}.items():
+            if value is not None and value < 1:
                 raise ConfigError(f"{key}={value} must be at least 1; set --{key.replace('_', '-')}")
         for scale in self.cfg_scale:
             if not 0 <= scale < math.inf:
@@ -88,25 +113,46 @@ class Sample:
 
 
 class Sampler:
-    """A trained model, and this process's part in sampling from it. Without a launcher no process group is made."""
+    """A trained model, and this process's part in sampling from it."""
 
-    def __init__(self, options: Sample, ranks: Ranks | None):
-        self.options, self.ranks = options, ranks
-        self.rank, self.world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
-        self.device = ranks.device if ranks else torch.device(options.device)
-        self.trained = load_trained(options.source, options.step)
-        self.weights_sha256 = weights_sha256(self.trained.model)
-        self.trained.model.to(self.device)
-        self.pixels = self.trained.info["data_info"]["kind"] == "pixels"
-        if not self.trained.config.model.class_dropout_prob and set(options.cfg_scale) != {1.0}:
+    def __init__(self, options: Sample) -> None:
+        self.options, self.rank, self.world_size = options, env_rank(), env_world_size()
+        self.device = local_device(options.device)
+        self.trained = load_trained(options.source, options.step or self.begun_with())
+        model, info = self.trained.config.model, self.trained.info
+        if not model.class_dropout_prob and set(options.cfg_scale) != {1.0}:
             raise ConfigError("the model was trained with class_dropout_prob=0 and knows no null label to guide with; "
                               "set --cfg-scale 1")
-        made_with = self.trained.info.get("made_with", {})
+        self.weights_sha256 = weights_sha256(self.trained.model)
+        self.pixels = info["data_info"]["kind"] == "pixels"
+        made_with = info.get("made_with", {})
         self.conditions = make_conditions(
-            self.trained, options.num_samples, options.captions, options.prompts,
-            options.text_encoder or made_with.get("text_encoder"), self.device)
+            self.trained, n=options.num_samples, seed=options.seed, labels=options.labels, classes=options.classes,
+            prompts=options.prompts, prompts_file=options.prompts_file, captions=options.captions,
+            text_encoder=options.text_encoder or made_with.get("text_encoder"), device=self.device)
+        self.conditions.prepare()
         vae = options.vae or made_with.get("vae") or "none"
         self.vae = None if vae == "none" else self.decoder(vae)
+        self.batch_size = min(options.batch_size or (128 if self.device.type == "cuda" else 32), options.shard_size)
+        self.configs = [self.config(scale) for scale in options.cfg_scale]  # what is wrong with them is said now
+        self._model: Model | None = None
+
+    def begun_with(self) -> int | None:
+        """The checkpoint of samples that are half drawn: a run that goes on has a newer one by now."""
+        for scale in self.options.cfg_scale:
+            with suppress(OSError, ValueError, KeyError):
+                step = int(json.loads((folder_of(self.options.out, scale) / JOB).read_text())["step"])
+                if CheckpointDir.at(self.options.source, step).exists:
+                    return step
+        return None
+
+    def config(self, cfg_scale: float) -> SamplingConfig:
+        o, trained_in = self.options, self.trained.info.get("precision", "fp32")
+        precision = (trained_in if self.device.type == "cuda" else "fp32") if o.precision == "auto" else o.precision
+        config = SamplingConfig(o.sampler, o.steps, cfg_scale, o.guidance_interval, o.cfg_channels, o.eta,
+                                clip_denoised=self.pixels, seed=o.seed, precision=precision)
+        config.check(self.trained.diffusion.timesteps_total)
+        return config
 
     def decoder(self, spec: str) -> Vae:
         """Raises ConfigError for a VAE that is not the one that made the model's latents."""
@@ -118,79 +164,144 @@ class Sampler:
             raise ConfigError(f"--vae {spec} is {vae.identity}, the model was trained with {encoder}")
         return vae
 
-    def __call__(self, cfg_scale: float) -> None:
-        """Collective. One sample set: left alone where it is whole already, otherwise drawn and written by rank 0."""
-        o = self.options
-        config = SamplingConfig(o.sampler, o.steps, cfg_scale, o.cfg_channels, clip_denoised=self.pixels, seed=o.seed)
-        folder, file = o.out / f"cfg{cfg_scale}", "samples.npz" if self.pixels or self.vae else "latents.npz"
-        provenance = self.provenance(config)
-        what = (f"{folder}: {o.num_samples} images, {o.sampler} {o.steps} steps, cfg_scale {cfg_scale}, seed {o.seed}, "
-                f"checkpoint step {self.trained.info['step']}")
-        if self.gather(is_whole(folder, file, provenance))[0]:
-            self.say(f"{what}; already drawn, left alone")
-            return
-        start = time.perf_counter()
-        x = self.draw(config, folder.name)
-        seconds = time.perf_counter() - start
+    def __call__(self, config: SamplingConfig) -> None:
+        """One sample set: left alone where it is whole already, else drawn, and by rank 0 completed."""
+        o, folder, start = self.options, folder_of(self.options.out, config.cfg_scale), time.perf_counter()
+        job = self.job(config)
+        made = SampleSet(folder, self.info(), job, o.num_samples, o.shard_size, self.rank, self.world_size)
+        done = "already drawn, left alone"
+        try:
+            if made.claim(o.replace):
+                before = made.done()
+                self.draw(config, made, before)
+                if self.rank == 0:
+                    made.finish()
+                seconds = time.perf_counter() - start
+                new = o.num_samples - before
+                done = f"{new:,} drawn now in {seconds:.1f} s, {new / seconds:.1f} images/s"
+        except Stopped:
+            raise                                       # no failure: the same ranks go on later
+        except BaseException as error:
+            made.parts.failed(error)
+            raise
+        finally:
+            made.parts.close()
         if self.rank == 0:
-            save(folder, file, self.decoded(x) if self.vae else x, self.conditions, provenance)
-        self.say(f"{what}; {seconds:.1f} s, {o.num_samples / seconds:.1f} images/s")
+            make_of(folder, job | {"drawn_with": self.drawn_with(config)}, o.also)
+            print(f"{folder}: {o.num_samples:,} images, {config.sampler} {config.steps} steps, cfg_scale "
+                  f"{config.cfg_scale}, seed {config.seed}, checkpoint step {self.trained.info['step']}; {done}",
+                  flush=True)
 
-    def draw(self, config: SamplingConfig, name: str) -> npt.NDArray[Any]:
-        """All samples, on every rank: pixels (N, H, W, 3) uint8, or (N, C, H, W) float32 as a latent model has them."""
-        model, n = self.trained.config.model, self.options.num_samples
-        mine = slice(self.rank, None, self.world_size)
-        bar = tqdm(
-            total=n, desc=name, unit="image", dynamic_ncols=True, disable=self.rank != 0,
-            mininterval=0.5 if sys.stderr.isatty() else 20,
-        )
-        with bar, torch.inference_mode():
-            share = self.together(lambda: draw_samples(
-                self.trained.model, self.trained.diffusion, config, index=range(n)[mine],
-                condition=self.conditions.of, shape=latent_shape(model), num_classes=model.num_classes,
-                batch_size=self.options.batch_size, device=self.device,
-                progress=lambda drawn: bar.update(min(drawn * self.world_size, n - bar.n)),  # the others keep pace
-                stop=stop_requested,
-            ))
-        drawn = to_uint8(share) if self.pixels else share.numpy()
-        x = np.empty((n, *drawn.shape[1:]), drawn.dtype)
-        for rank, part in enumerate(self.gather(drawn)):
-            x[rank :: self.world_size] = part
-        return x
+    def draw(self, config: SamplingConfig, made: SampleSet, before: int) -> None:
+        """This rank's shards."""
+        n, c = made.n, self.trained.config.model
+        bar = tqdm(total=n, initial=before, desc=made.folder.name, unit=" images", dynamic_ncols=True,
+                   disable=self.rank != 0, mininterval=0.5 if sys.stderr.isatty() else 20, smoothing=0.05,
+                   bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f}{unit} "
+                              "[{elapsed}<{remaining}, {rate_fmt}]")
+        with bar, Worker(self.use_device) as finish:
+            for part in made.todo():
+                numbers = made.numbers(part)
+                latents = np.empty((len(numbers), *made.info.shape), KINDS[made.info.kind])
+                batches = draw_batches(
+                    self.model(config), self.trained.diffusion, config, index=numbers, condition=self.conditions.of,
+                    shape=latent_shape(c), num_classes=c.num_classes, batch_size=self.batch_size, device=self.device,
+                    # the other ranks keep pace
+                    progress=lambda images: bar.update(min(images * self.world_size, n - bar.n)), stop=stop_requested)
+                for drawn, x in batches:
+                    into = latents[drawn[0] - numbers[0] :][: len(drawn)]
+                    finish(self.finish_batch, x, drawn, self.ready(), config.precision, into)
+                finish(self.save, made, part, latents)
 
-    def decoded(self, x: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-        """Latents (N, C, H, W) -> images (N, H, W, 3)."""
-        assert self.vae
-        parts = tqdm(torch.from_numpy(x).split(16), "decode", unit="batch", delay=2, dynamic_ncols=True)
-        return np.concatenate([self.vae.decode(part).permute(0, 2, 3, 1).numpy() for part in parts])
+    @torch.inference_mode()
+    def finish_batch(self, x: Tensor, numbers: Sequence[int], ready: Any, precision: str,
+                     into: npt.NDArray[Any]) -> None:
+        """Samples (B, C, H, W) to what is stored; in the worker's thread, on a GPU in a stream of its own."""
+        with torch.cuda.stream(torch.cuda.Stream()) if ready else nullcontext():
+            if ready:
+                torch.cuda.current_stream().wait_event(ready)
+            into[...] = self.stored(x)                  # ends in copies to the host, which are waited for here
+            finite = x.isfinite().flatten(1).all(1).cpu()
+        if not finite.all():
+            raise DataError(f"sample {numbers[int(finite.int().argmin())]} is not finite, drawn in {precision}; try "
+                            "--precision fp32, or another checkpoint")
 
-    def provenance(self, config: SamplingConfig) -> dict[str, Any]:
-        """As plain JSON values. Not in it: batch size and number of ranks, which change the rounding only."""
+    def stored(self, x: Tensor) -> npt.NDArray[Any]:
+        if self.vae:
+            return torch.cat([self.vae.decode(part) for part in x.split(DECODED_AT_ONCE)]).numpy()
+        if self.pixels:
+            return ((x + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
+        return x.half().cpu().numpy()
+
+    def ready(self) -> Any:
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()  # type: ignore[no-untyped-call]
+        return event
+
+    def use_device(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        else:
+            torch.set_num_threads(1)                    # beside the thread that draws
+
+    def save(self, made: SampleSet, part: int, latents: npt.NDArray[Any]) -> None:
+        numbers = made.numbers(part)
+        made.save(part, latents, self.conditions.labels(numbers), self.conditions.texts(numbers))
+
+    def model(self, config: SamplingConfig) -> Model:
+        """Made ready when it is first needed: a whole set needs none."""
+        if self._model is None:
+            self._model = prepare(self.trained.model, device=self.device, precision=config.precision,
+                                  compile=self.compiled(config))
+        return self._model
+
+    def compiled(self, config: SamplingConfig) -> bool:
+        """Decided by the whole of the work, not by what is left of it here: the same for every rank and restart."""
+        rounds = evaluations(config.sampler, config.steps, self.trained.diffusion.timesteps_total)
+        images = self.options.num_samples * rounds * (1 if config.cfg_scale == 1 else 2)
+        return self.options.compile == "on" or (self.options.compile == "auto" and compile_pays(
+            self.trained.model, device=self.device, precision=config.precision, evaluations=images))
+
+    def info(self) -> DatasetInfo:
+        side, encoders = self.trained.config.model.input_size, self.trained.info["data_info"].get("encoders", {})
+        shape = latent_shape(self.trained.config.model)
+        if self.vae:
+            shape = (3, side * self.vae.downsampling, side * self.vae.downsampling)
+        kept = {key: value for key, value in encoders.items() if key == "vae"}
+        return DatasetInfo(
+            name=f"samples of {self.trained.config.name}", kind="pixels" if self.pixels or self.vae else "latents",
+            shape=shape, num_classes=self.conditions.num_classes, encoders=kept)
+
+    def job(self, config: SamplingConfig) -> dict[str, Any]:
+        """All that the samples depend on but for rounding, as plain JSON values."""
         c = self.trained.config
-        return {
+        facts = {
             "sampling": asdict(config),
             "num_samples": self.options.num_samples,
             **self.conditions.facts,
             **({"decoder": self.vae.identity} if self.vae else {}),
-            "device": self.device.type,  # torch draws other noise on each type
+            "device": self.device.type,                 # torch draws other noise on each type
             "run": c.name,
             "model": asdict(c.model),
             "diffusion": asdict(c.diffusion),
             "weights": "ema",
-            "weights_sha256": self.weights_sha256,  # two runs can agree in all of the rest
+            "weights_sha256": self.weights_sha256,      # two runs can agree in all of the rest
             **self.trained.info,
-            "versions": {"torch": str(torch.__version__), "largescale": largescale.__version__},
         }
+        plain: dict[str, Any] = json.loads(json.dumps(facts))
+        return plain
 
-    def together(self, action: Callable[[], torch.Tensor]) -> torch.Tensor:
-        return self.ranks.together(action) if self.ranks else action()
+    def drawn_with(self, config: SamplingConfig) -> dict[str, Any]:
+        """What changes the rounding only."""
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+        return {"batch_size": self.batch_size, "world_size": self.world_size, "compiled": self.compiled(config),
+                "gpu": gpu, "torch": str(torch.__version__), "largescale": largescale.__version__}
 
-    def gather(self, value: Any) -> list[Any]:
-        return self.ranks.all_gather_object(value) if self.ranks else [value]
 
-    def say(self, text: str) -> None:
-        if self.rank == 0:
-            print(text, flush=True)
+def folder_of(out: Path, cfg_scale: float) -> Path:
+    return out / f"cfg{cfg_scale}"
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -201,51 +312,20 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def is_whole(folder: Path, file: str, provenance: dict[str, Any]) -> bool:
-    if not all((folder / name).exists() for name in (file, GRID, PROVENANCE)):
-        return False
-    found: dict[str, Any] = json.loads((folder / PROVENANCE).read_text())
-    return found == provenance
-
-
-def save(folder: Path, file: str, x: npt.NDArray[Any], conditions: Conditions, provenance: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / PROVENANCE).unlink(missing_ok=True)  # first: what is half replaced is not whole
-    temporary = folder / f"{file}.tmp"
-    with temporary.open("wb") as opened:
-        np.savez(opened, x, conditions.stored)
-        opened.flush()
-        os.fsync(opened.fileno())
-    temporary.replace(folder / file)
-    images = x[:100] if file == "samples.npz" else to_uint8(torch.from_numpy(x[:100]))
-    titles, columns = conditions.titles, min(10, len(images))
-    scale = max(1, (96 if titles else 64) // images.shape[2])
-    sheet = titled(images, titles[:100], columns, scale) if titles else grid(images, columns, scale)
-    Image.fromarray(sheet).save(folder / GRID)
-    write_atomically(folder / PROVENANCE, json.dumps(provenance, indent=1))
-
-
-def run(options: Sample) -> None:
-    options.check()
-    # Ranks that finish early wait for the last one's share, not for ten minutes only.
-    ranks = Ranks(options.device, timeout_s=3600) if env_world_size() > 1 else None
-    try:
-        sampler = Sampler(options, ranks)
-        for cfg_scale in options.cfg_scale:
-            sampler(cfg_scale)
-    finally:
-        if ranks:
-            ranks.close()
-
-
 def main(args: list[str] | None = None) -> int:
     options = tyro.cli(Sample, args=args, description=__doc__, prog="python -m eval.sample")
     serve_stop_signals()
     try:
-        run(options)
+        options.check()
+        sampler = Sampler(options)
+        for config in sampler.configs:
+            sampler(config)
     except LargescaleError as error:
         print_error(error)
         return error.exit_status
+    except OSError as error:
+        print_error(DataError(f"{error}; what is drawn stays: correct the cause, and run the same command again"))
+        return 2
     return 0
 
 

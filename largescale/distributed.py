@@ -22,18 +22,12 @@ class Ranks:
 
     def __init__(self, device: str, timeout_s: float = 600):
         """`timeout_s`: how long a collective may wait. Raises LostRankError where not all ranks come."""
-        self.rank, self.world_size, index = env_rank(), env_world_size(), env_local_rank()
-        if device == "cuda":
-            index = _gpu_index(index)
+        self.rank, self.world_size, self.device = env_rank(), env_world_size(), local_device(device)
+        index = env_local_rank() if self.device.index is None else self.device.index
         # DeepSpeed reads these too; srun sets none of them.
         os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.world_size), "LOCAL_RANK": str(index)}
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0" if self.world_size == 1 else "29500")
-        if device == "cuda":
-            torch.cuda.set_device(index)
-            self.device = torch.device("cuda", index)
-        else:
-            self.device = torch.device("cpu")
         timeout = datetime.timedelta(seconds=timeout_s)
         try:
             dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
@@ -139,14 +133,19 @@ def _connect_to_store() -> Any:
     return module.PrefixStore("largescale", module.TCPStore(address, port, timeout=datetime.timedelta(seconds=30)))
 
 
-def _gpu_index(local_rank: int) -> int:
-    """This rank's GPU among those it sees: its own number, or the only one where the launcher shows it no other."""
+def local_device(device: str) -> torch.device:
+    """This rank's; of GPUs the one of its own number, or the only one where the launcher shows it no other. A GPU
+    becomes torch's current one. Raises DeviceError where there is none for it."""
+    if device != "cuda":
+        return torch.device(device)
     if not torch.cuda.is_available():
         raise DeviceError("device=cuda, but torch sees no CUDA device; to run on the CPU: --train.device cpu")
-    visible = torch.cuda.device_count()
+    local_rank, visible = env_local_rank(), torch.cuda.device_count()
     if visible > 1 and local_rank >= visible:
         raise DeviceError(f"local rank {local_rank} has no GPU of its own, {visible} are visible; start {visible} here")
-    return 0 if visible == 1 else local_rank
+    index = 0 if visible == 1 else local_rank
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 @dataclass

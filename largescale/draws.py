@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-# One stream a kind of draw: a new kind never shifts the others. On the host there are also "flip" and "caption".
+# One stream a kind of draw: a new kind never shifts the others. Elsewhere: "flip", "caption", "sample", "label".
 _STREAMS = ("noise_level", "noise", "dropout", "posterior")
 
 

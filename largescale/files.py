@@ -42,3 +42,13 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     fsync_dir(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Durable; a line that a crash cut short stays by itself."""
+    with path.open("a+b") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        cut_short = file.read(1) not in (b"", b"\n")
+        file.write(("\n" * cut_short + line + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())

@@ -16,6 +16,16 @@ def to_uint8(x: Tensor) -> np.ndarray:
     return ((x + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
+def center_crop(image: Image.Image, resolution: int) -> Image.Image:
+    """ADM's: halve with a box filter while twice too large, bicubic to the short side, cut out the centre."""
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+    return image.crop((left, top, left + resolution, top + resolution))
+
+
 def grid(images: np.ndarray, columns: int, scale: int = 1, pad: int = 2) -> np.ndarray:
     """(N, H, W, 3) uint8 -> one picture, row by row, each image `scale` times enlarged."""
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)

@@ -1,15 +1,16 @@
 """Samples from a model: sample i depends on (seed, i), not on the batch it is drawn in or the number of ranks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from largescale.diffusion.gaussian import GaussianDiffusion
+from largescale.diffusion.gaussian import GaussianDiffusion, Model
 from largescale.diffusion.guidance import ClassifierFreeGuidance
-from largescale.diffusion.samplers import sample
+from largescale.diffusion.samplers import SamplerName, check_sampler, evaluations, sample
 from largescale.draws import stream_seed
 from largescale.errors import ConfigError, Stopped
 from largescale.models.conditioning import Condition, moved
@@ -19,9 +20,11 @@ from largescale.models.conditioning import Condition, moved
 class SamplingConfig:
     """Everything that samples depend on besides the weights; written beside them."""
 
-    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    sampler: SamplerName = "ddpm"
     steps: int = 250
     cfg_scale: float = 1.5
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Guide at these noise levels u only (arXiv:2404.07724); elsewhere the conditional model alone is asked."""
     cfg_channels: int | None = None
     """Guide the first k channels only; by default all of the image's."""
     eta: float = 0.0
@@ -29,6 +32,16 @@ class SamplingConfig:
     clip_denoised: bool = False
     """Clip the predicted x_start to [-1, 1]: for pixels, not for latents."""
     seed: int = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the model's matrix products; the sampler's own arithmetic is fp32."""
+
+    def check(self, timesteps: int) -> None:
+        """Raises ConfigError for what no sample could be drawn with."""
+        check_sampler(self.sampler, self.steps, timesteps, self.eta)
+        self.guided(lambda x_t, t, y: x_t, null_label=0)
+
+    def guided(self, model: Model, null_label: int) -> ClassifierFreeGuidance:
+        return ClassifierFreeGuidance(model, self.cfg_scale, null_label, self.cfg_channels, self.guidance_interval)
 
 
 class SampleNoise:
@@ -43,9 +56,8 @@ class SampleNoise:
         return torch.stack([torch.randn(self._shape, device=self._device, generator=g) for g in self._generators])
 
 
-@torch.no_grad()
-def draw_samples(
-    model: nn.Module,
+def draw_batches(
+    model: Model,
     diffusion: GaussianDiffusion,
     config: SamplingConfig,
     *,
@@ -55,33 +67,38 @@ def draw_samples(
     num_classes: int,
     batch_size: int,
     device: torch.device,
-    progress: Callable[[int], Any] = lambda n: None,
+    progress: Callable[[float], Any] = lambda images: None,
     stop: Callable[[], bool] = lambda: False,
-) -> Tensor:
-    """Samples number `index[k]`: (N, C, H, W) in the model's space, on the CPU.
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """(numbers, samples (N, C, H, W) float32 on the device, in the model's space), batch after batch of `index`.
 
     `condition`: what the model is told of these sample numbers, on the CPU; asked for batch by batch.
-    `progress(n)` is told of n more finished samples. Raises ConfigError for a label outside the classes, and Stopped
-    within one step of the sampler after `stop()` has become true.
+    `progress` is told of the work done, in images, after each evaluation of the model. Raises ConfigError for a label
+    outside the classes, and Stopped within one evaluation after `stop()` has become true.
     """
     def unless_stopped(*inputs: Any) -> Tensor:
         if stop():
             raise Stopped
-        output: Tensor = model(*inputs)
-        return output
+        return model(*inputs)
 
-    guided = ClassifierFreeGuidance(unless_stopped, config.cfg_scale, num_classes, config.cfg_channels)
-    finished = []
+    guided = config.guided(unless_stopped, num_classes)
+    rounds = evaluations(config.sampler, config.steps, diffusion.timesteps_total)
     for start in range(0, len(index), batch_size):
-        part = slice(start, start + batch_size)
-        y = condition(index[part])
+        part = index[start : start + batch_size]
+        y = condition(part)
         if isinstance(y, Tensor) and num_classes and (outside := (y < 0) | (y >= num_classes)).any():
             raise ConfigError(f"label {y[outside][0]} lies outside the model's classes 0..{num_classes - 1}")
-        noise = SampleNoise(config.seed, index[part], shape, device)
-        x = sample(
+        noise = SampleNoise(config.seed, part, shape, device)
+        yield part, sample(
             diffusion, guided, noise(), moved(y, device), sampler=config.sampler, steps=config.steps, noise=noise,
-            eta=config.eta, clip_denoised=config.clip_denoised,
+            eta=config.eta, clip_denoised=config.clip_denoised, tick=partial(progress, len(part) / rounds),
         )
-        finished.append(x.cpu())
-        progress(len(x))
-    return torch.cat(finished) if finished else torch.empty(0, *shape)
+
+
+def draw_samples(
+    model: Model, diffusion: GaussianDiffusion, config: SamplingConfig, *, index: Sequence[int],
+    shape: tuple[int, int, int], **how: Any,
+) -> Tensor:
+    """All samples of `draw_batches` at once: (N, C, H, W), on the CPU."""
+    drawn = [x.cpu() for _, x in draw_batches(model, diffusion, config, index=index, shape=shape, **how)]
+    return torch.cat(drawn) if drawn else torch.empty(0, *shape)

@@ -6,20 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from largescale.build import build_diffusion, build_model
 from largescale.checkpoint_files import CheckpointDir, checkpoints, named_weights, newest_valid
 from largescale.config import Config, from_dict
 from largescale.diffusion.gaussian import GaussianDiffusion
 from largescale.errors import CheckpointError
+from largescale.models.dit import DiT
 
 EXPORT_WEIGHTS, EXPORT_CONFIG = "model.safetensors", "config.json"
 
 
 @dataclass(frozen=True)
 class Trained:
-    model: nn.Module
+    model: DiT
     """EMA weights, fp32, in eval mode, on the CPU."""
     diffusion: GaussianDiffusion
     config: Config

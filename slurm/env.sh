@@ -48,6 +48,12 @@ pack() {
     leave $?
 }
 
+# draw PROGRAM OPTION...: eval.PROGRAM. As for packing; the ranks meet in the file system only.
+draw() {
+    again() { [ "$1" -eq 75 ]; }
+    run_ranks --kill-on-bad-exit=0 --wait=0 "$PYTHON" -m "eval.$1" "${@:2}"
+}
+
 # run_ranks SRUN_OPTION... PROGRAM...: a rank a task; the status that the program ends with, whatever signals come.
 # Slurm signals the ranks itself, this shell has only to stay. srun is in the background and waited for, or bash would
 # hold the trap back until it ends. CONT comes just before TERM and must not be trapped: bash then loses the other.

@@ -25,13 +25,13 @@ def weights_identity(module: nn.Module) -> str:
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
-def library(name: str) -> Any:
+def library(name: str, extra: str = "prep") -> Any:
     """The module `name`, which a run does without. Raises DataError where it is not installed."""
     try:
         with silence():
             return importlib.import_module(name)
     except ImportError as error:
-        raise DataError(f"{name} is not installed; in the clone: pip install -e '.[prep]'") from error
+        raise DataError(f"{name} is not installed; in the clone: pip install -e '.[{extra}]'") from error
 
 
 def locate(name: str, option: str) -> tuple[str, str]:
@@ -50,7 +50,7 @@ def loading(what: str, remedy: str) -> Iterator[None]:
     """Only calls of the libraries go inside: whatever they raise is a DataError about `what`, with the first cause."""
     try:
         with silence():
-            library("huggingface_hub").utils.disable_progress_bars()
+            library("huggingface_hub.utils").disable_progress_bars()
             yield
     except DataError:
         raise

@@ -92,7 +92,7 @@ def _load_open_clip(source: str) -> Loaded:
     if source.startswith(("local-dir:", "hf-hub:")):
         name, weights, quick_gelu = source, None, False
     else:
-        name, weights, quick_gelu = _open_clip_weights(open_clip, source)
+        name, weights, quick_gelu = open_clip_weights(open_clip, source)
     with loading(f"open_clip:{source}",
                  "without a network give the file of the weights: --text-encoder open_clip:MODEL/FILE"):
         text_cfg = open_clip.get_model_config(name)["text_cfg"]
@@ -122,7 +122,7 @@ def _load_open_clip(source: str) -> Loaded:
     return shown, model, tower.context_length, bind
 
 
-def _open_clip_weights(open_clip: Any, source: str) -> tuple[str, str, bool]:
+def open_clip_weights(open_clip: Any, source: str) -> tuple[str, str, bool]:
     """MODEL/TAG or MODEL/PATH -> model, tag or file, and whether the tag's weights were trained with QuickGELU."""
     name, _, weights = source.partition("/")
     models = open_clip.list_models()

@@ -2,7 +2,8 @@
 block also attends to their tokens, as in PixArt-alpha, arXiv:2310.00426.
 
 In half precision the large matrix products run in the weights' type. The residual stream, layer norms, modulation, the
-embeddings and the last projection stay float32; where the weights are float32 every cast here does nothing.
+embeddings and the last projection stay float32; where the weights are float32 every cast here does nothing. Parts
+whose weights are float32 among those in half precision (`inference.prepare`) compute in float32.
 """
 
 from collections import OrderedDict
@@ -169,6 +170,11 @@ class DiT(nn.Module):
             else:
                 nn.init.xavier_uniform_(parameter.flatten(1))            # a view: the patch projection as a matrix
 
+    @property
+    def compute_type(self) -> torch.dtype:
+        """Of the large matrix products."""
+        return next(self.blocks.parameters()).dtype
+
     def forward(self, x: Tensor, t: Tensor, y: Condition) -> Tensor:
         """x (N, C, H, W) of any float type, t (N,) int64, y for N images -> (N, C or 2C, H, W) float32."""
         if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
@@ -181,7 +187,7 @@ class DiT(nn.Module):
             c, captions = c + pooled, (tokens, mask)
         elif self.y_embedder is not None:
             c = c + self.y_embedder(y)
-        c = c.to(self.final_layer.linear.weight.dtype)
+        c = c.to(self.compute_type)
         for block in self.blocks:
             x = block(x, c, captions)                                    # (N, T, D)
         x = self.final_layer(x, c)                                       # (N, T, p ** 2 * out_channels)

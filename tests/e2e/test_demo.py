@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from largescale.data.shards import ShardDataset
 from largescale.telemetry import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -60,5 +61,6 @@ def test_make_demo_text(tmp_path: Path) -> None:
     for line in ("CC-BY 4.0", "cfg2.0:", "pictures ", "data ", "to resume "):
         assert any(line in printed for printed in done.stdout.splitlines()), line
     assert np.asarray(Image.open(run / "eval/cfg2.0/grid.png")).std() > 0
-    with np.load(run / "eval/cfg2.0/samples.npz") as file:
-        assert file["arr_0"].shape == (50, 32, 32, 3) and file["arr_1"][:11].tolist()[::10] == ["grinning face"] * 2
+    drawn = ShardDataset(run / "eval/cfg2.0", verify=True)
+    assert drawn.info.shape == (3, 32, 32) and len(drawn) == 50
+    assert drawn.texts(np.array([0, 10])) == [["grinning face"]] * 2

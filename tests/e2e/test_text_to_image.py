@@ -125,16 +125,16 @@ def test_trained_interrupted_resumed_and_sampled(packed: Path, coco: tuple[Path,
 
     done = sample("prompts", "--prompts", "a cat on a mat", "a red bus")
     assert done.returncode == 0, done.stderr
-    with np.load(tmp_path / "prompts/cfg1.5/samples.npz") as file:
-        assert file["arr_0"].shape == (5, SIDE, SIDE, 3) and file["arr_0"].dtype == np.uint8
-        assert file["arr_1"].tolist() == ["a cat on a mat", "a red bus"] * 2 + ["a cat on a mat"]
+    drawn = ShardDataset(tmp_path / "prompts/cfg1.5", verify=True)
+    assert drawn.info.shape == (3, SIDE, SIDE) and drawn.info.kind == "pixels" and len(drawn) == 5
+    assert drawn.texts(np.arange(5)) == [["a cat on a mat"], ["a red bus"]] * 2 + [["a cat on a mat"]]
     provenance = json.loads((tmp_path / "prompts/cfg1.5/provenance.json").read_text())
     assert provenance["prompts"] == ["a cat on a mat", "a red bus"] and provenance["text_encoder"].startswith("hf:BertModel sha256:")
     done = sample("captions", "--captions", packed, "--vae", "none")
     assert done.returncode == 0, done.stderr
-    with np.load(tmp_path / "captions/cfg1.5/latents.npz") as file:
-        assert file["arr_0"].shape == (5, 32, 8, 8)
-        assert file["arr_1"].tolist() == [texts[0] for texts in ShardDataset(packed).texts(np.arange(5))]
+    latents = ShardDataset(tmp_path / "captions/cfg1.5", verify=True)
+    assert latents.info.shape == (32, 8, 8) and latents.info.kind == "latents" and len(latents) == 5
+    assert latents.texts(np.arange(5)) == [texts[:1] for texts in ShardDataset(packed).texts(np.arange(5))]
 
     for more, message in {
         (): "give --prompts TEXT ..., or --captions DIR",

@@ -473,18 +473,23 @@ def test_apex_is_not_installed(run_here: RunHere) -> None:
 
 @pytest.mark.parametrize(("visible", "local_rank", "index"), [(1, 0, 0), (1, 5, 0), (8, 5, 5)])
 def test_each_rank_has_its_gpu(monkeypatch: pytest.MonkeyPatch, visible: int, local_rank: int, index: int) -> None:
-    from largescale.distributed import _gpu_index
+    from largescale.distributed import local_device
 
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: visible)
-    assert _gpu_index(local_rank) == index
+    current: list[int] = []
+    monkeypatch.setattr("torch.cuda.set_device", current.append)
+    assert local_device("cuda").index == index and current == [index]
+    assert local_device("cpu").type == "cpu" and current == [index]
 
 
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    from largescale.distributed import _gpu_index
+    from largescale.distributed import local_device
     from largescale.errors import DeviceError
 
+    monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(DeviceError, match="local rank 3 has no GPU of its own, 2 are visible"):
-        _gpu_index(3)
+        local_device("cuda")

@@ -144,7 +144,7 @@ def test_open_clip_pooled_is_encode_text(tmp_path: Path) -> None:
         np.testing.assert_allclose(x.pooled, y, atol=1e-3, rtol=1e-3)
 
 
-def test_every_way_to_name_local_open_clip_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_to_name_localopen_clip_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors.torch import save_file
 
     clip = tiny_clip()

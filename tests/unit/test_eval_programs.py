@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 import largescale
-from eval import digits, sample
+from eval import digits, sample, sample_set
+from largescale import signals
 from largescale.build import build_model
 from largescale.config import ModelConfig, to_dict
+from largescale.data.format import DatasetInfo
+from largescale.data.shards import ShardDataset
+from largescale.data.writer import ShardWriter
+from largescale.errors import Stopped
+from largescale.models.dit import DiT
 from largescale.presets import PRESETS
 from largescale.weights import EXPORT_CONFIG, EXPORT_WEIGHTS
 
@@ -39,6 +47,7 @@ def write_export(folder: Path, in_channels: int = 1, weights_seed: int = 0) -> P
     """As largescale.export does, of a model that was not trained."""
     config = to_dict(PRESETS["debug"]())
     config["model"] |= {"in_channels": in_channels, "depth": 1}
+    config["diffusion"]["schedule"] = "linear"          # cosine enlarges what an untrained model leaves 20,000 times
     model = build_model(ModelConfig(**config["model"]))
     generator = torch.Generator().manual_seed(weights_seed)
     for parameter in model.parameters():
@@ -57,14 +66,15 @@ def export(tmp_path: Path) -> Path:
 
 
 def draw(export: Path, out: Path, *more: str) -> int:
-    args = ["--num-samples", "12", "--steps", "4", "--batch-size", "6", "--device", "cpu", "--cfg-scale", "1.5", "2.0"]
+    args = ["--num-samples", "12", "--steps", "4", "--batch-size", "3", "--shard-size", "6", "--device", "cpu", "--cfg-scale", "1.5", "2.0"]
     return sample.main([str(export), "--out", str(out), *args, *more])
 
 
-def arrays(folder: Path, file: str = "samples.npz") -> tuple[np.ndarray, np.ndarray]:
-    with np.load(folder / file) as opened:
-        assert opened.files == ["arr_0", "arr_1"]
-        return opened["arr_0"], opened["arr_1"]
+def rows(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Samples and labels of a whole set, whose hashes are right."""
+    data = ShardDataset(folder, verify=True)
+    found = data.gather(np.arange(len(data)))
+    return found["latent"], found["label"]
 
 
 def mtimes(out: Path) -> dict[str, int]:
@@ -77,20 +87,23 @@ def test_a_folder_for_each_scale(export: Path, tmp_path: Path, capsys: pytest.Ca
     printed = capsys.readouterr().out.splitlines()
     assert sorted(path.name for path in out.iterdir()) == ["cfg1.5", "cfg2.0"]
     for folder, said, cfg_scale in zip(sorted(out.iterdir()), printed, (1.5, 2.0), strict=True):
-        assert sorted(path.name for path in folder.iterdir()) == ["grid.png", "provenance.json", "samples.npz"]
-        images, labels = arrays(folder)
-        assert images.shape == (12, 16, 16, 3) and images.dtype == np.uint8 and labels.dtype == np.int64
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "grid.png", "manifest.json", "provenance.json", "shard_00000.arrow", "shard_00001.arrow"]
+        images, labels = rows(folder)
+        assert images.shape == (12, 1, 16, 16) and images.dtype == np.uint8
         assert labels.tolist() == [*range(10), 0, 1]
         assert np.asarray(Image.open(folder / "grid.png")).shape == (2 * 66 + 2, 10 * 66 + 2, 3)
         provenance = json.loads((folder / "provenance.json").read_text())
-        assert provenance["sampling"] == {"sampler": "ddpm", "steps": 4, "cfg_scale": cfg_scale, "cfg_channels": None,
-                                          "eta": 0.0, "clip_denoised": True, "seed": 0}
+        assert provenance["sampling"] == {
+            "sampler": "ddpm", "steps": 4, "cfg_scale": cfg_scale, "guidance_interval": [0.0, 1.0], "cfg_channels": None,
+            "eta": 0.0, "clip_denoised": True, "seed": 0, "precision": "fp32"}
         assert (provenance["num_samples"], provenance["labels"]) == (12, "sample i has class i % 10")
         assert (provenance["step"], provenance["curriculum"], provenance["dataset"]) == (20, CURRICULUM, "0f" * 32)
-        assert provenance["versions"] == {"torch": torch.__version__, "largescale": largescale.__version__}
+        assert provenance["drawn_with"] == {"batch_size": 3, "world_size": 1, "compiled": False, "gpu": None,
+                                            "torch": torch.__version__, "largescale": largescale.__version__}
         assert said.startswith(f"{folder}: 12 images, ddpm 4 steps, cfg_scale {cfg_scale}, seed 0, checkpoint step 20")
-        assert said.endswith(" images/s")
-    assert (arrays(out / "cfg1.5")[0] != arrays(out / "cfg2.0")[0]).any()
+        assert said.endswith(" images/s") and "12 drawn now" in said
+    assert (rows(out / "cfg1.5")[0] != rows(out / "cfg2.0")[0]).any()
 
 
 def test_a_whole_set_is_left_alone(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,72 +111,208 @@ def test_a_whole_set_is_left_alone(export: Path, tmp_path: Path, capsys: pytest.
     before = mtimes(out)
     capsys.readouterr()
     # the batch is a matter of speed
-    assert draw(export, out, "--batch-size", "5") == 0
+    assert draw(export, out, "--batch-size", "5", "--replace") == 0
     assert mtimes(out) == before
     assert all(line.endswith("already drawn, left alone") for line in capsys.readouterr().out.splitlines())
-    for file in ("samples.npz", "grid.png", "provenance.json"):
+    for file in ("grid.png", "provenance.json"):  # what a kill after the last shard leaves undone
         (out / "cfg1.5" / file).unlink()
-        draw(export, out)
+        assert draw(export, out) == 0
         after = mtimes(out)
         assert after.keys() == before.keys()
-        assert {Path(key).parent.name for key in after if after[key] != before[key]} == {"cfg1.5"}
+        assert {Path(key).suffix for key in after if after[key] != before[key]} <= {".png", ".json"}
+        assert not any("shard" in key or "cfg2.0" in key for key in after if after[key] != before[key])
         before = after
 
 
-@pytest.mark.parametrize("change", [("--seed", "1"), ("--sampler", "ddim"), ("--steps", "5"), ("--num-samples", "11")])
-def test_other_settings_replace_the_set(export: Path, tmp_path: Path, change: tuple[str, str]) -> None:
+def test_a_lost_shard_is_said(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw(export, out := tmp_path / "out", "--cfg-scale", "1.5")
-    before = arrays(out / "cfg1.5")[0]
-    draw(export, out, "--cfg-scale", "1.5", *change)
-    after = arrays(out / "cfg1.5")[0]
-    assert before.shape != after.shape or (before != after).any()
+    (out / "cfg1.5/shard_00001.arrow").unlink()
+    assert draw(export, out, "--cfg-scale", "1.5") == 2
+    assert "lacks a shard" in capsys.readouterr().err
 
 
-def test_other_weights_of_the_same_step_replace_the_set(export: Path, tmp_path: Path) -> None:
-    draw(export, out := tmp_path / "out")
-    before = arrays(out / "cfg1.5")[0]
-    draw(write_export(tmp_path / "other", weights_seed=1), out)
-    assert (arrays(out / "cfg1.5")[0] != before).any()
-
-
-def test_a_write_cut_short_leaves_no_whole_set(
-    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("change", [("--seed", "1"), ("--sampler", "ddim"), ("--steps", "5"), ("--num-samples", "11"),
+                                    ("--guidance-interval", "0.2", "0.8"), ("--labels", "drawn"), ("--classes", "3"),
+                                    ("--precision", "bf16")])
+def test_other_samples_are_kept_unless_replaced(
+    export: Path, tmp_path: Path, change: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw(export, out := tmp_path / "out", "--cfg-scale", "1.5")
+    before, files = rows(out / "cfg1.5"), mtimes(out)
+    assert draw(export, out, "--cfg-scale", "1.5", *change) == 2
+    assert "holds another data set" in capsys.readouterr().err and mtimes(out) == files
+    assert draw(export, out, "--cfg-scale", "1.5", *change, "--replace") == 0
+    images, labels = rows(out / "cfg1.5")
+    assert images.shape != before[0].shape or (images != before[0]).any() or (labels != before[1]).any()
+    provenance = json.loads((out / "cfg1.5/provenance.json").read_text())
+    assert len(images) == provenance["num_samples"] and not list(out.rglob("*.tmp"))
 
-    def full(file: Any, *arrays: np.ndarray) -> None:
-        file.write(b"half of it")
-        raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(np, "savez", full)
-        draw(export, out, "--cfg-scale", "1.5", "--seed", "1")
-    assert not (out / "cfg1.5" / "provenance.json").exists()
-    draw(export, out, "--cfg-scale", "1.5", "--seed", "1")
-    assert sorted(path.name for path in (out / "cfg1.5").glob("*.npz*")) == ["samples.npz"]
+def test_other_weights_of_the_same_step_are_other_samples(export: Path, tmp_path: Path) -> None:
+    draw(export, out := tmp_path / "out")
+    before = rows(out / "cfg1.5")[0]
+    other = write_export(tmp_path / "other", weights_seed=1)
+    assert draw(other, out) == 2
+    assert draw(other, out, "--replace") == 0
+    assert (rows(out / "cfg1.5")[0] != before).any()
+
+
+@pytest.mark.parametrize("shards", [0, 1, 2])
+@pytest.mark.parametrize("how", ["full disk", "asked to stop"])
+def test_goes_on_where_it_was(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(export, truth := tmp_path / "truth", "--cfg-scale", "1.5", "--num-samples", "17")
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        whole, save = [], sample_set.SampleSet.save
+
+        def breaks(self: sample_set.SampleSet, part: int, *args: Any) -> None:
+            if len(whole) == shards:
+                if how == "full disk":
+                    raise OSError(28, "No space left on device")
+                signals._requested = True
+                raise Stopped
+            save(self, part, *args)
+            whole.append(part)
+
+        patch.setattr(sample_set.SampleSet, "save", breaks)
+        assert draw(export, out, "--cfg-scale", "1.5", "--num-samples", "17") == (2 if how == "full disk" else 75)
+    assert not (out / "cfg1.5/manifest.json").exists()
+    said = capsys.readouterr().err
+    assert "run the same command again" in said
+    signals._requested = False
+    before = mtimes(out)
+    assert draw(export, out, "--cfg-scale", "1.5", "--num-samples", "17") == 0
+    assert f"{17 - 6 * shards} drawn now" in capsys.readouterr().out
+    kept = [key for key, when in mtimes(out).items() if before.get(key) == when and "shard" in key]
+    assert len(kept) == shards
+    for one, two in zip(rows(truth / "cfg1.5"), rows(out / "cfg1.5"), strict=True):
+        assert np.array_equal(one, two)  # equal batches: bitwise
+    assert (truth / "cfg1.5/manifest.json").read_bytes() == (out / "cfg1.5/manifest.json").read_bytes()
+
+
+def test_asked_to_stop_while_drawing(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within one evaluation of the model; what is whole stays."""
+    asked = []
+    forward = DiT.forward
+
+    def model(self: DiT, *args: Any) -> Any:
+        asked.append(len(args[0]))
+        signals._requested = len(asked) == 11           # in the third of the first shard's and second shard's batches
+        return forward(self, *args)
+
+    monkeypatch.setattr(DiT, "forward", model)
+    assert draw(export, tmp_path / "out", "--cfg-scale", "1.5") == 75
+    assert len(asked) == 11
+    assert [path.name for path in tmp_path.rglob("shard*")] == ["shard_00000.arrow"]
+
+
+def test_a_run_that_goes_on_has_newer_checkpoints(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples that are half drawn are finished with the checkpoint that they were begun with."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    options = ("--output", run, "--checkpoint.every", 3)
+    assert train(*options, "--train.steps", 3)[0].returncode == 0
+    monkeypatch.setattr(sample_set.SampleSet, "finish", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        draw(run, out, "--cfg-scale", "1.5")
+    monkeypatch.undo()
+    assert train(*options, "--train.steps", 6)[0].returncode == 0
+    assert draw(run, out, "--cfg-scale", "1.5") == 0
+    assert json.loads((out / "cfg1.5/provenance.json").read_text())["step"] == 3
+    assert draw(run, out, "--cfg-scale", "1.5") == 2    # a whole set of step 3 is not one of step 6
+    assert draw(run, out, "--cfg-scale", "1.5", "--step", "3") == 0
+
+
+def test_npz_and_png_besides(export: Path, tmp_path: Path) -> None:
+    draw(export, out := tmp_path / "out", "--cfg-scale", "1.5")
+    before = mtimes(out)
+    assert draw(export, out, "--cfg-scale", "1.5", "--also", "npz", "png") == 0
+    assert {key: when for key, when in mtimes(out).items() if key in before} == before
+    images, labels = rows(out / "cfg1.5")
+    with np.load(out / "cfg1.5/samples.npz") as file:
+        assert file.files == ["arr_0", "arr_1"]
+        assert file["arr_0"].shape == (12, 16, 16, 3) and file["arr_0"].dtype == np.uint8
+        assert (file["arr_0"] == images.transpose(0, 2, 3, 1)).all() and file["arr_1"].tolist() == labels.tolist()
+    names = sorted(path.name for path in (out / "cfg1.5/png").iterdir())
+    assert names == [f"{i:06d}.png" for i in range(12)]
+    for name, image in zip(names, images, strict=True):
+        assert (np.asarray(Image.open(out / "cfg1.5/png" / name)) == image.transpose(1, 2, 0)).all()
+    # of other samples they are made anew
+    draw(export, out, "--cfg-scale", "1.5", "--also", "npz", "--seed", "1", "--replace")
+    with np.load(out / "cfg1.5/samples.npz") as file:
+        assert (file["arr_0"] == rows(out / "cfg1.5")[0].transpose(0, 2, 3, 1)).all()
+    assert not (out / "cfg1.5/png").exists()
 
 
 def test_latents_are_kept_as_the_model_has_them(tmp_path: Path) -> None:
     """Three channels of a latent in samples.npz would get an FID, and a meaningless one."""
-    draw(write_export(tmp_path / "export", in_channels=4), out := tmp_path / "out", "--cfg-scale", "1.5")
-    assert sorted(path.name for path in (out / "cfg1.5").iterdir()) == ["grid.png", "latents.npz", "provenance.json"]
-    x, _ = arrays(out / "cfg1.5", "latents.npz")
-    assert x.shape == (12, 4, 16, 16) and x.dtype == np.float32
-    assert not json.loads((out / "cfg1.5" / "provenance.json").read_text())["sampling"]["clip_denoised"]
+    draw(write_export(tmp_path / "export", in_channels=4), out := tmp_path / "out", "--cfg-scale", "1.5", "--also", "npz")
+    data = ShardDataset(out / "cfg1.5", verify=True)
+    x, _ = rows(out / "cfg1.5")
+    assert data.info.kind == "latents" and x.shape == (12, 4, 16, 16) and x.dtype == np.float16
+    with np.load(out / "cfg1.5/latents.npz") as file:
+        assert (file["arr_0"] == x).all()
+    assert not json.loads((out / "cfg1.5/provenance.json").read_text())["sampling"]["clip_denoised"]
     assert np.abs(x).max() > 1
 
 
-def test_two_ranks_draw_what_one_draws(export: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-               "eval.sample", str(export), "--out", str(tmp_path / "two"), "--num-samples", "11", "--steps", "4",
-               "--cfg-scale", "1.5", "--batch-size", "6", "--device", "cpu"]
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=120)
-    draw(export, tmp_path / "one", "--cfg-scale", "1.5", "--num-samples", "11")
-    (two, labels), (one, same_labels) = arrays(tmp_path / "two/cfg1.5"), arrays(tmp_path / "one/cfg1.5")
-    assert (labels == same_labels).all()
-    assert np.abs(two.astype(int) - one).max() <= 1     # batches of other sizes: rounding, and a grey value's edge
-    one_says, two_says = (json.loads((tmp_path / n / "cfg1.5/provenance.json").read_text()) for n in ("one", "two"))
-    assert one_says == two_says
+@pytest.mark.parametrize("in_channels", [1, 4])
+def test_samples_that_are_not_finite(
+    tmp_path: Path, in_channels: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As pixels they would become black and white dots, and a bad score."""
+    forward = DiT.forward
+    monkeypatch.setattr(DiT, "forward", lambda *args: forward(*args).masked_fill(args[3][:, None, None, None] == 7, torch.nan))
+    export = write_export(tmp_path / "export", in_channels=in_channels)
+    assert draw(export, tmp_path / "out", "--cfg-scale", "1") == 2
+    assert "sample 7 is not finite, drawn in fp32; try --precision fp32, or another checkpoint" in capsys.readouterr().err
+    assert draw(export, tmp_path / "out", "--cfg-scale", "1", "--classes", "3", "4", "--replace") == 0
+
+
+def test_ranks_that_die_and_come_back_draw_the_same_set(export: Path, tmp_path: Path) -> None:
+    """Two ranks, of which each is killed once, then three, then one: every image is the one that one process draws."""
+    args = [export, "--num-samples", "60", "--steps", "20", "--cfg-scale", "1.5", "--batch-size", "4", "--shard-size",
+            "4", "--device", "cpu"]
+    draw_ranks = partial(start_ranks, "eval.sample", *args, "--out", tmp_path / "many")
+    for victim in (1, 0):
+        ranks = draw_ranks(world_size=2)
+        had = len(list(tmp_path.glob("many/cfg1.5/shard_*.arrow")))
+        deadline = time.monotonic() + 90
+        while len(list(tmp_path.glob("many/cfg1.5/shard_*.arrow"))) < had + 3:
+            assert time.monotonic() < deadline and None in [rank.poll() for rank in ranks], [r.communicate() for r in ranks]
+            time.sleep(0.01)
+        ranks[victim].kill()
+        ranks[1 - victim].terminate()                   # as Slurm does; rank 0 alone would wait for the dead one
+        assert ranks[victim].wait() == -9 and ranks[1 - victim].wait(60) == 75
+        assert not (tmp_path / "many/cfg1.5/manifest.json").exists()
+    ranks = draw_ranks(world_size=3)
+    assert [rank.wait(120) for rank in ranks] == [0, 0, 0], [rank.communicate() for rank in ranks]
+    assert sample.main([*map(str, args), "--out", str(tmp_path / "one")]) == 0
+    for many, one in zip(rows(tmp_path / "many/cfg1.5"), rows(tmp_path / "one/cfg1.5"), strict=True):
+        assert np.array_equal(many, one)
+    many_says, one_says = (json.loads((tmp_path / n / "cfg1.5/provenance.json").read_text()) for n in ("many", "one"))
+    assert many_says.pop("drawn_with")["world_size"] == 3 and one_says.pop("drawn_with")["world_size"] == 1
+    assert many_says == one_says
+
+
+def test_ranks_that_replace(export: Path, tmp_path: Path) -> None:
+    """None of them writes into, or takes for theirs, what rank 0 has still to remove."""
+    args = [export, "--out", tmp_path / "out", "--num-samples", "24", "--steps", "4", "--cfg-scale", "1.5", "--shard-size",
+            "4", "--device", "cpu"]
+    assert sample.main([*map(str, args)]) == 0
+    before = rows(tmp_path / "out/cfg1.5")[0]
+    ranks = start_ranks("eval.sample", *args, "--seed", "1", "--replace", world_size=3)
+    assert [rank.wait(120) for rank in ranks] == [0, 0, 0], [rank.communicate() for rank in ranks]
+    after = rows(tmp_path / "out/cfg1.5")[0]
+    assert after.shape == before.shape and (after != before).any(axis=(1, 2, 3)).all()
+
+
+def start_ranks(program: str, *args: Any, world_size: int) -> "list[subprocess.Popen[str]]":
+    return [subprocess.Popen([sys.executable, "-m", program, *map(str, args)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE,
+                             env=os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(world_size)})
+            for rank in range(world_size)]
 
 
 @pytest.mark.parametrize("more, message", [
@@ -204,21 +353,20 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fake_samples(folder: Path, images: np.ndarray, labels: np.ndarray) -> Path:
-    folder.mkdir()
-    np.savez(folder / "samples.npz", images, labels)
+    with ShardWriter(folder, DatasetInfo("fake", "pixels", images.shape[1:], 10)) as writer:
+        for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+            writer.write(id=str(i), latent=image, label=label)
+    (folder / "provenance.json").write_text("{}")
     return folder
 
 
 def test_the_digits_classifier_knows_real_digits_and_wrong_labels(
     real: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from largescale.data.shards import ShardDataset
-
     data = ShardDataset(real)
-    rows = data.gather(np.arange(len(data)))
-    images = rows["latent"].transpose(0, 2, 3, 1).repeat(3, axis=3)
-    shuffled = np.random.default_rng(0).permutation(rows["label"])
-    right = fake_samples(tmp_path / "right", images, rows["label"])
+    images, labels = rows(real)
+    shuffled = np.random.default_rng(0).permutation(labels)
+    right = fake_samples(tmp_path / "right", images, labels)
     wrong = fake_samples(tmp_path / "wrong", images, shuffled)
     out = tmp_path / "scores" / "digits.json"
     assert digits.main([str(right), str(wrong), "--data", str(real), "--out", str(out)]) == 0
@@ -245,8 +393,8 @@ def test_the_split_is_stratified_and_always_the_same() -> None:
 
 
 def test_what_is_not_a_sample_set(real: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    large = fake_samples(tmp_path / "large", np.zeros((2, 32, 32, 3), np.uint8), np.zeros(2, np.int64))
-    for folder, message in {tmp_path: "holds no samples.npz; give a folder", large: "shape (32, 32, 3)"}.items():
+    large = fake_samples(tmp_path / "large", np.zeros((2, 1, 32, 32), np.uint8), np.zeros(2, np.int64))
+    for folder, message in {tmp_path: "holds no samples; give a folder", large: "shape (1, 32, 32)"}.items():
         assert digits.main([str(folder), "--data", str(real)]) == 2
         assert message in capsys.readouterr().err
     assert digits.main([str(large), "--data", str(tmp_path / "no_data")]) == 2

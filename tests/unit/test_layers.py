@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = {
     0: ["errors", "files", "launch", "signals", "starts", "anomaly", "config", "presets", "ds_config", "curriculum", "diffusion.schedule"],
     1: ["diffusion", "models", "optim", "draws", "images", "build", "agreed", "encoders"],
-    2: ["data", "checkpoint_files", "telemetry", "sampling", "weights", "export", "inspect", "requeue"],
+    2: ["data", "checkpoint_files", "telemetry", "sampling", "inference", "weights", "export", "inspect", "requeue"],
     3: ["distributed", "engine", "checkpoint"],
     4: ["meter", "goodput", "watch", "saving", "trouble", "preview", "reference", "trainer"],
     5: ["train", "dry_run"],

@@ -98,7 +98,7 @@ def test_the_number_of_ranks_does_not_matter(images: Path, truth: Path, tmp_path
 
 def start(images: Path, out: Path, rank: int, world_size: int, *more: Any, code: str = "") -> "subprocess.Popen[str]":
     """The program as a process of its own; `code` breaks it."""
-    program = f"import os, sys, time; from data_prep import folder, packing, parts\n{code}\nsys.exit(folder.main(sys.argv[1:]))"
+    program = f"import os, sys, time; from data_prep import folder, packing; from largescale.data import parts\n{code}\nsys.exit(folder.main(sys.argv[1:]))"
     args = ["--images", images, "--out", out, "--vae", "none", "--resolution", 16, "--rows-per-shard", 10, "--device", "cpu", *more]
     env = os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(world_size)}
     return subprocess.Popen([sys.executable, "-c", program, *map(str, args)], cwd=ROOT, env=env, text=True,
@@ -246,8 +246,9 @@ def test_killed_it_goes_on(images: Path, truth: Path, tmp_path: Path) -> None:
             "packing.Packer.decode = lambda self, item: (print(flush=True), time.sleep(0.03), decode(self, item))[2]")
     while not (out / "manifest.json").exists():
         process = start(images, out, 0, 1, "--workers", 1, code=slow)
-        assert process.stdout
-        process.stdout.readline()                       # it has begun to decode
+        assert process.stdout and process.stderr
+        begun = process.stdout.readline()               # to decode; or nothing was left to
+        assert begun or process.wait(60) == 0, (process.returncode, process.stderr.read())
         try:
             process.wait(0.3 + 0.5 * random.random())   # a shard takes 0.3 s
         except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""What is done of a packing, kept in the file system, where the ranks meet.
+"""What is done of a data set that several ranks make, kept in the file system, where they meet.
 
     OUT/packing/job.json             what is being made; the first rank writes it, the others must want the same
     OUT/packing/part_00000.json ...  what is done of each part
@@ -25,6 +25,7 @@ from largescale.errors import DataError, Stopped
 from largescale.files import exclusive, write_atomically
 from largescale.signals import stop_requested
 
+JOB = "packing/job.json"
 _GONE_S = 300.0                                         # without a new part, before rank 0 looks who still works
 
 
@@ -41,8 +42,11 @@ class Parts:
     def mine(self) -> range:
         return range(self.rank, self.parts, self.world_size)
 
-    def claim(self) -> bool:
-        """Whether there is something to pack: False where this very job is done. Raises DataError for another's."""
+    def claim(self, replace: bool = False) -> bool:
+        """Whether there is something to do: False where this very job is done. Raises DataError for another's, unless
+        it is to be replaced: rank 0 removes it, and the others wait for that."""
+        if replace and not self._is_this_job():
+            self._make_room()
         try:
             return self._claim()
         except (DataError, FileNotFoundError):
@@ -50,12 +54,35 @@ class Parts:
                 return False                            # rank 0 has finished while this late rank was looking
             raise
 
+    def _is_this_job(self) -> bool:
+        """Whether what lies here is this job's, done or begun."""
+        with suppress(DataError, OSError, ValueError):
+            if self.finished:
+                return bool(read_manifest(self.out).get("job") == self.job)
+            return bool(json.loads((self.out / JOB).read_text()) == self.job)
+        return False
+
+    def _make_room(self) -> None:
+        if self.rank == 0:
+            # The manifest first: there is no data set from here on.
+            for path in (self.out / MANIFEST, *self.out.glob("shard_*.arrow")):
+                path.unlink(missing_ok=True)
+            self.remove()
+            return
+        waited = time.monotonic()
+        while not self._is_this_job():
+            if stop_requested():
+                raise Stopped
+            if time.monotonic() - waited > _GONE_S:
+                raise DataError(f"rank 0 has not replaced what lies in {self.out}; see its messages, and run again")
+            time.sleep(0.2)
+
     @property
     def finished(self) -> bool:
         return (self.out / MANIFEST).exists()
 
     def _claim(self) -> bool:
-        job_file = self.folder / "job.json"
+        job_file = self.out / JOB
         if self.finished:
             self._compare(read_manifest(self.out))
             if not _is_whole(self.out):

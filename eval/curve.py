@@ -1,0 +1,237 @@
+"""python -m eval.curve RUN ... --reference REFERENCE: a score for every kept checkpoint, against steps and images.
+
+    RUN/curve/results.jsonl     a row a checkpoint; it stays when the checkpoint goes
+    RUN/curve/step_00050000/    while drawing only (or with --keep-samples): the samples
+    curve.png, curve.json       of all runs in one: the curves, with the transitions of their stages
+
+A small protocol, the same for all: 10,000 samples by DDIM in 50 steps. A checkpoint that has a row of this protocol is
+left alone: run it again while training goes on, and it adds what is new. Under torchrun or srun the ranks share the
+drawing, and rank 0 scores.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from eval.sample import Sample, Sampler, folder_of
+from eval.score import RESULTS, Score, Scorer
+from largescale.checkpoint_files import checkpoints
+from largescale.diffusion.samplers import SamplerName
+from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError
+from largescale.files import append_line, write_atomically
+from largescale.launch import env_rank, leave, print_error
+from largescale.signals import serve_stop_signals
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Curve:
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run directories, such as runs/vanilla runs/curriculum."""
+    reference: Path
+    """Real images, or statistics of them (eval.score --save-reference)."""
+    out: Path | None = None
+    """Gets curve.png and curve.json; by default RUN/curve, of the first run."""
+    num_samples: int = 10_000
+    cfg_scale: float = 1.0
+    sampler: SamplerName = "ddim"
+    steps: int = 50
+    seed: int = 0
+    extractor: str = "inception"
+    inception_weights: Path | None = None
+    prompts_file: Path | None = None
+    """Of text-to-image models: the prompts, as eval.prompts froze them."""
+    captions: Path | None = None
+    """Or a packed data set whose captions to use."""
+    every: int = 1
+    """Steps: of the checkpoints, those at multiples of this, and the newest."""
+    keep_samples: bool = False
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    batch_size: int | None = None
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def check(self) -> None:
+        if self.every < 1:
+            raise ConfigError(f"every={self.every} must be at least 1; it counts training steps")
+        if len({run.resolve() for run in self.runs}) < len(self.runs):
+            raise ConfigError("a run is named twice; name each once")
+        for run in self.runs:
+            if not checkpoints(run):
+                raise CheckpointError(f"{run} holds no checkpoint; give the folders of runs, such as runs/digits")
+
+    def protocol(self) -> Row:
+        """What rows must share to lie on one curve."""
+        words = ("reference", "num_samples", "cfg_scale", "sampler", "steps", "seed", "extractor", "prompts_file",
+                 "captions", "precision")
+        known: Row = json.loads(json.dumps({word: getattr(self, word) for word in words}, default=str))
+        return known
+
+
+class Curves:
+    def __init__(self, options: Curve) -> None:
+        options.check()
+        self.options, self.rank = options, env_rank()
+        self._scorer: Scorer | None = None
+
+    def __call__(self) -> None:
+        for run in self.options.runs:
+            for step in self.missing(run):
+                self.add(run, step)
+        if self.rank == 0:
+            self.draw({run: self.rows(run) for run in self.options.runs})
+
+    def rows(self, run: Path) -> list[Row]:
+        """Of this protocol, in the order of steps; of two of one step, the later."""
+        found: dict[int, Row] = {}
+        for line in lines(run / "curve" / RESULTS):
+            if line.get("protocol") == self.options.protocol():
+                found[line["step"]] = line
+        return [found[step] for step in sorted(found)]
+
+    def missing(self, run: Path) -> list[int]:
+        steps = sorted(folder.step for folder in checkpoints(run))
+        known = {row["step"] for row in self.rows(run)}
+        return [step for step in steps
+                if step > 0 and step not in known and (step % self.options.every == 0 or step == steps[-1])]
+
+    def add(self, run: Path, step: int) -> None:
+        o, out = self.options, run / "curve" / f"step_{step:08d}"
+        sampler = Sampler(Sample(
+            run, out, num_samples=o.num_samples, cfg_scale=(o.cfg_scale,), sampler=o.sampler, steps=o.steps,
+            seed=o.seed, prompts_file=o.prompts_file, captions=o.captions, precision=o.precision, compile=o.compile,
+            batch_size=o.batch_size, step=step, device=o.device, replace=True))
+        sampler(sampler.configs[0])
+        if self.rank != 0:
+            return
+        scored = self.scorer()(folder_of(out, o.cfg_scale))
+        info = sampler.trained.info
+        row = {"run": str(run), "step": step, "images": info.get("samples_seen"), "protocol": o.protocol(),
+               "transitions": (info.get("curriculum") or {}).get("transitions", []),
+               **{key: scored[key] for key in ("figures", "notes", "extractor", "n")}, "reference": scored["reference"]}
+        append_line(run / "curve" / RESULTS, json.dumps(row))
+        said = (f"{name} {figure['value']:.5g} +- {figure['error']:.2g}" for name, figure in row["figures"].items())
+        print(f"{run} at step {step:,}: {', '.join(said)}", flush=True)
+        if not o.keep_samples:
+            shutil.rmtree(out)
+
+    def scorer(self) -> Scorer:
+        """One for all: the reference is looked at once."""
+        if self._scorer is None:
+            o = self.options
+            self._scorer = Scorer(Score(
+                samples=(), reference=o.reference, extractor=o.extractor, inception_weights=o.inception_weights,
+                device=o.device))
+        return self._scorer
+
+    def draw(self, of_runs: dict[Path, list[Row]]) -> None:
+        out = self.options.out or self.options.runs[0] / "curve"
+        out.mkdir(parents=True, exist_ok=True)
+        if not any(of_runs.values()):
+            raise DataError("no checkpoint was scored; those of step 0 are not")
+        plain = {str(run): rows for run, rows in of_runs.items()}
+        write_atomically(out / "curve.json", json.dumps(plain, indent=1) + "\n")
+        plot(of_runs, out / "curve.png")
+        for line in summary(of_runs):
+            print(line, flush=True)
+        print(f"{sum(map(len, of_runs.values()))} checkpoints on the curve: {out / 'curve.png'}", flush=True)
+
+
+def lines(path: Path) -> list[Row]:
+    """What is whole of a file of JSON lines."""
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue                                    # cut short by a crash
+    return found
+
+
+def main_figure(rows: Sequence[Row]) -> str:
+    """The Frechet distance, by the name that it has for this extractor."""
+    return next(iter(rows[0]["figures"]))
+
+
+def ahead(one: Sequence[Row], other: Sequence[Row]) -> tuple[int, int] | None:
+    """(first step at which `one` is at least as good as `other` ever was, the step of that best of the other)."""
+    name = main_figure(other)
+    best = min(other, key=lambda row: row["figures"][name]["value"])
+    reached = [row["step"] for row in one if row["figures"][name]["value"] <= best["figures"][name]["value"]]
+    return (reached[0], best["step"]) if reached else None
+
+
+def summary(of_runs: dict[Path, list[Row]]) -> list[str]:
+    """The best of each run, and which run reaches another's best how much earlier."""
+    said, scored = [], {run: rows for run, rows in of_runs.items() if rows}
+    for run, rows in scored.items():
+        name = main_figure(rows)
+        best = min(rows, key=lambda row: row["figures"][name]["value"])
+        said.append(f"{run}: best {name} {best['figures'][name]['value']:.5g} at step {best['step']:,}")
+    for one, rows in scored.items():
+        for other, others in scored.items():
+            if one == other or main_figure(rows) != main_figure(others) or not (found := ahead(rows, others)):
+                continue
+            reached, at = found
+            if reached < at:
+                said.append(f"{one} reaches the best of {other} at step {reached:,}, {at - reached:,} steps earlier "
+                            f"({1 - reached / at:.0%})")
+            else:
+                said.append(f"{one} reaches the best of {other} at step {reached:,}, {reached - at:,} steps later")
+    return said
+
+
+def plot(of_runs: dict[Path, list[Row]], path: Path) -> None:
+    """One picture for each figure, side by side; dotted lines are transitions of a run's stages, in its colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(name for rows in of_runs.values() for row in rows for name in row["figures"]))
+    plots, axes = plt.subplots(1, len(names), figsize=(1 + 5 * len(names), 4.5), squeeze=False, layout="constrained")
+    for name, axis in zip(names, axes[0], strict=True):
+        for run, rows in of_runs.items():
+            points = [(row["step"], row["figures"][name]) for row in rows if name in row["figures"]]
+            if not points:
+                continue
+            steps, values, errors = zip(*((step, f["value"], f["error"]) for step, f in points), strict=True)
+            line = axis.errorbar(steps, values, errors, marker="o", markersize=3, capsize=2, label=str(run))
+            for step, _index in rows[-1]["transitions"]:
+                axis.axvline(step, color=line[0].get_color(), linestyle=":", linewidth=0.6)
+        axis.set(xlabel="step", ylabel=name)
+        of_images = [row["images"] / row["step"] for rows in of_runs.values() for row in rows if row["images"]]
+        if of_images and max(of_images) == min(of_images):  # one batch size: one scale of images for all
+            batch = of_images[0]
+            scales = (lambda step, batch=batch: step * batch, lambda images, batch=batch: images / batch)
+            axis.secondary_xaxis("top", functions=scales).set_xlabel("images")
+        axis.legend(fontsize="small")
+    temporary = path.with_name("curve.tmp.png")
+    plots.savefig(temporary, dpi=120)
+    plt.close(plots)
+    temporary.replace(path)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    options = tyro.cli(Curve, args=args, description=__doc__, prog="python -m eval.curve")
+    serve_stop_signals()
+    try:
+        Curves(options)()
+    except LargescaleError as error:
+        print_error(error)
+        return error.exit_status
+    except OSError as error:
+        print_error(DataError(f"{error}; what is scored stays: correct the cause, and run the same command again"))
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    leave(main())

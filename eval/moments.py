@@ -1,0 +1,147 @@
+"""Mean and covariance of features that come batch by batch, from several ranks, with parts that can be left out."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from largescale.errors import ConfigError, DataError
+
+Array = Tensor | npt.NDArray[Any]
+
+
+def check_features(features: Tensor, name: str, at_least: int = 1) -> Tensor:
+    """`features` (N, D) if they can be used. Raises DataError for another shape, too few or not finite ones."""
+    if features.ndim != 2 or features.shape[1] == 0:
+        raise DataError(f"{name} have shape {tuple(features.shape)}, not (N, D); flatten each sample's to one row")
+    if len(features) < at_least:
+        raise DataError(f"{name} are of {len(features)} samples; give {at_least} or more")
+    finite = features.isfinite().all(1)
+    if not finite.all():
+        bad = (~finite).nonzero()[:, 0]
+        raise DataError(f"{name} of {len(bad)} samples are not finite, first of sample {int(bad[0])}; look at that "
+                        "sample, and extract the features in float32")
+    return features.detach()
+
+
+def check_width(width: int, other: int) -> None:
+    """Raises DataError."""
+    if width != other:
+        raise DataError(f"{width} features a sample against {other}; take both from one layer of one network")
+
+
+class Moments:
+    """Count, mean and covariance of features that come batch by batch, in float64.
+
+    By the update of Chan, Golub and LeVeque (1979): deviations from the mean so far, so an offset of the features costs
+    no digits."""
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)        # (D,)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)  # (D, D), of (x - mean)(x - mean)^T
+
+    @property
+    def cov(self) -> Tensor:
+        """(D, D), over count - 1, as numpy.cov(rowvar=False), torch-fidelity and ADM have it. Raises DataError."""
+        if self.count < 2:
+            raise DataError(f"a covariance of {self.count} samples; give 2 or more")
+        return self.scatter / (self.count - 1)
+
+    @property
+    def singular(self) -> bool:
+        return self.count <= len(self.mean)
+
+    def add(self, features: Tensor) -> None:
+        """Features (B, D). Raises DataError."""
+        rows = check_features(features, "features", at_least=0).to(self.mean)
+        check_width(rows.shape[1], len(self.mean))
+        if not len(rows):
+            return
+        mean, total = rows.mean(0), self.count + len(rows)
+        delta = mean - self.mean
+        step = math.sqrt(self.count * len(rows) / total) * delta    # between the means: one more row
+        deviations = torch.cat([rows - mean, step[None]])
+        self.scatter.addmm_(deviations.T, deviations)
+        self.mean += delta * (len(rows) / total)
+        self.count = total
+
+    def merge(self, other: "Moments") -> None:
+        """Adds the samples of `other`. Raises DataError."""
+        check_width(len(other.mean), len(self.mean))
+        if not other.count:
+            return
+        total = self.count + other.count
+        delta = other.mean.to(self.mean) - self.mean
+        self.scatter.add_(other.scatter.to(self.scatter)).addr_(delta, delta, alpha=self.count * other.count / total)
+        self.mean += delta * (other.count / total)
+        self.count = total
+
+    def __add__(self, other: "Moments") -> "Moments":
+        both = Moments(len(self.mean), self.mean.device)
+        both.merge(self)
+        both.merge(other)
+        return both
+
+
+class GroupedMoments:
+    """Moments in groups that can be left out one at a time: sample number i is in group i % groups, so what a group
+    holds does not depend on batches and ranks."""
+
+    def __init__(self, dim: int, groups: int = 10, device: torch.device | str = "cpu") -> None:
+        if groups < 2:
+            raise ConfigError(f"groups={groups} leaves nothing when one is left out; give 2 or more")
+        self.groups = [Moments(dim, device) for _ in range(groups)]
+
+    def add(self, features: Tensor, numbers: Array) -> None:
+        """Features (B, D) of the samples of these numbers (B,). Raises DataError."""
+        if len(numbers) != len(features):
+            raise DataError(f"{len(numbers)} numbers for {len(features)} samples; give one each")
+        check_features(features, "features", at_least=0)                            # before any group is touched
+        group_of = torch.as_tensor(numbers, device=features.device) % len(self.groups)
+        for number, group in enumerate(self.groups):
+            group.add(features[group_of == number])
+
+    def merge(self, other: "GroupedMoments") -> None:
+        """Adds the samples of another rank. Raises DataError."""
+        if len(other.groups) != len(self.groups):
+            raise DataError(f"{len(other.groups)} groups cannot join {len(self.groups)}; use one number on all ranks")
+        for mine, theirs in zip(self.groups, other.groups, strict=True):
+            mine.merge(theirs)
+
+    def total(self) -> Moments:
+        return self._sum(self.groups)
+
+    def without(self, group: int) -> Moments:
+        return self._sum([moments for i, moments in enumerate(self.groups) if i != group])
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Plain arrays: count (G,), mean (G, D), scatter (G, D, D)."""
+        return {"count": np.array([g.count for g in self.groups], np.int64),
+                "mean": torch.stack([g.mean for g in self.groups]).cpu().numpy(),
+                "scatter": torch.stack([g.scatter for g in self.groups]).cpu().numpy()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, npt.NDArray[Any]], device: torch.device | str = "cpu") -> "GroupedMoments":
+        """The inverse of `state`. Raises DataError."""
+        shapes = tuple(state[key].shape for key in ("count", "mean", "scatter"))
+        groups, dim = state["mean"].shape if state["mean"].ndim == 2 else (0, 0)
+        if shapes != ((groups,), (groups, dim), (groups, dim, dim)):
+            raise DataError(f"count, mean and scatter have shapes {shapes}, not (G,), (G, D), (G, D, D); give what "
+                            "GroupedMoments.state returned")
+        new = cls(dim, groups, device)
+        for i, group in enumerate(new.groups):
+            group.count = int(state["count"][i])
+            group.mean = torch.tensor(state["mean"][i], dtype=torch.float64, device=device)
+            group.scatter = torch.tensor(state["scatter"][i], dtype=torch.float64, device=device)
+        return new
+
+    def _sum(self, groups: list[Moments]) -> Moments:
+        total = Moments(len(groups[0].mean), groups[0].mean.device)
+        for moments in groups:
+            total.merge(moments)
+        return total

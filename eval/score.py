@@ -1,0 +1,189 @@
+"""python -m eval.score SAMPLES ... --reference REFERENCE: FID, sFID, IS, KID, Precision, Recall, CLIP score.
+
+SAMPLES: folders that eval.sample wrote, folders of PNGs, or ADM's .npz. REFERENCE: the same, a packed data set of
+pixels, or statistics: those that --save-reference wrote, or ADM's .npz. Only Inception's Frechet distance is called
+FID; that of another network is FD with its name, and comparable with nothing but itself.
+
+Each set gets a row in its own results.jsonl. One process, on one device: 50,000 images are a matter of minutes.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+import largescale
+from eval.features import Clip, Extractor, load_clip, load_extractor
+from eval.image_sets import ImageSet, open_images
+from eval.scoring import (
+    METRICS,
+    Figure,
+    Metric,
+    Reference,
+    check_resolution,
+    figures,
+    look,
+    open_reference,
+    plain,
+    text_figure,
+)
+from eval.statistics import write_statistics
+from largescale.distributed import local_device
+from largescale.errors import ConfigError, DataError, LargescaleError
+from largescale.files import append_line
+from largescale.launch import env_world_size, leave, print_error
+from largescale.signals import serve_stop_signals
+
+RESULTS = "results.jsonl"
+# What a score must always be read with (of eval.sample's provenance).
+SAID = ("sampler", "steps", "cfg_scale", "guidance_interval", "seed", "precision")
+
+
+@dataclass(frozen=True)
+class Score:
+    samples: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Sets of samples, each scored by itself; none, to make a reference only."""
+    reference: Path | None = None
+    """Real images, or statistics of them."""
+    extractor: str = "inception"
+    """inception, efficientnet-lite0 (in pip), clip:MODEL/WEIGHTS (open_clip) or dino:MODEL (timm)."""
+    inception_weights: Path | None = None
+    """torch-fidelity's weights-inception-2015-12-05-6726825d.pth, where there is no network to fetch it."""
+    clip: str | None = None
+    """Also the CLIP score of text-to-image samples, by this model: ViT-B-32/openai."""
+    metrics: tuple[Metric, ...] = METRICS
+    num_samples: int | None = None
+    """The first so many of each set; by default all."""
+    resize: int | None = None
+    """Crop and scale images of a folder to this side, as ADM does."""
+    keep: int = 50_000
+    """Features kept for KID, Precision and Recall, of evenly spaced images of each set."""
+    save_reference: Path | None = None
+    """Write the reference's statistics here (.npz), to be used again; with --keep features."""
+    out: Path | None = None
+    """Append all rows here too."""
+    batch_size: int = 64
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def check(self) -> None:
+        for key, value in {"num_samples": self.num_samples, "batch_size": self.batch_size}.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"{key}={value} must be at least 1; set --{key.replace('_', '-')}")
+        if self.keep < 2:
+            raise ConfigError(f"keep={self.keep} must be at least 2; 10,000 serve most ends")
+        if self.reference is None and (self.save_reference or not self.clip):
+            raise ConfigError("no reference; give --reference, real images or statistics of them")
+        if self.save_reference and self.save_reference.suffix != ".npz":
+            raise ConfigError(f"--save-reference {self.save_reference} must end in .npz")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device=cuda, but torch sees no CUDA device; to score here: --device cpu")
+        if env_world_size() > 1:
+            raise ConfigError(f"scoring is one process, not {env_world_size()}; start it without torchrun or srun, or "
+                              "with one task")
+
+
+class Scorer:
+    """One extractor and one reference, for any number of sets; `options.samples` are looked at before any work."""
+
+    def __init__(self, options: Score) -> None:
+        options.check()
+        self.options, self.device = options, local_device(options.device)
+        self.sets = {path: self._open(path) for path in options.samples}
+        self.clip: Clip | None = load_clip(options.clip, self.device) if options.clip else None
+        self.reference: Reference | None = None
+        if options.reference:
+            extractor = load_extractor(options.extractor, self.device, inception_weights=options.inception_weights)
+            self.reference = self._open_reference(options.reference, extractor)
+
+    def _open(self, path: Path) -> ImageSet:
+        images, n = open_images(path, verify=True, resize=self.options.resize), self.options.num_samples
+        if n and n > len(images):
+            raise ConfigError(f"{path} holds {len(images):,} samples, not --num-samples {n:,}; draw more, or ask for "
+                              "fewer")
+        return images
+
+    def _open_reference(self, path: Path, extractor: Extractor) -> Reference:
+        o = self.options
+        reference = open_reference(path, extractor, sets=list(self.sets.values()), resize=o.resize, keep=o.keep,
+                                   batch_size=o.batch_size, device=self.device)
+        if o.save_reference:
+            write_statistics(o.save_reference, reference.statistics)
+        return reference
+
+    def __call__(self, path: Path) -> dict[str, Any]:
+        """The row of one set; also appended to its results."""
+        o, images, start = self.options, self.sets.get(path) or self._open(path), time.perf_counter()
+        n = o.num_samples or len(images)
+        found: list[Figure] = []
+        notes: list[str] = []
+        if self.reference:
+            check_resolution(o.reference or path, self.reference.statistics.resolution, [images])
+            seen = look(images, self.reference.extractor, n=n, keep=o.keep, batch_size=o.batch_size, device=self.device,
+                        what=path.name)
+            found, notes = figures(seen, self.reference, o.metrics, self.device)
+        if self.clip and "clip" in o.metrics:
+            found.append(text_figure(images, self.clip, n=n, batch_size=o.batch_size, device=self.device))
+        row = {
+            "samples": str(path), "fingerprint": images.fingerprint, "n": n, "drawn": drawn(path),
+            "figures": {figure.name: plain(figure) for figure in found}, "notes": notes,
+            "reference": self.reference and self.reference.facts,
+            "extractor": self.reference and self.reference.extractor.identity,
+            "seconds": round(time.perf_counter() - start, 1), "unix_s": round(time.time()),
+            "versions": {"torch": str(torch.__version__), "largescale": largescale.__version__},
+        }
+        for file in filter(None, [(path if path.is_dir() else path.parent) / RESULTS, o.out]):
+            append_line(file, json.dumps(row))
+        return row
+
+
+def drawn(path: Path) -> dict[str, Any] | None:
+    """How the samples were made, where eval.sample says it."""
+    try:
+        known = json.loads((path / "provenance.json").read_text())
+        return {"run": known["run"], "step": known["step"], **{key: known["sampling"][key] for key in SAID}}
+    except (OSError, LookupError, ValueError):
+        return None
+
+
+def text(row: dict[str, Any]) -> str:
+    """One set's figures as a table."""
+    d = row["drawn"]
+    how = f"; {d['run']} at step {d['step']:,}, {d['sampler']} {d['steps']} steps, cfg_scale {d['cfg_scale']}, " \
+          f"seed {d['seed']}" if d else ""
+    lines = [f"{row['samples']}: {row['n']:,} images{how}"]
+    width = max(map(len, row["figures"]), default=0)
+    for name, figure in row["figures"].items():
+        lines.append(f"  {name:<{width}}  {figure['value']:>10.5g} +- {figure['error']:.2g} ({figure['error_is']}; "
+                     f"{figure['better']} is better)")
+    return "\n".join([*lines, *(f"  note: {note}" for note in row["notes"])])
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    options = tyro.cli(Score, args=args, description=__doc__, prog="python -m eval.score")
+    serve_stop_signals()
+    try:
+        if not options.samples and not options.save_reference:
+            raise ConfigError("no samples; give the folders that eval.sample wrote, or --save-reference FILE to keep "
+                              "the reference's statistics only")
+        scorer = Scorer(options)
+        for path in options.samples:
+            print(text(scorer(path)), flush=True)
+        if options.save_reference and scorer.reference:
+            facts = scorer.reference.facts
+            print(f"{options.save_reference}: statistics of {facts['count']:,} images of {facts['path']}", flush=True)
+    except LargescaleError as error:
+        print_error(error)
+        return error.exit_status
+    except OSError as error:
+        print_error(DataError(f"{error}; correct the cause, and run again"))
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    leave(main())

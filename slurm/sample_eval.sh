@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Draws 50,000 samples of a run's newest checkpoint and scores them. In the folder of the clone:
+#   RUN=runs/dit_l2_imagenet256 REFERENCE=VIRTUAL_imagenet256_labeled.npz sbatch slurm/sample_eval.sh --cfg-scale 1.5
+# Options after the script's name go to eval.sample; those of eval.score are in SCORE:
+#   SCORE='--extractor inception --inception-weights /models/weights-inception-2015-12-05-6726825d.pth'
+# Before its time limit, and when it is preempted, it leaves and is requeued; drawing goes on where it was. STEP names
+# another checkpoint: while the run goes on, the newest one is another after each requeue.
+#SBATCH --job-name=sample_eval
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=12:00:00
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+
+set -uo pipefail
+# Not the folder of this file: Slurm runs a copy of it.
+cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
+[ -r slurm/env.sh ] || { echo "error: no slurm/env.sh in $PWD; type sbatch in the clone's folder" >&2; exit 2; }
+. slurm/env.sh
+
+RUN=${RUN:-runs/dit_l2_imagenet256}
+REFERENCE=${REFERENCE:-VIRTUAL_imagenet256_labeled.npz}
+OUT=${OUT:-$RUN/eval}
+NUM_SAMPLES=${NUM_SAMPLES:-50000}
+read -r -a step <<<"${STEP:+--step $STEP}"
+read -r -a score <<<"${SCORE:-}"
+
+draw sample "$RUN" --out "$OUT" --num-samples "$NUM_SAMPLES" "${step[@]}" "$@"
+status=$?
+if [ $status -eq 0 ]; then
+    # One process on one GPU: features of 50,000 images are a matter of minutes.
+    run_ranks --ntasks=1 "$PYTHON" -m eval.score "$OUT"/cfg* --reference "$REFERENCE" "${score[@]}"
+    status=$?
+fi
+leave $status
