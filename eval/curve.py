@@ -1,7 +1,7 @@
 """python -m eval.curve RUN ... --reference REFERENCE: a score for every kept checkpoint, against steps and images.
 
     RUN/curve/results.jsonl     a row a checkpoint; it stays when the checkpoint goes
-    RUN/curve/step_00050000/    while drawing only (or with --keep-samples): the samples
+    RUN/curve/1a2b3c4d/         while drawing only (or with --keep-samples): the samples, step by step; named by protocol
     curve.png, curve.json       of all runs in one: the curves, with the transitions of their stages
 
 A small protocol, the same for all: 10,000 samples by DDIM in 50 steps. A checkpoint that has a row of this protocol is
@@ -9,6 +9,7 @@ left alone: run it again while training goes on, and it adds what is new. Under 
 drawing, and rank 0 scores.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -103,11 +104,13 @@ class Curves:
                 if step > 0 and step not in known and (step % self.options.every == 0 or step == steps[-1])]
 
     def add(self, run: Path, step: int) -> None:
-        o, out = self.options, run / "curve" / f"step_{step:08d}"
+        o = self.options
+        protocol = hashlib.sha256(json.dumps(o.protocol()).encode()).hexdigest()[:8]
+        out = run / "curve" / protocol / f"step_{step:08d}"
         sampler = Sampler(Sample(
             run, out, num_samples=o.num_samples, cfg_scale=(o.cfg_scale,), sampler=o.sampler, steps=o.steps,
             seed=o.seed, prompts_file=o.prompts_file, captions=o.captions, precision=o.precision, compile=o.compile,
-            batch_size=o.batch_size, step=step, device=o.device, replace=True))
+            batch_size=o.batch_size, step=step, device=o.device))
         sampler(sampler.configs[0])
         if self.rank != 0:
             return

@@ -234,10 +234,11 @@ def _load_efficientnet(device: torch.device, dtype: torch.dtype) -> Extractor:
     # as it was trained: of 1,000 pictures of ImageNet 85 % are read right, with ImageNet's mean and std 76 %
     prepare = Preprocess(224, 224, True, "bicubic", (127.0,) * 3, (128.0,) * 3)
     identity = _identity(f"efficientnet_lite_pytorch:efficientnet-lite0 {prepare}", network, dtype)
-    network.eval().requires_grad_(False).to(device, dtype)
+    network.eval().requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)
 
     def forward(images: Tensor) -> Features:
-        pooled = network.extract_features(prepare(images).to(dtype)).mean(dim=(2, 3))
+        x = prepare(images).to(dtype, memory_format=torch.channels_last)
+        pooled = network.extract_features(x).mean(dim=(2, 3))
         return Features(pooled, None, network._fc(pooled))
 
     return _finish(Extractor, "efficientnet-lite0", identity, device, forward)
