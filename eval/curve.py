@@ -1,7 +1,7 @@
 """python -m eval.curve RUN ... --reference REFERENCE: a score for every kept checkpoint, against steps and images.
 
     RUN/curve/results.jsonl     a row a checkpoint; it stays when the checkpoint goes
-    RUN/curve/1a2b3c4d/         while drawing only (or with --keep-samples): the samples, step by step; named by protocol
+    RUN/curve/1a2b3c4d/         while drawing only (or with --keep-samples): samples; named by the protocol
     curve.png, curve.json       of all runs in one: the curves, with the transitions of their stages
 
 A small protocol, the same for all: 10,000 samples by DDIM in 50 steps. A checkpoint that has a row of this protocol is

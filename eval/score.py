@@ -82,9 +82,6 @@ class Score:
             raise ConfigError(f"--save-reference {self.save_reference} must end in .npz")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device=cuda, but torch sees no CUDA device; to score here: --device cpu")
-        if env_world_size() > 1:
-            raise ConfigError(f"scoring is one process, not {env_world_size()}; start it without torchrun or srun, or "
-                              "with one task")
 
 
 class Scorer:
@@ -167,6 +164,9 @@ def main(args: Sequence[str] | None = None) -> int:
     options = tyro.cli(Score, args=args, description=__doc__, prog="python -m eval.score")
     serve_stop_signals()
     try:
+        if env_world_size() > 1:
+            raise ConfigError(f"scoring is one process, not {env_world_size()}; start it without torchrun or srun, or "
+                              "with one task")
         if not options.samples and not options.save_reference:
             raise ConfigError("no samples; give the folders that eval.sample wrote, or --save-reference FILE to keep "
                               "the reference's statistics only")

@@ -34,7 +34,7 @@ def test_what_the_readme_offers() -> None:
     """A command added there is either run below or named here with what runs it."""
     others = {"make demo", "make demo-text", "make test", "tensorboard --logdir runs", "sbatch slurm/dit_l2_2m.sh",
               "sbatch slurm/dit_l2_coco_2m.sh", "sbatch slurm/pack_imagenet.sh", "sbatch slurm/pack_coco.sh",  # tests/slurm
-              "pip install -e '.[prep]'"}
+              "sbatch slurm/sample_eval.sh", "sbatch slurm/curve.sh", "pip install -e '.[prep]'", "pip install -e '.[eval]'"}
     assert {c for c in commands() if not runs_here(c)} == others
 
 
@@ -53,7 +53,13 @@ def test_the_commands_in_order(tmp_path: Path) -> None:
         if "largescale.train" in words and "digits" in words:
             program += SHORT["digits"]
         if "eval.sample" in words:
-            program += ["--steps", "4", "--num-samples", "10"]
+            program += ["--steps", "4", "--num-samples", "20"]
+        if "eval.score" in words or "eval.curve" in words:
+            program += ["--reference", "samples/cfg2.0"]  # thousands of images take minutes
+        if "eval.curve" in words:
+            program += ["--steps", "4", "--num-samples", "20"]
+        if "eval.prompts" in words:
+            program += ["--num", "1"]
         if "dit_l2_coco256" in words or "dit_l2_imagenet256" in words:
             program += ["--data.path", "data/none"]  # what was packed above are pixels, for want of a VAE
         done = subprocess.run([sys.executable, *program], cwd=tmp_path, capture_output=True, text=True, timeout=180)

