@@ -22,7 +22,7 @@ import tyro
 
 from eval.sample import Sample, Sampler, folder_of
 from eval.score import RESULTS, Score, Scorer
-from largescale.checkpoint_files import checkpoints
+from largescale.checkpoint_files import CheckpointDir, checkpoints
 from largescale.diffusion.samplers import SamplerName
 from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError
 from largescale.files import append_line, write_atomically
@@ -53,6 +53,11 @@ class Curve:
     """Or a packed data set whose captions to use."""
     every: int = 1
     """Steps: of the checkpoints, those at multiples of this, and the newest."""
+    text_encoder: str | None = None
+    """For prompts: where it lies now; by default where it was when the data were packed."""
+    vae: str | None = None
+    """Likewise of a latent model."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     keep_samples: bool = False
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
@@ -70,8 +75,8 @@ class Curve:
 
     def protocol(self) -> Row:
         """What rows must share to lie on one curve."""
-        words = ("reference", "num_samples", "cfg_scale", "sampler", "steps", "seed", "extractor", "prompts_file",
-                 "captions", "precision")
+        words = ("reference", "num_samples", "cfg_scale", "guidance_interval", "sampler", "steps", "seed", "extractor",
+                 "inception_weights", "prompts_file", "captions", "precision", "device")
         known: Row = json.loads(json.dumps({word: getattr(self, word) for word in words}, default=str))
         return known
 
@@ -83,11 +88,28 @@ class Curves:
         self._scorer: Scorer | None = None
 
     def __call__(self) -> None:
-        for run in self.options.runs:
-            for step in self.missing(run):
+        missing = [(run, step) for run in self.options.runs for step in self.missing(run)]
+        if self.rank == 0:
+            self.remove_scored()
+            if missing:
+                self.scorer()                           # what is wrong with the reference is said before the work
+        for run, step in missing:
+            if CheckpointDir.at(run, step).exists:
                 self.add(run, step)
+            elif self.rank == 0:
+                print(f"{run} at step {step:,}: left out, training has removed the checkpoint meanwhile", flush=True)
         if self.rank == 0:
             self.draw({run: self.rows(run) for run in self.options.runs})
+
+    def remove_scored(self) -> None:
+        """Samples that a kill between their row and their removal has left."""
+        for run in self.options.runs if not self.options.keep_samples else ():
+            for row in self.rows(run):
+                shutil.rmtree(self.folder(run, row["step"]), ignore_errors=True)
+
+    def folder(self, run: Path, step: int) -> Path:
+        protocol = hashlib.sha256(json.dumps(self.options.protocol()).encode()).hexdigest()[:8]
+        return run / "curve" / protocol / f"step_{step:08d}"
 
     def rows(self, run: Path) -> list[Row]:
         """Of this protocol, in the order of steps; of two of one step, the later."""
@@ -104,14 +126,15 @@ class Curves:
                 if step > 0 and step not in known and (step % self.options.every == 0 or step == steps[-1])]
 
     def add(self, run: Path, step: int) -> None:
-        o = self.options
-        protocol = hashlib.sha256(json.dumps(o.protocol()).encode()).hexdigest()[:8]
-        out = run / "curve" / protocol / f"step_{step:08d}"
+        o, out = self.options, self.folder(run, step)
         sampler = Sampler(Sample(
             run, out, num_samples=o.num_samples, cfg_scale=(o.cfg_scale,), sampler=o.sampler, steps=o.steps,
             seed=o.seed, prompts_file=o.prompts_file, captions=o.captions, precision=o.precision, compile=o.compile,
-            batch_size=o.batch_size, step=step, device=o.device))
-        sampler(sampler.configs[0])
+            batch_size=o.batch_size, step=step, device=o.device, vae=o.vae, text_encoder=o.text_encoder,
+            guidance_interval=o.guidance_interval))
+        if sampler.info().kind == "latents":
+            raise ConfigError(f"{run} draws latents, and its VAE is not known; give --vae")
+        sampler()
         if self.rank != 0:
             return
         scored = self.scorer()(folder_of(out, o.cfg_scale))

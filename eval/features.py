@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from largescale.encoders.identity import library, loading, weights_identity
 from largescale.encoders.text import open_clip_weights
 from largescale.errors import DataError
+from largescale.files import sha256
 
 BATCH = 64                                              # images in one forward pass
 MIN_SIDE = 8
@@ -196,6 +197,7 @@ def _load_inception(given: Path | None, device: torch.device, dtype: torch.dtype
         file = given or _download_inception(fidelity.URL_INCEPTION_V3)
         torch.load(file, map_location="cpu", weights_only=True)     # torch-fidelity would run what is hidden in a file
         network = fidelity.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(file))
+    published = given is None or sha256(given) == INCEPTION_SHA256
     identity = _identity("torch_fidelity:inception-v3-compat", network, dtype)
     network.to(device, dtype)
     network.feature_extractor_internal_dtype = dtype
@@ -207,7 +209,8 @@ def _load_inception(given: Path | None, device: torch.device, dtype: torch.dtype
         pooled, logits = network(images)
         return Features(pooled, mixed_6.pop()[:, :7].permute(0, 2, 3, 1).flatten(1), logits)    # 17 * 17 * 7 = 2023
 
-    return _finish(Extractor, "inception", identity, device, forward)
+    # With other weights it is another network, and no FID.
+    return _finish(Extractor, "inception" if published else "other-inception", identity, device, forward)
 
 
 def _download_inception(url: str) -> Path:

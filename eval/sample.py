@@ -6,7 +6,8 @@ when the same command is run again; a whole set is left alone. Under torchrun or
 meet in the file system only, and need not be as many as before.
 
 Sample i depends on (seed, i) alone: it is bitwise the same on one type of device at the same batch size and shard size,
-whatever the number of ranks and restarts, and the same up to rounding at others.
+whatever the number of ranks and restarts, and the same up to rounding at others, or where one start compiles the model
+and another does not.
 """
 
 import hashlib
@@ -32,13 +33,13 @@ from eval.conditions import make_conditions
 from eval.sample_set import Format, SampleSet, Worker, make_of
 from largescale.build import latent_shape
 from largescale.checkpoint_files import CheckpointDir
-from largescale.data.format import KINDS, DatasetInfo
+from largescale.data.format import KINDS, MANIFEST, DatasetInfo
 from largescale.data.parts import JOB
 from largescale.diffusion.gaussian import Model
 from largescale.diffusion.samplers import SamplerName, evaluations
 from largescale.distributed import local_device
 from largescale.encoders.vae import Vae, load_vae
-from largescale.errors import ConfigError, DataError, LargescaleError, Stopped
+from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, Stopped
 from largescale.inference import compile_pays, prepare
 from largescale.launch import env_rank, env_world_size, leave, print_error
 from largescale.sampling import SamplingConfig, draw_batches
@@ -91,7 +92,7 @@ class Sample:
     """torch.compile; auto: where it is expected to pay."""
     batch_size: int | None = None
     """Images drawn at a time by each rank: a matter of speed and memory. By default 128 on a GPU, 32 on the CPU."""
-    shard_size: int = 256
+    shard_size: int = 128
     """Images in a shard. A rank that is stopped loses what it drew of its last one."""
     step: int | None = None
     """Which checkpoint of a run; the newest valid one by default."""
@@ -116,9 +117,10 @@ class Sampler:
     """A trained model, and this process's part in sampling from it."""
 
     def __init__(self, options: Sample) -> None:
+        options.check()
         self.options, self.rank, self.world_size = options, env_rank(), env_world_size()
         self.device = local_device(options.device)
-        self.trained = load_trained(options.source, options.step or self.begun_with())
+        self.trained = load_trained(options.source, self.begun_with() if options.step is None else options.step)
         model, info = self.trained.config.model, self.trained.info
         if not model.class_dropout_prob and set(options.cfg_scale) != {1.0}:
             raise ConfigError("the model was trained with class_dropout_prob=0 and knows no null label to guide with; "
@@ -135,15 +137,32 @@ class Sampler:
         self.vae = None if vae == "none" else self.decoder(vae)
         self.batch_size = min(options.batch_size or (128 if self.device.type == "cuda" else 32), options.shard_size)
         self.configs = [self.config(scale) for scale in options.cfg_scale]  # what is wrong with them is said now
+        # Once for all scales, by the whole of the work, not by what is left of it here.
+        self.compile = options.compile == "on" or (options.compile == "auto" and compile_pays(
+            self.trained.model, device=self.device, precision=self.configs[0].precision,
+            evaluations=sum(map(self.evaluations, self.configs))))
         self._model: Model | None = None
 
+    def evaluations(self, config: SamplingConfig) -> int:
+        """Images that all ranks show to the model."""
+        rounds = evaluations(config.sampler, config.steps, self.trained.diffusion.timesteps_total)
+        return self.options.num_samples * rounds * (1 if config.cfg_scale == 1 else 2)
+
     def begun_with(self) -> int | None:
-        """The checkpoint of samples that are half drawn: a run that goes on has a newer one by now."""
-        for scale in self.options.cfg_scale:
-            with suppress(OSError, ValueError, KeyError):
-                step = int(json.loads((folder_of(self.options.out, scale) / JOB).read_text())["step"])
-                if CheckpointDir.at(self.options.source, step).exists:
-                    return step
+        """The checkpoint of these very samples, where they are half drawn, or whole and not to be replaced: a run that
+        goes on has a newer one by now."""
+        o = self.options
+        for scale in o.cfg_scale:
+            wanted = {"sampler": o.sampler, "steps": o.steps, "cfg_scale": scale, "eta": o.eta, "seed": o.seed,
+                      "guidance_interval": list(o.guidance_interval), "cfg_channels": o.cfg_channels}
+            for name in (JOB, *([] if o.replace else [MANIFEST])):
+                with suppress(OSError, LookupError, TypeError, ValueError, CheckpointError):
+                    found = json.loads((folder_of(o.out, scale) / name).read_text())
+                    job = found if name == JOB else found["job"]
+                    checkpoint = CheckpointDir.at(o.source, int(job["step"]))
+                    if (checkpoint.exists and checkpoint.manifest()["state"]["config"]["name"] == job["run"]
+                            and job["num_samples"] == o.num_samples and wanted.items() <= job["sampling"].items()):
+                        return checkpoint.step
         return None
 
     def config(self, cfg_scale: float) -> SamplingConfig:
@@ -164,14 +183,21 @@ class Sampler:
             raise ConfigError(f"--vae {spec} is {vae.identity}, the model was trained with {encoder}")
         return vae
 
-    def __call__(self, config: SamplingConfig) -> None:
+    def __call__(self) -> None:
+        """A sample set for each scale."""
+        sets = [SampleSet(folder_of(self.options.out, config.cfg_scale), self.info(), self.job(config),
+                          self.options.num_samples, self.options.shard_size, self.rank, self.world_size)
+                for config in self.configs]
+        for made in sets if self.options.replace else ():
+            made.parts.make_room()                      # of all scales at once: ranks are apart by hours later
+        for config, made in zip(self.configs, sets, strict=True):
+            self.make(config, made)
+
+    def make(self, config: SamplingConfig, made: SampleSet) -> None:
         """One sample set: left alone where it is whole already, else drawn, and by rank 0 completed."""
-        o, folder, start = self.options, folder_of(self.options.out, config.cfg_scale), time.perf_counter()
-        job = self.job(config)
-        made = SampleSet(folder, self.info(), job, o.num_samples, o.shard_size, self.rank, self.world_size)
-        done = "already drawn, left alone"
+        o, start, done = self.options, time.perf_counter(), "already drawn, left alone"
         try:
-            if made.claim(o.replace):
+            if made.parts.claim():
                 before = made.done()
                 self.draw(config, made, before)
                 if self.rank == 0:
@@ -187,8 +213,8 @@ class Sampler:
         finally:
             made.parts.close()
         if self.rank == 0:
-            make_of(folder, job | {"drawn_with": self.drawn_with(config)}, o.also)
-            print(f"{folder}: {o.num_samples:,} images, {config.sampler} {config.steps} steps, cfg_scale "
+            make_of(made.folder, o.also)
+            print(f"{made.folder}: {o.num_samples:,} images, {config.sampler} {config.steps} steps, cfg_scale "
                   f"{config.cfg_scale}, seed {config.seed}, checkpoint step {self.trained.info['step']}; {done}",
                   flush=True)
 
@@ -217,7 +243,7 @@ class Sampler:
     def finish_batch(self, x: Tensor, numbers: Sequence[int], ready: Any, precision: str,
                      into: npt.NDArray[Any]) -> None:
         """Samples (B, C, H, W) to what is stored; in the worker's thread, on a GPU in a stream of its own."""
-        with torch.cuda.stream(torch.cuda.Stream()) if ready else nullcontext():
+        with torch.cuda.stream(self._stream) if ready else nullcontext():
             if ready:
                 torch.cuda.current_stream().wait_event(ready)
             into[...] = self.stored(x)                  # ends in copies to the host, which are waited for here
@@ -243,26 +269,20 @@ class Sampler:
     def use_device(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+            self._stream = torch.cuda.Stream()
         else:
             torch.set_num_threads(1)                    # beside the thread that draws
 
     def save(self, made: SampleSet, part: int, latents: npt.NDArray[Any]) -> None:
         numbers = made.numbers(part)
-        made.save(part, latents, self.conditions.labels(numbers), self.conditions.texts(numbers))
+        made.save(part, latents, self.conditions.labels(numbers), self.conditions.texts(numbers), self.drawn_with())
 
     def model(self, config: SamplingConfig) -> Model:
         """Made ready when it is first needed: a whole set needs none."""
         if self._model is None:
             self._model = prepare(self.trained.model, device=self.device, precision=config.precision,
-                                  compile=self.compiled(config))
+                                  compile=self.compile)
         return self._model
-
-    def compiled(self, config: SamplingConfig) -> bool:
-        """Decided by the whole of the work, not by what is left of it here: the same for every rank and restart."""
-        rounds = evaluations(config.sampler, config.steps, self.trained.diffusion.timesteps_total)
-        images = self.options.num_samples * rounds * (1 if config.cfg_scale == 1 else 2)
-        return self.options.compile == "on" or (self.options.compile == "auto" and compile_pays(
-            self.trained.model, device=self.device, precision=config.precision, evaluations=images))
 
     def info(self) -> DatasetInfo:
         side, encoders = self.trained.config.model.input_size, self.trained.info["data_info"].get("encoders", {})
@@ -293,10 +313,10 @@ class Sampler:
         plain: dict[str, Any] = json.loads(json.dumps(facts))
         return plain
 
-    def drawn_with(self, config: SamplingConfig) -> dict[str, Any]:
+    def drawn_with(self) -> dict[str, Any]:
         """What changes the rounding only."""
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
-        return {"batch_size": self.batch_size, "world_size": self.world_size, "compiled": self.compiled(config),
+        return {"batch_size": self.batch_size, "world_size": self.world_size, "compiled": self.compile,
                 "gpu": gpu, "torch": str(torch.__version__), "largescale": largescale.__version__}
 
 
@@ -316,10 +336,7 @@ def main(args: list[str] | None = None) -> int:
     options = tyro.cli(Sample, args=args, description=__doc__, prog="python -m eval.sample")
     serve_stop_signals()
     try:
-        options.check()
-        sampler = Sampler(options)
-        for config in sampler.configs:
-            sampler(config)
+        Sampler(options)()
     except LargescaleError as error:
         print_error(error)
         return error.exit_status

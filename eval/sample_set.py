@@ -56,10 +56,6 @@ class SampleSet:
     def numbers(self, part: int) -> range:
         return range(part * self.shard_size, min(self.n, (part + 1) * self.shard_size))
 
-    def claim(self, replace: bool) -> bool:
-        """Whether there is something to draw. Raises DataError where other samples lie, unless they are replaced."""
-        return self.parts.claim(replace)
-
     def todo(self) -> list[int]:
         return [part for part in self.parts.mine if not self.parts.record(part)["done"]]
 
@@ -67,15 +63,17 @@ class SampleSet:
         """Samples in whole shards, of every rank."""
         return sum(len(self.numbers(part)) for part in range(self.parts.parts) if self.parts.record(part)["done"])
 
-    def save(self, part: int, latents: Array, labels: Array, texts: Sequence[str] | None) -> None:
-        """The samples `numbers(part)`: latents (n, *info.shape) uint8 or float16."""
+    def save(self, part: int, latents: Array, labels: Array, texts: Sequence[str] | None,
+             drawn_with: dict[str, Any]) -> None:
+        """The samples `numbers(part)`: latents (n, *info.shape) uint8 or float16. `drawn_with`: what changes them up to
+        rounding."""
         shard = Shard(self.info)
         captions = [None] * len(latents) if texts is None else [[text] for text in texts]
         for i, latent, label, caption in zip(self.numbers(part), latents, labels.tolist(), captions, strict=True):
             shard.add(id=f"{i:06d}", latent=latent, label=label, captions=caption)
         entry = shard.write(self.folder / f"shard_{part:05d}.arrow")
         self.parts.save(part, {"done": True, "items": len(shard), "captions": 0, "columns": shard.columns,
-                               "shards": [entry], "skipped": []})
+                               "shards": [entry], "skipped": [], "drawn_with": drawn_with})
 
     def finish(self) -> None:
         """Rank 0, once every rank's shards are done."""
@@ -83,7 +81,9 @@ class SampleSet:
         for name in (PROVENANCE, GRID, *NPZ.values(), PNG):  # of samples that these replace
             _remove(self.folder / name)
         shards = [shard for record in records for shard in record["shards"]]
-        write_manifest(self.folder, self.info, records[0]["columns"], shards, job=self.parts.job)
+        drawn_with = [with_ for i, record in enumerate(records)
+                      if (with_ := record["drawn_with"]) not in [before["drawn_with"] for before in records[:i]]]
+        write_manifest(self.folder, self.info, records[0]["columns"], shards, job=self.parts.job, drawn_with=drawn_with)
         self.parts.remove()
 
 
@@ -104,7 +104,7 @@ class Worker(AbstractContextManager["Worker"]):
             self._pending.popleft().result()
 
 
-def make_of(folder: Path, provenance: dict[str, Any], also: Sequence[Format]) -> None:
+def make_of(folder: Path, also: Sequence[Format]) -> None:
     """What the folder of a whole set holds besides its shards, as far as it is missing. For rank 0. Raises Stopped."""
     data, known = ShardDataset(folder), (folder / PROVENANCE).is_file()
     makers: dict[str, Callable[[Path, ShardDataset], None]] = {GRID: _write_grid}
@@ -119,6 +119,7 @@ def make_of(folder: Path, provenance: dict[str, Any], also: Sequence[Format]) ->
         make(temporary, data)
         temporary.replace(folder / name)
     if not known:
+        provenance = data.manifest["job"] | {"drawn_with": data.manifest["drawn_with"]}
         write_atomically(folder / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import tyro
 
@@ -21,6 +22,7 @@ import largescale
 from eval.features import Clip, Extractor, load_clip, load_extractor
 from eval.image_sets import ImageSet, open_images
 from eval.scoring import (
+    GROUPS,
     METRICS,
     Figure,
     Metric,
@@ -40,8 +42,6 @@ from largescale.launch import env_world_size, leave, print_error
 from largescale.signals import serve_stop_signals
 
 RESULTS = "results.jsonl"
-# What a score must always be read with (of eval.sample's provenance).
-SAID = ("sampler", "steps", "cfg_scale", "guidance_interval", "seed", "precision")
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ class Score:
                 raise ConfigError(f"{key}={value} must be at least 1; set --{key.replace('_', '-')}")
         if self.keep < 2:
             raise ConfigError(f"keep={self.keep} must be at least 2; 10,000 serve most ends")
+        if bool(self.clip) != ("clip" in self.metrics) and (self.clip or self.metrics == ("clip",)):
+            raise ConfigError("the CLIP score needs both --clip MODEL/WEIGHTS and clip among --metrics, where it is by "
+                              "default")
+        if not self.metrics:
+            raise ConfigError(f"--metrics names none; choose of {', '.join(METRICS)}, or leave it out for all")
         if self.reference is None and (self.save_reference or not self.clip):
             raise ConfigError("no reference; give --reference, real images or statistics of them")
         if self.save_reference and self.save_reference.suffix != ".npz":
@@ -99,6 +104,11 @@ class Scorer:
 
     def _open(self, path: Path) -> ImageSet:
         images, n = open_images(path, verify=True, resize=self.options.resize), self.options.num_samples
+        if self.options.clip and images.texts(np.arange(1)) is None:
+            raise ConfigError(f"{path} has no texts that its samples were asked for, so no CLIP score; leave out "
+                              "--clip")
+        if (n or len(images)) < GROUPS:
+            raise ConfigError(f"{path}: {n or len(images)} samples are too few for any figure; score {GROUPS} or more")
         if n and n > len(images):
             raise ConfigError(f"{path} holds {len(images):,} samples, not --num-samples {n:,}; draw more, or ask for "
                               "fewer")
@@ -113,19 +123,20 @@ class Scorer:
         return reference
 
     def __call__(self, path: Path) -> dict[str, Any]:
-        """The row of one set; also appended to its results."""
+        """The row of one set."""
         o, images, start = self.options, self.sets.get(path) or self._open(path), time.perf_counter()
         n = o.num_samples or len(images)
         found: list[Figure] = []
         notes: list[str] = []
         if self.reference:
             check_resolution(o.reference or path, self.reference.statistics.resolution, [images])
-            seen = look(images, self.reference.extractor, n=n, keep=o.keep, batch_size=o.batch_size, device=self.device,
-                        what=path.name)
+            keep = o.keep if {"kid", "neighbours"} & set(o.metrics) else 0
+            seen = look(images, self.reference.extractor, n=n, keep=keep, batch_size=o.batch_size, device=self.device,
+                        what=path.name, logits_too="class" in o.metrics)
             found, notes = figures(seen, self.reference, o.metrics, self.device)
         if self.clip and "clip" in o.metrics:
             found.append(text_figure(images, self.clip, n=n, batch_size=o.batch_size, device=self.device))
-        row = {
+        return {
             "samples": str(path), "fingerprint": images.fingerprint, "n": n, "drawn": drawn(path),
             "figures": {figure.name: plain(figure) for figure in found}, "notes": notes,
             "reference": self.reference and self.reference.facts,
@@ -133,25 +144,34 @@ class Scorer:
             "seconds": round(time.perf_counter() - start, 1), "unix_s": round(time.time()),
             "versions": {"torch": str(torch.__version__), "largescale": largescale.__version__},
         }
-        for file in filter(None, [(path if path.is_dir() else path.parent) / RESULTS, o.out]):
+
+    def keep(self, path: Path, row: dict[str, Any]) -> None:
+        """Appends the row to the set's results."""
+        for file in filter(None, [folder_of(path) / RESULTS, self.options.out]):
+            file.parent.mkdir(parents=True, exist_ok=True)
             append_line(file, json.dumps(row))
-        return row
+
+
+def folder_of(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
 
 
 def drawn(path: Path) -> dict[str, Any] | None:
-    """How the samples were made, where eval.sample says it."""
+    """How the samples were made, where eval.sample says it: what a score must always be read with."""
     try:
-        known = json.loads((path / "provenance.json").read_text())
-        return {"run": known["run"], "step": known["step"], **{key: known["sampling"][key] for key in SAID}}
-    except (OSError, LookupError, ValueError):
+        known = json.loads((folder_of(path) / "provenance.json").read_text())
+        return {"run": known["run"], "step": known["step"], **known["sampling"]}
+    except (OSError, LookupError, TypeError, ValueError):
         return None
 
 
 def text(row: dict[str, Any]) -> str:
     """One set's figures as a table."""
     d = row["drawn"]
-    how = f"; {d['run']} at step {d['step']:,}, {d['sampler']} {d['steps']} steps, cfg_scale {d['cfg_scale']}, " \
-          f"seed {d['seed']}" if d else ""
+    usual = {"eta": 0.0, "guidance_interval": [0.0, 1.0], "cfg_channels": None}
+    how = "" if d is None else (
+        f"; {d['run']} at step {d['step']:,}, {d['sampler']} {d['steps']} steps, cfg_scale {d['cfg_scale']}, seed "
+        f"{d['seed']}, {d['precision']}" + "".join(f", {key} {d[key]}" for key in usual if d.get(key) != usual[key]))
     lines = [f"{row['samples']}: {row['n']:,} images{how}"]
     width = max(map(len, row["figures"]), default=0)
     for name, figure in row["figures"].items():
@@ -172,7 +192,9 @@ def main(args: Sequence[str] | None = None) -> int:
                               "the reference's statistics only")
         scorer = Scorer(options)
         for path in options.samples:
-            print(text(scorer(path)), flush=True)
+            row = scorer(path)
+            print(text(row), flush=True)
+            scorer.keep(path, row)
         if options.save_reference and scorer.reference:
             facts = scorer.reference.facts
             print(f"{options.save_reference}: statistics of {facts['count']:,} images of {facts['path']}", flush=True)

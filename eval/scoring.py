@@ -51,7 +51,7 @@ class Seen:
 
 
 def look(images: ImageSet, extractor: Extractor, *, n: int, keep: int, batch_size: int, device: torch.device,
-         what: str) -> Seen:
+         what: str, logits_too: bool = False) -> Seen:
     """The first n images. Keeps the features of `keep` of them. Raises DataError, Stopped."""
     moments = GroupedMoments(extractor.width, GROUPS, device)
     spatial = GroupedMoments(extractor.spatial_width, GROUPS, device) if extractor.spatial_width else None
@@ -65,7 +65,7 @@ def look(images: ImageSet, extractor: Extractor, *, n: int, keep: int, batch_siz
         if spatial is not None and seen.spatial is not None:
             spatial.add(seen.spatial, numbers)
         kept.append(seen.pooled[torch.from_numpy(chosen[numbers]).to(device)].float().cpu())
-        if seen.logits is not None:
+        if logits_too and seen.logits is not None:
             logits.append(seen.logits.float().cpu())
     return Seen(n, moments, spatial, torch.cat(logits) if logits else None, torch.cat(kept))
 
@@ -158,10 +158,14 @@ def figures(seen: Seen, reference: Reference, metrics: Sequence[Metric], device:
     """(every figure that samples and reference allow, what a reader must know of them)."""
     extractor, count = reference.extractor, short(seen.n)
     fid, found, notes = extractor.fid, list[Figure](), list[str]()
+    if {"frechet", "spatial"} & set(metrics):
+        notes.extend(filter(None, [bias_note(seen.n, extractor.width)]))
+        if (of_reference := reference.statistics.count) is not None and of_reference <= extractor.width:
+            notes.append(f"the reference has {of_reference:,} images for {extractor.width:,} features: its covariance "
+                         "is singular; take more")
     if "frechet" in metrics and (frechet := reference.frechet("pooled", device)):
         of = frechet_jackknife(frechet, seen.moments)
         found.append(Figure(f"{extractor.frechet_name}-{count}", of.value, of.standard_error, "jackknife", "lower"))
-        notes.extend(filter(None, [bias_note(seen.n, extractor.width)]))
     if "spatial" in metrics and seen.spatial and (frechet := reference.frechet("spatial", device)):
         of = frechet_jackknife(frechet, seen.spatial)
         found.append(Figure(f"sFID-{count}" if fid else f"s{extractor.frechet_name}-{count}", of.value,
@@ -173,8 +177,13 @@ def figures(seen: Seen, reference: Reference, metrics: Sequence[Metric], device:
     features, balls = reference.statistics.features, reference.balls(device) if "neighbours" in metrics else None
     if features is None and {"kid", "neighbours"} & set(metrics):
         notes.append("no KID, Precision and Recall: the reference has neither images nor features")
+    elif features is not None and {"kid", "neighbours"} & set(metrics) and len(seen.kept) < seen.n:
+        notes.append(f"KID, Precision and Recall of {len(seen.kept):,} of the {seen.n:,} samples")
+    if features is not None and {"kid", "neighbours"} & set(metrics) and len(features) != reference.statistics.count:
+        notes.append(f"KID, Precision and Recall against {len(features):,} images of the reference")
     if "kid" in metrics and features is not None:
-        size = min(kid_subset, len(seen.kept), len(features))
+        fewest = min(len(seen.kept), len(features))     # subsets that are the whole would not differ
+        size = kid_subset if fewest >= kid_subset else max(2, fewest // 2)
         spread = kernel_distance(seen.kept.to(device), torch.as_tensor(features, device=device), subset_size=size)
         found.append(Figure("KID" if fid else f"KD-{extractor.name}", spread.mean, spread.std, "between subsets",
                             "lower"))

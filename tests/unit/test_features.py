@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from eval import features
 from eval.features import Clip, Extractor, Preprocess, load_clip, load_extractor
 from largescale.errors import DataError
+from largescale.files import sha256
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
@@ -95,9 +96,16 @@ def inception(inception_file: Path) -> Extractor:
 
 
 def test_inception_describes_itself(inception: Extractor) -> None:
-    assert (inception.name, inception.width, inception.spatial_width, inception.classes) == ("inception", 2048, 2023, 1008)
-    assert inception.fid and inception.frechet_name == "FID"
+    """Made-up weights are not Inception's, and give no FID."""
+    assert (inception.name, inception.width, inception.spatial_width, inception.classes) == ("other-inception", 2048, 2023, 1008)
+    assert not inception.fid and inception.frechet_name == "FD-other-inception"
     assert inception.identity.startswith("torch_fidelity:inception-v3-compat sha256:")
+
+
+def test_the_published_weights_give_fid(inception_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "INCEPTION_SHA256", sha256(inception_file))
+    published = load_extractor("inception", CPU, inception_weights=inception_file)
+    assert published.name == "inception" and published.fid and published.frechet_name == "FID"
 
 
 def test_inception_is_torch_fidelitys(inception: Extractor, inception_file: Path) -> None:

@@ -113,7 +113,7 @@ def test_every_figure(sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert row["fingerprint"] == open_images(sets / "good").fingerprint
     assert row["figures"]["FID-300"]["error"] > 0 and row["figures"]["FID-300"]["better"] == "lower"
     assert any("300 samples: the fewer" in note for note in row["notes"])
-    assert "FID-300" in said and "note: 300 samples: the fewer" in said and "KID over subsets of 300, not of 1,000" in said
+    assert "FID-300" in said and "note: 300 samples: the fewer" in said and "KID over subsets of 150, not of 1,000" in said
 
 
 def test_only_inceptions_distance_is_called_fid(sets: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,8 +172,14 @@ def test_adms_reference(sets: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_few_samples_are_said(sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As many as features, or fewer: the covariance is singular."""
-    assert run(sets / "good", "--reference", sets / "reference", "--extractor", "tiny", "--num-samples", 11) == 0
-    assert "11 samples of 12 features: the covariance is singular" in capsys.readouterr().out
+    few = write(tmp_path / "few", images(12, 7))
+    assert run(sets / "good", "--reference", few, "--extractor", "tiny", "--num-samples", 11) == 0
+    said = capsys.readouterr().out
+    assert "11 samples of 12 features: the covariance is singular" in said
+    assert "the reference has 12 images for 12 features: its covariance is singular" in said
+    assert run(sets / "good", "--reference", sets / "reference", "--extractor", "tiny", "--keep", 50) == 0
+    said = capsys.readouterr().out
+    assert "KID, Precision and Recall of 50 of the 300 samples" in said and "against 50 images of the reference" in said
 
 
 def test_the_clip_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,8 +190,8 @@ def test_the_clip_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     expected = 100 * torch.nn.functional.cosine_similarity(of_images, of_texts).clamp(min=0).mean().item()
     assert rows(path)[-1]["figures"]["CLIP score-tiny-clip"]["value"] == pytest.approx(expected)
     without = write(tmp_path / "without", pixels)
-    assert run(without, "--clip", "tiny") == 2
-    assert "the CLIP score needs the texts" in capsys.readouterr().err
+    assert run(path, without, "--clip", "tiny") == 2
+    assert "without has no texts that its samples were asked for" in capsys.readouterr().err and len(rows(path)) == 1
 
 
 def test_a_damaged_shard(tmp_path: Path, sets: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,6 +211,9 @@ def test_a_damaged_shard(tmp_path: Path, sets: Path, capsys: pytest.CaptureFixtu
     (("SETS/good", "--reference", "SETS/reference", "--num-samples", "301"), "holds 300 samples, not --num-samples 301"),
     (("SETS/good", "--reference", "SETS/reference", "--num-samples", "0"), "num_samples=0 must be at least 1"),
     (("SETS/good", "--reference", "SETS/reference", "--keep", "1"), "keep=1 must be at least 2"),
+    (("SETS/good", "--reference", "SETS/reference", "--num-samples", "9"), "9 samples are too few for any figure; score 10 or more"),
+    (("SETS/good", "--reference", "SETS/reference", "--metrics", "clip"), "the CLIP score needs both --clip MODEL/WEIGHTS and clip"),
+    (("SETS/good", "--reference", "SETS/reference", "--clip", "tiny", "--metrics", "kid"), "the CLIP score needs both"),
     (("SETS/good", "--reference", "SETS/reference", "--save-reference", "SETS/x"), "must end in .npz"),
     (("SETS/good", "--reference", "SETS/large"), "the reference SETS/large has images of 32x32, the samples 16x16; give one of their size"),
     (("SETS/good", "--reference", "SETS/large.npz"), "has images of 32x32, the samples 16x16"),
@@ -224,6 +233,14 @@ def test_bad_input(sets: Path, args: tuple[str, ...], message: str, capsys: pyte
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: ") and message.replace("SETS", str(sets)) in said
     assert sorted(sets.rglob("*")) == before
+
+
+def test_figures_are_said_before_they_are_written(sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    args = (sets / "good", "--reference", sets / "reference", "--extractor", "tiny")
+    assert run(*args, "--out", tmp_path / "file/rows") == 2
+    assert "FD-tiny-300" in capsys.readouterr().out
+    assert run(*args, "--out", tmp_path / "new/rows") == 0 and (tmp_path / "new/rows").exists()
 
 
 def test_asked_to_stop(sets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,10 +331,12 @@ def test_lines_that_were_cut_short(tmp_path: Path) -> None:
     (("RUNS/vanilla", "RUNS/vanilla", "--reference", "RUNS/data"), "a run is named twice"),
     (("RUNS/vanilla", "--reference", "RUNS/data", "--every", "0"), "every=0 must be at least 1"),
     (("RUNS/vanilla", "--reference", "RUNS/nothing"), "nothing does not exist"),
+    (("RUNS/vanilla", "--reference", "RUNS/data", "--vae", "x"), "leave out --vae"),
 ])
 def test_bad_curves(runs: Path, args: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert draw_curve(*(arg.replace("RUNS", str(runs)) for arg in args), "--seed", 9) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    said = capsys.readouterr()
+    assert message in said.err.splitlines()[-1] and "drawn" not in said.out
 
 
 def test_a_curve_that_is_stopped(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,6 +352,21 @@ def test_a_curve_that_is_stopped(runs: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert draw_curve(*args) == 75
     monkeypatch.undo()
     signals._requested = False
+
+
+def test_a_checkpoint_that_goes_meanwhile(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = curve.Curves.missing
+    monkeypatch.setattr(curve.Curves, "missing", lambda self, run: [*missing(self, run), 99])
+    assert draw_curve(runs / "vanilla", "--reference", runs / "data", "--seed", 3, "--every", 12) == 0
+    assert "at step 99: left out, training has removed the checkpoint meanwhile" in capsys.readouterr().out
+
+
+def test_samples_of_what_is_scored_go(runs: Path) -> None:
+    """Also those that a kill has left between a row and their removal."""
+    args = (runs / "vanilla", "--reference", runs / "data", "--seed", 4, "--every", 12)
+    assert draw_curve(*args, "--keep-samples") == 0
+    known = set(runs.rglob("step_00000012/cfg1.0"))
+    assert draw_curve(*args) == 0 and len(known - set(runs.rglob("step_00000012/cfg1.0"))) == 1
 
 
 def test_only_one_rank_scores(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,7 +451,7 @@ def test_torch_fidelity_finds_the_same(name: str, tmp_path: Path) -> None:
     write(tmp_path / "reference", reference)
     assert run(tmp_path / "samples", "--reference", tmp_path / "reference", "--extractor", name) == 0
     ours = [f["value"] for f in rows(tmp_path / "samples")[-1]["figures"].values()]
-    theirs = fidelity(extractor, samples, reference, subset=len(samples))
+    theirs = fidelity(extractor, samples, reference, subset=len(samples) // 2)
     names = ("frechet_inception_distance", "inception_score_mean", "kernel_inception_distance_mean", "precision", "recall")
     without_spatial = [ours[0], *ours[2 if name == "tiny" else 1 :]]
     assert without_spatial == pytest.approx([theirs[key] for key in names], rel=1e-5, abs=1e-6)  # KID is in float32 there
