@@ -181,9 +181,10 @@ class Parts:
 
     def failed(self, error: BaseException) -> None:
         """Leaves word for rank 0; not where another process works as this rank, which has not failed."""
+        if self.rank == 0:
+            return
         with suppress(OSError):                         # the folder is gone where rank 0 has finished
-            lock = self._lock or exclusive(self.folder / f"rank_{self.rank}.lock")
-            if self.rank and lock:
+            if self._lock or exclusive(self.folder / f"rank_{self.rank}.lock"):
                 (self.folder / f"failed_{self.rank}").write_text(str(error) or repr(error))
 
     def remove(self) -> None:
