@@ -13,6 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -147,6 +148,8 @@ class Curves:
         print(f"{run} at step {step:,}: {', '.join(said)}", flush=True)
         if not o.keep_samples:
             shutil.rmtree(out)
+            with suppress(OSError):                     # not empty: another step's
+                out.parent.rmdir()
 
     def scorer(self) -> Scorer:
         """One for all: the reference is looked at once."""
@@ -215,15 +218,19 @@ def summary(of_runs: dict[Path, list[Row]]) -> list[str]:
 
 
 def plot(of_runs: dict[Path, list[Row]], path: Path) -> None:
-    """One picture for each figure, side by side; dotted lines are transitions of a run's stages, in its colour."""
+    """One picture for each figure, three in a row; dotted lines are transitions of a run's stages, in its colour."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     names = list(dict.fromkeys(name for rows in of_runs.values() for row in rows for name in row["figures"]))
-    plots, axes = plt.subplots(1, len(names), figsize=(1 + 5 * len(names), 4.5), squeeze=False, layout="constrained")
-    for name, axis in zip(names, axes[0], strict=True):
+    columns = min(3, len(names))
+    down = -(-len(names) // columns)
+    plots, axes = plt.subplots(down, columns, figsize=(5 * columns, 4 * down), squeeze=False, layout="constrained")
+    for unused in axes.flat[len(names) :]:
+        unused.set_axis_off()
+    for name, axis in zip(names, axes.flat, strict=False):
         for run, rows in of_runs.items():
             points = [(row["step"], row["figures"][name]) for row in rows if name in row["figures"]]
             if not points:
