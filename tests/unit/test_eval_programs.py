@@ -29,6 +29,7 @@ from largescale.errors import Stopped
 from largescale.models.dit import DiT
 from largescale.presets import PRESETS
 from largescale.weights import EXPORT_CONFIG, EXPORT_WEIGHTS
+from tests.conftest import CAPTIONED, RunHere
 
 ROOT = Path(__file__).parents[2]
 CURRICULUM = {"edges": [0.0, 0.5, 1.0], "pacing": {"index": 0, "best_loss": None}, "transitions": [[9, 1]]}
@@ -441,3 +442,51 @@ def test_what_is_not_a_sample_set(real: Path, tmp_path: Path, capsys: pytest.Cap
         assert message in capsys.readouterr().err
     assert digits.main([str(large), "--data", str(tmp_path / "no_data")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+# ---- what the model is told, and what it is
+
+
+def test_samples_follow_their_captions_and_the_guidance(
+    run_here: RunHere, captioned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_here("--train.steps", 2, "--optimizer.lr", 0.01, "--optimizer.ema-decay", 0, *CAPTIONED, data=captioned).run
+    args = ("--captions", str(captioned), "--num-samples", "6", "--cfg-scale", "1", "3", "0")
+    out = tmp_path / "out"
+    assert draw(run, out, *args) == 0
+    images = [rows(out / f"cfg{scale}")[0] for scale in ("1.0", "3.0", "0.0")]
+    assert (images[0] != images[1]).any() and (images[0] != images[2]).any() and (images[1] != images[2]).any()
+    assert ShardDataset(out / "cfg3.0").texts(np.arange(6)) == [texts[:1] for texts in ShardDataset(captioned).texts(np.arange(6))]
+    provenance = json.loads((out / "cfg3.0/provenance.json").read_text())
+    assert provenance["captions_of"] == ShardDataset(captioned).fingerprint
+    assert draw(run, tmp_path / "none", *args, "--vae", "somewhere") == 2
+    assert "leave out --vae" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def test_an_unconditional_model(run_here: RunHere, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_here("--train.steps", 2, "--model.num-classes", 0, "--model.class-dropout-prob", 0,
+                   "--telemetry.preview-cfg-scale", 1).run
+    assert draw(run, tmp_path / "out", "--cfg-scale", "1") == 0
+    images, labels = rows(tmp_path / "out/cfg1.0")
+    assert images.shape == (12, 1, 16, 16) and labels.tolist() == [0] * 12
+    assert json.loads((tmp_path / "out/cfg1.0/provenance.json").read_text())["labels"] == "none"
+    assert draw(run, tmp_path / "guided", "--cfg-scale", "2") == 2
+    assert "set --cfg-scale 1" in capsys.readouterr().err and not (tmp_path / "guided").exists()
+
+
+def test_guiding_some_channels_is_another_sample(tmp_path: Path) -> None:
+    export = write_export(tmp_path / "export", in_channels=4)
+    drawn = []
+    for more in ((), ("--cfg-channels", "3")):
+        out = tmp_path / f"out{len(more)}"
+        assert draw(export, out, "--cfg-scale", "2", *more) == 0
+        drawn.append(rows(out / "cfg2.0")[0])
+    assert (drawn[0] != drawn[1]).any()
+
+
+def test_a_checkpoint_of_another_model(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    description = json.loads((export / EXPORT_CONFIG).read_text())
+    description["config"]["model"]["hidden_size"] *= 2
+    (export / EXPORT_CONFIG).write_text(json.dumps(description))
+    assert draw(export, tmp_path / "out") == 2
+    assert "are not those of its config" in capsys.readouterr().err and not (tmp_path / "out").exists()
