@@ -36,7 +36,7 @@ def rank_main(preset: str, folder: Path, rounds: int) -> None:
     from largescale.config import CheckpointConfig
     from largescale.distributed import Ranks
     from largescale.ds_config import load_ds_config
-    from largescale.engine import Engine
+    from largescale.engine import Engine, adam
     from largescale.optim import build_optimizer
     from largescale.presets import PRESETS
 
@@ -47,7 +47,8 @@ def rank_main(preset: str, folder: Path, rounds: int) -> None:
         "zero_allow_untested_optimizer": True,
     }
     torch.manual_seed(0)
-    engine = Engine(build_model(config.model), partial(build_optimizer, config=config.optimizer, device="cpu"), ds)
+    engine = Engine(build_model(config.model), partial(
+        build_optimizer, config=config.optimizer, device="cpu", deepspeed_adam=adam), ds)
     x, t, y = torch.randn(1, *latent_shape(config.model)), torch.tensor([5]), blank_condition(config.model, 1)
     stock = engine._engine.checkpoint_engine
     checkpointer = Checkpointer(folder / "ours", CheckpointConfig(keep_last=1, keep_every=0), ranks, patience_s=600)

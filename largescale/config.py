@@ -73,8 +73,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    kernel: Literal["torch", "apex"] = "torch"
-    """torch: torch.optim.AdamW. apex: NVIDIA apex's FusedAdam."""
+    kernel: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
+    """torch: torch.optim.AdamW, fused. apex: NVIDIA apex's FusedAdam. deepspeed: DeepSpeed's own, which it compiles at
+    the first start. auto: apex on a GPU where it is installed, else torch."""
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -88,8 +89,15 @@ class OptimizerConfig:
 class TrainConfig:
     steps: int = 400_000
     global_batch_size: int = 256
-    micro_batch_size: int | None = None
-    """Images a rank takes through one forward and backward pass; by default its whole share of the global batch."""
+    micro_batch_size: int | Literal["auto"] | None = None
+    """Images a rank takes through one forward and backward pass; by default its whole share of the global batch. auto:
+    the largest part of it for which there is memory."""
+    activation_checkpointing: bool = False
+    """Keep each block's input only, and compute the rest again in the backward pass: less memory, a third more work."""
+    compile: Literal["auto", "off", "blocks", "model"] = "auto"
+    """torch.compile, of each block or of the whole model. auto: blocks on a GPU with a compiler, off on a CPU."""
+    threads: int | None = None
+    """Of each rank on a CPU; by default $OMP_NUM_THREADS, or this machine's cores shared among its ranks."""
     ds_config: str = "ds_configs/zero2_bf16.json"
     """DeepSpeed's settings: memory, precision, communication."""
     device: Literal["cuda", "cpu"] = "cuda"
@@ -155,6 +163,8 @@ class Config:
     """The run directory; runs/NAME by default."""
     dry_run: bool = False
     """Print what would run, and start nothing."""
+    profile: bool = False
+    """Write a torch-profiler trace of a few steps, for Perfetto and TensorBoard, to the run directory."""
 
     @property
     def run_dir(self) -> Path:
@@ -164,12 +174,13 @@ class Config:
 # A resumed run may not differ in these: its state, or its random draws, would not be this run's.
 FIXED_ON_RESUME = (
     "model.", "diffusion.", "curriculum.clusters", "curriculum.n_clusters", "curriculum.pacing",
-    "data.horizontal_flip", "optimizer.kernel", "train.global_batch_size", "train.seed", "precision", "dataset",
+    "data.horizontal_flip", "train.global_batch_size", "train.seed", "precision", "dataset",
 )
 # These change how a run is carried out or watched, not what it computes: not worth a word.
 FREE_ON_RESUME = (
-    "name", "output", "dry_run", "data.path", "data.prefetch", "data.verify", "train.micro_batch_size",
-    "train.ds_config", "train.device", "train.timeout_s", "checkpoint.", "telemetry.",
+    "name", "output", "dry_run", "profile", "data.path", "data.prefetch", "data.verify", "train.micro_batch_size",
+    "train.activation_checkpointing", "train.threads", "train.ds_config", "train.device", "train.timeout_s",
+    "checkpoint.", "telemetry.",
 )
 
 
@@ -219,7 +230,8 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> tuple[list[st
 
 def batch_layout(config: Config, world_size: int) -> tuple[int, int]:
     """(micro_batch_size, grad_accum_steps), with
-    global_batch_size = micro_batch_size * grad_accum_steps * world_size."""
+    global_batch_size = micro_batch_size * grad_accum_steps * world_size. "auto", until `fit` has found a number for it,
+    stands for the largest: a rank's whole share."""
     total = config.train.global_batch_size
     if total < 1:
         raise ConfigError(f"global_batch_size={total} must be at least 1; the paper uses 256")
@@ -231,7 +243,9 @@ def batch_layout(config: Config, world_size: int) -> tuple[int, int]:
             f"start {' or '.join(map(str, near))} ranks, "
             f"or try --train.global-batch-size {math.ceil(total / world_size) * world_size}"
         )
-    micro = total // world_size if config.train.micro_batch_size is None else config.train.micro_batch_size
+    micro = config.train.micro_batch_size
+    if micro is None or micro == "auto":
+        micro = total // world_size
     if micro < 1 or total % (micro * world_size):
         share = total // world_size
         fits = max((n for n in range(1, max(micro, 1) + 1) if share % n == 0), default=1)
@@ -293,6 +307,7 @@ def validate(config: Config, world_size: int) -> None:
     require(0 <= o.ema_decay < 1, "optimizer.ema_decay", "lie in [0, 1)")
     require(0 <= o.clip_grad_norm < math.inf, "optimizer.clip_grad_norm", "be 0 (off) or positive")
     require(t.steps > 0, "train.steps", "be at least 1")
+    require(t.threads is None or t.threads > 0, "train.threads", "be at least 1")
     require(0 <= t.seed < 2**32, "train.seed", "lie in [0, 2**32)")
     require(0 < t.timeout_s < math.inf, "train.timeout_s", "be positive")
     require(1 < config.anomaly.spike_factor < math.inf, "anomaly.spike_factor", "be above 1")

@@ -2,84 +2,127 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from largescale.build import blank_condition, build_model, latent_shape
-from largescale.config import Config, batch_layout, cluster_edges, to_dict, validate
-from largescale.ds_config import final_ds_config, precision
+from largescale.build import build_model
+from largescale.config import Config, ModelConfig, batch_layout, cluster_edges, to_dict, validate
+from largescale.cost import HARDWARE, Hardware, Plan, Workload
+from largescale.ds_config import final_ds_config, load_ds_config, precision
 from largescale.errors import DataError
 from largescale.launch import env_world_size
+from largescale.memory import largest_micro_batch, memory
 from largescale.models.dit import flops_per_image
 from largescale.optim import check_apex
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
-def activation_bytes(model: nn.Module, config: Config) -> int:
-    """What autograd keeps of the forward pass of one image, counted on the meta device."""
-    kept: dict[int, int] = {}
+def _kernels_per_block(config: Config) -> int:
+    """Launched forward and backward: operations on tensors that are no views, counted on the meta device less what one
+    attention kernel stands for; compiled, those of Inductor's code for a CPU."""
+    compiled, captions = config.train.compile != "off", config.model.caption_tokens > 0
+    return {(False, False): 80, (False, True): 120, (True, False): 55, (True, True): 80}[compiled, captions]
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            kept[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
-        return tensor
+
+def workload(config: Config, ds: dict[str, Any], grad_accum_steps: int) -> Workload:
+    """What a step of this run has to do. `ds`: the JSON, or the final settings."""
+    def forward(model: ModelConfig) -> int:
+        with torch.device("meta"):
+            return flops_per_image(build_model(model))
 
     with torch.device("meta"):
-        x, t = torch.empty(1, *latent_shape(config.model)), torch.zeros(1, dtype=torch.long)
-        y = blank_condition(config.model, 1)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = model(x, t, y)  # kept alive, so that no storage's id is used twice
-    del output
-    return sum(kept.values())
+        model = build_model(config.model)
+    zero, c, again = ds["zero_optimization"], config.model, 0
+    if config.train.activation_checkpointing:
+        again = c.depth * (forward(replace(c, depth=2)) - forward(replace(c, depth=1)))
+    caption = c.caption_tokens * c.caption_width + (c.caption_pooled_width if c.caption_tokens else 0)
+    return Workload(
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        flops_per_image=3 * flops_per_image(model),
+        flops_again=again,
+        kernels=c.depth * _kernels_per_block(config) * (4 / 3 if again else 1),
+        global_batch_size=config.train.global_batch_size,
+        grad_accum_steps=grad_accum_steps,
+        weight_bytes=_BYTES[precision(ds)],
+        reduce_bytes=_BYTES[ds.get("communication_data_type", precision(ds))],
+        reduce_bucket_size=zero.get("reduce_bucket_size", 500_000_000),
+        image_bytes=2 * (2 * c.in_channels * c.input_size**2 + caption),  # moments and a caption that is full, float16
+        overlap=config.train.device == "cuda" and zero.get("overlap_comm", False),
+        all_reduce=zero.get("use_multi_rank_bucket_allreduce", True) or not zero.get("reduce_scatter", True),
+    )
 
 
-def memory(config: Config, ds: dict[str, Any], world_size: int) -> dict[str, float]:
-    """Bytes per rank under ZeRO-2, from shapes. An estimate: kernels' workspaces and fragmentation come on top."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision(ds)]
-    with torch.device("meta"):
-        model = build_model(config.model).to(dtype)
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    bucket = min(ds["zero_optimization"].get("reduce_bucket_size", 500_000_000), parameters)
-    micro, _ = batch_layout(config, world_size)
-    return {
-        "weights": parameters * _BYTES[precision(ds)],
-        "gradients (fp32: this rank's part, and two buckets)": 4 * (parameters / world_size + 2 * bucket),
-        "master weights, two moments, EMA (fp32, this rank's part)": 4 * 4 * parameters / world_size,
-        f"activations of {micro} images": micro * activation_bytes(model, config),
-    }
+def print_memory(config: Config, ds: dict[str, Any], world_size: int, micro: int, hardware: Hardware | None) -> None:
+    parts = memory(config, ds, world_size, micro)
+    needed, on = sum(parts.values()), config.train.activation_checkpointing
+    other = replace(config, train=replace(config.train, activation_checkpointing=not on))
+    else_needed = sum(memory(other, ds, world_size, micro).values())
+    print(f"memory per rank: about {needed / 2**30:.2f} GiB")
+    for name, size in parts.items():
+        print(f"  {size / 2**30:7.2f} GiB  {name}")
+    print(f"  {else_needed / 2**30:7.2f} GiB  in all {'without' if on else 'with --train.activation-checkpointing'}"
+          + ("" if on else ", for a third more work"))
+    if hardware and needed > hardware.usable_bytes:
+        fits = largest_micro_batch(config, ds, world_size, hardware.usable_bytes)
+        ways = [f"--train.micro-batch-size {fits} (or auto)"] if 0 < fits < micro else []
+        ways += [] if on else ["--train.activation-checkpointing"]
+        print(f"  that is too much for the {hardware.memory_bytes / 2**30:.0f} GiB of one {hardware.name}: try "
+              + " or ".join([*ways, "more GPUs"]))
+
+
+def print_cost(plan: Plan) -> None:
+    """The model of cost.py for a run on GPUs. What it assumes is said: nothing has been measured on one."""
+    hardware, step = plan.hardware, plan.step
+    largest = step.bottleneck
+    print(f"time: about {plan.hours:,.0f} h on {plan.gpus} x {hardware.name} if forward and backward reach "
+          f"{100 * hardware.mfu:.0f} % of the peak (assumed), {step.images_per_s:,.0f} images/s; "
+          f"compute {100 * step.share('compute'):.0f} % of a step, first bottleneck: {largest}, "
+          f"{100 * step.share(largest):.1f} %; data: up to {step.data_rate / 1e6:,.0f} MB/s")
+    print(f"checkpoint: {plan.work.checkpoint_bytes / 1e9:.1f} GB; with a failure every {plan.mtbf_s / 3600:,.0f} h "
+          f"(assumed, nodes: {hardware.nodes(plan.gpus)}), best every {plan.best_every:,} steps (Daly); configured: "
+          f"{plan.every:,}, which wastes {100 * plan.wasted(plan.every):.2f} % of the time (best: "
+          f"{100 * plan.wasted(plan.best_every):.2f} %)")
 
 
 def dry_run(config: Config) -> int:
     world_size = env_world_size()
     validate(config, world_size)
     check_apex(wanted=config.optimizer.kernel == "apex")
-    ds = final_ds_config(config, world_size)
+    hardware = HARDWARE["h100"] if config.train.device == "cuda" else None
+    settled = config
+    if config.train.micro_batch_size == "auto" and hardware:
+        fits = largest_micro_batch(config, load_ds_config(config.train.ds_config), world_size, hardware.usable_bytes)
+        settled = replace(config, train=replace(config.train, micro_batch_size=max(1, fits)))
+    ds = final_ds_config(settled, world_size)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # only its settings are read
     from largescale.engine import check_ds_config
 
     check_ds_config(ds)
-    micro, accumulation = batch_layout(config, world_size)
-    with torch.device("meta"):
-        model = build_model(config.model)
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    forward = flops_per_image(model)
-    per_step = 3 * forward * config.train.global_batch_size
+    micro, accumulation = batch_layout(settled, world_size)
+    work = workload(config, ds, accumulation)
+    per_step = (work.flops_per_image + work.flops_again) * config.train.global_batch_size
     print("config:", json.dumps(to_dict(config), indent=2))
     print("deepspeed:", json.dumps(ds, indent=2))
     print(f"ranks: {world_size} (from WORLD_SIZE; set it to see another number)")
     print(f"batch: {config.train.global_batch_size} = {micro} x {accumulation} accumulation steps x {world_size} ranks")
+    if config.train.micro_batch_size == "auto":
+        by = f"by the estimate below, on one {hardware.name}" if hardware else "if all of it fits"
+        print(f"       auto: {micro} {by}; a run finds the largest for which there is memory")
     print(f"clusters: {', '.join(f'{edge:.4g}' for edge in cluster_edges(config))}")
-    print(f"parameters: {parameters:,} trainable")
-    print(f"compute: {3 * forward / 1e9:.1f} GFLOP per image, {per_step / 1e12:.3f} TFLOP per step")
+    print(f"parameters: {work.parameters:,} trainable")
+    print(f"compute: {work.flops_per_image / 1e9:.1f} GFLOP per image"
+          + (f", {work.flops_again / 1e9:.1f} more to compute activations again" if work.flops_again else "")
+          + f", {per_step / 1e12:.3f} TFLOP per step")
     print(f"         {per_step * config.train.steps / 1e18:.3f} EFLOP for {config.train.steps:,} steps")
-    parts = memory(config, ds, world_size)
-    print(f"memory per rank: about {sum(parts.values()) / 2**30:.2f} GiB")
-    for name, size in parts.items():
-        print(f"  {size / 2**30:7.2f} GiB  {name}")
+    if hardware and precision(ds) != "fp32":
+        print_cost(Plan(work, hardware, world_size, config.train.steps, config.checkpoint.every))
+    else:
+        print(f"checkpoint: {work.checkpoint_bytes / 1e9:.3g} GB")
+    print_memory(config, ds, world_size, micro, hardware)
     try:
         from largescale.train import open_dataset
 

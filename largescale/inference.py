@@ -1,14 +1,12 @@
 """A DiT made ready to sample from. Nothing global is set, and the model that is given stays as it is."""
 
 import copy
-import math
-import os
-import shutil
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from largescale.compiling import Gelu, failure, has_compiler
 from largescale.errors import ConfigError
 from largescale.models.conditioning import Condition, take
 from largescale.models.dit import Block, DiT, flops_per_image
@@ -16,14 +14,6 @@ from largescale.models.dit import Block, DiT, flops_per_image
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_ROWS = 8  # images that the model sees at once on a CPU, where larger activations leave the caches and malloc's heap
-
-
-class Gelu(nn.Module):
-    """GELU's tanh approximation by 1 + tanh z = 2 sigmoid(2 z): the same up to rounding, and generated code computes
-    exp several times faster than tanh."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
 
 
 class Packed(nn.Module):
@@ -66,10 +56,9 @@ class Prepared(nn.Module):
             parts = [self.run(x[i : i + rows], t[i : i + rows], take(y, slice(i, i + rows)))
                      for i in range(0, len(x), rows)]
         except RuntimeError as error:
-            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            if not (why := failure(error)):
                 raise
-            raise ConfigError(f"torch.compile failed ({type(error).__name__}: {str(error).splitlines()[0]}); "
-                              "sample without it: --compile off") from error
+            raise ConfigError(f"{why}; sample without it: --compile off") from error
         return torch.cat(parts)[:n]
 
 
@@ -138,7 +127,3 @@ def compile_pays(model: DiT, *, device: torch.device, precision: Precision, eval
         return flops / 150e12 / 3 > 30 + 2 * len(model.blocks)
     flops_per_s, saved = (145e9, 0.03) if precision == "fp32" else (500e9, 0.17)  # a thread's, eager
     return flops / (flops_per_s * torch.get_num_threads()) * saved > 20 + 0.7 * len(model.blocks)
-
-
-def has_compiler() -> bool:
-    return shutil.which(os.environ.get("CXX") or "g++") is not None

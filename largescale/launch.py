@@ -2,9 +2,10 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from typing import NoReturn
 
-from largescale.errors import LargescaleError
+from largescale.errors import ConfigError, LargescaleError
 
 
 def env_rank() -> int:
@@ -18,6 +19,39 @@ def env_world_size() -> int:
 
 def env_local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+
+
+def local_world_size(env: Mapping[str, str]) -> int:
+    """Ranks on this machine; where the launcher does not say, all of them count as being here."""
+    if "LOCAL_WORLD_SIZE" in env:
+        return int(env["LOCAL_WORLD_SIZE"])
+    if listed := env.get("SLURM_STEP_TASKS_PER_NODE"):  # as 4(x2),3: four on each of two nodes, three on the next
+        parts = [part.rstrip(")").split("(x") for part in listed.split(",")]
+        nodes = [int(part[0]) for part in parts for _ in range(int(part[1]) if len(part) > 1 else 1)]
+        return nodes[int(env.get("SLURM_NODEID", 0))]
+    return int(env.get("WORLD_SIZE", 1))
+
+
+def threads_per_rank(asked: int | None, env: Mapping[str, str], cores: int) -> int:
+    """Threads of a rank on a CPU: what was asked for, else $OMP_NUM_THREADS, else its share of this machine's `cores`.
+
+    torchrun sets OMP_NUM_THREADS=1 for several ranks where the user sets nothing. That cannot be told from a user's own
+    1, so under torchrun 1 asks for the share; one thread is then --train.threads 1. Raises ConfigError for more than
+    two threads a core.
+    """
+    ranks, torchrun = local_world_size(env), "TORCHELASTIC_RUN_ID" in env
+    share = max(1, cores // ranks)
+    if asked is not None:
+        if asked > 2 * cores:
+            raise ConfigError(f"train.threads={asked} is more than two threads a core: this machine has {cores} for "
+                              f"its {ranks} rank{'s' if ranks > 1 else ''}; try --train.threads {share}")
+        return asked
+    omp = env.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list where parallel regions are nested
+    if omp.isdecimal() and int(omp) > 0 and not (torchrun and ranks > 1 and omp == "1"):
+        return int(omp)
+    if "SLURM_CPUS_PER_TASK" in env and not torchrun:  # this rank's own, by its affinity: not to be shared again
+        return max(1, min(int(env["SLURM_CPUS_PER_TASK"]), cores))
+    return share
 
 
 def leave(status: int) -> NoReturn:

@@ -13,7 +13,9 @@ from largescale.distributed import Ranks
 from largescale.telemetry import peak_flops
 
 _COMPUTE = ("forward", "backward", "optimizer")
-_ASIDE = {"checkpoint": "checkpoint", "reference": "evaluation", "preview": "evaluation"}  # not part of a step
+_ASIDE = {  # not part of a step
+    "checkpoint": "checkpoint", "reference": "evaluation", "preview": "evaluation", "profile": "evaluation",
+}
 _KIND = {**_ASIDE, "data": "data"}  # of starts.KINDS; all else is training
 
 

@@ -17,9 +17,10 @@ from typing import IO, TYPE_CHECKING, Any
 from largescale.checkpoint_files import CheckpointDir
 from largescale.config import Config, differences, from_dict, to_dict, validate
 from largescale.ds_config import final_ds_config, precision
-from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, StorageError
+from largescale.errors import CheckpointError, ConfigError, DataError, DeviceError, LargescaleError, StorageError
 from largescale.files import exclusive
-from largescale.launch import env_rank, env_world_size, leave, print_error
+from largescale.launch import env_rank, env_world_size, leave, print_error, threads_per_rank
+from largescale.machine import cores
 from largescale.presets import PRESETS
 from largescale.signals import EXIT_REQUEUE, serve_stop_signals, stop_requested
 from largescale.starts import read_starts
@@ -90,20 +91,31 @@ def check_condition(dataset: "ShardDataset", config: Config) -> None:
 
 def run(config: Config, began_unix_s: float) -> int:
     """Train; the process's exit status."""
+    import torch
+
+    from largescale.compiling import failure, what_to_compile
     from largescale.distributed import Ranks, is_lost_contact
-    from largescale.optim import check_apex
+    from largescale.optim import choose_kernel
     from largescale.watch import Watch, end_at_once, lost_rank
 
     validate(config, env_world_size())
-    check_apex(wanted=config.optimizer.kernel == "apex")
+    choose_kernel(config.optimizer, config.train.device)
+    what_to_compile(config.train.compile, config.train.device)
     ds = final_ds_config(config, env_world_size())
     ranks = Ranks(config.train.device, config.train.timeout_s + 60)  # the watch, which knows more, is first
     watch = Watch(ranks, config.train.timeout_s)
     try:
+        if config.train.threads or config.train.device == "cpu":
+            threads = ranks.together(lambda: threads_per_rank(config.train.threads, os.environ, cores()))
+            torch.set_num_threads(threads)
         return train(config, ds, ranks, watch, began_unix_s)
+    except DeviceError as error:
+        end_at_once(error)  # the other ranks are in some collective, and notice as they do with a crash
     except RuntimeError as error:
         if is_lost_contact(error):
             end_at_once(lost_rank(ranks, watch.where, "lost contact"))
+        if why := failure(error):
+            raise ConfigError(f"{why}; train without it: --train.compile off") from error
         raise
     finally:
         ranks.close()
@@ -132,8 +144,12 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
         return EXIT_REQUEUE
     # DeepSpeed's import takes seconds: what is wrong with the settings or the data is said before it.
     os.environ["DS_ACCELERATOR"] = config.train.device
+    import torch
+
     from largescale.checkpoint import Checkpointer
     from largescale.engine import check_ds_config
+    from largescale.fit import saying_what_to_do, with_micro_batch_size
+    from largescale.optim import choose_kernel
     from largescale.telemetry import Telemetry
     from largescale.trainer import Trainer
 
@@ -156,22 +172,28 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
             )
             return 0
 
-    trainer = Trainer(config, ds, ranks, dataset, checkpointer, watch, identity, began_unix_s)
-    if asked_to_stop("while the model was built"):
-        return EXIT_REQUEUE
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-        say(f"resumed {config.run_dir} at step {trainer.step}, curriculum index {trainer.curriculum.index}")
-    say(
-        f"training {config.run_dir} to step {config.train.steps}: {trainer.engine.numel:,} parameters, "
-        f"{len(dataset):,} rows, {ranks.world_size} x {config.train.device}, {precision(ds)}, "
-        f"batch {config.train.global_batch_size}"
-    )
-    with ranks.together(lambda: Telemetry(
-        config.run_dir, active=ranks.rank == 0, tensorboard=config.telemetry.tensorboard,
-        step=trainer.step, steps=config.train.steps,
-    )) as telemetry:
-        finished = trainer.run(telemetry)
+    config = with_micro_batch_size(config, ds, ranks, say)
+    ds, identity["config"] = final_ds_config(config, ranks.world_size), to_dict(config)
+    with saying_what_to_do(config, ranks.world_size, lambda: watch.where):
+        trainer = Trainer(config, ds, ranks, dataset, checkpointer, watch, identity, began_unix_s)
+        if asked_to_stop("while the model was built"):
+            return EXIT_REQUEUE
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+            say(f"resumed {config.run_dir} at step {trainer.step}, curriculum index {trainer.curriculum.index}")
+        n = torch.get_num_threads()
+        threads = f" with {n} thread{'s' if n > 1 else ''}" if config.train.device == "cpu" else ""
+        say(
+            f"training {config.run_dir} to step {config.train.steps}: {trainer.engine.numel:,} parameters, "
+            f"{len(dataset):,} rows, {ranks.world_size} x {config.train.device}{threads}, {precision(ds)}, "
+            f"batch {config.train.global_batch_size}, AdamW of {choose_kernel(config.optimizer, config.train.device)}, "
+            f"compiled: {trainer.compiled.what}"
+        )
+        with ranks.together(lambda: Telemetry(
+            config.run_dir, active=ranks.rank == 0, tensorboard=config.telemetry.tensorboard,
+            step=trainer.step, steps=config.train.steps,
+        )) as telemetry:
+            finished = trainer.run(telemetry)
     say(
         f"{'finished' if finished else 'stopped'} {config.run_dir} at step {trainer.step}, "
         f"curriculum index {trainer.curriculum.index}, {trainer.skipped_steps} skipped steps; "

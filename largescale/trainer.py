@@ -17,15 +17,16 @@ from largescale.anomaly import Skip, SpikeWatch, input_step, skipping
 from largescale.build import build_diffusion, build_model, latent_shape
 from largescale.checkpoint import Checkpointer
 from largescale.checkpoint_files import CheckpointDir, client_state
+from largescale.compiling import Compiled, what_to_compile
 from largescale.config import Config, batch_layout, cluster_edges, pacing
 from largescale.curriculum import Curriculum
-from largescale.data.loader import Batch, Loader, to_condition, to_x_start
+from largescale.data.loader import Batch, DeviceBatches, Loader, to_condition, to_x_start
 from largescale.data.shards import ShardDataset
 from largescale.diffusion.gaussian import Losses
 from largescale.distributed import PendingVector, Ranks
 from largescale.draws import Draws, step_draws
 from largescale.ds_config import precision
-from largescale.engine import Engine
+from largescale.engine import Engine, adam
 from largescale.errors import CheckpointError, DataError, LargescaleError, NonFiniteError, Stopped, StorageError
 from largescale.goodput import Goodput
 from largescale.meter import Meter
@@ -33,6 +34,7 @@ from largescale.models.conditioning import CaptionEmbedder, drop
 from largescale.models.dit import flops_per_image
 from largescale.optim import build_optimizer
 from largescale.preview import Preview
+from largescale.profiling import Profile
 from largescale.reference import ReferenceLoss
 from largescale.saving import Saving
 from largescale.signals import stop_requested
@@ -56,11 +58,15 @@ class Trainer:
         self.diffusion = build_diffusion(config.diffusion, config.model.learn_sigma)
         torch.manual_seed(config.train.seed)
         model = build_model(config.model)
+        model.checkpoint_blocks = config.train.activation_checkpointing
         if isinstance(model.y_embedder, CaptionEmbedder) and config.model.null_caption == "encoded":
             model.y_embedder.set_null_caption(*map(torch.tensor, dataset.empty_caption))
         model.to(ranks.device)
         flops = 3 * flops_per_image(model) * config.train.global_batch_size
-        self.engine = Engine(model, partial(build_optimizer, config=config.optimizer, device=config.train.device), ds)
+        self.engine = Engine(model, partial(
+            build_optimizer, config=config.optimizer, device=config.train.device, deepspeed_adam=adam), ds)
+        what = what_to_compile(config.train.compile, config.train.device)
+        self.compiled = Compiled(model, what, config.train.device, config.run_dir / "compiled.bin")
         self.meter = Meter(
             config.train.global_batch_size, flops, ranks, precision(ds), self.curriculum.n_clusters,
             on_lap=lambda name: watch.at(f"{name} of step {self.step + 1}"),
@@ -149,17 +155,21 @@ class Trainer:
             micro_batch_size=self.micro_batch_size, rank=self.ranks.rank, world_size=self.ranks.world_size,
             flip=c.data.horizontal_flip, captions=c.model.caption_tokens > 0,
             start_step=self.input_step, prefetch=c.data.prefetch, pin_memory=c.train.device == "cuda",
-        ) as loader:
-            self.batch: Batch = self.ranks.together(lambda: loader.batch(self.input_step))
+        ) as loader, Profile(
+            self.meter, self.telemetry, wanted=c.profile, cuda=c.train.device == "cuda",
+        ) as profile:
+            batches = DeviceBatches(loader, self.ranks.device)
+            self.batch: Batch = self.ranks.together(lambda: batches.batch(self.input_step))
             self.meter.begin(self.began_unix_s)
             while self.step < c.train.steps and not stop:
-                stop = self.take_step(loader)
+                stop = self.take_step(batches)
+                profile.step(self.step)
         return stop
 
-    def take_step(self, loader: Loader) -> bool:
+    def take_step(self, batches: DeviceBatches) -> bool:
         """Try to take one; True if a rank was asked to stop."""
         with self.meter.lap("data"):
-            unread = self.read(loader)
+            unread = self.read(batches)
         scaler, retryable = self.engine.scaler_state(), self.engine.can_lower_loss_scale
         report, applied = self.attempt(unread is not None)
         if report.cannot_read:
@@ -185,11 +195,11 @@ class Trainer:
             self.skipped_steps += 1  # the same inputs again, at a lower loss scale
         return report.stop
 
-    def read(self, loader: Loader) -> Exception | None:
+    def read(self, batches: DeviceBatches) -> Exception | None:
         """Set `batch` to this step's rows. An error is returned: one rank alone must not leave the others waiting."""
         for pause in (*READ_AGAIN_S, None):
             try:
-                self.batch = loader.batch(self.input_step)
+                self.batch = batches.batch(self.input_step)
                 return None
             except DataError as error:
                 return error
@@ -235,9 +245,9 @@ class Trainer:
 
     def losses(self, model: Any, batch: Batch, draws: Draws, k: int) -> tuple[Losses, Tensor]:
         """Of this rank's k-th micro step: losses (B,) and timesteps (B,)."""
-        info, device = self.dataset.info, self.ranks.device
+        info = self.dataset.info
         draws = draws.rows(self._rows[k])
-        rows = {name: values[k].to(device, non_blocking=True) for name, values in batch.items()}
+        rows = {name: values[k] for name, values in batch.items()}
         x_start = to_x_start(rows["latent"], info.kind, info.scale_factor, draws.posterior)
         y = drop(to_condition(rows), draws.dropout, self.config.model.num_classes)
         t = self.diffusion.timesteps(draws.v, self.curriculum.lowest)
@@ -262,6 +272,9 @@ class Trainer:
     def do_what_is_due(self) -> None:
         """Between two steps, on every rank alike."""
         c, step = self.config, self.step
+        if self.ranks.rank == 0:
+            with self.telemetry.going_on():
+                self.compiled.save()
         if step % c.telemetry.log_every == 0 or step == c.train.steps:
             self.log()
         self.telemetry.progress(step)
@@ -277,8 +290,8 @@ class Trainer:
 
     @contextlib.contextmanager
     def aside(self, name: str) -> Iterator[None]:
-        """Something to look at, which is left out when the run is asked to stop."""
-        with self.meter.lap(name):
+        """Something to look at, which is left out when the run is asked to stop; nothing is compiled for it."""
+        with self.meter.lap(name), self.compiled.eager():
             try:
                 yield
             except Stopped:
@@ -328,9 +341,10 @@ class Trainer:
         if report.non_finite:
             return trouble.loss_not_finite(report, where)
         if not applied and not retryable:
-            found = self.ranks.all_gather_object(
-                trouble.find_gradient(self.engine.module, self.micro_steps(), self.engine.loss_scale)
-            )
+            with self.compiled.eager():
+                found = self.ranks.all_gather_object(
+                    trouble.find_gradient(self.engine.module, self.micro_steps(), self.engine.loss_scale)
+                )
             return trouble.gradient_not_finite(report, where, self.engine.loss_scale, found)
         if applied and self.spikes.is_spike(report.loss):
             return trouble.spike(report, self.spikes.usual, where)

@@ -5,7 +5,7 @@ import time
 from typing import NoReturn, Self
 
 from largescale.distributed import Ranks
-from largescale.errors import LostRankError
+from largescale.errors import LargescaleError, LostRankError
 from largescale.launch import leave, print_error
 
 
@@ -62,8 +62,8 @@ def lost_rank(ranks: Ranks, where: str, what: str) -> LostRankError:
     return error
 
 
-def end_at_once(error: LostRankError) -> NoReturn:
-    """The usual way out would wait for a process group whose other ranks are gone."""
+def end_at_once(error: LargescaleError) -> NoReturn:
+    """The usual way out would wait for a process group whose other ranks are gone, or wait for this one."""
     print_error(error)
     leave(error.exit_status)
 

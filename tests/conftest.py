@@ -150,6 +150,7 @@ def run_here(blobs: Path, tmp_path: Path, one_rank: distributed.Ranks, monkeypat
     # The process group outlives a run here: DeepSpeed cannot be given a second one.
     ranks_for = distributed.Ranks
     monkeypatch.setattr(distributed, "Ranks", lambda device, *timeout: one_rank if device == "cpu" else ranks_for(device))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
 
     def run(*args: Any, preset: str = "debug", output: Path | None = None, data: Path | None = blobs) -> Outcome:
@@ -157,7 +158,6 @@ def run_here(blobs: Path, tmp_path: Path, one_rank: distributed.Ranks, monkeypat
         where = ["--output", output, *(["--data.path", data] if data else [])]
         settings = [*map(str, (*where, *QUIET, *args))]
         capsys.readouterr()
-        torch.set_num_threads(1)
         try:
             code = train_program.main([preset, *settings])
         except SystemExit as stop:

@@ -1,5 +1,6 @@
 """Feeds one rank: the rows of each step, read ahead by threads, and the stored values turned into x_start."""
 
+import contextlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -58,6 +59,11 @@ class Loader(AbstractContextManager["Loader"]):
             del self._pending[step]
             raise
 
+    def if_ready(self, step: int) -> Batch | None:
+        """The rows of `step` where they have been read already; waits for nothing and raises nothing."""
+        pending = self._pending.get(step)
+        return pending.result() if pending and pending.done() and not pending.exception() else None
+
     def _read_ahead(self, step: int) -> None:
         wanted = range(step, step + 1 + self.prefetch)
         for stale in self._pending.keys() - set(wanted):
@@ -95,6 +101,36 @@ class Loader(AbstractContextManager["Loader"]):
 
     def __exit__(self, *error: Any) -> None:
         self.close()
+
+
+class DeviceBatches:
+    """A loader's batches on a device. On a GPU the next one is copied while a step is computed, on a stream of its own,
+    if the loader has it by then."""
+
+    def __init__(self, loader: Loader, device: torch.device):
+        self._loader, self._device = loader, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copied: dict[int, Batch] = {}  # of this step and the next
+
+    def batch(self, step: int) -> Batch:
+        """As `Loader.batch`, on the device, and ready for what is queued on its current stream from here on."""
+        host = self._loader.batch(step)  # also where it is copied already: this is what makes the loader read ahead
+        if step not in self._copied:
+            self._copied[step] = self._copy(host)
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            for tensor in self._copied[step].values():
+                tensor.record_stream(current)
+        ahead = self._loader.if_ready(step + 1)
+        self._copied = {s: batch for s, batch in self._copied.items() if s in (step, step + 1)}
+        if ahead is not None and step + 1 not in self._copied:
+            self._copied[step + 1] = self._copy(ahead)
+        return self._copied[step]
+
+    def _copy(self, host: Batch) -> Batch:
+        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
+            return {name: values.to(self._device, non_blocking=True) for name, values in host.items()}
 
 
 def to_x_start(latent: Tensor, kind: str, scale_factor: float, posterior_noise: Tensor | None) -> Tensor:

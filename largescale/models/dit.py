@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from largescale.errors import ConfigError
 from largescale.models.conditioning import CaptionEmbedder, Condition, LabelEmbedder, LinearFp32, TimestepEmbedder
@@ -51,6 +52,19 @@ class PatchEmbed(nn.Module):
         return F.linear(x, weight.flatten(1), None if bias is None else bias.float())  # (N, T, D)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over the last two dimensions, (..., T, D) each."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        return attention_by_products(q, k, v)  # the backward pass of torch's kernel takes four times as long here
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Keeps its (..., T, T) weights for the backward pass."""
+    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1, dtype=torch.float32)
+    return weights.to(v.dtype) @ v
+
+
 class Attention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -61,7 +75,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))         # (N, T, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                             # (N, heads, T, D / heads) each
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))                   # (N, T, D)
 
 
@@ -119,6 +133,9 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Predicts the noise in x_t, and with `learn_sigma` where its variance lies, from t and the condition y: captions
     with `caption_tokens`, labels with `num_classes`, nothing with neither."""
+
+    checkpoint_blocks: bool = False
+    """Keep each block's input only, and compute the block again in the backward pass."""
 
     def __init__(self, *, patch_size: int, hidden_size: int, depth: int, num_heads: int, input_size: int = 32,
                  in_channels: int = 4, mlp_ratio: float = 4.0, num_classes: int = 1000,
@@ -189,7 +206,10 @@ class DiT(nn.Module):
             c = c + self.y_embedder(y)
         c = c.to(self.compute_type)
         for block in self.blocks:
-            x = block(x, c, captions)                                    # (N, T, D)
+            if self.checkpoint_blocks and torch.is_grad_enabled():       # a block draws nothing: no generator to keep
+                x = checkpoint(block, x, c, captions, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, c, captions)                                # (N, T, D)
         x = self.final_layer(x, c)                                       # (N, T, p ** 2 * out_channels)
         x = x.reshape(len(x), self.grid, self.grid, self.patch_size, self.patch_size, self.out_channels)
         return torch.einsum("nhwpqc->nchpwq", x).reshape(len(x), -1, self.input_size, self.input_size)

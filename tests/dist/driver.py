@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-os.environ["DS_ACCELERATOR"] = "cpu"
-from largescale import checkpoint, train, trainer
+os.environ["DS_ACCELERATOR"] = "cuda" if "cuda" in sys.argv else "cpu"
+from largescale import checkpoint, fit, train, trainer
 from largescale.data.loader import Loader
 from largescale.errors import DataError
 from largescale.launch import leave
@@ -33,6 +33,9 @@ parser.add_argument("--damaged-data", type=int, nargs=2, metavar=("STEP", "RANK"
 parser.add_argument("--kill", type=int, nargs=2, metavar=("STEP", "RANK"), help="kill -9 of that rank in the step")
 parser.add_argument("--hang", type=int, nargs=2, metavar=("STEP", "RANK"), help="that rank does not come back from its data")
 parser.add_argument("--other-weights", type=int, nargs=2, metavar=("STEP", "RANK"), help="one bit of a weight, on that rank")
+parser.add_argument("--out-of-memory", type=int, nargs=2, metavar=("STEP", "RANK"), help="on that rank's GPU, as it were")
+parser.add_argument("--available", type=int, nargs=2, metavar=("IMAGES", "RANK"), help="memory for so many, on that rank")
+parser.add_argument("--gpu-left", type=float, metavar="GIB", help="take all of the GPU's memory but this, and fit.py's margin")
 parser.add_argument("--stop-at", type=int, help="send this process SIGTERM at the step")
 parser.add_argument("--stop-in", choices=["open_dataset", "Trainer", "Preview", "ReferenceLoss"], help="SIGTERM in that phase")
 separator = sys.argv.index("--")
@@ -98,6 +101,25 @@ if faults.bad_loss or faults.bad_gradient:
         return result, t
 
     Trainer.losses = bad  # type: ignore[assignment, method-assign]
+
+if faults.out_of_memory:
+    losses_before = Trainer.losses
+
+    def too_much(self: Trainer, model: object, batch: object, draws: object, k: int) -> object:
+        if (self.input_step, self.ranks.rank) == tuple(faults.out_of_memory):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated memory is")
+        return losses_before(self, model, batch, draws, k)  # type: ignore[arg-type]
+
+    Trainer.losses = too_much  # type: ignore[assignment, method-assign]
+
+if faults.available:
+    fit.memory = lambda config, ds, world_size, n: {"images": n}  # type: ignore[assignment]
+    fit.MARGIN = 0.0
+    fit.host_bytes = lambda: faults.available[0] if os.environ["RANK"] == str(faults.available[1]) else 10**9
+
+if faults.gpu_left is not None:
+    free, total = torch.cuda.mem_get_info()
+    held = torch.empty(int(free - faults.gpu_left * 2**30 - fit.MARGIN * total), dtype=torch.uint8, device="cuda")
 
 if faults.leap is not None:
     losses_of = Trainer.losses

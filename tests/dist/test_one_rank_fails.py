@@ -98,6 +98,37 @@ def test_a_rank_is_killed(rank: int, tmp_path: Path, train: Train) -> None:
     assert [row["step"] for row in trace(run)] == list(range(1, 13))
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_runs_out_of_memory(rank: int, tmp_path: Path, train: Train) -> None:
+    """It says what to do, with a status that no batch script starts again; the other one ends as if it had crashed."""
+    run = tmp_path / "run"
+    done = train(*ARGS, "--output", run, driver=("--out-of-memory", 6, rank))
+    assert (done[rank].returncode, done[1 - rank].returncode) == (2, 1), done[rank].stderr
+    expected = (f"error{' on rank 1' if rank else ''}: out of memory in forward of step 7, with a micro batch of 4: CUDA out of "
+                "memory. Tried to allocate 2.00 GiB; set --train.micro-batch-size 2 (or auto, which finds one) or set "
+                "--train.activation-checkpointing or start more ranks")
+    assert expected in done[rank].stderr and not any("Traceback" in p.stderr for p in done)
+    who = "rank 1 does not answer; rank 0 in" if rank else "rank 0, or the launcher that keeps its store, does not answer"
+    assert f"lost contact: {who}" in done[1 - rank].stderr
+    again = train(*ARGS, "--output", run, "--train.micro-batch-size", 2)
+    assert again[0].returncode == 0 and "at step 4" in again[0].stderr
+    assert [row["step"] for row in trace(run)] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_memory_of_the_rank_that_has_least(rank: int, tmp_path: Path, train: Train) -> None:
+    """auto: every rank takes the micro batch that fits on all."""
+    args = (*ARGS[:-2], "--train.micro-batch-size")
+    done = train(*args, "auto", "--output", tmp_path / "auto", driver=("--available", 3, rank))
+    assert [p.returncode for p in done] == [0, 0], done[0].stderr
+    assert "micro batch 2 (auto): 4 accumulation steps" in done[0].stderr and "micro batch" not in done[1].stderr
+    assert train(*args, 2, "--output", tmp_path / "two")[0].returncode == 0
+    assert_same_run(tmp_path / "auto", tmp_path / "two")
+    none = train(*args, "auto", "--output", tmp_path / "none", driver=("--available", 0, rank))
+    assert [p.returncode for p in none] == [2, 2] and not none[1].stderr
+    assert f"not even one image at a time fits on rank {rank}, which has 0.00 GiB" in none[0].stderr
+
+
 def test_a_rank_hangs(tmp_path: Path, train: Train) -> None:
     """Ended after the configured time; the message says where each of them is."""
     run = tmp_path / "run"

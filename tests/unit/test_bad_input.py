@@ -50,6 +50,22 @@ def test_unknown_key_and_wrong_type(run_here: RunHere, arguments: tuple[Any, ...
 
 def test_batch_that_does_not_divide(run_here: RunHere) -> None:
     assert_refused(run_here("--train.micro-batch-size", 5), "try --train.micro-batch-size 4")
+    assert_refused(run_here("--train.micro-batch-size", 0), "try --train.micro-batch-size 1")
+    assert_refused(run_here("--train.micro-batch-size", "most"), "most")
+
+
+def test_no_room_for_one_image(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("largescale.fit.available_bytes", lambda: 2**20)
+    outcome = run_here("--train.micro-batch-size", "auto")
+    assert_refused(outcome, "not even one image at a time fits on rank 0, which has 0.00 GiB of memory and needs about",
+                   "master weights", "set --train.activation-checkpointing or start more ranks")
+    assert not checkpoints(outcome.run)
+
+
+def test_threads_that_make_no_sense(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("largescale.train.cores", lambda: 4)
+    assert_refused(run_here("--train.threads", 9), "train.threads=9 is more than two threads a core", "try --train.threads 4")
+    assert_refused(run_here("--train.threads", 0), "train.threads=0 must be at least 1; set --train.threads")
 
 
 def test_missing_device_is_not_replaced(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:

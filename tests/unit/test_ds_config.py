@@ -115,7 +115,7 @@ def test_batch_layout() -> None:
     [("model", "patch_size", 3), ("model", "num_heads", 7), ("model", "num_classes", 0), ("model", "class_dropout_prob", 1.0),
      ("curriculum", "patience", -1), ("curriculum", "interval", 0), ("curriculum", "n_clusters", 0),
      ("curriculum", "n_clusters", 2000), ("data", "prefetch", 0), ("optimizer", "lr", 0.0), ("optimizer", "ema_decay", 1.0),
-     ("optimizer", "clip_grad_norm", -1.0), ("train", "steps", 0), ("train", "seed", -1), ("checkpoint", "every", 0),
+     ("optimizer", "clip_grad_norm", -1.0), ("train", "steps", 0), ("train", "seed", -1), ("train", "threads", 0), ("checkpoint", "every", 0),
      ("checkpoint", "keep_last", 0), ("checkpoint", "keep_every", -1), ("telemetry", "log_every", 0),
      ("telemetry", "preview_steps", 1), ("telemetry", "preview_steps", 1001), ("telemetry", "preview_cfg_scale", -1.0),
      ("telemetry", "reference_images", 0), ("telemetry", "preview_images", 0),

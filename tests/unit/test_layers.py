@@ -6,11 +6,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 LAYERS = {
-    0: ["errors", "files", "launch", "signals", "starts", "anomaly", "config", "presets", "ds_config", "curriculum", "diffusion.schedule"],
-    1: ["diffusion", "models", "optim", "draws", "images", "build", "agreed", "encoders"],
+    0: ["errors", "files", "launch", "machine", "signals", "starts", "anomaly", "config", "presets", "ds_config", "cost", "curriculum", "diffusion.schedule"],
+    1: ["diffusion", "models", "optim", "draws", "images", "build", "compiling", "agreed", "memory", "encoders"],
     2: ["data", "checkpoint_files", "telemetry", "sampling", "inference", "weights", "export", "inspect", "requeue"],
-    3: ["distributed", "engine", "checkpoint"],
-    4: ["meter", "goodput", "watch", "saving", "trouble", "preview", "reference", "trainer"],
+    3: ["distributed", "engine", "checkpoint", "fit"],
+    4: ["meter", "goodput", "watch", "saving", "trouble", "preview", "profiling", "reference", "trainer"],
     5: ["train", "dry_run"],
 }
 NO_TORCH = [*LAYERS[0], "checkpoint_files", "telemetry", "inspect", "requeue"]  # at import; some functions of the last two load it

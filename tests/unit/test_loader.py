@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from largescale.data.format import CaptionInfo, DatasetInfo
-from largescale.data.loader import Loader, to_x_start
+from largescale.data.loader import DeviceBatches, Loader, to_x_start
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset, check_flip
 from largescale.data.writer import ShardWriter
@@ -220,3 +220,31 @@ def test_every_caption_is_seen(captioned: ShardDataset) -> None:
     with loader(captioned, micro=GLOBAL, captions=True) as batches:
         seen = {int(c) for step in range(60) for c in batches.batch(step)["caption_pooled"].flatten()}
     assert seen == {10 * i + k for i in range(ROWS) for k in range(1 + i % 3)}
+
+
+def test_batches_on_a_device(blobs: Path) -> None:
+    """The same rows as the loader's in any order of steps; the next step's are there before they are asked for."""
+    rows: dict[str, Any] = {"seed": 3, "global_batch_size": 8, "micro_batch_size": 4, "rank": 0, "world_size": 1}
+    with Loader(ShardDataset(blobs), **rows) as loader, Loader(ShardDataset(blobs), **rows) as other:
+        batches = DeviceBatches(loader, torch.device("cpu"))
+        for step in (0, 0, 1, 2, 7, 7, 3):
+            for name, values in other.batch(step).items():
+                assert torch.equal(batches.batch(step)[name], values)
+        loader.batch(4)
+        batches.batch(3)
+        assert batches._copied.keys() == {3, 4}
+        ahead = batches._copied[4]
+        assert batches.batch(4) is ahead
+
+
+def test_a_row_that_cannot_be_read_ahead_is_an_error_only_when_it_is_asked_for(blobs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: dict[str, Any] = {"seed": 3, "global_batch_size": 8, "micro_batch_size": 8, "rank": 0, "world_size": 1}
+    load = Loader._load
+    monkeypatch.setattr(Loader, "_load", lambda self, step: load(self, step) if step != 1 else (_ for _ in ()).throw(OSError("gone")))
+    with Loader(ShardDataset(blobs), **rows) as loader:
+        batches = DeviceBatches(loader, torch.device("cpu"))
+        for _ in range(2):
+            batches.batch(0)
+        with pytest.raises(OSError, match="gone"):
+            batches.batch(1)
+        batches.batch(2)

@@ -1,0 +1,241 @@
+"""python benchmarks/scaling.py: what a run costs on 8, 64 and 256 GPUs, by the model of largescale/cost.py.
+
+With --check the model is held against this machine's CPU: the trainer runs on one rank and on two, one thread each, at
+the same global batch; the step of two is predicted from that of one and from what two processes reach here together, in
+matrix products, copies and gloo's collectives. It says whether the arithmetic holds, and nothing about a GPU.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from overhead import make_latents
+
+from largescale.config import Config
+from largescale.cost import HARDWARE, Hardware, Plan, Workload, daly, step, young
+from largescale.dry_run import workload
+from largescale.ds_config import load_ds_config
+from largescale.memory import largest_micro_batch
+from largescale.presets import PRESETS
+from largescale.telemetry import read_metrics
+
+ROOT = Path(__file__).parent.parent
+FP32 = "ds_configs/zero2_fp32.json"
+
+
+# ---- the table
+
+
+def plan(config: Config, hardware: Hardware, gpus: int, steps: int) -> Plan:
+    """Of a preset's run, in as many micro steps as memory asks for."""
+    ds = load_ds_config(config.train.ds_config)
+    micro = largest_micro_batch(config, ds, gpus, hardware.usable_bytes)
+    if not micro:
+        raise SystemExit(f"not one image of {config.name} fits into one {hardware.name}")
+    accumulation = config.train.global_batch_size // (gpus * micro)
+    return Plan(workload(config, ds, accumulation), hardware, gpus, steps, config.checkpoint.every)
+
+
+def tables(plans: list[Plan]) -> str:
+    work, hardware = plans[0].work, plans[0].hardware
+    names = [name for name in plans[0].step.parts if name != "compute"]
+    lines = [
+        f"| GPUs | images a GPU | step, ms | images/s | hours | GPU hours | compute | {' | '.join(names)} | "
+        "first bottleneck | data, MB/s | a node |",
+        f"|---{'|---:' * (6 + len(names))}|---|---:|---:|",
+    ]
+    for p in plans:
+        s = p.step
+        shares = " | ".join(f"{100 * s.share(name):.1f} %" for name in names)
+        micro = f" x {work.grad_accum_steps}" if p.work.grad_accum_steps > 1 else ""
+        images = work.global_batch_size // (p.gpus * p.work.grad_accum_steps)
+        lines.append(
+            f"| {p.gpus} | {images}{micro} | {1e3 * s.seconds:.1f} | {s.images_per_s:,.0f} | {p.hours:,.1f} | "
+            f"{p.hours * p.gpus:,.0f} | {100 * s.share('compute'):.0f} % | {shares} | {s.bottleneck} | "
+            f"{s.data_rate / 1e6:,.0f} | {s.data_rate / 1e6 / hardware.nodes(p.gpus):,.0f} |"
+        )
+    lines += [
+        "",
+        "| GPUs | checkpoint, GB | stall, s | written after, s | failure every, h | best every, min (Young) | (Daly) | "
+        "in steps | wasted | configured | wasted |",
+        f"|---{'|---:' * 10}|",
+    ]
+    for p in plans:
+        by_young, by_daly = (rule(p.stall_s, p.mtbf_s) / 60 for rule in (young, daly))
+        lines.append(
+            f"| {p.gpus} | {p.work.checkpoint_bytes / 1e9:.1f} | {p.stall_s:.2f} | {p.write_s:.1f} | "
+            f"{p.mtbf_s / 3600:,.0f} | {by_young:.1f} | {by_daly:.1f} | {p.best_every:,} | "
+            f"{100 * p.wasted(p.best_every):.2f} % | {p.every:,} | {100 * p.wasted(p.every):.2f} % |"
+        )
+    return "\n".join(lines)
+
+
+# ---- the check
+
+
+def ranks_of(count: int, *program: str) -> str:
+    """Run a Python program on so many processes of one thread each; what rank 0 prints."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count),
+           "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen([sys.executable, *program], cwd=ROOT, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                         text=True, stdout=subprocess.PIPE, stderr=None if rank == 0 else subprocess.DEVNULL)
+        for rank in range(count)
+    ]
+    try:
+        outputs = [process.communicate()[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    if failed := [process.returncode for process in processes if process.returncode]:
+        raise SystemExit(f"{' '.join(program)} on {count} ranks: exit status {failed[0]}")
+    return outputs[0]
+
+
+def probe(elements: int, bucket: int) -> None:
+    """On one of two ranks: seconds of the same work alone and beside the other, and of a step's collectives in fp32."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    flat, part = torch.randn(elements), torch.randn(elements // 2)
+    whole = torch.empty(2 * len(part))
+
+    def median_s(work: Callable[[], object], times: int = 7) -> float:
+        def once() -> float:
+            start = time.perf_counter()
+            work()
+            return time.perf_counter() - start
+
+        work()
+        return statistics.median(once() for _ in range(times))
+
+    def reduce_buckets() -> None:
+        for bucket_of in flat.split(bucket):
+            dist.all_reduce(bucket_of)
+
+    found: dict[str, float] = {}
+    for name, work in (("products", lambda: a @ b), ("copies", lambda: flat.clone())):
+        if dist.get_rank() == 0:
+            found[f"{name} alone"] = median_s(work)
+        dist.barrier()
+        found[f"{name} together"] = median_s(work)
+        dist.barrier()
+    found["all-reduce"] = median_s(reduce_buckets)
+    dist.barrier()
+    found["all-gather"] = median_s(lambda: dist.all_gather_into_tensor(whole, part))
+    if dist.get_rank() == 0:
+        print(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def measure(preset: str, data: Path, run: Path, ranks: int, batch: int, steps: int) -> dict[str, float]:
+    """Seconds of forward and backward, and of `engine.step`: medians over the steps after warming up."""
+    ranks_of(
+        ranks, "-m", "largescale.train", preset, "--data.path", str(data), "--output", str(run), "--train.device",
+        "cpu", "--train.ds-config", FP32, "--train.steps", str(steps), "--train.global-batch-size", str(batch),
+        "--telemetry.log-every", "1", "--telemetry.reference-every", "0", "--telemetry.preview-every", "0",
+        "--telemetry.no-tensorboard",
+    )
+    rows = [row for row in read_metrics(run) if "loss" in row][3:]
+    laps = {
+        "forward and backward": [row["time/forward_ms"] + row["time/backward_ms"] for row in rows],
+        "optimizer": [row["time/optimizer_ms"] for row in rows],
+    }
+    return {name: statistics.median(values) / 1e3 for name, values in laps.items()}
+
+
+def calibrated(work: Workload, one: dict[str, float], probed: dict[str, float]) -> Hardware:
+    """This machine, one core a rank, as two ranks find it together. What one rank reaches alone is slowed down by what
+    the probe lost to the other rank: cores of one processor share its memory."""
+    memory = work.update_bytes / one["optimizer"]
+    compute_s = one["forward and backward"] - work.staging_bytes(1) / memory
+    flops = work.flops_per_image * work.global_batch_size / compute_s
+    sent = work.parameters * (work.reduce_bytes + work.weight_bytes / 2)  # of two ranks, each to the other
+    link = sent / (probed["all-reduce"] + probed["all-gather"])
+    return Hardware(
+        "CPU", peak_flops=flops * probed["products alone"] / probed["products together"], mfu=1.0, launch_s=0.0,
+        memory_bandwidth=memory * probed["copies alone"] / probed["copies together"], memory_bytes=0.0,
+        intra_bandwidth=link, inter_bandwidth=link,
+    )
+
+
+def predicted(work: Workload, hardware: Hardware) -> dict[str, float]:
+    """As `measure`, on two ranks."""
+    parts = step(work, hardware, 2).parts
+    return {"forward and backward": parts["compute"] + parts["gradient reduction"],
+            "optimizer": parts["optimizer"] + parts["all-gather"]}
+
+
+def check(preset: str, batch: int, steps: int) -> None:
+    config = PRESETS[preset]()
+    config = replace(config, train=replace(config.train, device="cpu", ds_config=FP32, global_batch_size=batch))
+    work = workload(config, load_ds_config(FP32), grad_accum_steps=1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_latents(folder / "data", 512)
+        one, two = (measure(preset, folder / "data", folder / f"run{n}", n, batch, steps) for n in (1, 2))
+    options = (str(work.parameters), str(work.reduce_bucket_size))
+    probed = json.loads(ranks_of(2, __file__, "--probe", *options).splitlines()[-1])
+    hardware = calibrated(work, one, probed)
+    guess = predicted(work, hardware)
+    print(f"{preset}, {work.parameters:,} parameters, fp32, batch {batch}, medians of {steps - 3} steps, one thread a "
+          "rank")
+    print("seconds of the probe: " + ", ".join(f"{key} {value:.4f}" for key, value in probed.items()))
+    print(f"so two ranks have {hardware.peak_flops / 1e9:.1f} GFLOP/s, {hardware.memory_bandwidth / 1e9:.1f} GB/s of "
+          f"memory each, and {hardware.intra_bandwidth / 1e9:.2f} GB/s between them")
+    print("\n| | 1 rank, s | 2 ranks, predicted | measured | predicted / measured |\n|---|---:|---:|---:|---:|")
+    for name in (*one, "step"):
+        a, b, c = (sum(of.values()) if name == "step" else of[name] for of in (one, guess, two))
+        print(f"| {name} | {a:.3f} | {b:.3f} | {c:.3f} | {b / c:.2f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", help="by default dit_l2_imagenet256; of --check, dit_s2_imagenet256")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 256])
+    parser.add_argument("--steps", type=int, help="by default 2,000,000; of --check, 15")
+    parser.add_argument("--batch-size", type=int, help="by default the preset's; of --check, 8")
+    parser.add_argument("--hardware", choices=HARDWARE, default="h100")
+    for name in ("mfu", "intra-bandwidth", "inter-bandwidth", "data-bandwidth", "write-bandwidth", "storage-bandwidth",
+                 "node-mtbf-hours", "restart-s"):
+        parser.add_argument(f"--{name}", type=float, help="see Hardware in largescale/cost.py")
+    parser.add_argument("--check", action="store_true", help="hold the model against 1 and 2 ranks on this machine")
+    parser.add_argument("--probe", type=int, nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.probe:
+        return probe(*options.probe)
+    if options.check:
+        return check(options.preset or "dit_s2_imagenet256", options.batch_size or 8, options.steps or 15)
+    given = {key: value for key, value in vars(options).items() if value is not None}
+    fields = Hardware.__dataclass_fields__.keys()
+    hardware = replace(HARDWARE[options.hardware], **{key: value for key, value in given.items() if key in fields})
+    config = PRESETS[options.preset or "dit_l2_imagenet256"]()
+    batch = options.batch_size or config.train.global_batch_size
+    config = replace(config, train=replace(config.train, global_batch_size=batch))
+    if odd := [n for n in options.gpus if batch % n]:
+        raise SystemExit(f"a batch of {batch} cannot be shared by {odd[0]} GPUs; give --batch-size or other --gpus")
+    steps = options.steps or 2_000_000
+    print(f"{config.name}, batch {batch}, {steps:,} steps, {hardware.name}. Predicted, not measured: assumed are "
+          f"{100 * hardware.mfu:.0f} % of the peak in forward and backward (published trainers of this kind report "
+          f"12 to 25 %), {1e6 * hardware.launch_s:.0f} us a kernel, and a failure of a node every "
+          f"{hardware.node_mtbf_hours:,.0f} h.\n")
+    print(tables([plan(config, hardware, n, steps) for n in options.gpus]))
+
+
+if __name__ == "__main__":
+    main()

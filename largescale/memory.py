@@ -1,0 +1,96 @@
+"""What a rank's memory must hold, from shapes: nothing is allocated."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from largescale.build import blank_condition, build_model, latent_shape
+from largescale.config import Config, ModelConfig
+from largescale.ds_config import precision
+from largescale.models.dit import attention_by_products
+
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _AttentionOf(TorchFunctionMode):
+    """Attention that keeps what it keeps on a device: on the meta device torch would take a kernel of its own."""
+
+    def __init__(self, fused: bool):
+        super().__init__()
+        self._fused = fused
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            if not self._fused and not kwargs:
+                return attention_by_products(*args)
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)[0]
+        return function(*args, **kwargs)
+
+
+def _kept_for_backward(config: ModelConfig, dtype: torch.dtype, fused_attention: bool) -> int:
+    """Bytes that autograd keeps of one image's forward pass, counted on the meta device."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.device("meta"), _AttentionOf(fused_attention):
+        model = build_model(config).to(dtype)
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        x, t = torch.empty(1, *latent_shape(config)), torch.zeros(1, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model(x, t, blank_condition(config, 1))  # kept alive, so that no storage is there twice
+    del output
+    return sum(kept.values())
+
+
+def activation_bytes(config: ModelConfig, dtype: torch.dtype, *, checkpointing: bool, fused_attention: bool = True,
+                     ) -> int:
+    """Per image, for weights of `dtype`. With checkpointing: each block's input, and all of the one block that is
+    computed again at the time."""
+    one, two = (_kept_for_backward(replace(config, depth=depth), dtype, fused_attention) for depth in (1, 2))
+    block, outside = two - one, 2 * one - two
+    if not checkpointing:
+        return outside + config.depth * block
+    block_input = 4 * (config.input_size // config.patch_size) ** 2 * config.hidden_size  # (T, D) float32
+    return outside + block + (config.depth - 1) * block_input
+
+
+def memory(config: Config, ds: dict[str, Any], world_size: int, micro_batch_size: int) -> dict[str, float]:
+    """Bytes per rank under ZeRO-2, by what they hold. An estimate: kernels' workspaces and fragmentation come on top,
+    and torch.compile keeps less than is counted here."""
+    dtype, zero = _TYPES[precision(ds)], ds["zero_optimization"]
+    with torch.device("meta"):
+        model = build_model(config.model)
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # Each bucket is allocated whole, whatever the model's size; one is flattened, and cast, to be sent.
+    bucket = zero.get("reduce_bucket_size", 500_000_000)
+    buckets = (2 if zero.get("overlap_comm") else 1) * bucket * dtype.itemsize
+    sent = _TYPES[ds.get("communication_data_type", precision(ds))]
+    buckets += min(bucket, parameters) * (dtype.itemsize + (sent.itemsize if sent != dtype else 0))
+    checkpointing = config.train.activation_checkpointing
+    fused = config.train.device == "cuda" or dtype != torch.bfloat16  # models/dit.py: attention
+    per_image = activation_bytes(config.model, dtype, checkpointing=checkpointing, fused_attention=fused)
+    return {
+        "weights": parameters * dtype.itemsize,
+        "gradients (this rank's part in fp32)": 4 * parameters / world_size,
+        "buckets of gradients on their way": buckets if world_size > 1 else 0,
+        "master weights, two moments, EMA (fp32, this rank's part)": 4 * 4 * parameters / world_size,
+        f"activations of {micro_batch_size} images" + (", checkpointed" if checkpointing else ""):
+            micro_batch_size * per_image,
+    }
+
+
+def largest_micro_batch(config: Config, ds: dict[str, Any], world_size: int, memory_bytes: float) -> int:
+    """Images of the largest equal part of a rank's share of the batch that fits by the estimate; 0 where none does."""
+    share = config.train.global_batch_size // world_size
+    none, one = (sum(memory(config, ds, world_size, n).values()) for n in (0, 1))
+    room = (memory_bytes - none) / (one - none)
+    return max((n for n in range(1, share + 1) if share % n == 0 and n <= room), default=0)

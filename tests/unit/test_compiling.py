@@ -1,0 +1,93 @@
+"""Training with torch.compile: the same numbers up to rounding, and what was compiled is kept."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from largescale import compiling
+from largescale.compiling import Compiled, Gelu, has_compiler, load_compiled, what_to_compile
+from largescale.errors import ConfigError
+from largescale.models.dit import attention
+from tests.conftest import RunHere
+
+compiles = pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+
+
+def test_what_auto_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "has_compiler", lambda: True)
+    assert [what_to_compile("auto", device) for device in ("cuda", "cpu")] == ["blocks", "off"]
+    assert what_to_compile("model", "cpu") == "model"
+    monkeypatch.setattr(compiling, "has_compiler", lambda: False)
+    assert what_to_compile("auto", "cuda") == what_to_compile("off", "cuda") == "off"
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler.*--train.compile off"):
+        what_to_compile("blocks", "cuda")
+
+
+def test_no_compiler_is_said_before_anything_starts(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    run = run_here("--train.compile", "blocks")
+    assert run.code == 2 and "needs a C++ compiler" in run.err and not run.run.exists()
+
+
+@compiles
+@pytest.mark.parametrize("what", ["blocks", "model"])
+def test_a_compiled_run(what: str, run_here: RunHere, tmp_path: Path) -> None:
+    """Its losses are the eager run's up to rounding; evaluations between its steps compile nothing."""
+    args = ("--train.steps", 8, "--telemetry.reference-every", 4)
+    eager = run_here(*args, output=tmp_path / "eager")
+    run = run_here(*args, "--train.compile", what, output=tmp_path / "run")
+    assert run.code == 0 and f"compiled: {what}" in run.err, run.err
+    losses = [[row["loss"] for row in outcome.trace()] for outcome in (eager, run)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[1] != losses[0]
+    assert load_compiled(run.run / "compiled.bin") and not (eager.run / "compiled.bin").exists()
+
+
+@compiles
+def test_a_damaged_cache_is_only_made_again(tmp_path: Path, run_here: RunHere) -> None:
+    for content in (b"", b"half of it"):
+        (tmp_path / "compiled.bin").write_bytes(content)
+        assert not load_compiled(tmp_path / "compiled.bin")
+    assert not load_compiled(tmp_path / "none.bin")
+
+
+def test_a_failure_says_what_to_do(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(RuntimeError):
+        __module__ = "torch._inductor.exc"
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise Broken("the C++ compiler says no\nand why")
+
+    monkeypatch.setattr("largescale.trainer.Trainer.losses", fail)
+    run = run_here("--train.steps", 2)
+    assert run.code == 2 and "torch.compile failed (Broken: the C++ compiler says no); train without it: --train.compile off" in run.err
+
+
+def test_gelu_by_sigmoid() -> None:
+    x = torch.linspace(-8, 8, 1001, dtype=torch.float64)
+    torch.testing.assert_close(Gelu()(x), torch.nn.functional.gelu(x, approximate="tanh"), rtol=1e-12, atol=1e-14)
+
+
+def test_attention_in_bf16_on_a_cpu() -> None:
+    """With a gradient it is made of products: as near to float32's as torch's own kernel, forward and backward."""
+    q, k, v, g = torch.randn(4, 2, 3, 64, 16, generator=torch.Generator().manual_seed(0))
+
+    def answers(dtype: torch.dtype, by: object) -> list[torch.Tensor]:
+        given = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = by(*given)  # type: ignore[operator]
+        return [out, *torch.autograd.grad(out, given, g.to(dtype))]
+
+    exact = answers(torch.float32, torch.nn.functional.scaled_dot_product_attention)
+    off = {by.__name__: [(a.float() - e).norm() / e.norm() for a, e in zip(answers(torch.bfloat16, by), exact, strict=True)]
+           for by in (attention, torch.nn.functional.scaled_dot_product_attention)}
+    assert all(ours < 1e-2 and ours < 2 * theirs for ours, theirs in zip(off["attention"], off["scaled_dot_product_attention"], strict=True)), off
+    with torch.no_grad():
+        same = [by(*(x.bfloat16() for x in (q, k, v))) for by in (attention, torch.nn.functional.scaled_dot_product_attention)]
+    assert torch.equal(*same)
+
+
+def test_off_changes_nothing(tmp_path: Path) -> None:
+    compiled = Compiled(None, "off", "cpu", tmp_path / "compiled.bin")  # type: ignore[arg-type]
+    with compiled.eager():
+        compiled.save()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,365 @@
+"""The cost model against brute force, DeepSpeed's own calls, and arithmetic done by hand."""
+
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from largescale.build import blank_condition, build_model, latent_shape
+from largescale.config import Config
+from largescale.cost import HARDWARE, Hardware, Plan, Workload, daly, slowdown, step, young
+from largescale.dry_run import _kernels_per_block, workload
+from largescale.ds_config import load_ds_config
+from largescale.memory import activation_bytes, largest_micro_batch, memory
+from largescale.presets import PRESETS
+from largescale.telemetry import peak_flops
+from tests.conftest import QUIET, RunHere, ranks_of
+
+ROUND = Hardware("round", peak_flops=2e12, memory_bytes=1e9, memory_bandwidth=1e12, intra_bandwidth=4e9, inter_bandwidth=0.5e9,
+                 gpus_per_node=4, launch_s=0.0, data_bandwidth=1e9, host_bandwidth=1e9, write_bandwidth=1e9,
+                 storage_bandwidth=8e9, node_mtbf_hours=10.0, restart_s=60.0)
+WORK = Workload(parameters=10**9, flops_per_image=3e12, kernels=1000, global_batch_size=8, grad_accum_steps=1, weight_bytes=2,
+                reduce_bytes=4, reduce_bucket_size=250_000_000, image_bytes=1000.0)
+
+
+def dit_l() -> tuple[Config, dict[str, Any]]:
+    config = PRESETS["dit_l2_imagenet256"]()
+    return config, load_ds_config(config.train.ds_config)
+
+
+# ---- the step
+
+
+def test_parts_of_a_step_by_hand() -> None:
+    parts = step(replace(WORK, overlap=False), ROUND, 4).parts
+    assert parts["compute"] == pytest.approx(3e12 * 8 / (4 * 0.5 * 2e12))
+    # an all-reduce sends 2 * 3/4 of 4 GB over each link; 24 bytes a gradient pass through memory
+    assert parts["gradient reduction"] == pytest.approx(1.5 * 4e9 / 4e9 + 24e9 / 1e12)
+    assert parts["all-gather"] == pytest.approx(0.75 * 2e9 / 4e9)
+    assert parts["optimizer"] == pytest.approx((4 + 28 + 12 + 6) * 1e9 / 4 / 1e12)
+    assert parts["kernel launches"] == parts["data"] == 0
+
+
+@pytest.mark.parametrize("all_reduce", [True, False])
+def test_nothing_is_sent_by_one_gpu(all_reduce: bool) -> None:
+    """Gradients are only read in bf16 and written in fp32, which nothing hides."""
+    parts = step(replace(WORK, all_reduce=all_reduce), ROUND, 1).parts
+    assert parts["gradient reduction"] == pytest.approx(6e9 / 1e12) and parts["all-gather"] == 0
+
+
+def test_a_reduction_to_one_rank_sends_everything_once() -> None:
+    for n in (2, 4):
+        parts = step(replace(WORK, overlap=False, all_reduce=False), ROUND, n).parts
+        assert parts["gradient reduction"] == pytest.approx(4e9 / 4e9 + 24e9 / 1e12)
+
+
+def test_a_ring_leaves_a_node_over_all_its_cards() -> None:
+    assert ROUND.link(4) == 4e9 and ROUND.link(8) == 4 * 0.5e9
+    assert replace(ROUND, inter_bandwidth=3e9).link(8) == 4e9  # inside it goes no faster
+    assert HARDWARE["h100"].link(8) == 450e9 and HARDWARE["h100"].link(16) == 400e9
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("bandwidth", [0.5e9, 4e9, 100e9])
+@pytest.mark.parametrize("bucket", [100_000_000, 250_000_000, 10**9])
+def test_reduction_hides_behind_backward(micro: int, bandwidth: float, bucket: int) -> None:
+    """Against the timeline itself: a full bucket is sent once the one before has arrived, and backward waits for that."""
+    hardware = replace(ROUND, intra_bandwidth=bandwidth)
+    work = replace(WORK, reduce_bucket_size=bucket, grad_accum_steps=micro)
+    whole = step(replace(work, overlap=False), hardware, 4).parts
+    backward = 2 / 3 * whole["compute"] / micro
+    buckets = 10**9 // bucket
+    computed = sent = 0.0
+    for _ in range(buckets):
+        computed = max(computed + backward / buckets, sent)
+        sent = computed + whole["gradient reduction"] / micro / buckets
+    assert step(work, hardware, 4).parts["gradient reduction"] == pytest.approx(micro * (sent - backward))
+
+
+def test_every_micro_step_reduces() -> None:
+    plain = replace(WORK, overlap=False)
+    once, four = (step(replace(plain, grad_accum_steps=n), ROUND, 4).parts for n in (1, 4))
+    assert four["gradient reduction"] == pytest.approx(4 * once["gradient reduction"])
+    assert {k: v for k, v in four.items() if k != "gradient reduction"} == {k: v for k, v in once.items() if k != "gradient reduction"}
+
+
+COUNTING = """
+import os, sys
+os.environ["DS_ACCELERATOR"] = "cpu"
+from deepspeed import comm
+from largescale.train import main
+
+sent = {}
+def counted(name):
+    real = getattr(comm, name)
+    def call(tensor, *args, **more):
+        if tensor.numel() > 1000:
+            calls, elements = sent.get(name, (0, 0))
+            sent[name] = calls + 1, elements + tensor.numel()
+        return real(tensor, *args, **more)
+    setattr(comm, name, call)
+
+for name in ("all_reduce", "reduce", "reduce_scatter_tensor", "all_gather", "all_gather_into_tensor"):
+    counted(name)
+status = main(sys.argv[1:])
+print(sorted(sent.items()))
+sys.exit(status)
+"""
+
+
+def test_deepspeed_sends_what_is_counted(blobs: Path, tmp_path: Path) -> None:
+    """What the model is built on, in 2 steps of 4 micro steps: every gradient is all-reduced at every micro step, though
+    the JSON says reduce_scatter, and the weights are gathered once a step, in one message."""
+    done = ranks_of("-c", COUNTING, "debug", "--data.path", blobs, "--output", tmp_path / "run", *QUIET, "--train.steps", 2,
+                    "--train.micro-batch-size", 2)
+    assert [rank.returncode for rank in done] == [0, 0], done[0].stderr
+    n = sum(p.numel() for p in build_model(PRESETS["debug"]().model).parameters() if p.requires_grad)
+    for rank in done:
+        assert rank.stdout.splitlines()[-1] == str([("all_gather_into_tensor", (2, 2 * n)), ("all_reduce", (8, 8 * n))])
+
+
+def test_data_that_come_too_slowly() -> None:
+    work = replace(WORK, image_bytes=1e9)
+    fast, slow = (step(work, replace(ROUND, data_bandwidth=rate), 8) for rate in (1e12, 0.1e9))
+    assert fast.parts["data"] == 0
+    assert slow.seconds == pytest.approx(8e9 / (2 * 0.1e9)) and slow.bottleneck == "data"
+    assert slow.data_rate == pytest.approx(2 * 0.1e9)
+
+
+def test_small_micro_batches_wait_for_launches() -> None:
+    work = replace(WORK, flops_per_image=1e6)
+    assert step(work, replace(ROUND, launch_s=1e-3), 4).parts["kernel launches"] == pytest.approx(1.0, rel=1e-3)
+    assert step(WORK, replace(ROUND, launch_s=1e-3), 4).parts["kernel launches"] == 0  # hidden behind 6 s of work
+
+
+def test_activations_computed_again() -> None:
+    config, ds = dit_l()
+    plain, again = (workload(replace(config, train=replace(config.train, activation_checkpointing=on)), ds, 1) for on in (False, True))
+    assert plain.flops_per_image == again.flops_per_image and plain.flops_again == 0
+    assert 0.32 < again.flops_again / again.flops_per_image < 1 / 3
+    ratio = step(again, HARDWARE["h100"], 8).parts["compute"] / step(plain, HARDWARE["h100"], 8).parts["compute"]
+    assert ratio == pytest.approx(1 + again.flops_again / again.flops_per_image)
+    assert plain.backward_share == pytest.approx(2 / 3) and again.backward_share == pytest.approx(3 / 4, rel=0.01)
+
+
+def test_the_headline_workload() -> None:
+    config, ds = dit_l()
+    work = workload(config, ds, 1)
+    assert (work.parameters, work.weight_bytes, work.reduce_bytes, work.reduce_bucket_size) == (457_840_672, 2, 4, 50_000_000)
+    assert work.image_bytes == 2 * 8 * 32 * 32 and work.overlap and work.all_reduce
+    assert not workload(replace(config, train=replace(config.train, device="cpu")), ds, 1).overlap
+    reduced = {**ds, "zero_optimization": {**ds["zero_optimization"], "use_multi_rank_bucket_allreduce": False}}
+    assert not workload(config, reduced, 1).all_reduce
+    assert workload(config, {k: v for k, v in ds.items() if k != "communication_data_type"}, 1).reduce_bytes == 2
+
+
+@pytest.mark.parametrize("preset", ["dit_l2_imagenet256", "dit_l2_coco256"])
+def test_kernels_of_a_block(preset: str) -> None:
+    """Eager, counted anew. Attention on the meta device is spelt out in some 16 operations, on a GPU it is one or two."""
+    views = {"view", "t", "transpose", "permute", "expand", "split", "unbind", "detach", "unsqueeze", "squeeze", "_unsafe_view"}
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls += func._schema.name.removeprefix("aten::") not in views
+            return func(*args, **(kwargs or {}))
+
+    config = PRESETS[preset]()
+    calls = []
+    for depth in (1, 2):
+        with torch.device("meta"):
+            model = build_model(replace(config.model, depth=depth)).to(torch.bfloat16)
+            x, t = torch.empty(2, *latent_shape(config.model)), torch.zeros(2, dtype=torch.long)
+            with Count() as count:
+                model(x, t, blank_condition(config.model, 2)).sum().backward()
+        calls.append(count.calls)
+    eager = _kernels_per_block(replace(config, train=replace(config.train, compile="off")))
+    assert eager == pytest.approx(calls[1] - calls[0] - 16 * (2 if config.model.caption_tokens else 1), rel=0.1)
+
+
+def test_peaks_are_those_of_the_log() -> None:
+    assert [h.peak_flops for h in HARDWARE.values()] == [peak_flops(f"NVIDIA {h.name} 80GB", "bf16") for h in HARDWARE.values()]
+
+
+def test_computing_is_no_bottleneck() -> None:
+    s = step(WORK, ROUND, 4)
+    assert max(s.parts, key=s.parts.__getitem__) == "compute" and s.bottleneck == "gradient reduction"
+
+
+# ---- checkpoints
+
+
+def simulate(interval: float, stall: float, write: float, mtbf: float, restart: float, work: float) -> float:
+    """Wall time over `work`: failures at random, also during a restart; a checkpoint counts `write` after its stall."""
+    chance = random.Random(0)
+    clock, done, saved, pending = 0.0, 0.0, 0.0, math.inf  # `pending`: when the one that is written will count
+    failure = chance.expovariate(1 / mtbf)
+    while done < work:
+        end = clock + interval + stall
+        if failure > end:
+            clock, saved = end, max(saved, done if pending <= end else saved)
+            done += interval
+            pending = end + write
+            continue
+        saved = done if pending <= failure else saved
+        clock = failure
+        while True:  # the restart may fail too
+            failure = clock + chance.expovariate(1 / mtbf)
+            if failure > clock + restart:
+                clock += restart
+                break
+            clock = failure
+        done, pending = saved, math.inf
+    return clock / done
+
+
+@pytest.mark.parametrize(("interval", "stall", "write", "restart"), [(100, 5, 0, 0), (600, 20, 0, 30), (300, 2, 60, 60), (1200, 60, 0, 300)])
+def test_slowdown_is_that_of_simulated_failures(interval: float, stall: float, write: float, restart: float) -> None:
+    expected = slowdown(interval, stall_s=stall, write_s=write, mtbf_s=3600, restart_s=restart)
+    assert simulate(interval, stall, write, 3600, restart, work=4e7) - 1 == pytest.approx(expected - 1, rel=0.03)
+
+
+@pytest.mark.parametrize("stall", [0.1, 1, 10, 100, 400])
+def test_daly_is_the_best_interval(stall: float) -> None:
+    """By trying all. Young's is further off, the more so the longer a checkpoint takes."""
+    cost = {"stall_s": stall, "write_s": 0.0, "mtbf_s": 1000.0, "restart_s": 0.0}
+    best = min((10 ** (i / 1000) for i in range(4000)), key=lambda interval: slowdown(interval, **cost))
+    assert daly(stall, 1000) == pytest.approx(best, rel=0.005)
+    assert abs(young(stall, 1000) - best) > abs(daly(stall, 1000) - best)
+    assert slowdown(daly(stall, 1000), **cost) <= 1.0001 * slowdown(best, **cost)
+
+
+def test_daly_where_a_checkpoint_takes_longer_than_a_failure() -> None:
+    assert daly(2000, 1000) == daly(5000, 1000) == 1000
+
+
+def test_what_is_never_completed_is_never_done() -> None:
+    assert slowdown(1e6, stall_s=1, write_s=0, mtbf_s=1, restart_s=0) == math.inf
+
+
+def test_plan_by_hand() -> None:
+    plan = Plan(WORK, ROUND, gpus=8, steps=1000, every=100)
+    assert plan.mtbf_s == 3600 * 10 / 2
+    assert plan.stall_s == pytest.approx((16 / 8 + 2) * 1e9 / 1e9)
+    assert plan.write_s == pytest.approx(4.0)  # of rank 0; all 18 GB take 2.25 s
+    assert replace(plan, hardware=replace(ROUND, storage_bandwidth=1e9)).write_s == pytest.approx(18.0)
+    bare = 1000 * plan.step.seconds / 3600
+    assert plan.hours == pytest.approx(bare * plan.slowdown(100)) and plan.hours > bare
+    assert plan.wasted(plan.best_every) < min(plan.wasted(plan.best_every * 2), plan.wasted(plan.best_every / 2))
+
+
+def test_checkpoints_wait_for_each_other() -> None:
+    """One that takes longer to write than the interval holds up the steps."""
+    plan = Plan(WORK, replace(ROUND, write_bandwidth=0.01e9, node_mtbf_hours=1e6), gpus=4, steps=1000, every=1)
+    assert plan.slowdown(1) == pytest.approx((plan.write_s + plan.stall_s) / plan.step.seconds, rel=1e-3)
+    often = replace(plan, hardware=replace(plan.hardware, node_mtbf_hours=1.0))
+    assert daly(often.stall_s, often.mtbf_s) < often.write_s / 2
+    assert often.best_every * often.step.seconds == pytest.approx(often.write_s, rel=0.01)
+
+
+def test_bytes_of_a_checkpoint(run_here: RunHere) -> None:
+    run = run_here("--train.steps", 5).run
+    written = sum(path.stat().st_size for path in run.glob("checkpoints/step_00000005/*.pt"))
+    config = PRESETS["debug"]()
+    expected = workload(config, load_ds_config(config.train.ds_config), 1).checkpoint_bytes
+    assert expected < written < 1.2 * expected + 30_000  # names, and the position embedding, come on top
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("told", ["labels", "captions"])
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_activations_are_those_that_autograd_keeps(dtype: torch.dtype, fused: bool, told: str, checkpointing: bool) -> None:
+    """Of a real model on the CPU, whose kernel is fused in float32 and a product in bf16."""
+    size = replace(PRESETS["dit_s2_coco256" if told == "captions" else "dit_s2_imagenet256"]().model, hidden_size=192, num_heads=3, depth=4)
+    model = build_model(size).to(dtype)
+    model.checkpoint_blocks = checkpointing
+    weights, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if (storage := tensor.untyped_storage())._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    inputs: list[torch.Tensor] = []
+    if checkpointing:  # what a block is given is kept by the checkpoint, out of autograd's sight
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(torch.zeros(1, *latent_shape(size)), torch.zeros(1, dtype=torch.long), blank_condition(size, 1))
+    assert output.requires_grad
+    found = sum((kept | {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in inputs}).values())
+    counted = activation_bytes(size, dtype, checkpointing=checkpointing, fused_attention=fused)
+    if checkpointing:  # and one block in full, less its input
+        one, two = (activation_bytes(replace(size, depth=d), dtype, checkpointing=False, fused_attention=fused) for d in (1, 2))
+        found += two - one - 4 * 256 * 192
+    assert counted == pytest.approx(found, rel=0.02)
+
+
+def test_memory_by_hand() -> None:
+    config, ds = dit_l()
+    weights, gradients, buckets, states, activations = memory(config, ds, 8, 16).values()
+    n = 457_840_672
+    assert (weights, gradients, states) == (2 * n, 4 * n / 8, 16 * n / 8)
+    assert buckets == 50_000_000 * (2 * 2 + 2 + 4)  # two in bf16, one of them flattened, and cast to fp32
+    assert activations == 16 * activation_bytes(config.model, torch.bfloat16, checkpointing=False)
+    small = PRESETS["debug"]()
+    parts = memory(small, load_ds_config(small.train.ds_config), 2, 8)
+    assert parts["buckets of gradients on their way"] == 50_000_000 * 2 * 4 + 2 * parts["gradients (this rank's part in fp32)"]
+
+
+def test_memory_falls_with_ranks_and_checkpointing() -> None:
+    config, ds = dit_l()
+    few, many = (sum(memory(config, ds, n, 16).values()) for n in (2, 8))
+    assert few - many == pytest.approx(20 * 457_840_672 * 3 / 8)
+    less = replace(config, train=replace(config.train, activation_checkpointing=True))
+    assert sum(memory(less, ds, 8, 16).values()) < many / 2
+
+
+def test_largest_micro_batch() -> None:
+    config, ds = dit_l()
+    assert memory(config, ds, 1, 1)["buckets of gradients on their way"] == 0
+    for gib in (12, 40, 79, 500):
+        n = largest_micro_batch(config, ds, 1, gib * 2**30)
+        assert n > 0 and sum(memory(config, ds, 1, n).values()) <= gib * 2**30
+        assert n == 256 or sum(memory(config, ds, 1, 2 * n).values()) > gib * 2**30
+    assert largest_micro_batch(config, ds, 1, 5 * 2**30) == 0
+
+
+# ---- what --dry-run says
+
+
+def test_dry_run_costs_the_run_at_hand(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    said = run_here("--dry-run", preset="dit_l2_imagenet256", data=None).err
+    config, ds = dit_l()
+    plan = Plan(workload(config, ds, 1), HARDWARE["h100"], 16, 2_000_000, 5_000)
+    assert f"time: about {plan.hours:,.0f} h on 16 x H100 if forward and backward reach 50 % of the peak (assumed)" in said
+    assert f"first bottleneck: {plan.step.bottleneck}" in said and "checkpoint: 8.2 GB" in said
+    assert f"best every {plan.best_every:,} steps (Daly); configured: 5,000" in said
+    assert "too much for the" not in said
+
+
+def test_dry_run_of_what_does_not_fit(run_here: RunHere) -> None:
+    said = run_here("--dry-run", preset="dit_l2_imagenet256", data=None).err
+    assert "too much for the 79 GiB of one H100: try --train.micro-batch-size 128 (or auto) or --train.activation-checkpointing" in said
+    auto = run_here("--dry-run", "--train.micro-batch-size", "auto", preset="dit_l2_imagenet256", data=None).err
+    assert "auto: 128 by the estimate" in auto and "256 = 128 x 2 accumulation" in auto and "too much for the" not in auto
+    again = run_here("--dry-run", "--train.activation-checkpointing", preset="dit_l2_imagenet256", data=None).err
+    assert "GFLOP per image, 161" in again and "GiB  in all without" in again and "too much for the" not in again
+
+
+def test_dry_run_invents_no_gpu_and_no_peak(run_here: RunHere) -> None:
+    for precision in ("fp32", "bf16"):
+        said = run_here("--dry-run", "--train.ds-config", f"ds_configs/zero2_{precision}.json").err
+        assert "checkpoint: 0.00" in said and "time:" not in said and "H100" not in said
+    said = run_here("--dry-run", "--train.ds-config", "ds_configs/zero2_fp32.json", preset="dit_l2_imagenet256", data=None).err
+    assert "checkpoint: 9.16 GB" in said and "time:" not in said  # the peak is that of half precision

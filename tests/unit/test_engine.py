@@ -1,0 +1,79 @@
+"""What the engine does in DeepSpeed's place gives what DeepSpeed's own code gives."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from largescale import engine
+from tests.conftest import RunHere, ds_json, final_state, trace
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_gradient_of_one_rank(precision: str, accumulation: int, run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bitwise that of DeepSpeed's buckets: all losses, weights and moments of a run are."""
+    args = ("--train.steps", 10, "--curriculum.pacing", "none", "--train.micro-batch-size", 16 // accumulation,
+            "--train.ds-config", ds_json(precision, tmp_path, initial_scale_power=4))
+    ours = run_here(*args, output=tmp_path / "ours")
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "UnreducedGradient", lambda zero, numel: None)
+        theirs = run_here(*args, output=tmp_path / "theirs")
+    assert (ours.code, theirs.code) == (0, 0), ours.err
+    losses, norms = ([[row[key] for row in trace(outcome.run)] for outcome in (ours, theirs)] for key in ("loss", "optimizer/grad_norm"))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)  # another sum
+    assert losses[0] == losses[1]
+    states = [final_state(outcome.run) for outcome in (ours, theirs)]
+    assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
+
+
+def test_a_parameter_without_a_gradient_keeps_none_of_an_earlier_one(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its piece of the buffer is the last step's until it is zeroed: with beta1 = 0 the weight would go on moving."""
+    moved: list[torch.Tensor] = []
+    end = engine.UnreducedGradient._end_of_backward
+
+    def spied(self: Any) -> None:
+        bias = next(p for p in self._pieces if p.shape == (32,))
+        if len(moved) == 2:
+            self._written.discard(bias)
+        end(self)
+        moved.append(self._pieces[bias].clone())
+
+    monkeypatch.setattr(engine.UnreducedGradient, "_end_of_backward", spied)
+    assert run_here("--train.steps", 4).code == 0
+    assert moved[1].any() and not moved[2].any() and moved[3].any()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_norm(precision: str, run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As DeepSpeed computes it, parameter by parameter."""
+    pairs = []
+    ours = engine.Engine._global_norm
+
+    def both(self: engine.Engine, **kwargs: Any) -> torch.Tensor:
+        norm = ours(self)
+        pairs.append((float(norm), float(DeepSpeedZeroOptimizer.scaled_global_norm(self._zero))))
+        return norm
+
+    monkeypatch.setattr(engine.Engine, "_global_norm", both)
+    assert run_here("--train.steps", 5, "--train.ds-config", ds_json(precision, tmp_path, initial_scale_power=4)).code == 0
+    assert len(pairs) == 5 and all(a == pytest.approx(b, rel=1e-5) and a > 0 for a, b in pairs)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_the_norm_stops_a_step_as_deepspeeds_check_did(value: float, run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bad number in one parameter: the step is not applied and the run says so."""
+    keep, seen = engine.UnreducedGradient._keep, [0]
+
+    def spoil(self: Any, parameter: torch.nn.Parameter, group: int) -> None:
+        seen[0] += 1
+        if seen[0] == 100:
+            assert parameter.grad is not None
+            parameter.grad.view(-1)[0] = value
+        keep(self, parameter, group)
+
+    monkeypatch.setattr(engine.UnreducedGradient, "_keep", spoil)
+    run = run_here("--train.steps", 6)
+    assert run.code != 0 and "the gradient is not finite at step" in run.err

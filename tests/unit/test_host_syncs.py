@@ -1,0 +1,97 @@
+"""A training step makes the host wait for the GPU nowhere but where tests/waits.py says; found on a CPU."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from largescale.trainer import Trainer
+from tests.conftest import CAPTIONED, QUIET, RunHere, ds_json, ranks_of
+from tests.waits import NO_WAITS, NO_WAITS_OF_THE_LOG, Step, expected, waits, watch
+
+FIRST = 3  # what the steps before prepare is kept
+SHORT = ("--train.steps", 8, "--telemetry.log-every", 1000, "--checkpoint.every", 1000)
+PARTS = ("--train.micro-batch-size", 4, "--optimizer.clip-grad-norm", 0.01)
+Steps = Callable[..., list[Step]]
+
+
+@pytest.fixture
+def steps(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> Steps:
+    """What the steps of a run on one rank wait for."""
+    found = watch(monkeypatch.setattr, FIRST)
+
+    def run(*args: Any) -> list[Step]:
+        outcome = run_here(*SHORT, *args)
+        assert outcome.code == 0, outcome.err
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_step_waits_only_where_it_is_known(precision: str, parts: int, steps: Steps, tmp_path: Path) -> None:
+    """With 4 `parts`: gradients summed over micro steps, and clipped."""
+    found = steps("--train.ds-config", ds_json(precision, tmp_path), *(PARTS if parts == 4 else ()))
+    assert [waits(step) for step in found] == [expected(parts)] * 4
+    assert all(NO_WAITS.keys() <= step.keys() for step in found)
+
+
+def test_a_step_of_two_ranks(blobs: Path, tmp_path: Path) -> None:
+    settings = (*QUIET, *SHORT, *PARTS, "--train.ds-config", ds_json("bf16", tmp_path), "--output", tmp_path / "run")
+    done = ranks_of("tests/dist/host_syncs.py", "debug", "--data.path", blobs, *settings, ranks=2)
+    assert [process.returncode for process in done] == [0, 0], done[0].stderr
+    found = [Step({(*place,): times for *place, times in step}) for step in json.loads(done[0].stdout.splitlines()[-1])]
+    assert [waits(step) for step in found] == [expected(2, ranks=2)] * 4
+
+
+def test_captions_and_recomputed_blocks_do_not_wait(steps: Steps, captioned: Path) -> None:
+    found = steps("--data.path", captioned, *CAPTIONED, "--train.activation-checkpointing")
+    assert [waits(step) for step in found] == [expected()] * 4
+
+
+def test_a_skipped_step_waits_no_more(steps: Steps, tmp_path: Path) -> None:
+    """The scale doubles at every step until fp16 overflows."""
+    found = steps("--train.ds-config", ds_json("fp16", tmp_path, initial_scale_power=20, loss_scale_window=1), "--train.steps", 10)
+    assert len(found) > 6 and [waits(step) for step in found] == [expected()] * len(found)
+
+
+def test_the_log_waits_for_nothing(steps: Steps) -> None:
+    found = steps("--telemetry.log-every", 1)
+    assert [waits(step) for step in found] == [expected()] * 4
+    assert all(NO_WAITS_OF_THE_LOG.keys() <= step.keys() for step in found)
+
+
+MISTAKES: dict[str, Callable[[Tensor], object]] = {
+    "_local_scalar_dense": lambda loss: loss.mean().item(),
+    "masked_select": lambda loss: loss.masked_select(loss > 0),
+    "nonzero": lambda loss: torch.nonzero(loss),
+    "index": lambda loss: loss[loss > 0],
+    "index_put_": lambda loss: loss.detach().clone().index_put_((loss > 0,), loss.detach()[0]),
+    "masked_fill": lambda loss: loss.masked_fill(loss > 0, loss[0]),
+    "tensor": lambda loss: loss * torch.tensor(2.0, device=loss.device),
+    "to": lambda loss: loss.to("cpu"),
+    "cpu": lambda loss: loss.cpu(),
+    "tolist": lambda loss: loss.tolist(),
+    "synchronize": lambda loss: torch.cuda.synchronize(),
+}
+
+
+def test_a_wait_in_the_loss_is_found(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them, in a step of its own."""
+    losses, names = Trainer.losses, list(MISTAKES)
+
+    def waiting(self: Trainer, *args: Any) -> Any:
+        result = losses(self, *args)
+        if 0 <= self.step - FIRST < len(names):
+            MISTAKES[names[self.step - FIRST]](result[0].loss)
+        return result
+
+    monkeypatch.setattr(Trainer, "losses", waiting)
+    found = steps("--train.steps", FIRST + len(names) + 2)
+    assert [{*waits(step)} - {*expected()} for step in found] == [
+        *({("largescale/trainer.py", "attempt", name)} for name in names), set()]
