@@ -2,7 +2,8 @@
 
 With --check the model is held against this machine's CPU: the trainer runs on one rank and on two, one thread each, at
 the same global batch; the step of two is predicted from that of one and from what two processes reach here together, in
-matrix products, copies and gloo's collectives. It says whether the arithmetic holds, and nothing about a GPU.
+matrix products, copies and gloo's collectives. It says whether the arithmetic holds, and nothing about a GPU. Beside it
+one rank that has both threads: the same machine without anything to send.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from overhead import make_latents
+from made_up import make_latents
 
 from largescale.config import Config
 from largescale.cost import HARDWARE, Hardware, Plan, Workload, daly, step, young
@@ -143,13 +144,13 @@ def probe(elements: int, bucket: int) -> None:
     dist.destroy_process_group()
 
 
-def measure(preset: str, data: Path, run: Path, ranks: int, batch: int, steps: int) -> dict[str, float]:
+def measure(preset: str, data: Path, run: Path, ranks: int, threads: int, batch: int, steps: int) -> dict[str, float]:
     """Seconds of forward and backward, and of `engine.step`: medians over the steps after warming up."""
     ranks_of(
         ranks, "-m", "largescale.train", preset, "--data.path", str(data), "--output", str(run), "--train.device",
         "cpu", "--train.ds-config", FP32, "--train.steps", str(steps), "--train.global-batch-size", str(batch),
         "--telemetry.log-every", "1", "--telemetry.reference-every", "0", "--telemetry.preview-every", "0",
-        "--telemetry.no-tensorboard",
+        "--telemetry.no-tensorboard", "--train.threads", str(threads),
     )
     rows = [row for row in read_metrics(run) if "loss" in row][3:]
     laps = {
@@ -188,7 +189,9 @@ def check(preset: str, batch: int, steps: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_latents(folder / "data", 512)
-        one, two = (measure(preset, folder / "data", folder / f"run{n}", n, batch, steps) for n in (1, 2))
+        one, two, both = (
+            measure(preset, folder / "data", folder / f"run{ranks}x{threads}", ranks, threads, batch, steps)
+            for ranks, threads in ((1, 1), (2, 1), (1, 2)))
     options = (str(work.parameters), str(work.reduce_bucket_size))
     probed = json.loads(ranks_of(2, __file__, "--probe", *options).splitlines()[-1])
     hardware = calibrated(work, one, probed)
@@ -202,6 +205,8 @@ def check(preset: str, batch: int, steps: int) -> None:
     for name in (*one, "step"):
         a, b, c = (sum(of.values()) if name == "step" else of[name] for of in (one, guess, two))
         print(f"| {name} | {a:.3f} | {b:.3f} | {c:.3f} | {b / c:.2f} |")
+    a, b = (sum(of.values()) for of in (both, two))
+    print(f"\none rank with two threads: {a:.3f} s a step; two ranks take {a / b:.2f} times as many images/s")
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ with warnings.catch_warnings():
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.fp16.loss_scaler import LossScalerBase
+    from deepspeed.runtime.zero import stage_1_and_2
     from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
 from largescale.checkpoint_files import CLIENT_KEY, CheckpointDir, flat_state
@@ -49,6 +50,8 @@ class Engine:
         self._zero.check_overflow, self._zero.scaled_global_norm = lambda **_: None, self._global_norm
         if self._engine.dp_world_size == 1:
             UnreducedGradient(self._zero, self._master.numel())
+        if self._master.device.type == "cpu":
+            stage_1_and_2.all_gather_dp_groups = _broadcast_parts
         self._engine._copy_recovery_script = lambda *_: None  # its zero_to_fp32.py does not know our files
         self.module: nn.Module = self._engine.module
         self._rank = int(self._engine.global_rank)
@@ -185,6 +188,15 @@ class Engine:
             offset += piece.numel()
         if offset < self.numel:
             raise CheckpointError(f"the saved state has {offset} of the model's {self.numel} parameters")
+
+
+def _broadcast_parts(groups_flat: Any, partitioned_param_groups: list[list[Tensor]], dp_process_group: list[Any],
+                     **_: Any) -> None:
+    """Every rank's part of the weights to all others: over gloo in a quarter of the time of its all-gather."""
+    for parts, group in zip(partitioned_param_groups, dp_process_group, strict=True):
+        pending = [deepspeed.comm.broadcast(part, rank, group, async_op=True) for rank, part in enumerate(parts)]
+        for work in filter(None, pending):
+            work.wait()
 
 
 class UnreducedGradient:

@@ -1,5 +1,6 @@
 """What of this machine a process may use: the kernel's word, and that of the cgroups (version 2) that it is in."""
 
+import ctypes
 import math
 import os
 from pathlib import Path
@@ -13,6 +14,16 @@ def cores() -> int:
     own = len({_read(_CPUS / f"cpu{cpu}/topology/core_cpus_list") or str(cpu) for cpu in usable})
     limits = [_read(folder / "cpu.max").split() for folder in _cgroups()]
     return min([own, *(math.ceil(int(limit[0]) / int(limit[1])) for limit in limits if limit and limit[0] != "max")])
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory that is freed: a step on a CPU takes and frees the same large tensors each time, and
+    fresh pages from the kernel cost a step of DiT-S/2 15 % in bf16. Elsewhere nothing happens."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+        mallopt(mmap_max, 0)               # nothing is mapped by itself, and so unmapped when freed
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def available_bytes() -> int | None:

@@ -20,7 +20,7 @@ from largescale.ds_config import final_ds_config, precision
 from largescale.errors import CheckpointError, ConfigError, DataError, DeviceError, LargescaleError, StorageError
 from largescale.files import exclusive
 from largescale.launch import env_rank, env_world_size, leave, print_error, threads_per_rank
-from largescale.machine import cores
+from largescale.machine import cores, keep_freed_memory
 from largescale.presets import PRESETS
 from largescale.signals import EXIT_REQUEUE, serve_stop_signals, stop_requested
 from largescale.starts import read_starts
@@ -108,6 +108,8 @@ def run(config: Config, began_unix_s: float) -> int:
         if config.train.threads or config.train.device == "cpu":
             threads = ranks.together(lambda: threads_per_rank(config.train.threads, os.environ, cores()))
             torch.set_num_threads(threads)
+        if config.train.device == "cpu":
+            keep_freed_memory()
         return train(config, ds, ranks, watch, began_unix_s)
     except DeviceError as error:
         end_at_once(error)  # the other ranks are in some collective, and notice as they do with a crash

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 os.environ["DS_ACCELERATOR"] = "cuda" if "cuda" in sys.argv else "cpu"
-from largescale import checkpoint, fit, train, trainer
+from largescale import checkpoint, fit, memory, train, trainer
 from largescale.data.loader import Loader
 from largescale.errors import DataError
 from largescale.launch import leave
@@ -113,7 +113,7 @@ if faults.out_of_memory:
     Trainer.losses = too_much  # type: ignore[assignment, method-assign]
 
 if faults.available:
-    fit.memory = lambda config, ds, world_size, n: {"images": n}  # type: ignore[assignment]
+    fit.memory = memory.memory = lambda config, ds, world_size, n: {"images": n}  # type: ignore[assignment]
     fit.MARGIN = 0.0
     fit.host_bytes = lambda: faults.available[0] if os.environ["RANK"] == str(faults.available[1]) else 10**9
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from largescale.checkpoint_files import CheckpointDir, checkpoints, flat_state, named_weights
 from largescale.engine import Engine
 from largescale.errors import CheckpointError
+from largescale.optim import carrying_ema
 from tests.conftest import QUIET, ds_json, ranks_of, trace
 
 CUT, STEPS, BATCH, NUMEL = 10, 30, 24, 32_451
@@ -230,7 +231,7 @@ class OneOf(Engine):
         master = torch.full((partition_size(numel, n),), torch.nan)
         self._rank, self._zero = rank, SimpleNamespace(
             single_partition_of_fp32_groups=[master], bit16_groups=[[torch.empty(numel)]], loss_scaler=SimpleNamespace(),
-            optimizer=SimpleNamespace(state={master: {}}, param_groups=[{}]),
+            optimizer=carrying_ema(torch.optim.AdamW)([master], ema_decay=0.9),
         )
 
     @property

@@ -67,6 +67,17 @@ def test_a_step_waits_for_the_gpu_only_where_it_is_known(precision: str, blobs: 
     assert all(step["largescale/trainer.py:attempt"] == 2 for step in waits("--item"))
 
 
+@pytest.mark.parametrize("what", ["blocks", "model"])
+def test_compiled_and_eager(what: str, tmp_path: Path, train: Train) -> None:
+    """And a second start finds what the first one compiled."""
+    args = (*ARGS, "--train.ds-config", ds_json("bf16", tmp_path))
+    for name in ("off", what):
+        (done,) = train(*args, "--train.compile", name, "--output", tmp_path / name, ranks=1, timeout_s=300)
+        assert done.returncode == 0 and f"compiled: {name}" in done.stderr, done.stderr
+    losses = [[row["loss"] for row in trace(tmp_path / name)] for name in ("off", what)]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2) and (tmp_path / what / "compiled.bin").stat().st_size > 0
+
+
 # Activations of 1024 images take more than twice of what is left of the GPU's memory.
 LARGE = ("--train.device", "cuda", "--train.steps", 3, "--telemetry.log-every", 1, "--train.global-batch-size", 1024,
          "--model.patch-size", 1, "--model.hidden-size", 256, "--model.depth", 8, "--model.num-heads", 4)

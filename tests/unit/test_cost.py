@@ -92,7 +92,11 @@ COUNTING = """
 import os, sys
 os.environ["DS_ACCELERATOR"] = "cpu"
 from deepspeed import comm
+from deepspeed.runtime.zero import stage_1_and_2
+from largescale import engine
 from largescale.train import main
+
+engine._broadcast_parts = stage_1_and_2.all_gather_dp_groups  # DeepSpeed's own, as on a GPU
 
 sent = {}
 def counted(name):

@@ -1,5 +1,8 @@
 """How many threads a rank on a CPU takes, and what of the machine is its to share."""
 
+import ctypes
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +149,18 @@ def test_threads(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "1 x cpu with 1 thread, fp32" in one.err and "1 x cpu with 2 threads, fp32" in two.err
     assert "1 x cpu with 2 threads, fp32" in default.err
     assert seen == [1, 2, 2]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_freed_memory_is_kept() -> None:
+    """Tensors of 64 MiB, taken and freed: their pages are asked of the kernel once, and otherwise each time."""
+    program = ("import resource, sys, torch\nfrom largescale.machine import keep_freed_memory\n"
+               "if sys.argv[1] == 'keep': keep_freed_memory()\n"
+               "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+               "for i in range(24):\n"
+               "    if i == 16: before = faults()\n"  # glibc may set some aside at first
+               "    torch.ones(2**24)\n"
+               "print(faults() - before)")
+    kept, given_back = (int(subprocess.run([sys.executable, "-c", program, how], check=True, capture_output=True, text=True).stdout)
+                        for how in ("keep", "give back"))
+    assert kept < given_back / 4
