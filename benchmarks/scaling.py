@@ -188,7 +188,7 @@ def check(preset: str, batch: int, steps: int) -> None:
     work = workload(config, load_ds_config(FP32), grad_accum_steps=1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_latents(folder / "data", 512)
+        make_latents(folder / "data", config.model, 512)
         one, two, both = (
             measure(preset, folder / "data", folder / f"run{ranks}x{threads}", ranks, threads, batch, steps)
             for ranks, threads in ((1, 1), (2, 1), (1, 2)))

@@ -10,7 +10,8 @@ has what the trainer sets.
 Each way lives in a process of its own and they take turns, A B C A B C, one at a time. A turn is a step that is not
 counted and --steps that are; ours takes as many more, whose time is split (apart, for clocks are read amid backward).
 A turn gives its mean, a way the median of its turns; a ratio is the median of those between turns of the same round.
-Times are wall-clock, on a GPU those of its events; with --threads 1 the process's own time.
+Times are wall-clock, on a GPU those of its events; with --threads 1 the process's own time. Rows are copied to a GPU a
+step ahead: "data wait" has what is left of that. On a CPU ours has glibc keep freed memory, as train.py does.
 
 `of the peak`: 3 x the forward pass's matrix products, as a share of what a (4096, 4096) product reaches here; on a GPU
 of its data sheet's half precision (MFU). What checkpointing computes again does not count. (torch's FlopCounterMode
@@ -34,16 +35,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from made_up import make_latents
 from sampling import peaks
 from tqdm import tqdm
 from train_step_child import Child, Failed
 
-from largescale.build import build_model, latent_shape
+from largescale.build import build_model
 from largescale.config import Config, TelemetryConfig, to_dict
-from largescale.data.format import DatasetInfo
-from largescale.data.writer import ShardWriter
 from largescale.models.dit import flops_per_image
 from largescale.presets import PRESETS
 
@@ -53,7 +52,7 @@ CHECKOUTS = ("dit", "fast-dit")
 ROUNDING = {"cpu": 2e-6, "cuda": 1e-3}                  # in fp32, on a GPU with TF32; it is 1e-7, bf16 1e-5 to 1e-4
 FAR = 1 << 30                                           # steps: never
 # The trainer's own names of parts, and those of the tables
-PARTS = {"data": "data wait", "draws": "draws", "host to device": "host to device", "forward": "forward",
+PARTS = {"data": "data wait", "draws": "draws", "rows": "rows of the draws", "forward": "forward",
          "backward": "backward", "reduce": "reduce (amid backward)", "AdamW": "AdamW", "EMA": "EMA",
          "optimizer": "the engine's step around them", "agree": "agreed vector", "pacing": "pacing and checks",
          "telemetry": "telemetry"}
@@ -94,14 +93,6 @@ class Way:
     def seconds(self) -> list[float]:
         """A step, by turn."""
         return [statistics.fmean(turn["times"]) for turn in self.turns]
-
-
-def make_latents(path: Path, preset: Config, rows: int) -> None:
-    random, (c, h, w), classes = np.random.default_rng(0), latent_shape(preset.model), preset.model.num_classes
-    with ShardWriter(path, DatasetInfo("made-up", "moments", (2 * c, h, w), classes, 0.18215)) as writer:
-        for i in range(rows):
-            moments = random.standard_normal((2, 2 * c, h, w)).astype(np.float16)
-            writer.write(id=str(i), latent=moments[0], latent_mirror=moments[1], label=i % classes)
 
 
 def take_turns(ways: list[Way], preset: Config, options: argparse.Namespace, batch: int, data: Path,
@@ -276,7 +267,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     wrong: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary, "data")
-        make_latents(data, preset, max(512, 2 * max(options.batch)))
+        make_latents(data, preset.model, max(512, 2 * max(options.batch)))
         for batch in options.batch:
             ways = [Way("ours", p, c, on == "on") for p in options.precision for c in options.compile
                     for on in options.activation_checkpointing]

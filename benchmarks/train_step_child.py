@@ -189,10 +189,10 @@ def hook(t: Any, module: Any, split: Split) -> None:
 
     @contextlib.contextmanager
     def split_lap(name: str) -> Iterator[None]:
-        with split.part({"forward": "host to device"}.get(name, name)), lap(name):
+        with split.part({"forward": "rows"}.get(name, name)), lap(name):
             yield
 
-    def x_start(*args: Any) -> Tensor:                  # the rows have arrived
+    def x_start(*args: Any) -> Tensor:                  # the rows have been taken
         split.becomes("forward")
         return to_x_start(*args)
 

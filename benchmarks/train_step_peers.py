@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from largescale.build import build_diffusion, build_model, latent_shape
+from largescale.compiling import what_to_compile
 from largescale.config import Config, ModelConfig, cluster_edges, pacing
 from largescale.curriculum import Curriculum
 from largescale.data.loader import Loader, to_x_start
@@ -215,10 +216,11 @@ def ddp(job: Job) -> Step:
     weights = [p.detach() for p in module.parameters() if p.requires_grad]
     ema = [p.clone() for p in weights]
     diffusion, opt = build_diffusion(c.diffusion, c.model.learn_sigma), job.adamw(module, fused=True)
-    if c.train.compile == "blocks":
+    what = what_to_compile(c.train.compile, c.train.device)
+    if what == "blocks":
         for block in module.blocks:
             block.compile()
-    elif c.train.compile == "model":
+    elif what == "model":
         module.compile()
     model = DistributedDataParallel(module)
 

@@ -46,8 +46,8 @@ class Compiled:
 
     def __init__(self, model: DiT, what: What, device: str, cache: Path):
         """`cache`: a file for what is compiled, for the next start, perhaps on another machine."""
-        self.what, self._cache = what, cache
-        self._saved = what == "off" or load_compiled(cache)
+        self.what, self._cache, self._saved = what, cache, what == "off"
+        self._loaded = what != "off" and load_compiled(cache)
         if what == "off":
             return
         for block in model.blocks:
@@ -60,10 +60,14 @@ class Compiled:
             model.compile(dynamic=False)
 
     def save(self) -> None:
-        """After a step: what was compiled, once. Of a CPU not the machine code, which stays in torch's own cache."""
-        if not self._saved and (made := torch.compiler.save_cache_artifacts()):
-            write_atomically(self._cache, made[0])
+        """After a step, once: what was compiled, if it was not all there. Of a CPU not the machine code, which stays in
+        torch's own cache. Raises OSError where it cannot be written; it is not tried again."""
+        if self._saved:
+            return
         self._saved = True
+        missed = torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"]
+        if (missed or not self._loaded) and (made := torch.compiler.save_cache_artifacts()):
+            write_atomically(self._cache, made[0])
 
     def eager(self) -> contextlib.AbstractContextManager[None]:
         """Here nothing runs compiled: other shapes, once in a while, are not worth compiling."""

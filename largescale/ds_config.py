@@ -74,6 +74,9 @@ def load_ds_config(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: unknown key data_types.{unknown[0]}; DeepSpeed reads grad_accum_dtype there")
     if ds.get("bf16", {}).get("check_grad_overflow") is False:
         raise ConfigError(f"{path}: bf16.check_grad_overflow=false lets a NaN into the weights; remove it")
+    if zero.get("compute_grad_norm") is False:
+        raise ConfigError(f"{path}: zero_optimization.compute_grad_norm=false lets a NaN into the weights, as only the "
+                          "norm tells that there is one; remove it")
     precision(ds)
     return ds
 

@@ -75,7 +75,7 @@ class Engine:
         skips the step. This is where a step waits for the GPU."""
         pieces = self._zero.averaged_gradients[0]
         flat = getattr(pieces, "flat_partition", None)  # None in fp32 on several ranks
-        norms = torch._foreach_norm(pieces if flat is None else [flat])
+        norms = torch._foreach_norm(pieces if flat is None else [flat], dtype=torch.float32)  # they may be in half
         square = torch.linalg.vector_norm(torch.stack(norms)).square()
         deepspeed.comm.all_reduce(square, group=self._zero.dp_process_group)
         return square.sqrt().cpu()

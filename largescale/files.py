@@ -36,10 +36,14 @@ def exclusive(path: Path) -> IO[str] | None:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """The file has its old content or all of the new one, whenever the machine stops."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)  # the space that it takes, on a full disk
+        raise
     temporary.replace(path)
     fsync_dir(path.parent)
 

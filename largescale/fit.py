@@ -120,7 +120,9 @@ def passes(config: Config, model: DiT, diffusion: GaussianDiffusion, device: tor
             x_start, noise = torch.zeros(2, n, *latent_shape(config.model))
             t, y = torch.zeros(n, dtype=torch.long), blank_condition(config.model, n)
         diffusion.training_losses(model, x_start, t, noise, y).loss.mean().backward()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         return False
     return True
 
@@ -146,12 +148,21 @@ def saying_what_to_do(config: Config, world_size: int, where: Callable[[], str])
     except LargescaleError:
         raise  # one may quote another rank's error
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        if not out_of_memory(error) and "DefaultCPUAllocator" not in str(error):
             raise
         micro, accumulation = batch_layout(config, world_size)
         words = str(error).partition(" If reserved")[0].partition("\n")[0].rstrip(".")
         raise DeviceError(f"out of memory in {where()}, with a micro batch of {micro}: {words}; "
                           + " or ".join(remedies(config, micro, micro * accumulation, where()))) from error
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Of the GPU; also where the compiler or cuBLAS met it."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):
+            return True
+        error = error.__cause__
+    return False
 
 
 def remedies(config: Config, micro: int, share: int, where: str) -> list[str]:

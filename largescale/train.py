@@ -117,7 +117,7 @@ def run(config: Config, began_unix_s: float) -> int:
         if is_lost_contact(error):
             end_at_once(lost_rank(ranks, watch.where, "lost contact"))
         if why := failure(error):
-            raise ConfigError(f"{why}; train without it: --train.compile off") from error
+            end_at_once(ConfigError(f"{why}; train without it: --train.compile off"))
         raise
     finally:
         ranks.close()

@@ -69,7 +69,7 @@ def test_a_step_waits_for_the_gpu_only_where_it_is_known(precision: str, blobs: 
 
 @pytest.mark.parametrize("what", ["blocks", "model"])
 def test_compiled_and_eager(what: str, tmp_path: Path, train: Train) -> None:
-    """And a second start finds what the first one compiled."""
+    """And what was compiled is kept."""
     args = (*ARGS, "--train.ds-config", ds_json("bf16", tmp_path))
     for name in ("off", what):
         (done,) = train(*args, "--train.compile", name, "--output", tmp_path / name, ranks=1, timeout_s=300)

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from largescale import compiling
+from largescale.build import build_model
 from largescale.compiling import Compiled, Gelu, has_compiler, load_compiled, what_to_compile
-from largescale.errors import ConfigError
+from largescale.errors import ConfigError, LargescaleError
 from largescale.models.dit import attention
+from largescale.presets import debug
 from tests.conftest import RunHere
 
 compiles = pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
@@ -43,12 +45,41 @@ def test_a_compiled_run(what: str, run_here: RunHere, tmp_path: Path) -> None:
     assert load_compiled(run.run / "compiled.bin") and not (eager.run / "compiled.bin").exists()
 
 
-@compiles
-def test_a_damaged_cache_is_only_made_again(tmp_path: Path, run_here: RunHere) -> None:
-    for content in (b"", b"half of it"):
-        (tmp_path / "compiled.bin").write_bytes(content)
-        assert not load_compiled(tmp_path / "compiled.bin")
-    assert not load_compiled(tmp_path / "none.bin")
+@pytest.mark.parametrize("content", [b"", b"half of it", None])
+def test_what_was_compiled_is_kept_once(content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it was damaged, and where some of it was not there; not where all of it was. A full disk costs one try."""
+    cache, model = tmp_path / "compiled.bin", build_model(debug().model)
+    made: list[bytes | None] = [b"all of it"]
+    misses = torch._dynamo.utils.counters["inductor"]
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (made[0], None))
+    monkeypatch.setitem(misses, "fxgraph_cache_miss", 0)
+    if content is not None:
+        cache.write_bytes(content)
+    assert not load_compiled(cache)
+    compiled = Compiled(model, "blocks", "cuda", cache)
+    compiled.save()
+    assert cache.read_bytes() == b"all of it"
+    made[0] = b"more"
+    compiled.save()
+    assert cache.read_bytes() == b"all of it"
+    monkeypatch.setattr(compiling, "load_compiled", lambda path: True)
+    Compiled(model, "blocks", "cuda", cache).save()
+    assert cache.read_bytes() == b"all of it"
+    monkeypatch.setitem(misses, "fxgraph_cache_miss", 1)
+    Compiled(model, "blocks", "cuda", cache).save()
+    assert cache.read_bytes() == b"more"
+    tries: list[Path] = []
+
+    def full(path: Path, content: bytes) -> None:
+        tries.append(path)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compiling, "write_atomically", full)
+    compiled = Compiled(model, "blocks", "cuda", cache)
+    with pytest.raises(OSError, match="No space"):
+        compiled.save()
+    compiled.save()
+    assert len(tries) == 1
 
 
 def test_a_failure_says_what_to_do(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +89,11 @@ def test_a_failure_says_what_to_do(run_here: RunHere, monkeypatch: pytest.Monkey
     def fail(*args: object, **kwargs: object) -> None:
         raise Broken("the C++ compiler says no\nand why")
 
+    def end(error: LargescaleError) -> None:
+        raise error  # this process has more to do
+
     monkeypatch.setattr("largescale.trainer.Trainer.losses", fail)
+    monkeypatch.setattr("largescale.watch.end_at_once", end)
     run = run_here("--train.steps", 2)
     assert run.code == 2 and "torch.compile failed (Broken: the C++ compiler says no); train without it: --train.compile off" in run.err
 

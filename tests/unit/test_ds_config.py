@@ -71,6 +71,7 @@ def test_a_key_owned_by_both_is_an_error_with_both_values(tmp_path: Path, key: s
      ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer is not supported"),
      ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin_gradients is not supported"),
      ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "lets a NaN into the weights"),
+     ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "compute_grad_norm=false lets a NaN into the weights"),
      ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16_master_weights_and_grads is not supported"),
      ({"data_types": {"grad_acum_dtype": "fp32"}}, "unknown key data_types.grad_acum_dtype"),
      ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "choose one")],

@@ -1,5 +1,6 @@
 """What the engine does in DeepSpeed's place gives what DeepSpeed's own code gives."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ def test_a_parameter_without_a_gradient_keeps_none_of_an_earlier_one(run_here: R
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_the_norm(precision: str, run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As DeepSpeed computes it, parameter by parameter."""
+    norms_agree(ds_json(precision, tmp_path, initial_scale_power=4), run_here, monkeypatch)
+
+
+def norms_agree(ds: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = []
     ours = engine.Engine._global_norm
 
@@ -58,8 +63,19 @@ def test_the_norm(precision: str, run_here: RunHere, tmp_path: Path, monkeypatch
         return norm
 
     monkeypatch.setattr(engine.Engine, "_global_norm", both)
-    assert run_here("--train.steps", 5, "--train.ds-config", ds_json(precision, tmp_path, initial_scale_power=4)).code == 0
+    assert run_here("--train.steps", 5, "--train.ds-config", ds).code == 0
     assert len(pairs) == 5 and all(a == pytest.approx(b, rel=1e-5) and a > 0 for a, b in pairs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_norm_of_gradients_in_half_precision(precision: str, run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on several ranks without grad_accum_dtype: summed in fp32 all the same, where fp16 ends at 65504."""
+    monkeypatch.setattr(engine, "UnreducedGradient", lambda zero, numel: None)
+    path = ds_json(precision, tmp_path, initial_scale_power=14)
+    ds = json.loads(path.read_text())
+    ds.pop("data_types", None)
+    path.write_text(json.dumps(ds))
+    norms_agree(path, run_here, monkeypatch)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
