@@ -222,8 +222,8 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> tuple[list[st
     said: list[str] = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
-        if before == after or key.startswith(FREE_ON_RESUME):
-            continue
+        if before == after or before == "auto" or key.startswith(FREE_ON_RESUME):
+            continue  # "auto": saved by a version that did not say what it stood for
         (refused if key.startswith(FIXED_ON_RESUME) else said).append(f"{key}: {before} -> {after}")
     return refused, said
 

@@ -99,8 +99,12 @@ def run(config: Config, began_unix_s: float) -> int:
     from largescale.watch import Watch, end_at_once, lost_rank
 
     validate(config, env_world_size())
-    choose_kernel(config.optimizer, config.train.device)
-    what_to_compile(config.train.compile, config.train.device)
+    device = config.train.device
+    config = dataclasses.replace(  # what `auto` stands for is the run's setting, which a later start is compared with
+        config,
+        optimizer=dataclasses.replace(config.optimizer, kernel=choose_kernel(config.optimizer, device)),
+        train=dataclasses.replace(config.train, compile=what_to_compile(config.train.compile, device)),
+    )
     ds = final_ds_config(config, env_world_size())
     ranks = Ranks(config.train.device, config.train.timeout_s + 60)  # the watch, which knows more, is first
     watch = Watch(ranks, config.train.timeout_s)
@@ -151,7 +155,6 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
     from largescale.checkpoint import Checkpointer
     from largescale.engine import check_ds_config
     from largescale.fit import saying_what_to_do, with_micro_batch_size
-    from largescale.optim import choose_kernel
     from largescale.telemetry import Telemetry
     from largescale.trainer import Trainer
 
@@ -188,8 +191,8 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
         say(
             f"training {config.run_dir} to step {config.train.steps}: {trainer.engine.numel:,} parameters, "
             f"{len(dataset):,} rows, {ranks.world_size} x {config.train.device}{threads}, {precision(ds)}, "
-            f"batch {config.train.global_batch_size}, AdamW of {choose_kernel(config.optimizer, config.train.device)}, "
-            f"compiled: {trainer.compiled.what}"
+            f"batch {config.train.global_batch_size}, AdamW of {config.optimizer.kernel}, "
+            f"compiled: {config.train.compile}"
         )
         with ranks.together(lambda: Telemetry(
             config.run_dir, active=ranks.rank == 0, tensorboard=config.telemetry.tensorboard,

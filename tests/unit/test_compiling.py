@@ -7,7 +7,9 @@ import torch
 
 from largescale import compiling
 from largescale.build import build_model
+from largescale.checkpoint_files import checkpoints
 from largescale.compiling import Compiled, Gelu, has_compiler, load_compiled, what_to_compile
+from largescale.config import differences
 from largescale.errors import ConfigError, LargescaleError
 from largescale.models.dit import attention
 from largescale.presets import debug
@@ -126,3 +128,14 @@ def test_off_changes_nothing(tmp_path: Path) -> None:
     with compiled.eager():
         compiled.save()
     assert not list(tmp_path.iterdir())
+
+
+def test_what_auto_stood_for_is_what_a_later_start_is_compared_with(run_here: RunHere, tmp_path: Path) -> None:
+    """And nothing is said of a checkpoint that has "auto", from before that was so."""
+    run = run_here("--train.steps", 2, output=tmp_path / "run")
+    saved = checkpoints(run.run)[0].manifest()["state"]["config"]
+    assert (saved["train"]["compile"], saved["optimizer"]["kernel"]) == ("off", "torch")
+    again = run_here("--train.steps", 4, output=tmp_path / "run")
+    assert again.code == 0 and "train.steps: 2 -> 4" in again.err and "auto" not in again.err
+    assert differences({"train": {"compile": "auto"}}, {"train": {"compile": "off"}}) == ([], [])
+    assert differences({"train": {"compile": "off"}}, {"train": {"compile": "blocks"}}) == ([], ["train.compile: off -> blocks"])
