@@ -211,17 +211,25 @@ def check(preset: str, batch: int, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", help="by default dit_l2_imagenet256; of --check, dit_s2_imagenet256")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 256])
+    parser.add_argument("--preset", choices=PRESETS, metavar="PRESET",
+                        help="by default dit_l2_imagenet256; of --check, dit_s2_imagenet256")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 256], help="by default 8, 64 and 256")
     parser.add_argument("--steps", type=int, help="by default 2,000,000; of --check, 15")
     parser.add_argument("--batch-size", type=int, help="by default the preset's; of --check, 8")
     parser.add_argument("--hardware", choices=HARDWARE, default="h100")
     for name in ("mfu", "intra-bandwidth", "inter-bandwidth", "data-bandwidth", "write-bandwidth", "storage-bandwidth",
                  "node-mtbf-hours", "restart-s"):
-        parser.add_argument(f"--{name}", type=float, help="see Hardware in largescale/cost.py")
+        default = getattr(HARDWARE["h100"], name.replace("-", "_"))
+        unit = " bytes/s" if name.endswith("bandwidth") else ""
+        parser.add_argument(f"--{name}", type=float, help=f"of an H100 {default:g}{unit}; see Hardware in cost.py")
     parser.add_argument("--check", action="store_true", help="hold the model against 1 and 2 ranks on this machine")
     parser.add_argument("--probe", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    numbers = {key: value for key, value in vars(options).items() if isinstance(value, int | float) and key != "check"}
+    if wrong := [key for key, value in numbers.items() if value <= 0] + ["gpus"] * (min(options.gpus) < 1):
+        parser.error(f"--{wrong[0].replace('_', '-')} must be positive")
+    if (options.mfu or 0) > 1:
+        parser.error(f"--mfu {options.mfu:g} is a share of the peak, at most 1")
     if options.probe:
         return probe(*options.probe)
     if options.check:
@@ -233,7 +241,7 @@ def main() -> None:
     batch = options.batch_size or config.train.global_batch_size
     config = replace(config, train=replace(config.train, global_batch_size=batch))
     if odd := [n for n in options.gpus if batch % n]:
-        raise SystemExit(f"a batch of {batch} cannot be shared by {odd[0]} GPUs; give --batch-size or other --gpus")
+        parser.error(f"a batch of {batch} cannot be shared by {odd[0]} GPUs; give --batch-size or other --gpus")
     steps = options.steps or 2_000_000
     print(f"{config.name}, batch {batch}, {steps:,} steps, {hardware.name}. Predicted, not measured: assumed are "
           f"{100 * hardware.mfu:.0f} % of the peak in forward and backward (published trainers of this kind report "

@@ -32,6 +32,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -201,28 +202,32 @@ def parse(args: list[str] | None) -> tuple[argparse.Namespace, Config, dict[str,
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", metavar="PRESET", help="such as dit_s2_imagenet256; class-conditional")
-    parser.add_argument("--batch", type=int, nargs="+", default=[32, 64, 128, 256] if gpu else [8])
+    parser.add_argument("--batch", type=int, nargs="+", default=[32, 64, 128, 256] if gpu else [8],
+                        help="images; by default 8, on a GPU 32, 64, 128 and 256 in turn")
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"),
-                        default=["bf16"] if gpu else ["fp32", "bf16"])
+                        default=["bf16"] if gpu else ["fp32", "bf16"], help="by default both, on a GPU bf16")
     parser.add_argument("--compile", nargs="+", choices=("auto", "off", "blocks", "model"),
                         default=["off", "blocks"] if gpu else ["off"], help="of ours, and of our model in DDP")
-    parser.add_argument("--activation-checkpointing", nargs="+", choices=("off", "on"), default=["off"])
+    parser.add_argument("--activation-checkpointing", nargs="+", choices=("off", "on"), default=["off"],
+                        help="of ours")
     parser.add_argument("--against", nargs="*", default=[], metavar="PEER",
                         help="dit=PATH and fast-dit=PATH (git clone https://github.com/facebookresearch/DiT, "
                              "https://github.com/chuanyangjin/fast-DiT; they need timm, torchvision and diffusers), "
                              "diffusers, ddp; fast-dit and diffusers need accelerate")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each way that are counted; by default 3")
     parser.add_argument("--steps", type=int, default=20 if gpu else 3, help="that are counted in a turn")
     parser.add_argument("--restart", action="store_true",
                         help="a new process for each turn, where not all ways fit in memory together")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
     parser.add_argument("--threads", type=int, help="of each process, on a CPU; with 1, CPU time is measured")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="for everything that was measured")
     options = parser.parse_args(args)
     if options.device == "cuda" and not gpu:
         parser.error("--device cuda: torch sees no CUDA device")
     if min(*options.batch, options.rounds, options.steps) < 1:
         parser.error("--batch, --rounds and --steps are 1 or more")
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
     if options.preset not in PRESETS:
         parser.error(f"there is no preset {options.preset}; there are {', '.join(PRESETS)}")
     preset = PRESETS[options.preset]()
@@ -235,6 +240,8 @@ def parse(args: list[str] | None) -> tuple[argparse.Namespace, Config, dict[str,
             parser.error(f"there is no peer {kind}; there are dit=PATH, fast-dit=PATH, diffusers, ddp")
         if bool(path) != (kind in CHECKOUTS):
             parser.error(f"--against {peer}: it " + ("takes no path" if path else f"is {kind}=PATH, of a checkout"))
+        if kind in ("diffusers", "fast-dit") and not find_spec("accelerate"):
+            parser.error(f"--against {kind} needs accelerate: pip install accelerate")
         if path and not all(Path(path, name).exists() for name in ("models.py", "train.py", "diffusion")):
             parser.error(f"--against {peer}: no checkout of it; there is no models.py, train.py and diffusion/")
         against[kind] = str(Path(path).resolve()) if path else None

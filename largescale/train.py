@@ -191,8 +191,9 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
         say(
             f"training {config.run_dir} to step {config.train.steps}: {trainer.engine.numel:,} parameters, "
             f"{len(dataset):,} rows, {ranks.world_size} x {config.train.device}{threads}, {precision(ds)}, "
-            f"batch {config.train.global_batch_size}, AdamW of {config.optimizer.kernel}, "
-            f"compiled: {config.train.compile}"
+            f"batch {config.train.global_batch_size} = {trainer.micro_batch_size} x {trainer.grad_accum_steps} x "
+            f"{ranks.world_size}, AdamW of {config.optimizer.kernel}, compiled: {config.train.compile}"
+            + (", activations computed again" if config.train.activation_checkpointing else "")
         )
         with ranks.together(lambda: Telemetry(
             config.run_dir, active=ranks.rank == 0, tensorboard=config.telemetry.tensorboard,

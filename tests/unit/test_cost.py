@@ -346,8 +346,8 @@ def test_dry_run_costs_the_run_at_hand(run_here: RunHere, monkeypatch: pytest.Mo
     said = run_here("--dry-run", preset="dit_l2_imagenet256", data=None).err
     config, ds = dit_l()
     plan = Plan(workload(config, ds, 1), HARDWARE["h100"], 16, 2_000_000, 5_000)
-    assert f"time: about {plan.hours:,.0f} h on 16 x H100 if forward and backward reach 50 % of the peak (assumed)" in said
-    assert f"first bottleneck: {plan.step.bottleneck}" in said and "checkpoint: 8.2 GB" in said
+    assert f"time: about {plan.hours:,.0f} h on 16 x H100 if forward and backward reach 50 % of the peak (assumed; published" in said
+    assert f"first bottleneck beside it: {plan.step.bottleneck}" in said and "checkpoint: 8.2 GB" in said
     assert f"best every {plan.best_every:,} steps (Daly); configured: 5,000" in said
     assert "too much for the" not in said
 

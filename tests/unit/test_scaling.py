@@ -1,6 +1,5 @@
 """The benchmark's own arithmetic: the table, and the way from what is measured on one rank to what is predicted for two."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -50,6 +49,13 @@ def test_two_ranks_halve_the_work_and_add_what_they_send() -> None:
     assert sum(shared.values()) == pytest.approx(1.3 - alone + 2 * staging + 0.2 + 0.03 + 0.01)
 
 
-def test_a_batch_that_cannot_be_shared() -> None:
-    done = subprocess.run([sys.executable, "benchmarks/scaling.py", "--gpus", "8", "24"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "a batch of 256 cannot be shared by 24 GPUs" in done.stderr
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--gpus", "7", "0"], "--gpus must be positive"), (["--preset", "debgu"], "invalid choice: 'debgu'"), (["--mfu", "0"], "--mfu must be positive"),
+    (["--mfu", "50"], "--mfu 50 is a share of the peak"), (["--steps", "0"], "--steps must be positive"), (["--batch-size", "-1"], "--batch-size must"),
+    (["--gpus", "7"], "a batch of 256 cannot be shared by 7 GPUs"),
+])
+def test_mistakes(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["scaling.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        scaling.main()
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
