@@ -240,10 +240,10 @@ def parse(args: list[str] | None) -> tuple[argparse.Namespace, Config, dict[str,
             parser.error(f"there is no peer {kind}; there are dit=PATH, fast-dit=PATH, diffusers, ddp")
         if bool(path) != (kind in CHECKOUTS):
             parser.error(f"--against {peer}: it " + ("takes no path" if path else f"is {kind}=PATH, of a checkout"))
-        if kind in ("diffusers", "fast-dit") and not find_spec("accelerate"):
-            parser.error(f"--against {kind} needs accelerate: pip install accelerate")
         if path and not all(Path(path, name).exists() for name in ("models.py", "train.py", "diffusion")):
             parser.error(f"--against {peer}: no checkout of it; there is no models.py, train.py and diffusion/")
+        if kind in ("diffusers", "fast-dit") and not find_spec("accelerate"):
+            parser.error(f"--against {kind} needs accelerate: pip install accelerate")
         against[kind] = str(Path(path).resolve()) if path else None
     return options, preset, against
 

@@ -129,12 +129,20 @@ def test_flops_are_torchs(measured: Any) -> None:
     (["debug", "--against", "dit"], "dit=PATH"),
     (["debug", "--against", "ddp=/tmp"], "takes no path"),
     (["debug", "--against", "fast-dit=/nowhere"], "no checkout"),
+    (["debug", "--json", "/nowhere/steps.json"], "there is no folder /nowhere"),
 ])
 def test_what_is_wrong_is_said_at_once(benchmark: Any, capsys: pytest.CaptureFixture[str], arguments: list[str],
                                        said: str) -> None:
     with pytest.raises(SystemExit):
         benchmark.main(arguments)
     assert said in capsys.readouterr().err
+
+
+def test_a_peer_without_its_library(benchmark: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        benchmark.main(["debug", "--against", "diffusers"])
+    assert "needs accelerate: pip install accelerate" in capsys.readouterr().err
 
 
 def test_a_way_that_fails_is_told_and_others_go_on(benchmark: Any, tmp_path: Path) -> None:
