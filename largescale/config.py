@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, and the rules that need nothing but the config. No torch."""
+"""What a run is: frozen dataclasses, and what follows from them alone. What they may hold: `validation`. No torch."""
 
 import dataclasses
 import json
@@ -8,15 +8,40 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from largescale.curriculum import FixedPacing, NoPacing, Pacing, PatiencePacing, snr_clusters, uniform_clusters
+from largescale.curriculum import (
+    Curriculum,
+    FixedPacing,
+    NoPacing,
+    Pacing,
+    PatiencePacing,
+    snr_clusters,
+    uniform_clusters,
+)
 from largescale.diffusion import schedule
 from largescale.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """DiT (arXiv:2212.09748). Images or latents are (in_channels, input_size, input_size)."""
+class UNetConfig:
+    """DDPM++ as in EDM (arXiv:2206.00364, appendix F); only with model.architecture=ddpmpp."""
 
+    model_channels: int = 128
+    channel_mult: tuple[int, ...] = (2, 2, 2)
+    """Of model_channels, at each resolution from the image's down."""
+    num_blocks: int = 4
+    """Residual blocks per resolution."""
+    attn_resolutions: tuple[int, ...] = (16,)
+    dropout: float = 0.13
+    augment_dim: int = 0
+    """9: the network is told how its image was augmented (data.augment); 0: it is not."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Images or latents are (in_channels, input_size, input_size). The fields from patch_size to mlp_ratio, the
+    captions' and learn_sigma are DiT's (arXiv:2212.09748)."""
+
+    architecture: Literal["dit", "ddpmpp"] = "dit"
     input_size: int = 32
     in_channels: int = 4
     patch_size: int = 2
@@ -37,15 +62,48 @@ class ModelConfig:
     class_dropout_prob: float = 0.1
     """Probability that a label or caption is replaced by the null one, for classifier-free guidance."""
     learn_sigma: bool = True
-    """Learn the variance too, between the bounds of arXiv:2102.09672 (adds the vb term to the loss)."""
+    """Learn the variance too, between the bounds of arXiv:2102.09672 (adds the vb term to the loss). A flow has none:
+    the channels are there, as in released SiT, and unused."""
+    unet: UNetConfig = field(default_factory=UNetConfig)
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
+    objective: Literal["gaussian", "flow", "edm"] = "gaussian"
+    """gaussian: noise prediction (DDPM). flow: velocity prediction (SiT). edm: preconditioned denoising (EDM)."""
     schedule: Literal["linear", "cosine"] = "cosine"
+    """Of gaussian: the betas."""
     timesteps: int = 1000
+    """Of gaussian; of the others, the bins in which noise.sampling counts."""
     fixed_variance: Literal["small", "large"] = "small"
-    """The sampler's variance where the model does not learn it."""
+    """Of gaussian: the sampler's variance where the model does not learn it."""
+    interpolant: Literal["linear", "gvp"] = "linear"
+    """Of flow: x_t = (1 - u) x_start + u noise, or by cosine and sine."""
+    p_mean: float = -1.2
+    """Of edm: ln(sigma) is drawn with this mean ..."""
+    p_std: float = 1.2
+    """... and this standard deviation."""
+    sigma_data: float = 0.5
+    """Of edm: the standard deviation of the data."""
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Which noise levels are drawn, among those that the curriculum has active, and how much each counts in the loss:
+    what the curriculum is compared with, and can be combined with."""
+
+    sampling: Literal["uniform", "logit_normal", "loss_second_moment", "speed"] = "uniform"
+    """logit_normal: arXiv:2403.03206. loss_second_moment: resampling by the loss, arXiv:2102.09672. speed: fewer where
+    noise hardly grows, arXiv:2405.17403 (its weights are weighting=p2)."""
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    speed_ratio: float = 5.0
+    """How many times as likely the other noise levels are."""
+    weighting: Literal["none", "min_snr", "p2"] = "none"
+    """min_snr: arXiv:2303.09556. p2: arXiv:2204.00227."""
+    min_snr_gamma: float = 5.0
+    p2_gamma: float = 1.0
+    p2_k: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +116,12 @@ class CurriculumConfig:
     patience: int = 200
     """tau_max: steps in a row without a new best loss that a stage may take."""
     interval: int = 10_000
+    order: Literal["easy_first", "hard_first"] = "easy_first"
+    """hard_first: the anti-curriculum, from the least noise."""
+    stages: Literal["accumulating", "separate"] = "accumulating"
+    """separate: a stage trains on its own cluster only; when all are through, on everything."""
+    only_cluster: int = 0
+    """Train on this cluster alone from start to end, as the difficulty study does; 0: on those that are active."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +129,8 @@ class DataConfig:
     path: str = "data/imagenet256"
     """A folder of Arrow shards, made by one of the programs in data_prep."""
     horizontal_flip: bool = True
+    augment: float = 0.0
+    """Probability of each of EDM's augmentations, of which the network is told (model.unet.augment_dim=9); 0: none."""
     prefetch: int = 4
     """Steps whose data are read ahead by a thread."""
     verify: bool = False
@@ -152,6 +218,7 @@ class Config:
     name: str
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -173,8 +240,9 @@ class Config:
 
 # A resumed run may not differ in these: its state, or its random draws, would not be this run's.
 FIXED_ON_RESUME = (
-    "model.", "diffusion.", "curriculum.clusters", "curriculum.n_clusters", "curriculum.pacing",
-    "data.horizontal_flip", "train.global_batch_size", "train.seed", "precision", "dataset",
+    "model.", "diffusion.", "noise.", "curriculum.clusters", "curriculum.n_clusters", "curriculum.pacing",
+    "curriculum.order", "curriculum.stages", "curriculum.only_cluster", "data.horizontal_flip", "data.augment",
+    "train.global_batch_size", "train.seed", "precision", "dataset",
 )
 # These change how a run is carried out or watched, not what it computes: not worth a word.
 FREE_ON_RESUME = (
@@ -256,6 +324,12 @@ def batch_layout(config: Config, world_size: int) -> tuple[int, int]:
     return micro, total // (micro * world_size)
 
 
+def make_curriculum(config: Config) -> Curriculum:
+    c = config.curriculum
+    return Curriculum(
+        cluster_edges(config), pacing(config), order=c.order, stages=c.stages, only_cluster=c.only_cluster)
+
+
 def cluster_edges(config: Config) -> tuple[float, ...]:
     if config.curriculum.clusters == "uniform":
         return uniform_clusters(config.curriculum.n_clusters)
@@ -272,54 +346,3 @@ def pacing(config: Config) -> Pacing:
     if config.curriculum.pacing == "fixed":
         return FixedPacing(config.curriculum.interval)
     return NoPacing()
-
-
-def validate(config: Config, world_size: int) -> None:
-    """Raise ConfigError for what cannot be right, before anything is started."""
-    batch_layout(config, world_size)
-    cluster_edges(config)
-
-    def require(ok: bool, key: str, must: str) -> None:
-        if not ok:
-            value = dict(flatten(to_dict(config)))[key]
-            raise ConfigError(f"{key}={value} must {must}; set --{key.replace('_', '-')}")
-
-    m, d, o, t = config.model, config.diffusion, config.optimizer, config.train
-    require(m.patch_size > 0 and m.input_size % m.patch_size == 0, "model.patch_size", f"divide {m.input_size=}")
-    require(m.num_heads > 0 and m.hidden_size % m.num_heads == 0, "model.num_heads", f"divide {m.hidden_size=}")
-    require(m.num_classes >= 0, "model.num_classes", "be 0 (no labels) or positive")
-    require(m.caption_tokens >= 0, "model.caption_tokens", "be 0 (no captions) or positive")
-    if m.caption_tokens:
-        require(m.num_classes == 0, "model.num_classes", f"be 0 with captions ({m.caption_tokens=})")
-        require(m.caption_width > 0, "model.caption_width", "be at least 1")
-        require(m.caption_pooled_width > 0, "model.caption_pooled_width", "be at least 1")
-    require(0 <= m.class_dropout_prob < 1, "model.class_dropout_prob", "lie in [0, 1)")
-    require(m.class_dropout_prob == 0 or m.num_classes + m.caption_tokens > 0, "model.class_dropout_prob",
-            f"be 0 with {m.num_classes=} and {m.caption_tokens=}: there is nothing to drop")
-    require(config.curriculum.n_clusters <= d.timesteps, "curriculum.n_clusters", f"not exceed {d.timesteps=}")
-    require(config.curriculum.patience >= 0, "curriculum.patience", "be 0 or more")
-    require(config.curriculum.interval > 0, "curriculum.interval", "be at least 1")
-    require(config.data.prefetch > 0, "data.prefetch", "be at least 1")
-    require(0 < o.lr < math.inf, "optimizer.lr", "be positive")
-    require(all(0 <= beta < 1 for beta in o.betas), "optimizer.betas", "lie in [0, 1)")
-    require(0 <= o.eps < math.inf, "optimizer.eps", "be 0 or more")
-    require(0 <= o.weight_decay < math.inf, "optimizer.weight_decay", "be 0 or more")
-    require(0 <= o.ema_decay < 1, "optimizer.ema_decay", "lie in [0, 1)")
-    require(0 <= o.clip_grad_norm < math.inf, "optimizer.clip_grad_norm", "be 0 (off) or positive")
-    require(t.steps > 0, "train.steps", "be at least 1")
-    require(t.threads is None or t.threads > 0, "train.threads", "be at least 1")
-    require(0 <= t.seed < 2**32, "train.seed", "lie in [0, 2**32)")
-    require(0 < t.timeout_s < math.inf, "train.timeout_s", "be positive")
-    require(1 < config.anomaly.spike_factor < math.inf, "anomaly.spike_factor", "be above 1")
-    require(config.anomaly.max_skips >= 0, "anomaly.max_skips", "be 0 or more")
-    require(config.checkpoint.every > 0, "checkpoint.every", "be at least 1")
-    require(config.checkpoint.keep_last > 0, "checkpoint.keep_last", "be at least 1")
-    require(config.checkpoint.keep_every >= 0, "checkpoint.keep_every", "be 0 (off) or positive")
-    require(config.telemetry.log_every > 0, "telemetry.log_every", "be at least 1")
-    require(config.telemetry.reference_images > 0, "telemetry.reference_images", "be at least 1")
-    require(config.telemetry.preview_images > 0, "telemetry.preview_images", "be at least 1")
-    require(1 < config.telemetry.preview_steps <= d.timesteps, "telemetry.preview_steps", f"lie in 2..{d.timesteps}")
-    require(config.telemetry.preview_cfg_scale >= 0, "telemetry.preview_cfg_scale", "be 0 or more")
-    unguided = config.telemetry.preview_cfg_scale == 1 or config.telemetry.preview_every == 0
-    require(m.class_dropout_prob > 0 or unguided, "telemetry.preview_cfg_scale",
-            "be 1 where model.class_dropout_prob is 0: there is no null label or caption to guide with")

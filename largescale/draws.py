@@ -12,8 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-# One stream a kind of draw: a new kind never shifts the others. Elsewhere: "flip", "caption", "sample", "label".
-_STREAMS = ("noise_level", "noise", "dropout", "posterior")
+# One stream a kind of draw: a new kind never shifts the others. Elsewhere: "flip", "caption", "sample", "label",
+# "network".
+_STREAMS = ("noise_level", "noise", "dropout", "posterior", "augment")
 
 
 def stream_seed(seed: int, stream: str, index: int) -> int:
@@ -45,23 +46,26 @@ class Draws:
     noise: Tensor             # (G, C, H, W) standard normal
     dropout: Tensor           # (G,) bool: the label or caption becomes the null one
     posterior: Tensor | None  # (G, C, H, W) standard normal, for data stored as moments
+    augment: Tensor | None = None  # (G, k) float64, uniform in the open (0, 1), where images are augmented
 
     def rows(self, index: Tensor) -> "Draws":
-        return Draws(
-            self.v[index], self.noise[index], self.dropout[index],
-            None if self.posterior is None else self.posterior[index],
-        )
+        def of(draw: Tensor | None) -> Tensor | None:
+            return None if draw is None else draw[index]
+
+        return Draws(self.v[index], self.noise[index], self.dropout[index], of(self.posterior), of(self.augment))
 
 
 def step_draws(
-    seed: int, step: int, n: int, shape: tuple[int, ...], *, dropout_prob: float, posterior: bool, device: torch.device
+    seed: int, step: int, n: int, shape: tuple[int, ...], *, dropout_prob: float, posterior: bool,
+    device: torch.device, augment: int = 0,
 ) -> Draws:
-    """`n`: global batch size; `shape`: (C, H, W) of `x_start`. Bitwise reproducible on one type of device."""
+    """`n`: global batch size; `shape`: (C, H, W) of `x_start`; `augment`: draws that augmenting an image takes.
+    Bitwise reproducible on one type of device."""
     generators = {s: torch.Generator(device).manual_seed(stream_seed(seed, s, step)) for s in _STREAMS}
 
-    def uniform(stream: str) -> Tensor:
+    def uniform(stream: str, *each: int) -> Tensor:
         # float64 is a multiple of 2**-53 in [0, 1): only the 0 has to be moved for the interval to be open
-        u = torch.rand(n, dtype=torch.float64, device=device, generator=generators[stream])
+        u = torch.rand(n, *each, dtype=torch.float64, device=device, generator=generators[stream])
         return u.clamp_(min=2.0**-53)
 
     def normal(stream: str) -> Tensor:
@@ -72,4 +76,5 @@ def step_draws(
         noise=normal("noise"),
         dropout=uniform("dropout") < dropout_prob,
         posterior=normal("posterior") if posterior else None,
+        augment=uniform("augment", augment) if augment else None,
     )

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from largescale.build import build_model
-from largescale.config import Config, ModelConfig, batch_layout, cluster_edges, to_dict, validate
+from largescale.build import build_model, flops_per_image
+from largescale.config import Config, ModelConfig, batch_layout, cluster_edges, to_dict
 from largescale.cost import HARDWARE, Hardware, Plan, Workload
 from largescale.ds_config import final_ds_config, load_ds_config, precision
 from largescale.errors import DataError
 from largescale.launch import env_world_size
 from largescale.memory import largest_micro_batch, memory
-from largescale.models.dit import flops_per_image
 from largescale.optim import check_apex
+from largescale.validation import validate
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -25,6 +25,8 @@ def _kernels_per_block(config: Config) -> int:
     """Launched forward and backward: operations on tensors that are no views, counted on the meta device less what one
     attention kernel stands for; compiled, those of Inductor's code for a CPU."""
     compiled, captions = config.train.compile != "off", config.model.caption_tokens > 0
+    if config.model.architecture == "ddpmpp":
+        return 40 if compiled else 60
     return {(False, False): 80, (False, True): 120, (True, False): 55, (True, True): 80}[compiled, captions]
 
 
@@ -38,19 +40,23 @@ def workload(config: Config, ds: dict[str, Any], grad_accum_steps: int) -> Workl
         model = build_model(config.model)
     zero, c, again = ds["zero_optimization"], config.model, 0
     if config.train.activation_checkpointing:
-        again = c.depth * (forward(replace(c, depth=2)) - forward(replace(c, depth=1)))
+        again = flops_per_image(model)  # but for a little outside of the blocks
+        if c.architecture == "dit":
+            again = c.depth * (forward(replace(c, depth=2)) - forward(replace(c, depth=1)))
     caption = c.caption_tokens * c.caption_width + (c.caption_pooled_width if c.caption_tokens else 0)
+    pixels = c.in_channels * c.input_size**2
     return Workload(
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         flops_per_image=3 * flops_per_image(model),
         flops_again=again,
-        kernels=c.depth * _kernels_per_block(config) * (4 / 3 if again else 1),
+        kernels=len(model.blocks) * _kernels_per_block(config) * (4 / 3 if again else 1),
         global_batch_size=config.train.global_batch_size,
         grad_accum_steps=grad_accum_steps,
         weight_bytes=_BYTES[precision(ds)],
         reduce_bytes=_BYTES[ds.get("communication_data_type", precision(ds))],
         reduce_bucket_size=zero.get("reduce_bucket_size", 500_000_000),
-        image_bytes=2 * (2 * c.in_channels * c.input_size**2 + caption),  # moments and a caption that is full, float16
+        # uint8 for a network of pixels; else float16: moments, and a caption that is full
+        image_bytes=pixels if c.architecture == "ddpmpp" else 2 * (2 * pixels + caption),
         overlap=config.train.device == "cuda" and zero.get("overlap_comm", False),
         all_reduce=zero.get("use_multi_rank_bucket_allreduce", True) or not zero.get("reduce_scatter", True),
     )

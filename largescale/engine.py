@@ -61,8 +61,8 @@ class Engine:
                 p.data = initial[name].to(p.device)
         self._fill(self._master, (initial[n].reshape(-1) for n, p in self.module.named_parameters() if p.requires_grad))
 
-    def forward(self, *args: Any) -> Tensor:
-        return cast(Tensor, self._engine(*args))
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return cast(Tensor, self._engine(*args, **kwargs))
 
     __call__ = forward
 

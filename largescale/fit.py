@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from largescale.build import blank_condition, build_diffusion, build_model, latent_shape
+from largescale.build import Network, blank_condition, build_model, build_objective, latent_shape
 from largescale.config import Config, batch_layout
-from largescale.diffusion.gaussian import GaussianDiffusion
+from largescale.diffusion.objective import Objective
 from largescale.distributed import Ranks
 from largescale.ds_config import precision
 from largescale.errors import ConfigError, DeviceError, LargescaleError
 from largescale.launch import local_world_size
 from largescale.machine import available_bytes
 from largescale.memory import largest_micro_batch, memory
-from largescale.models.dit import DiT
 
 MARGIN = 0.05          # of a device's memory, left to fragmentation
 NCCL_BYTES = 2**30     # and to the buffers of NCCL's communicators, outside torch's allocator
@@ -92,7 +91,7 @@ def largest_by_trial(config: Config, ds: dict[str, Any], ranks: Ranks, candidate
 
 def try_out(config: Config, dtype: torch.dtype, device: torch.device, beside: int, candidates: list[int]) -> int:
     """The first of `candidates` that passes with `beside` bytes taken; 0 for none."""
-    diffusion = build_diffusion(config.diffusion, config.model.learn_sigma)
+    objective = build_objective(config)
     with torch.device("meta"):
         model = build_model(config.model).to(dtype)
     model.checkpoint_blocks = config.train.activation_checkpointing
@@ -106,20 +105,20 @@ def try_out(config: Config, dtype: torch.dtype, device: torch.device, beside: in
         if p.requires_grad:  # ZeRO-2 moves each gradient into its bucket, which is reserved, as soon as it is there
             p.register_post_accumulate_grad_hook(_drop_gradient)
     for n in candidates:
-        if passes(config, model, diffusion, device, n):
+        if passes(config, model, objective, device, n):
             return n
         _let_go()
     del reserved
     return 0
 
 
-def passes(config: Config, model: DiT, diffusion: GaussianDiffusion, device: torch.device, n: int) -> bool:
+def passes(config: Config, model: Network, objective: Objective, device: torch.device, n: int) -> bool:
     """Whether there is memory for n images."""
     try:
         with torch.device(device):
             x_start, noise = torch.zeros(2, n, *latent_shape(config.model))
-            t, y = torch.zeros(n, dtype=torch.long), blank_condition(config.model, n)
-        diffusion.training_losses(model, x_start, t, noise, y).loss.mean().backward()
+            t, y = objective.draw(torch.full((n,), 0.5, dtype=torch.float64)), blank_condition(config.model, n)
+        objective.training_losses(model, x_start, t, noise, y).loss.mean().backward()
     except RuntimeError as error:
         if not out_of_memory(error):
             raise

@@ -1,4 +1,4 @@
-"""A DiT made ready to sample from. Nothing global is set, and the model that is given stays as it is."""
+"""A network made ready to sample from. Nothing global is set, and the model that is given stays as it is."""
 
 import copy
 from typing import Literal
@@ -6,10 +6,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from largescale.build import Network, flops_per_image
 from largescale.compiling import Gelu, failure, has_compiler
 from largescale.errors import ConfigError
 from largescale.models.conditioning import Condition, take
-from largescale.models.dit import Block, DiT, flops_per_image
+from largescale.models.dit import Block, DiT
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,26 +63,28 @@ class Prepared(nn.Module):
         return torch.cat(parts)[:n]
 
 
-def prepare(model: DiT, *, device: torch.device, precision: Precision, compile: bool) -> Prepared:
+def prepare(model: Network, *, device: torch.device, precision: Precision, compile: bool) -> Prepared:
     """A copy of `model` in eval mode on `device`: (x, t, y) -> (N, C or 2C, H, W) float32, without gradients.
 
-    In half precision only the weights of the large matrix products are cast: the embeddings, the patches, the null
-    caption and the last projection stay float32. Compiled, the first call takes up to a minute (`compile_pays`), on a
-    GPU that of each new batch size; what it makes lies in torch's cache, outside the working directory. Raises
-    ConfigError where there is no C++ compiler.
+    In half precision only the weights of the large matrix products, and of a U-Net's blocks, are cast: the embeddings,
+    the patches, the null caption and the last projection stay float32. Compiled, the first call takes up to a minute
+    (`compile_pays`), on a GPU that of each new batch size; what it makes lies in torch's cache, outside the working
+    directory. Raises ConfigError where there is no C++ compiler.
     """
     if compile and not has_compiler():
         raise ConfigError("compiling needs a C++ compiler, and $CXX, by default g++, is not found on PATH; "
                           "install it, or sample without it: --compile off")
     model = copy.deepcopy(model).eval().requires_grad_(False).to(device)
+    in_blocks = {module for block in model.blocks for module in block.modules()}
     for module in model.modules():
-        if type(module) is nn.Linear:  # not LinearFp32
+        if type(module) is nn.Linear or (isinstance(module, nn.Conv2d) and module in in_blocks):  # not LinearFp32
             module.to(DTYPES[precision])
     on_cpu = device.type == "cpu"
-    if on_cpu and compile:
-        for_compiler(model)
-    elif on_cpu and packs(DTYPES[precision]):
-        pack(model)
+    if on_cpu and isinstance(model, DiT):
+        if compile:
+            for_compiler(model)
+        elif packs(DTYPES[precision]):
+            pack(model)
     if compile:
         model.compile(dynamic=False)
     return Prepared(model, CPU_ROWS if on_cpu else None, pad=compile and on_cpu)
@@ -114,7 +117,7 @@ def packs(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or bool(getattr(ops, supported[dtype])())
 
 
-def compile_pays(model: DiT, *, device: torch.device, precision: Precision, evaluations: int) -> bool:
+def compile_pays(model: Network, *, device: torch.device, precision: Precision, evaluations: int) -> bool:
     """Whether compiling saves more time than it takes. `evaluations`: images that this process shows to the model in
     all, which is images times evaluations of the sampler, twice that while guided.
 
@@ -123,6 +126,8 @@ def compile_pays(model: DiT, *, device: torch.device, precision: Precision, eval
     flops = evaluations * flops_per_image(model)
     if not has_compiler():
         return False
+    if device.type == "cpu" and not isinstance(model, DiT):
+        return False  # oneDNN's convolutions are what they are
     if device.type == "cuda":
         return flops / 150e12 / 3 > 30 + 2 * len(model.blocks)
     flops_per_s, saved = (145e9, 0.03) if precision == "fp32" else (500e9, 0.17)  # a thread's, eager

@@ -1,6 +1,5 @@
 """What a rank's memory must hold, from shapes: nothing is allocated."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,9 +30,14 @@ class _AttentionOf(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _kept_for_backward(config: ModelConfig, dtype: torch.dtype, fused_attention: bool) -> int:
-    """Bytes that autograd keeps of one image's forward pass, counted on the meta device."""
+def _kept_for_backward(config: ModelConfig, dtype: torch.dtype, fused_attention: bool,
+                       ) -> tuple[int, list[int], list[int]]:
+    """Bytes that autograd keeps of one image's forward pass, counted on the meta device: in all, by each block, and of
+    each block's input, which it is the first to keep."""
     kept: dict[int, int] = {}
+    before: list[int] = []
+    of_blocks: list[int] = []
+    inputs: list[int] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -41,26 +45,37 @@ def _kept_for_backward(config: ModelConfig, dtype: torch.dtype, fused_attention:
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
+    def enter(_: Any, given: Any) -> None:
+        inputs.append(given[0].untyped_storage().nbytes())
+        alive.append(given[0])  # so that no storage is there twice
+        before.append(sum(kept.values()))
+
+    def leave(*_: Any) -> None:
+        of_blocks.append(sum(kept.values()) - before[-1])
+
+    alive: list[torch.Tensor] = []
     with torch.device("meta"), _AttentionOf(fused_attention):
         model = build_model(config).to(dtype)
+        for block in model.blocks:
+            block.register_forward_pre_hook(enter)
+            block.register_forward_hook(leave)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
         x, t = torch.empty(1, *latent_shape(config)), torch.zeros(1, dtype=torch.long)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = model(x, t, blank_condition(config, 1))  # kept alive, so that no storage is there twice
+            output = model(x, t, blank_condition(config, 1))  # alive too
     del output
-    return sum(kept.values())
+    return sum(kept.values()), of_blocks, inputs
 
 
 def activation_bytes(config: ModelConfig, dtype: torch.dtype, *, checkpointing: bool, fused_attention: bool = True,
                      ) -> int:
-    """Per image, for weights of `dtype`. With checkpointing: each block's input, and all of the one block that is
-    computed again at the time."""
-    one, two = (_kept_for_backward(replace(config, depth=depth), dtype, fused_attention) for depth in (1, 2))
-    block, outside = two - one, 2 * one - two
+    """Per image, for weights of `dtype`. With checkpointing: each block's input, and all of the largest block, one of
+    which is computed again at a time."""
+    in_all, of_blocks, inputs = _kept_for_backward(config, dtype, fused_attention)
     if not checkpointing:
-        return outside + config.depth * block
-    block_input = 4 * (config.input_size // config.patch_size) ** 2 * config.hidden_size  # (T, D) float32
-    return outside + block + (config.depth - 1) * block_input
+        return in_all
+    largest, its_input = max(zip(of_blocks, inputs, strict=True))
+    return in_all - sum(of_blocks) + sum(inputs) + largest - its_input
 
 
 def memory(config: Config, ds: dict[str, Any], world_size: int, micro_batch_size: int) -> dict[str, float]:

@@ -10,10 +10,12 @@ from largescale.config import (
     Config,
     CurriculumConfig,
     DataConfig,
+    DiffusionConfig,
     ModelConfig,
     OptimizerConfig,
     TelemetryConfig,
     TrainConfig,
+    UNetConfig,
 )
 
 # hidden_size, depth, num_heads (table 1 of arXiv:2212.09748)
@@ -27,11 +29,16 @@ CONDITIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def dit(size: str, patch_size: int, data: str, steps: int = 400_000) -> Config:
+# The paper's iterations.
+STEPS = {"imagenet256": 400_000, "coco256": 400_000, "ffhq256": 100_000}
+
+
+def dit(size: str, patch_size: int, data: str, steps: int | None = None) -> Config:
     """DiT on 256x256 latents (4, 32, 32) with the hyper-parameters of arXiv:2403.10348: AdamW at 1e-4 without decay,
     EMA 0.9999, batch 256, 20 clusters, tau_max 200 (400 for DiT-L), cosine schedule. Not the paper's: bf16 (it trained
     in fp32), and DiT-XL, which it does not train and which gets DiT-L's tau_max."""
     hidden_size, depth, num_heads = DIT_SIZES[size]
+    unconditional = data == "ffhq256"  # nothing to guide a preview with
     return Config(
         name=f"dit_{size}{patch_size}_{data}",
         model=ModelConfig(
@@ -39,13 +46,46 @@ def dit(size: str, patch_size: int, data: str, steps: int = 400_000) -> Config:
         ),
         curriculum=CurriculumConfig(patience=400 if size in ("l", "xl") else 200),
         data=DataConfig(path=f"data/{data}"),
-        train=TrainConfig(steps=steps),
+        train=TrainConfig(steps=steps or STEPS[data]),
+        telemetry=TelemetryConfig(preview_cfg_scale=1.0) if unconditional else TelemetryConfig(),
     )
 
 
-def dit_b2_ffhq256() -> Config:
-    """Unconditional: nothing to guide a preview with."""
-    return dataclasses.replace(dit("b", 2, "ffhq256", 100_000), telemetry=TelemetryConfig(preview_cfg_scale=1.0))
+def linear(size: str, data: str, steps: int | None = None) -> Config:
+    """The paper's linear variant: betas from 1e-4 to 0.02, and clusters at the SNRs of the cosine schedule's."""
+    cosine = dit(size, 2, data, steps)
+    return dataclasses.replace(
+        cosine, name=f"{cosine.name}_linear", diffusion=DiffusionConfig(schedule="linear"),
+        curriculum=dataclasses.replace(cosine.curriculum, clusters="snr"),
+    )
+
+
+def sit(size: str, data: str) -> Config:
+    """SiT (arXiv:2401.08740): DiT's backbone and hyper-parameters, linear interpolant, velocity prediction; with the
+    unused output channels of released SiT (`learn_sigma`)."""
+    config = dit(size, 2, data)
+    return dataclasses.replace(config, name=f"sit_{size}2_{data}", diffusion=DiffusionConfig(objective="flow"))
+
+
+def edm(data: str) -> Config:
+    """EDM's DDPM++ (arXiv:2206.00364), 55.7 M parameters on CIFAR-10, labels as its `--cond=1`; FFHQ without. Network,
+    noise levels, dropout, augmentation and 200 million images are EDM's; learning rate, EMA, batch, clusters, patience
+    and fp16 are those of arXiv:2403.10348. EDM itself has learning rates of 1e-3 and 2e-4 after a warm-up, an EMA of
+    half a million images, and 512 images a batch on CIFAR-10."""
+    faces = data == "ffhq64"
+    return Config(
+        name=f"edm_ddpmpp_{data}",
+        model=ModelConfig(
+            architecture="ddpmpp", input_size=64 if faces else 32, in_channels=3, num_classes=0 if faces else 10,
+            class_dropout_prob=0.0, learn_sigma=False,
+            unet=UNetConfig(
+                channel_mult=(1, 2, 2, 2) if faces else (2, 2, 2), dropout=0.05 if faces else 0.13, augment_dim=9),
+        ),
+        diffusion=DiffusionConfig(objective="edm"),
+        data=DataConfig(path=f"data/{data}", horizontal_flip=False, augment=0.15 if faces else 0.12),
+        train=TrainConfig(steps=200_000_000 // 256, ds_config="ds_configs/zero2_fp16.json"),
+        telemetry=TelemetryConfig(preview_steps=18, preview_cfg_scale=1.0),
+    )
 
 
 def digits() -> Config:
@@ -103,18 +143,37 @@ def debug() -> Config:
     )
 
 
+def as_sit(config: Config) -> Config:
+    return dataclasses.replace(config, name=f"{config.name}_sit", diffusion=DiffusionConfig(objective="flow"))
+
+
+def as_edm(config: Config, unet: UNetConfig) -> Config:
+    m = config.model
+    model = ModelConfig(architecture="ddpmpp", input_size=m.input_size, in_channels=m.in_channels,
+                        num_classes=m.num_classes, learn_sigma=False, unet=unet)
+    return dataclasses.replace(
+        config, name=f"{config.name}_edm", model=model, diffusion=DiffusionConfig(objective="edm"))
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     **{
         f"dit_{size}{patch_size}_imagenet256": partial(dit, size, patch_size, "imagenet256")
         for size in DIT_SIZES
         for patch_size in (2, 4, 8)
     },
+    **{f"dit_{size}2_{data}": partial(dit, size, 2, data) for size in "sbl" for data in ("coco256", "ffhq256")},
     "dit_l2_imagenet256": partial(dit, "l", 2, "imagenet256", 2_000_000),  # the headline run
-    "dit_s2_coco256": partial(dit, "s", 2, "coco256"),
-    "dit_b2_coco256": partial(dit, "b", 2, "coco256"),
     "dit_l2_coco256": partial(dit, "l", 2, "coco256", 2_000_000),
-    "dit_b2_ffhq256": dit_b2_ffhq256,
+    **{f"dit_{size}2_{data}_linear": partial(linear, size, data) for size in "sbl" for data in STEPS},
+    "dit_l2_imagenet256_linear": partial(linear, "l", "imagenet256", 2_000_000),
+    "dit_l2_coco256_linear": partial(linear, "l", "coco256", 2_000_000),
+    **{f"sit_b2_{data}": partial(sit, "b", data) for data in ("imagenet256", "ffhq256")},
+    **{f"edm_ddpmpp_{data}": partial(edm, data) for data in ("cifar10", "ffhq64")},
     "digits": digits,
     "emoji": emoji,
+    "digits_sit": lambda: as_sit(digits()),
+    "digits_edm": lambda: as_edm(digits(), UNetConfig(32, (1, 2), 1, (8,), dropout=0.0)),
     "debug": debug,
+    "debug_sit": lambda: as_sit(debug()),
+    "debug_edm": lambda: as_edm(debug(), UNetConfig(16, (1, 2), 1, (8,), dropout=0.1)),
 }

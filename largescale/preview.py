@@ -11,7 +11,8 @@ from largescale.config import Config
 from largescale.data.loader import to_condition
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset
-from largescale.diffusion.gaussian import GaussianDiffusion
+from largescale.diffusion.objective import SamplerName
+from largescale.diffusion.samplers import AnyObjective
 from largescale.distributed import Ranks
 from largescale.engine import Engine
 from largescale.images import balanced_labels, grid, titled, to_uint8
@@ -19,14 +20,16 @@ from largescale.models.conditioning import Condition, take
 from largescale.sampling import SamplingConfig, draw_samples
 from largescale.telemetry import Telemetry
 
+_SAMPLER: dict[str, SamplerName] = {"gaussian": "ddim", "flow": "euler", "edm": "heun"}
+
 
 class Preview:
     """The same classes, or captions of the data set, every time."""
 
-    def __init__(self, config: Config, diffusion: GaussianDiffusion, engine: Engine, ranks: Ranks,
+    def __init__(self, config: Config, objective: AnyObjective, engine: Engine, ranks: Ranks,
                  dataset: ShardDataset, stop: Callable[[], bool] = lambda: False):
         """`stop` is asked often; once it is true the preview is left out."""
-        self._config, self._diffusion, self._engine, self._ranks = config, diffusion, engine, ranks
+        self._config, self._objective, self._engine, self._ranks = config, objective, engine, ranks
         self._stop = stop
         self._pixels = dataset.info.kind == "pixels"
         n, self._titles = config.telemetry.preview_images, None
@@ -40,14 +43,15 @@ class Preview:
     def __call__(self, step: int, telemetry: Telemetry) -> None:
         """Collective: every rank draws its share, rank 0 lays out the grid. Raises Stopped, on every rank."""
         c, ranks = self._config, self._ranks
+        objective, look = c.diffusion.objective, c.telemetry
         sampling = SamplingConfig(
-            "ddim", c.telemetry.preview_steps, c.telemetry.preview_cfg_scale, seed=c.train.seed,
-            clip_denoised=self._pixels,
+            _SAMPLER[objective], look.preview_steps, look.preview_cfg_scale, seed=c.train.seed,
+            clip_denoised=self._pixels and objective == "gaussian",
         )
         n = c.telemetry.preview_images
         model = self._ema_model()
         x = ranks.together(lambda: draw_samples(
-            model, self._diffusion, sampling, index=range(n)[ranks.rank :: ranks.world_size],
+            model, self._objective, sampling, index=range(n)[ranks.rank :: ranks.world_size],
             condition=lambda index: take(self._y, torch.tensor(index)),
             shape=latent_shape(c.model), num_classes=c.model.num_classes, batch_size=64, device=ranks.device,
             stop=self._stop,

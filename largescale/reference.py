@@ -1,4 +1,5 @@
-"""The loss on a fixed set of (image, u, noise) per noise cluster: a measure that does not move with the curriculum.
+"""The loss on a fixed set of (image, u, noise) per noise cluster: a measure that does not move with the curriculum, and
+that no weighting changes.
 
 The training loss of two stages cannot be compared, since each draws from other noise levels; this one can.
 """
@@ -14,7 +15,7 @@ from largescale.config import Config
 from largescale.data.loader import to_condition, to_x_start
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset
-from largescale.diffusion.gaussian import GaussianDiffusion
+from largescale.diffusion.objective import Objective
 from largescale.distributed import Ranks
 from largescale.draws import step_draws
 from largescale.errors import Stopped
@@ -22,12 +23,12 @@ from largescale.models.conditioning import take
 
 
 class ReferenceLoss:
-    def __init__(self, config: Config, dataset: ShardDataset, diffusion: GaussianDiffusion, edges: tuple[float, ...],
+    def __init__(self, config: Config, dataset: ShardDataset, objective: Objective, edges: tuple[float, ...],
                  ranks: Ranks, batch_size: int, shape: tuple[int, int, int],
                  stop: Callable[[], bool] = lambda: False):
         """`stop` is asked often; once it is true an evaluation is left out."""
         per_cluster, n_clusters = config.telemetry.reference_images, len(edges) - 1
-        self._diffusion, self._ranks, self._batch_size, self._stop = diffusion, ranks, batch_size, stop
+        self._objective, self._ranks, self._batch_size, self._stop = objective, ranks, batch_size, stop
         n = per_cluster * n_clusters
         # Evenly spaced inside each cluster, cluster by cluster; images and noise as a training step draws them.
         inside = (np.arange(per_cluster) + 0.5) / per_cluster
@@ -45,7 +46,7 @@ class ReferenceLoss:
         draws, self._cluster = draws.rows(mine), self._cluster[mine]
         info = dataset.info
         self._x_start = to_x_start(rows["latent"][mine], info.kind, info.scale_factor, draws.posterior)
-        self._t = diffusion.timesteps(torch.from_numpy(u).to(ranks.device), 0.0)[mine]
+        self._t = objective.draw(torch.from_numpy(u).to(ranks.device))[mine]
         self._y = take(to_condition(rows), mine)
         self._noise = draws.noise
 
@@ -68,7 +69,7 @@ class ReferenceLoss:
         for part in filter(len, shares):  # with more ranks than rows some have none
             if self._stop():
                 raise Stopped
-            losses = self._diffusion.training_losses(
+            losses = self._objective.training_losses(
                 model, self._x_start[part], self._t[part], self._noise[part], take(self._y, part)
             )
             member = (self._cluster[part] == torch.arange(self._n_clusters, device=part.device)[:, None]).double()

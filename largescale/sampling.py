@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from largescale.diffusion.gaussian import GaussianDiffusion, Model
 from largescale.diffusion.guidance import ClassifierFreeGuidance
-from largescale.diffusion.samplers import SamplerName, check_sampler, evaluations, sample
+from largescale.diffusion.objective import Model, SamplerName
+from largescale.diffusion.samplers import AnyObjective, check_sampler, evaluations, sample
 from largescale.draws import stream_seed
 from largescale.errors import ConfigError, Stopped
 from largescale.models.conditioning import Condition, moved
@@ -35,9 +35,9 @@ class SamplingConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the model's matrix products; the sampler's own arithmetic is fp32."""
 
-    def check(self, timesteps: int) -> None:
+    def check(self, objective: AnyObjective) -> None:
         """Raises ConfigError for what no sample could be drawn with."""
-        check_sampler(self.sampler, self.steps, timesteps, self.eta)
+        check_sampler(objective, self.sampler, self.steps, self.eta)
         self.guided(lambda x_t, t, y: x_t, null_label=0)
 
     def guided(self, model: Model, null_label: int) -> ClassifierFreeGuidance:
@@ -58,7 +58,7 @@ class SampleNoise:
 
 def draw_batches(
     model: Model,
-    diffusion: GaussianDiffusion,
+    objective: AnyObjective,
     config: SamplingConfig,
     *,
     index: Sequence[int],
@@ -82,7 +82,7 @@ def draw_batches(
         return model(*inputs)
 
     guided = config.guided(unless_stopped, num_classes)
-    rounds = evaluations(config.sampler, config.steps, diffusion.timesteps_total)
+    rounds = evaluations(objective, config.sampler, config.steps)
     for start in range(0, len(index), batch_size):
         part = index[start : start + batch_size]
         y = condition(part)
@@ -90,15 +90,15 @@ def draw_batches(
             raise ConfigError(f"label {y[outside][0]} lies outside the model's classes 0..{num_classes - 1}")
         noise = SampleNoise(config.seed, part, shape, device)
         yield part, sample(
-            diffusion, guided, noise(), moved(y, device), sampler=config.sampler, steps=config.steps, noise=noise,
+            objective, guided, noise(), moved(y, device), sampler=config.sampler, steps=config.steps, noise=noise,
             eta=config.eta, clip_denoised=config.clip_denoised, tick=partial(progress, len(part) / rounds),
         )
 
 
 def draw_samples(
-    model: Model, diffusion: GaussianDiffusion, config: SamplingConfig, *, index: Sequence[int],
+    model: Model, objective: AnyObjective, config: SamplingConfig, *, index: Sequence[int],
     shape: tuple[int, int, int], **how: Any,
 ) -> Tensor:
     """All samples of `draw_batches` at once: (N, C, H, W), on the CPU."""
-    drawn = [x.cpu() for _, x in draw_batches(model, diffusion, config, index=index, shape=shape, **how)]
+    drawn = [x.cpu() for _, x in draw_batches(model, objective, config, index=index, shape=shape, **how)]
     return torch.cat(drawn) if drawn else torch.empty(0, *shape)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from largescale.checkpoint_files import CheckpointDir
-from largescale.config import Config, differences, from_dict, to_dict, validate
+from largescale.config import Config, differences, from_dict, to_dict
 from largescale.ds_config import final_ds_config, precision
 from largescale.errors import CheckpointError, ConfigError, DataError, DeviceError, LargescaleError, StorageError
 from largescale.files import exclusive
@@ -24,6 +24,7 @@ from largescale.machine import cores, keep_freed_memory
 from largescale.presets import PRESETS
 from largescale.signals import EXIT_REQUEUE, serve_stop_signals, stop_requested
 from largescale.starts import read_starts
+from largescale.validation import validate
 
 LOCK_WAIT_S = 180  # a lease of NFS outlives the machine that held it
 
@@ -103,7 +104,8 @@ def run(config: Config, began_unix_s: float) -> int:
     config = dataclasses.replace(  # what `auto` stands for is the run's setting, which a later start is compared with
         config,
         optimizer=dataclasses.replace(config.optimizer, kernel=choose_kernel(config.optimizer, device)),
-        train=dataclasses.replace(config.train, compile=what_to_compile(config.train.compile, device)),
+        train=dataclasses.replace(config.train, compile=what_to_compile(
+            config.train.compile, device, config.model.architecture)),
     )
     ds = final_ds_config(config, env_world_size())
     ranks = Ranks(config.train.device, config.train.timeout_s + 60)  # the watch, which knows more, is first

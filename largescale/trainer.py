@@ -9,29 +9,29 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from largescale import agreed, trouble
 from largescale.anomaly import Skip, SpikeWatch, input_step, skipping
-from largescale.build import build_diffusion, build_model, latent_shape
+from largescale.augment import AUGMENT_NORMALS, AUGMENT_UNIFORMS, augment
+from largescale.build import build_model, build_noise_sampler, build_objective, flops_per_image, latent_shape
 from largescale.checkpoint import Checkpointer
 from largescale.checkpoint_files import CheckpointDir, client_state
 from largescale.compiling import Compiled, what_to_compile
-from largescale.config import Config, batch_layout, cluster_edges, pacing
-from largescale.curriculum import Curriculum
+from largescale.config import Config, batch_layout, make_curriculum
 from largescale.data.loader import Batch, DeviceBatches, Loader, to_condition, to_x_start
 from largescale.data.shards import ShardDataset
-from largescale.diffusion.gaussian import Losses
+from largescale.diffusion.objective import Losses
 from largescale.distributed import PendingVector, Ranks
-from largescale.draws import Draws, step_draws
+from largescale.draws import Draws, step_draws, stream_seed
 from largescale.ds_config import precision
 from largescale.engine import Engine, adam
 from largescale.errors import CheckpointError, DataError, LargescaleError, NonFiniteError, Stopped, StorageError
 from largescale.goodput import Goodput
 from largescale.meter import Meter
 from largescale.models.conditioning import CaptionEmbedder, drop
-from largescale.models.dit import flops_per_image
 from largescale.optim import build_optimizer
 from largescale.preview import Preview
 from largescale.profiling import Profile
@@ -41,6 +41,7 @@ from largescale.signals import stop_requested
 from largescale.telemetry import Telemetry
 from largescale.trouble import Trouble
 from largescale.watch import Watch
+from largescale.weighting import make_weighting, weighted
 
 READ_AGAIN_S = (1.0, 5.0, 15.0)  # pauses before data that could not be read are tried again
 
@@ -54,8 +55,10 @@ class Trainer:
         self.watch, self.identity, self.began_unix_s = watch, identity, began_unix_s
         self.micro_batch_size, self.grad_accum_steps = batch_layout(config, ranks.world_size)
         self.shape = latent_shape(config.model)
-        self.curriculum = Curriculum(cluster_edges(config), pacing(config))
-        self.diffusion = build_diffusion(config.diffusion, config.model.learn_sigma)
+        self.curriculum = make_curriculum(config)
+        self.objective = build_objective(config)
+        self.noise_sampler = build_noise_sampler(config, self.objective)
+        self.weighting = make_weighting(config.noise)
         torch.manual_seed(config.train.seed)
         model = build_model(config.model)
         model.checkpoint_blocks = config.train.activation_checkpointing
@@ -65,7 +68,7 @@ class Trainer:
         flops = 3 * flops_per_image(model) * config.train.global_batch_size
         self.engine = Engine(model, partial(
             build_optimizer, config=config.optimizer, device=config.train.device, deepspeed_adam=adam), ds)
-        what = what_to_compile(config.train.compile, config.train.device)
+        what = what_to_compile(config.train.compile, config.train.device, config.model.architecture)
         self.compiled = Compiled(model, what, config.train.device, config.run_dir / "compiled.bin")
         self.meter = Meter(
             config.train.global_batch_size, flops, ranks, precision(ds), self.curriculum.n_clusters,
@@ -78,6 +81,7 @@ class Trainer:
         self.went_back = 0      # by this process
         self._edges = torch.tensor(self.curriculum.edges, dtype=torch.float64, device=ranks.device)
         rows = torch.arange(config.train.global_batch_size, device=ranks.device)
+        self._rows_told = len(rows) if self.noise_sampler.needs_losses else 0  # whose losses all ranks learn
         self._rows = rows.view(self.grad_accum_steps, ranks.world_size, self.micro_batch_size)[:, ranks.rank]
 
     # ---- state
@@ -89,6 +93,7 @@ class Trainer:
             "samples_seen": self.step * self.config.train.global_batch_size,
             "skipped_steps": self.skipped_steps,
             "curriculum": self.curriculum.state_dict(),
+            "noise_sampler": self.noise_sampler.state_dict(),
             "skips": [asdict(skip) for skip in self.skips],
             "spikes": self.spikes.state_dict(),
         }
@@ -106,7 +111,10 @@ class Trainer:
         self.engine.gather_weights()
         self.step, self.skipped_steps = state["step"], state["skipped_steps"]
         self.curriculum.load_state_dict(state["curriculum"])
-        self.skips = [Skip(**skip) for skip in state.get("skips", [])]  # a checkpoint of format 1 has neither
+        # What follows is not in every checkpoint of an older version.
+        if "noise_sampler" in state:
+            self.noise_sampler.load_state_dict(state["noise_sampler"])
+        self.skips = [Skip(**skip) for skip in state.get("skips", [])]
         if "spikes" in state:
             self.spikes.load_state_dict(state["spikes"])
 
@@ -125,10 +133,10 @@ class Trainer:
                                world_size=self.ranks.world_size, from_step=self.step)
         self.saving = Saving(self.checkpointer, self.engine, self.meter, self.watch, telemetry, self.goodput)
         self.preview = self.ranks.together(
-            lambda: Preview(c, self.diffusion, self.engine, self.ranks, self.dataset, self.asked_to_stop)
+            lambda: Preview(c, self.objective, self.engine, self.ranks, self.dataset, self.asked_to_stop)
         )
         self.reference = self.ranks.together(lambda: ReferenceLoss(
-            c, self.dataset, self.diffusion, self.curriculum.edges, self.ranks, self.micro_batch_size, self.shape,
+            c, self.dataset, self.objective, self.curriculum.edges, self.ranks, self.micro_batch_size, self.shape,
             self.asked_to_stop,
         ))
         ended = None
@@ -214,15 +222,18 @@ class Trainer:
         `unread`, the step is made one that no rank applies."""
         lap = self.meter.lap
         with lap("draws"):
-            draws, tally = self.draws(), agreed.Tally(self._edges, self.ranks.rank, self.ranks.world_size)
+            draws, tally = self.draws(), agreed.Tally(
+                self._edges, self.ranks.rank, self.ranks.world_size, self._rows_told,
+                self.config.diffusion.timesteps if self._rows_told else 0)
         applied, pending = False, None
         for k in range(self.grad_accum_steps):
             with lap("forward"):
-                losses, t = self.losses(self.engine, self.batch, draws, k)
+                losses, t, importance = self.losses(self.engine, self.batch, draws, k)
                 if unread:
                     losses = losses._replace(loss=losses.loss * math.nan)
             with lap("agree"):
-                tally.add(losses, self.diffusion.noise_level(t))
+                of_rows = losses.loss / importance if self._rows_told else None  # as the papers' codes resample by
+                tally.add(losses, self.objective.noise_level(t), self._rows[k], of_rows)
                 if k == self.grad_accum_steps - 1:
                     pending = self.ranks.launch(tally.vector(
                         stop=stop_requested(), writing=self.checkpointer.writing,
@@ -234,39 +245,55 @@ class Trainer:
                 applied = self.engine.advance()
         with lap("agree"):
             assert isinstance(pending, PendingVector)
-            return agreed.read(pending.read(), self.curriculum.n_clusters), applied
+            return agreed.read(pending.read(), self.curriculum.n_clusters, self._rows_told), applied
 
     def draws(self) -> Draws:
         return step_draws(
             self.config.train.seed, self.input_step, self.config.train.global_batch_size, self.shape,
             dropout_prob=self.config.model.class_dropout_prob,
             posterior=self.dataset.info.kind == "moments", device=self.ranks.device,
+            augment=AUGMENT_UNIFORMS + AUGMENT_NORMALS if self.config.data.augment else 0,
         )
 
-    def losses(self, model: Any, batch: Batch, draws: Draws, k: int) -> tuple[Losses, Tensor]:
-        """Of this rank's k-th micro step: losses (B,) and timesteps (B,)."""
-        info = self.dataset.info
+    def losses(self, model: Any, batch: Batch, draws: Draws, k: int) -> tuple[Losses, Tensor, Tensor]:
+        """Of this rank's k-th micro step: losses, as they are optimised, times, and the resampling's factor on the
+        losses, (B,) each."""
+        info, objective = self.dataset.info, self.objective
         draws = draws.rows(self._rows[k])
         rows = {name: values[k] for name, values in batch.items()}
         x_start = to_x_start(rows["latent"], info.kind, info.scale_factor, draws.posterior)
         y = drop(to_condition(rows), draws.dropout, self.config.model.num_classes)
-        t = self.diffusion.timesteps(draws.v, self.curriculum.lowest)
-        return self.diffusion.training_losses(model, x_start, t, draws.noise, y), t
+        if draws.augment is not None:
+            uniform, normal = draws.augment.split((AUGMENT_UNIFORMS, AUGMENT_NORMALS), dim=1)
+            x_start, labels = augment(x_start, uniform, torch.special.ndtri(normal), self.config.data.augment)
+            model = partial(model, augment_labels=labels)
+        if self.config.model.architecture == "ddpmpp":  # drops activations by torch's own generator
+            layout = (self.grad_accum_steps, self.ranks.world_size)
+            part = np.ravel_multi_index((k, self.ranks.rank), layout) + self.input_step * math.prod(layout)
+            torch.manual_seed(stream_seed(self.config.train.seed, "network", int(part)))
+        active = self.curriculum.active
+        v, importance = self.noise_sampler.warp(draws.v, *objective.active(*active))
+        t = objective.draw(v, *active)
+        losses = objective.training_losses(model, x_start, t, draws.noise, y)
+        weight = self.weighting(objective.log_snr(t), objective.x_start_weight(t))
+        return losses._replace(loss=weighted(losses, weight, importance)), t, importance
 
     def count(self, report: agreed.Report) -> None:
         """An applied step: the only thing that moves the step counter and the curriculum."""
         self.step += 1
         self.meter.count(report)
         self.spikes.observe(report.loss)
+        if self.noise_sampler.needs_losses:
+            self.noise_sampler.observe([int(n) for n in report.row_bin], report.row_loss)
         before = self.curriculum.state
         if self.curriculum.observe(report.loss):
             self.spikes.new_stage()
-            index, lowest = self.curriculum.index, self.curriculum.lowest
-            active = f"training on u in [{lowest:.3g}, 1)" if lowest else "training on all noise levels"
+            index, (lowest, highest) = self.curriculum.index, self.curriculum.active
+            active = f"training on u in [{lowest:.3g}, {highest:.3g})"
             done = "the curriculum is complete" if index == 0 else active
             self.telemetry.event(
                 self.step, "transition", f"step {self.step}: curriculum index {before.index} -> {index}, {done}",
-                index=index, lowest=lowest,
+                index=index, lowest=lowest, highest=highest,
             )
 
     def do_what_is_due(self) -> None:
@@ -308,7 +335,8 @@ class Trainer:
         metrics = {
             **self.meter.read(),
             "curriculum/index": state.index,
-            "curriculum/lowest": curriculum.lowest,
+            "curriculum/lowest": curriculum.active[0],
+            "curriculum/highest": curriculum.active[1],
             "curriculum/patience": state.patience_count,
             "curriculum/best_loss": state.best_loss if math.isfinite(state.best_loss) else None,
             "optimizer/lr": self.engine.lr,
@@ -356,8 +384,8 @@ class Trainer:
 
         def micro_step(k: int) -> tuple[Tensor, Tensor]:
             self.watch.at("diagnosis")
-            losses, t = self.losses(self.engine.module, self.batch, draws, k)
-            return losses.loss, 1 + torch.bucketize(self.diffusion.noise_level(t), self._edges[1:-1], right=True)
+            losses, t, _ = self.losses(self.engine.module, self.batch, draws, k)
+            return losses.loss, 1 + torch.bucketize(self.objective.noise_level(t), self._edges[1:-1], right=True)
 
         return [partial(micro_step, k) for k in range(self.grad_accum_steps)]
 

@@ -6,21 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from largescale.build import build_diffusion, build_model
+from largescale.build import Network, build_model, build_objective
 from largescale.checkpoint_files import CheckpointDir, checkpoints, named_weights, newest_valid
 from largescale.config import Config, from_dict
-from largescale.diffusion.gaussian import GaussianDiffusion
+from largescale.diffusion.samplers import AnyObjective
 from largescale.errors import CheckpointError
-from largescale.models.dit import DiT
 
 EXPORT_WEIGHTS, EXPORT_CONFIG = "model.safetensors", "config.json"
 
 
 @dataclass(frozen=True)
 class Trained:
-    model: DiT
+    model: Network
     """EMA weights, fp32, in eval mode, on the CPU."""
-    diffusion: GaussianDiffusion
+    objective: AnyObjective
     config: Config
     info: dict[str, Any]
     """Where the weights are from: step, curriculum state, data set."""
@@ -64,8 +63,8 @@ def load_trained(path: Path, step: int | None = None) -> Trained:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"the weights in {path} are not those of its config: {error}") from error
-    diffusion = build_diffusion(config.diffusion, config.model.learn_sigma)
-    return Trained(model.eval(), diffusion, config, {k: v for k, v in description.items() if k != "config"})
+    info = {key: value for key, value in description.items() if key != "config"}
+    return Trained(model.eval(), build_objective(config), config, info)
 
 
 def describe(checkpoint: CheckpointDir) -> dict[str, Any]:

@@ -4,26 +4,16 @@ Equations: Ho et al., arXiv:2006.11239 (DDPM); Nichol and Dhariwal, arXiv:2102.0
 """
 
 import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from largescale.diffusion.schedule import alphas_cumprod, respaced_betas
+from largescale.diffusion.objective import Losses, Model, SamplerName, check_draw
+from largescale.diffusion.schedule import alphas_cumprod, log_snr, respaced_betas
 from largescale.errors import ConfigError
 from largescale.models.conditioning import Condition
-
-Model = Callable[[Tensor, Tensor, Condition], Tensor]  # (x_t, t, y) -> model_output
-
-
-class Losses(NamedTuple):
-    """Per sample, (N,) float32: loss = mse + vb. mse per element; vb in bits per element, 0 without `learn_sigma`."""
-
-    loss: Tensor
-    mse: Tensor
-    vb: Tensor
 
 
 class Prediction(NamedTuple):
@@ -37,6 +27,9 @@ class Prediction(NamedTuple):
 
 class GaussianDiffusion:
     """Images (N, C, H, W), timesteps t (N,) int64 in 0 .. T - 1, 0 = least noise. Arithmetic is float32 throughout."""
+
+    samplers: ClassVar[tuple[SamplerName, ...]] = ("ddpm", "ddim", "dpm++2m", "euler", "heun")
+    default_steps: ClassVar[int] = 250
 
     def __init__(self, betas: np.ndarray, *, learn_sigma: bool, fixed_variance: Literal["small", "large"] = "small",
                  timestep_map: np.ndarray | None = None):
@@ -85,6 +78,7 @@ class GaussianDiffusion:
     def _table(self, name: str, t: Tensor) -> Tensor:
         if t.device not in self._on_device:                    # once a device: no host-to-device copy in a step
             tables = {key: torch.from_numpy(table).float().to(t.device) for key, table in self.tables.items()}
+            tables["log_snr"] = torch.from_numpy(log_snr(self.betas)).to(t.device)              # float64
             tables["timestep_map"] = torch.from_numpy(self.timestep_map).to(t.device)
             self._on_device[t.device] = tables
         return self._on_device[t.device][name][t]
@@ -93,21 +87,32 @@ class GaussianDiffusion:
         """`tables[name]` at t as float32 (N, 1, 1, 1)."""
         return self._table(name, t)[:, None, None, None]
 
-    def timesteps(self, v: Tensor, lowest: float) -> Tensor:
-        """t, (N,) int64, uniform over the timesteps whose noise level is not below `lowest`.
+    def _integers(self, low: float, high: float) -> tuple[int, int]:
+        """First and last of the timesteps whose noise level lies in [low, high); the nearest one where none does."""
+        first, end = (math.ceil(u * self.timesteps_total - 0.5) for u in (low, high))
+        first = min(first, self.timesteps_total - 1)
+        return first, max(first, end - 1)
 
-        `v`: (N,) float64, uniform in the open (0, 1). `lowest`: noise level in [0, 1), the curriculum's.
-        """
-        if v.dtype != torch.float64 or not 0 <= lowest < 1:
-            raise ConfigError(f"timesteps needs float64 v and lowest in [0, 1), got {v.dtype} and lowest={lowest}; "
-                              "draw v in float64, take lowest from Curriculum.lowest")
-        first = math.ceil(lowest * self.timesteps_total - 0.5)  # of the timesteps with noise_level(t) >= lowest
-        t = first + (v * (self.timesteps_total - first)).floor().long()
-        return t.clamp(max=self.timesteps_total - 1)           # also where no timestep is above lowest
+    def active(self, low: float, high: float) -> tuple[float, float]:
+        first, last = self._integers(low, high)
+        return first / self.timesteps_total, (last + 1) / self.timesteps_total
+
+    def draw(self, v: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """t, (N,) int64, uniform over the timesteps whose noise level lies in [low, high)."""
+        check_draw(v, low, high)
+        first, last = self._integers(low, high)
+        return (first + (v * (last + 1 - first)).floor().long()).clamp(max=last)
 
     def noise_level(self, t: Tensor) -> Tensor:
-        """u in (0, 1), (N,) float64: the middle of the share of the noise axis that t stands for."""
+        """The middle of the share of the noise axis that t stands for."""
         return (t.double() + 0.5) / self.timesteps_total
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return self._table("log_snr", t)
+
+    def x_start_weight(self, t: Tensor) -> Tensor:
+        """x_start = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar), so |eps error|^2 = SNR |x_start error|^2."""
+        return self.log_snr(t).exp()
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t given x_start, DDPM eq. 4."""

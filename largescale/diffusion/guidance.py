@@ -4,9 +4,14 @@ levels only, Kynkaanniemi et al., arXiv:2404.07724."""
 import torch
 from torch import Tensor
 
-from largescale.diffusion.gaussian import Model
+from largescale.diffusion.objective import Model
 from largescale.errors import ConfigError
 from largescale.models.conditioning import Condition, drop, joined
+
+
+def at(model: "Model | ClassifierFreeGuidance", u: float) -> Model:
+    """The model to ask at noise level u in (0, 1)."""
+    return model.at(u) if isinstance(model, ClassifierFreeGuidance) else model
 
 
 class ClassifierFreeGuidance:

@@ -1,6 +1,6 @@
-"""Samplers over respaced timesteps: DDPM (arXiv:2006.11239, algorithm 2), DDIM (arXiv:2010.02502, eq. 12),
-DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2), and Euler's and Heun's methods on the probability flow ODE
-(arXiv:2206.00364, eq. 3).
+"""`sample`, for any objective; and the samplers of Gaussian diffusion, over respaced timesteps: DDPM (arXiv:2006.11239,
+algorithm 2), DDIM (arXiv:2010.02502, eq. 12), DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2), and Euler's and Heun's
+methods on the probability flow ODE (arXiv:2206.00364, eq. 3).
 
 A step of DDPM and DDIM is a pure function that returns the mean and the standard deviation of x_{t-1}; `sample` adds
 the noise. The others are deterministic; their coefficients are floats, from the float64 tables on the host.
@@ -8,26 +8,25 @@ the noise. The others are deterministic; their coefficients are floats, from the
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from largescale.diffusion.gaussian import GaussianDiffusion, Model
-from largescale.diffusion.guidance import ClassifierFreeGuidance
+from largescale.diffusion.edm import Edm
+from largescale.diffusion.flow import Flow
+from largescale.diffusion.gaussian import GaussianDiffusion
+from largescale.diffusion.guidance import ClassifierFreeGuidance, at
+from largescale.diffusion.objective import Model, SamplerName
 from largescale.diffusion.ode import euler, heun
 from largescale.diffusion.schedule import space_timesteps
 from largescale.errors import ConfigError
 from largescale.models.conditioning import Condition
 
-SamplerName = Literal["ddpm", "ddim", "dpm++2m", "euler", "heun"]
-SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
+AnyObjective = GaussianDiffusion | Flow | Edm
 
 
 def _kept_timesteps(sampler: str, steps: int | str, timesteps: int) -> np.ndarray:
-    if sampler not in SAMPLERS:
-        raise ConfigError(f"unknown sampler={sampler!r}; choose one of {', '.join(SAMPLERS)}")
     if sampler == "dpm++2m" and str(steps).isdecimal() and int(steps) < timesteps:
         # As diffusers has it: without t = 0, towards which the extrapolation would reach too far.
         kept = space_timesteps(timesteps, int(steps) + 1)[1:]
@@ -38,23 +37,28 @@ def _kept_timesteps(sampler: str, steps: int | str, timesteps: int) -> np.ndarra
     return kept
 
 
-def evaluations(sampler: SamplerName, steps: int | str, timesteps: int) -> int:
-    """How often `sample` asks the model: 2n - 1 times for Heun's n steps, n times for the others'.
-
-    `steps`: as `space_timesteps` takes them. `timesteps`: T. Raises ConfigError where `sample` would.
-    """
-    count = len(_kept_timesteps(sampler, steps, timesteps))
+def evaluations(objective: AnyObjective, sampler: SamplerName, steps: int | str) -> int:
+    """How often `sample` asks the model. Raises ConfigError where `sample` would."""
+    check_sampler(objective, sampler, steps, eta=0.0)
+    if not isinstance(objective, GaussianDiffusion):
+        return objective.evaluations(sampler, int(steps))
+    count = len(_kept_timesteps(sampler, steps, objective.timesteps_total))
     return 2 * count - 1 if sampler == "heun" else count
 
 
-def check_sampler(sampler: str, steps: int | str, timesteps: int, eta: float) -> np.ndarray:
-    """The timesteps that are kept, int64, rising. Raises ConfigError for what `sample` could not do."""
-    kept = _kept_timesteps(sampler, steps, timesteps)
+def check_sampler(objective: AnyObjective, sampler: str, steps: int | str, eta: float) -> None:
+    """Raises ConfigError for what `sample` could not do."""
+    if sampler not in objective.samplers:
+        raise ConfigError(f"unknown sampler={sampler!r} for {type(objective).__name__}; choose one of "
+                          f"{', '.join(objective.samplers)}")
     if not 0 <= eta <= 1:
         raise ConfigError(f"eta={eta} must lie from 0, no noise, to 1, DDPM's; and be 0 but for sampler=ddim")
     if sampler != "ddim" and eta:
         raise ConfigError(f"eta={eta} is a setting of ddim; leave it 0, or use sampler=ddim")
-    return kept
+    if isinstance(objective, GaussianDiffusion):
+        _kept_timesteps(sampler, steps, objective.timesteps_total)
+    elif not str(steps).isdecimal() or int(steps) < 2:
+        raise ConfigError(f"steps={steps!r} must be a count of 2 or more")
 
 
 def ddpm_step(diffusion: GaussianDiffusion, model_output: Tensor, x_t: Tensor, t: Tensor,
@@ -121,7 +125,7 @@ def _probability_flow(diffusion: GaussianDiffusion, x_start_at: Callable[[Tensor
 
 @torch.no_grad()
 def sample(
-    diffusion: GaussianDiffusion,
+    objective: AnyObjective,
     model: Model | ClassifierFreeGuidance,
     x_T: Tensor,
     y: Condition,
@@ -135,23 +139,27 @@ def sample(
 ) -> Tensor:
     """x_0, (N, C, H, W) float32, from pure noise x_T (N, C, H, W) and conditions y.
 
-    `diffusion`: the one trained with, over all T timesteps. `model`: guidance is asked for the model of each noise
-    level. `steps`: as `space_timesteps` takes them.
+    `objective`: the one trained with, over all T timesteps. `model`: guidance is asked for the model of each noise
+    level. `steps`: a count; for Gaussian diffusion as `space_timesteps` takes them.
     `noise(i)`: noise of x_T's shape for the i-th step, i = 0 .. steps - 2 in the order taken; not asked for where it
-    would not be used, so only by ddpm, and ddim with `eta`.
-    `eta`: ddim's, 0 to 1. `clip_denoised`: holds every predicted image in [-1, 1].
+    would not be used, so only by ddpm, ddim with `eta`, and sde.
+    `eta`: ddim's, 0 to 1. `clip_denoised`: holds every predicted image in [-1, 1]; of Gaussian diffusion only.
     `tick` is called after each of the `evaluations`.
     """
-    kept = check_sampler(sampler, steps, diffusion.timesteps_total, eta)
-    respaced = diffusion.respaced(kept)
+    check_sampler(objective, sampler, steps, eta)
+    if not isinstance(objective, GaussianDiffusion):
+        if clip_denoised:
+            raise ConfigError(f"clip_denoised is a setting of Gaussian diffusion; {type(objective).__name__} has none")
+        return objective.sample(model, x_T.float(), y, sampler=sampler, steps=int(steps), noise=noise, tick=tick)
+    diffusion = objective
+    respaced = diffusion.respaced(_kept_timesteps(sampler, steps, diffusion.timesteps_total))
     last = respaced.timesteps_total - 1
 
     def asked(x_t: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
         """What the model says at one of the kept timesteps, and that timestep for each image."""
         t = torch.full((len(x_t),), timestep, device=x_t.device)
         u = (int(respaced.timestep_map[timestep]) + 0.5) / diffusion.timesteps_total  # on the host; see noise_level
-        at_u = model.at(u) if isinstance(model, ClassifierFreeGuidance) else model
-        model_output = respaced.model_output(at_u, x_t, t, y)
+        model_output = respaced.model_output(at(model, u), x_t, t, y)
         tick()
         return model_output, t
 

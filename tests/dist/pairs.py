@@ -33,7 +33,8 @@ from torch import Tensor
 os.environ["DS_ACCELERATOR"] = "cpu"
 from largescale import distributed, train
 from largescale.data.loader import Batch, Loader
-from largescale.diffusion.gaussian import GaussianDiffusion, Losses
+from largescale.diffusion.gaussian import GaussianDiffusion
+from largescale.diffusion.objective import Losses
 from largescale.draws import Draws
 from largescale.engine import Engine, plain
 from largescale.trainer import Trainer

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from largescale.agreed import Tally, read
-from largescale.diffusion.gaussian import Losses
+from largescale.diffusion.objective import Losses
 
 EDGES = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
 

@@ -87,6 +87,79 @@ def test_no_pacing_is_vanilla() -> None:
     assert curriculum.lowest == 0.0 and not curriculum.observe(1.0) and curriculum.index == 0
 
 
+# (order, stages) -> active clusters (first, last) of stages 1 .. 4, and when all are through
+ACTIVE = {
+    ("easy_first", "accumulating"): [(4, 4), (3, 4), (2, 4), (1, 4), (1, 4)],
+    ("hard_first", "accumulating"): [(1, 1), (1, 2), (1, 3), (1, 4), (1, 4)],
+    ("easy_first", "separate"): [(4, 4), (3, 3), (2, 2), (1, 1), (1, 4)],
+    ("hard_first", "separate"): [(1, 1), (2, 2), (3, 3), (4, 4), (1, 4)],
+}
+EDGES = (0.0, 0.1, 0.3, 0.6, 1.0)
+
+
+@pytest.mark.parametrize("order, stages", ACTIVE)
+@pytest.mark.parametrize("pacing", [PatiencePacing(0), FixedPacing(2)])
+def test_which_clusters_are_active(order, stages, pacing) -> None:
+    curriculum = Curriculum(EDGES, pacing, order=order, stages=stages)
+    active, indices = [curriculum.active], [curriculum.index]
+    for _ in range(30):
+        assert curriculum.lowest == curriculum.active[0]
+        if curriculum.observe(1.0):
+            active.append(curriculum.active)
+            indices.append(curriculum.index)
+    assert indices == [4, 3, 2, 1, 0]
+    assert active == [(EDGES[first - 1], EDGES[last]) for first, last in ACTIVE[order, stages]]
+    assert Curriculum(EDGES, NoPacing(), order=order, stages=stages).active == (0.0, 1.0)
+
+
+def test_one_cluster_alone() -> None:
+    for k in range(1, 5):
+        curriculum = Curriculum(EDGES, NoPacing(), only_cluster=k)
+        for _ in range(3):
+            assert curriculum.active == (EDGES[k - 1], EDGES[k]) and not curriculum.observe(1.0)
+    for pacing in (PatiencePacing(9), FixedPacing(9)):
+        with pytest.raises(ConfigError, match="only_cluster=2 stays.*--curriculum.pacing none"):
+            Curriculum(EDGES, pacing, only_cluster=2)
+
+
+@pytest.mark.parametrize("wrong, named", [
+    ({"order": "random"}, "'random'; choose easy_first or hard_first"),
+    ({"stages": "both"}, "'both'; choose accumulating or separate"),
+    ({"only_cluster": 5}, "only_cluster=5 must be one of the clusters 1..4, or 0"),
+    ({"only_cluster": -1}, "only_cluster=-1"),
+])
+def test_settings_that_are_none(wrong, named) -> None:
+    with pytest.raises(ConfigError, match=named):
+        Curriculum(EDGES, NoPacing(), **wrong)
+
+
+@pytest.mark.parametrize("other, named", [
+    ({"order": "hard_first"}, "has order=easy_first, the saved state has order=hard_first.*--curriculum.order hard_first"),
+    ({"stages": "separate"}, "has stages=accumulating, the saved state has stages=separate.*--curriculum.stages separate"),
+    ({"only_cluster": 3}, "has only_cluster=0, the saved state has only_cluster=3.*--curriculum.only-cluster 3"),
+])
+def test_state_of_another_order_is_refused(other, named) -> None:
+    saved = Curriculum(EDGES, NoPacing(), **other).state_dict()
+    mine = Curriculum(EDGES, NoPacing())
+    with pytest.raises(CheckpointError, match=named):
+        mine.load_state_dict(saved)
+    Curriculum(EDGES, NoPacing(), **other).load_state_dict(json.loads(json.dumps(saved)))
+
+
+def test_a_state_saved_before_there_were_orders_is_the_papers() -> None:
+    first = Curriculum(EDGES, PatiencePacing(1))
+    for _ in range(4):
+        first.observe(1.0)
+    old = first.state_dict()
+    for key in ("order", "stages", "only_cluster"):
+        del old[key]
+    again = Curriculum(EDGES, PatiencePacing(1))
+    again.load_state_dict(old)
+    assert again.state_dict() == first.state_dict() and again.index == 3
+    with pytest.raises(CheckpointError, match="saved state has order=easy_first"):
+        Curriculum(EDGES, PatiencePacing(1), order="hard_first").load_state_dict(old)
+
+
 def test_state_survives_json_and_refuses_other_clusters() -> None:
     first, again = (Curriculum(uniform_clusters(5), PatiencePacing(2)) for _ in range(2))
     losses = list(np.random.default_rng(1).random(40))
@@ -124,6 +197,28 @@ def test_snr_clusters_match_the_reference_schedule() -> None:
         assert linear[t] <= reference < linear[t - 1]
     with pytest.raises(ConfigError, match="n_clusters=1000 leaves a cluster without"):
         snr_clusters(1000, linear, cosine)
+
+
+@pytest.mark.parametrize("own, reference, timesteps, asked", [
+    ("linear", "cosine", 1000, 1000), ("linear", "cosine", 1000, 400), ("linear", "cosine", 100, 250),
+    ("cosine", "linear", 1000, 300), ("linear", "linear", 50, 70),
+])
+def test_where_snr_clusters_come_out_empty_the_most_that_work_are_named(own, reference, timesteps, asked) -> None:
+    mine, other = (log_snr(make_betas(name, timesteps)) for name in (own, reference))
+
+    def empty_cluster(n: int) -> bool:
+        """By hand: a cluster's timesteps are those whose SNR lies between two of the reference's."""
+        marks = [other[min(round(i / n * timesteps), timesteps - 1)] for i in range(1, n)]
+        counts = np.histogram(-mine, np.array([-math.inf, *(-np.array(marks)), math.inf]))[0]
+        return n > timesteps or 0 in counts
+
+    with pytest.raises(ConfigError, match=rf"n_clusters={asked} leaves.*--curriculum.clusters uniform") as error:
+        snr_clusters(asked, mine, other)
+    most = int(re.search(r"use at most N=(\d+), or", str(error.value))[1])
+    assert 1 < most < asked
+    assert len(snr_clusters(most, mine, other)) == most + 1
+    for n in range(most, asked + 1):
+        assert empty_cluster(n) == (n > most), n
 
 
 def test_the_config_chooses_clusters() -> None:

@@ -8,13 +8,14 @@ CPU = torch.device("cpu")
 
 
 def draws(step: int = 3, seed: int = 0, n: int = 12, posterior: bool = True) -> Draws:
-    return step_draws(seed, step, n, (2, 4, 4), dropout_prob=0.3, posterior=posterior, device=CPU)
+    return step_draws(seed, step, n, (2, 4, 4), dropout_prob=0.3, posterior=posterior, device=CPU, augment=3)
 
 
 def test_a_function_of_seed_and_step() -> None:
     torch.manual_seed(1)
     first = draws()
     torch.rand(100)
+    assert first.augment is not None
     assert all(torch.equal(a, b) for a, b in zip(vars(first).values(), vars(draws()).values(), strict=True))
     for other in (draws(step=4), draws(seed=1)):
         assert not torch.equal(first.noise, other.noise) and not torch.equal(first.v, other.v)
@@ -37,6 +38,7 @@ def test_streams_are_separate() -> None:
     assert without.posterior is None
     assert torch.equal(with_posterior.noise, without.noise) and torch.equal(with_posterior.dropout, without.dropout)
     assert not torch.equal(with_posterior.noise, with_posterior.posterior)
+    assert not torch.isin(with_posterior.augment, with_posterior.v).any()
 
 
 def test_rows_of_all_ranks_are_the_global_batch() -> None:
@@ -46,6 +48,7 @@ def test_rows_of_all_ranks_are_the_global_batch() -> None:
         parts = [whole.rows(layout[0, rank]) for rank in range(world_size)]
         assert torch.equal(torch.cat([part.noise for part in parts]), whole.noise)
         assert torch.equal(torch.cat([part.v for part in parts]), whole.v)
+        assert torch.equal(torch.cat([part.augment for part in parts]), whole.augment)
 
 
 def test_distributions() -> None:
@@ -75,5 +78,5 @@ def test_no_two_steps_share_a_seed() -> None:
 
 def test_the_interval_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
     """A zero, which torch.rand gives once in 2**53 draws, would be an infinite SNR."""
-    monkeypatch.setattr(torch, "rand", lambda n, **settings: torch.zeros(n, dtype=settings["dtype"]))
+    monkeypatch.setattr(torch, "rand", lambda *shape, **settings: torch.zeros(*shape, dtype=settings["dtype"]))
     assert (draws().v > 0).all()

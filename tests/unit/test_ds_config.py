@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from largescale.config import Config, TrainConfig, batch_layout, from_dict, to_dict, validate
+from largescale.config import Config, TrainConfig, batch_layout, from_dict, to_dict
 from largescale.ds_config import final_ds_config, load_ds_config, precision
 from largescale.errors import ConfigError
 from largescale.presets import PRESETS, digits
+from largescale.validation import validate
 
 ROOT = Path(__file__).parents[2]
 JSONS = sorted((ROOT / "ds_configs").glob("*.json"))

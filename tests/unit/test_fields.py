@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from largescale.build import build_diffusion, build_model
+from largescale.build import build_model, build_objective
 from largescale.checkpoint_files import checkpoints
 from largescale.config import Config, DiffusionConfig, ModelConfig, flatten, to_dict
 from largescale.data.loader import Loader
 from largescale.data.shards import ShardDataset
+from largescale.diffusion.gaussian import GaussianDiffusion
 from tests.conftest import CAPTIONED, RunHere, final_state, trace
 
 # key: (another value, further settings that both runs have)
@@ -27,11 +28,34 @@ CHANGES_WHAT_IS_COMPUTED: dict[str, tuple[str, str]] = {
     "model.null_caption": ("learned", "CAPTIONED"),
     "diffusion.schedule": ("linear", ""),
     "diffusion.timesteps": ("500", ""),
+    "diffusion.objective": ("flow", ""),
+    "diffusion.interpolant": ("gvp", "--diffusion.objective flow"),
+    "diffusion.p_mean": ("-1", "PRESET debug_edm"),
+    "diffusion.p_std": ("1", "PRESET debug_edm"),
+    "diffusion.sigma_data": ("1", "PRESET debug_edm"),
+    "model.unet.model_channels": ("8", "PRESET debug_edm"),
+    "model.unet.channel_mult": ("2 1", "PRESET debug_edm"),
+    "model.unet.num_blocks": ("2", "PRESET debug_edm"),
+    "model.unet.attn_resolutions": ("16", "PRESET debug_edm"),
+    "model.unet.dropout": ("0.5", "PRESET debug_edm"),
+    "model.unet.augment_dim": ("9", "PRESET debug_edm"),
+    "data.augment": ("0.5", "PRESET debug_edm --model.unet.augment-dim 9"),
     "curriculum.clusters": ("snr", "--diffusion.schedule linear"),
     "curriculum.n_clusters": ("4", ""),
     "curriculum.pacing": ("none", ""),
     "curriculum.patience": ("0", ""),
     "curriculum.interval": ("2", "--curriculum.pacing fixed"),
+    "curriculum.order": ("hard_first", ""),
+    "curriculum.stages": ("separate", ""),
+    "curriculum.only_cluster": ("2", "--curriculum.pacing none"),
+    "noise.sampling": ("logit_normal", ""),
+    "noise.logit_mean": ("0.5", "--noise.sampling logit_normal"),
+    "noise.logit_std": ("0.5", "--noise.sampling logit_normal"),
+    "noise.speed_ratio": ("2", "--noise.sampling speed --curriculum.pacing none"),
+    "noise.weighting": ("min_snr", "--curriculum.pacing none"),
+    "noise.min_snr_gamma": ("0.1", "--noise.weighting min_snr --curriculum.pacing none"),
+    "noise.p2_gamma": ("0.5", "--noise.weighting p2"),
+    "noise.p2_k": ("2", "--noise.weighting p2"),
     "data.horizontal_flip": ("yes", ""),
     "optimizer.lr": ("1e-4", ""),
     "optimizer.betas": ("0.5 0.9", ""),
@@ -48,6 +72,7 @@ ELSEWHERE = {
     "output": "test_run_dir",
     "dry_run": "test_dry_run_starts_nothing",
     "profile": "test_profile",
+    "model.architecture": "test_another_architecture",
     "model.input_size": "test_shape_of_the_data",
     "model.in_channels": "test_shape_of_the_data",
     "model.caption_tokens": "test_captions_that_do_not_fit_the_model",
@@ -101,16 +126,29 @@ def test_no_field_is_forgotten() -> None:
 @pytest.mark.parametrize("key", CHANGES_WHAT_IS_COMPUTED)
 def test_field_changes_what_is_computed(key: str, run_here: RunHere, captioned: Path, tmp_path: Path) -> None:
     value, common = CHANGES_WHAT_IS_COMPUTED[key]
-    settings: tuple[Any, ...] = ("--train.steps", 8, *common.split())
+    words, preset = common.split(), "debug"
+    if words[:1] == ["PRESET"]:
+        preset, words = words[1], words[2:]
+    settings: tuple[Any, ...] = ("--train.steps", 8, *words)
     if common == "CAPTIONED":
         settings = ("--train.steps", 8, "--data.path", captioned, *CAPTIONED)
-    base = run_here(*settings, output=tmp_path / "base")
-    again = run_here(*settings, output=tmp_path / "again")
-    other = run_here(*settings, *flags(key, value), output=tmp_path / "other")
+    base = run_here(*settings, preset=preset, output=tmp_path / "base")
+    again = run_here(*settings, preset=preset, output=tmp_path / "again")
+    other = run_here(*settings, *flags(key, value), preset=preset, output=tmp_path / "other")
     assert (base.code, other.code) == (0, 0), other.err
     assert base.trace() == again.trace()
     losses = [[row["loss"] for row in outcome.trace()] for outcome in (base, other)]
     assert losses[0] != losses[1]  # not only the value itself, which is in the trace as well
+
+
+def test_another_architecture(run_here: RunHere, tmp_path: Path) -> None:
+    """The same data, draws and steps; its own fields are of no use to the other, which is said."""
+    unet = run_here("--train.steps", 3, preset="debug_edm", output=tmp_path / "unet")
+    dit = run_here("--train.steps", 3, "--diffusion.objective", "edm", "--model.no-learn-sigma", output=tmp_path / "dit")
+    assert (unet.code, dit.code) == (0, 0), unet.err + dit.err
+    assert [row["loss"] for row in unet.trace()] != [row["loss"] for row in dit.trace()]
+    mixed = run_here("--model.architecture", "dit", preset="debug_edm", output=tmp_path / "mixed")
+    assert mixed.code == 2 and "only model.architecture=ddpmpp reads it" in mixed.err
 
 
 def test_ema_decay(run_here: RunHere, tmp_path: Path) -> None:
@@ -195,7 +233,11 @@ def test_run_dir() -> None:
 
 def test_fixed_variance() -> None:
     x, t = torch.ones(1, 1, 2, 2), torch.tensor([500])
-    small, large = (build_diffusion(DiffusionConfig(fixed_variance=v), learn_sigma=False) for v in ("small", "large"))
+    small, large = (
+        build_objective(Config("x", model=ModelConfig(learn_sigma=False), diffusion=DiffusionConfig(fixed_variance=v)))
+        for v in ("small", "large")
+    )
+    assert isinstance(small, GaussianDiffusion) and isinstance(large, GaussianDiffusion)
     assert (small.p_mean_variance(x, x, t).variance < large.p_mean_variance(x, x, t).variance).all()
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from largescale import fit
-from largescale.build import build_diffusion, build_model
+from largescale.build import build_model, build_objective
 from largescale.config import Config, TrainConfig, batch_layout
 from largescale.ds_config import final_ds_config
 from largescale.errors import ConfigError, DeviceError, LostRankError
@@ -173,7 +173,7 @@ def test_a_pass_drops_the_gradients_as_they_come(told: str) -> None:
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:
         p.register_post_accumulate_grad_hook(drop)
-    assert fit.passes(config, model, build_diffusion(config.diffusion, True), torch.device("cpu"), 3)
+    assert fit.passes(config, model, build_objective(config), torch.device("cpu"), 3)
     assert came == [True] * len(trainable) and all(p.grad is None for p in trainable)
 
 

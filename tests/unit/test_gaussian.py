@@ -139,7 +139,7 @@ LOWEST = [0.0, 1e-9, 0.0004, 0.0005, 0.0006, 1 / 3, 0.5, 2 / 3, 0.95, 0.998, 0.9
 def test_timesteps_cover_exactly_the_active_levels(lowest, timesteps):
     diffusion = make(timesteps=timesteps)
     v = torch.tensor([2.0**-1074, 2**-53, 1 - 2**-53, 1.0], dtype=torch.float64)  # and one that was rounded to 1
-    t = diffusion.timesteps(v, lowest)
+    t = diffusion.draw(v, lowest)
     assert t.dtype == torch.int64
     first = t[0].item()
     assert t.tolist() == [first, first, timesteps - 1, timesteps - 1]
@@ -148,21 +148,34 @@ def test_timesteps_cover_exactly_the_active_levels(lowest, timesteps):
     assert first == 0 or diffusion.noise_level(t[:1] - 1).item() < lowest
 
 
+@pytest.mark.parametrize("timesteps", [2, 7, 1000])
+@pytest.mark.parametrize("low, high", [(0, 0.05), (0.5, 0.55), (0.95, 1), (1 / 3, 2 / 3), (0.1, 0.1001), (0.9999, 1)])
+def test_between_two_levels(low, high, timesteps):
+    """Exactly the timesteps whose noise level lies there; one that is near where none does."""
+    diffusion = make(timesteps=timesteps)
+    t = diffusion.draw(torch.tensor([2.0**-1074, 1 - 2**-53, 1.0], dtype=torch.float64), low, high)
+    inside = [i for i in range(timesteps) if low <= (i + 0.5) / timesteps < high]
+    assert [t[0].item(), t[1].item(), t[2].item()] == ([inside[0], inside[-1], inside[-1]] if inside else [t[0].item()] * 3)
+    assert diffusion.active(low, high) == (t[0].item() / timesteps, (t[1].item() + 1) / timesteps)
+    assert inside or abs((t[0].item() + 0.5) / timesteps - low) <= 1 / timesteps
+
+
 @pytest.mark.parametrize("i", range(20))
 def test_cluster_edges_become_integer_edges(i):
-    assert make().timesteps(torch.tensor([1e-300], dtype=torch.float64), i / 20).item() == 50 * i
+    assert make().draw(torch.tensor([1e-300], dtype=torch.float64), i / 20).item() == 50 * i
 
 
 def test_timesteps_are_uniform():
     v = (torch.arange(6000, dtype=torch.float64) + 0.5) / 6000           # each of 300 timesteps takes 20
-    assert make().timesteps(v, 0.7).bincount(minlength=1000).tolist() == [0] * 700 + [20] * 300
+    assert make().draw(v, 0.7).bincount(minlength=1000).tolist() == [0] * 700 + [20] * 300
+    assert make().draw(v, 0.2, 0.5).bincount(minlength=1000).tolist() == [0] * 200 + [20] * 300 + [0] * 500
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_snr_falls_as_u_rises(schedule):
     diffusion = make(schedule)
     v = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    t = diffusion.timesteps(v, 0.0)
+    t = diffusion.draw(v)
     u = diffusion.noise_level(t)
     assert u.dtype == torch.float64 and (u.diff() > 0).all() and u[0] > 0 and u[-1] < 1
     torch.testing.assert_close(u, v, rtol=0, atol=1e-12)
@@ -190,10 +203,11 @@ def test_tables_are_moved_to_a_device_once():
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: make().timesteps(torch.rand(2, dtype=torch.float64), 1.0), "lowest=1.0"),
-    (lambda: make().timesteps(torch.rand(2, dtype=torch.float64), -0.1), "lowest=-0.1"),
-    (lambda: make().timesteps(torch.rand(2, dtype=torch.float64), float("nan")), "lowest=nan"),
-    (lambda: make().timesteps(torch.rand(2), 0.0), "float64 v .* got torch.float32"),
+    (lambda: make().draw(torch.rand(2, dtype=torch.float64), 1.0), r"0 <= low < high <= 1, got .*\[1.0, 1.0\)"),
+    (lambda: make().draw(torch.rand(2, dtype=torch.float64), -0.1), r"\[-0.1, 1.0\)"),
+    (lambda: make().draw(torch.rand(2, dtype=torch.float64), float("nan")), r"\[nan, 1.0\)"),
+    (lambda: make().draw(torch.rand(2, dtype=torch.float64), 0.5, 0.5), r"\[0.5, 0.5\)"),
+    (lambda: make().draw(torch.rand(2), 0.0), "float64 v .* got torch.float32"),
     (lambda: make(learn_sigma=False).p_mean_variance(OUTPUT, NOISE, T_REF), "8 channels for 4-channel .* needs 4"),
     (lambda: make().p_mean_variance(OUTPUT[:, :4], NOISE, T_REF), "4 channels for 4-channel .* needs 8"),
     (lambda: make(fixed_variance="medium"), "'medium'; choose small or large"),

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from largescale.build import build_model
-from largescale.config import ModelConfig, validate
+from largescale.config import ModelConfig
 from largescale.errors import ConfigError
 from largescale.presets import DIT_SIZES, PRESETS
+from largescale.validation import validate
 
 
 def parameters(m: ModelConfig) -> tuple[int, int]:
@@ -39,6 +40,8 @@ def test_every_preset_is_one_that_can_run(name: str) -> None:
     config = PRESETS[name]()
     validate(config, 1)
     assert config.name == name
+    if config.model.architecture == "ddpmpp":
+        return
     for model in (config.model, dataclasses.replace(config.model, null_caption="learned")):
         with torch.device("meta"):
             built = list(build_model(model).parameters())
@@ -51,7 +54,15 @@ def test_every_preset_is_one_that_can_run(name: str) -> None:
     ("dit_s2_coco256", "s", 400_000, 200, (0, 77, 0.1)),
     ("dit_b2_coco256", "b", 400_000, 200, (0, 77, 0.1)),
     ("dit_l2_coco256", "l", 2_000_000, 400, (0, 77, 0.1)),
-    ("dit_b2_ffhq256", "b", 100_000, 200, (0, 0, 0.0)),
+    *[(f"dit_{size}2_ffhq256", size, 100_000, 400 if size == "l" else 200, (0, 0, 0.0)) for size in "sbl"],
+    ("dit_s2_imagenet256", "s", 400_000, 200, (1000, 0, 0.1)),
+    ("dit_b2_imagenet256", "b", 400_000, 200, (1000, 0, 0.1)),
+    ("dit_b2_imagenet256_linear", "b", 400_000, 200, (1000, 0, 0.1)),
+    ("dit_l2_imagenet256_linear", "l", 2_000_000, 400, (1000, 0, 0.1)),
+    ("dit_s2_coco256_linear", "s", 400_000, 200, (0, 77, 0.1)),
+    ("dit_b2_ffhq256_linear", "b", 100_000, 200, (0, 0, 0.0)),
+    ("sit_b2_imagenet256", "b", 400_000, 200, (1000, 0, 0.1)),
+    ("sit_b2_ffhq256", "b", 100_000, 200, (0, 0, 0.0)),
 ])
 def test_recipes_of_the_paper(name: str, size: str, steps: int, patience: int, told: tuple[int, int, float]) -> None:
     c = PRESETS[name]()
@@ -60,7 +71,26 @@ def test_recipes_of_the_paper(name: str, size: str, steps: int, patience: int, t
     assert (m.num_classes, m.caption_tokens, m.class_dropout_prob) == told
     assert (c.train.steps, c.curriculum.patience, c.data.path) == (steps, patience, f"data/{name.split('_')[2]}")
     assert (c.optimizer.lr, c.optimizer.weight_decay, c.optimizer.ema_decay, c.train.global_batch_size) == (1e-4, 0, 0.9999, 256)
-    assert (c.curriculum.n_clusters, c.diffusion.schedule, c.data.horizontal_flip) == (20, "cosine", True)
+    kind = ("linear", "snr") if name.endswith("_linear") else ("cosine", "uniform")
+    assert (c.curriculum.n_clusters, c.diffusion.schedule, c.curriculum.clusters, c.data.horizontal_flip) == (20, *kind, True)
+    assert c.diffusion.objective == ("flow" if name.startswith("sit") else "gaussian") and c.diffusion.timesteps == 1000
+
+
+@pytest.mark.parametrize("name, weights, told, mult, size", [
+    ("edm_ddpmpp_cifar10", 55_735_299, 10, (2, 2, 2), 32), ("edm_ddpmpp_ffhq64", 61_805_571, 0, (1, 2, 2, 2), 64),
+])
+def test_recipes_of_edm(name: str, weights: int, told: int, mult: tuple[int, ...], size: int) -> None:
+    c = PRESETS[name]()
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build_model(c.model).parameters()) == weights
+    assert (c.model.num_classes, c.model.unet.channel_mult, c.model.input_size, c.model.in_channels) == (told, mult, size, 3)
+    assert (c.diffusion.objective, c.diffusion.p_mean, c.diffusion.p_std, c.diffusion.sigma_data) == ("edm", -1.2, 1.2, 0.5)
+    assert (c.train.ds_config, c.train.global_batch_size, c.train.steps) == ("ds_configs/zero2_fp16.json", 256, 781_250)
+    assert (c.curriculum.n_clusters, c.curriculum.patience, c.optimizer.lr, c.optimizer.ema_decay) == (20, 200, 1e-4, 0.9999)
+    assert 0.1 < c.data.augment < 0.2 and c.model.unet.augment_dim == 9
+    with torch.device("meta"):
+        unconditional = build_model(dataclasses.replace(c.model, num_classes=0))
+    assert sum(p.numel() for p in unconditional.parameters()) == weights - (told + 1) * 128 * (told > 0)
 
 
 @pytest.mark.parametrize("name, change, message", [

@@ -10,10 +10,11 @@ import torch
 
 from largescale.diffusion.gaussian import GaussianDiffusion
 from largescale.diffusion.guidance import ClassifierFreeGuidance
-from largescale.diffusion.samplers import SAMPLERS, check_sampler, ddim_step, ddpm_step, evaluations, sample
+from largescale.diffusion.samplers import _kept_timesteps, ddim_step, ddpm_step, evaluations, sample
 from largescale.diffusion.schedule import SCHEDULES, alphas_cumprod, make_betas, space_timesteps
 from largescale.errors import ConfigError
 
+SAMPLERS = GaussianDiffusion.samplers
 REFERENCE = np.load(Path(__file__).parents[1] / "reference" / "gaussian_diffusion.npz")
 T_REF = torch.tensor([0, 1, 10, 250, 500, 750, 998, 999])
 
@@ -207,10 +208,10 @@ def test_evaluations_are_told_and_ticked(sampler, steps, count):
 
     sample(make(learn_sigma=False), model, NOISE[:2, :1], Y[:2], sampler=sampler, steps=steps, noise=lambda i: NOISE[:2, :1],
            tick=lambda: told.append("tick"))
-    kept = check_sampler(sampler, steps, 1000, eta=0)[::-1].tolist()
+    kept = _kept_timesteps(sampler, steps, 1000)[::-1].tolist()
     asked = [t for t in kept for _ in range(2 if sampler == "heun" and t < kept[0] else 1)]  # predicted, then corrected
     assert told == [said for t in asked for said in ([t, t], "tick")]
-    assert evaluations(sampler, steps, 1000) == len(asked) == (2 * count - 1 if sampler == "heun" else count)
+    assert evaluations(make(), sampler, steps) == len(asked) == (2 * count - 1 if sampler == "heun" else count)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS[1:])
@@ -281,7 +282,7 @@ def test_guides_at_the_timesteps_in_the_interval_only(sampler, cfg_scale, inside
     model = Guided(cfg_scale, interval=interval)
     model.draw(sampler)
     without_0 = sampler == "dpm++2m"
-    assert len(model.seen) == evaluations(sampler, 5 - without_0, 1000)
+    assert len(model.seen) == evaluations(make(), sampler, 5 - without_0)
     assert model.seen == [(t, inside if t in timesteps else 2) for t, _ in model.seen]
     assert {t for t, _ in model.seen} | {0} == {0, 250, 500, 749, 999}
 
@@ -312,7 +313,7 @@ def test_sampling_builds_no_graph_and_can_clip(sampler):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"sampler": "dpm"}, "unknown sampler='dpm'; choose one of ddpm, ddim, dpm\\+\\+2m, euler, heun"),
+    ({"sampler": "dpm"}, "unknown sampler='dpm' for GaussianDiffusion; choose one of ddpm, ddim, dpm\\+\\+2m, euler, heun"),
     ({"eta": 1.5}, "eta=1.5"), ({"eta": -0.1}, "eta=-0.1"), ({"eta": float("nan")}, "eta=nan"),
     *[({"sampler": sampler, "eta": 0.5}, "eta=0.5 is a setting of ddim") for sampler in SAMPLERS if sampler != "ddim"],
     ({"steps": 1001}, "1001 steps"), ({"steps": 1}, "steps=1 leaves nothing"),
@@ -323,4 +324,4 @@ def test_bad_values_are_named_with_a_remedy(change, message):
         sample(make(), lambda x_t, t, y: OUTPUT, NOISE, Y, **settings)
     if "eta" not in change:
         with pytest.raises(ConfigError, match=message):
-            evaluations(settings["sampler"], settings["steps"], 1000)
+            evaluations(make(), settings["sampler"], settings["steps"])

@@ -1,0 +1,120 @@
+"""Flow matching with a stochastic interpolant: velocity prediction as in SiT (Ma et al., arXiv:2401.08740).
+
+SiT's time falls with the noise: t = 1 is data and t = 0 noise, so t = 1 - u. x_t = alpha(t) x_start + sigma(t) noise.
+"""
+
+import math
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from largescale.diffusion.guidance import at
+from largescale.diffusion.objective import Losses, Model, SamplerName, check_draw, inside
+from largescale.diffusion.ode import euler, heun, heun3
+from largescale.errors import ConfigError
+from largescale.models.conditioning import Condition
+
+LAST_STEP = 0.04  # SiT's: where noise is not added any more
+
+
+class Flow:
+    """Images (N, C, H, W), t (N,) float64 in the open (0, 1), 1 = data. The model is given this t, as released SiT is.
+
+    linear: alpha = t, sigma = 1 - t. gvp: alpha = sin(pi t / 2), sigma = cos(pi t / 2).
+    """
+
+    samplers: ClassVar[tuple[SamplerName, ...]] = ("sde", "euler", "heun", "heun3")
+    default_steps: ClassVar[int] = 250
+
+    def __init__(self, interpolant: Literal["linear", "gvp"] = "linear", *, learn_sigma: bool = False):
+        """`learn_sigma`: the model's output has 2C channels, of which the last C are not used (released SiT's)."""
+        if interpolant not in ("linear", "gvp"):
+            raise ConfigError(f"unknown interpolant {interpolant!r}; choose linear or gvp")
+        self.interpolant, self.learn_sigma = interpolant, learn_sigma
+        # alpha sigma' - sigma alpha', which does not depend on t
+        self.determinant = -1.0 if interpolant == "linear" else -math.pi / 2
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """alpha, sigma and their derivatives by t, of t's shape."""
+        if self.interpolant == "linear":
+            return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
+        angle = t * (math.pi / 2)
+        return angle.sin(), angle.cos(), math.pi / 2 * angle.cos(), -math.pi / 2 * angle.sin()
+
+    # ---- the noise axis
+
+    def active(self, low: float, high: float) -> tuple[float, float]:
+        return low, high
+
+    def draw(self, v: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+        check_draw(v, low, high)
+        return 1 - inside(low + v * (high - low), low, high)
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        return 1 - t.double()
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        alpha, sigma, _, _ = self.coefficients(t.double())
+        return 2 * (alpha.log() - sigma.log())
+
+    def x_start_weight(self, t: Tensor) -> Tensor:
+        """Where x_t is given, an error e of x_start is an error of the velocity of |determinant| / sigma e."""
+        return (self.determinant / self.coefficients(t.double())[1]).square()
+
+    # ---- training
+
+    def interpolate(self, x_start: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """(x_t, velocity dx_t/dt), float32."""
+        alpha, sigma, d_alpha, d_sigma = (c.float()[:, None, None, None] for c in self.coefficients(t))
+        x_start, noise = x_start.float(), noise.float()
+        return alpha * x_start + sigma * noise, d_alpha * x_start + d_sigma * noise
+
+    def velocity(self, model: Model, x_t: Tensor, t: Tensor, y: Condition) -> Tensor:
+        """What the model says, float32."""
+        output, channels = model(x_t, t, y).float(), x_t.shape[1]
+        if output.shape[1] != channels * (2 if self.learn_sigma else 1):
+            raise ConfigError(f"the model returned {output.shape[1]} channels for {channels}-channel images with "
+                              f"learn_sigma={self.learn_sigma}; give model and diffusion the same learn_sigma")
+        return output[:, :channels]
+
+    def training_losses(self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, y: Condition) -> Losses:
+        x_t, target = self.interpolate(x_start, t, noise)
+        mse = (self.velocity(model, x_t, t, y) - target).square().flatten(1).mean(1)
+        return Losses(mse, mse, torch.zeros_like(mse))
+
+    def noise_of(self, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise that a velocity implies; the score is -noise / sigma (SiT, eq. 9)."""
+        alpha, _, d_alpha, _ = (c.float()[:, None, None, None] for c in self.coefficients(t))
+        return (alpha * velocity - d_alpha * x_t) / self.determinant
+
+    # ---- sampling
+
+    def evaluations(self, sampler: str, steps: int) -> int:
+        return {"heun": 2, "heun3": 3}.get(sampler, 1) * steps
+
+    def sample(self, model: Model, x_T: Tensor, y: Condition, *, sampler: str, steps: int,
+               noise: Callable[[int], Tensor], tick: Callable[[], object]) -> Tensor:
+        """x at t = 1 from noise x_T at t = 0. sde: Euler-Maruyama with SiT's diffusion coefficient, sigma, over `steps`
+        times; the others: that many steps of the probability flow ODE."""
+        def velocity(x: Tensor, time: float) -> tuple[Tensor, Tensor]:
+            t = torch.full((len(x),), time, dtype=torch.float64, device=x.device)
+            output = self.velocity(at(model, 1 - time), x, t, y)
+            tick()
+            return output, t
+
+        if sampler != "sde":
+            times = [i / steps for i in range(steps + 1)]
+            return {"euler": euler, "heun": heun, "heun3": heun3}[sampler](lambda x, time: velocity(x, time)[0], x_T,
+                                                                             times)
+        x, h = x_T, (1 - LAST_STEP) / (steps - 1)
+        for i in range(steps):
+            time = h * i
+            v, t = velocity(x, time)
+            drift = v - self.noise_of(v, x, t)                  # velocity + w score with w = sigma (SiT, eq. 4)
+            if i == steps - 1:
+                return x + LAST_STEP * drift
+            sigma = 1 - time if self.interpolant == "linear" else math.cos(math.pi / 2 * time)
+            x = x + h * drift + math.sqrt(2 * sigma * h) * noise(i)
+        raise AssertionError

@@ -1,0 +1,131 @@
+"""One noise axis: what every objective owes to the curriculum, and which networks fit which."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from largescale.build import build_noise_sampler, build_objective
+from largescale.config import Config, DiffusionConfig, ModelConfig, NoiseConfig
+from largescale.diffusion.samplers import AnyObjective
+from largescale.errors import ConfigError
+from largescale.presets import PRESETS
+from largescale.validation import validate
+
+KINDS = {
+    "cosine": DiffusionConfig(), "linear schedule": DiffusionConfig(schedule="linear"),
+    "flow": DiffusionConfig("flow"), "gvp": DiffusionConfig("flow", interpolant="gvp"),
+    "edm": DiffusionConfig("edm"), "edm, other noise": DiffusionConfig("edm", p_mean=0.4, p_std=2.0),
+}
+SMALLEST = 2.0**-53
+
+
+def make(kind: str) -> AnyObjective:
+    return build_objective(Config("x", model=ModelConfig(learn_sigma=False), diffusion=KINDS[kind]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_snr_falls_as_u_rises(kind: str) -> None:
+    objective = make(kind)
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    t = objective.draw(u)
+    assert (objective.log_snr(t).diff() < 0).all() and objective.log_snr(t).dtype == torch.float64
+    torch.testing.assert_close(objective.noise_level(t), u, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_snr_is_that_of_what_the_network_sees(kind: str) -> None:
+    objective = make(kind)
+    t = objective.draw(torch.linspace(0.05, 0.95, 7, dtype=torch.float64))
+    seen: list[Any] = []
+
+    def model(x: torch.Tensor, t: torch.Tensor, y: Any) -> torch.Tensor:
+        seen.append(x.flatten())
+        return torch.zeros_like(x)
+
+    ones, zeros = torch.ones(7, 1, 1, 1), torch.zeros(7, 1, 1, 1)
+    for x_start, noise in ((ones, zeros), (zeros, ones)):
+        objective.training_losses(model, x_start, t, noise, torch.zeros(7, dtype=torch.long))
+    signal, of_noise = seen
+    torch.testing.assert_close(2 * (signal / of_noise).abs().log().double(), objective.log_snr(t), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (0.0, 0.05), (0.95, 1.0), (0.35, 0.4)])
+def test_draws_stay_inside_at_both_ends(kind: str, low: float, high: float) -> None:
+    """The extremes of v, and v that was rounded to 0 or 1, give times that are finite, in the interval, and not its end."""
+    objective = make(kind)
+    v = torch.tensor([0.0, SMALLEST, 0.5, 1 - SMALLEST, 1.0], dtype=torch.float64)
+    t = objective.draw(v, low, high)
+    u = objective.noise_level(t)
+    assert t.isfinite().all() and (u > 0).all() and (u < 1).all() and objective.log_snr(t).isfinite().all()
+    assert objective.x_start_weight(t).isfinite().all() and (objective.x_start_weight(t) > 0).all()
+    assert (u.diff() >= 0).all() and u.min() >= low - 1e-12 and u.max() <= high + 1e-12
+    first, last = objective.active(low, high)
+    assert (first, last) == pytest.approx((low, high), abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_are_uniform_in_the_noise_level(kind: str) -> None:
+    objective = make(kind)
+    v = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    u = objective.noise_level(objective.draw(v, 0.25, 0.75))
+    counted = torch.histogram(u, torch.linspace(0.25, 0.75, 11, dtype=torch.float64)).hist
+    assert counted.tolist() == pytest.approx([1000] * 10, abs=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "speed", "loss_second_moment"])
+def test_every_way_of_drawing_goes_with_every_objective(kind: str, sampling: Any) -> None:
+    config = Config("x", model=ModelConfig(learn_sigma=False), diffusion=KINDS[kind], noise=NoiseConfig(sampling))
+    objective = build_objective(config)
+    sampler = build_noise_sampler(config, objective)
+    v = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    warped, importance = sampler.warp(v, *objective.active(0.5, 1.0))
+    u = objective.noise_level(objective.draw(warped, 0.5, 1.0))
+    assert (u >= 0.5).all() and (u < 1).all() and (u.diff() >= 0).all() and importance.isfinite().all()
+
+
+MISFITS = [
+    ("debug_edm", {"diffusion": DiffusionConfig()}, "diffusion.objective=gaussian must be edm with model.architecture=ddpmpp"),
+    ("debug_edm", {"diffusion": DiffusionConfig("flow")}, "diffusion.objective=flow must be edm"),
+    ("debug", {"diffusion": DiffusionConfig("edm")}, "model.learn_sigma=True must be off with diffusion.objective=edm"),
+    ("debug_edm", {"model": {"learn_sigma": True}}, "model.learn_sigma=True must be off"),
+    ("debug_edm", {"model": {"patch_size": 4}}, "model.patch_size=4 must stay 2: only model.architecture=dit reads it, and this is ddpmpp"),
+    ("debug_edm", {"model": {"caption_tokens": 4}}, "model.caption_tokens=4 must stay 0"),
+    ("debug_edm", {"model": {"input_size": 15}}, "model.input_size=15 must be a multiple of 2"),
+    ("debug_edm", {"unet": {"attn_resolutions": (7,)}}, r"model.unet.attn_resolutions=\[7\] must be among \[16, 8\]"),
+    ("debug_edm", {"unet": {"model_channels": 6}}, "model.unet.model_channels=6 must be a multiple of 4"),
+    ("debug_edm", {"unet": {"augment_dim": 5}}, "augment_dim=5 must be 9, or 0"),
+    ("debug_edm", {"data": {"augment": 0.1}}, "data.augment=0.1 must be 0 where the network is not told of it"),
+    ("edm_ddpmpp_cifar10", {"data": {"horizontal_flip": True}}, "data.horizontal_flip=True must be off with data.augment"),
+    ("edm_ddpmpp_cifar10", {"train": {"compile": "blocks"}}, "train.compile=blocks must be model, auto or off"),
+    ("debug", {"unet": {"dropout": 0.5}}, "model.unet.dropout=0.5 must stay 0.13: only model.architecture=ddpmpp reads it"),
+    ("debug", {"diffusion": DiffusionConfig(sigma_data=1.0)}, "sigma_data=1.0 must stay 0.5: only diffusion.objective=edm"),
+    ("debug_sit", {"diffusion": DiffusionConfig("flow", schedule="linear")}, "diffusion.schedule=linear must stay cosine"),
+    ("debug_sit", {"curriculum": {"clusters": "snr"}}, "clusters=snr must be uniform with diffusion.objective=flow"),
+    ("debug", {"curriculum": {"pacing": "none", "order": "hard_first"}}, "order=hard_first must stay easy_first"),
+    ("debug", {"curriculum": {"pacing": "none", "stages": "separate"}}, "stages=separate must stay accumulating"),
+    ("debug", {"curriculum": {"only_cluster": 2}}, "only_cluster"),
+    ("debug", {"curriculum": {"pacing": "none", "only_cluster": 6}}, "only_cluster"),
+    ("debug", {"noise": {"logit_std": 2.0}}, "noise.logit_std=2.0 must stay 1.0: only noise.sampling=logit_normal"),
+    ("debug", {"noise": {"sampling": "logit_normal", "logit_std": 0.0}}, "noise.logit_std=0.0 must be positive"),
+    ("debug", {"noise": {"sampling": "speed", "speed_ratio": 0.5}}, "noise.speed_ratio=0.5 must be at least 1"),
+    ("debug", {"noise": {"weighting": "min_snr", "min_snr_gamma": 0.0}}, "min_snr_gamma=0.0 must be positive"),
+    ("debug", {"noise": {"weighting": "p2", "p2_k": 0.0}}, "p2_k=0.0 must be positive"),
+]
+
+
+@pytest.mark.parametrize("preset, change, message", MISFITS)
+def test_what_does_not_fit_is_refused(preset: str, change: dict[str, Any], message: str) -> None:
+    config = PRESETS[preset]()
+    validate(config, 1)
+    for section, fields in change.items():
+        if section == "unet":
+            config = replace(config, model=replace(config.model, unet=replace(config.model.unet, **fields)))
+        else:
+            old = getattr(config, section)
+            config = replace(config, **{section: replace(old, **fields) if isinstance(fields, dict) else fields})
+    with pytest.raises(ConfigError, match=message):
+        validate(config, 1)
