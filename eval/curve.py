@@ -4,9 +4,9 @@
     RUN/curve/1a2b3c4d/         while drawing only (or with --keep-samples): samples; named by the protocol
     curve.png, curve.json       of all runs in one: the curves, with the transitions of their stages
 
-A small protocol, the same for all: 10,000 samples by DDIM in 50 steps. A checkpoint that has a row of this protocol is
-left alone: run it again while training goes on, and it adds what is new. Under torchrun or srun the ranks share the
-drawing, and rank 0 scores.
+A small protocol, the same for all: 10,000 samples by DDIM in 50 steps (SiT and EDM: Heun, 18). A checkpoint that has a
+row of this protocol is left alone: run it again while training goes on, and it adds what is new. Under torchrun or srun
+the ranks share the drawing, and rank 0 scores.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,8 +23,11 @@ import tyro
 
 from eval.sample import Sample, Sampler, folder_of
 from eval.score import RESULTS, Score, Scorer
+from largescale.build import build_objective
 from largescale.checkpoint_files import CheckpointDir, checkpoints
-from largescale.diffusion.samplers import SamplerName
+from largescale.config import from_dict
+from largescale.diffusion.objective import SamplerName
+from largescale.diffusion.samplers import AnyObjective, quick_sampler
 from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError
 from largescale.files import append_line, write_atomically
 from largescale.launch import env_rank, leave, print_error
@@ -43,8 +46,10 @@ class Curve:
     """Gets curve.png and curve.json; by default RUN/curve, of the first run."""
     num_samples: int = 10_000
     cfg_scale: float = 1.0
-    sampler: SamplerName = "ddim"
-    steps: int = 50
+    sampler: SamplerName | None = None
+    """By default ddim, or heun where the objective has no ddim; ..."""
+    steps: int | None = None
+    """... in 50 or 18 steps."""
     seed: int = 0
     extractor: str = "inception"
     inception_weights: Path | None = None
@@ -83,10 +88,14 @@ class Curve:
 
 
 class Curves:
-    def __init__(self, options: Curve) -> None:
+    def __init__(self, options: Curve, scorer: Scorer | None = None) -> None:
+        """`scorer`: of `make_scorer`, where several have one."""
         options.check()
-        self.options, self.rank = options, env_rank()
-        self._scorer: Scorer | None = None
+        sampler, steps = options.sampler, options.steps
+        if options.runs:
+            sampler, steps = quick_sampler(objective_of(options.runs[0]), sampler, steps)
+        self.options, self.rank = replace(options, sampler=sampler, steps=steps), env_rank()
+        self._scorer = scorer
 
     def __call__(self) -> None:
         missing = [(run, step) for run in self.options.runs for step in self.missing(run)]
@@ -154,10 +163,7 @@ class Curves:
     def scorer(self) -> Scorer:
         """One for all: the reference is looked at once."""
         if self._scorer is None:
-            o = self.options
-            self._scorer = Scorer(Score(
-                samples=(), reference=o.reference, extractor=o.extractor, inception_weights=o.inception_weights,
-                device=o.device))
+            self._scorer = make_scorer(self.options)
         return self._scorer
 
     def draw(self, of_runs: dict[Path, list[Row]]) -> None:
@@ -171,6 +177,16 @@ class Curves:
         for line in summary(of_runs):
             print(line, flush=True)
         print(f"{sum(map(len, of_runs.values()))} checkpoints on the curve: {out / 'curve.png'}", flush=True)
+
+
+def objective_of(run: Path) -> AnyObjective:
+    return build_objective(from_dict(checkpoints(run)[0].manifest()["state"]["config"]))
+
+
+def make_scorer(o: Curve) -> Scorer:
+    """Raises DataError for what is wrong with the reference or the extractor."""
+    return Scorer(Score(samples=(), reference=o.reference, extractor=o.extractor,
+                        inception_weights=o.inception_weights, device=o.device))
 
 
 def lines(path: Path) -> list[Row]:

@@ -172,7 +172,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "digits": digits,
     "emoji": emoji,
     "digits_sit": lambda: as_sit(digits()),
-    "digits_edm": lambda: as_edm(digits(), UNetConfig(32, (1, 2), 1, (8,), dropout=0.0)),
+    "digits_edm": lambda: as_edm(digits(), UNetConfig(16, (1, 2), 2, (8,), dropout=0.0)),
     "debug": debug,
     "debug_sit": lambda: as_sit(debug()),
     "debug_edm": lambda: as_edm(debug(), UNetConfig(16, (1, 2), 1, (8,), dropout=0.1)),

@@ -34,6 +34,17 @@ def test_training_and_resume(precision: str, tmp_path: Path, train: Train) -> No
         torch.testing.assert_close(ours[name], theirs[name], rtol=0.05, atol=0.01)
 
 
+@pytest.mark.parametrize("preset", ["debug_sit", "debug_edm"])
+@pytest.mark.parametrize("sampling", ["uniform", "loss_second_moment"])
+def test_other_systems_in_fp16(preset: str, sampling: str, tmp_path: Path, train: Train) -> None:
+    args = (*ARGS, "--train.ds-config", ds_json("fp16", tmp_path), "--noise.sampling", sampling, "--diffusion.timesteps", 10)
+    for compiled in ("off", "model"):
+        done = train(*args, "--train.compile", compiled, "--output", tmp_path / compiled, ranks=1, preset=preset, timeout_s=300)
+        assert done[0].returncode == 0, done[0].stderr
+    off, on = ([row["loss"] for row in trace(tmp_path / name)] for name in ("off", "model"))
+    assert len(off) == 24 and on == pytest.approx(off, rel=0.05)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_two_gpus_and_one(tmp_path: Path, train: Train) -> None:
     """NCCL, and the agreed vector on its side stream."""
