@@ -34,7 +34,8 @@ def test_what_the_readme_offers() -> None:
     """A command added there is either run below or named here with what runs it."""
     others = {"make demo", "make demo-text", "make test", "tensorboard --logdir runs", "sbatch slurm/dit_l2_2m.sh",
               "sbatch slurm/dit_l2_coco_2m.sh", "sbatch slurm/pack_imagenet.sh", "sbatch slurm/pack_coco.sh",  # tests/slurm
-              "sbatch slurm/sample_eval.sh", "sbatch slurm/curve.sh", "pip install -e '.[prep]'", "pip install -e '.[eval]'"}
+              "sbatch slurm/sample_eval.sh", "sbatch slurm/curve.sh", "STUDY=paper DATA=data/ffhq256 sbatch slurm/difficulty.sh",
+              "pip install -e '.[prep]'", "pip install -e '.[eval]'"}
     assert {c for c in commands() if not runs_here(c)} == others
 
 
@@ -58,6 +59,11 @@ def test_the_commands_in_order(tmp_path: Path) -> None:
             program += ["--reference", "samples/cfg2.0"]  # thousands of images take minutes
         if "eval.curve" in words:
             program += ["--steps", "4", "--num-samples", "20"]
+        if "eval.difficulty" in words:
+            program += ["--stages", "train", "entropy", "report", "--intervals", "2", "--steps", "4", "--entropy-images", "1000",
+                        "--entropy-samples", "20"]
+        if "eval.compare" in words:
+            program += ["--seeds", "1", "--num-samples", "0", "--loss-images", "4", "--every", "2", "--", "--train.steps", "2"]
         if "eval.prompts" in words:
             program += ["--num", "1"]
         if "dit_l2_coco256" in words or "dit_l2_imagenet256" in words:
