@@ -10,7 +10,7 @@ from largescale.diffusion.objective import Losses
 
 @dataclass(frozen=True)
 class Report:
-    """What all ranks know of a step: means over the global batch, sums per noise cluster (C_1 first)."""
+    """What all ranks know of a step: means over the global batch, sums per noise cluster (C_1 first), unweighted."""
 
     loss: float
     mse: float
@@ -59,8 +59,8 @@ class Tally:
         self._sums += each.sum(1)
         cluster = torch.bucketize(u, self._inner, right=True)
         member = (cluster[None] == self._clusters[:, None]).double()                                     # (N, B)
-        bad = ~torch.isfinite(each[0])
-        self._per_cluster += torch.stack([(member * each[0]).sum(1), member.sum(1), (member * bad).sum(1)])
+        bad, unweighted = ~torch.isfinite(each[0]), (losses.mse + losses.vb).double()
+        self._per_cluster += torch.stack([(member * unweighted).sum(1), member.sum(1), (member * bad).sum(1)])
         self._of_ranks[_OF_RANKS.index("non_finite"), self._rank] += bad.any()
         if self._n_bins and of_rows is not None:
             bins = (u * self._n_bins).floor().clamp(max=self._n_bins - 1)

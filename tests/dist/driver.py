@@ -93,12 +93,12 @@ if faults.bad_loss or faults.bad_gradient:
             return gradient * float("nan")
 
     def bad(self: Trainer, model: object, batch: object, draws: object, k: int) -> object:
-        result, t = losses(self, model, batch, draws, k)  # type: ignore[arg-type]
+        result, *rest = losses(self, model, batch, draws, k)  # type: ignore[arg-type]
         late = self.input_step - step
         if (late == 0 or (faults.every and late > 0 and late % faults.every == 0)) and self.ranks.rank == rank:
             loss = result.loss * float("inf") if faults.bad_loss else NanGradient.apply(result.loss)
             result = result._replace(loss=loss)
-        return result, t
+        return result, *rest
 
     Trainer.losses = bad  # type: ignore[assignment, method-assign]
 
@@ -125,10 +125,10 @@ if faults.leap is not None:
     losses_of = Trainer.losses
 
     def leap(self: Trainer, model: object, batch: object, draws: object, k: int) -> object:
-        result, t = losses_of(self, model, batch, draws, k)  # type: ignore[arg-type]
+        result, *rest = losses_of(self, model, batch, draws, k)  # type: ignore[arg-type]
         if self.input_step == faults.leap and self.ranks.rank == 1:
             result = result._replace(loss=result.loss * 1e6)
-        return result, t
+        return result, *rest
 
     Trainer.losses = leap  # type: ignore[assignment, method-assign]
 

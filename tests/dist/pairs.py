@@ -89,7 +89,7 @@ class Rows:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        def hashing(trainer: Trainer, model: Any, batch: Batch, draws: Draws, k: int) -> tuple[Losses, Tensor]:
+        def hashing(trainer: Trainer, model: Any, batch: Batch, draws: Draws, k: int) -> tuple[Losses, Tensor, Tensor]:
             def hashed(self_: GaussianDiffusion, model: Any, *inputs: Tensor) -> Losses:
                 for row, *values in zip(trainer._rows[k].tolist(), *inputs, strict=True):
                     found = hashlib.blake2b(b"".join(v.numpy().tobytes() for v in values), digest_size=8).hexdigest()
