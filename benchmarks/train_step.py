@@ -231,7 +231,8 @@ def parse(args: list[str] | None) -> tuple[argparse.Namespace, Config, dict[str,
     if options.preset not in PRESETS:
         parser.error(f"there is no preset {options.preset}; there are {', '.join(PRESETS)}")
     preset = PRESETS[options.preset]()
-    if not (preset.model.num_classes and preset.model.learn_sigma and preset.diffusion.timesteps == 1000):
+    if not (preset.model.num_classes and preset.model.learn_sigma and preset.diffusion.timesteps == 1000
+            and preset.diffusion.objective == "gaussian"):
         parser.error(f"{options.preset} is not class-conditional with learned variances, which all peers are")
     against: dict[str, str | None] = {}
     for peer in options.against:

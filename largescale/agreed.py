@@ -25,7 +25,7 @@ class Report:
     cannot_write: list[int]     # ranks whose part of a checkpoint has failed
     cannot_read: list[int]      # ranks that got no data
     row_bin: list[float]        # of each row of the global batch, where asked for: in which part of the noise axis ...
-    row_loss: list[float]       # ... and its loss, as `Tally.add` is given it
+    row_loss: list[float]       # ... and its loss
 
 
 # Of one rank each, where a sum would say only how many.
@@ -52,19 +52,22 @@ class Tally:
         )
 
     @torch.no_grad()
-    def add(self, losses: Losses, u: Tensor, rows: Tensor | None = None, of_rows: Tensor | None = None) -> None:
-        """`losses`: (B,) each; `u`: (B,) float64 noise levels. Where the loss of each row is wanted, `rows`: (B,) their
-        numbers in the global batch, and `of_rows`: (B,) those losses."""
-        each = torch.stack([losses.loss, losses.mse, losses.vb, torch.ones_like(losses.loss)]).double()  # (4, B)
+    def add(self, losses: Losses, u: Tensor, importance: Tensor, rows: Tensor) -> None:
+        """(B,) each: losses, noise levels in float64, the factor with which resampling has multiplied the loss, and the
+        rows' numbers in the global batch. Every mean counts a row `importance` times, so that resampling changes none;
+        the loss of a row is told without it, as the papers' codes resample by."""
+        loss, mse, vb, factor = torch.stack([*losses, importance]).double()
+        each = torch.stack([loss, factor * mse, factor * vb, torch.ones_like(loss)])                     # (4, B)
         self._sums += each.sum(1)
         cluster = torch.bucketize(u, self._inner, right=True)
         member = (cluster[None] == self._clusters[:, None]).double()                                     # (N, B)
-        bad, unweighted = ~torch.isfinite(each[0]), (losses.mse + losses.vb).double()
-        self._per_cluster += torch.stack([(member * unweighted).sum(1), member.sum(1), (member * bad).sum(1)])
+        bad, unweighted = ~torch.isfinite(loss), factor * (mse + vb)
+        self._per_cluster += torch.stack([
+            (member * unweighted).sum(1), (member * factor).sum(1), (member * bad).sum(1)])
         self._of_ranks[_OF_RANKS.index("non_finite"), self._rank] += bad.any()
-        if self._n_bins and of_rows is not None:
+        if self._n_bins:
             bins = (u * self._n_bins).floor().clamp(max=self._n_bins - 1)
-            self._of_rows[:, rows] = torch.stack([bins, of_rows.double()])
+            self._of_rows[:, rows] = torch.stack([bins, loss / factor])
 
     def vector(self, *, stop: bool, writing: bool, cannot_write: bool = False, cannot_read: bool = False) -> Tensor:
         self._flags[0] += stop

@@ -32,6 +32,8 @@ class UNetConfig:
     """Residual blocks per resolution."""
     attn_resolutions: tuple[int, ...] = (16,)
     dropout: float = 0.13
+    """Masks follow from (seed, step, rank, micro step): with another micro batch or number of ranks a run goes on with
+    others."""
     augment_dim: int = 0
     """9: the network is told how its image was augmented (data.augment); 0: it is not."""
 
@@ -288,9 +290,11 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> tuple[list[st
     old, new = dict(flatten(saved)), dict(flatten(current))
     refused: list[str] = []
     said: list[str] = []
+    drops = new.get("model.architecture") == "ddpmpp" and new.get("model.unet.dropout")
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
-        if before == after or before == "auto" or key.startswith(FREE_ON_RESUME):
+        free = key.startswith(FREE_ON_RESUME) and not (drops and key == "train.micro_batch_size")
+        if before == after or before == "auto" or free:
             continue  # "auto": saved by a version that did not say what it stood for
         (refused if key.startswith(FIXED_ON_RESUME) else said).append(f"{key}: {before} -> {after}")
     return refused, said

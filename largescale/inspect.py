@@ -19,6 +19,7 @@ import tyro
 from tqdm import tqdm
 
 from largescale.checkpoint_files import CheckpointDir, step_folders
+from largescale.curriculum import active_levels
 from largescale.errors import CheckpointError, LargescaleError
 from largescale.launch import print_error
 from largescale.starts import Account, Start, account, duration, read_starts
@@ -168,13 +169,15 @@ def _curriculum(manifest: Facts, rows: list[Facts], last: list[Facts]) -> Facts:
     """As it was when it was last heard of: in the log, the checkpoint or a transition."""
     state, config = _at(manifest, "state", "curriculum"), _at(manifest, "state", "config", "curriculum")
     edges, saved_step, index = _at(state, "edges"), _at(manifest, "step", default=-1), _at(state, "pacing", "index")
-    lowest = edges[max(index, 1) - 1] if edges and index is not None else None
+    ways = {key: state[key] for key in ("order", "stages", "only_cluster") if key in (state or {})}
+    lowest, highest = active_levels(edges, index, **ways) if edges and index is not None else (None, None)
     later = [row for row in rows if row.get("event") == "transition" and row["step"] > saved_step]
-    keys = ("index", "lowest", "patience", "best_loss")
+    keys = ("index", "lowest", "highest", "patience", "best_loss")
+    pacing = _at(state, "pacing", default={})
     known = [
         *((row["step"], [row.get(f"curriculum/{key}") for key in keys]) for row in last),
-        (saved_step, [index, lowest, _at(state, "pacing", "patience_count"), _at(state, "pacing", "best_loss")]),
-        *((row["step"], [row.get("index"), row.get("lowest"), 0, None]) for row in later[-1:]),
+        (saved_step, [index, lowest, highest, pacing.get("patience_count"), pacing.get("best_loss")]),
+        *((row["step"], [row.get("index"), row.get("lowest"), row.get("highest", 1), 0, None]) for row in later[-1:]),
     ]
     return {
         **dict(zip(keys, max(known, key=lambda entry: entry[0])[1], strict=True)),  # of the same step, the first
@@ -193,8 +196,7 @@ def describe(f: Facts) -> str:
         f"run          {f['name'] or 'of unknown settings'}, in {f['run']}: {f['standing']}",
         f"last seen    {_date(f['seen_unix_s'])}, {duration(max(0.0, f['now_unix_s'] - f['seen_unix_s']))} ago",
         f"progress     {_progress(f)}{to_go}",
-        *([f"model        DiT, {m['depth']} blocks of width {m['hidden_size']}, {m['num_heads']} heads, patches of "
-           f"{m['patch_size']}, on ({m['in_channels']}, {m['input_size']}, {m['input_size']})"] if m else []),
+        *([f"model        {_model(m)}, on ({m['in_channels']}, {m['input_size']}, {m['input_size']})"] if m else []),
         f"training     {f['precision']}, batch {f['global_batch_size']}, on {f['world_size']} x {f['device']}",
         f"curriculum   {now}", *(f"             {line}" for line in more),
         *(f"trouble      {problem}" for problem in f["problems"]),
@@ -221,11 +223,21 @@ def describe(f: Facts) -> str:
     return "\n".join([*lines, "", _summary(f)])
 
 
+def _model(m: Facts) -> str:
+    if m.get("architecture") == "ddpmpp":
+        u = m["unet"]
+        channels = f"{u['model_channels']} channels times {u['channel_mult']}"
+        return f"DDPM++, {u['num_blocks']} blocks a resolution, {channels}"
+    return f"DiT, {m['depth']} blocks of width {m['hidden_size']}, {m['num_heads']} heads, patches of {m['patch_size']}"
+
+
 def _curriculum_lines(c: Facts) -> list[str]:
     if c["index"] is None:
         return ["nothing is known yet"]
     now = f"index {c['index']} of {c['n_clusters'] or '?'} clusters, "
-    now += f"training on u in [{_number(c['lowest'], '.3g')}, 1)" if c["index"] else "complete: all noise levels"
+    some = c["index"] or (c["lowest"], c["highest"]) not in ((0, 1), (None, None), (0, None))
+    levels = f"[{_number(c['lowest'], '.3g')}, {_number(1 if c['highest'] is None else c['highest'], '.3g')})"
+    now += f"training on u in {levels}" if some else "complete: all noise levels"
     if c["index"] and c["pacing"] == "patience":
         now += f", patience {_number(c['patience'], 'd')} of {c['max_patience']}, best loss {_number(c['best_loss'])}"
     history = ", ".join(f"{index} at {step:,}" for step, index in c["transitions"])

@@ -66,6 +66,9 @@ def open_dataset(config: Config, rank: int = 0, world_size: int = 1) -> "ShardDa
     check_condition(dataset, config)
     if config.data.horizontal_flip:
         check_flip(dataset.info, dataset.has_mirror)
+    if config.data.augment and dataset.info.kind != "pixels":
+        raise DataError(
+            f"{config.data.path} holds {dataset.info.kind}, and augmentation is of pixels; set --data.augment 0")
     return dataset
 
 

@@ -232,8 +232,7 @@ class Trainer:
                 if unread:
                     losses = losses._replace(loss=losses.loss * math.nan)
             with lap("agree"):
-                of_rows = losses.loss / importance if self._rows_told else None  # as the papers' codes resample by
-                tally.add(losses, self.objective.noise_level(t), self._rows[k], of_rows)
+                tally.add(losses, self.objective.noise_level(t), importance, self._rows[k])
                 if k == self.grad_accum_steps - 1:
                     pending = self.ranks.launch(tally.vector(
                         stop=stop_requested(), writing=self.checkpointer.writing,

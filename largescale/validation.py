@@ -1,4 +1,5 @@
-"""What a config may hold. Whatever cannot be right, or would do nothing, is an error before anything is started."""
+"""What a config may hold. What cannot be right, or is another architecture's or objective's, is an error before
+anything is started."""
 
 import math
 from typing import Any
@@ -75,8 +76,10 @@ def check_model(config: Config, require: Any) -> None:
 
 def check_unet(m: ModelConfig, u: UNetConfig, require: Any) -> None:
     levels = len(u.channel_mult)
-    require(u.model_channels > 0 and u.model_channels % 4 == 0, "model.unet.model_channels", "be a multiple of 4")
     require(levels > 0 and min(u.channel_mult) > 0, "model.unet.channel_mult", "be one or more positive factors")
+    narrow = 2 * u.model_channels * max(u.channel_mult) < 128  # a norm's groups are 4 channels, or 32 groups of all
+    require(u.model_channels > 0 and u.model_channels % (4 if narrow else 32) == 0, "model.unet.model_channels",
+            "be a multiple of 32, or of 4 in a network of fewer than 128 channels everywhere")
     require(m.input_size % 2 ** (levels - 1) == 0, "model.input_size",
             f"be a multiple of {2 ** (levels - 1)}, for the {levels} resolutions of {u.channel_mult=}")
     there = [m.input_size >> level for level in range(levels)]
@@ -100,10 +103,10 @@ def check_objective(config: Config, require: Any) -> None:
     require(0 < d.sigma_data < math.inf, "diffusion.sigma_data", "be positive")
     require(math.isfinite(n.logit_mean), "noise.logit_mean", "be finite")
     require(0 < n.logit_std < math.inf, "noise.logit_std", "be positive")
-    require(1 <= n.speed_ratio < math.inf, "noise.speed_ratio", "be at least 1")
+    require(0 < n.speed_ratio < math.inf, "noise.speed_ratio", "be positive")
     require(0 < n.min_snr_gamma < math.inf, "noise.min_snr_gamma", "be positive")
     require(0 <= n.p2_gamma < math.inf, "noise.p2_gamma", "be 0 or more")
-    require(0 < n.p2_k < math.inf, "noise.p2_k", "be positive")
+    require(0 <= n.p2_k < math.inf, "noise.p2_k", "be 0 or more")
     if config.data.augment:
         require(0 < config.data.augment <= 1, "data.augment", "lie in [0, 1]")
         require(m.unet.augment_dim == 9, "data.augment",

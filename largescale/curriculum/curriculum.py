@@ -14,6 +14,22 @@ Stages = Literal["accumulating", "separate"]
 _PAPER = {"order": "easy_first", "stages": "accumulating", "only_cluster": 0}
 
 
+def active_levels(edges: Sequence[float], index: int, order: str = "easy_first", stages: str = "accumulating",
+                  only_cluster: int = 0) -> tuple[float, float]:
+    """See `Curriculum.active`."""
+    n_clusters = len(edges) - 1
+    first, last = 1, n_clusters
+    if only_cluster:
+        first = last = only_cluster
+    elif index > 0:
+        newest = index if order == "easy_first" else n_clusters - index + 1
+        if order == "easy_first" or stages == "separate":
+            first = newest
+        if order == "hard_first" or stages == "separate":
+            last = newest
+    return edges[first - 1], edges[last]
+
+
 class Curriculum:
     """Which noise levels training draws from, and when that changes.
 
@@ -59,16 +75,7 @@ class Curriculum:
     def active(self) -> tuple[float, float]:
         """The active noise levels, [low, high). Easy first, stage n brings C_{N-n+1}: the paper's stages are the unions
         C_{N-n+1} .. C_N. Hard first it brings C_n. At index 0 all levels are active."""
-        first, last = 1, self.n_clusters
-        if self.only_cluster:
-            first = last = self.only_cluster
-        elif self.index > 0:
-            newest = self.index if self.order == "easy_first" else self.n_clusters - self.index + 1
-            if self.order == "easy_first" or self.stages == "separate":
-                first = newest
-            if self.order == "hard_first" or self.stages == "separate":
-                last = newest
-        return self.edges[first - 1], self.edges[last]
+        return active_levels(self.edges, self.index, self.order, self.stages, self.only_cluster)
 
     @property
     def lowest(self) -> float:

@@ -112,7 +112,7 @@ class Flow:
         for i in range(steps):
             time = h * i
             v, t = velocity(x, time)
-            drift = v - self.noise_of(v, x, t)                  # velocity + w score with w = sigma (SiT, eq. 4)
+            drift = v - self.noise_of(v, x, t)                  # velocity + w / 2 score, with w = 2 sigma (SiT, eq. 4)
             if i == steps - 1:
                 return x + LAST_STEP * drift
             sigma = 1 - time if self.interpolant == "linear" else math.cos(math.pi / 2 * time)

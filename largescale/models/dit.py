@@ -131,8 +131,8 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Predicts the noise in x_t, and with `learn_sigma` where its variance lies, from t and the condition y: captions
-    with `caption_tokens`, labels with `num_classes`, nothing with neither."""
+    """Predicts what its objective asks for, as the noise in x_t, and with `learn_sigma` where its variance lies, from t
+    and the condition y: captions with `caption_tokens`, labels with `num_classes`, nothing with neither."""
 
     checkpoint_blocks: bool = False
     """Keep each block's input only, and compute the block again in the backward pass."""
@@ -193,7 +193,7 @@ class DiT(nn.Module):
         return next(self.blocks.parameters()).dtype
 
     def forward(self, x: Tensor, t: Tensor, y: Condition) -> Tensor:
-        """x (N, C, H, W) of any float type, t (N,) int64, y for N images -> (N, C or 2C, H, W) float32."""
+        """x (N, C, H, W) of any float type, t (N,) of any type, y for N images -> (N, C or 2C, H, W) float32."""
         if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
             raise ConfigError(f"this model takes (N, {self.in_channels}, {self.input_size}, {self.input_size}), got "
                               f"{tuple(x.shape)}; set input_size and in_channels to the data's")

@@ -116,8 +116,8 @@ def test_which_inputs_a_run_reads(run_here: RunHere, monkeypatch: pytest.MonkeyP
         return draws(seed, step, *args, **kwargs)  # type: ignore[arg-type]
 
     def bad(self: trainer.Trainer, *args: object) -> object:
-        result, t = losses(self, *args)  # type: ignore[arg-type]
-        return (result._replace(loss=result.loss * torch.inf) if self.input_step == 6 else result), t
+        result, *rest = losses(self, *args)  # type: ignore[arg-type]
+        return (result._replace(loss=result.loss * torch.inf) if self.input_step == 6 else result), *rest
 
     monkeypatch.setattr(Loader, "batch", recorded)
     monkeypatch.setattr(trainer, "step_draws", recorded_draws)

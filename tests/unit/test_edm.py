@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from largescale.diffusion.edm import SIGMA_MAX, Edm
+from largescale.diffusion.guidance import ClassifierFreeGuidance
 from largescale.diffusion.ode import edm_sigmas
 from largescale.diffusion.samplers import evaluations, sample
 from largescale.errors import ConfigError
@@ -136,6 +137,23 @@ def test_noise_levels_of_the_paper(sampler: str, steps: int, evaluated: int) -> 
     if sampler == "heun":
         np.testing.assert_allclose([sigmas[0], *sigmas[1::2]], REFERENCE["heun18_sigmas"], rtol=1e-9)
     np.testing.assert_allclose(sorted(set(np.round(sigmas, 9)))[::-1], np.round(edm_sigmas(steps), 9), rtol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ("heun", "euler"))
+@pytest.mark.parametrize("interval", [(0.0, 0.3), (0.3, 0.8), (0.6, 1.0)])
+def test_guides_at_the_noise_levels_in_the_interval_only(sampler: Any, interval: tuple[float, float]) -> None:
+    seen: set[bool] = set()
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        u = Edm().noise_level((4 * t[:1]).exp()).item()
+        guided = len(x) == 4
+        assert guided == (interval[0] - 1e-9 <= u <= interval[1] + 1e-9), u
+        seen.add(guided)
+        return 0.1 * x
+
+    guidance = ClassifierFreeGuidance(model, 2.0, null_label=9, interval=interval)
+    sample(Edm(), guidance, NOISE[:2], Y[:2], sampler=sampler, steps=12, noise=lambda i: NOISE[:2])
+    assert seen == {True, False}
 
 
 @pytest.mark.parametrize("call, message", [

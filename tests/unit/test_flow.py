@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from largescale.diffusion.flow import LAST_STEP, Flow
+from largescale.diffusion.guidance import ClassifierFreeGuidance
 from largescale.diffusion.samplers import evaluations, sample
 from largescale.errors import ConfigError
 from largescale.models.dit import DiT
@@ -184,6 +185,23 @@ def test_released_sit_has_channels_that_nobody_uses() -> None:
     assert not torch.equal(flow.training_losses(model, X_START, T, NOISE, y).loss, loss)
     with pytest.raises(ConfigError, match="8 channels for 4-channel images with learn_sigma=False"):
         Flow().training_losses(model, X_START, T, NOISE, y)
+
+
+@pytest.mark.parametrize("sampler", ("sde", "euler", "heun", "heun3"))
+@pytest.mark.parametrize("interval", [(0.0, 0.3), (0.3, 0.8), (0.6, 1.0)])
+def test_guides_at_the_noise_levels_in_the_interval_only(sampler: Any, interval: tuple[float, float]) -> None:
+    seen: set[bool] = set()
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        u = 1 - t[0].item()
+        guided = len(x) == 4
+        assert guided == (interval[0] - 1e-9 <= u <= interval[1] + 1e-9), u
+        seen.add(guided)
+        return 0.1 * x
+
+    guidance = ClassifierFreeGuidance(model, 2.0, null_label=9, interval=interval)
+    sample(Flow(), guidance, NOISE[:2], Y[:2], sampler=sampler, steps=12, noise=lambda i: NOISE[:2])
+    assert seen == {True, False}
 
 
 @pytest.mark.parametrize("call, message", [

@@ -96,7 +96,9 @@ MISFITS = [
     ("debug_edm", {"model": {"caption_tokens": 4}}, "model.caption_tokens=4 must stay 0"),
     ("debug_edm", {"model": {"input_size": 15}}, "model.input_size=15 must be a multiple of 2"),
     ("debug_edm", {"unet": {"attn_resolutions": (7,)}}, r"model.unet.attn_resolutions=\[7\] must be among \[16, 8\]"),
-    ("debug_edm", {"unet": {"model_channels": 6}}, "model.unet.model_channels=6 must be a multiple of 4"),
+    ("debug_edm", {"unet": {"model_channels": 6}}, "model.unet.model_channels=6 must be a multiple of 32, or of 4 in a network of fewer"),
+    ("debug_edm", {"unet": {"model_channels": 36, "channel_mult": (1, 4)}}, "model_channels=36 must be a multiple of 32, or"),
+    ("edm_ddpmpp_cifar10", {"unet": {"model_channels": 132}}, "model_channels=132 must be a multiple of 32"),
     ("debug_edm", {"unet": {"augment_dim": 5}}, "augment_dim=5 must be 9, or 0"),
     ("debug_edm", {"data": {"augment": 0.1}}, "data.augment=0.1 must be 0 where the network is not told of it"),
     ("edm_ddpmpp_cifar10", {"data": {"horizontal_flip": True}}, "data.horizontal_flip=True must be off with data.augment"),
@@ -111,9 +113,9 @@ MISFITS = [
     ("debug", {"curriculum": {"pacing": "none", "only_cluster": 6}}, "only_cluster"),
     ("debug", {"noise": {"logit_std": 2.0}}, "noise.logit_std=2.0 must stay 1.0: only noise.sampling=logit_normal"),
     ("debug", {"noise": {"sampling": "logit_normal", "logit_std": 0.0}}, "noise.logit_std=0.0 must be positive"),
-    ("debug", {"noise": {"sampling": "speed", "speed_ratio": 0.5}}, "noise.speed_ratio=0.5 must be at least 1"),
+    ("debug", {"noise": {"sampling": "speed", "speed_ratio": 0.0}}, "noise.speed_ratio=0.0 must be positive"),
     ("debug", {"noise": {"weighting": "min_snr", "min_snr_gamma": 0.0}}, "min_snr_gamma=0.0 must be positive"),
-    ("debug", {"noise": {"weighting": "p2", "p2_k": 0.0}}, "p2_k=0.0 must be positive"),
+    ("debug", {"noise": {"weighting": "p2", "p2_k": -1.0}}, "p2_k=-1.0 must be 0 or more"),
 ]
 
 

@@ -4,12 +4,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from eval.sample import Sample, Sampler
+from largescale import inspect
+from largescale.augment import augment
 from largescale.checkpoint_files import CheckpointDir
+from largescale.data.format import DatasetInfo
+from largescale.data.writer import ShardWriter
+from largescale.draws import Draws
+from largescale.models.unet import DDPMpp
 from largescale.noise_sampling import LossSecondMoment
 from largescale.telemetry import read_metrics
+from largescale.trainer import Trainer
 from tests.conftest import RunHere, assert_same_run, cut, ds_json, trace
 
 RESAMPLED = ("--noise.sampling", "loss_second_moment", "--diffusion.timesteps", 10)
@@ -120,3 +129,108 @@ def test_a_checkpoint_of_another_run_is_refused(change: tuple[str, str], refused
     assert run_here("--train.steps", 2).code == 0
     again = run_here("--train.steps", 4, *change)
     assert again.code == 2 and refused in again.err
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Trainer, Any, Draws, int, Any]]:
+    """What every call of `Trainer.losses` was given and gave."""
+    seen: list[tuple[Trainer, Any, Draws, int, Any]] = []
+    losses = Trainer.losses
+
+    def recording(self: Trainer, model: Any, batch: Any, draws: Draws, k: int) -> Any:
+        result = losses(self, model, batch, draws, k)
+        seen.append((self, batch, draws, k, result))
+        return result
+
+    monkeypatch.setattr(Trainer, "losses", recording)
+    return seen
+
+
+@pytest.mark.parametrize("preset", ["debug", "debug_sit", "debug_edm"])
+def test_how_a_loss_is_put_together(preset: str, run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    """importance (w mse + vb), w from the SNR; resampling is told it without the importance, of all rows in order."""
+    seen, told = recorded(monkeypatch), []
+    observe = LossSecondMoment.observe
+    monkeypatch.setattr(LossSecondMoment, "observe", lambda self, *args: told.append(args) or observe(self, *args))
+    args = ("--train.steps", 24, "--curriculum.pacing", "none", "--noise.weighting", "min_snr", "--noise.min-snr-gamma", 0.1,
+            "--train.micro-batch-size", 8)
+    assert run_here(*args, *RESAMPLED, preset=preset).code == 0
+    assert len(seen) == 48 and len(told) == 24
+    for i, (trainer, _, _, k, (losses, t, importance)) in enumerate(seen):
+        if preset == "debug":
+            snr = trainer.objective.log_snr(t).exp()
+            weight = torch.minimum(snr, torch.tensor(0.1)) / snr
+        elif preset == "debug_sit":
+            weight = torch.minimum((t / (1 - t)) ** 2, torch.tensor(0.1)) * (1 - t) ** 2
+        else:
+            weight = torch.minimum(t**-2, torch.tensor(0.1)) * (0.5 * t) ** 2 / (t**2 + 0.25)
+        before = weight * losses.mse + losses.vb
+        torch.testing.assert_close(losses.loss.double(), importance * before, rtol=1e-5, atol=1e-7)
+        bins, of_rows = told[i // 2]
+        mine = slice(8 * k, 8 * k + 8)
+        assert of_rows[mine] == pytest.approx(before.tolist(), rel=1e-5)
+        assert bins[mine] == (trainer.objective.noise_level(t) * 10).floor().tolist()
+    assert len({x for *_, (_, _, importance) in seen[-8:] for x in importance.tolist()}) > 3  # it has warmed up
+
+
+def test_the_network_is_told_how_its_image_was_augmented(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the labels of the very draws, row by row; and each micro step drops other activations, derived from the step."""
+    seen, given, seeds = recorded(monkeypatch), [], []
+    forward, seed = DDPMpp.forward, torch.manual_seed
+
+    def telling(self: DDPMpp, x: torch.Tensor, t: torch.Tensor, y: Any, augment_labels: Any = None) -> torch.Tensor:
+        given.append(augment_labels)
+        return forward(self, x, t, y, augment_labels)
+
+    monkeypatch.setattr(DDPMpp, "forward", telling)
+    monkeypatch.setattr(torch, "manual_seed", lambda value: seeds.append(value) or seed(value))
+    args = ("--train.steps", 3, "--train.micro-batch-size", 8, "--model.unet.augment-dim", 9, "--data.augment", 0.5)
+    assert run_here(*args, preset="debug_edm").code == 0
+    assert len(given) == 6 and len(set(seeds[-6:])) == 6
+    for (_, batch, draws, k, _), labels in zip(seen, given, strict=True):
+        rows = draws.augment[8 * k : 8 * k + 8]  # type: ignore[index]
+        x = batch["latent"][k].float() / 127.5 - 1
+        _, expected = augment(x, rows[:, :9], torch.special.ndtri(rows[:, 9:]), 0.5)
+        assert torch.equal(labels, expected) and labels.any()
+    first = seeds[-6:]
+    assert run_here(*args, preset="debug_edm", output=seen[0][0].config.run_dir.parent / "again").code == 0
+    assert seeds[-6:] == first
+
+
+def test_latents_are_not_augmented(run_here: RunHere, blobs: Path, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "latents", DatasetInfo("latents", "latents", (1, 16, 16), 10), rows_per_shard=20) as writer:
+        for i in range(20):
+            writer.write(id=str(i), latent=np.zeros((1, 16, 16), np.float16), label=i % 10)
+    refused = run_here("--model.unet.augment-dim", 9, "--data.augment", 0.5, preset="debug_edm", data=tmp_path / "latents")
+    assert refused.code == 2 and "holds latents, and augmentation is of pixels" in refused.err
+
+
+def test_another_micro_batch_drops_other_activations_which_is_said(run_here: RunHere, tmp_path: Path) -> None:
+    for preset, said in (("debug_edm", True), ("debug_sit", False)):
+        args = ("--train.steps", 2, "--checkpoint.every", 1, "--train.micro-batch-size")
+        assert run_here(*args, 8, preset=preset, output=tmp_path / preset).code == 0
+        again = run_here(*args, 4, "--train.steps", 3, preset=preset, output=tmp_path / preset)
+        assert again.code == 0 and ("train.micro_batch_size: 8 -> 4" in again.err) == said
+
+
+@pytest.mark.parametrize("settings, said", [
+    (("--curriculum.order", "hard_first"), "training on u in [0, 0."),
+    (("--curriculum.stages", "separate"), "training on u in ["),
+    (("--curriculum.pacing", "none", "--curriculum.only-cluster", 2), "training on u in [0.2, 0.4)"),
+    (("--curriculum.pacing", "none"), "complete: all noise levels"),
+])
+def test_inspect_tells_the_active_noise_levels(settings: tuple[Any, ...], said: str, run_here: RunHere,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = run_here("--train.steps", 4, "--curriculum.patience", 0, *settings)
+    last = outcome.trace()[-1]
+    inspect.main([str(outcome.run)])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("curriculum"))
+    assert said in line
+    if "training on" in line:
+        assert f"[{last['curriculum/lowest']:.3g}, {last['curriculum/highest']:.3g})" in line
+
+
+def test_inspect_names_the_network(run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = run_here("--train.steps", 1, preset="debug_edm")
+    inspect.main([str(outcome.run)])
+    out = capsys.readouterr().out
+    assert "DDPM++, 1 blocks a resolution, 16 channels times [1, 2], on (1, 16, 16)" in out and "DiT" not in out
