@@ -23,7 +23,7 @@ def build_model(config: ModelConfig) -> Network:
     fields = {key: value for key, value in vars(config).items() if key not in ("architecture", "unet")}
     if config.architecture == "dit":
         return DiT(**fields)
-    common = ("input_size", "in_channels", "num_classes", "class_dropout_prob")
+    common = ("input_size", "in_channels", "num_classes")
     return DDPMpp(**{key: fields[key] for key in common}, **vars(config.unet))
 
 

@@ -108,16 +108,14 @@ class DDPMpp(nn.Module):
 
     def __init__(self, *, input_size: int, in_channels: int, num_classes: int, model_channels: int = 128,
                  channel_mult: tuple[int, ...] = (2, 2, 2), num_blocks: int = 4,
-                 attn_resolutions: tuple[int, ...] = (16,), dropout: float = 0.13, augment_dim: int = 0,
-                 class_dropout_prob: float = 0.0):
+                 attn_resolutions: tuple[int, ...] = (16,), dropout: float = 0.13, augment_dim: int = 0):
         """`input_size`: height and width of the image. `num_classes` and `augment_dim`: 0 for none. Dropping labels is
         the caller's, who passes the null label `num_classes`. Weights are drawn from torch's global generator."""
         super().__init__()
         resolutions = check_sizes(input_size, model_channels, channel_mult, num_blocks, attn_resolutions)
-        check_ranges(num_classes, augment_dim, dropout, class_dropout_prob)
+        check_ranges(num_classes, augment_dim, dropout)
         self.input_size, self.in_channels, self.out_channels = input_size, in_channels, in_channels
         self.num_classes, self.model_channels, self.augment_dim = num_classes, model_channels, augment_dim
-        self.class_dropout_prob = class_dropout_prob
 
         emb = 4 * model_channels
         self.map_label = LinearFp32(num_classes, model_channels) if num_classes else None
@@ -202,8 +200,8 @@ class DDPMpp(nn.Module):
                               "architecture=dit")
         emb = positional_embedding(t, self.model_channels)
         if self.map_label is not None:
-            one_hot = F.one_hot(y, self.num_classes + 1)[:, :-1]         # (N, num_classes)
-            emb = emb + self.map_label(one_hot * math.sqrt(self.num_classes))
+            one_hot = F.embedding(y, torch.eye(self.num_classes + 1, self.num_classes, device=y.device))
+            emb = emb + self.map_label(one_hot * math.sqrt(self.num_classes))    # (N, num_classes)
         if augment_labels is not None:
             if self.map_augment is None or augment_labels.shape != (len(t), self.augment_dim):
                 raise ConfigError(f"this model takes augment labels ({len(t)}, {self.augment_dim}), got "
@@ -238,13 +236,12 @@ def check_sizes(input_size: int, model_channels: int, channel_mult: tuple[int, .
     return resolutions
 
 
-def check_ranges(num_classes: int, augment_dim: int, dropout: float, class_dropout_prob: float) -> None:
+def check_ranges(num_classes: int, augment_dim: int, dropout: float) -> None:
     for name, count in {"num_classes": num_classes, "augment_dim": augment_dim}.items():
         if count < 0:
             raise ConfigError(f"{name}={count} is negative; set 0 for none")
-    for name, probability in {"dropout": dropout, "class_dropout_prob": class_dropout_prob}.items():
-        if not 0 <= probability < 1:
-            raise ConfigError(f"{name}={probability} is not in [0, 1); set 0 for none")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"dropout={dropout} is not in [0, 1); set 0 for none")
 
 
 def from_edm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

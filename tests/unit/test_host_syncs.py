@@ -24,8 +24,8 @@ def steps(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> Steps:
     """What the steps of a run on one rank wait for."""
     found = watch(monkeypatch.setattr, FIRST)
 
-    def run(*args: Any) -> list[Step]:
-        outcome = run_here(*SHORT, *args)
+    def run(*args: Any, preset: str = "debug") -> list[Step]:
+        outcome = run_here(*SHORT, *args, preset=preset)
         assert outcome.code == 0, outcome.err
         return found
 
@@ -51,6 +51,18 @@ def test_a_step_of_two_ranks(blobs: Path, tmp_path: Path) -> None:
 
 def test_captions_and_recomputed_blocks_do_not_wait(steps: Steps, captioned: Path) -> None:
     found = steps("--data.path", captioned, *CAPTIONED, "--train.activation-checkpointing")
+    assert [waits(step) for step in found] == [expected()] * 4
+
+
+@pytest.mark.parametrize("preset, args", [
+    ("debug_sit", ("--noise.weighting", "min_snr")),
+    ("debug_sit", ("--noise.sampling", "logit_normal", "--curriculum.stages", "separate")),
+    ("debug_edm", ("--model.unet.augment-dim", 9, "--data.augment", 0.5, "--train.activation-checkpointing")),
+    ("debug", ("--noise.sampling", "speed", "--noise.weighting", "p2")),
+    ("debug", ("--noise.sampling", "loss_second_moment", "--diffusion.timesteps", 10)),
+])
+def test_other_systems_do_not_wait(preset: str, args: tuple[Any, ...], steps: Steps) -> None:
+    found = steps(*args, preset=preset)
     assert [waits(step) for step in found] == [expected()] * 4
 
 
