@@ -6,6 +6,8 @@ PYTHON ?= python3
 RANKS ?= 2
 RUN ?= runs/digits
 SAMPLES ?= 1000
+# Of the tests, at most; each takes up to 4 GB
+WORKERS ?= 4
 # More options for the training program, for example DEMO_ARGS='--train.steps 8000'
 DEMO_ARGS ?=
 
@@ -47,7 +49,7 @@ demo-text: .venv/demo-text.stamp
 	@echo "to resume    make demo-text, after an interruption; this start took $$(($$(date +%s) - $$(cat .venv/demo.started))) s"
 
 test: .venv/dev.stamp check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .

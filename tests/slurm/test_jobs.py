@@ -262,3 +262,23 @@ def test_a_curve(submit: Submit, truth: Path, blobs: Path, tmp_path: Path) -> No
                  600, "--out", tmp_path / "curve", run=tmp_path / "curve", job=("--ntasks-per-node=2",), RUNS=truth, REFERENCE=blobs)
     assert "1 checkpoints on the curve" in job.ended("COMPLETED", restarts=0)
     assert Image.open(tmp_path / "curve/curve.png").size[0] > 300
+
+
+def test_a_study(submit: Submit, lab: Lab, blobs: Path, tmp_path: Path) -> None:
+    """Of an array, the task that is asked to stop comes back, and no other; then the report of all."""
+    out = tmp_path / "study"
+    settings = {"STUDY": "digits", "OUT": out, "DATA": blobs}
+    options = ("--intervals", 2, "--steps", 400, "--patience", 20, "--", "--model.hidden-size", 32, "--model.depth", 2,
+               "--model.num-heads", 2, "--train.global-batch-size", 16)
+    job = submit("difficulty.sh", *options, job=("--array=0-2", f"--output={tmp_path}/task_%a.log"), **settings)
+    tasks = [Job(lab, f"{job.id}_{i}", tmp_path / f"task_{i}.log", out / f"interval_{i:02}") for i in range(3)]
+    tasks[1].wait_for_step(40)
+    lab("scancel", "--signal=USR1", tasks[1].id)
+    saved_and_resumed(tasks[1].ended("COMPLETED", restarts=1))
+    for task in (tasks[0], tasks[2]):
+        assert "\nstopped " not in task.ended("COMPLETED", restarts=0)
+    text = submit("difficulty.sh", *options, run=tmp_path / "report", job=("--array=0",), STAGES="report",
+                  **settings).ended("COMPLETED", restarts=0)
+    assert "missing: intervals 0, 1, 2 are not there from the stage denoise" in text, text
+    steps = [row["convergence"]["steps"] for row in json.loads((out / "report.json").read_text())["intervals"]]
+    assert steps == [400, 400] and Image.open(out / "losses.png").size[0] > 300

@@ -1,7 +1,10 @@
 """Who may import whom (the table in docs/layout.md): imports only go down, and two libraries have one door each."""
 
 import ast
+from fnmatch import fnmatch
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,3 +85,11 @@ def test_no_torch_below() -> None:
         if name.removeprefix("largescale.").split(".")[0] in NO_TORCH or name == "largescale.diffusion.schedule":
             torch = {i for i in imports(path, top_level_only=True) if i.split(".")[0] == "torch"}
             assert not torch, f"{name} imports {torch}"
+
+
+def test_no_folder_of_tests_is_passed_over(pytestconfig: pytest.Config) -> None:
+    """As pytest by itself passes over a folder named dist."""
+    folders = {part for path in (ROOT / "tests").rglob("test_*.py") for part in path.relative_to(ROOT).parent.parts}
+    patterns = pytestconfig.getini("norecursedirs")
+    assert folders == {"tests", "dist", "e2e", "gpu", "slurm", "unit"}
+    assert [folder for folder in folders if any(fnmatch(folder, pattern) for pattern in patterns)] == []
