@@ -1,10 +1,6 @@
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +16,9 @@ from largescale.checkpoint_files import checkpoints, named_weights
 from largescale.data.format import CaptionInfo, DatasetInfo
 from largescale.data.writer import ShardWriter
 from largescale.telemetry import read_metrics
+from tests.ranks import ROOT, Done, ranks_of
 
-ROOT = Path(__file__).parent.parent
 QUIET = ("--telemetry.no-tensorboard", "--telemetry.preview-every", 0, "--telemetry.reference-every", 0)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @pytest.fixture(autouse=True)
@@ -86,29 +76,7 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-Done = list["subprocess.CompletedProcess[str]"]
 Train = Callable[..., Done]
-
-
-def ranks_of(*program: Any, ranks: int = 2, timeout_s: float = 120) -> Done:
-    """Run a Python program on several processes, as a launcher would start them."""
-    command = [sys.executable, *map(str, program)]
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks),
-           "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(command, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=ROOT, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for rank in range(ranks)
-    ]
-    done = []
-    try:
-        for process in processes:
-            out, err = process.communicate(timeout=timeout_s)
-            done.append(subprocess.CompletedProcess(command, process.returncode, out, err))
-    finally:
-        for process in processes:
-            process.kill()
-    return done
 
 
 @pytest.fixture

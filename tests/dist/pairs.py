@@ -38,7 +38,8 @@ from largescale.diffusion.objective import Losses
 from largescale.draws import Draws
 from largescale.engine import Engine, plain
 from largescale.trainer import Trainer
-from tests.conftest import cut, free_port
+from tests.conftest import cut
+from tests.ranks import free_port
 
 # What a run imports when it gets there; the first, for a decorator in DeepSpeed's optimizers, takes 2 s.
 for module in ("deepspeed.runtime.zero.muon.muon_optimizer", "tyro"):

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from largescale.checkpoint_files import CheckpointDir, checkpoints
-from tests.conftest import Train, assert_same_run, cut, ds_json, ranks_of, trace
+from tests.conftest import Train, assert_same_run, cut, ds_json, trace
+from tests.ranks import ranks_of
 
 # Two accumulation steps, clipping, a curriculum that moves, and a checkpoint at every step, to serve every cut.
 ARGS = ("--train.steps", 24, "--train.micro-batch-size", 4, "--optimizer.clip-grad-norm", 0.5, "--curriculum.patience", 1,

@@ -15,7 +15,8 @@ from largescale import checkpoint_files
 from largescale.checkpoint_files import MANIFEST, MODEL_FILE, CheckpointDir, checkpoints, newest_valid, seal
 from largescale.files import sha256
 from largescale.weights import load_trained
-from tests.conftest import RunHere, assert_same_run, ranks_of
+from tests.conftest import RunHere, assert_same_run
+from tests.ranks import ranks_of
 
 # ---- kills (see under_fire.py)
 

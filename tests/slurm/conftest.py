@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from largescale.telemetry import read_metrics
-from tests.conftest import ROOT, ranks_of
+from tests.ranks import ROOT, ranks_of
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "nsenter", "unshare")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")

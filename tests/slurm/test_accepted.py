@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.ranks import ROOT
 from tests.slurm.conftest import SMALL_JOB, Job, Lab
 
 SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh") if path.name != "env.sh")

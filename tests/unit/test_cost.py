@@ -18,7 +18,8 @@ from largescale.ds_config import load_ds_config
 from largescale.memory import activation_bytes, largest_micro_batch, memory
 from largescale.presets import PRESETS
 from largescale.telemetry import peak_flops
-from tests.conftest import QUIET, RunHere, ranks_of
+from tests.conftest import QUIET, RunHere
+from tests.ranks import ranks_of
 
 ROUND = Hardware("round", peak_flops=2e12, memory_bytes=1e9, memory_bandwidth=1e12, intra_bandwidth=4e9, inter_bandwidth=0.5e9,
                  gpus_per_node=4, launch_s=0.0, data_bandwidth=1e9, host_bandwidth=1e9, write_bandwidth=1e9,

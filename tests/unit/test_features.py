@@ -22,7 +22,7 @@ from eval import features
 from eval.features import Clip, Extractor, Preprocess, load_clip, load_extractor
 from largescale.errors import DataError
 from largescale.files import sha256
-from tests.conftest import ROOT
+from tests.ranks import ROOT
 
 CPU = torch.device("cpu")
 SHARED = Path(os.environ.get("LARGESCALE_SHARED", ROOT.parent / "shared")) / "data"

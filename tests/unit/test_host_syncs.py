@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from largescale.trainer import Trainer
-from tests.conftest import CAPTIONED, QUIET, RunHere, ds_json, ranks_of
+from tests.conftest import CAPTIONED, QUIET, RunHere, ds_json
+from tests.ranks import ranks_of
 from tests.waits import NO_WAITS, NO_WAITS_OF_THE_LOG, Step, expected, waits, watch
 
 FIRST = 3  # what the steps before prepare is kept

@@ -22,7 +22,7 @@ from data_prep import folder, imagenet, packing, webdataset
 from data_prep.images import decode
 from largescale.data.shards import ShardDataset
 from largescale.errors import DataError, Stopped
-from tests.conftest import ROOT
+from tests.ranks import ROOT
 
 RUN = {"folder": folder.main, "imagenet": imagenet.main, "webdataset": webdataset.main}
 BAD = {"010.png": b"", "011.png": b"no image", "025.png": None}  # None: too small

@@ -14,7 +14,7 @@ import pytest
 from eval import prompts
 from eval.prompts import freeze, read_prompts
 from largescale.errors import ConfigError, DataError
-from tests.conftest import ROOT
+from tests.ranks import ROOT
 
 SHARED = Path(os.environ.get("LARGESCALE_SHARED", ROOT.parent / "shared")) / "data"
 

