@@ -70,6 +70,8 @@ class Compare:
     """Steps of a stage of naive; by default its N stages take half of the run: steps / (2 N)."""
     every: int | None = None
     """Steps between the checkpoints that are scored, and the grain of "steps to"; by default a tenth of the run."""
+    frechet_every: int | None = None
+    """Steps between those of them that samples are drawn of, which takes longest; by default all."""
     discard: bool = False
     """Remove a run's checkpoints but the last once they are scored."""
     validation: Path | None = None
@@ -100,7 +102,7 @@ class Compare:
     """Likewise."""
 
     def check(self) -> None:
-        counts = ("seeds", "nproc", "naive_interval", "every", "clusters", "loss_images", "batch_size")
+        counts = ("seeds", "nproc", "naive_interval", "every", "frechet_every", "clusters", "loss_images", "batch_size")
         for key in counts:
             if (value := getattr(self, key)) is not None and value < 1:
                 raise ConfigError(f"{key}={value} must be at least 1; set --{key.replace('_', '-')}")
@@ -132,6 +134,9 @@ class Comparison:
             validate(run.config, o.nproc)
         self.chosen = self.choose()
         self.config = self.runs[0].config
+        if o.frechet_every and o.frechet_every % self.config.checkpoint.every:
+            raise ConfigError(f"frechet_every={o.frechet_every} must be a multiple of the "
+                              f"{self.config.checkpoint.every} steps between checkpoints; set --frechet-every or --every")
         self.data, validation = self.open(self.config)
         for run in self.runs:
             check_same(run, o.nproc, self.data.fingerprint)
@@ -184,7 +189,8 @@ class Comparison:
             runs=(), reference=o.reference or self.data.path, num_samples=o.num_samples, cfg_scale=o.cfg_scale,
             sampler=sampler, steps=steps, seed=o.sample_seed, vae=o.vae, batch_size=o.batch_size, device=o.device,
             extractor=automatic if o.extractor == "auto" else o.extractor, inception_weights=o.inception_weights,
-            every=self.config.checkpoint.every, captions=self.data.path if self.config.model.caption_tokens else None)
+            every=o.frechet_every or self.config.checkpoint.every,
+            captions=self.data.path if self.config.model.caption_tokens else None)
 
     # ---- the work
 

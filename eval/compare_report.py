@@ -106,7 +106,8 @@ def heading(f: Findings, name: str) -> list[str]:
     ]
     if p:
         lines += ["", f"{name}: {p['num_samples']:,} samples of the EMA by {p['sampler']} in {p['steps']} steps, "
-                  f"cfg_scale {p['cfg_scale']}, seed {p['seed']}, against {p['reference']}, by {p['extractor']}."]
+                  f"cfg_scale {p['cfg_scale']}, seed {p['seed']}, against {p['reference']}, by {p['extractor']}, at "
+                  "steps " + ", ".join(f"{row['step']:,}" for row in f.frechet[f.runs[0].folder]) + "."]
     if note := ema_note(config):
         lines += ["", note]
     return [*lines, "", f"    {f.command}"]

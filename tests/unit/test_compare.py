@@ -540,6 +540,7 @@ def test_a_validation_set(arguments: Arguments, began: Path, trained_here: Start
 @pytest.mark.parametrize(("options", "extra", "message"), [
     (("--seeds", 0), (), "seeds=0 must be at least 1"),
     (("--every", 0), (), "every=0 must be at least 1"),
+    (("--frechet-every", 6), (), "frechet_every=6 must be a multiple of the 4 steps between checkpoints"),
     (("--num-samples", 5), (), "num_samples=5 must be 10 or more"),
     (("--methods", "vanilla,nave"), (), "did you mean 'naive'"),
     (("--methods", "vanilla+naive"), (), "vanilla sets curriculum.pacing=none and naive curriculum.pacing=fixed"),
@@ -609,6 +610,13 @@ def test_how_samples_are_drawn(preset: str, options: dict[str, Any], expected: t
     comparison = Comparison(Compare(preset, **options), ["--data.path", str(blobs)])
     assert comparison.curve and (comparison.curve.sampler, comparison.curve.steps, comparison.curve.extractor) == expected
     assert comparison.curve.reference == blobs and comparison.curve.every == 2
+
+
+def test_samples_of_fewer_checkpoints(arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare.main(arguments("--seeds", 1, "--frechet-every", 8)) == 0
+    for run in json.loads((tmp_path / "out/results.json").read_text())["runs"]:
+        assert [row["step"] for row in run["loss"]] == [4, 8, 9] and [row["step"] for row in run["frechet"]] == [8, 9]
+    assert "by tiny, at steps 8, 9." in capsys.readouterr().out
 
 
 def test_clusters_of_the_loss_are_the_presets(blobs: Path, tmp_path: Path) -> None:
