@@ -136,7 +136,8 @@ class Comparison:
         self.config = self.runs[0].config
         if o.frechet_every and o.frechet_every % self.config.checkpoint.every:
             raise ConfigError(f"frechet_every={o.frechet_every} must be a multiple of the "
-                              f"{self.config.checkpoint.every} steps between checkpoints; set --frechet-every or --every")
+                              f"{self.config.checkpoint.every} steps between checkpoints; set --frechet-every "
+                              "or --every")
         self.data, validation = self.open(self.config)
         for run in self.runs:
             check_same(run, o.nproc, self.data.fingerprint)
