@@ -190,7 +190,11 @@ def multiples(runs: OfRuns, names: Sequence[str], path: Path, relative: bool = F
             axis.fill_between(steps, low, high, color=line[0].get_color(), alpha=0.2, linewidth=0)
         axis.set_title(name, fontsize="small")
         axis.set(xlabel="step", ylabel=f"against {first}, %" if relative else "")
-        if not relative:
+        if relative:                                    # early differences are hundreds, late ones few percent
+            axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+            axis.set_yscale("symlog", linthresh=5)
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        else:
             axis.set(xscale="log", yscale="log")
     axes.flat[0].legend(fontsize="x-small")
     save(plots, path)
