@@ -35,6 +35,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from eval.compare_report import ema_note
 from eval.curve import lines
 from eval.difficulty_denoising import SplicedSampler, asked_levels, bounds
 from eval.difficulty_report import Report, number, write_report
@@ -78,6 +79,8 @@ class Difficulty(Plan):
         self.check_trained(sorted({0, *self.chosen}))
         todo = [i for i in self.chosen if i not in self.scored()]
         self.say(f"denoise: {len(todo)} of {len(self.chosen)} models to sample with")
+        if todo and (note := ema_note(self.config)):
+            self.say(note)
         if todo and self.rank == 0:
             self.scorer                                 # noqa: B018  what is wrong with the reference is said now
         for i in todo:

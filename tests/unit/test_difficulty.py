@@ -385,8 +385,9 @@ def test_what_is_missing_is_named(study: Any, tmp_path: Path, monkeypatch: pytes
     assert "from the stage train" not in study("--stages", "report")[1]
 
 
-def test_other_settings_are_other_scores(study: Any, tmp_path: Path) -> None:
+def test_other_settings_are_other_scores(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full model of one's own is not trained; scores of other settings do not mix; samples can be kept."""
+    monkeypatch.setattr(difficulty, "ema_note", lambda config: f"The EMA of {config.train.steps} steps is short.")
     study("--stages", "train")
     full = tmp_path / "out/interval_00"
     elsewhere = tmp_path / "elsewhere"
@@ -394,6 +395,7 @@ def test_other_settings_are_other_scores(study: Any, tmp_path: Path) -> None:
     shutil.rmtree(full)
     code, said, trained = study("--stages", "train", "denoise", "--full", elsewhere, "--interval", 2)
     assert code == 0 and trained == [] and "2 of 6 evaluations inside" in said, said
+    assert "The EMA of 8 steps is short." in said
     code, said, _ = study("--stages", "denoise", "--full", elsewhere, "--interval", 2, "--num-samples", 24, "--keep-samples")
     assert code == 0 and "denoise: 1 of 1" in said
     rows = [json.loads(line) for line in (tmp_path / "out/denoising.jsonl").read_text().splitlines()]
