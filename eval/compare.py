@@ -12,7 +12,8 @@ distance. The first method is what the others are measured against, seed by seed
 
 METHODS: vanilla, curriculum (the paper's, with the preset's patience), naive (fixed intervals), anti (hard first),
 separate (stages that do not accumulate), min_snr, p2, logit_normal, loss_second_moment, speed; joined by +, as
-curriculum+p2; with settings, as curriculum@patience=50,n_clusters=10. Those that set no pacing have no curriculum.
+curriculum+p2; with settings, as curriculum@patience=50,n_clusters=10 or logit_normal@noise.logit_std=0.5 (fields of
+curriculum, noise and optimizer). Those that set no pacing have no curriculum.
 
 Stopped or killed, it goes on when the same command is run again; what is trained and scored is left alone. The tasks of
 an array job take a run each (--run); the same command without --run then writes the report.
@@ -131,7 +132,13 @@ class Comparison:
         self.runs = plan(o.preset, methods, seeds=o.seeds, out=self.out, every=o.every,
                          naive_interval=o.naive_interval, extra=self.extra)
         for run in self.runs:
-            validate(run.config, o.nproc)
+            try:
+                validate(run.config, o.nproc)
+            except ConfigError as error:
+                raise ConfigError(f"method {run.method!r}: {error} (of one method: NAME@FIELD=VALUE)") from None
+        if o.naive_interval and not any(run.config.curriculum.pacing == "fixed" for run in self.runs):
+            raise ConfigError(f"naive_interval={o.naive_interval} has no effect, none of --methods {o.methods} is "
+                              "naive; leave it out")
         self.chosen = self.choose()
         self.config = self.runs[0].config
         if o.frechet_every and o.frechet_every % self.config.checkpoint.every:

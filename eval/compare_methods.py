@@ -97,7 +97,9 @@ def setting(name: str, text: str) -> tuple[str, str]:
     key = key.replace("-", "_") if "." in key else f"curriculum.{key.replace('-', '_')}"
     possible = [field for field, _ in flatten(to_dict(Config(""))) if field.startswith(OWN)]
     if key not in possible or not equals or not value:
-        near = difflib.get_close_matches(key, possible, n=1, cutoff=0)
+        field = key.rpartition(".")[2]
+        same = [other for other in possible if other.rpartition(".")[2] == field]
+        near = same or difflib.get_close_matches(key, possible, n=1, cutoff=0)
         raise ConfigError(f"method {name!r}: {text!r} is no setting of a method; write FIELD=VALUE, such as "
                           f"{near[0]}=..., with a field of {', '.join(section.rstrip('.') for section in OWN)}")
     return key, value

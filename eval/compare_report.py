@@ -79,7 +79,7 @@ def write_report(f: Findings) -> None:
         side_by_side({method: np.asarray(Image.open(path).convert("RGB")) for method, path in f.grids.items()},
                      f.out / "samples.png")
     found = {key: standings(runs, key) for key, runs in figures.items()}
-    lines = [*heading(f, name)]
+    lines = [*heading(f, name), *same_as_first(loss)]
     for key, standing in found.items():
         lines += ["", f"## {key}: lower is better", "", *table(standing)]
     lines += ["", f"## {figure('EMA')} at the last step, by noise cluster", "", *cluster_table(loss, n_clusters, "EMA"),
@@ -111,6 +111,15 @@ def heading(f: Findings, name: str) -> list[str]:
     if note := ema_note(config):
         lines += ["", note]
     return [*lines, "", f"    {f.command}"]
+
+
+def same_as_first(loss: OfRuns) -> list[str]:
+    """Markdown, of methods that cannot have done anything."""
+    (first, of_first), *others = ((method, {seed: [row["figures"] for row in rows] for seed, rows in of_seed.items()})
+                                  for method, of_seed in loss.items())
+    same = [method for method, of_method in others if of_method == of_first]
+    return ["", f"The same as {first} to the last digit, and so without effect in these steps: {', '.join(same)}. "
+            "(loss_second_moment is uniform until each active timestep has been drawn 10 times.)"] if same else []
 
 
 def ema_note(config: Config) -> str:

@@ -144,4 +144,4 @@ def check_same(run: Run, nproc: int, dataset: str) -> None:
     wanted = {**to_dict(run.config), "precision": precision(final_ds_config(run.config, nproc)), "dataset": dataset}
     if changed := differences(wanted, saved):
         raise CheckpointError(f"{run.folder} was begun with other settings, and does not compare:\n  "
-                              + "\n  ".join(changed) + "\nrepeat the comparison with its own, or choose another --out")
+                              + "\n  ".join(changed) + "\ngive the settings it was begun with, or choose another --out")

@@ -13,11 +13,12 @@ import torch
 from eval.compare_runs import Run, check_same, configure
 from eval.relative_entropy import MIN_POINTS
 from largescale.build import latent_shape
-from largescale.config import cluster_edges
+from largescale.config import cluster_edges, flatten, to_dict
 from largescale.data.shards import ShardDataset
 from largescale.diffusion.objective import SamplerName
 from largescale.errors import CheckpointError, ConfigError, DataError
 from largescale.launch import env_rank, env_world_size
+from largescale.presets import PRESETS
 from largescale.validation import validate
 
 Stage = Literal["train", "denoise", "entropy", "report"]
@@ -35,7 +36,7 @@ class Study:
     interval: int | None = None
     """Train or sample this one only, 1 .. N, or 0, the full model."""
     intervals: int = 20
-    """N."""
+    """N: how many parts of the noise axis, of equal size, a model each."""
     steps: int = 20_000
     """Of each model."""
     patience: int = 200
@@ -64,9 +65,9 @@ class Study:
     """Of a latent model, as of eval.sample."""
     keep_samples: bool = False
     entropy_images: int = 5_000
-    """L."""
+    """L: data points, a Gaussian kernel around each."""
     entropy_samples: int = 1_000
-    """M."""
+    """M: Monte-Carlo samples of each timestep."""
     batch_size: int | None = None
     """Of sampling."""
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,6 +130,16 @@ class Plan:
         self.config = configure(options.preset, self.arguments(0)[1:])
         if str(self.config.run_dir) != str(self.folder(0)):
             raise ConfigError("--output after -- would put all runs into one folder; give --out before")
+        found, ours = (dict(flatten(to_dict(configure(options.preset, arguments)))) for arguments in
+                       (self.arguments(0)[1:], self.own_arguments(0)))
+        if others := [key for key in self.settings(0) if found[key] != ours[key] and not key.startswith("telemetry.")]:
+            raise ConfigError(f"--{others[0].replace('_', '-')} after -- is what the study sets for each of its runs; "
+                              "leave it out there (before --: --steps, --intervals, --data)")
+        objective, kind = self.config.diffusion.objective, PRESETS[STUDIES[name].preset]().diffusion.objective
+        if objective != kind:
+            raise ConfigError(f"preset={options.preset} has diffusion.objective={objective}, the study {name} is of "
+                              f"{kind}; choose another preset, or a study of {objective}: "
+                              + ", ".join(of_objective(objective)))
         validate(self.config, options.nproc)
         self.runs = [self.run(i) for i in range(options.intervals + 1)]
         self.edges = cluster_edges(self.config)
@@ -139,19 +150,24 @@ class Plan:
     def folder(self, i: int) -> Path:
         return self.options.out / f"interval_{i:02}"
 
-    def arguments(self, i: int) -> tuple[str, ...]:
+    def settings(self, i: int) -> Row:
         """Of the training program. Every step is logged, as the count of the loss's rises is one of steps; nothing else
         is."""
         o = self.options
-        settings = {
+        return {
             **({"data.path": o.data} if o.data else {}),
             "train.steps": o.steps, "output": self.folder(i),
-            "curriculum.pacing": "none", "curriculum.n-clusters": o.intervals, "curriculum.only-cluster": i,
-            "telemetry.log-every": 1, "telemetry.preview-every": 0, "telemetry.reference-every": 0,
-            "checkpoint.keep-every": 0,
+            "curriculum.pacing": "none", "curriculum.n_clusters": o.intervals, "curriculum.only_cluster": i,
+            "telemetry.log_every": 1, "telemetry.preview_every": 0, "telemetry.reference_every": 0,
+            "checkpoint.keep_every": 0,
         }
-        flat = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
-        return (o.preset, *flat, "--telemetry.no-tensorboard", *self.extra)
+
+    def own_arguments(self, i: int) -> tuple[str, ...]:
+        flat = [str(part) for key, value in self.settings(i).items() for part in (f"--{key.replace('_', '-')}", value)]
+        return (*flat, "--telemetry.no-tensorboard")
+
+    def arguments(self, i: int) -> tuple[str, ...]:
+        return (self.options.preset, *self.own_arguments(i), *self.extra)
 
     def run(self, i: int) -> Run:
         curriculum = replace(self.config.curriculum, only_cluster=i)
@@ -208,6 +224,10 @@ class Plan:
                 words += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
         words += ["--stages", stage, *(["--interval", str(intervals[0])] if len(intervals) == 1 else [])]
         return shlex.join([*words, *(["--", *self.extra] if self.extra else [])])
+
+
+def of_objective(objective: str) -> list[str]:
+    return [name for name, study in STUDIES.items() if PRESETS[study.preset]().diffusion.objective == objective]
 
 
 def names(intervals: Sequence[int]) -> str:

@@ -95,16 +95,21 @@ class NoiseConfig:
     what the curriculum is compared with, and can be combined with."""
 
     sampling: Literal["uniform", "logit_normal", "loss_second_moment", "speed"] = "uniform"
-    """logit_normal: arXiv:2403.03206. loss_second_moment: resampling by the loss, arXiv:2102.09672. speed: fewer where
-    noise hardly grows, arXiv:2405.17403 (its weights are weighting=p2)."""
+    """logit_normal: arXiv:2403.03206. loss_second_moment: resampling by the loss, arXiv:2102.09672; uniform until each
+    active one of diffusion.timesteps has been drawn 10 times. speed: fewer where noise hardly grows, arXiv:2405.17403
+    (its weights are weighting=p2)."""
     logit_mean: float = 0.0
+    """Of logit(u)."""
     logit_std: float = 1.0
     speed_ratio: float = 5.0
     """How many times as likely the other noise levels are."""
     weighting: Literal["none", "min_snr", "p2"] = "none"
-    """min_snr: arXiv:2303.09556. p2: arXiv:2204.00227."""
+    """min_snr: arXiv:2303.09556, min(SNR, gamma) times the error of x_start, whatever is predicted. p2:
+    arXiv:2204.00227, the loss times 1 / (k + SNR) ** gamma, whatever is predicted."""
     min_snr_gamma: float = 5.0
+    """Where the SNR is cut."""
     p2_gamma: float = 1.0
+    """0: no weighting."""
     p2_k: float = 1.0
 
 

@@ -38,9 +38,12 @@ def validate(config: Config, world_size: int) -> None:
     batch_layout(config, world_size)
     values = dict(flatten(to_dict(config)))
 
-    def require(ok: bool, key: str, must: str) -> None:
+    def require(ok: bool, key: str, must: str, remedy: str = "") -> None:
         if not ok:
-            raise ConfigError(f"{key}={values[key]} must {must}; set {option(key)}")
+            section, _, field = key.rpartition(".")
+            on = values[key] is True
+            remedy = remedy or f"set {option(f'{section}.no_{field}' if on else key)}"
+            raise ConfigError(f"{key}={values[key]} must {must}; {remedy}")
 
     for check in (check_unused, check_model, check_objective, check_curriculum, check_the_rest):
         check(config, require)
@@ -51,7 +54,8 @@ def check_unused(config: Config, require: Any) -> None:
     for (choice, wanted), keys in _READ_ONLY_WITH.items():
         for key in keys if values[choice] != wanted else ():
             require(values[key] == defaults[key], key,
-                    f"stay {defaults[key]}: only {choice}={wanted} reads it, and this is {values[choice]}")
+                    f"stay {defaults[key]}: only {choice}={wanted} reads it, and this is {values[choice]}",
+                    f"leave out {option(key)}, or set {option(choice)} {wanted}")
 
 
 def check_model(config: Config, require: Any) -> None:

@@ -445,6 +445,12 @@ def test_too_few_images(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_more_bad_input(study: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert study(after=("--output", "runs/one"))[1].startswith("error: --output after -- would put all runs into one")
+    for option, value in (("--train.steps", 5), ("--curriculum.pacing", "fixed"), ("--curriculum.n-clusters", 7)):
+        code, said, trained = study(after=(*AFTER, option, value))
+        assert code == 2 and trained == [] and said.startswith(f"error: {option} after -- is what the study sets"), said
+    code, said, _ = study("--preset", "debug_edm")
+    assert code == 2 and "preset=debug_edm has diffusion.objective=edm, the study digits is of gaussian; choose another preset, or " \
+        "a study of edm: paper_edm, digits_edm" in said
     assert difficulty.main(["digit"]) == 2
     assert "unknown study 'digit'; did you mean 'digits'?" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -90,7 +90,7 @@ def test_every_way_of_drawing_goes_with_every_objective(kind: str, sampling: Any
 MISFITS = [
     ("debug_edm", {"diffusion": DiffusionConfig()}, "diffusion.objective=gaussian must be edm with model.architecture=ddpmpp"),
     ("debug_edm", {"diffusion": DiffusionConfig("flow")}, "diffusion.objective=flow must be edm"),
-    ("debug", {"diffusion": DiffusionConfig("edm")}, "model.learn_sigma=True must be off with diffusion.objective=edm"),
+    ("debug", {"diffusion": DiffusionConfig("edm")}, "model.learn_sigma=True must be off with diffusion.objective=edm, which learns no variance; set --model.no-learn-sigma"),
     ("debug_edm", {"model": {"learn_sigma": True}}, "model.learn_sigma=True must be off"),
     ("debug_edm", {"model": {"patch_size": 4}}, "model.patch_size=4 must stay 2: only model.architecture=dit reads it, and this is ddpmpp"),
     ("debug_edm", {"model": {"caption_tokens": 4}}, "model.caption_tokens=4 must stay 0"),
@@ -111,7 +111,7 @@ MISFITS = [
     ("debug", {"curriculum": {"pacing": "none", "stages": "separate"}}, "stages=separate must stay accumulating"),
     ("debug", {"curriculum": {"only_cluster": 2}}, "only_cluster"),
     ("debug", {"curriculum": {"pacing": "none", "only_cluster": 6}}, "only_cluster"),
-    ("debug", {"noise": {"logit_std": 2.0}}, "noise.logit_std=2.0 must stay 1.0: only noise.sampling=logit_normal"),
+    ("debug", {"noise": {"logit_std": 2.0}}, "noise.logit_std=2.0 must stay 1.0: only noise.sampling=logit_normal reads it, and this is uniform; leave out --noise.logit-std, or set --noise.sampling logit_normal"),
     ("debug", {"noise": {"sampling": "logit_normal", "logit_std": 0.0}}, "noise.logit_std=0.0 must be positive"),
     ("debug", {"noise": {"sampling": "speed", "speed_ratio": 0.0}}, "noise.speed_ratio=0.0 must be positive"),
     ("debug", {"noise": {"weighting": "min_snr", "min_snr_gamma": 0.0}}, "min_snr_gamma=0.0 must be positive"),
