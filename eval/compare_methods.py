@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from largescale.config import Config, flatten, to_dict
 from largescale.errors import ConfigError
+from largescale.validation import option
 
 PACING = "curriculum.pacing"
 
@@ -41,10 +42,6 @@ class Method:
     def arguments(self) -> list[str]:
         """Of the training program."""
         return [part for key, value in self.options.items() for part in (option(key), value)]
-
-
-def option(key: str) -> str:
-    return f"--{key.replace('_', '-')}"
 
 
 def read_methods(text: str) -> list[Method]:

@@ -12,13 +12,14 @@ from typing import Any
 
 import tyro
 
-from eval.compare_methods import Method, option
+from eval.compare_methods import Method
 from largescale.checkpoint_files import MANIFEST, checkpoints
 from largescale.config import FREE_ON_RESUME, Config, flatten, from_dict, to_dict
 from largescale.ds_config import final_ds_config, precision
 from largescale.errors import CheckpointError, ConfigError, LargescaleError, Stopped
 from largescale.presets import PRESETS
 from largescale.signals import EXIT_REQUEUE, stop_requested
+from largescale.validation import option
 
 # What two runs of a comparison may differ in. Of what a resumed run may change, not the schedule of checkpoints, which
 # are what is compared, nor the type of device, on which the draws depend.

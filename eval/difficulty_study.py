@@ -19,7 +19,7 @@ from largescale.diffusion.objective import SamplerName
 from largescale.errors import CheckpointError, ConfigError, DataError
 from largescale.launch import env_rank, env_world_size
 from largescale.presets import PRESETS
-from largescale.validation import validate
+from largescale.validation import option, validate
 
 Stage = Literal["train", "denoise", "entropy", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -133,7 +133,7 @@ class Plan:
         found, ours = (dict(flatten(to_dict(configure(options.preset, arguments)))) for arguments in
                        (self.arguments(0)[1:], self.own_arguments(0)))
         if others := [key for key in self.settings(0) if found[key] != ours[key] and not key.startswith("telemetry.")]:
-            raise ConfigError(f"--{others[0].replace('_', '-')} after -- is what the study sets for each of its runs; "
+            raise ConfigError(f"{option(others[0])} after -- is what the study sets for each of its runs; "
                               "leave it out there (before --: --steps, --intervals, --data)")
         objective, kind = self.config.diffusion.objective, PRESETS[STUDIES[name].preset]().diffusion.objective
         if objective != kind:
@@ -163,7 +163,7 @@ class Plan:
         }
 
     def own_arguments(self, i: int) -> tuple[str, ...]:
-        flat = [str(part) for key, value in self.settings(i).items() for part in (f"--{key.replace('_', '-')}", value)]
+        flat = [str(part) for key, value in self.settings(i).items() for part in (option(key), value)]
         return (*flat, "--telemetry.no-tensorboard")
 
     def arguments(self, i: int) -> tuple[str, ...]:
