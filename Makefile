@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 RANKS ?= 2
-RUN ?= runs/digits
+RUN ?= runs/demo
 SAMPLES ?= 1000
 # Of the tests, at most; each takes up to 4 GB
 WORKERS ?= 4
@@ -26,9 +26,9 @@ unexport PYTHONDONTWRITEBYTECODE
 demo:
 	@$(PYTHON) install.py demo
 	$(PY) -m data_prep.digits --out data/digits
-	$(TORCHRUN) -m largescale.train digits --output $(RUN) $(DEMO_ARGS)
+	$(TORCHRUN) -m largescale.train demo --output $(RUN) $(DEMO_ARGS)
 	$(TORCHRUN) -m eval.sample $(RUN) --out $(RUN)/eval --num-samples $(SAMPLES) --cfg-scale 1.5 2.0 \
-		--sampler dpm++2m --steps 15 --replace
+		--sampler heun --steps 8 --replace
 	$(PY) -m eval.digits $(RUN)/eval/cfg1.5 $(RUN)/eval/cfg2.0 --out $(RUN)/eval/digits.json
 	@echo
 	@echo "pictures     $(RUN)/eval/cfg2.0/grid.png, $(RUN)/eval/cfg1.5/grid.png (a column a class); while training: $(RUN)/samples"
