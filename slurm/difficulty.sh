@@ -38,13 +38,12 @@ scontrol() { command scontrol "${@:1:$#-1}" "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_
 
 again() {
     if [ "${stages[0]}" = train ]; then
-        "$PYTHON" -m largescale.requeue "$OUT/interval_$(printf %02d "$SLURM_ARRAY_TASK_ID")" --status "$1" \
-            --max-restarts "${MAX_RESTARTS:-5}"
+        promising "$OUT/interval_$(printf %02d "$SLURM_ARRAY_TASK_ID")" "$1"
     else
         [[ $1 -eq 75 || $1 -eq 138 || $1 -eq 143 ]]
     fi
 }
 
-run_ranks --kill-on-bad-exit=0 --wait=120 "$PYTHON" -m eval.difficulty "$STUDY" --out "$OUT" --stages "${stages[@]}" \
+run_ranks --kill-on-bad-exit=0 --wait=120 "${python[@]}" -m eval.difficulty "$STUDY" --out "$OUT" --stages "${stages[@]}" \
     --interval "$SLURM_ARRAY_TASK_ID" --nproc "${NPROC:-1}" "${data[@]}" "$@"
 leave $?

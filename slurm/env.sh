@@ -2,9 +2,51 @@
 # What the batch scripts of this folder share; each sources it. Every setting is a variable with a default, for example
 #   PYTHON=/opt/largescale/bin/python MAX_RESTARTS=20 sbatch slurm/dit_l2_2m.sh
 
-[ -n "${SLURM_JOB_ID:-}" ] || { echo "error: this is a batch script; start it with sbatch" >&2; exit 2; }
-PYTHON=${PYTHON:-.venv/bin/python}
-command -v "$PYTHON" >/dev/null || { echo "error: no $PYTHON in $PWD; set PYTHON=/where/it/is" >&2; exit 2; }
+_stop() { echo "error: $1" >&2; exit 2; }
+[ -n "${SLURM_JOB_ID:-}" ] || _stop "this is a batch script; start it with sbatch"
+
+# CONTAINER is an image for Python to run in (docs/containers.md), and says by what: a .sif, or a folder that Apptainer
+# unpacked (it holds .singularity.d), Apptainer; another folder Charliecloud; a .sqsh or docker://IMAGE pyxis. PYTHON is
+# then a path in it. The working directory is mounted, and what BIND lists: BIND=/scratch,/datasets. No shell stands
+# between srun and Python, to die of a signal or change the status: Apptainer's process passes that on, the others are
+# gone once Python runs.
+python=()  # what runs Python ...
+pyxis=()   # ... and srun's options for that
+if [ -z "${CONTAINER:-}" ]; then
+    PYTHON=${PYTHON:-.venv/bin/python}
+    command -v "$PYTHON" >/dev/null || _stop "no $PYTHON in $PWD; set PYTHON=/where/it/is"
+else
+    PYTHON=${PYTHON:-/opt/venv/bin/python}
+    binds=$PWD${BIND:+,$BIND}
+    [[ $CONTAINER == docker://* || -e $CONTAINER ]] ||
+        _stop "no CONTAINER=$CONTAINER in $PWD; it is a .sif, a .sqsh, a folder, or docker://IMAGE"
+    [[ $CONTAINER == docker://* ]] || CONTAINER=$(realpath "$CONTAINER")
+    if [[ $CONTAINER == docker://* || $CONTAINER == *.sqsh ]]; then
+        [[ $(srun --help) == *--container-image* ]] || _stop "CONTAINER=$CONTAINER needs pyxis, which is not installed here"
+        pyxis=("--container-image=$CONTAINER" "--container-mounts=$binds" "--container-workdir=$PWD")
+    else
+        if [[ $CONTAINER == *.sif || -d $CONTAINER/.singularity.d ]]; then
+            python=(apptainer exec --nv --bind "$binds" --pwd "$PWD" "$CONTAINER")
+        elif [ -d "$CONTAINER" ]; then
+            IFS=, read -r -a folders <<<"$binds"
+            export USER=${USER:-$(id -un)}  # which ch-run asks for, and not every cluster sets
+            python=(ch-run "${folders[@]/#/--bind=}" "--cd=$PWD" "$CONTAINER" --)
+        else
+            _stop "CONTAINER=$CONTAINER is neither a .sif, a .sqsh, a folder, nor docker://IMAGE"
+        fi
+        command -v "${python[0]}" >/dev/null ||
+            _stop "CONTAINER=$CONTAINER needs ${python[0]}, which is not on PATH; load its module before sbatch"
+    fi
+fi
+python+=("$PYTHON")
+
+# alone ARGUMENT...: Python once, beside this shell; with pyxis as a step of the job.
+alone() {
+    local step=()
+    [ ${#pyxis[@]} -eq 0 ] || step=(srun --overlap --nodes=1 --ntasks=1 "${pyxis[@]}")
+    "${step[@]}" "${python[@]}" "$@"
+}
+[ -z "${CONTAINER:-}" ] || alone -c "" || _stop "$PYTHON does not start in CONTAINER=$CONTAINER, see above"
 
 # Where the ranks meet: the job's first host. localhost would be another machine for the tasks of every other node.
 # The port follows from the job, so that two on one node differ; it is none that Linux hands out by itself.
@@ -35,8 +77,8 @@ export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$PWD/$SLURM_JOB_NAME-$
 # train PRESET OPTION...: the run RUN. If one rank dies, Slurm ends the others after two minutes: without --wait they
 # would hang in a collective, and --kill-on-bad-exit would kill a rank that still saves.
 train() {
-    again() { "$PYTHON" -m largescale.requeue "$RUN" --status "$1" --max-restarts "${MAX_RESTARTS:-5}"; }
-    run_ranks --kill-on-bad-exit=0 --wait=120 "$PYTHON" -m largescale.train "$@"
+    again() { promising "$RUN" "$1"; }
+    run_ranks --kill-on-bad-exit=0 --wait=120 "${python[@]}" -m largescale.train "$@"
     leave $?
 }
 
@@ -44,7 +86,7 @@ train() {
 # little goes away by itself: only what was asked to stop (75) comes back.
 pack() {
     again() { [ "$1" -eq 75 ]; }
-    run_ranks --kill-on-bad-exit=0 --wait=0 "$PYTHON" -m "data_prep.$1" "${@:2}"
+    run_ranks --kill-on-bad-exit=0 --wait=0 "${python[@]}" -m "data_prep.$1" "${@:2}"
     leave $?
 }
 
@@ -52,7 +94,17 @@ pack() {
 # in which it does not look: 138 is USR1, 143 TERM). The ranks meet in the file system only.
 draw() {
     again() { [[ $1 -eq 75 || $1 -eq 138 || $1 -eq 143 ]]; }
-    run_ranks --kill-on-bad-exit=0 --wait=0 "$PYTHON" -m "eval.$1" "${@:2}"
+    run_ranks --kill-on-bad-exit=0 --wait=0 "${python[@]}" -m "eval.$1" "${@:2}"
+}
+
+# promising RUN STATUS: whether a run that ended with it is worth another start. Slurm starts no step of a job that is
+# over its limit, so pyxis cannot ask Python then: the starts are counted, fruitful or not.
+promising() {
+    if [[ ${#pyxis[@]} -gt 0 && $_over_limit ]]; then
+        [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_RESTARTS:-5}" ]
+    else
+        alone -m largescale.requeue "$1" --status "$2" --max-restarts "${MAX_RESTARTS:-5}"
+    fi
 }
 
 # run_ranks SRUN_OPTION... PROGRAM...: a rank a task; the status that the program ends with, whatever signals come.
@@ -60,7 +112,7 @@ draw() {
 # hold the trap back until it ends. CONT comes just before TERM and must not be trapped: bash then loses the other.
 run_ranks() {
     trap _over TERM
-    srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$@" &
+    srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${pyxis[@]}" "$@" &
     local srun=$!
     while kill -0 "$srun" 2>/dev/null; do wait "$srun"; done
     wait "$srun"  # its own status, also where the last wait was ended by a signal
@@ -76,7 +128,7 @@ leave() {
 # grace. A job that ends within the grace, before its time limit, or of itself, is over unless it asks, whatever its
 # status. One that was cancelled must not ask: it would come back.
 _requeue() {
-    local job=""
+    local job="" _over_limit=""
     for _ in 1 2 3 4 5; do
         job=$(scontrol --oneliner show job "$SLURM_JOB_ID") && break
         sleep 15
@@ -92,6 +144,7 @@ _requeue() {
             echo "job $SLURM_JOB_ID was cancelled and does not come back" >&2
             return
         fi
+        _over_limit=yes
     fi
     if again "$1"; then
         scontrol requeue "$SLURM_JOB_ID"  # "Job is pending execution": Slurm was faster

@@ -29,13 +29,13 @@ OUT=${OUT:-$RUN/eval}
 NUM_SAMPLES=${NUM_SAMPLES:-50000}
 read -r -d '' -a scales <<<"${CFG_SCALE:-1.5}"
 read -r -d '' -a score <<<"${SCORE:-}"
-mapfile -t sets < <("$PYTHON" -c 'import sys; [print(f"{sys.argv[1]}/cfg{float(s)}") for s in sys.argv[2:]]' "$OUT" "${scales[@]}")
+mapfile -t sets < <(alone -c 'import sys; [print(f"{sys.argv[1]}/cfg{float(s)}") for s in sys.argv[2:]]' "$OUT" "${scales[@]}")
 
 draw sample "$RUN" --out "$OUT" --num-samples "$NUM_SAMPLES" --cfg-scale "${scales[@]}" "$@"
 status=$?
 if [ $status -eq 0 ]; then
     # One process on one GPU: features of 50,000 images are a matter of minutes.
-    run_ranks --ntasks=1 "$PYTHON" -m eval.score "${sets[@]}" --reference "$REFERENCE" "${score[@]}"
+    run_ranks --ntasks=1 "${python[@]}" -m eval.score "${sets[@]}" --reference "$REFERENCE" "${score[@]}"
     status=$?
 fi
 leave $status

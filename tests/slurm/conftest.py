@@ -142,24 +142,25 @@ class Job:
 Submit = Callable[..., Job]
 
 
-def install() -> None:
-    if all(map(shutil.which, PROGRAMS)):
+def apt_install(what: str, programs: tuple[str, ...], packages: tuple[str, ...]) -> None:
+    """Debian's packages, where one of the programs is missing. Skips the test where they cannot be had."""
+    if all(map(shutil.which, programs)):
         return
-    if shutil.which("apt-get") is None:
-        pytest.skip("no Slurm here, and no apt-get to install Debian's")
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        pytest.skip(f"no {what} here, and no apt-get, or not the right to install Debian's")
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (("update",), ("install", "-y", "--no-install-recommends", *PACKAGES)):
+    for command in (("update",), ("install", "-y", "--no-install-recommends", *packages)):
         done = subprocess.run(["apt-get", "-qq", *command], env=quiet, text=True, timeout=300, stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode:
-            pytest.skip(f"no Slurm here, and apt-get {command[0]} failed: {done.stdout.strip()[-300:]}")
+            pytest.skip(f"no {what} here, and apt-get {command[0]} failed: {done.stdout.strip()[-300:]}")
 
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Lab]:
     if os.geteuid() != 0:
         pytest.skip("a Slurm of two nodes needs root: network namespaces, and jobs that a daemon starts")
-    install()
+    apt_install("Slurm", PROGRAMS, PACKAGES)
     probe = "mount -t tmpfs lab /run && ip link add slab type bridge && ip link add slab1 type veth peer name slab2"
     may = subprocess.run([*NAMESPACES, "sh", "-c", probe], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if may.returncode:
