@@ -46,7 +46,9 @@ alone() {
     [ ${#pyxis[@]} -eq 0 ] || step=(srun --overlap --nodes=1 --ntasks=1 "${pyxis[@]}")
     "${step[@]}" "${python[@]}" "$@"
 }
-[ -z "${CONTAINER:-}" ] || alone -c "" || _stop "$PYTHON does not start in CONTAINER=$CONTAINER, see above"
+# What starts once does not fail for a person to correct: later a registry or a node may.
+[[ -z ${CONTAINER:-} || ${SLURM_RESTART_COUNT:-0} -gt 0 ]] || alone -c "" ||
+    _stop "$PYTHON does not start in CONTAINER=$CONTAINER, see above"
 
 # Where the ranks meet: the job's first host. localhost would be another machine for the tasks of every other node.
 # The port follows from the job, so that two on one node differ; it is none that Linux hands out by itself.

@@ -84,7 +84,7 @@ def test_nothing_to_come_back_for(training: Submit, truth: Path) -> None:
 def python(tmp_path: Path, first: str) -> Path:
     """A PYTHON that does something before each program but the one that decides about requeues."""
     path = tmp_path / "python"
-    path.write_text(f'#!/bin/bash\nif [ "$2" != largescale.requeue ]; then\n{first}\nfi\nexec {sys.executable} "$@"\n')
+    path.write_text(f'#!/bin/bash\nif [ "$1" = -m ] && [ "$2" != largescale.requeue ]; then\n{first}\nfi\nexec {sys.executable} "$@"\n')
     path.chmod(0o755)
     return path
 
