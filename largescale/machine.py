@@ -1,19 +1,22 @@
-"""What of this machine a process may use: the kernel's word, and that of the cgroups (version 2) that it is in."""
+"""What of this machine a process may use: the kernel's word, and that of the cgroups (version 1 or 2) that it is in."""
 
 import ctypes
 import math
 import os
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
-_CGROUPS, _PROC, _CPUS = Path("/sys/fs/cgroup"), Path("/proc"), Path("/sys/devices/system/cpu")
+_PROC, _CPUS = Path("/proc"), Path("/sys/devices/system/cpu")
+LESS_MEMORY = ("raise the job's memory (Slurm: --mem), start fewer ranks, or set --train.activation-checkpointing or a "
+               "smaller --train.micro-batch-size")
+_NO_LIMIT = 2**62  # version 1 has no word for it but a number near the largest
 
 
 def cores() -> int:
     """Cores that this process may run on: physical ones, since two threads of one core share its arithmetic units."""
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     own = len({_read(_CPUS / f"cpu{cpu}/topology/core_cpus_list") or str(cpu) for cpu in usable})
-    limits = [_read(folder / "cpu.max").split() for folder in _cgroups()]
-    return min([own, *(math.ceil(int(limit[0]) / int(limit[1])) for limit in limits if limit and limit[0] != "max")])
+    return min([own, *(math.ceil(quota) for folder in _cgroups("cpu") if (quota := _cpu_quota(folder)))])
 
 
 def keep_freed_memory() -> None:
@@ -29,19 +32,83 @@ def keep_freed_memory() -> None:
 def available_bytes() -> int | None:
     """Memory that processes here can still take without swapping; None where nobody says (not Linux)."""
     found = [1024 * kib for kib in _numbers(_PROC / "meminfo", "MemAvailable:")]
-    for folder in _cgroups():
-        if (limit := _read(folder / "memory.max")).isdecimal():
-            cache = sum(_numbers(folder / "memory.stat", "inactive_file"))  # which the kernel gives up first
-            found.append(max(0, int(limit) - int(_read(folder / "memory.current")) + cache))
+    for folder in _cgroups("memory"):
+        if limit := _limit(folder):
+            used = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes")
+            stat = folder / "memory.stat"  # where version 1 tells "inactive_file" without the cgroups below
+            cache = sum(_numbers(stat, "total_inactive_file") or _numbers(stat, "inactive_file"))
+            found.append(max(0, limit - int(used or 0) + cache))  # the kernel gives up the cache first
     return min(found, default=None)
 
 
-def _cgroups() -> list[Path]:
-    """This process's cgroup and those around it; in a container the path may be the host's, of which only the root is
-    there."""
-    own = next((line[3:] for line in _read(_PROC / "self/cgroup").splitlines() if line.startswith("0::")), "/")
-    folder = _CGROUPS / own.lstrip("/")
-    return [around for around in (folder, *folder.parents) if around.is_relative_to(_CGROUPS)]
+def has_swap() -> bool:
+    return sum(_numbers(_PROC / "meminfo", "SwapTotal:")) > 0
+
+
+@dataclass(frozen=True)
+class MemoryBound:
+    """Whoever takes more is killed: the smallest limit of this process's memory cgroups, or the machine's memory."""
+
+    bytes: int
+    folder: Path | None  # the cgroup's; None for the machine
+
+    def __str__(self) -> str:
+        who = "the machine has" if self.folder is None else "the job's memory cgroup has a limit of"
+        return f"{who} {self.bytes / 1e9:.1f} GB"
+
+    def killed_since(self, kills: int) -> str | None:
+        """What to say where the kernel has killed since there were so many `kills`."""
+        if (more := self.kills() - kills) <= 0:
+            return None
+        return (f"killed by signal 9; {self}, and counts {'an' if more == 1 else more} out-of-memory "
+                f"kill{'s' * (more > 1)}: {LESS_MEMORY}")
+
+    def kills(self) -> int:
+        """Processes that the kernel has killed there so far because memory had run out."""
+        if self.folder is None:
+            return sum(_numbers(_PROC / "vmstat", "oom_kill"))
+        if (self.folder / "memory.events").exists():
+            return sum(_numbers(self.folder / "memory.events", "oom_kill"))
+        # Version 1 counts a kill in the victim's own cgroup only.
+        return sum(sum(_numbers(file, "oom_kill")) for file in self.folder.rglob("memory.oom_control"))
+
+
+def memory_bound() -> MemoryBound | None:
+    """Of equal limits the outermost, whose count outlives a step of a job. None where nobody says (not Linux)."""
+    machine = [MemoryBound(1024 * kib, None) for kib in _numbers(_PROC / "meminfo", "MemTotal:")]
+    cgroups = [MemoryBound(limit, folder) for folder in reversed(_cgroups("memory")) if (limit := _limit(folder))]
+    return min([*machine, *cgroups], key=lambda bound: bound.bytes, default=None)
+
+
+def _limit(folder: Path) -> int | None:
+    """Bytes that a memory cgroup may take; None without a limit."""
+    text = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
+    return int(text) if text.isdecimal() and int(text) < _NO_LIMIT else None
+
+
+def _cpu_quota(folder: Path) -> float | None:
+    """Cores' worth of time that a cgroup may take; None without a limit, which is "max", or -1 in version 1."""
+    words = _read(folder / "cpu.max").split()
+    quota, period = words or [_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")]
+    return int(quota) / int(period) if quota.isdecimal() else None
+
+
+def _cgroups(controller: str) -> list[Path]:
+    """This process's cgroup and those around it, innermost first: of version 2, and of version 1 for the `controller`.
+
+    In a container the path may be the host's, of which only the root is there."""
+    lines = [line.split(":", 2) for line in _read(_PROC / "self/cgroup").splitlines()]
+    own = {name: PurePosixPath(path) for _, names, path in lines for name in names.split(",")}  # "" is version 2
+    found = []
+    for line in _read(_PROC / "self/mountinfo").splitlines():
+        mount, _, file_system = line.partition(" - ")
+        kind, _, options = file_system.split(" ", 2)
+        name = {"cgroup": controller, "cgroup2": ""}.get(kind)
+        if name in own and name in ("", *options.split(",")):
+            path, (root, top) = own[name], mount.split()[3:5]
+            below = path.relative_to(root).parts if path.is_relative_to(root) and ".." not in path.parts else ()
+            found += [Path(top, *below[:n]) for n in range(len(below), -1, -1)]
+    return found
 
 
 def _numbers(file: Path, name: str) -> list[int]:

@@ -73,14 +73,22 @@ def test_more_threads_than_make_sense() -> None:
 @pytest.fixture
 def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine of 8 processors, two to a core, of which this process may use 6; 24,000 KiB of memory are available."""
-    for name, folder in (("_CGROUPS", "cgroup"), ("_PROC", "proc"), ("_CPUS", "cpu")):
+    for name, folder in (("_PROC", "proc"), ("_CPUS", "cpu")):
         monkeypatch.setattr(machine, name, tmp_path / folder)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3, 4, 5})
     for cpu in range(8):
         write(tmp_path / f"cpu/cpu{cpu}/topology/core_cpus_list", f"{cpu // 2 * 2}-{cpu // 2 * 2 + 1}")
     write(tmp_path / "proc/meminfo", "MemTotal:       32000 kB\nMemFree:        100 kB\nMemAvailable:   24000 kB\n")
-    write(tmp_path / "proc/self/cgroup", "4:memory:/old\n0::/slurm/job/step")
+    mounted(tmp_path, "4:name=systemd:/old\n0::/slurm/job/step", ("cgroup", "/", "cgroup2", "rw"))
     return tmp_path
+
+
+def mounted(box: Path, own: str, *mounts: tuple[str, str, str, str]) -> None:
+    """`own`: /proc/self/cgroup; `mounts`: folder, what of the hierarchy it shows, type and options of each."""
+    write(box / "proc/self/cgroup", own)
+    write(box / "proc/self/mountinfo", "22 1 0:5 / /proc rw - proc proc rw\n" + "\n".join(
+        f"{30 + i} 22 0:{30 + i} {root} {box / folder} rw,relatime shared:{i} - {kind} cgroup {options}"
+        for i, (folder, root, kind, options) in enumerate(mounts)))
 
 
 def write(path: Path, text: str) -> None:
@@ -114,6 +122,64 @@ def test_the_nearest_limit_counts(box: Path, folder: str) -> None:
     assert machine.available_bytes() == 0
 
 
+OF_VERSION_1 = ("4:memory:{0}\n2:cpu,cpuacct:{0}\n0::/", ("cgroup/cpu", "{1}", "cgroup", "rw,cpu,cpuacct"),
+                ("cgroup/memory", "{1}", "cgroup", "rw,memory"))
+HYBRID = (*OF_VERSION_1, ("cgroup/unified", "/", "cgroup2", "rw"))
+
+
+@pytest.mark.parametrize("mounts", [OF_VERSION_1, HYBRID])
+@pytest.mark.parametrize(("own", "root", "folder"), [
+    ("/slurm/job/step", "/", "slurm/job/step"), ("/slurm/job/step", "/", "slurm"),
+    ("/docker/0f3", "/docker/0f3", "."),      # a container that is shown its own part only
+    ("/docker/0f3/task", "/docker/0f3", "task"),
+    ("/docker/0f3", "/", "."),                # the host's path, which is not there
+    ("/../../job", "/", "."),                 # the same, with a namespace of its own
+])
+def test_version_1(box: Path, mounts: Any, own: str, root: str, folder: str) -> None:
+    lines, *where = mounts
+    mounted(box, lines.format(own), *((place, r.format(own, root), kind, options) for place, r, kind, options in where))
+    memory, cpu = box / "cgroup/memory" / folder, box / "cgroup/cpu" / folder
+    write(memory / "memory.limit_in_bytes", "9223372036854771712")
+    write(cpu / "cpu.cfs_quota_us", "-1")
+    write(cpu / "cpu.cfs_period_us", "100000")
+    assert (machine.cores(), machine.available_bytes()) == (3, 24_000 * 1024)
+    write(memory / "memory.limit_in_bytes", "10000")
+    write(memory / "memory.usage_in_bytes", "6000")
+    write(memory / "memory.stat", "inactive_file 1\ntotal_inactive_file 500")
+    write(cpu / "cpu.cfs_quota_us", "150000")
+    assert (machine.cores(), machine.available_bytes()) == (2, 4500)
+    write(cpu / "cpu.cfs_quota_us", "50000")
+    assert machine.cores() == 1
+    write(memory / "memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 2")
+    write(memory / "task_0/memory.oom_control", "oom_kill 1")  # a rank's own
+    bound = machine.memory_bound()
+    assert bound and (bound.bytes, bound.folder, bound.kills()) == (10000, memory, 3)
+
+
+def test_half_a_core(box: Path) -> None:
+    write(box / "cgroup/slurm/cpu.max", "50000 100000")
+    assert machine.cores() == 1 and threads_per_rank(None, {"WORLD_SIZE": "2"}, machine.cores()) == 1
+
+
+def test_sixty_four_cores(box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(100, 164)))
+    assert machine.cores() == 64 and threads_per_rank(None, {"WORLD_SIZE": "2"}, machine.cores()) == 32
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {7})
+    assert machine.cores() == 1
+
+
+def test_who_kills_whoever_takes_too_much(box: Path) -> None:
+    """The smallest limit, of equal ones the outermost; without any, the machine."""
+    write(box / "proc/vmstat", "oom_kill 4")
+    bound = machine.memory_bound()
+    assert bound and (bound.bytes, bound.folder, bound.kills()) == (32_000 * 1024, None, 4)
+    for around, most in (("slurm/job/step", "10000"), ("slurm/job", "10000"), ("slurm", "20000")):
+        limit(box / "cgroup" / around, most)
+    write(box / "cgroup/slurm/job/memory.events", "oom 5\noom_kill 3\noom_group_kill 0")
+    bound = machine.memory_bound()
+    assert bound and (bound.bytes, bound.folder, bound.kills()) == (10000, box / "cgroup/slurm/job", 3)
+
+
 def test_limits_above_what_there_is(box: Path) -> None:
     limit(box / "cgroup/slurm", str(2**40))
     write(box / "cgroup/slurm/cpu.max", "800000 100000")
@@ -125,7 +191,7 @@ def test_another_system(box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_PROC", box / "nowhere")
     monkeypatch.delattr("os.sched_getaffinity")
     monkeypatch.setattr("os.cpu_count", lambda: 8)
-    assert (machine.cores(), machine.available_bytes()) == (4, None)
+    assert (machine.cores(), machine.available_bytes(), machine.memory_bound()) == (4, None, None)
 
 
 # ---- the program
