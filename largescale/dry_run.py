@@ -14,7 +14,7 @@ from largescale.cost import HARDWARE, Hardware, Plan, Workload
 from largescale.ds_config import final_ds_config, load_ds_config, precision
 from largescale.errors import DataError
 from largescale.launch import env_world_size
-from largescale.memory import largest_micro_batch, memory
+from largescale.memory import check_memory, largest_micro_batch, memory
 from largescale.optim import check_apex
 from largescale.validation import validate
 
@@ -130,6 +130,7 @@ def dry_run(config: Config) -> int:
     else:
         print(f"checkpoint: {work.checkpoint_bytes / 1e9:.3g} GB")
     print_memory(config, ds, world_size, micro, hardware)
+    check_memory(config, ds, world_size)
     try:
         from largescale.train import open_dataset
 

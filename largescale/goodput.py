@@ -21,6 +21,11 @@ class Goodput:
         if self._active:
             run_dir = self._run_dir = telemetry.run_dir
             self._earlier = starts.read_starts(run_dir)
+            if self._earlier and (killed := starts.out_of_memory(self._earlier[-1])):
+                self._earlier[-1].ended = killed
+                telemetry.say(f"the start before was {killed}")
+                with telemetry.going_on():
+                    starts.write(run_dir, self._earlier[-1], seen=False)
             self._start = starts.begin(run_dir, began_unix_s=began_unix_s, world_size=world_size, device=device,
                                        from_step=from_step)
 

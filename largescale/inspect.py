@@ -22,7 +22,7 @@ from largescale.checkpoint_files import CheckpointDir, step_folders
 from largescale.curriculum import active_levels
 from largescale.errors import CheckpointError, LargescaleError
 from largescale.launch import print_error
-from largescale.starts import Account, Start, account, duration, read_starts
+from largescale.starts import Account, Start, account, duration, out_of_memory, read_starts
 from largescale.telemetry import read_metrics
 
 SILENT_S = 900.0  # a run that steps gives a sign of life every few seconds; one that evaluates or starts up does not
@@ -162,7 +162,9 @@ def _standing(last: Start | None, silence_s: float, patience_s: float, *, finish
         return " ".join(last.ended.split())
     if finished or not last:
         return "finished" if finished else "running or not, its starts left no record"
-    return "running" if silence_s < patience_s else f"killed, or it hangs: no sign of life for {duration(silence_s)}"
+    if silence_s < patience_s:
+        return "running"
+    return out_of_memory(last) or f"killed, or it hangs: no sign of life for {duration(silence_s)}"
 
 
 def _curriculum(manifest: Facts, rows: list[Facts], last: list[Facts]) -> Facts:

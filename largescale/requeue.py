@@ -18,7 +18,7 @@ from largescale.checkpoint_files import CheckpointDir, checkpoints
 from largescale.errors import CheckpointError, ConfigError, LargescaleError
 from largescale.launch import print_error
 from largescale.signals import EXIT_REQUEUE
-from largescale.starts import Start, read_starts
+from largescale.starts import Start, out_of_memory, read_starts
 
 PATIENCE_WITH_STOPS = 4
 
@@ -43,16 +43,18 @@ def decide(run_dir: Path, status: int, max_restarts: int, job: str | None, resta
     if job is None:
         return False, "SLURM_JOB_ID is not set, so this is no job of Slurm's; run the same command again to go on"
     fruitless = restart - last_fruitful(run_dir, job)
+    killed = next((f"; {start.ended or out_of_memory(start)}" for start in read_starts(run_dir)[-1:]
+                   if "out-of-memory kill" in (start.ended or out_of_memory(start) or "")), "")
     if status == EXIT_REQUEUE:
         max_restarts *= PATIENCE_WITH_STOPS
     if fruitless >= max_restarts:
         row = "a start" if fruitless == 1 else f"{fruitless} starts in a row"
         return False, (f"{row} of job {job} ended without a new checkpoint (the last with status {status}); "
-                       "look at the log above, correct the cause, and sbatch again")
+                       f"look at the log above, correct the cause, and sbatch again{killed}")
     how = "stopped in good order" if status == EXIT_REQUEUE else f"ended with status {status}"
     brought = (f"{fruitless} in a row without a new checkpoint, {max_restarts} are too many" if fruitless
                else "with a new checkpoint")
-    return True, f"this one of job {job} {how}, {brought}"
+    return True, f"this one of job {job} {how}, {brought}{killed}"
 
 
 def last_fruitful(run_dir: Path, job: str) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from largescale.files import write_atomically
+from largescale.machine import memory_bound
 
 KINDS = ("training", "data", "evaluation", "checkpoint", "compile", "start-up")
 """Where a start's seconds go: steps; waiting for data; previews and reference losses; standing still for checkpoints;
@@ -32,6 +33,8 @@ class Start:
     job: str | None = None     # Slurm's job id ...
     restart: int = 0           # ... and how often Slurm had started that job before
     host: str = ""             # rank 0's
+    memory: str = ""           # its memory cgroup that has a limit ...
+    oom_kills: int = 0         # ... and how many processes the kernel had killed there, or on the host, for memory
     step: int = 0              # applied so far, as far as known
     saved_step: int = -1       # of the newest checkpoint that this start knew to be whole
     seen_unix_s: float = 0.0   # when this record was written last
@@ -64,16 +67,37 @@ def read_starts(run_dir: Path) -> list[Start]:
 def begin(run_dir: Path, *, began_unix_s: float, world_size: int, device: str, from_step: int) -> Start:
     """A record with the next number, not written yet."""
     numbers = [int(m[1]) for p in (run_dir / "starts").glob("*") if (m := re.fullmatch(r"start_(\d+)\.json", p.name))]
+    bound = memory_bound()
     return Start(
         number=max(numbers, default=0) + 1, began_unix_s=began_unix_s, world_size=world_size, device=device,
         from_step=from_step, step=from_step, job=os.environ.get("SLURM_JOB_ID"),
         restart=int(os.environ.get("SLURM_RESTART_COUNT", 0)), host=socket.gethostname(),
+        memory=str((bound and bound.folder) or ""), oom_kills=bound.kills() if bound else 0,
     )
 
 
-def write(run_dir: Path, start: Start) -> None:
-    """Raises OSError."""
-    start.seen_unix_s = time.time()
+def out_of_memory(start: Start) -> str | None:
+    """What to say of a start that left no word of its end, where the kernel counts a kill for memory since it began."""
+    bound = memory_bound()
+    if start.ended is not None or bound is None:
+        return None
+    if (start.host, start.memory) != (socket.gethostname(), str(bound.folder or "")):
+        return None
+    return bound.killed_since(start.oom_kills)
+
+
+def note_end(run_dir: Path, began_unix_s: float, ended: str) -> None:
+    """How the start ended that was seen since `began_unix_s`, where rank 0 may be gone. Raises OSError."""
+    last = read_starts(run_dir)[-1:]
+    if last and last[0].ended is None and last[0].seen_unix_s >= began_unix_s:
+        last[0].ended = ended
+        write(run_dir, last[0], seen=False)
+
+
+def write(run_dir: Path, start: Start, *, seen: bool = True) -> None:
+    """`seen`: it runs at present. Raises OSError."""
+    if seen:
+        start.seen_unix_s = time.time()
     folder = run_dir / "starts"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / f"start_{start.number:05d}.json", json.dumps(dataclasses.asdict(start), indent=1))

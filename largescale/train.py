@@ -23,7 +23,7 @@ from largescale.launch import env_rank, env_world_size, leave, print_error, thre
 from largescale.machine import cores, keep_freed_memory
 from largescale.presets import PRESETS
 from largescale.signals import EXIT_REQUEUE, serve_stop_signals, stop_requested
-from largescale.starts import read_starts
+from largescale.starts import note_end, read_starts
 from largescale.validation import validate
 
 LOCK_WAIT_S = 180  # a lease of NFS outlives the machine that held it
@@ -99,6 +99,7 @@ def run(config: Config, began_unix_s: float) -> int:
 
     from largescale.compiling import failure, what_to_compile
     from largescale.distributed import Ranks, is_lost_contact
+    from largescale.memory import check_memory
     from largescale.optim import choose_kernel
     from largescale.watch import Watch, end_at_once, lost_rank
 
@@ -117,6 +118,7 @@ def run(config: Config, began_unix_s: float) -> int:
         if config.train.threads or config.train.device == "cpu":
             threads = ranks.together(lambda: threads_per_rank(config.train.threads, os.environ, cores()))
             torch.set_num_threads(threads)
+        ranks.together(lambda: check_memory(config, ds, ranks.world_size))
         if config.train.device == "cpu":
             keep_freed_memory()
         return train(config, ds, ranks, watch, began_unix_s)
@@ -124,7 +126,12 @@ def run(config: Config, began_unix_s: float) -> int:
         end_at_once(error)  # the other ranks are in some collective, and notice as they do with a crash
     except RuntimeError as error:
         if is_lost_contact(error):
-            end_at_once(lost_rank(ranks, watch.where, "lost contact"))
+            killed = watch.killed()
+            lost = lost_rank(ranks, watch.where, "lost contact", killed)
+            if killed and not lost.agreed:  # rank 0, which keeps the record, may be the one
+                with contextlib.suppress(OSError):
+                    note_end(config.run_dir, began_unix_s, killed)
+            end_at_once(lost)
         if why := failure(error):
             end_at_once(ConfigError(f"{why}; train without it: --train.compile off"))
         raise

@@ -7,6 +7,7 @@ from typing import NoReturn, Self
 from largescale.distributed import Ranks
 from largescale.errors import LargescaleError, LostRankError
 from largescale.launch import leave, print_error
+from largescale.machine import memory_bound
 
 
 class Watch:
@@ -18,11 +19,17 @@ class Watch:
     def __init__(self, ranks: Ranks, timeout_s: float):
         self._ranks, self._timeout_s, self._done = ranks, timeout_s, threading.Event()
         self._thread: threading.Thread | None = None
+        self._memory = memory_bound()
+        self._kills = self._memory.kills() if self._memory else 0
         self.at("start-up")
 
     def at(self, where: str) -> None:
         """The main thread's sign of life."""
         self.where, self._moved = where, time.monotonic()
+
+    def killed(self) -> str | None:
+        """What to say where the kernel has killed for memory here since this was made."""
+        return self._memory.killed_since(self._kills) if self._memory else None
 
     def __enter__(self) -> Self:
         self.at(self.where)
@@ -38,10 +45,10 @@ class Watch:
     def _look(self) -> None:
         while not self._done.wait(min(self._timeout_s / 10, 5.0)):
             if time.monotonic() - self._moved > self._timeout_s:
-                end_at_once(lost_rank(self._ranks, self.where, f"no progress for {self._timeout_s:g} s"))
+                end_at_once(lost_rank(self._ranks, self.where, f"no progress for {self._timeout_s:g} s", self.killed()))
 
 
-def lost_rank(ranks: Ranks, where: str, what: str) -> LostRankError:
+def lost_rank(ranks: Ranks, where: str, what: str, killed: str | None = None) -> LostRankError:
     """The error to end with, after a roll call in which the ranks that are left say `where` they are.
 
     Only the lowest of these is to print it.
@@ -56,6 +63,8 @@ def lost_rank(ranks: Ranks, where: str, what: str) -> LostRankError:
             places.setdefault(place, []).append(rank)
         gone = [f"{_named(missing)} {'does' if len(missing) == 1 else 'do'} not answer"] if missing else []
         text = f"{what}: " + "; ".join([*gone, *(f"{_named(ranks)} in {place}" for place, ranks in places.items())])
+    if killed:
+        text += f"; {killed}"
     error = LostRankError(text + "; the same command goes on from the last checkpoint")
     lowest = min(found) if found else min(1, ranks.world_size - 1)
     error.agreed = ranks.rank != lowest

@@ -1,0 +1,108 @@
+"""Memory limits: said before any work, and named after a kill."""
+
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from largescale import inspect, machine, memory, requeue, starts
+from largescale.machine import MemoryBound
+from tests.conftest import RunHere
+
+LESS = "raise the job's memory (Slurm: --mem), start fewer ranks, or set --train.activation-checkpointing"
+
+
+@pytest.fixture
+def limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A memory cgroup with a limit of 0.9 GB that has counted three kills for memory; no swap; a single rank."""
+    folder = tmp_path / "cgroup"
+    folder.mkdir()
+    count(folder, 3)
+    bound(monkeypatch, 9 * 10**8, folder)
+    monkeypatch.setattr(memory, "has_swap", lambda: False)
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+def bound(monkeypatch: pytest.MonkeyPatch, size: int, folder: Path | None) -> None:
+    for module in (machine, memory, starts):
+        monkeypatch.setattr(module, "memory_bound", lambda: MemoryBound(size, folder))
+    monkeypatch.setattr("largescale.watch.memory_bound", lambda: MemoryBound(size, folder))
+
+
+def count(folder: Path, kills: int) -> None:
+    (folder / "memory.events").write_text(f"low 0\noom 9\noom_kill {kills}\n")
+
+
+def test_enough(limit: Path, run_here: RunHere) -> None:
+    outcome = run_here("--train.steps", 1)
+    assert outcome.code == 0 and "warning" not in outcome.err
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+@pytest.mark.parametrize(("size", "swap", "code", "says"), [
+    (4 * 10**8, False, 0, "warning: 1 rank needs about 0.4"),
+    (2 * 10**8, True, 0, "warning: 1 rank needs about 0.4"),
+    (2 * 10**8, False, 2, "error: 1 rank needs about 0.4"),
+])
+def test_said_before(limit: Path, dry: tuple[str, ...], size: int, swap: bool, code: int, says: str, run_here: RunHere,
+                     monkeypatch: pytest.MonkeyPatch) -> None:
+    bound(monkeypatch, size, limit)
+    monkeypatch.setattr(memory, "has_swap", lambda: swap)
+    outcome = run_here("--train.steps", 1, *dry)
+    assert outcome.code == code
+    (line,) = [line for line in outcome.err.splitlines() if line.startswith(says)]
+    assert f"but the job's memory cgroup has a limit of {size / 1e9:.1f} GB: {LESS}" in line
+    assert outcome.run.exists() == (code == 0 and not dry)
+
+
+def test_many_ranks_and_their_launcher(limit: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert "warning: 2 ranks need about 1.2" in run_here("--train.steps", 1).err  # torch thrice is 0.9 GB
+    bound(monkeypatch, 899 * 10**6, limit)
+    assert "error: 2 ranks need about 1.2" in run_here("--train.steps", 1).err
+
+
+def killed(run: Path) -> starts.Start:
+    """A start that said nothing of its end."""
+    start = starts.begin(run, began_unix_s=10, world_size=2, device="cpu", from_step=0)
+    starts.write(run, start)
+    return start
+
+
+def test_named_by_the_next_start(limit: Path, run_here: RunHere, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start = killed(run)
+    start.seen_unix_s = 20.0  # long ago: it does not run
+    starts.write(run, start, seen=False)
+    count(limit, 4)
+    said = f"killed by signal 9; the job's memory cgroup has a limit of 0.9 GB, and counts an out-of-memory kill: {LESS}"
+    assert said in inspect.facts(run)["standing"]
+    again, why = requeue.decide(run, 137, 5, "7", 0)
+    assert again and said in why
+    assert f"the start before was {said}" in run_here("--train.steps", 1, output=run).err
+    first, second = starts.read_starts(run)
+    assert str(first.ended).startswith(said) and (second.ended, second.oom_kills) == ("finished", 4)
+
+
+def test_what_is_no_kill_for_memory(limit: Path, tmp_path: Path) -> None:
+    start = killed(tmp_path / "run")
+    assert starts.out_of_memory(start) is None
+    count(limit, 6)
+    assert "counts 3 out-of-memory kills" in str(starts.out_of_memory(start))
+    for change in ({"host": "elsewhere"}, {"memory": "/sys/fs/cgroup/other"}, {"ended": "stopped"}):
+        assert starts.out_of_memory(replace(start, **change)) is None
+    assert start.host == socket.gethostname()
+
+
+def test_noted_by_a_rank_that_is_left(limit: Path, tmp_path: Path) -> None:
+    start = killed(tmp_path / "run")
+    starts.note_end(tmp_path / "run", start.seen_unix_s + 1, "of another start")
+    assert starts.read_starts(tmp_path / "run")[0].ended is None
+    starts.note_end(tmp_path / "run", start.began_unix_s, "killed by signal 9")
+    (noted,) = starts.read_starts(tmp_path / "run")
+    assert (noted.ended, noted.seen_unix_s) == ("killed by signal 9", start.seen_unix_s)
+    starts.note_end(tmp_path / "nowhere", 0, "killed")
