@@ -1,9 +1,10 @@
 """What the launcher (torchrun, srun) says of this process, before anything is initialised."""
 
+import multiprocessing.util
 import os
 import sys
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from largescale.errors import ConfigError, LargescaleError
 
@@ -57,6 +58,8 @@ def threads_per_rank(asked: int | None, env: Mapping[str, str], cores: int) -> i
 def leave(status: int) -> NoReturn:
     """End the process with nothing left to do. Not by the interpreter's way out: now and then a thread of a process
     group or its store is still there then, and aborts the process with another status (seen with torch 2.15)."""
+    util: Any = multiprocessing.util
+    util._run_finalizers(0)  # tqdm's lock is a semaphore, which from Python 3.14 on has a name that must be taken back
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -230,3 +230,11 @@ def test_freed_memory_is_kept() -> None:
     kept, given_back = (int(subprocess.run([sys.executable, "-c", program, how], check=True, capture_output=True, text=True).stdout)
                         for how in ("keep", "give back"))
     assert kept < given_back / 4
+
+
+def test_the_end_leaves_no_semaphore_behind() -> None:
+    """As Python 3.14 makes tqdm's lock, whose start method is no fork."""
+    program = ("import multiprocessing, tqdm\nfrom largescale.launch import leave\n"
+               "multiprocessing.set_start_method('spawn')\nlist(tqdm.tqdm([1], disable=False))\nleave(3)")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 3 and "leaked" not in done.stderr
