@@ -105,7 +105,8 @@ def main() -> None:
     if options.rank:
         return rank_main(options.preset, options.folder, options.rounds)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", __file__, "--rank",
+        command = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1",
+                   "--nproc-per-node", "2", __file__, "--rank",
                    "--preset", options.preset, "--rounds", str(options.rounds), "--folder", folder]
         done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -53,8 +53,10 @@ class Run:
 
     def command(self, nproc: int) -> list[str]:
         """With torchrun for more than one process."""
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)] if nproc > 1 else []
-        return [sys.executable, *launcher, "-m", "largescale.train", *self.arguments]
+        # By address: the machine's own name may not resolve.
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
+                    "--nproc-per-node", str(nproc)]
+        return [sys.executable, *(launcher if nproc > 1 else []), "-m", "largescale.train", *self.arguments]
 
     def train(self, nproc: int) -> None:
         """To the end, from where it is. Stop signals are passed on. Raises Stopped, TrainingFailed."""

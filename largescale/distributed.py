@@ -2,8 +2,11 @@
 
 import datetime
 import os
+import socket
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,6 +18,8 @@ from largescale.errors import DeviceError, LargescaleError, LostRankError
 from largescale.launch import env_local_rank, env_rank, env_world_size
 
 T = TypeVar("T")
+SAID_AFTER_S = 20.0
+"""Ranks that start minutes apart are usual on a cluster; one that waits so long says for whom."""
 
 
 class Ranks:
@@ -29,6 +34,12 @@ class Ranks:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0" if self.world_size == 1 else "29500")
         timeout = datetime.timedelta(seconds=timeout_s)
+        if self.world_size > 1:
+            stay_on_this_machine(os.environ)
+            require_resolvable(os.environ["MASTER_ADDR"])
+        waiting = threading.Timer(SAID_AFTER_S, self._say_waiting, (timeout_s,))
+        waiting.daemon = True
+        waiting.start()
         try:
             dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
             # Groups of their own: the agreed vector does not queue behind gradients, objects need no GPU.
@@ -42,6 +53,16 @@ class Ranks:
                 f"the {self.world_size} ranks did not find each other at {os.environ['MASTER_ADDR']}:"
                 f"{os.environ['MASTER_PORT']} within {timeout_s:g} s: {_first_line(error)}"
             ) from error
+        finally:
+            waiting.cancel()
+
+    def _say_waiting(self, timeout_s: float) -> None:
+        if env_local_rank() == 0:  # one of each machine
+            who = "the other ranks" if self.rank == 0 else "rank 0"
+            print(f"rank {self.rank} of {self.world_size} has waited {SAID_AFTER_S:g} s for {who}, to meet at "
+                  f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT), and waits for "
+                  f"{timeout_s:g} s in all; are all of them started, and is that rank 0's address?",
+                  file=sys.stderr, flush=True)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order. Blocks; for start-up and checkpoints, never for a step."""
@@ -115,6 +136,28 @@ class Ranks:
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def stay_on_this_machine(env: MutableMapping[str, str]) -> None:
+    """Ranks that meet at a loopback address are all here: gloo takes the loopback interface then, and looks for no
+    address of the machine's own name, which may not resolve. What the user has set stays."""
+    if env["MASTER_ADDR"] in ("127.0.0.1", "localhost", "::1") and "lo" in (name for _, name in socket.if_nameindex()):
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def require_resolvable(address: str, patience_s: float = 40.0) -> None:
+    """Raises LostRankError for a name without an address; one of a machine that starts may come late."""
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise LostRankError(f"MASTER_ADDR={address} has no address that this machine knows ({error}); set it "
+                                    "to rank 0's IP address, or on one machine to 127.0.0.1 (torchrun: --local-addr "
+                                    "127.0.0.1)") from error
+            time.sleep(1)
 
 
 def is_lost_contact(error: BaseException) -> bool:

@@ -144,7 +144,8 @@ def test_runs_differ_in_their_method_only() -> None:
         own = {"vanilla": set(), "naive": {"curriculum.pacing", "curriculum.interval"}, "curriculum": {"curriculum.pacing"}}[run.method]
         assert changed == own | ({"train.seed"} if run.seed == 6 else set())
         assert run.command(1) == [sys.executable, "-m", "largescale.train", *run.arguments]
-        assert run.command(2)[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        assert run.command(2)[1:8] == ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
+                                       "--nproc-per-node", "2"]
 
 
 def test_how_long_naive_takes() -> None:
