@@ -32,7 +32,7 @@ class Shell:
 
     folder: Path
 
-    def __call__(self, container: Path | str, **programs: str) -> tuple[int, str, list[str]]:
+    def __call__(self, container: Path | str, restarts: int = 0, **programs: str) -> tuple[int, str, list[str]]:
         """(status, what was said, the calls of programs)."""
         bin, notes = self.folder / "bin", self.folder / "notes"
         bin.mkdir()
@@ -45,6 +45,8 @@ class Shell:
         env = {"PATH": str(bin), "NOTES": str(notes), "CONTAINER": str(container), "BIND": "/scratch,/datasets",
                "PYTHON": str(bin / "image-python"), "RUN": "R", "DATA": "D", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "x",
                "SLURM_JOB_NODELIST": "n1", "SLURM_SUBMIT_DIR": str(ROOT)}
+        if restarts:
+            env["SLURM_RESTART_COUNT"] = str(restarts)
         done = subprocess.run(["bash", str(ROOT / "slurm/dit_l2_2m.sh"), "--train.steps", "9"], env=env, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
         return done.returncode, done.stdout, notes.read_text().splitlines()
@@ -105,6 +107,14 @@ def test_cannot_start(name: str, programs: dict[str, str], said: str, shell: She
     assert status == 2
     assert text.splitlines()[-1] == said.format(image=container, root=ROOT, python=shell.folder / "bin/image-python")
     assert not [call for call in calls if "-m largescale." in call or "scontrol requeue" in call]
+
+
+def test_a_later_start_that_fails(shell: Shell) -> None:
+    """It has started before, so no person is asked: what decides about another start is."""
+    container = image(shell, "largescale.sif")
+    status, said, calls = shell(container, restarts=1, apptainer=APPTAINER, image_python=NOTE + "exit 9\n")
+    assert status == 9 and "does not start in CONTAINER" not in said
+    assert calls[-1].endswith("-m largescale.requeue R --status 9 --max-restarts 5")
 
 
 @pytest.fixture(scope="session")
