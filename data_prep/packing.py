@@ -39,6 +39,7 @@ from largescale.encoders.text import TextEncoder, load_text_encoder
 from largescale.encoders.vae import Vae, load_vae
 from largescale.errors import ConfigError, DataError, DeviceError, LargescaleError, Stopped
 from largescale.files import write_atomically
+from largescale.half import check_on_cpu
 from largescale.launch import env_local_rank, env_rank, env_world_size, print_error
 from largescale.signals import serve_stop_signals, stop_requested
 
@@ -90,6 +91,8 @@ class Packing:
                               "or --vae none to pack pixels")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise DeviceError("device=cuda, but torch sees no CUDA device; to pack here: --device cpu")
+        if self.device == "cpu" and self.precision:
+            check_on_cpu(self.precision, "--precision {}")
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"--out {self.out} is a file; give a folder")
 

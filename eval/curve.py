@@ -30,6 +30,7 @@ from largescale.diffusion.objective import SamplerName
 from largescale.diffusion.samplers import AnyObjective, quick_sampler
 from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError
 from largescale.files import append_line, write_atomically
+from largescale.half import check_on_cpu
 from largescale.launch import env_rank, leave, print_error
 from largescale.signals import serve_stop_signals
 
@@ -78,6 +79,8 @@ class Curve:
         for run in self.runs:
             if not checkpoints(run):
                 raise CheckpointError(f"{run} holds no checkpoint; give the folders of runs, such as runs/digits")
+        if self.device == "cpu" and self.precision != "auto":
+            check_on_cpu(self.precision, "--precision {}")
 
     def protocol(self) -> Row:
         """What rows must share to lie on one curve."""

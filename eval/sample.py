@@ -40,6 +40,7 @@ from largescale.diffusion.samplers import evaluations
 from largescale.distributed import local_device
 from largescale.encoders.vae import Vae, load_vae
 from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, Stopped
+from largescale.half import check_on_cpu
 from largescale.inference import compile_pays, prepare
 from largescale.launch import env_rank, env_world_size, leave, print_error
 from largescale.sampling import SamplingConfig, draw_batches
@@ -113,6 +114,8 @@ class Sample:
             raise ConfigError("--cfg-scale names no scale; give one or more, such as --cfg-scale 1.5 2.0")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device=cuda, but torch sees no CUDA device; to sample here: --device cpu")
+        if self.device == "cpu" and self.precision != "auto":
+            check_on_cpu(self.precision, "--precision {}")
 
 
 class Sampler:

@@ -13,6 +13,7 @@ from largescale.config import Config, ModelConfig, batch_layout, cluster_edges, 
 from largescale.cost import HARDWARE, Hardware, Plan, Workload
 from largescale.ds_config import final_ds_config, load_ds_config, precision
 from largescale.errors import DataError
+from largescale.half import IN_TRAINING, check_on_cpu
 from largescale.launch import env_world_size
 from largescale.memory import check_memory, largest_micro_batch, memory
 from largescale.optim import check_apex
@@ -109,6 +110,8 @@ def dry_run(config: Config) -> int:
     from largescale.engine import check_ds_config
 
     check_ds_config(ds)
+    if config.train.device == "cpu":
+        check_on_cpu(precision(ds), IN_TRAINING)
     micro, accumulation = batch_layout(settled, world_size)
     work = workload(config, ds, accumulation)
     per_step = (work.flops_per_image + work.flops_again) * config.train.global_batch_size

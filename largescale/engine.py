@@ -37,6 +37,9 @@ class Engine:
         deepspeed.utils.logger.setLevel(logging.ERROR)
         # Built at start with a C++ compiler, 25 s, for collectives between CPU ranks that gloo does as well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if (accelerator := deepspeed.get_accelerator()).device_name() == "cpu":
+            # It asks whether the CPU has instructions for fp16; torch computes without them, which half.py has tried.
+            accelerator.is_fp16_supported = lambda: True
         initial = {name: p.detach().clone() for name, p in model.named_parameters()}
         trainable = [p for p in model.parameters() if p.requires_grad]
         self._engine, self._zero, _, _ = deepspeed.initialize(

@@ -1,19 +1,18 @@
 """A network made ready to sample from. Nothing global is set, and the model that is given stays as it is."""
 
 import copy
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from largescale.build import Network, flops_per_image
 from largescale.compiling import Gelu, failure, has_compiler
+from largescale.ds_config import Precision
 from largescale.errors import ConfigError
+from largescale.half import DTYPES, has_instructions
 from largescale.models.conditioning import Condition, take
 from largescale.models.dit import Block, DiT
 
-Precision = Literal["fp32", "bf16", "fp16"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_ROWS = 8  # images that the model sees at once on a CPU, where larger activations leave the caches and malloc's heap
 
 
@@ -83,7 +82,7 @@ def prepare(model: Network, *, device: torch.device, precision: Precision, compi
     if on_cpu and isinstance(model, DiT):
         if compile:
             for_compiler(model)
-        elif packs(DTYPES[precision]):
+        elif packs(precision):
             pack(model)
     if compile:
         model.compile(dynamic=False)
@@ -109,12 +108,9 @@ def pack(model: DiT) -> None:
         block.mlp.act = nn.Identity()
 
 
-def packs(dtype: torch.dtype) -> bool:
-    ops = torch.ops.mkldnn
-    if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_linear_pointwise"):
-        return False
-    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    return dtype == torch.float32 or bool(getattr(ops, supported[dtype])())
+def packs(precision: Precision) -> bool:
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return there and has_instructions(precision)
 
 
 def compile_pays(model: Network, *, device: torch.device, precision: Precision, evaluations: int) -> bool:

@@ -140,10 +140,14 @@ def run(config: Config, began_unix_s: float) -> int:
 
 
 def train(config: Config, ds: dict[str, Any], ranks: "Ranks", watch: "Watch", began_unix_s: float) -> int:
+    from largescale.half import IN_TRAINING, check_on_cpu
+
     def say(text: str) -> None:
         if ranks.rank == 0:
             print(text, file=sys.stderr, flush=True)
 
+    if config.train.device == "cpu":
+        ranks.together(lambda: check_on_cpu(precision(ds), IN_TRAINING))
     dataset = ranks.together(lambda: open_dataset(config, ranks.rank, ranks.world_size))
     ranks.together(lambda: check_writable(config.run_dir))
     lock = ranks.together(lambda: claim(config.run_dir, say) if ranks.rank == 0 else None)

@@ -88,10 +88,10 @@ def test_what_is_swapped_for_the_compiler_is_the_same_function():
 def test_where_onednn_cannot_pack_the_model_is_the_same(case, monkeypatch):
     model, y = case
     packed = prepare(model, device=CPU, precision="fp32", compile=False)
-    monkeypatch.setattr("largescale.inference.packs", lambda dtype: False)
+    monkeypatch.setattr("largescale.inference.packs", lambda precision: False)
     plain = prepare(model, device=CPU, precision="fp32", compile=False)
     counts = [sum(isinstance(module, Packed) for module in m.modules()) for m in (packed, plain)]
-    assert counts == [packs(torch.float32) * (14 if isinstance(y, Captions) else 8), 0]
+    assert counts == [packs("fp32") * (14 if isinstance(y, Captions) else 8), 0]
     assert_within(packed(X, T, y), plain(X, T, y), 1e-5)
 
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 LAYERS = {
     0: ["errors", "files", "launch", "machine", "signals", "starts", "anomaly", "config", "validation", "presets", "ds_config", "cost", "curriculum", "diffusion.schedule"],
-    1: ["diffusion", "models", "optim", "draws", "images", "build", "compiling", "agreed", "memory", "encoders", "noise_sampling", "weighting", "augment"],
+    1: ["diffusion", "models", "optim", "draws", "images", "build", "compiling", "half", "agreed", "memory", "encoders", "noise_sampling", "weighting", "augment"],
     2: ["data", "checkpoint_files", "telemetry", "sampling", "inference", "weights", "export", "inspect", "requeue"],
     3: ["distributed", "engine", "checkpoint", "fit"],
     4: ["meter", "goodput", "watch", "saving", "trouble", "preview", "profiling", "reference", "trainer"],
