@@ -43,9 +43,9 @@ def test_enough(limit: Path, run_here: RunHere) -> None:
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
 @pytest.mark.parametrize(("size", "swap", "code", "says"), [
-    (4 * 10**8, False, 0, "warning: 1 rank needs about 0.4"),
-    (2 * 10**8, True, 0, "warning: 1 rank needs about 0.4"),
-    (2 * 10**8, False, 2, "error: 1 rank needs about 0.4"),
+    (5 * 10**8, False, 0, "warning: 1 rank needs about 0.5"),
+    (2 * 10**8, True, 0, "warning: 1 rank needs about 0.5"),
+    (2 * 10**8, False, 2, "error: 1 rank needs about 0.5"),
 ])
 def test_said_before(limit: Path, dry: tuple[str, ...], size: int, swap: bool, code: int, says: str, run_here: RunHere,
                      monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,9 +61,9 @@ def test_said_before(limit: Path, dry: tuple[str, ...], size: int, swap: bool, c
 def test_many_ranks_and_their_launcher(limit: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert "warning: 2 ranks need about 1.2" in run_here("--train.steps", 1).err  # torch thrice is 0.9 GB
+    assert "warning: 2 ranks need about 1.3" in run_here("--train.steps", 1).err  # torch thrice is 0.9 GB
     bound(monkeypatch, 899 * 10**6, limit)
-    assert "error: 2 ranks need about 1.2" in run_here("--train.steps", 1).err
+    assert "error: 2 ranks need about 1.3" in run_here("--train.steps", 1).err
 
 
 def killed(run: Path) -> starts.Start:
