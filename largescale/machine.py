@@ -3,12 +3,18 @@
 import ctypes
 import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+from largescale.errors import ConfigError
+from largescale.launch import env_local_rank, local_world_size
 
 _PROC, _CPUS = Path("/proc"), Path("/sys/devices/system/cpu")
 LESS_MEMORY = ("raise the job's memory (Slurm: --mem), start fewer ranks, or set --train.activation-checkpointing or a "
                "smaller --train.micro-batch-size")
+# Without what is read from files and can be read again; measured with torch 2.15 and DeepSpeed 0.19.8 on x86-64.
+TORCH_BYTES, PROCESS_BYTES = 300 * 10**6, 520 * 10**6  # of a process that has loaded torch; DeepSpeed's engine too
 _NO_LIMIT = 2**62  # version 1 has no word for it but a number near the largest
 
 
@@ -78,6 +84,38 @@ def memory_bound() -> MemoryBound | None:
     machine = [MemoryBound(1024 * kib, None) for kib in _numbers(_PROC / "meminfo", "MemTotal:")]
     cgroups = [MemoryBound(limit, folder) for folder in reversed(_cgroups("memory")) if (limit := _limit(folder))]
     return min([*machine, *cgroups], key=lambda bound: bound.bytes, default=None)
+
+
+def check_process_memory(device: str) -> bool:
+    """Before torch is loaded, during which a small limit may kill: warn, once on a machine, where the processes of its
+    ranks need more memory, without their models, than the kernel will give them. Of a rank on a GPU only torch itself
+    is counted. True where it warned. Raises ConfigError where not even torch fits."""
+    bound, ranks = memory_bound(), local_world_size(os.environ)
+    if bound is None:
+        return False
+    needed = launcher_bytes() + ranks * (PROCESS_BYTES if device == "cpu" else TORCH_BYTES)
+    if launcher_bytes() + ranks * TORCH_BYTES > bound.bytes and not has_swap():
+        raise ConfigError(_too_little(needed, bound))
+    return warn_of_memory(needed, bound)
+
+
+def warn_of_memory(needed: int, bound: MemoryBound) -> bool:
+    """Whether the ranks of this machine need more bytes than `bound`; local rank 0 says so."""
+    if needed > bound.bytes and env_local_rank() == 0:
+        print(f"warning: {_too_little(needed, bound)}", file=sys.stderr, flush=True)
+    return needed > bound.bytes
+
+
+def _too_little(needed: int, bound: MemoryBound) -> str:
+    ranks = local_world_size(os.environ)
+    whose = ", most of it for torch and DeepSpeed" if 2 * ranks * PROCESS_BYTES > needed else ""
+    return (f"{ranks} rank{'s need' if ranks > 1 else ' needs'} about {needed / 1e9:.2f} GB of this machine's memory"
+            f"{whose}, but {bound}: {LESS_MEMORY}")
+
+
+def launcher_bytes() -> int:
+    """torchrun has torch loaded, too."""
+    return TORCH_BYTES if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 def _limit(folder: Path) -> int | None:

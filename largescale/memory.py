@@ -1,7 +1,6 @@
 """What a rank's memory must hold, from shapes: nothing is allocated."""
 
 import os
-import sys
 from typing import Any
 
 import torch
@@ -11,13 +10,10 @@ from torch.overrides import TorchFunctionMode
 from largescale.build import blank_condition, build_model, latent_shape
 from largescale.config import Config, ModelConfig, batch_layout
 from largescale.ds_config import precision
-from largescale.errors import ConfigError
-from largescale.launch import env_local_rank, local_world_size
-from largescale.machine import LESS_MEMORY, has_swap, memory_bound
+from largescale.launch import local_world_size
+from largescale.machine import PROCESS_BYTES, launcher_bytes, memory_bound, warn_of_memory
 from largescale.models.dit import attention_by_products
 
-# Without what is read from files and can be read again; measured with torch 2.15 and DeepSpeed 0.19.8 on x86-64.
-TORCH_BYTES, PROCESS_BYTES = 300 * 10**6, 520 * 10**6  # of a process that has loaded torch; DeepSpeed's engine too
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -119,25 +115,13 @@ def largest_micro_batch(config: Config, ds: dict[str, Any], world_size: int, mem
 
 
 def check_memory(config: Config, ds: dict[str, Any], world_size: int) -> None:
-    """Warn, once on a machine, where this machine's ranks need more memory than the kernel will give them.
-
-    Of a run on GPUs only torch itself is counted. Raises ConfigError where not even that fits."""
-    bound, ranks = memory_bound(), local_world_size(os.environ)
-    if bound is None:
+    """Warn, once on a machine, where its ranks, on CPUs, need more memory than the kernel will give them."""
+    bound = memory_bound()
+    if config.train.device != "cpu" or bound is None:
         return
-    each = TORCH_BYTES
-    if config.train.device == "cpu":
-        micro = batch_layout(config, world_size)[0] if config.train.micro_batch_size != "auto" else 1
-        parts = memory(config, ds, world_size, micro)
-        buckets = "buckets of gradients on their way"  # of whose pages only those are taken that gradients lie on
-        parts[buckets] = min(parts[buckets], 4 * parts["weights"])
-        each = PROCESS_BYTES + int(sum(parts.values()))
-    launcher = TORCH_BYTES if "TORCHELASTIC_RUN_ID" in os.environ else 0
-    least, needed = launcher + ranks * TORCH_BYTES, launcher + ranks * each
-    whose = ", most of it for torch and DeepSpeed" if 2 * ranks * PROCESS_BYTES > needed else ""
-    text = (f"{ranks} rank{'s need' if ranks > 1 else ' needs'} about {needed / 1e9:.2f} GB of this machine's memory"
-            f"{whose}, but {bound}: {LESS_MEMORY}")
-    if least > bound.bytes and not has_swap():
-        raise ConfigError(text)
-    if needed > bound.bytes and env_local_rank() == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+    micro = batch_layout(config, world_size)[0] if config.train.micro_batch_size != "auto" else 1
+    parts = memory(config, ds, world_size, micro)
+    buckets = "buckets of gradients on their way"  # of whose pages only those are taken that gradients lie on
+    parts[buckets] = min(parts[buckets], 4 * parts["weights"])
+    each = PROCESS_BYTES + int(sum(parts.values()))
+    warn_of_memory(launcher_bytes() + local_world_size(os.environ) * each, bound)

@@ -109,8 +109,8 @@ def digits() -> Config:
 
 
 def demo() -> Config:
-    """What `make demo` trains: `digits` as a flow (SiT) with half the batch, which draws digits as good after a third of
-    the images. Noise prediction learns late what a digit is, which is decided at high noise levels."""
+    """What `make demo` trains: `digits` as a flow (SiT) with half the batch, which draws digits as good after a third
+    of the images. Noise prediction learns late what a digit is, which is decided at high noise levels."""
     base = as_sit(digits())
     return dataclasses.replace(
         base,

@@ -20,7 +20,7 @@ from largescale.ds_config import final_ds_config, precision
 from largescale.errors import CheckpointError, ConfigError, DataError, DeviceError, LargescaleError, StorageError
 from largescale.files import exclusive
 from largescale.launch import env_rank, env_world_size, leave, print_error, threads_per_rank
-from largescale.machine import cores, keep_freed_memory
+from largescale.machine import check_process_memory, cores, keep_freed_memory
 from largescale.presets import PRESETS
 from largescale.signals import EXIT_REQUEUE, serve_stop_signals, stop_requested
 from largescale.starts import note_end, read_starts
@@ -95,6 +95,7 @@ def check_condition(dataset: "ShardDataset", config: Config) -> None:
 
 def run(config: Config, began_unix_s: float) -> int:
     """Train; the process's exit status."""
+    warned = check_process_memory(config.train.device)
     import torch
 
     from largescale.compiling import failure, what_to_compile
@@ -118,7 +119,7 @@ def run(config: Config, began_unix_s: float) -> int:
         if config.train.threads or config.train.device == "cpu":
             threads = ranks.together(lambda: threads_per_rank(config.train.threads, os.environ, cores()))
             torch.set_num_threads(threads)
-        ranks.together(lambda: check_memory(config, ds, ranks.world_size))
+        ranks.together(lambda: None if warned else check_memory(config, ds, ranks.world_size))
         if config.train.device == "cpu":
             keep_freed_memory()
         return train(config, ds, ranks, watch, began_unix_s)
