@@ -23,7 +23,7 @@ else
     [[ $CONTAINER == docker://* ]] || CONTAINER=$(realpath "$CONTAINER")
     if [[ $CONTAINER == docker://* || $CONTAINER == *.sqsh ]]; then
         [[ $(srun --help) == *--container-image* ]] || _stop "CONTAINER=$CONTAINER needs pyxis, which is not installed here"
-        pyxis=("--container-image=$CONTAINER" "--container-mounts=$binds" "--container-workdir=$PWD")
+        pyxis=("--container-image=${CONTAINER#docker://}" "--container-mounts=$binds" "--container-workdir=$PWD")
     else
         if [[ $CONTAINER == *.sif || -d $CONTAINER/.singularity.d ]]; then
             python=(apptainer exec --nv --bind "$binds" --pwd "$PWD" "$CONTAINER")

@@ -74,7 +74,7 @@ def image(shell: Shell, name: str) -> Path:
     ("largescale.sqsh", {"srun": PYXIS}, "",
      "--container-image={image} --container-mounts={folders} --container-workdir={root} "),
     ("docker://ghcr.io#me/largescale", {"srun": PYXIS}, "",
-     "--container-image={image} --container-mounts={folders} --container-workdir={root} "),
+     "--container-image=ghcr.io#me/largescale --container-mounts={folders} --container-workdir={root} "),
 ])
 def test_command_lines(name: str, programs: dict[str, str], inside: str, options: str, shell: Shell) -> None:
     """The ranks run in the container, and so does what decides about another start, with the status of the ranks."""
