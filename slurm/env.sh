@@ -103,7 +103,8 @@ draw() {
 # over its limit, so pyxis cannot ask Python then: the starts are counted, fruitful or not.
 promising() {
     if [[ ${#pyxis[@]} -gt 0 && $_over_limit ]]; then
-        [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_RESTARTS:-5}" ]
+        [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_RESTARTS:-5}" ] || return
+        echo "asking for another start: this one outlasted its time limit" >&2
     else
         alone -m largescale.requeue "$1" --status "$2" --max-restarts "${MAX_RESTARTS:-5}"
     fi
