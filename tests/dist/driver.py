@@ -7,6 +7,7 @@ import argparse
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from largescale.data.loader import Loader
 from largescale.errors import DataError
 from largescale.launch import leave
 from largescale.trainer import Trainer
+from largescale.watch import Watch
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--die-after", type=int, help="kill -9 this process when the step has been taken and its save begun")
@@ -153,6 +155,26 @@ for fault in ("lost_files", "damaged_data", "kill", "hang"):
         Loader.batch = batch  # type: ignore[assignment, method-assign]
         trainer.READ_AGAIN_S = (0.01, 0.01)
 
+if faults.hang:  # on all ranks: a slow machine is not to be taken for one that hangs, before it does
+    reached, look, batch_before, make = threading.Event(), Watch._look, Loader.batch, checkpoint.Checkpointer.__init__
+
+    def reach(self: Loader, step: int) -> object:
+        if step == faults.hang[0]:
+            reached.set()
+        return batch_before(self, step)
+
+    def look_from_there_on(self: Watch) -> None:
+        reached.wait()
+        self.at(self.where)
+        look(self)
+
+    def make_patient(self: checkpoint.Checkpointer, *args: object, patience_s: float) -> None:
+        make(self, *args, patience_s=600)  # type: ignore[arg-type]
+
+    Loader.batch = reach  # type: ignore[assignment, method-assign]
+    Watch._look = look_from_there_on  # type: ignore[method-assign]
+    checkpoint.Checkpointer.__init__ = make_patient  # type: ignore[assignment, method-assign]
+
 if faults.other_weights and os.environ["RANK"] == str(faults.other_weights[1]):
     counting = Trainer.count
 
@@ -200,6 +222,14 @@ if faults.full_disk:
         return write(state, path)  # type: ignore[arg-type]
 
     checkpoint._write = full  # type: ignore[assignment]
+    save = checkpoint.Checkpointer.save
+
+    def save_and_fail(self: checkpoint.Checkpointer, at: int, *args: object) -> None:
+        save(self, at, *args)  # type: ignore[arg-type]
+        if (at, os.environ["RANK"]) == (step, str(rank)):
+            self._writer.wait(600)  # so that it is known at the next step, however slow the thread is
+
+    checkpoint.Checkpointer.save = save_and_fail  # type: ignore[assignment, method-assign]
 
 if faults.no_data is not None and os.environ["RANK"] == str(faults.no_data):
 

@@ -245,9 +245,8 @@ def test_the_readmes_three_lines() -> None:
     assert curriculum.index < curriculum.n_clusters and curriculum.observations > 0
 
 
-def test_the_package_imports_no_torch_and_is_quick() -> None:
-    code = ("import time; t = time.perf_counter(); import largescale; seconds = time.perf_counter() - t\n"
-            "import sys; assert 'torch' not in sys.modules; assert seconds < 0.2, seconds\n"
+def test_the_package_imports_nothing_and_its_lower_layers_no_torch() -> None:
+    code = ("import sys; before = {*sys.modules}; import largescale; assert {*sys.modules} - before == {'largescale'}\n"
             "import largescale.config, largescale.presets, largescale.ds_config, largescale.curriculum\n"
             "import largescale.checkpoint_files, largescale.telemetry; assert 'torch' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

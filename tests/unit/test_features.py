@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -219,14 +218,14 @@ def test_no_inception_weights(trouble: str, tmp_path: Path, monkeypatch: pytest.
                 if trouble != "silent":
                     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n" + b"x" * (100 if trouble == "other" else 50))
                 if trouble != "other":
-                    over.wait(10)
+                    over.wait(600)
 
-        threading.Thread(target=answer, daemon=True).start()
-        start = time.perf_counter()
+        answering = threading.Thread(target=answer, daemon=True)
+        answering.start()
         with pytest.raises(DataError, match=r"the weights of Inception cannot be loaded \(.+\); give --inception-weights FILE.*"
                                             "or score with --extractor efficientnet-lite0"):
             load_extractor("inception", CPU)
-        assert time.perf_counter() - start < 5
+        assert answering.is_alive() or trouble == "other"  # we gave up, not the server
         over.set()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert socket.getdefaulttimeout() is None
