@@ -83,7 +83,7 @@ Train = Callable[..., Done]
 def train(blobs: Path) -> Train:
     """The training program on `ranks` processes. `driver`: arguments of dist/driver.py, which breaks it on purpose."""
 
-    def start(*args: Any, ranks: int = 2, preset: str = "debug", driver: tuple[Any, ...] = (), timeout_s: float = 120) -> Done:
+    def start(*args: Any, ranks: int = 2, preset: str = "debug", driver: tuple[Any, ...] = (), timeout_s: float = 900) -> Done:
         program = ("tests/dist/driver.py", *driver, "--") if driver else ("-m", "largescale.train")
         return ranks_of(*program, preset, "--data.path", blobs, *QUIET, *args, ranks=ranks, timeout_s=timeout_s)
 

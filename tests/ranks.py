@@ -30,7 +30,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def ranks_of(*program: Any, ranks: int = 2, timeout_s: float = 120) -> Done:
+def ranks_of(*program: Any, ranks: int = 2, timeout_s: float = 900) -> Done:
     """Run a Python program, its arguments as python's, on several processes, in the project's folder."""
     arguments = [*map(str, program)]
     env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks),

@@ -196,7 +196,7 @@ def one_rank(plan: Plan, folder: Path, runs: list[Run], rank: int, port: int) ->
     close()
 
 
-def main(path: Path, timeout_s: float = 600) -> int:
+def main(path: Path, timeout_s: float = 3000) -> int:
     plan, fork = json.loads(path.read_text()), multiprocessing.get_context("fork")
     torch.set_num_threads(1)
     for phase in plan["phases"]:

@@ -21,7 +21,7 @@ from tests.ranks import ranks_of
 # ---- kills (see under_fire.py)
 
 
-def under_fire(*args: Any, timeout_s: float = 300) -> dict[str, Any]:
+def under_fire(*args: Any, timeout_s: float = 3000) -> dict[str, Any]:
     (done,) = ranks_of("tests/dist/under_fire.py", *args, ranks=1, timeout_s=timeout_s)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -55,7 +55,7 @@ def test_a_broken_rule_is_found_out(tmp_path: Path) -> None:
 
 def test_whole_runs_killed(tmp_path: Path, blobs: Path) -> None:
     """Two ranks, one of them killed at some call: after a few starts it is the run that was left in peace, to the bit."""
-    result = under_fire("runs", tmp_path, blobs, "--runs", 2, timeout_s=600)
+    result = under_fire("runs", tmp_path, blobs, "--runs", 2, timeout_s=6000)
     assert result["wrong"] == [] and result["kills"] >= 2
 
 

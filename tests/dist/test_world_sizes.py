@@ -80,7 +80,7 @@ def a_run(name: str, ranks: int, source: str | None, cut: int, precision: str = 
 def train(folder: Path, blobs: Path, micro: dict[int, int], *phases: list[Run], args: tuple[Any, ...] = ()) -> None:
     plan = {"args": ["debug", "--data.path", str(blobs), *QUIET, *ARGS, *args], "micro": micro, "phases": phases}
     (folder / "plan.json").write_text(json.dumps(plan))
-    (done,) = ranks_of("tests/dist/pairs.py", folder / "plan.json", ranks=1, timeout_s=1000)
+    (done,) = ranks_of("tests/dist/pairs.py", folder / "plan.json", ranks=1, timeout_s=6000)
     assert done.returncode == 0, done.stderr[-8000:]
 
 

@@ -637,7 +637,7 @@ def start(data: Path, run: Path, log: Path, victim: int = -1, die_at: int = 0, a
         return go
 
     ranks = [Child(life(rank)) for rank in range(2)]
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 3000
     while not all(rank.ended() for rank in ranks):
         if time.monotonic() > deadline or (victim >= 0 and not alone and ranks[victim].ended()):
             for rank in ranks:

@@ -19,7 +19,7 @@ def test_disturbed_at_random(seed: str, more: tuple[str, ...]) -> None:
     command = [sys.executable, str(ROOT / "tests/e2e/chaos.py"), "--seed", seed, *more]
     chaos = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        out, err = chaos.communicate(timeout=900)
+        out, err = chaos.communicate(timeout=6000)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(chaos.pid, signal.SIGKILL)  # its ranks too

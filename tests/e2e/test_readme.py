@@ -68,7 +68,7 @@ def test_the_commands_in_order(tmp_path: Path) -> None:
             program += ["--num", "1"]
         if "dit_l2_coco256" in words or "dit_l2_imagenet256" in words:
             program += ["--data.path", "data/none"]  # what was packed above are pixels, for want of a VAE
-        done = subprocess.run([sys.executable, *program], cwd=tmp_path, capture_output=True, text=True, timeout=180)
+        done = subprocess.run([sys.executable, *program], cwd=tmp_path, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
 
 

@@ -61,7 +61,7 @@ def packed(coco: tuple[Path, Path, Path, int, int], tmp_path_factory: pytest.Tem
     done = ranks_of(
         "-m", "data_prep.coco", "--images", images, "--captions", captions, "--vae", vae, "--out", out, "--resolution", SIDE,
         "--text-encoder", f"hf:{MINILM.submodule_search_locations[0]}/model", "--max-tokens", 32, "--rows-per-shard", 16,
-        "--device", "cpu", timeout_s=300)
+        "--device", "cpu", timeout_s=3000)
     assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
     return out
 

@@ -56,7 +56,7 @@ class Lab:
         """Run one of Slurm's commands as on a login node, and return what it says."""
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "OMP_", "MASTER_"))}
         done = subprocess.run(
-            ["nsenter", f"--net=/proc/{self.pid}/ns/net", *map(str, command)], cwd=folder, text=True, timeout=60,
+            ["nsenter", f"--net=/proc/{self.pid}/ns/net", *map(str, command)], cwd=folder, text=True, timeout=600,
             env={**clean, **(env or {}), "SLURM_CONF": f"{self.folder}/slurm.conf"},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
@@ -78,7 +78,7 @@ class Lab:
 
     def resume(self, node: str) -> None:
         self("scontrol", "update", f"NodeName={node}", "State=resume", check=False)  # an error where it is up
-        wait_until("nodes", lambda: self("sinfo", "-h", "-p", "low", "-o", "%D %T") == "2 idle", 60)
+        wait_until("nodes", lambda: self("sinfo", "-h", "-p", "low", "-o", "%D %T") == "2 idle", 600)
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Job:
         facts = self.lab("scontrol", "--oneliner", "show", "job", self.id)
         return dict(fact.split("=", 1) for fact in facts.split() if "=" in fact)[name]
 
-    def wait_for(self, what: str, done: Callable[[], Any], timeout_s: float = 240) -> Any:
+    def wait_for(self, what: str, done: Callable[[], Any], timeout_s: float = 1800) -> Any:
         def done_or_over() -> Any:
             return done() or (self.over() and pytest.fail(f"{what}: the job is over\n{self.text()}"))
 
@@ -113,10 +113,10 @@ class Job:
     def wait_for_step(self, step: int) -> None:
         self.wait_for(f"step {step}", lambda: self.step() >= step)
 
-    def wait_for_said(self, text: str, timeout_s: float = 240) -> None:
+    def wait_for_said(self, text: str, timeout_s: float = 1800) -> None:
         self.wait_for(text, lambda: text in self.text(), timeout_s)
 
-    def ended(self, state: str, *, restarts: int, timeout_s: float = 240) -> str:
+    def ended(self, state: str, *, restarts: int, timeout_s: float = 1800) -> str:
         """Its log, once it has ended for good: one that comes back goes from COMPLETING to PENDING."""
         wait_until("end of the job", self.over, timeout_s, self.text)
         assert (self.fact("JobState"), self.fact("Restarts")) == (state, str(restarts)), self.text()
@@ -179,7 +179,7 @@ def slurm() -> Iterator[Lab]:
             pytest.fail("Slurm did not start:\n" + "".join(said))
         yield Lab(folder, lab.pid)
     finally:
-        lab.communicate(timeout=30)  # closes its stdin, and comes back when no process of it is left
+        lab.communicate(timeout=300)  # closes its stdin, and comes back when no process of it is left
         shutil.rmtree(folder)
 
 
@@ -221,7 +221,7 @@ def truth(blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, never disturbed, without Slurm."""
     run = tmp_path_factory.mktemp("undisturbed") / "truth"
     done = ranks_of("-m", "largescale.train", "dit_l2_imagenet256", "--output", run, "--data.path", blobs, *SMALL_RUN,
-                   timeout_s=300)
+                   timeout_s=3000)
     assert [p.returncode for p in done] == [0, 0], done[0].stderr
     return run
 

@@ -213,7 +213,7 @@ def stop(number, frame):
     sys.exit(75)
 signal.signal(signal.SIGTERM, stop)
 Path({str(ready)!r}).touch()
-time.sleep(60)
+time.sleep(600)
 """
     def ask() -> None:
         while not ready.exists():
