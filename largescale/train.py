@@ -100,6 +100,7 @@ def run(config: Config, began_unix_s: float) -> int:
 
     from largescale.compiling import failure, what_to_compile
     from largescale.distributed import Ranks, is_lost_contact
+    from largescale.half import IN_TRAINING, check_on_cpu
     from largescale.memory import check_memory
     from largescale.optim import choose_kernel
     from largescale.watch import Watch, end_at_once, lost_rank
@@ -119,9 +120,10 @@ def run(config: Config, began_unix_s: float) -> int:
         if config.train.threads or config.train.device == "cpu":
             threads = ranks.together(lambda: threads_per_rank(config.train.threads, os.environ, cores()))
             torch.set_num_threads(threads)
-        ranks.together(lambda: None if warned else check_memory(config, ds, ranks.world_size))
         if config.train.device == "cpu":
             keep_freed_memory()
+            ranks.together(lambda: check_on_cpu(precision(ds), IN_TRAINING))
+        ranks.together(lambda: None if warned else check_memory(config, ds, ranks.world_size))
         return train(config, ds, ranks, watch, began_unix_s)
     except DeviceError as error:
         end_at_once(error)  # the other ranks are in some collective, and notice as they do with a crash
@@ -141,14 +143,10 @@ def run(config: Config, began_unix_s: float) -> int:
 
 
 def train(config: Config, ds: dict[str, Any], ranks: "Ranks", watch: "Watch", began_unix_s: float) -> int:
-    from largescale.half import IN_TRAINING, check_on_cpu
-
     def say(text: str) -> None:
         if ranks.rank == 0:
             print(text, file=sys.stderr, flush=True)
 
-    if config.train.device == "cpu":
-        ranks.together(lambda: check_on_cpu(precision(ds), IN_TRAINING))
     dataset = ranks.together(lambda: open_dataset(config, ranks.rank, ranks.world_size))
     ranks.together(lambda: check_writable(config.run_dir))
     lock = ranks.together(lambda: claim(config.run_dir, say) if ranks.rank == 0 else None)

@@ -32,7 +32,7 @@ def without(monkeypatch: pytest.MonkeyPatch, *precisions: str) -> None:
 
 def refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a torch that lacks a kernel."""
-    def layer_norm(*args: Any) -> None:
+    def layer_norm(*args: Any, **more: Any) -> None:
         raise RuntimeError("\"LayerNormKernelImpl\" not implemented for 'Half'\nand more")
 
     without(monkeypatch, "bf16", "fp16")
