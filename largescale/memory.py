@@ -14,6 +14,7 @@ from largescale.launch import local_world_size
 from largescale.machine import PROCESS_BYTES, launcher_bytes, memory_bound, warn_of_memory
 from largescale.models.dit import attention_by_products
 
+_BUCKETS = "buckets of gradients on their way"
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -99,7 +100,7 @@ def memory(config: Config, ds: dict[str, Any], world_size: int, micro_batch_size
     return {
         "weights": parameters * dtype.itemsize,
         "gradients (this rank's part in fp32)": 4 * parameters / world_size,
-        "buckets of gradients on their way": buckets if world_size > 1 else 0,
+        _BUCKETS: buckets if world_size > 1 else 0,
         "master weights, two moments, EMA (fp32, this rank's part)": 4 * 4 * parameters / world_size,
         f"activations of {micro_batch_size} images" + (", checkpointed" if checkpointing else ""):
             micro_batch_size * per_image,
@@ -121,7 +122,7 @@ def check_memory(config: Config, ds: dict[str, Any], world_size: int) -> None:
         return
     micro = batch_layout(config, world_size)[0] if config.train.micro_batch_size != "auto" else 1
     parts = memory(config, ds, world_size, micro)
-    buckets = "buckets of gradients on their way"  # of whose pages only those are taken that gradients lie on
-    parts[buckets] = min(parts[buckets], 4 * parts["weights"])
-    each = PROCESS_BYTES + int(sum(parts.values()))
+    # Of the buckets' pages only those are taken that gradients lie on.
+    taken = [min(size, 4 * parts["weights"]) if name == _BUCKETS else size for name, size in parts.items()]
+    each = PROCESS_BYTES + int(sum(taken))
     warn_of_memory(launcher_bytes() + local_world_size(os.environ) * each, bound)
