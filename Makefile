@@ -6,8 +6,8 @@ PYTHON ?= python3
 RANKS ?= 2
 RUN ?= runs/demo
 SAMPLES ?= 1000
-# Of the tests, at most; each takes up to 4 GB
-WORKERS ?= 4
+# That run tests; by default as many as cores and memory bear (tests/conftest.py)
+WORKERS ?= auto
 # More options for the training program, for example DEMO_ARGS='--train.steps 8000'
 DEMO_ARGS ?=
 
@@ -56,7 +56,7 @@ demo-text:
 	@echo "to resume    make demo-text, after an interruption; this start took $$(($$(date +%s) - $(STARTED))) s"
 
 test: check
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check:
 	@$(PYTHON) install.py demo demo-text prep eval dev

@@ -10,12 +10,12 @@ from torch.overrides import TorchFunctionMode
 from largescale.build import blank_condition, build_model, latent_shape
 from largescale.config import Config, ModelConfig, batch_layout
 from largescale.ds_config import precision
+from largescale.half import DTYPES
 from largescale.launch import local_world_size
 from largescale.machine import PROCESS_BYTES, launcher_bytes, memory_bound, warn_of_memory
 from largescale.models.dit import attention_by_products
 
 _BUCKETS = "buckets of gradients on their way"
-_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _AttentionOf(TorchFunctionMode):
@@ -85,14 +85,14 @@ def activation_bytes(config: ModelConfig, dtype: torch.dtype, *, checkpointing: 
 def memory(config: Config, ds: dict[str, Any], world_size: int, micro_batch_size: int) -> dict[str, float]:
     """Bytes per rank under ZeRO-2, by what they hold. An estimate: kernels' workspaces and fragmentation come on top,
     and torch.compile keeps less than is counted here."""
-    dtype, zero = _TYPES[precision(ds)], ds["zero_optimization"]
+    dtype, zero = DTYPES[precision(ds)], ds["zero_optimization"]
     with torch.device("meta"):
         model = build_model(config.model)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Each bucket is allocated whole, whatever the model's size; one is flattened, and cast, to be sent.
     bucket = zero.get("reduce_bucket_size", 500_000_000)
     buckets = (2 if zero.get("overlap_comm") else 1) * bucket * dtype.itemsize
-    sent = _TYPES[ds.get("communication_data_type", precision(ds))]
+    sent = DTYPES[ds.get("communication_data_type", precision(ds))]
     buckets += min(bucket, parameters) * (dtype.itemsize + (sent.itemsize if sent != dtype else 0))
     checkpointing = config.train.activation_checkpointing
     fused = config.train.device == "cuda" or dtype != torch.bfloat16  # models/dit.py: attention

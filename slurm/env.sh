@@ -95,6 +95,7 @@ pack() {
 # draw PROGRAM OPTION...: eval.PROGRAM. What was asked to stop comes back, also where a signal ended it (in the moments
 # in which it does not look: 138 is USR1, 143 TERM). The ranks meet in the file system only.
 draw() {
+    # shellcheck disable=SC2317,SC2329  # _requeue calls it
     again() { [[ $1 -eq 75 || $1 -eq 138 || $1 -eq 143 ]]; }
     run_ranks --kill-on-bad-exit=0 --wait=0 "${python[@]}" -m "eval.$1" "${@:2}"
 }

@@ -15,10 +15,19 @@ from largescale import train as train_program
 from largescale.checkpoint_files import checkpoints, named_weights
 from largescale.data.format import CaptionInfo, DatasetInfo
 from largescale.data.writer import ShardWriter
+from largescale.machine import available_bytes, cores
 from largescale.telemetry import read_metrics
 from tests.ranks import ROOT, Done, ranks_of
 
 QUIET = ("--telemetry.no-tensorboard", "--telemetry.preview-every", 0, "--telemetry.reference-every", 0)
+
+WORKER_BYTES = 4 * 10**9  # that a test takes with its ranks, at most
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores, since tests wait too: for Slurm, for processes that start. pytest-xdist asks for -n auto."""
+    fitting = (available_bytes() or WORKER_BYTES) // WORKER_BYTES
+    return max(1, min(cores() + 1, 8, fitting))
 
 
 @pytest.fixture(autouse=True)

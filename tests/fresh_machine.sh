@@ -69,6 +69,7 @@ if [ ! -e "$folder" ]; then
 fi
 machine=$(realpath "$folder")
 [ -x "$machine/usr/bin/make" ] || fail "$folder holds no Debian that was made here: name a folder that is not there yet"
+grep -qw "$suite" "$machine/etc/apt/sources.list" || fail "$folder holds another release than $suite: name another folder"
 ensurepip=$(compgen -G "$machine/usr/lib/python3*/ensurepip/__init__.py" || true)
 [ "${venv:+with}" = "${ensurepip:+with}" ] || fail "$folder is ${ensurepip:+not }without python3-venv: name another folder"
 

@@ -47,7 +47,7 @@ class Chaos:
             "debug", "--data.path", folder / "data", "--train.steps", steps, "--train.global-batch-size", 24,
             "--curriculum.patience", 40, "--checkpoint.every", 50, "--telemetry.log-every", 1, "--optimizer.clip-grad-norm",
             1, "--telemetry.no-tensorboard", "--telemetry.preview-every", 0, "--telemetry.reference-every", 0,
-            "--train.timeout-s", 30,
+            "--train.timeout-s", 120,
         ]
         if len(world_sizes) > 1:  # rounding may move a transition of the patience rule
             self.args += ["--curriculum.pacing", "fixed", "--curriculum.interval", steps // 8]

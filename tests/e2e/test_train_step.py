@@ -73,8 +73,7 @@ def test_the_parts_of_our_step(benchmark: Any, measured: Any) -> None:
         for turn in way["turns"]:
             assert turn["parts"].keys() == benchmark.PARTS.keys()
             assert all(seconds >= 0 for seconds in turn["parts"].values())
-        # of other steps than those that were counted, on a machine that does other things too
-        assert 1 / 3 < sum(way["parts"].values()) / way["step_s"] < 3
+            assert turn["parts"]["forward"] > 0 and turn["parts"]["backward"] > 0
         assert 0 < way["overhead"] <= way["outside"] < 1
         assert way["times_as_fast_as"].keys() == {
             other["name"] for other in measured["batches"][0]["ways"] if other["kind"] != "ours"}

@@ -178,7 +178,8 @@ def test_the_network_is_told_how_its_image_was_augmented(run_here: RunHere, monk
     forward, seed = DDPMpp.forward, torch.manual_seed
 
     def telling(self: DDPMpp, x: torch.Tensor, t: torch.Tensor, y: Any, augment_labels: Any = None) -> torch.Tensor:
-        given.append(augment_labels)
+        if not x.is_meta:  # as in the estimate of the memory
+            given.append(augment_labels)
         return forward(self, x, t, y, augment_labels)
 
     monkeypatch.setattr(DDPMpp, "forward", telling)
