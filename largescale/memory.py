@@ -1,5 +1,6 @@
 """What a rank's memory must hold, from shapes: nothing is allocated."""
 
+import functools
 import os
 from typing import Any
 
@@ -34,6 +35,7 @@ class _AttentionOf(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+@functools.cache
 def _kept_for_backward(config: ModelConfig, dtype: torch.dtype, fused_attention: bool,
                        ) -> tuple[int, list[int], list[int]]:
     """Bytes that autograd keeps of one image's forward pass, counted on the meta device: in all, by each block, and of
