@@ -15,6 +15,7 @@ from torch import Tensor, nn
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
+    from deepspeed.runtime import compiler
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.fp16.loss_scaler import LossScalerBase
     from deepspeed.runtime.zero import stage_1_and_2
@@ -37,6 +38,8 @@ class Engine:
         deepspeed.utils.logger.setLevel(logging.ERROR)
         # Built at start with a C++ compiler, 25 s, for collectives between CPU ranks that gloo does as well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Its first gradient imports Muon, whatever the optimizer, whose kernels load torch's compiler for 2 s.
+        compiler.compile = lambda: lambda function: function
         if (accelerator := deepspeed.get_accelerator()).device_name() == "cpu":
             # It asks whether the CPU has instructions for fp16; torch computes without them, which half.py has tried.
             accelerator.is_fp16_supported = lambda: True

@@ -6,7 +6,7 @@ import os
 os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # both are read at import
 
 import deepspeed
-import torch._inductor.compile_fx  # DeepSpeed's engine loads it, and dynamo: half of its start
+import torch._dynamo  # DeepSpeed's engine loads it: half of its start
 import torch.utils.tensorboard
 import tyro
 

@@ -134,20 +134,21 @@ class ShardDataset:
         """The empty caption's tokens (n, width) and pooled vector (pooled_width,), float16."""
         assert self.info.captions
         batch = self._read(self.manifest["empty_caption"])
-        tokens, pooled = (_values(batch.column(name).values, np.float16) for name in EMBEDDINGS)
+        tokens, pooled = (np.from_dlpack(batch.column(name).values.values) for name in EMBEDDINGS)
         return tokens.reshape(-1, self.info.captions.width), pooled
 
     def _shard(self, number: int) -> _Mapped:
         if number not in self._mapped:
             batch = self._read(self._shards[number])
-            size, dtype = math.prod(self.info.shape), KINDS[self.info.kind]
-            images = [_values(batch.column(name), dtype).reshape(-1, size) for name in IMAGES[: 1 + self.has_mirror]]
+            view = np.from_dlpack  # not to_numpy(), which imports pandas where that is installed: half a second
+            images = [view(batch.column(name).values).reshape(-1, math.prod(self.info.shape))
+                      for name in IMAGES[: 1 + self.has_mirror]]
             lists = {}
             for name in EMBEDDINGS if self.info.captions else ():
                 outer = batch.column(name)
                 inner = outer.values
-                lists[name] = _Lists(outer.offsets.to_numpy(), inner.offsets.to_numpy(), _values(inner, np.float16))
-            self._mapped[number] = _Mapped(batch.column("label").to_numpy(), images[0], images[-1], lists, batch)
+                lists[name] = _Lists(view(outer.offsets), view(inner.offsets), view(inner.values))
+            self._mapped[number] = _Mapped(view(batch.column("label")), images[0], images[-1], lists, batch)
         return self._mapped[number]
 
     def _read(self, entry: Mapping[str, Any]) -> pa.RecordBatch:
@@ -169,12 +170,6 @@ class ShardDataset:
 
     def _damaged(self, entry: Mapping[str, Any], what: str) -> DataError:
         return DataError(f"{self.path / entry['file']} {what}; restore the file, or {REMEDY.format(self.path)}")
-
-
-def _values(lists: pa.Array, dtype: npt.DTypeLike) -> Array:
-    """The flat values of a column of lists, a view. Not by to_numpy(), which imports pandas for float16: 0.2 s."""
-    values = lists.values
-    return np.frombuffer(values.buffers()[1], dtype)[values.offset : values.offset + len(values)]
 
 
 def check_flip(info: DatasetInfo, has_mirror: bool) -> None:

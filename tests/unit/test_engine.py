@@ -1,6 +1,8 @@
 """What the engine does in DeepSpeed's place gives what DeepSpeed's own code gives."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from largescale import engine
-from tests.conftest import RunHere, ds_json, final_state, trace
+from tests.conftest import QUIET, RunHere, ds_json, final_state, trace
+from tests.ranks import ROOT
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -93,3 +96,12 @@ def test_the_norm_stops_a_step_as_deepspeeds_check_did(value: float, run_here: R
     monkeypatch.setattr(engine.UnreducedGradient, "_keep", spoil)
     run = run_here("--train.steps", 6)
     assert run.code != 0 and "the gradient is not finite at step" in run.err
+
+
+def test_a_start_loads_no_compiler_and_no_pandas(blobs: Path, tmp_path: Path) -> None:
+    """Each takes seconds, of every rank."""
+    program = ("import sys; from largescale import train; code = train.main(sys.argv[1:]);"
+               "sys.exit(code or str([name for name in ('torch._inductor.compile_fx', 'pandas') if name in sys.modules]))")
+    args = ["debug", "--data.path", blobs, "--output", tmp_path / "run", "--train.steps", 2, *QUIET]
+    done = subprocess.run([sys.executable, "-c", program, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "[]", done.stderr
