@@ -6,7 +6,7 @@
 ARG BASE=debian:trixie-slim
 FROM ${BASE}
 
-# make for the README's commands, the compiler and Python's headers for torch.compile.
+# make and python3-venv for a clone that is mounted (its commands make a .venv of their own), the compiler and Python's headers for torch.compile.
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
         ca-certificates g++ make python3 python3-dev python3-venv \

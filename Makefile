@@ -36,8 +36,9 @@ demo:
 	@echo "checkpoint   $$(ls -d $(RUN)/checkpoints/step_* | tail -n 1)"
 	@echo "measured     above, and in $(RUN)/eval/digits.json; this start took $$(($$(date +%s) - $(STARTED))) s"
 	@echo "to resume    make demo, after an interruption"
-	@echo "try next     make demo DEMO_ARGS='--train.steps 4000' trains on; make demo RUN=runs/vanilla"
-	@echo "             DEMO_ARGS='--curriculum.pacing none' trains without the curriculum; make demo-text draws emoji from words"
+	@echo "try next     make demo DEMO_ARGS='--train.steps 4000'                              # trains on"
+	@echo "             make demo RUN=runs/vanilla DEMO_ARGS='--curriculum.pacing none'       # without the curriculum"
+	@echo "             make demo-text                                                        # emoji, from words"
 
 TEXT_RUN ?= runs/emoji
 PROMPTS := "grinning face" "blue book" "woman and man holding hands" "man firefighter medium skin tone" \

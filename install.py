@@ -1,12 +1,14 @@
 """python3 install.py EXTRA ...: this project and the pinned packages of these extras, in .venv. `make` calls it.
 
-Needs Python 3.11 to 3.14 and a network; nothing is compiled. Packages come from PyPI, or from the index that pip is
-configured for. uv installs them: the one on the PATH, or else one that pip puts into .venv first. Every file is checked
-against the hashes in requirements.lock. Run again, it mends what is half made, and does nothing where all is there.
+Needs Python 3.11 to 3.14 and a network; nothing is compiled. Packages come from PyPI, or from the index-url that pip is
+configured for, through its proxy. uv installs them: the one on the PATH, or else one that pip puts into .venv first.
+Every file is checked against the hashes in requirements.lock. Run again, it mends what is half made, and does nothing
+where all is there.
 """
 # No syntax newer than Python 3.6's, so that an old Python prints the message below and not a SyntaxError.
 
 import argparse
+import ast
 import contextlib
 import fcntl
 import hashlib
@@ -19,6 +21,7 @@ import ssl
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
@@ -26,7 +29,7 @@ PYTHON, RECORD = VENV / "bin/python", VENV / "installed.json"
 PROJECT, LOCK = ROOT / "pyproject.toml", ROOT / "requirements.lock"
 EXTRAS = ("demo", "demo-text", "prep", "eval", "dev")
 OLDEST, NEWEST = (3, 11), (3, 14)  # requirements.lock has files for these
-OLDEST_UV = (0, 9)
+OLDEST_UV = (0, 11)  # older ones do not know UV_SYSTEM_CERTS
 DISK_BYTES = 7 * 10**9  # the environment is 6.1 GB, and what is downloaded lies beside it for a while
 
 
@@ -36,12 +39,21 @@ def main() -> None:
     extras = parser.parse_args().extras
     check_python()
     with open(__file__) as this_file:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(this_file, fcntl.LOCK_EX)  # `make demo` and `make test` may be typed at the same time
         try:
+            wait_for_others(this_file)
             install(extras)
         except KeyboardInterrupt:
             sys.exit("interrupted; the same command goes on from here")
+
+
+def wait_for_others(file: "IO[str]") -> None:
+    """`make demo` and `make test` may be typed at the same time."""
+    with contextlib.suppress(OSError):  # a file system without locks
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("another installation into .venv is running: waiting for its end", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def check_python() -> None:
@@ -63,6 +75,8 @@ def install(extras: "list[str]") -> None:
     if set(extras) <= done:
         return
     print("installing into .venv: about 3 GB to download, which takes most of the time", flush=True)
+    with contextlib.suppress(FileNotFoundError):
+        RECORD.unlink()  # until all is there again
     uv = uv or install_uv()
     chosen = [word for extra in extras for word in ("--extra", extra)]
     run_uv(uv, "--require-hashes", "--constraints", str(LOCK), "--requirements", str(PROJECT), *chosen)
@@ -101,14 +115,14 @@ def make_venv(uv: "str | None") -> str:
     free = shutil.disk_usage(str(ROOT)).free
     if free < DISK_BYTES:
         sys.exit(f"error: {ROOT} has {free / 1e9:.1f} GB free, the packages take {DISK_BYTES / 1e9:.0f} GB; make room")
-    if uv:
-        run(uv, "venv", "--quiet", "--seed", "--clear", "--python", sys.executable, str(VENV), env=environment())
-    elif importlib.util.find_spec("ensurepip"):
+    if importlib.util.find_spec("ensurepip"):
         run(sys.executable, "-m", "venv", "--clear", str(VENV), env=environment())
+    elif uv:
+        run(uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(VENV), env=environment())
     else:
         sys.exit(f"error: {sys.executable} has no module ensurepip, which .venv is made with; on Debian and Ubuntu: "
                  f"apt install python{dotted(sys.version_info[:2])}-venv")
-    version = version_in_venv(pip_needed=True)
+    version = version_in_venv(pip_needed=uv is None)
     if version is None:
         sys.exit(f"error: {sys.executable} made a .venv that does not work; try make PYTHON=/path/to/another/python3")
     return version
@@ -120,7 +134,8 @@ def environment() -> "dict[str, str]":
     env = {name: value for name, value in os.environ.items() if name not in elsewhere}
     env.setdefault("UV_HTTP_TIMEOUT", "120")  # slow networks; a download that is cut is tried again
     env.setdefault("UV_HTTP_RETRIES", "8")
-    if ssl.get_default_verify_paths().cafile:
+    certificates = ssl.get_default_verify_paths()
+    if certificates.cafile or certificates.capath:
         env.setdefault("UV_SYSTEM_CERTS", "1")  # with a company's own
     return env
 
@@ -129,11 +144,14 @@ def environment() -> "dict[str, str]":
 
 
 def uv_on_path() -> "str | None":
-    """One that is new enough."""
+    """One that runs here, is new enough, and is none of .venv's, which may be made anew."""
     uv = shutil.which("uv")
-    if uv is None:
+    if uv is None or VENV in Path(uv).parents:
         return None
-    said = subprocess.run([uv, "--version"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        said = subprocess.run([uv, "--version"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except OSError:  # another machine's, in a home that both have
+        return None
     version = re.search(r"(\d+)\.(\d+)", said.stdout.decode())
     return uv if version and tuple(map(int, version.groups())) >= OLDEST_UV else None
 
@@ -151,36 +169,39 @@ def run_uv(uv: str, *args: str) -> None:
     env = environment()
     env.update(dict(pip_settings(env), **env))
     cache = env.get("UV_CACHE_DIR") or os.path.join(env.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "uv")
-    if not is_writable(Path(cache)):
+    if not ("UV_CACHE_DIR" in env or is_beside(Path(cache))):
         env["UV_CACHE_DIR"] = str(VENV / "cache")
     run(uv, "pip", "install", "--python", str(PYTHON), "--build-constraints", str(LOCK), *args, env=env)
 
 
 def pip_settings(env: "dict[str, str]") -> "dict[str, str]":
-    """A mirror and its certificate, as variables of uv, which does not read pip's settings."""
-    found = {}
-    for variable, key in (("UV_DEFAULT_INDEX", "index-url"), ("SSL_CERT_FILE", "cert")):
-        said = subprocess.run([str(PYTHON), "-m", "pip", "config", "get", "global." + key], env=env,
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        value = env.get("PIP_" + key.upper().replace("-", "_")) or said.stdout.decode().strip()
-        if value:
-            found[variable] = value
-    return found
+    """A mirror, its certificate and a proxy, as variables of uv, which does not read pip's settings."""
+    said = subprocess.run([str(PYTHON), "-m", "pip", "config", "list"], env=env, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL)
+    settings = {}
+    for section in ("global", "install", ":env:"):  # of which the last counts
+        for key, value in re.findall(rf"(?m)^{section}\.([a-z-]+)=(.*)$", said.stdout.decode()):
+            settings[key] = " ".join(ast.literal_eval(value).split())
+    names = {"UV_DEFAULT_INDEX": "index-url", "UV_INSECURE_HOST": "trusted-host", "SSL_CERT_FILE": "cert",
+             "HTTP_PROXY": "proxy", "HTTPS_PROXY": "proxy"}
+    return {name: settings[key] for name, key in names.items() if settings.get(key)}
 
 
-def is_writable(folder: Path) -> bool:
+def is_beside(cache: Path) -> bool:
+    """Whether files can be linked from there into .venv. In a home on another disk they would be there twice, and a
+    home may have a quota, or be read-only."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
     except OSError:
         return False
-    return os.access(str(folder), os.W_OK)
+    return os.access(str(cache), os.W_OK) and cache.stat().st_dev == VENV.stat().st_dev
 
 
 # ---- what both need
 
 
 def run(*command: str, env: "dict[str, str]") -> None:
-    if subprocess.run(command, env=env).returncode:
+    if subprocess.run(command, env=env, cwd=str(ROOT)).returncode:  # uv reads pyproject.toml there
         sys.exit("error: the installation stopped, see above; the same command goes on from here")
 
 

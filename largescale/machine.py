@@ -11,6 +11,7 @@ from largescale.errors import ConfigError
 from largescale.launch import env_local_rank, local_world_size
 
 _PROC, _CPUS = Path("/proc"), Path("/sys/devices/system/cpu")
+KILL = "out-of-memory kill"
 LESS_MEMORY = ("raise the job's memory (Slurm: --mem), start fewer ranks, or set --train.activation-checkpointing or a "
                "smaller --train.micro-batch-size")
 # Without what is read from files and can be read again; measured with torch 2.15 and DeepSpeed 0.19.8 on x86-64.
@@ -66,8 +67,9 @@ class MemoryBound:
         """What to say where the kernel has killed since there were so many `kills`."""
         if (more := self.kills() - kills) <= 0:
             return None
-        return (f"killed by signal 9; {self}, and counts {'an' if more == 1 else more} out-of-memory "
-                f"kill{'s' * (more > 1)}: {LESS_MEMORY}")
+        # The machine counts those of other programs too.
+        return (f"{'perhaps ' if self.folder is None else ''}killed by signal 9; {self}, and counts "
+                f"{'an' if more == 1 else more} {KILL}{'s' * (more > 1)}: {LESS_MEMORY}")
 
     def kills(self) -> int:
         """Processes that the kernel has killed there so far because memory had run out."""
@@ -95,7 +97,9 @@ def check_process_memory(device: str) -> bool:
         return False
     needed = launcher_bytes() + ranks * (PROCESS_BYTES if device == "cpu" else TORCH_BYTES)
     if launcher_bytes() + ranks * TORCH_BYTES > bound.bytes and not has_swap():
-        raise ConfigError(_too_little(needed, bound))
+        error = ConfigError(_too_little(needed, bound))
+        error.agreed = env_local_rank() != 0  # said on each machine: another may have more
+        raise error
     return warn_of_memory(needed, bound)
 
 

@@ -17,6 +17,7 @@ import tyro
 from largescale.checkpoint_files import CheckpointDir, checkpoints
 from largescale.errors import CheckpointError, ConfigError, LargescaleError
 from largescale.launch import print_error
+from largescale.machine import KILL
 from largescale.signals import EXIT_REQUEUE
 from largescale.starts import Start, out_of_memory, read_starts
 
@@ -43,8 +44,8 @@ def decide(run_dir: Path, status: int, max_restarts: int, job: str | None, resta
     if job is None:
         return False, "SLURM_JOB_ID is not set, so this is no job of Slurm's; run the same command again to go on"
     fruitless = restart - last_fruitful(run_dir, job)
-    killed = next((f"; {start.ended or out_of_memory(start)}" for start in read_starts(run_dir)[-1:]
-                   if "out-of-memory kill" in (start.ended or out_of_memory(start) or "")), "")
+    ends = [start.ended or out_of_memory(start) or "" for start in read_starts(run_dir)[-1:]]
+    killed = "".join(f"; {end}" for end in ends if KILL in end)
     if status == EXIT_REQUEUE:
         max_restarts *= PATIENCE_WITH_STOPS
     if fruitless >= max_restarts:

@@ -17,6 +17,7 @@ if [ -z "${CONTAINER:-}" ]; then
     command -v "$PYTHON" >/dev/null || _stop "no $PYTHON in $PWD; set PYTHON=/where/it/is"
 else
     PYTHON=${PYTHON:-/opt/venv/bin/python}
+    unset PYTHONPATH PYTHONHOME  # which clusters' modules point at packages of another Python
     binds=$PWD${BIND:+,$BIND}
     [[ $CONTAINER == docker://* || -e $CONTAINER ]] ||
         _stop "no CONTAINER=$CONTAINER in $PWD; it is a .sif, a .sqsh, a folder, or docker://IMAGE"

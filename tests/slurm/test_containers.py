@@ -17,7 +17,7 @@ from tests.slurm import test_jobs
 from tests.slurm.conftest import Lab, Submit, apt_install
 
 # Takes the place of a program: notes what it is called with, and runs what comes after its own arguments.
-NOTE = '#!/bin/bash\necho "${0##*/} $*" >> "$NOTES"\n'
+NOTE = '#!/bin/bash\necho "${0##*/} $*${PYTHONPATH+ PYTHONPATH}" >> "$NOTES"\n'
 APPTAINER = NOTE + 'while [[ $1 != *.sif && $1 != */sandbox ]]; do shift; done\nshift\nexec "$@"\n'
 CH_RUN = NOTE + 'while [ "$1" != -- ]; do shift; done\nshift\nexec "$@"\n'
 SRUN = NOTE + 'while [[ $1 == --* ]]; do shift; done\nexec "$@"\n'
@@ -43,7 +43,7 @@ class Shell:
             (bin / name.replace("_", "-")).write_text(text)
             (bin / name.replace("_", "-")).chmod(0o755)
         env = {"PATH": str(bin), "NOTES": str(notes), "CONTAINER": str(container), "BIND": "/scratch,/datasets",
-               "PYTHON": str(bin / "image-python"), "RUN": "R", "DATA": "D", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "x",
+               "PYTHON": str(bin / "image-python"), "PYTHONPATH": "/another/python", "RUN": "R", "DATA": "D", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "x",
                "SLURM_JOB_NODELIST": "n1", "SLURM_SUBMIT_DIR": str(ROOT)}
         if restarts:
             env["SLURM_RESTART_COUNT"] = str(restarts)
@@ -90,6 +90,7 @@ def test_command_lines(name: str, programs: dict[str, str], inside: str, options
             "dit_l2_imagenet256 --output R --data.path D --train.steps 9") in calls
     assert f"{alone}{python} -m largescale.requeue R --status 75 --max-restarts 5" in calls
     assert calls[-1] == "scontrol requeue 7"
+    assert not any("PYTHONPATH" in call for call in calls)
 
 
 @pytest.mark.parametrize(("name", "programs", "said"), [

@@ -5,6 +5,7 @@ It comes back exactly when it should, and the run that comes out is the one that
 
 import json
 import re
+import shlex
 import signal
 import sys
 import time
@@ -84,7 +85,7 @@ def test_nothing_to_come_back_for(training: Submit, truth: Path) -> None:
 def python(tmp_path: Path, first: str) -> Path:
     """A PYTHON that does something before each program but the one that decides about requeues."""
     path = tmp_path / "python"
-    path.write_text(f'#!/bin/bash\nif [ "$1" = -m ] && [ "$2" != largescale.requeue ]; then\n{first}\nfi\nexec {sys.executable} "$@"\n')
+    path.write_text(f'#!/bin/bash\nif [ "$1" = -m ] && [ "$2" != largescale.requeue ]; then\n{first}\nfi\nexec {shlex.quote(sys.executable)} "$@"\n')
     path.chmod(0o755)
     return path
 

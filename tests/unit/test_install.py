@@ -1,12 +1,15 @@
 """install.py, without a network: a `uv` that writes down how it was called stands in for the real one."""
 
+import fcntl
 import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,37 +21,35 @@ import pytest
 import install
 
 ROOT = Path(__file__).parents[2]
-FAKE_UV = """#!{python}
-import json, os, subprocess, sys
+FAKE_UV = """#!/bin/sh
+exec {python} - "$@" <<'END'
+import json, os, sys
 with open({log!r}, "a") as log:
     log.write(json.dumps([sys.argv[1:], dict(os.environ)]) + "\\n")
 if sys.argv[1:] == ["--version"]:
     print("uv {version} (somewhere)")
-elif sys.argv[1] == "venv":
-    subprocess.run([{python!r}, "-m", "venv", "--clear", "--without-pip", sys.argv[-1]], check=True)
-    site = sys.argv[-1] + "/lib/python%d.%d/site-packages" % sys.version_info[:2]
-    os.mkdir(site + "/pip")
-    open(site + "/pip/__init__.py", "w").close()
 elif os.path.exists({broken!r}):
     sys.exit(1)
+END
 """
 
 
 class Clone:
-    """A folder with install.py, and a PATH that leads to no other uv than the fake one."""
+    """A folder with install.py and a .venv of Python's own, and a PATH that leads to no other uv than the fake one."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, venv: Path):
         self.folder, self.log, self.broken = folder / "a clone", folder / "log", folder / "broken"
         self.venv, self.record = self.folder / ".venv", self.folder / ".venv/installed.json"
         self.folder.mkdir()
         for name in ("install.py", "pyproject.toml", "requirements.lock"):
             shutil.copy(ROOT / name, self.folder)
+        shutil.copytree(venv, self.venv, symlinks=True)
         self.uv = folder / "bin/uv"
         self.uv.parent.mkdir()
         self.make_uv(".".join(map(str, install.OLDEST_UV)) + ".7")
 
     def make_uv(self, version: str) -> None:
-        self.uv.write_text(FAKE_UV.format(python=sys.executable, log=str(self.log), broken=str(self.broken), version=version))
+        self.uv.write_text(FAKE_UV.format(python=shlex.quote(sys.executable), log=str(self.log), broken=str(self.broken), version=version))
         self.uv.chmod(0o755)
 
     def install(self, *extras: str, **env: str) -> "subprocess.CompletedProcess[str]":
@@ -62,9 +63,17 @@ class Clone:
         return [call for call in map(json.loads, lines) if call[0][0] == what]
 
 
+@pytest.fixture(scope="module")
+def venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made once: it takes seconds."""
+    venv = tmp_path_factory.mktemp("install") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    return venv
+
+
 @pytest.fixture
-def clone(tmp_path: Path) -> Clone:
-    return Clone(tmp_path)
+def clone(tmp_path: Path, venv: Path) -> Clone:
+    return Clone(tmp_path, venv)
 
 
 def test_every_dependency_is_pinned_with_hashes_and_no_address() -> None:
@@ -99,7 +108,20 @@ def test_an_installation_that_fails_is_said_and_goes_on(clone: Clone) -> None:
     failed = clone.install("demo")
     assert failed.returncode == 1 and "the same command goes on from here" in failed.stderr and not clone.record.exists()
     clone.broken.unlink()
-    assert clone.install("demo").returncode == 0 and clone.calls("venv") == [] and clone.record.exists()
+    assert clone.install("demo").returncode == 0 and clone.record.exists()
+
+
+def test_an_upgrade_that_fails_is_not_taken_for_done(clone: Clone) -> None:
+    """Also where the old versions are asked for again: some of the packages are new ones already."""
+    clone.install("demo")
+    clone.broken.touch()
+    lock = clone.folder / "requirements.lock"
+    before = lock.read_text()
+    lock.write_text(before + "# other versions\n")
+    assert clone.install("demo").returncode == 1 and not clone.record.exists()
+    clone.broken.unlink()
+    lock.write_text(before)
+    assert clone.install("demo").returncode == 0 and len(clone.calls()) == 2
 
 
 def empty(venv: Path) -> None:
@@ -127,7 +149,9 @@ def test_a_venv_that_does_not_work_is_made_anew(clone: Clone, breaks: Callable[[
     breaks(clone.venv)
     done = clone.install("demo")
     assert done.returncode == 0, done.stderr
-    assert len(clone.calls("venv")) == 1 and len(clone.calls()) == 2 and clone.record.exists()
+    assert len(clone.calls()) == 2 and clone.record.exists()
+    version = subprocess.run([clone.venv / "bin/python", "-m", "pip", "--version"], capture_output=True, text=True).stdout
+    assert "python {}.{}".format(*sys.version_info) in version
 
 
 def test_a_venv_without_pip_is_made_anew_where_there_is_no_uv(clone: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +169,12 @@ def test_an_old_uv_is_passed_over(monkeypatch: pytest.MonkeyPatch, clone: Clone)
     assert install.uv_on_path() == str(clone.uv)
     clone.make_uv("0.2.37")
     assert install.uv_on_path() is None
+    clone.uv.write_bytes(b"\x7fELF of another machine")
+    assert install.uv_on_path() is None
     clone.uv.unlink()
+    assert install.uv_on_path() is None
+    clone.make_uv("9.9.9")
+    monkeypatch.setattr(install, "VENV", clone.uv.parents[1])
     assert install.uv_on_path() is None
 
 
@@ -155,6 +184,12 @@ def test_the_users_settings_of_pip_and_not_his_paths(clone: Clone, tmp_path: Pat
     (_, env), _ = clone.calls()
     assert env["UV_DEFAULT_INDEX"] == "https://mirror.example/simple" and env["SSL_CERT_FILE"] == "/etc/company.pem"
     assert env["UV_HTTP_TIMEOUT"] == "7" and "PYTHONPATH" not in env and "UV_CACHE_DIR" not in env
+    (tmp_path / "pip.conf").write_text("[global]\nindex-url = https://old.example\nproxy = http://proxy.example:3128\n"
+                                       "[install]\nindex-url = https://new.example/simple\ntrusted-host =\n    a.example\n    b.example\n")
+    clone.install("prep", PIP_CONFIG_FILE=str(tmp_path / "pip.conf"))
+    (_, env), _ = clone.calls()
+    assert env["UV_DEFAULT_INDEX"] == "https://new.example/simple" and env["UV_INSECURE_HOST"] == "a.example b.example"
+    assert env["HTTPS_PROXY"] == env["HTTP_PROXY"] == "http://proxy.example:3128"
 
 
 def test_a_home_that_cannot_be_written(clone: Clone, tmp_path: Path) -> None:
@@ -163,6 +198,26 @@ def test_a_home_that_cannot_be_written(clone: Clone, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (_, env), _ = clone.calls()
     assert env["UV_CACHE_DIR"] == str(clone.venv / "cache")
+
+
+def test_a_cache_on_another_disk_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It would hold everything a second time."""
+    monkeypatch.setattr(install, "VENV", tmp_path)
+    assert install.is_beside(tmp_path / "cache/uv")
+    if Path("/dev/shm").is_dir() and os.access("/dev/shm", os.W_OK):
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+            assert not install.is_beside(Path(elsewhere))
+
+
+def test_a_second_installation_says_that_it_waits(clone: Clone) -> None:
+    with (clone.folder / "install.py").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        second = subprocess.Popen([sys.executable, clone.folder / "install.py", "demo"], stdout=subprocess.PIPE, text=True,
+                                  env={"HOME": str(clone.folder), "PATH": f"{clone.uv.parent}:/usr/bin:/bin"})
+        assert second.stdout
+        assert second.stdout.readline() == "another installation into .venv is running: waiting for its end\n"
+        assert second.poll() is None and not clone.record.exists()
+    assert second.wait(300) == 0 and clone.record.exists()
 
 
 @pytest.mark.parametrize("version", [(3, 9), (3, 10), (3, 15)])

@@ -100,7 +100,7 @@ def test_what_fails_in_the_thread_reaches_the_caller(data: Counting) -> None:
                 batches.batch(0)
 
 
-def test_close_is_prompt_and_drops_what_was_read_ahead(data: Counting) -> None:
+def test_close_waits_for_what_is_read_and_drops_what_was_to_be(data: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, closing = threading.Event(), threading.Event()
 
     class Slow(Counting):
@@ -112,7 +112,8 @@ def test_close_is_prompt_and_drops_what_was_read_ahead(data: Counting) -> None:
     slow = Slow(data.path)
     batches = loader(slow, prefetch=100)
     assert begun.wait(60)
-    threading.Timer(0.2, closing.set).start()           # by then it waits for the one that is being read
+    dropped = batches._pending[max(batches._pending)].add_done_callback
+    dropped(lambda _: closing.set())                    # then those that are being read go on
     batches.close()
     batches.close()                                     # again does no harm
     assert slow.calls < 100                             # and of the 100 most were never read

@@ -145,7 +145,8 @@ def test_two_processes_cannot_be_the_same_rank(images: Path, tmp_path: Path) -> 
             f"    while not os.path.exists({str(tmp_path / 'refused')!r}): time.sleep(0.05)\n"
             "    return encode(self, batch)\npacking.Packer.encode = wait")
     both = [start(images, tmp_path / "out", 0, 1, code=slow) for _ in range(2)]
-    while all(process.poll() is None for process in both):
+    deadline = time.monotonic() + 900
+    while all(process.poll() is None for process in both) and time.monotonic() < deadline:
         time.sleep(0.05)
     (tmp_path / "refused").touch()
     said = [process.communicate(timeout=900)[1] for process in both]
