@@ -160,6 +160,7 @@ def apt_install(what: str, programs: tuple[str, ...], packages: tuple[str, ...])
 def slurm() -> Iterator[Lab]:
     if os.geteuid() != 0:
         pytest.skip("a Slurm of two nodes needs root: network namespaces, and jobs that a daemon starts")
+    os.environ["PATH"] += ":/usr/sbin:/sbin"  # where daemons are, and which not every root has on PATH
     apt_install("Slurm", PROGRAMS, PACKAGES)
     probe = "mount -t tmpfs lab /run && ip link add slab type bridge && ip link add slab1 type veth peer name slab2"
     may = subprocess.run([*NAMESPACES, "sh", "-c", probe], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
