@@ -290,7 +290,8 @@ def test_ranks_that_die_and_come_back_draw_the_same_set(export: Path, tmp_path: 
             time.sleep(0.01)
         ranks[victim].kill()
         ranks[1 - victim].terminate()                   # as Slurm does; rank 0 alone would wait for the dead one
-        assert ranks[victim].wait() == -9 and ranks[1 - victim].wait(900) == 75
+        # 75, or -15 of one that was still starting, which the batch script takes for the same
+        assert ranks[victim].wait() == -9 and ranks[1 - victim].wait(900) in (75, -15)
         assert not (tmp_path / "many/cfg1.5/manifest.json").exists()
     ranks = draw_ranks(world_size=3)
     assert [rank.wait(900) for rank in ranks] == [0, 0, 0], [rank.communicate() for rank in ranks]
