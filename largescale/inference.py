@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from largescale.build import Network, flops_per_image
-from largescale.compiling import Gelu, failure, has_compiler
+from largescale.compiling import Gelu, failure, has_compiler, use_private_cache
 from largescale.ds_config import Precision
 from largescale.errors import ConfigError
 from largescale.half import DTYPES, has_instructions
@@ -67,8 +67,8 @@ def prepare(model: Network, *, device: torch.device, precision: Precision, compi
 
     In half precision only the weights of the large matrix products, and of a U-Net's blocks, are cast: the embeddings,
     the patches, the null caption and the last projection stay float32. Compiled, the first call takes up to a minute
-    (`compile_pays`), on a GPU that of each new batch size; what it makes lies in torch's cache, outside the working
-    directory. Raises ConfigError where there is no C++ compiler.
+    (`compile_pays`), on a GPU that of each new batch size; `use_private_cache` keeps it for the next process. Raises
+    ConfigError where there is no C++ compiler.
     """
     if compile and not has_compiler():
         raise ConfigError("compiling needs a C++ compiler, and $CXX, by default g++, is not found on PATH; "
@@ -85,6 +85,7 @@ def prepare(model: Network, *, device: torch.device, precision: Precision, compi
         elif packs(precision):
             pack(model)
     if compile:
+        use_private_cache()
         model.compile(dynamic=False)
     return Prepared(model, CPU_ROWS if on_cpu else None, pad=compile and on_cpu)
 

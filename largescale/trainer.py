@@ -69,7 +69,7 @@ class Trainer:
         self.engine = Engine(model, partial(
             build_optimizer, config=config.optimizer, device=config.train.device, deepspeed_adam=adam), ds)
         what = what_to_compile(config.train.compile, config.train.device, config.model.architecture)
-        self.compiled = Compiled(model, what, config.train.device, config.run_dir / "compiled.bin")
+        self.compiled = Compiled(model, what, config.train.device)
         self.meter = Meter(
             config.train.global_batch_size, flops, ranks, precision(ds), self.curriculum.n_clusters,
             on_lap=lambda name: watch.at(f"{name} of step {self.step + 1}"),
@@ -298,9 +298,6 @@ class Trainer:
     def do_what_is_due(self) -> None:
         """Between two steps, on every rank alike."""
         c, step = self.config, self.step
-        if self.ranks.rank == 0:
-            with self.telemetry.going_on():
-                self.compiled.save()
         if step % c.telemetry.log_every == 0 or step == c.train.steps:
             self.log()
         self.telemetry.progress(step)

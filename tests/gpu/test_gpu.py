@@ -81,13 +81,12 @@ def test_a_step_waits_for_the_gpu_only_where_it_is_known(precision: str, blobs: 
 
 @pytest.mark.parametrize("what", ["blocks", "model"])
 def test_compiled_and_eager(what: str, tmp_path: Path, train: Train) -> None:
-    """And what was compiled is kept."""
     args = (*ARGS, "--train.ds-config", ds_json("bf16", tmp_path))
     for name in ("off", what):
         (done,) = train(*args, "--train.compile", name, "--output", tmp_path / name, ranks=1, timeout_s=300)
         assert done.returncode == 0 and f"compiled: {name}" in done.stderr, done.stderr
     losses = [[row["loss"] for row in trace(tmp_path / name)] for name in ("off", what)]
-    assert losses[1] == pytest.approx(losses[0], rel=2e-2) and (tmp_path / what / "compiled.bin").stat().st_size > 0
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
 
 
 # Activations of 1024 images take more than twice of what is left of the GPU's memory.

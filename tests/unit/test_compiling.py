@@ -1,18 +1,17 @@
 """Training with torch.compile: the same numbers up to rounding, and what was compiled is kept."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from largescale import compiling
-from largescale.build import build_model
 from largescale.checkpoint_files import checkpoints
-from largescale.compiling import Compiled, Gelu, has_compiler, load_compiled, what_to_compile
+from largescale.compiling import Compiled, Gelu, has_compiler, use_private_cache, what_to_compile
 from largescale.config import differences
 from largescale.errors import ConfigError, LargescaleError
 from largescale.models.dit import attention
-from largescale.presets import debug
 from tests.conftest import RunHere
 
 compiles = pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
@@ -44,44 +43,54 @@ def test_a_compiled_run(what: str, run_here: RunHere, tmp_path: Path) -> None:
     assert run.code == 0 and f"compiled: {what}" in run.err, run.err
     losses = [[row["loss"] for row in outcome.trace()] for outcome in (eager, run)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[1] != losses[0]
-    assert load_compiled(run.run / "compiled.bin") and not (eager.run / "compiled.bin").exists()
+    cache = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert any(cache.rglob("*.so")) and cache.parent.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.parametrize("content", [b"", b"half of it", None])
-def test_what_was_compiled_is_kept_once(content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where it was damaged, and where some of it was not there; not where all of it was. A full disk costs one try."""
-    cache, model = tmp_path / "compiled.bin", build_model(debug().model)
-    made: list[bytes | None] = [b"all of it"]
-    misses = torch._dynamo.utils.counters["inductor"]
-    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (made[0], None))
-    monkeypatch.setitem(misses, "fxgraph_cache_miss", 0)
-    if content is not None:
-        cache.write_bytes(content)
-    assert not load_compiled(cache)
-    compiled = Compiled(model, "blocks", "cuda", cache)
-    compiled.save()
-    assert cache.read_bytes() == b"all of it"
-    made[0] = b"more"
-    compiled.save()
-    assert cache.read_bytes() == b"all of it"
-    monkeypatch.setattr(compiling, "load_compiled", lambda path: True)
-    Compiled(model, "blocks", "cuda", cache).save()
-    assert cache.read_bytes() == b"all of it"
-    monkeypatch.setitem(misses, "fxgraph_cache_miss", 1)
-    Compiled(model, "blocks", "cuda", cache).save()
-    assert cache.read_bytes() == b"more"
-    tries: list[Path] = []
+def cache_folder(env: dict[str, str]) -> Path:
+    use_private_cache(env)
+    inductor, triton = (Path(env[f"{name}_CACHE_DIR"]) for name in ("TORCHINDUCTOR", "TRITON"))
+    assert inductor.parent == triton.parent
+    return inductor.parent
 
-    def full(path: Path, content: bytes) -> None:
-        tries.append(path)
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(compiling, "write_atomically", full)
-    compiled = Compiled(model, "blocks", "cuda", cache)
-    with pytest.raises(OSError, match="No space"):
-        compiled.save()
-    compiled.save()
-    assert len(tries) == 1
+def test_what_is_compiled_is_kept_where_nobody_else_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies in the cache is run: never in a folder that another user made, or may write to."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    home = {"HOME": str(tmp_path / "home")}
+    usual = cache_folder(dict(home))
+    assert usual == tmp_path / "home/.cache/largescale" and usual.stat().st_mode & 0o777 == 0o700
+    assert cache_folder({**home, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "torchinductor_me")}) == usual  # torch's own
+    assert cache_folder({"XDG_CACHE_HOME": str(tmp_path / "xdg")}) == tmp_path / "xdg/largescale"
+
+    usual.chmod(0o770)  # planted, as far as anybody can tell
+    in_tmp = tmp_path / f"largescale_{os.getuid()}"
+    assert cache_folder(dict(home)) == in_tmp
+    in_tmp.rmdir()
+    in_tmp.symlink_to(tmp_path / "xdg/largescale")  # by somebody who knows the name
+    fresh = cache_folder(dict(home))
+    assert fresh.parent == tmp_path and fresh.name.startswith("largescale_") and fresh != in_tmp
+    assert fresh.stat().st_mode & 0o777 == 0o700
+    in_tmp.unlink()
+    in_tmp.mkdir(mode=0o700)
+    usual.chmod(0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)  # both folders are another's
+    assert cache_folder(dict(home)) not in (usual, in_tmp)
+
+    chosen = {"TORCHINDUCTOR_CACHE_DIR": "/shared/by/the/user"}
+    use_private_cache(chosen)
+    assert chosen == {"TORCHINDUCTOR_CACHE_DIR": "/shared/by/the/user"}
+
+
+def test_code_of_another_kind_of_cpu_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home directory is shared by machines."""
+    env = {"HOME": str(tmp_path)}
+    use_private_cache(env)
+    monkeypatch.setattr(compiling, "_cpu_kind", lambda: "another")
+    other = {"HOME": str(tmp_path)}
+    use_private_cache(other)
+    assert env["TORCHINDUCTOR_CACHE_DIR"] != other["TORCHINDUCTOR_CACHE_DIR"]
+    assert Path(env["TORCHINDUCTOR_CACHE_DIR"]).parent == Path(other["TORCHINDUCTOR_CACHE_DIR"]).parent
 
 
 def test_a_failure_says_what_to_do(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +98,7 @@ def test_a_failure_says_what_to_do(run_here: RunHere, monkeypatch: pytest.Monkey
         __module__ = "torch._inductor.exc"
 
     def fail(*args: object, **kwargs: object) -> None:
-        raise Broken("the C++ compiler says no\nand why")
+        raise Broken("backend='inductor' raised:\nthe C++ compiler says no\n\nand a page of it")
 
     def end(error: LargescaleError) -> None:
         raise error  # this process has more to do
@@ -97,7 +106,9 @@ def test_a_failure_says_what_to_do(run_here: RunHere, monkeypatch: pytest.Monkey
     monkeypatch.setattr("largescale.trainer.Trainer.losses", fail)
     monkeypatch.setattr("largescale.watch.end_at_once", end)
     run = run_here("--train.steps", 2)
-    assert run.code == 2 and "torch.compile failed (Broken: the C++ compiler says no); train without it: --train.compile off" in run.err
+    assert run.code == 2 and run.err.endswith(
+        "torch.compile failed (Broken: backend='inductor' raised: the C++ compiler says no); train without it: "
+        "--train.compile off\n"), run.err
 
 
 def test_gelu_by_sigmoid() -> None:
@@ -123,11 +134,10 @@ def test_attention_in_bf16_on_a_cpu() -> None:
     assert torch.equal(*same)
 
 
-def test_off_changes_nothing(tmp_path: Path) -> None:
-    compiled = Compiled(None, "off", "cpu", tmp_path / "compiled.bin")  # type: ignore[arg-type]
-    with compiled.eager():
-        compiled.save()
-    assert not list(tmp_path.iterdir())
+def test_off_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with Compiled(None, "off", "cpu").eager():  # type: ignore[arg-type]
+        assert not list(tmp_path.iterdir())
 
 
 def test_what_auto_stood_for_is_what_a_later_start_is_compared_with(run_here: RunHere, tmp_path: Path) -> None:
