@@ -4,6 +4,7 @@ Trains a small CNN on 4,000 of the real digits, checks it on the other 1,000, an
 the demo only: it is not FID, not comparable with anything published, and blind to a lack of variety.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -35,7 +36,7 @@ class Digits:
     data: Path = Path("data/digits")
     """The real digits, as data_prep.digits packed them."""
     out: Path | None = None
-    """A JSON file for the results."""
+    """A JSON file for the results. If it holds those of the same images, nothing is trained again."""
 
 
 def to_input(images: npt.NDArray[np.uint8]) -> Tensor:
@@ -53,8 +54,8 @@ def load_real(path: Path) -> tuple[Tensor, Tensor, str]:
     return to_input(rows["latent"]), torch.from_numpy(rows["label"]), data.fingerprint
 
 
-def load_samples(folder: Path, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Images (N, 1, H, W) and the labels asked for. Raises DataError for a folder without samples of such images."""
+def load_samples(folder: Path, shape: torch.Size) -> tuple[Tensor, Tensor, str]:
+    """Images (N, 1, H, W), the labels asked for, and the set's fingerprint. Raises DataError where there are none."""
     if not (folder / "provenance.json").is_file():
         raise DataError(f"{folder} holds no samples; give a folder that eval.sample wrote, such as samples/cfg1.5")
     data = ShardDataset(folder, verify=True)
@@ -62,7 +63,7 @@ def load_samples(folder: Path, shape: torch.Size) -> tuple[Tensor, Tensor]:
         raise DataError(f"{folder} holds images of shape {data.info.shape}, the real digits have {tuple(shape[1:])}; "
                         "give samples of a model that was trained on them")
     rows = data.gather(np.arange(len(data)))
-    return to_input(rows["latent"]), torch.from_numpy(rows["label"])
+    return to_input(rows["latent"]), torch.from_numpy(rows["label"]), data.fingerprint
 
 
 def split(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,18 +107,24 @@ def recognised(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, An
     return {"n": len(labels), "recognised": right.float().mean().item(), "per_class": per_class}
 
 
-def score(sample_dirs: tuple[Path, ...], data: Path) -> dict[str, Any]:
+def score(sample_dirs: tuple[Path, ...], data: Path, earlier: Path | None = None) -> dict[str, Any]:
+    """`earlier`: results of a start before this, which stand where they are of the same images and settings."""
     images, labels, fingerprint = load_real(data)
     sets = {str(folder): load_samples(folder, images.shape) for folder in sample_dirs}  # errors come before the work
+    of = {"classifier": [EPOCHS, BATCH_SIZE, LR, HELD_OUT, SEED], "data": fingerprint,
+          "samples": {name: drawn for name, (*_, drawn) in sets.items()}}
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if earlier and (results := json.loads(earlier.read_text())).get("of") == of:
+            return dict(results)
     kept, held_out = split(labels)
     start = time.perf_counter()
     model = train(images[kept], labels[kept])
     print(f"classifier: trained on {len(kept)} real digits in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     return {
-        "dataset": fingerprint,
+        "of": of,
         "trained_on": len(kept),
         "held_out": recognised(model, images[held_out], labels[held_out]),
-        "samples": {name: recognised(model, *samples) for name, samples in sets.items()},
+        "samples": {name: recognised(model, images, labels) for name, (images, labels, _) in sets.items()},
     }
 
 
@@ -138,7 +145,7 @@ def main(args: list[str] | None = None) -> int:
     options = tyro.cli(Digits, args=args, description=__doc__, prog="python -m eval.digits")
     torch.set_num_threads(1)  # more gain nothing on so small a network, and lose ten times the time on a busy machine
     try:
-        results = score(options.samples, options.data)
+        results = score(options.samples, options.data, options.out)
     except LargescaleError as error:
         print_error(error)
         return 2

@@ -49,6 +49,8 @@ def test_make_demo_interrupted_and_again(tmp_path: Path) -> None:
     grid = (run / "eval/cfg2.0/grid.png").stat().st_mtime_ns
     third = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert "left alone" in third.stdout and (run / "eval/cfg2.0/grid.png").stat().st_mtime_ns == grid
+    assert "classifier: trained" in again.stderr and "classifier: trained" not in third.stderr
+    assert "cfg2.0:" in third.stdout
 
 
 @pytest.mark.skipif(sys.prefix != str(ROOT / ".venv"), reason="runs the Makefile, which uses .venv: make test")

@@ -405,7 +405,7 @@ def fake_samples(folder: Path, images: np.ndarray, labels: np.ndarray) -> Path:
 
 
 def test_the_digits_classifier_knows_real_digits_and_wrong_labels(
-    real: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    real: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = ShardDataset(real)
     images, labels = rows(real)
@@ -416,7 +416,7 @@ def test_the_digits_classifier_knows_real_digits_and_wrong_labels(
     assert digits.main([str(right), str(wrong), "--data", str(real), "--out", str(out)]) == 0
 
     scores = json.loads(out.read_text())
-    assert scores["dataset"] == data.fingerprint
+    assert scores["of"]["data"] == data.fingerprint
     assert (scores["trained_on"], scores["held_out"]["n"]) == (4000, 1000)
     assert scores["held_out"]["recognised"] >= 0.97
     by_name = {Path(name).name: result for name, result in scores["samples"].items()}
@@ -428,6 +428,14 @@ def test_the_digits_classifier_knows_real_digits_and_wrong_labels(
     assert [line.split(":")[0] for line in lines[:-1]] == ["held-out real digits", str(right), str(wrong)]
     share = f"{by_name['right']['recognised']:.0%}"
     assert lines[-1].startswith(f"In plain words: of {len(labels):,} digits drawn ({right}), {share} are read as the one asked")
+
+    # The same again costs no training; other images do.
+    again = [str(right), str(wrong), "--data", str(real), "--out", str(out)]
+    monkeypatch.setattr(digits, "train", None)
+    assert digits.main(again) == 0 and capsys.readouterr().out.splitlines() == lines
+    fake_samples(right, images[:10], labels[:10])
+    with pytest.raises(TypeError):
+        digits.main(again)
 
 
 def test_the_split_is_stratified_and_always_the_same() -> None:
