@@ -49,7 +49,7 @@ demo-text:
 	$(PY) -m data_prep.emoji --out data/emoji
 	$(PY) -m data_prep.inspect data/emoji --picture data/emoji.png
 	$(TORCHRUN) -m largescale.train emoji --output $(TEXT_RUN) $(DEMO_ARGS)
-	$(TORCHRUN) -m eval.sample $(TEXT_RUN) --out $(TEXT_RUN)/eval --num-samples 50 --cfg-scale 2.0 --steps 100 --replace \
+	$(TORCHRUN) -m eval.sample $(TEXT_RUN) --out $(TEXT_RUN)/eval --num-samples 50 --cfg-scale 2.0 --sampler dpm++2m --steps 20 --replace \
 		--prompts $(PROMPTS)
 	@echo
 	@echo "pictures     $(TEXT_RUN)/eval/cfg2.0/grid.png (a column a prompt); while training: $(TEXT_RUN)/samples"

@@ -172,7 +172,7 @@ def ours(job: Job) -> None:
 
     c, split, began = job.config, Split(Clock(job.device)), time.time()
     ds, ranks, dataset = final_ds_config(c, 1), Ranks(c.train.device), ShardDataset(c.data.path)
-    watch = Watch(ranks, c.train.timeout_s)
+    watch = Watch(c.train.timeout_s)
     checkpointer = Checkpointer(c.run_dir, c.checkpoint, ranks, c.train.timeout_s)
     with mock.patch.object(module, "build_model", same_weights):
         t = Served(c, ds, ranks, dataset, checkpointer, watch, {}, began)

@@ -164,12 +164,12 @@ class Checkpointer:
         pending = self._pending
         assert pending is not None
         ranks, what = self.ranks, f"checkpoint of step {pending.checkpoint.step}"
-        late = [r for r, done in enumerate(ranks.all_gather_object(self._writer.wait(self._patience_s))) if not done]
+        late = [r for r, done in enumerate(ranks.all_gather_json(self._writer.wait(self._patience_s))) if not done]
         if late:
             return False, f"{what} is still not written after {self._patience_s:g} s, on ranks {late[:8]}"
         self._pending = None
         own = {**pending.state, "weights (checksum)": pending.weights}
-        reports = ranks.all_gather_object((*self._writer.collect(), json.dumps(own, sort_keys=True)))
+        reports = ranks.all_gather_json((*self._writer.collect(), json.dumps(own, sort_keys=True)))
         _require_equal([text for _, _, text in reports])
         errors = [f"rank {rank}: {error}" for rank, (_, error, _) in enumerate(reports) if error]
         if ranks.rank == 0 and not errors:
@@ -177,7 +177,7 @@ class Checkpointer:
                 _publish(pending, {k: v for files, _, _ in reports for k, v in files.items()}, len(reports))
             except (OSError, ValueError) as error:
                 errors = [f"rank 0: {error}"]
-        (errors, *_) = ranks.all_gather_object(errors)
+        (errors, *_) = ranks.all_gather_json(errors)
         problem = None
         if errors:
             problem = f"{what} was not written: " + "; ".join(errors)
@@ -197,11 +197,11 @@ class Checkpointer:
         """
         ranks = self.ranks
         listed = ranks.together(lambda: [c.step for c in checkpoints(self.run_dir)])
-        (steps, *_) = ranks.all_gather_object(listed)
+        (steps, *_) = ranks.all_gather_json(listed)
 
         def check(checkpoint: CheckpointDir) -> str | None:
             found = ranks.together(lambda: checkpoint.problem(slice(ranks.rank, None, ranks.world_size)))
-            return next(filter(None, ranks.all_gather_object(found)), None)
+            return next(filter(None, ranks.all_gather_json(found)), None)
 
         found = (CheckpointDir.at(self.run_dir, step) for step in steps)
         newest, self._damaged = newest_valid(self.run_dir, found, say, check)

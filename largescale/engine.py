@@ -22,6 +22,7 @@ with warnings.catch_warnings():
     from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
 from largescale.checkpoint_files import CLIENT_KEY, CheckpointDir, flat_state
+from largescale.distributed import never_time_out
 from largescale.errors import CheckpointError, ConfigError
 from largescale.optim import steps_of
 
@@ -48,6 +49,8 @@ class Engine:
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(trainable), config=ds, dist_init_required=False
         )
+        if accelerator.device_name() == "cpu":
+            never_time_out(self._zero.dp_process_group)
         # A scale that cannot fall any more is the trainer's to report, with the step and the rank.
         self._zero.loss_scaler.raise_error_at_min_scale = False
         self._unscale, self._zero.unscale_and_clip_grads = self._zero.unscale_and_clip_grads, self._unscale_as_scaled

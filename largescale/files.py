@@ -6,10 +6,16 @@ import os
 from pathlib import Path
 from typing import IO
 
+from largescale.launch import heartbeat
+
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while part := file.read(2**20):
+            digest.update(part)
+            heartbeat()
+    return digest.hexdigest()
 
 
 def fsync_dir(path: Path) -> None:

@@ -41,7 +41,7 @@ def with_micro_batch_size(config: Config, ds: dict[str, Any], ranks: Ranks, say:
         free = host_bytes()
         return largest_micro_batch(config, ds, ranks.world_size, (1 - MARGIN) * free), free
 
-    found = ranks.all_gather_object(ranks.together(look))
+    found = ranks.all_gather_json(ranks.together(look))
     micro = min(micro for micro, _ in found)
     if micro == 0:
         rank = next(rank for rank, (micro, _) in enumerate(found) if micro == 0)
@@ -165,7 +165,7 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 def remedies(config: Config, micro: int, share: int, where: str) -> list[str]:
-    if where == "start-up":
+    if where.startswith("start-up"):
         return [_MORE_RANKS]
     if where.startswith("preview"):
         return ["set --telemetry.preview-every 0, and draw samples from checkpoints with eval.sample"]

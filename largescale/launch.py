@@ -3,7 +3,7 @@
 import multiprocessing.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from largescale.errors import ConfigError, LargescaleError
@@ -53,6 +53,15 @@ def threads_per_rank(asked: int | None, env: Mapping[str, str], cores: int) -> i
     if "SLURM_CPUS_PER_TASK" in env and not torchrun:  # this rank's own, by its affinity: not to be shared again
         return max(1, min(int(env["SLURM_CPUS_PER_TASK"]), cores))
     return share
+
+
+def heartbeat() -> None:
+    """Said now and then by what takes long outside of collectives, such as hashing: this process does not hang."""
+    if on_heartbeat:
+        on_heartbeat()
+
+
+on_heartbeat: Callable[[], None] | None = None
 
 
 def leave(status: int) -> NoReturn:

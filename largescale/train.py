@@ -19,7 +19,7 @@ from largescale.config import Config, differences, from_dict, to_dict
 from largescale.ds_config import final_ds_config, precision
 from largescale.errors import CheckpointError, ConfigError, DataError, DeviceError, LargescaleError, StorageError
 from largescale.files import exclusive
-from largescale.launch import env_rank, env_world_size, leave, print_error, threads_per_rank
+from largescale.launch import env_rank, env_world_size, heartbeat, leave, print_error, threads_per_rank
 from largescale.machine import check_process_memory, cores, keep_freed_memory
 from largescale.presets import PRESETS
 from largescale.signals import EXIT_REQUEUE, serve_stop_signals, stop_requested
@@ -114,32 +114,32 @@ def run(config: Config, began_unix_s: float) -> int:
             config.train.compile, device, config.model.architecture)),
     )
     ds = final_ds_config(config, env_world_size())
-    ranks = Ranks(config.train.device, config.train.timeout_s + 60)  # the watch, which knows more, is first
-    watch = Watch(ranks, config.train.timeout_s)
-    try:
-        if config.train.threads or config.train.device == "cpu":
-            threads = ranks.together(lambda: threads_per_rank(config.train.threads, os.environ, cores()))
-            torch.set_num_threads(threads)
-        if config.train.device == "cpu":
-            keep_freed_memory()
-            ranks.together(lambda: check_on_cpu(precision(ds), IN_TRAINING))
-        ranks.together(lambda: None if warned else check_memory(config, ds, ranks.world_size))
-        return train(config, ds, ranks, watch, began_unix_s)
-    except DeviceError as error:
-        end_at_once(error)  # the other ranks are in some collective, and notice as they do with a crash
-    except RuntimeError as error:
-        if is_lost_contact(error):
-            killed = watch.killed()
-            lost = lost_rank(ranks, watch.where, "lost contact", killed)
-            if killed and not lost.agreed:  # rank 0, which keeps the record, may be the one
-                with contextlib.suppress(OSError):
-                    note_end(config.run_dir, began_unix_s, killed)
-            end_at_once(lost)
-        if why := failure(error):
-            end_at_once(ConfigError(f"{why}; train without it: --train.compile off"))
-        raise
-    finally:
-        ranks.close()
+    with Watch(config.train.timeout_s) as watch:
+        ranks = watch.ranks = Ranks(config.train.device, watch.limit_s)
+        try:
+            if config.train.threads or config.train.device == "cpu":
+                threads = ranks.together(lambda: threads_per_rank(config.train.threads, os.environ, cores()))
+                torch.set_num_threads(threads)
+            if config.train.device == "cpu":
+                keep_freed_memory()
+                ranks.together(lambda: check_on_cpu(precision(ds), IN_TRAINING))
+            ranks.together(lambda: None if warned else check_memory(config, ds, ranks.world_size))
+            return train(config, ds, ranks, watch, began_unix_s)
+        except DeviceError as error:
+            end_at_once(error)  # the other ranks are in some collective, and notice as they do with a crash
+        except RuntimeError as error:
+            if is_lost_contact(error):
+                killed = watch.killed()
+                lost = lost_rank(ranks, watch.where, "lost contact", killed)
+                if killed and not lost.agreed:  # rank 0, which keeps the record, may be the one
+                    with contextlib.suppress(OSError):
+                        note_end(config.run_dir, began_unix_s, killed)
+                end_at_once(lost)
+            if why := failure(error):
+                end_at_once(ConfigError(f"{why}; train without it: --train.compile off"))
+            raise
+        finally:
+            ranks.close()
 
 
 def train(config: Config, ds: dict[str, Any], ranks: "Ranks", watch: "Watch", began_unix_s: float) -> int:
@@ -147,7 +147,9 @@ def train(config: Config, ds: dict[str, Any], ranks: "Ranks", watch: "Watch", be
         if ranks.rank == 0:
             print(text, file=sys.stderr, flush=True)
 
+    watch.at("start-up: data set")
     dataset = ranks.together(lambda: open_dataset(config, ranks.rank, ranks.world_size))
+    watch.at("start-up: run directory")
     ranks.together(lambda: check_writable(config.run_dir))
     lock = ranks.together(lambda: claim(config.run_dir, say) if ranks.rank == 0 else None)
     with lock or contextlib.nullcontext():
@@ -179,6 +181,7 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
         "dataset": dataset.fingerprint, "data_info": dataset.info.plain(),
         "made_with": dataset.manifest.get("made_with", {}),  # where the encoders were, for sampling
     }
+    watch.at("start-up: checkpoints")
     checkpointer = Checkpointer(config.run_dir, config.checkpoint, ranks, patience_s=config.train.timeout_s / 2)
     checkpoint = checkpointer.newest(say)
     if checkpoint is None:
@@ -192,6 +195,7 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
             )
             return 0
 
+    watch.at("start-up: model")
     config = with_micro_batch_size(config, ds, ranks, say)
     ds, identity["config"] = final_ds_config(config, ranks.world_size), to_dict(config)
     with saying_what_to_do(config, ranks.world_size, lambda: watch.where):
@@ -199,6 +203,7 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
         if asked_to_stop("while the model was built"):
             return EXIT_REQUEUE
         if checkpoint is not None:
+            watch.at("start-up: resume")
             trainer.resume(checkpoint)
             say(f"resumed {config.run_dir} at step {trainer.step}, curriculum index {trainer.curriculum.index}")
         n = torch.get_num_threads()
@@ -210,6 +215,7 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
             f"{ranks.world_size}, AdamW of {config.optimizer.kernel}, compiled: {config.train.compile}"
             + (", activations computed again" if config.train.activation_checkpointing else "")
         )
+        watch.at("start-up: telemetry")
         with ranks.together(lambda: Telemetry(
             config.run_dir, active=ranks.rank == 0, tensorboard=config.telemetry.tensorboard,
             step=trainer.step, steps=config.train.steps,
@@ -255,6 +261,7 @@ def claim(run_dir: Path, say: Callable[[str], None]) -> IO[str]:
             break
         if second == 0:
             say(f"another process trains {run_dir}: waiting for it, for {LOCK_WAIT_S} s")
+        heartbeat()
         time.sleep(1)
     raise StorageError(f"another process trains {run_dir}; stop it, or start another run with --output DIR")
 

@@ -141,12 +141,12 @@ class Trainer:
         ))
         ended = None
         try:
-            with self.watch:
-                self.saving.save_first(self.step, self.state())
-                stopped = self.train() and self.step < c.train.steps
-                if stopped:
-                    telemetry.say(f"asked to stop: saving at step {self.step}")
-                self.saving.leave(self.step, self.state(), "stop" if stopped else "end")
+            self.watch.limit_s = c.train.timeout_s  # the start is over
+            self.saving.save_first(self.step, self.state())
+            stopped = self.train() and self.step < c.train.steps
+            if stopped:
+                telemetry.say(f"asked to stop: saving at step {self.step}")
+            self.saving.leave(self.step, self.state(), "stop" if stopped else "end")
             ended = "finished" if self.checkpointer.last_saved >= c.train.steps else "stopped"
         except Exception as error:
             ended = f"{type(error).__name__}: {error}"
@@ -350,7 +350,7 @@ class Trainer:
 
     def no_data(self, error: Exception | None) -> LargescaleError:
         """What every rank raises when one got no data."""
-        errors = self.ranks.all_gather_object(error and (isinstance(error, DataError), str(error)))
+        errors = self.ranks.all_gather_json(error and (isinstance(error, DataError), str(error)))
         (damaged, text), rank = next((e, rank) for rank, e in enumerate(errors) if e)
         text = f"rank {rank} cannot read the data of step {self.step + 1}: {text}"
         if damaged:
@@ -366,7 +366,7 @@ class Trainer:
             return trouble.loss_not_finite(report, where)
         if not applied and not retryable:
             with self.compiled.eager():
-                found = self.ranks.all_gather_object(
+                found = self.ranks.all_gather_json(
                     trouble.find_gradient(self.engine.module, self.micro_steps(), self.engine.loss_scale)
                 )
             return trouble.gradient_not_finite(report, where, self.engine.loss_scale, found)

@@ -4,21 +4,27 @@ import threading
 import time
 from typing import NoReturn, Self
 
-from largescale.distributed import Ranks
+from largescale import launch
+from largescale.distributed import Ranks, not_met
 from largescale.errors import LargescaleError, LostRankError
-from largescale.launch import leave, print_error
+from largescale.launch import env_world_size, leave, print_error
 from largescale.machine import memory_bound
+
+START_S = 60
+"""Beside its time limit, what a run may take longer until it trains."""
 
 
 class Watch:
     """While it is entered, a thread looks whether the main thread still moves, and ends the process if it does not.
 
-    A collective that hangs on a GPU cannot be interrupted from the thread that waits for it.
+    A collective that hangs on a GPU cannot be interrupted from the thread that waits for it, nor can a file system that
+    does not answer. `ranks` is set when they have met.
     """
 
-    def __init__(self, ranks: Ranks, timeout_s: float):
-        self._ranks, self._timeout_s, self._done = ranks, timeout_s, threading.Event()
-        self._thread: threading.Thread | None = None
+    def __init__(self, timeout_s: float):
+        self.ranks: Ranks | None = None
+        self.limit_s = timeout_s + START_S
+        self._done, self._thread = threading.Event(), threading.Thread(target=self._look, name="watch", daemon=True)
         self._memory = memory_bound()
         self._kills = self._memory.kills() if self._memory else 0
         self.at("start-up")
@@ -27,25 +33,38 @@ class Watch:
         """The main thread's sign of life."""
         self.where, self._moved = where, time.monotonic()
 
+    def _heartbeat(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # not the one that writes checkpoints
+            self._moved = time.monotonic()
+
     def killed(self) -> str | None:
         """What to say where the kernel has killed for memory here since this was made."""
         return self._memory.killed_since(self._kills) if self._memory else None
 
     def __enter__(self) -> Self:
         self.at(self.where)
-        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        launch.on_heartbeat = self._heartbeat
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        launch.on_heartbeat = None
         self._done.set()
-        if self._thread:
-            self._thread.join()
+        self._thread.join()
 
     def _look(self) -> None:
-        while not self._done.wait(min(self._timeout_s / 10, 5.0)):
-            if time.monotonic() - self._moved > self._timeout_s:
-                end_at_once(lost_rank(self._ranks, self.where, f"no progress for {self._timeout_s:g} s", self.killed()))
+        looked = time.monotonic()
+        while not self._done.wait(pause := min(self.limit_s / 10, 5.0)):
+            late, looked = time.monotonic() - looked - pause, time.monotonic()
+            if late > pause:  # the whole process stood still, as when the cluster suspends a job: that is no hang
+                self._moved += late
+            if looked - self._moved > self.limit_s:
+                end_at_once(self._stuck())
+
+    def _stuck(self) -> LostRankError:
+        if self.ranks is None:
+            return not_met(env_world_size(), self.limit_s)
+        return lost_rank(self.ranks, self.where, f"no progress for {self.limit_s:g} s", self.killed())
 
 
 def lost_rank(ranks: Ranks, where: str, what: str, killed: str | None = None) -> LostRankError:

@@ -4,6 +4,7 @@ The processes are forked from one that has torch and DeepSpeed loaded, which tak
 takes. Where there is a GPU they are new ones: CUDA does not outlive a fork, and DeepSpeed chooses a device at import.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +32,55 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def ranks_of(*program: Any, ranks: int = 2, timeout_s: float = 900) -> Done:
-    """Run a Python program, its arguments as python's, on several processes, in the project's folder."""
-    arguments = [*map(str, program)]
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks),
-           "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with tempfile.TemporaryDirectory() as folder:
-        files = [(Path(folder) / f"out{rank}", Path(folder) / f"err{rank}") for rank in range(ranks)]
-        processes = [
-            _context.Process(target=_run, args=(arguments, {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, *files[rank]))
-            for rank in range(ranks)
+class Running:
+    """A Python program, its arguments as python's, on several processes, in the project's folder."""
+
+    def __init__(self, folder: Path, program: Sequence[Any], ranks: int):
+        self.arguments = [*map(str, program)]
+        env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks),
+               "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self._files = [(folder / f"out{rank}", folder / f"err{rank}") for rank in range(ranks)]
+        self.processes = [
+            _context.Process(target=_run, args=(self.arguments, {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, *files))
+            for rank, files in enumerate(self._files)
         ]
+        for process in self.processes:
+            process.start()
+
+    def wait(self, *ranks: int, timeout_s: float = 900) -> Done:
+        """For the end of these ranks, or of all: what they said."""
         end = time.monotonic() + timeout_s
+        waited_for = ranks or range(len(self.processes))
+        for rank in waited_for:
+            self.processes[rank].join(max(0, end - time.monotonic()))
+            if self.processes[rank].exitcode is None:
+                said = (file.read_bytes() if file.exists() else b"" for file in self._files[0])
+                raise subprocess.TimeoutExpired(self.arguments, timeout_s, *said)
+        return [subprocess.CompletedProcess(self.arguments, self.processes[rank].exitcode or 0,
+                                            *(file.read_text() for file in self._files[rank])) for rank in waited_for]
+
+    def signal(self, number: int) -> None:
+        for process in self.processes:
+            assert process.pid
+            os.kill(process.pid, number)
+
+
+@contextlib.contextmanager
+def running(*program: Any, ranks: int = 2) -> Iterator[Running]:
+    """No process outlives it."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = Running(Path(folder), program, ranks)
         try:
-            for process in processes:
-                process.start()
-            for process in processes:
-                process.join(max(0, end - time.monotonic()))
-                if process.exitcode is None:
-                    raise subprocess.TimeoutExpired(arguments, timeout_s, *(f.read_bytes() for f in files[0]))
+            yield started
         finally:
-            for process in processes:
-                if process.pid:
-                    process.kill()
-        return [subprocess.CompletedProcess(arguments, process.exitcode or 0, out.read_text(), err.read_text())
-                for process, (out, err) in zip(processes, files, strict=True)]
+            for process in started.processes:
+                process.kill()
+                process.join()
+
+
+def ranks_of(*program: Any, ranks: int = 2, timeout_s: float = 900) -> Done:
+    with running(*program, ranks=ranks) as started:
+        return started.wait(timeout_s=timeout_s)
 
 
 def _run(arguments: list[str], env: dict[str, str], out: Path, err: Path) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from largescale.distributed import Ranks
+
 Place = tuple[str, str, str]  # file, function, what it does
 Step = Counter[Place]
 
@@ -136,6 +138,7 @@ def watch(patch: Callable[[Any, str, Any], None], first: int) -> list[Step]:
     patch(torch.cuda, "synchronize", lambda *device: note("synchronize"))
     for name in ("barrier", "all_gather_object", "broadcast_object_list"):
         patch(torch.distributed, name, noting(getattr(torch.distributed, name)))
+    patch(Ranks, "all_gather_bytes", noting(Ranks.all_gather_bytes))
     take_step = Trainer.take_step
 
     def watched(self: Trainer, loader: Any) -> bool:

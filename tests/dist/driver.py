@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 os.environ["DS_ACCELERATOR"] = "cuda" if "cuda" in sys.argv else "cpu"
-from largescale import checkpoint, fit, memory, train, trainer
+from largescale import checkpoint, fit, memory, train, trainer, watch
 from largescale.data.loader import Loader
 from largescale.errors import DataError
 from largescale.launch import leave
@@ -34,6 +34,8 @@ parser.add_argument("--lost-files", type=int, nargs=2, metavar=("STEP", "RANK"),
 parser.add_argument("--damaged-data", type=int, nargs=2, metavar=("STEP", "RANK"), help="data that are not what was packed")
 parser.add_argument("--kill", type=int, nargs=2, metavar=("STEP", "RANK"), help="kill -9 of that rank in the step")
 parser.add_argument("--hang", type=int, nargs=2, metavar=("STEP", "RANK"), help="that rank does not come back from its data")
+parser.add_argument("--freeze", type=int, nargs=2, metavar=("STEP", "RANK"), help="that rank is stopped, as by SIGSTOP")
+parser.add_argument("--watch-from", metavar="WHERE", help="the watch has no minute to spare, and looks from there on")
 parser.add_argument("--other-weights", type=int, nargs=2, metavar=("STEP", "RANK"), help="one bit of a weight, on that rank")
 parser.add_argument("--out-of-memory", type=int, nargs=2, metavar=("STEP", "RANK"), help="on that rank's GPU, as it were")
 parser.add_argument("--available", type=int, nargs=2, metavar=("IMAGES", "RANK"), help="memory for so many, on that rank")
@@ -134,7 +136,7 @@ if faults.leap is not None:
 
     Trainer.losses = leap  # type: ignore[assignment, method-assign]
 
-for fault in ("lost_files", "damaged_data", "kill", "hang"):
+for fault in ("lost_files", "damaged_data", "kill", "hang", "freeze"):
     if (where := getattr(faults, fault)) and os.environ["RANK"] == str(where[1]):
         read_batch = Loader.batch
 
@@ -149,30 +151,41 @@ for fault in ("lost_files", "damaged_data", "kill", "hang"):
                     raise DataError("shard_00000.arrow is damaged")
                 if fault == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
+                if fault == "freeze":
+                    os.kill(os.getpid(), signal.SIGSTOP)
                 time.sleep(1000)
             return read_batch(self, step)
 
         Loader.batch = batch  # type: ignore[assignment, method-assign]
         trainer.READ_AGAIN_S = (0.01, 0.01)
 
-if faults.hang:  # on all ranks: a slow machine is not to be taken for one that hangs, before it does
-    reached, look, batch_before, make = threading.Event(), Watch._look, Loader.batch, checkpoint.Checkpointer.__init__
+if faults.hang or faults.freeze or faults.watch_from:  # a slow machine is not to be taken for one that hangs, before it does
+    reached, look, at, batch_before, make = (
+        threading.Event(), Watch._look, Watch.at, Loader.batch, checkpoint.Checkpointer.__init__)
 
     def reach(self: Loader, step: int) -> object:
-        if step == faults.hang[0]:
+        if step == (faults.hang or faults.freeze or (None,))[0]:
             reached.set()
         return batch_before(self, step)
 
+    def arrive(self: Watch, where: str) -> None:
+        at(self, where)
+        if where == faults.watch_from:
+            reached.set()
+
     def look_from_there_on(self: Watch) -> None:
-        reached.wait()
-        self.at(self.where)
+        while not reached.wait(0.1):
+            if self._done.is_set():
+                return
+        at(self, self.where)
         look(self)
 
     def make_patient(self: checkpoint.Checkpointer, *args: object, patience_s: float) -> None:
         make(self, *args, patience_s=600)  # type: ignore[arg-type]
 
+    watch.START_S = 0
     Loader.batch = reach  # type: ignore[assignment, method-assign]
-    Watch._look = look_from_there_on  # type: ignore[method-assign]
+    Watch._look, Watch.at = look_from_there_on, arrive  # type: ignore[method-assign]
     checkpoint.Checkpointer.__init__ = make_patient  # type: ignore[assignment, method-assign]
 
 if faults.other_weights and os.environ["RANK"] == str(faults.other_weights[1]):

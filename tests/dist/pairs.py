@@ -77,7 +77,7 @@ def snapshot(trainer: Trainer, path: Path) -> None:
         "adam_step": float(state["step"]) if state else None, "scaler": plain(engine._zero.loss_scaler),
         "weights are the masters": torch.equal(weights, whole["master"][: len(weights)].to(weights.dtype)),
     }
-    each = ranks.all_gather_object(json.loads(json.dumps(mine)))  # lists for tuples, as after a load
+    each = ranks.all_gather_json(mine)  # lists for tuples, as after a load
     if ranks.rank == 0:
         torch.save({"whole": whole, "ranks": each, "shapes": {name: list(p.shape) for name, p in named}}, path)
 
@@ -106,10 +106,10 @@ class Rows:
     def write(self, path: Path, ranks: distributed.Ranks) -> None:
         """Collective."""
         found: dict[int, dict[int, str]] = defaultdict(dict)
-        for theirs in ranks.all_gather_object(dict(self.mine)):
-            for step, hashes in theirs.items():
-                assert not found[step].keys() & hashes.keys(), "two ranks had the same row"
-                found[step] |= hashes
+        for theirs in ranks.all_gather_json([(step, row, h) for step, rows in self.mine.items() for row, h in rows.items()]):
+            assert not any(row in found[step] for step, row, _ in theirs), "two ranks had the same row"
+            for step, row, hashed in theirs:
+                found[step][row] = hashed
         if ranks.rank == 0:
             path.write_text(json.dumps({step: [hash for _, hash in sorted(rows.items())] for step, rows in found.items()}))
 
