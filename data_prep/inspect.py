@@ -21,7 +21,7 @@ from largescale.data.shards import ShardDataset
 from largescale.encoders.vae import load_vae
 from largescale.errors import ConfigError, LargescaleError
 from largescale.images import grid, titled, to_uint8
-from largescale.launch import print_error
+from largescale.launch import print_error, printable
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def describe(data: ShardDataset) -> list[str]:
         lines.append(("left out", f"{skipped['count']} images"))
         lines += [("", f"{count} x {reason}") for reason, count in skipped["reasons"].items()]
     width = max(len(name) for name, _ in lines) + 2
-    return [f"{name:<{width}}{value}" for name, value in lines]
+    return [printable(f"{name:<{width}}{value}") for name, value in lines]
 
 
 def _captions(info: DatasetInfo, manifest: dict[str, Any]) -> str:

@@ -74,9 +74,16 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
+def printable(text: object) -> str:
+    """`text` on one line that a terminal shows and does not obey: control characters (its escapes, line breaks),
+    invisible ones and halves of surrogate pairs are spelt as Python spells them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def print_error(error: LargescaleError) -> None:
-    """One line, once: from rank 0 what all ranks know, from any other what it alone met."""
+    """Once: from rank 0 what all ranks know, from any other what it alone met."""
+    text = "\n".join(map(printable, str(error).split("\n")))    # names from outside stand in it
     if env_rank() == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {text}", file=sys.stderr, flush=True)
     elif not error.agreed:
-        print(f"error on rank {env_rank()}: {error}", file=sys.stderr, flush=True)
+        print(f"error on rank {env_rank()}: {text}", file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """What a packed data set is, in words and in a picture."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image
 from data_prep import folder, inspect
 from largescale.data.format import DatasetInfo
 from largescale.data.writer import ShardWriter
+from largescale.errors import DataError
+from largescale.launch import print_error
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
@@ -87,6 +90,20 @@ def test_what_is_wrong_is_said(blobs: Path, tmp_path: Path, capsys: pytest.Captu
     assert inspect.main([str(blobs), "--images", "0"]) == 2
     assert inspect.main([str(blobs), "--picture", str(tmp_path / "sheet")]) == 2
     assert "has no suffix of a picture; try" in capsys.readouterr().err
+
+
+def test_what_others_wrote_does_not_drive_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In names of classes and of data sets; in errors too, which keep their own line breaks."""
+    with ShardWriter(tmp_path / "x", DatasetInfo("a\x1b[2Jb\u202ec", "pixels", (1, 2, 2), 2)) as writer:
+        writer.write(id="0", latent=np.zeros((1, 2, 2), np.uint8))
+    manifest = tmp_path / "x/manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"class_names": ["\x1b]0;title\x07", "\ud83d\n猫 é"]}))
+    assert inspect.main([str(tmp_path / "x")]) == 0
+    shown = capsys.readouterr().out
+    assert r"a\x1b[2Jb\u202ec" in shown and r"2 classes: \x1b]0;title\x07, \ud83d\n猫 é" in shown
+    assert all(line.isprintable() for line in shown.splitlines())
+    print_error(DataError("one\n  \x1b[31mtwo"))
+    assert capsys.readouterr().err == "error: one\n  \\x1b[31mtwo\n"
 
 
 def test_packed_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
