@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep import packing
-from data_prep.sources import ListSource, list_images, name_of
+from data_prep.sources import SPLIT, ListSource, list_images, name_of, refuse_splits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +21,10 @@ class Folder(packing.Packing):
 
 
 def read(images: Path) -> ListSource:
-    """All images below the folder, sorted by path. Raises DataError where there are none."""
+    """All images below the folder, sorted by path. Raises DataError where there are none, or several splits."""
     files, others = list_images(images)
+    refuse_splits(images, {top for file in files if SPLIT.fullmatch(top := file.partition("/")[0].lower())},
+                  "give one with --images, or a folder of links to both")
     facts = {"program": "data_prep.folder", "images": str(images.resolve()), "images_listed": len(files),
              "other_files": others}
     return ListSource(f"folder-{name_of(images)}", images, files, facts=facts)

@@ -20,7 +20,17 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep import packing
-from data_prep.sources import ListSource, first_three, list_images, missing_files, name_of, relative_name, text_of
+from data_prep.sources import (
+    SPLIT,
+    ListSource,
+    first_three,
+    list_images,
+    missing_files,
+    name_of,
+    refuse_splits,
+    relative_name,
+    text_of,
+)
 from largescale.errors import DataError
 from largescale.files import sha256
 
@@ -32,7 +42,8 @@ class ImageNet(packing.Packing):
     labels: Path | None = None
     """CSV with a header that has file (relative to --images) and label (an index, or a class name)."""
     classes: Path | None = None
-    """One class name a line, such as n01440764; the line's number, from 0, is the label."""
+    """One class name a line, such as n01440764; the line's number, from 0, is the label. Folders without images that it
+    does not name are passed over."""
     skip_missing: bool = False
     """Pack what is there where images that the CSV names are missing."""
 
@@ -65,9 +76,15 @@ def _from_folders(images: Path, names: Sequence[str] | None, classes: Path | Non
     if not folders or (files and not inside):
         raise DataError(f"{images} has no class folders with images; give --labels FILE, or for images without labels "
                         f"python -m data_prep.folder")
+    filled = {file.partition("/")[0] for file in inside}
     if names is None:
+        splits = [folder for folder in folders if SPLIT.fullmatch(folder.lower())]
+        refuse_splits(images, splits, "give one with --images, or if they are classes, --classes FILE")
+        if inside and (empty := [folder for folder in folders if folder not in filled]):
+            raise DataError(f"{images} has {len(empty):,} folders without images, which would be classes: "
+                            f"{first_three(empty)}; remove them, or name the classes with --classes FILE")
         names = folders
-    elif unknown := sorted(set(folders) - set(names)):
+    elif unknown := sorted(filled - set(names)):
         raise DataError(f"{images} has {len(unknown)} folders that {classes} does not name: {first_three(unknown)}; "
                         "add them to it, or leave out --classes to take the folders' sorted names")
     index = {name: label for label, name in enumerate(names)}
@@ -107,8 +124,11 @@ def _source(images: Path, files: Sequence[str], labels: npt.NDArray[np.int32], n
             facts: dict[str, Any], skipped: list[tuple[str, str]]) -> ListSource:
     empty = np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0).tolist()
     facts |= {"num_classes": num_classes, "classes_without_images": [names[i] if names else i for i in empty]}
-    return ListSource(f"imagenet-{name_of(images)}", images, files, labels=labels if len(labels) else None,
-                      num_classes=num_classes, class_names=names, facts=facts, skipped=skipped)
+    source = ListSource(f"imagenet-{name_of(images)}", images, files, labels=labels if len(labels) else None,
+                        num_classes=num_classes, class_names=names, facts=facts, skipped=skipped)
+    if empty := facts["classes_without_images"]:
+        source.notes.append(f"{len(empty):,} classes without images ({first_three(empty)})")
+    return source
 
 
 def _class_names(path: Path) -> list[str]:

@@ -40,7 +40,7 @@ from largescale.encoders.vae import Vae, load_vae
 from largescale.errors import ConfigError, DataError, DeviceError, LargescaleError, Stopped
 from largescale.files import write_atomically
 from largescale.half import check_on_cpu
-from largescale.launch import env_local_rank, env_rank, env_world_size, print_error
+from largescale.launch import env_local_rank, env_rank, env_world_size, print_error, printable
 from largescale.signals import serve_stop_signals, stop_requested
 
 A = TypeVar("A")
@@ -103,6 +103,8 @@ class Packer:
     def __init__(self, options: Packing) -> None:
         options.check()
         self.options, self.source = options, options.source()
+        if env_rank() == 0:
+            print(announcement(self.source), flush=True)
         if self.source.captioned and options.text_encoder is None:
             raise ConfigError("the images have captions: give --text-encoder (such as open_clip:ViT-L-14/openai or "
                               "hf:openai/clip-vit-large-patch14), or --text-encoder none to keep the texts only")
@@ -305,6 +307,14 @@ class Packer:
         listed = f", see {data.path / 'skipped.jsonl'}" if left_out else ""
         return (f"{data.path}: {len(data):,} images{captions}, {size / 1e6:.1f} MB ({size / len(data):,.0f} bytes an "
                 f"image); {done}; {left_out} left out{listed}")
+
+
+def announcement(source: Source) -> str:
+    """What is about to be packed, and what is odd about it: to be read before hours of work."""
+    count = f"{source.parts(1):,} tar files" if source.size is None else f"{source.size:,} images"
+    names = source.class_names or range(source.num_classes)
+    of = f" of {source.num_classes:,} classes ({names[0]} ... {names[-1]})" if source.num_classes else ""
+    return printable(f"{source.name}: " + ", ".join([count + of, *source.notes]))
 
 
 class _Counted(Iterator[A]):

@@ -62,6 +62,7 @@ class ParquetSource:
             raise DataError(f"{first_three(self._files)} hold no rows; correct --files")
         self.name, self.captioned = f"parquet-{name_of(files[0])}", caption_column is not None
         self.skipped: list[tuple[str, str]] = []
+        self.notes: list[str] = []
         self.class_names: Sequence[str] = ()
         self.num_classes = 0
         self._labels = self._read_labels() if label_column else None

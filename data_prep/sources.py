@@ -3,6 +3,7 @@
 import hashlib
 import os
 import posixpath
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,14 @@ from data_prep.images import Unusable
 from largescale.errors import DataError
 from largescale.launch import env_rank
 
+SPLIT = re.compile("(train|training|val|valid|validation|test|testing|dev)[0-9]*")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+
+NOTES = {                                               # facts that count what a list does not hold, or should not
+    "images_outside_classes": "images outside class folders", "images_missing": "listed images missing",
+    "images_not_listed": "images not listed", "images_without_caption": "images without a caption",
+    "captions_empty": "empty captions", "other_files": "other files",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +47,7 @@ class Source(Protocol):
     captioned: bool
     class_names: Sequence[str]                          # () where unknown
     facts: dict[str, Any]                               # for the manifest: what was read, plain JSON
+    notes: list[str]                                    # what is odd about it, to be said before the work
     fingerprint: str                                    # of what determines content and order, not of the pixels
     skipped: list[tuple[str, str]]                      # (id, reason): left out before any image is read
     size: int | None                                    # items in all; None where only reading tells
@@ -62,6 +71,7 @@ class ListSource:
                  skipped: list[tuple[str, str]] | None = None) -> None:
         self.name, self.num_classes, self.class_names = name, num_classes, class_names
         self.captioned, self.facts, self.skipped = captions is not None, facts, skipped or []
+        self.notes = [f"{found:,} {what}" for key, what in NOTES.items() if (found := facts.get(key))]
         self.size: int | None = len(files)
         self._root, self._files, self._ids = str(root), files, files if ids is None else ids
         self._labels, self._captions = labels, captions
@@ -182,6 +192,12 @@ def relative_name(name: str, listed_in: object) -> str:
     if not name or short.startswith("/") or short.split("/")[0] in (".", ".."):
         raise DataError(f"{listed_in}: {name!r} does not lie below --images; give file names relative to it")
     return short
+
+
+def refuse_splits(where: object, splits: Iterable[str], remedy: str) -> None:
+    """Raises DataError for more than one of train, val, test ...: they are not to be mixed by accident."""
+    if len(found := sorted(set(splits))) > 1:
+        raise DataError(f"{where} holds the splits {', '.join(found)}, which would become one data set; {remedy}")
 
 
 def first_three(names: Iterable[object]) -> str:

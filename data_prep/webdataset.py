@@ -75,6 +75,7 @@ class TarSource:
         self.captioned, self.num_classes = bool(caption_key), num_classes
         self.class_names: Sequence[str] = ()
         self.skipped: list[tuple[str, str]] = []
+        self.notes: list[str] = []
         self.size: int | None = None
         self._stems = [shard.rsplit("/", 1)[-1].split(".tar")[0] for shard in self._shards]
         if len(set(self._stems)) < len(self._stems):    # a/000.tar b/000.tar: ids must differ all the same

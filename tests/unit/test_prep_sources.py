@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import sys
 import tarfile
 from collections.abc import Sequence
@@ -209,16 +210,16 @@ def test_real_coco() -> None:
 
 def test_class_folders(tmp_path: Path) -> None:
     write(tmp_path / "i", "n2/x.png", "n1/deep/y.png", "n1/z.png", "loose.png", "n1/notes.txt", ".hidden/h.png")
-    (tmp_path / "i/n3").mkdir()
     source = imagenet.read(tmp_path / "i")
     assert [(item.id, item.label) for item in items(source)] == [("n1/deep/y.png", 0), ("n1/z.png", 0), ("n2/x.png", 1)]
-    assert list(source.class_names) == ["n1", "n2", "n3"] and source.num_classes == 3 and not source.captioned
-    assert source.facts["classes_without_images"] == ["n3"] and source.facts["images_outside_classes"] == 1
+    assert list(source.class_names) == ["n1", "n2"] and source.num_classes == 2 and not source.captioned
+    assert source.facts["classes_without_images"] == [] and source.facts["images_outside_classes"] == 1
+    assert source.notes == ["1 images outside class folders", "1 other files"]
     classes = tmp_path / "classes.txt"
     classes.write_text("n9\nn3\nn2\nn1\n")
     mapped = imagenet.read(tmp_path / "i", classes=classes)
     assert [item.label for item in items(mapped)] == [3, 3, 2] and mapped.facts["classes_without_images"] == ["n9", "n3"]
-    assert mapped.fingerprint != source.fingerprint
+    assert mapped.fingerprint != source.fingerprint and mapped.notes[-1] == "2 classes without images (n9, n3)"
     classes.write_text("n3\nn2\n")
     with pytest.raises(DataError, match=r"has 1 folders that .*classes\.txt does not name: n1;"):
         imagenet.read(tmp_path / "i", classes=classes)
@@ -226,6 +227,30 @@ def test_class_folders(tmp_path: Path) -> None:
         classes.write_text(text)
         with pytest.raises(DataError, match=r"line [23]: '(n1)?' is empty or given twice"):
             imagenet.read(tmp_path / "i", classes=classes)
+
+
+@pytest.mark.parametrize("stray", ["__MACOSX", "lost+found", "n3"])
+def test_a_folder_without_images_is_no_class(tmp_path: Path, stray: str) -> None:
+    """It would be class 0, and move every label by one."""
+    write(tmp_path / "i", "n1/a.png", "n2/b.png")
+    (tmp_path / "i" / stray).mkdir()
+    (tmp_path / "i" / stray / "._n1").touch()
+    with pytest.raises(DataError, match=rf"1 folders without images, which would be classes: {re.escape(stray)}; remove them, or .*--classes"):
+        imagenet.read(tmp_path / "i")
+    classes = tmp_path / "classes.txt"
+    for names, found in (["n1", "n2"], [0, 1]), ([stray, "n1", "n2"], [1, 2]):
+        classes.write_text("\n".join(names))
+        assert [item.label for item in items(imagenet.read(tmp_path / "i", classes=classes))] == found
+
+
+def test_splits_are_no_classes(tmp_path: Path) -> None:
+    write(tmp_path / "i", "train/n1/a.png", "train/n2/b.png", "val/n1/c.png")
+    for read in imagenet.read, folder.read:
+        with pytest.raises(DataError, match=r"holds the splits train, val, which would become one data set; give one with --images"):
+            read(tmp_path / "i")
+    (tmp_path / "classes.txt").write_text("train\nval")
+    assert imagenet.read(tmp_path / "i", classes=tmp_path / "classes.txt").num_classes == 2
+    assert imagenet.read(tmp_path / "i/train").num_classes == 2
 
 
 def test_no_class_folders(tmp_path: Path) -> None:
