@@ -9,8 +9,8 @@ Without --labels the folders in --images are the classes, in sorted order, as to
 import csv
 import io
 import os
-import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from data_prep import packing
 from data_prep.sources import (
     SPLIT,
     ListSource,
+    class_labels,
     first_three,
     list_images,
     missing_files,
@@ -40,7 +41,8 @@ class ImageNet(packing.Packing):
     images: Path
     """The folder of class folders, or the one that the files of --labels lie in."""
     labels: Path | None = None
-    """CSV with a header that has file (relative to --images) and label (an index, or a class name)."""
+    """CSV with a header that has file (relative to --images) and label: indices (3 or 3.0), or class names, which are
+    numbered in sorted order without --classes."""
     classes: Path | None = None
     """One class name a line, such as n01440764; the line's number, from 0, is the label. Folders without images that it
     does not name are passed over."""
@@ -65,7 +67,7 @@ def read(images: Path, labels: Path | None = None, classes: Path | None = None,
             facts |= {key: str(path.resolve()), f"{key}_sha256": sha256(path)}
     if labels is None:
         return _from_folders(images, names, classes, facts)
-    return _from_csv(images, labels, names, classes, skip_missing, facts)
+    return _from_csv(images, labels, names, skip_missing, facts)
 
 
 def _from_folders(images: Path, names: Sequence[str] | None, classes: Path | None,
@@ -93,30 +95,19 @@ def _from_folders(images: Path, names: Sequence[str] | None, classes: Path | Non
     return _source(images, inside, labels, len(names), names, facts, [])
 
 
-def _from_csv(images: Path, path: Path, names: Sequence[str] | None, classes: Path | None, skip_missing: bool,
+def _from_csv(images: Path, path: Path, names: Sequence[str] | None, skip_missing: bool,
               facts: dict[str, Any]) -> ListSource:
     lines = _rows(path)                                 # file: (line, label)
-    labels = {label for _, label in lines.values()}
-    integers = {label for label in labels if re.fullmatch(r"-?[0-9]+", label)}
-    by_index = integers == labels and not integers & set(names or ())
-    if names is None and not by_index:
-        if integers:
-            line, label = next(where for where in lines.values() if where[1] not in integers)
-            raise DataError(f"{path}, line {line}: label {label!r} is not an integer, as others are; correct it, or "
-                            "give the label map with --classes FILE")
-        names = sorted(labels)
-    count = len(names) if names is not None else max((int(label) for label in integers), default=-1) + 1
-    index = {name: label for label, name in enumerate(names or ())}
-    numbers = {file: int(label) if by_index else index.get(label, -1) for file, (_, label) in lines.items()}
-    if outside := [file for file, label in numbers.items() if not 0 <= label < count]:
-        line, label = lines[outside[0]]
-        where = f"{classes}, which has {count} classes" if classes else f"[0, {count})"
-        raise DataError(f"{path}, line {line}: label {label!r} of {outside[0]} is not in {where} ({len(outside):,} "
-                        "such labels in all); correct it, or give the label map with --classes FILE")
+
+    def where(label: str) -> str:
+        return next(f"{path}, line {line} ({file})" for file, (line, found) in lines.items() if found == label)
+
+    index_of, names, count = class_labels(Counter(label for _, label in lines.values()), names or (), where,
+                                          "correct it, or give the label map with --classes FILE")
     missing, unlisted = missing_files(images, list(lines), path, skip_missing)
     kept = [file for file in lines if file not in missing]
     facts |= {"images_listed": len(lines), "images_missing": len(missing), "images_not_listed": unlisted}
-    return _source(images, kept, np.array([numbers[file] for file in kept], np.int32), count, names or (), facts,
+    return _source(images, kept, np.array([index_of[lines[file][1]] for file in kept], np.int32), count, names, facts,
                    [(file, "the file is missing") for file in lines if file in missing])
 
 

@@ -4,7 +4,7 @@ import hashlib
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -20,6 +20,8 @@ from largescale.errors import DataError
 from largescale.launch import env_rank
 
 SPLIT = re.compile("(train|training|val|valid|validation|test|testing|dev)[0-9]*")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
+MOST_CLASSES = 2**20                                    # a label beyond is an id, or damage
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 
 NOTES = {                                               # facts that count what a list does not hold, or should not
@@ -192,6 +194,47 @@ def relative_name(name: str, listed_in: object) -> str:
     if not name or short.startswith("/") or short.split("/")[0] in (".", ".."):
         raise DataError(f"{listed_in}: {name!r} does not lie below --images; give file names relative to it")
     return short
+
+
+def class_index(label: str) -> int | None:
+    """3 of "3" and, as pandas writes it, of "3.0"; None of what is no number. Raises ValueError for another number."""
+    if not NUMBER.fullmatch(label):
+        return None
+    if not (number := float(label)).is_integer() or abs(number) >= MOST_CLASSES:
+        raise ValueError(f"label {label} is not a whole number below {MOST_CLASSES:,}")
+    return int(number)
+
+
+def class_labels(counts: Mapping[str, int], names: Sequence[str], where: Callable[[str], str], remedy: str,
+                 only_numbers: bool = False) -> tuple[dict[str, int], Sequence[str], int]:
+    """The class of each label in `counts`, which says how often it is there; the classes' names, and their number.
+
+    Labels that are all numbers, or are said to be, are the classes' indices; others are names, of `names` where there
+    are any, else numbered in the order of their code points. `where`: the place at which a label is first found.
+    Raises DataError for numbers among names, numbers that are not whole, and labels outside the classes.
+    """
+    numeric = [label for label in counts if NUMBER.fullmatch(label)]
+    if only_numbers or (len(numeric) == len(counts) and not set(numeric) & set(names)):
+        labels = {}
+        for label in counts:
+            try:
+                labels[label] = index if (index := class_index(label)) is not None else -1
+            except ValueError as error:
+                raise DataError(f"{where(label)}: {error}; {remedy}") from error
+        count = len(names) or max(labels.values(), default=-1) + 1
+    else:
+        if numeric and not names:
+            odd = next(label for label in counts if label not in numeric)
+            raise DataError(f"{where(odd)}: label {odd!r} is not a number, as others are; {remedy}")
+        names = names or sorted(counts)
+        index_of = {name: index for index, name in enumerate(names)}
+        labels, count = {label: index_of.get(label, -1) for label in counts}, len(names)
+    if outside := [label for label, index in labels.items() if not 0 <= index < count]:
+        if outside == ["-1"]:
+            remedy = f"-1 often stands for no label, as in test splits: leave them out, or {remedy}"
+        raise DataError(f"{where(outside[0])}: label {outside[0]!r} is none of the {count:,} classes "
+                        f"({sum(counts[label] for label in outside):,} such labels in all); {remedy}")
+    return labels, names, count
 
 
 def refuse_splits(where: object, splits: Iterable[str], remedy: str) -> None:

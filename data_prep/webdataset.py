@@ -31,7 +31,7 @@ from urllib.parse import urlparse
 
 from data_prep import packing
 from data_prep.images import Unusable
-from data_prep.sources import Item, clean, fingerprint, first_three, given, unusable
+from data_prep.sources import Item, class_index, clean, fingerprint, first_three, given, unusable
 from largescale.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -134,10 +134,14 @@ class TarSource:
         if self._label_key not in sample:
             raise Unusable(f"it has no label ({self._label_key})")
         text = sample[self._label_key].decode(errors="replace").strip()
-        if not re.fullmatch("[0-9]+", text) or int(text) >= self.num_classes:
+        try:
+            label = class_index(text)
+        except ValueError:
+            label = None
+        if label is None or not 0 <= label < self.num_classes:
             raise DataError(f"{shard}: label {text!r} of {id} is not an integer in [0, {self.num_classes}); correct "
                             "--num-classes, or give the key of the labels with --label-key")
-        return int(text)
+        return label
 
 
 def _captions(sample: dict[str, Any], key: str) -> tuple[str, ...]:

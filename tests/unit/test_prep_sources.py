@@ -290,11 +290,14 @@ def test_a_csv_of_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows, classes, message", [
-    ([("a.png", 1), ("b.png", 3)], "cat\ndog\nhen", r"line 3: label '3' of b\.png is not in .*classes\.txt, which has 3 classes"),
-    ([("a.png", "cat"), ("b.png", "cow")], "cat\ndog", r"line 3: label 'cow' of b\.png .*\(1 such labels.*--classes FILE"),
-    ([("a.png", "0"), ("b.png", "cat")], "cat\ndog", "line 2: label '0'"),
-    ([("a.png", -1), ("b.png", 0)], None, r"line 2: label '-1' of a\.png is not in \[0, 1\)"),
-    ([("a.png", 1), ("b.png", "l")], None, "line 3: label 'l' is not an integer, as others are"),
+    ([("a.png", 1), ("b.png", 3)], "cat\ndog\nhen", r"line 3 \(b\.png\): label '3' is none of the 3 classes"),
+    ([("a.png", "cat"), ("b.png", "cow")], "cat\ndog", r"line 3 \(b\.png\): label 'cow' .*\(1 such labels.*--classes FILE"),
+    ([("a.png", "0"), ("b.png", "cat")], "cat\ndog", r"line 2 \(a\.png\): label '0'"),
+    ([("a.png", -1), ("b.png", 0)], None, r"line 2 \(a\.png\): label '-1' is none of the 1 classes .*-1 often stands for no label"),
+    ([("a.png", 1), ("b.png", "l")], None, r"line 3 \(b\.png\): label 'l' is not a number, as others are"),
+    ([("a.png", "1.0"), ("b.png", "3.5")], None, r"line 3 \(b\.png\): label 3\.5 is not a whole number"),
+    ([("a.png", 1), ("b.png", 10**12)], None, r"line 3 \(b\.png\): label 10+ is not a whole number below 1,048,576"),
+    ([("a.png", "1"), ("b.png", "1e999")], None, r"line 3 \(b\.png\): label 1e999 is not a whole number"),
     ([("a.png", 1), ("b.png", "")], None, "line 3: no file, or no label"),
     ([("a.png", 1), ("b.png",)], None, "line 3: no file, or no label"),
     ([("a.png", 1), ("b.png", 0), ("./a.png", 1)], None, r"line 4: a\.png is given a second time, first in line 2"),
@@ -308,6 +311,16 @@ def test_bad_labels(tmp_path: Path, rows: Any, classes: str | None, message: str
         (tmp_path / "classes.txt").write_text(classes)
     with pytest.raises(DataError, match=message):
         imagenet.read(tmp_path, table(tmp_path / "x.csv", *rows), tmp_path / "classes.txt" if classes else None)
+
+
+def test_labels_as_pandas_writes_them(tmp_path: Path) -> None:
+    """0.0 ... 11.0, of a column that once had a gap: as text 10.0 comes before 2.0."""
+    write(tmp_path, *(f"{i:02d}.png" for i in range(12)))
+    source = imagenet.read(tmp_path, table(tmp_path / "x.csv", *((f"{i:02d}.png", float(i)) for i in range(12))))
+    assert [item.label for item in items(source)] == list(range(12))
+    assert source.num_classes == 12 and not source.class_names
+    shard = tar(tmp_path / "0.tar", ("a.jpg", b""), ("a.cls", b"3.0\n"))
+    assert items(webdataset.read([str(shard)], num_classes=4))[0].label == 3
 
 
 def test_labels_of_missing_images(tmp_path: Path) -> None:
@@ -398,7 +411,7 @@ def test_incomplete_samples(tmp_path: Path) -> None:
         items(webdataset.read([str(path)], num_classes=2))[1].read()
 
 
-@pytest.mark.parametrize("label", [b"10", b"-1", b"cat", b"", b"1.0"])
+@pytest.mark.parametrize("label", [b"10", b"-1", b"cat", b"", b"1.5", b"9" * 400])
 def test_bad_labels_in_tars(tmp_path: Path, label: bytes) -> None:
     path = tar(tmp_path / "0.tar", *SAMPLES, ("3.jpg", b""), ("3.cls", label))
     with pytest.raises(DataError, match=r"0\.tar: label '.*' of 0/3 is not an integer in \[0, 10\)"):
