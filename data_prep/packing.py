@@ -43,6 +43,7 @@ from largescale.half import check_on_cpu
 from largescale.launch import env_local_rank, env_rank, env_world_size, print_error, printable
 from largescale.signals import serve_stop_signals, stop_requested
 
+MOST_HELD = 2**30                                       # bytes of image files that wait in memory to be decoded
 A = TypeVar("A")
 B = TypeVar("B")
 Image = npt.NDArray[np.uint8]                           # (3, R, R)
@@ -328,14 +329,18 @@ class _Counted(Iterator[A]):
 
 
 def _ahead(pool: Executor, work: Callable[[A], B], items: Iterable[A], window: int) -> Iterator[B]:
-    """`work` of each item in order, up to `window` of them under way."""
-    pending: deque[Any] = deque()
+    """`work` of each item in order; under way are up to `window` of them, or those that hold MOST_HELD bytes."""
+    pending: deque[tuple[Any, int]] = deque()
+    held = 0
     for item in items:
-        pending.append(pool.submit(work, item))
-        if len(pending) == window:
-            yield pending.popleft().result()
+        pending.append((pool.submit(work, item), weight := getattr(item, "held", 0)))
+        held += weight
+        while len(pending) == window or (pending and held > MOST_HELD):
+            future, weight = pending.popleft()
+            held -= weight
+            yield future.result()
     while pending:
-        yield pending.popleft().result()
+        yield pending.popleft()[0].result()
 
 
 def _ranks_here() -> int:

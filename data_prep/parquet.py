@@ -4,8 +4,11 @@
 """
 
 import json
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from bisect import bisect
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -18,20 +21,36 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep import packing
-from data_prep.sources import Item, clean, fingerprint, first_three, given, name_of, unusable
+from data_prep.images import Unusable
+from data_prep.sources import (
+    SPLIT,
+    Item,
+    class_labels,
+    clean,
+    fingerprint,
+    first_three,
+    given,
+    name_of,
+    refuse_splits,
+    refuse_twice,
+    unusable,
+)
 from largescale.errors import DataError
 
 ROWS_READ = 64                                          # at a time: images are large
+BYTES_READ = 2**28                                      # at a time, were every value as large as its column chunk
+MOST_BYTES = 2**30                                      # of a column chunk that is a hundredth of it when compressed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parquet(packing.Packing):
     files: tuple[Path, ...]
-    """Parquet files, or folders of them."""
+    """Parquet files, or folders of them; a folder with several splits (train-*, test-*) is refused."""
     image_column: str = "image"
     """Of encoded images: bytes, or Hugging Face's struct of bytes and path."""
     label_column: str | None = None
-    """Of integers; the classes' names are taken from the schema where it has them."""
+    """Of whole numbers, with the names of the classes from the schema where it has them; or of names, which are
+    numbered in sorted order."""
     caption_column: str | None = None
     """Of strings, or lists of strings."""
     id_column: str | None = None
@@ -44,16 +63,16 @@ class Parquet(packing.Packing):
 class ParquetSource:
     """Rows of all files, one after the other; a part is `rows_per_shard` rows, and reads only their row groups.
 
-    Raises DataError for files that cannot be read, a missing or unfit column, labels outside the classes, and ids that
-    are given twice.
+    Raises DataError for files that cannot be read or are given twice, splits in one folder, a missing or unfit column,
+    labels outside the classes, and ids that are given twice.
     """
 
     def __init__(self, files: Sequence[Path], image_column: str = "image", label_column: str | None = None,
                  caption_column: str | None = None, id_column: str | None = None) -> None:
-        self._files = [file for given_ in files for file in (sorted(given_.glob("*.parquet")) if given_.is_dir()
-                                                              else [given_])]
+        self._files = [file for given_ in files for file in (_in_folder(given_) if given_.is_dir() else [given_])]
         if not self._files:
             raise DataError(f"there are no *.parquet in {first_three(files)}; correct --files")
+        refuse_twice("--files", self._files)
         self._columns = {"image": image_column, "label": label_column, "caption": caption_column, "id": id_column}
         rows = [self._check(file) for file in self._files]
         self._starts = [0, *accumulate(rows)]
@@ -62,9 +81,11 @@ class ParquetSource:
             raise DataError(f"{first_three(self._files)} hold no rows; correct --files")
         self.name, self.captioned = f"parquet-{name_of(files[0])}", caption_column is not None
         self.skipped: list[tuple[str, str]] = []
-        self.notes: list[str] = []
         self.class_names: Sequence[str] = ()
         self.num_classes = 0
+        self.notes = self._not_packed()
+        if len(splits := _splits(self._files)) > 1:
+            self.notes.append(f"the splits {', '.join(splits)} together")
         self._labels = self._read_labels() if label_column else None
         self._ids = self._read_ids() if id_column else None
         self.facts: dict[str, Any] = {
@@ -74,7 +95,7 @@ class ParquetSource:
         self.fingerprint = fingerprint(
             (name or "" for name in self._columns.values()), self.class_names, map(str, rows),
             b"" if self._labels is None else self._labels.astype("<i4").tobytes(),
-            () if self._ids is None else (id.as_py() for id in self._ids), *map(_footer, self._files))
+            () if self._ids is None else (_text(id)[0] for id in self._ids), *map(_footer, self._files))
 
     def parts(self, rows_per_shard: int) -> int:
         return -(-self._starts[-1] // rows_per_shard)
@@ -84,11 +105,8 @@ class ParquetSource:
         stop = min(start + rows_per_shard, self._starts[-1])
         for file, first, last in zip(self._files, self._starts, self._starts[1:], strict=False):
             if first < stop and start < last:
-                try:
+                with _reading(file):
                     yield from self._rows(file, first, start, stop)
-                except (OSError, pa.ArrowException) as error:
-                    raise DataError(f"{file} cannot be read ({error}); restore it, or leave it out of --files") \
-                        from error
 
     def _rows(self, path: Path, row: int, start: int, stop: int) -> Iterator[Item]:
         """Items of the rows in [start, stop); `row` is the number of the file's first."""
@@ -98,7 +116,8 @@ class ParquetSource:
                 count = file.metadata.row_group(group).num_rows
                 if row < stop and start < row + count:
                     at = row
-                    for batch in file.iter_batches(ROWS_READ, row_groups=[group], columns=columns):
+                    rows = min(ROWS_READ, max(1, BYTES_READ // _largest(path, file.metadata.row_group(group), columns)))
+                    for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
                         for i in range(max(start - at, 0), min(stop - at, len(batch))):
                             yield self._item(at + i, batch, i)
                         at += len(batch)
@@ -107,26 +126,35 @@ class ParquetSource:
                 row += count
 
     def _item(self, row: int, batch: pa.RecordBatch, i: int) -> Item:
-        image = batch.column(self._columns["image"])[i].as_py()
-        captions: tuple[str, ...] = ()
-        if isinstance(image, dict):
-            image = image["bytes"]
-        if self._columns["caption"]:
+        id, sound = (str(row), True) if self._ids is None else _text(self._ids[row])
+        label = 0 if self._labels is None else int(self._labels[row])
+        try:
+            if not sound:
+                raise Unusable("its id is not UTF-8")
+            captions = self._captions(batch, i)
+            image = batch.column(self._columns["image"])[i]
+            image = image["bytes"].as_py() if pa.types.is_struct(image.type) and image.is_valid else image.as_py()
+            if image is None:
+                raise Unusable("it has no image bytes")
+        except Unusable as error:
+            return Item(id, unusable(str(error)), label)
+        return Item(id, given(image), label, captions, len(image))
+
+    def _captions(self, batch: pa.RecordBatch, i: int) -> tuple[str, ...]:
+        if not self._columns["caption"]:
+            return ()
+        try:
             value = batch.column(self._columns["caption"])[i].as_py()
-            captions = clean(text for text in ([value] if isinstance(value, str) else value or ()) if text)
-        read = unusable("it has no image bytes") if image is None else given(image)
-        if self.captioned and not captions:
-            read = unusable("it has no caption")
-        return Item(str(row) if self._ids is None else self._ids[row].as_py(), read,
-                    0 if self._labels is None else int(self._labels[row]), captions)
+        except UnicodeDecodeError as error:
+            raise Unusable(f"its caption is not UTF-8 ({error.reason})") from error
+        if captions := clean(text for text in ([value] if isinstance(value, str) else value or ()) if text):
+            return captions
+        raise Unusable("it has no caption")
 
     def _check(self, path: Path) -> int:
         """Raises DataError for a column that is missing, or of a type that does not fit; returns the number of rows."""
-        try:
-            with pq.ParquetFile(path) as file:
-                schema, rows = file.schema_arrow, file.metadata.num_rows
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{path} cannot be read as Parquet ({error}); correct --files") from error
+        with _reading(path), pq.ParquetFile(path) as file:
+            schema, rows = file.schema_arrow, file.metadata.num_rows
         for key, name in self._columns.items():
             if name is not None and (name not in schema.names or not _fits(key, schema.field(name).type)):
                 what = f"is {schema.field(name).type}, not {NEEDED[key]}" if name in schema.names else "does not exist"
@@ -135,51 +163,127 @@ class ParquetSource:
         return int(rows)
 
     def _read(self, key: str, type: pa.DataType) -> pa.ChunkedArray:
-        name = self._columns[key]
-        chunks = [chunk for file in self._files
-                  for chunk in pq.ParquetFile(file).read(columns=[name]).column(name).cast(type).chunks]
-        column = pa.chunked_array(chunks, type)
+        """The column of all files."""
+        name, chunks = self._columns[key], []
+        for path in self._files:
+            with _reading(path), pq.ParquetFile(path) as file:
+                for group in range(file.num_row_groups):
+                    _largest(path, file.metadata.row_group(group), [str(name)])
+                chunks += file.read(columns=[name]).column(name).cast(type).chunks
+        column = pa.chunked_array(chunks, type).combine_chunks()
         if column.null_count:
-            raise DataError(f"column {name} has no value in {column.null_count:,} rows; complete them, or leave out "
-                            f"--{key}-column")
+            first = self._where(int(np.argmax(column.is_null().to_numpy(zero_copy_only=False))))
+            raise DataError(f"{first}: column {name} has no value ({column.null_count:,} such rows in all); complete "
+                            f"them, or leave out --{key}-column")
         return column
+
+    def _where(self, row: int) -> str:
+        number = bisect(self._starts, row) - 1
+        return f"{self._files[number]}, row {row - self._starts[number]}"
+
+    def _not_packed(self) -> list[str]:
+        """Of columns that look like labels or captions and were not asked for."""
+        schema = pq.read_schema(self._files[0])
+        return [f"column {field.name} ({field.type}) is not packed (--{key}-column {field.name})"
+                for key, names in LIKELY.items() if self._columns[key] is None
+                for field in schema if field.name.lower() in names and _fits(key, field.type)]
 
     def _read_labels(self) -> npt.NDArray[np.int32]:
         """Sets num_classes and class_names too."""
-        labels, name = self._read("label", pa.int64()).to_numpy(), self._columns["label"]
-        of_files = [_class_names(file, str(name)) for file in self._files]
+        name = str(self._columns["label"])
+        column = self._read("label", pa.large_string()).dictionary_encode()
+        of_files = [_class_names(file, name) for file in self._files]
         for file, names in zip(self._files, of_files, strict=True):
             if names != of_files[0]:
                 raise DataError(f"{file} has other names of classes than {self._files[0]}; pack them each on its own")
-        count = len(of_files[0]) or int(labels.max()) + 1
-        if len(outside := np.flatnonzero((labels < 0) | (labels >= count))):
-            raise DataError(f"column {name}: {len(outside):,} labels are not in [0, {count}), the first "
-                            f"{labels[outside[0]]} in row {outside[0]}; correct them, or leave out --label-column")
-        self.class_names, self.num_classes = of_files[0], count
-        return labels.astype(np.int32)
+        found, index = [_text(value) for value in column.dictionary], column.indices.to_numpy()
+        if odd := [text for text, sound in found if not sound]:
+            raise DataError(f"column {name}: {odd[0]!r} is not UTF-8; correct it, or leave out --label-column")
+        counts = dict(zip([text for text, _ in found], np.bincount(index).tolist(), strict=True))
+        numbers = not any(_is_text(pq.read_schema(file).field(name).type) for file in self._files)
+        labels, self.class_names, self.num_classes = class_labels(
+            counts, of_files[0], lambda label: self._where(int(np.argmax(index == list(counts).index(label)))),
+            "correct the column, or leave out --label-column", numbers)
+        if self.class_names and not of_files[0]:
+            self.notes.append("classes numbered in the sorted order of their names")
+        return np.array(list(labels.values()), np.int32)[index]
 
     def _read_ids(self) -> pa.Array:
-        ids = self._read("id", pa.large_string()).combine_chunks()
+        ids = self._read("id", pa.large_string())
         if len(counts := pc.value_counts(ids)) < len(ids):
-            twice = [count["values"].as_py() for count in counts if count["counts"].as_py() > 1]
+            twice = [_text(count["values"])[0] for count in counts if count["counts"].as_py() > 1]
             raise DataError(f"column {self._columns['id']}: {len(twice):,} ids are given more than once: "
                             f"{first_three(twice)}; give another --id-column, or none to number the rows")
         return ids
 
 
-NEEDED = {"image": "binary", "label": "an integer", "caption": "a string, or a list of them",
+NEEDED = {"image": "binary", "label": "numbers or strings", "caption": "a string, or a list of them",
           "id": "a string or an integer"}
+LIKELY = {"label": ("label", "labels", "class", "class_id", "cls", "target", "fine_label"),
+          "caption": ("caption", "captions", "text", "txt", "prompt")}
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.parquet"))
+    refuse_splits(folder, _splits(files), "give the files of one with --files")
+    return files
+
+
+def _splits(files: Iterable[Path]) -> list[str]:
+    """train of train-00000-of-00002.parquet"""
+    words = {word for file in files for word in re.split(r"[\W_]+", file.stem.lower())}
+    return sorted(word for word in words if SPLIT.fullmatch(word))
+
+
+def _is_text(type: pa.DataType) -> bool:
+    if pa.types.is_dictionary(type):
+        type = type.value_type
+    return bool(pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_string_view(type))
 
 
 def _fits(key: str, type: pa.DataType) -> bool:
-    is_text = pa.types.is_string(type) or pa.types.is_large_string(type)
+    if pa.types.is_dictionary(type):
+        type = type.value_type
     if key == "image":
         if pa.types.is_struct(type) and type.get_field_index("bytes") >= 0:
             type = type.field("bytes").type
-        return bool(pa.types.is_binary(type) or pa.types.is_large_binary(type))
-    if key == "caption" and (pa.types.is_list(type) or pa.types.is_large_list(type)):
-        return _fits(key, type.value_type)
-    return bool(is_text if key == "caption" else pa.types.is_integer(type) or (is_text and key == "id"))
+        return bool(pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_binary_view(type))
+    if key == "caption":
+        lists = pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
+        return _is_text(type.value_type if lists else type)
+    return bool(_is_text(type) or pa.types.is_integer(type) or (key == "label" and pa.types.is_floating(type)))
+
+
+def _text(value: pa.Scalar) -> tuple[str, bool]:
+    """Of a large_string, and whether it is UTF-8, which Arrow does not check."""
+    data = value.cast(pa.large_binary()).as_py()
+    try:
+        return data.decode(), True
+    except UnicodeDecodeError:
+        return data.decode(errors="backslashreplace"), False
+
+
+def _largest(path: Path, group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
+    """Bytes of the largest chunk of these columns, uncompressed; at least 1. Raises DataError for one that a small file
+    makes huge."""
+    largest = 1
+    for column in (group.column(i) for i in range(group.num_columns)):
+        if column.path_in_schema.split(".")[0] in columns:
+            size, stored = column.total_uncompressed_size, column.total_compressed_size
+            if size > MOST_BYTES and size > 100 * stored:
+                raise DataError(f"{path}: column {column.path_in_schema} expands from {stored:,} bytes to {size:,}, "
+                                f"more than {MOST_BYTES:,}; write smaller row groups, or leave it out of --files")
+            largest = max(largest, size)
+    return largest
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read as Parquet ({error}); restore it, or leave it out of --files") \
+            from error
 
 
 def _class_names(path: Path, label_column: str) -> tuple[str, ...]:

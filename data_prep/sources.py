@@ -39,6 +39,7 @@ class Item:
     read: Callable[[], bytes]
     label: int = 0
     captions: tuple[str, ...] = ()
+    held: int = 0                                       # bytes that it holds in memory until it is read
 
 
 class Source(Protocol):
@@ -235,6 +236,15 @@ def class_labels(counts: Mapping[str, int], names: Sequence[str], where: Callabl
         raise DataError(f"{where(outside[0])}: label {outside[0]!r} is none of the {count:,} classes "
                         f"({sum(counts[label] for label in outside):,} such labels in all); {remedy}")
     return labels, names, count
+
+
+def refuse_twice(option: str, paths: Iterable[str | Path]) -> None:
+    """Raises DataError for a file that is given a second time, by whatever name."""
+    seen: set[Path] = set()
+    for path in paths:
+        if (file := Path(path).resolve()) in seen:
+            raise DataError(f"{option} names a file twice: {path}; name each once")
+        seen.add(file)
 
 
 def refuse_splits(where: object, splits: Iterable[str], remedy: str) -> None:

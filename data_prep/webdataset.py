@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from lzma import LZMAError
-from pathlib import Path
 from tarfile import (  # type: ignore[attr-defined]
     EOFHeaderError,
     HeaderError,
@@ -31,7 +30,7 @@ from urllib.parse import urlparse
 
 from data_prep import packing
 from data_prep.images import Unusable
-from data_prep.sources import Item, class_index, clean, fingerprint, first_three, given, unusable
+from data_prep.sources import Item, class_index, clean, fingerprint, first_three, given, refuse_twice, unusable
 from largescale.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -225,8 +224,7 @@ def expand(patterns: list[str], allow_remote: bool) -> list[str]:
     if missing:
         raise DataError(f"{len(missing):,} shards are missing: {first_three(missing)}; correct --shards, or complete "
                         "the folder")
-    if len({Path(shard).absolute() for shard in shards}) < len(shards):
-        raise DataError("--shards names a file twice; name each once")
+    refuse_twice("--shards", shards)
     return shards
 
 

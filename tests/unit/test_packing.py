@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from PIL import Image
 
 from data_prep import folder, imagenet, packing, webdataset
 from data_prep.images import decode
+from data_prep.sources import Item
 from largescale.data.shards import ShardDataset
 from largescale.errors import DataError, Stopped
 from tests.ranks import ROOT
@@ -339,6 +341,25 @@ def test_an_ill_file_system_does_not_thin_out_the_data(images: Path, truth: Path
         assert pack(images, tmp_path / "out") == 2
     assert "020.png cannot be read: [Errno 5] Input/output error; when it can, run again" in capsys.readouterr().err
     assert pack(images, tmp_path / "out") == 0 and files(tmp_path / "out") == files(truth)
+
+
+def test_large_files_do_not_wait_in_memory_by_the_hundred(monkeypatch: pytest.MonkeyPatch) -> None:
+    under_way = most = 0
+
+    def items() -> Iterator[Item]:
+        nonlocal under_way, most
+        for i in range(20):
+            under_way += 1
+            most = max(most, under_way)
+            yield Item(str(i), bytes, held=40)
+
+    monkeypatch.setattr(packing, "MOST_HELD", 100)
+    done = []
+    with ThreadPoolExecutor(1) as pool:
+        for number in packing._ahead(pool, lambda item: int(item.id), items(), window=16):
+            under_way -= 1
+            done.append(number)
+    assert done == list(range(20)) and most == 3
 
 
 def test_nothing_that_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
