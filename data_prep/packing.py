@@ -38,7 +38,7 @@ from largescale.data.writer import Shard, write_empty_caption, write_manifest
 from largescale.encoders.text import TextEncoder, load_text_encoder
 from largescale.encoders.vae import Vae, load_vae
 from largescale.errors import ConfigError, DataError, DeviceError, LargescaleError, Stopped
-from largescale.files import write_atomically
+from largescale.files import is_unicode, write_atomically
 from largescale.half import check_on_cpu
 from largescale.launch import env_local_rank, env_rank, env_world_size, print_error, printable
 from largescale.signals import serve_stop_signals, stop_requested
@@ -223,6 +223,8 @@ class Packer:
     def decode(self, item: Item) -> tuple[Item, Image | str]:
         """The cropped image, or why there is none."""
         try:
+            if not is_unicode(item.id):
+                raise images.Unusable("its name is not UTF-8")
             data = item.read()
             if self.source.captioned and not item.captions:
                 raise images.Unusable("it has no caption")

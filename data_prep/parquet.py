@@ -4,10 +4,9 @@
 """
 
 import json
-import re
 import sys
 from bisect import bisect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -23,7 +22,6 @@ import pyarrow.parquet as pq
 from data_prep import packing
 from data_prep.images import Unusable
 from data_prep.sources import (
-    SPLIT,
     Item,
     class_labels,
     clean,
@@ -33,6 +31,7 @@ from data_prep.sources import (
     name_of,
     refuse_splits,
     refuse_twice,
+    splits_in,
     unusable,
 )
 from largescale.errors import DataError
@@ -84,7 +83,7 @@ class ParquetSource:
         self.class_names: Sequence[str] = ()
         self.num_classes = 0
         self.notes = self._not_packed()
-        if len(splits := _splits(self._files)) > 1:
+        if len(splits := splits_in(self._files)) > 1:
             self.notes.append(f"the splits {', '.join(splits)} together")
         self._labels = self._read_labels() if label_column else None
         self._ids = self._read_ids() if id_column else None
@@ -225,14 +224,8 @@ LIKELY = {"label": ("label", "labels", "class", "class_id", "cls", "target", "fi
 
 def _in_folder(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.parquet"))
-    refuse_splits(folder, _splits(files), "give the files of one with --files")
+    refuse_splits(folder, splits_in(files), "give the files of one with --files")
     return files
-
-
-def _splits(files: Iterable[Path]) -> list[str]:
-    """train of train-00000-of-00002.parquet"""
-    words = {word for file in files for word in re.split(r"[\W_]+", file.stem.lower())}
-    return sorted(word for word in words if SPLIT.fullmatch(word))
 
 
 def _is_text(type: pa.DataType) -> bool:

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from data_prep.images import Unusable
 from largescale.errors import DataError
-from largescale.launch import env_rank
+from largescale.files import is_unicode
+from largescale.launch import env_rank, printable
 
 SPLIT = re.compile("(train|training|val|valid|validation|test|testing|dev)[0-9]*")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
@@ -75,17 +76,26 @@ class ListSource:
         self.name, self.num_classes, self.class_names = name, num_classes, class_names
         self.captioned, self.facts, self.skipped = captions is not None, facts, skipped or []
         self.notes = [f"{found:,} {what}" for key, what in NOTES.items() if (found := facts.get(key))]
-        self.size: int | None = len(files)
         self._root, self._files, self._ids = str(root), files, files if ids is None else ids
         self._labels, self._captions = labels, captions
-        if not files:
+        if odd := {i for i, name in enumerate(files) if not is_unicode(name)}:
+            self._leave_out(odd, "its name is not UTF-8")
+        if not self._files:
             raise DataError(f"no images were found to pack in {root}; correct the folder (files "
                             f"that are read end in {', '.join(SUFFIXES)})")
         if labels is not None and not 0 <= labels.min() <= labels.max() < num_classes:
             raise DataError(f"labels from {labels.min()} to {labels.max()} are not in [0, num_classes={num_classes})")
-        texts = (f"{len(some)}" + "".join(f"\n{text}" for text in some) for some in captions or ())
-        self.fingerprint = fingerprint(files, self._ids if ids is not None else (), class_names, texts,
-                                       b"" if labels is None else labels.astype("<i4").tobytes())
+        texts = (f"{len(some)}" + "".join(f"\n{text}" for text in some) for some in self._captions or ())
+        self.size: int | None = len(self._files)
+        self.fingerprint = fingerprint(self._files, self._ids if ids is not None else (), class_names, texts,
+                                       b"" if self._labels is None else self._labels.astype("<i4").tobytes())
+
+    def _leave_out(self, odd: set[int], reason: str) -> None:
+        self.skipped += [(self._ids[i], reason) for i in sorted(odd)]
+        kept = [i for i in range(len(self._files)) if i not in odd]
+        self._files, self._ids = [self._files[i] for i in kept], [self._ids[i] for i in kept]
+        self._labels = None if self._labels is None else self._labels[kept]
+        self._captions = None if self._captions is None else [self._captions[i] for i in kept]
 
     def parts(self, rows_per_shard: int) -> int:
         return -(-len(self._files) // rows_per_shard)
@@ -247,6 +257,12 @@ def refuse_twice(option: str, paths: Iterable[str | Path]) -> None:
         seen.add(file)
 
 
+def splits_in(files: Iterable[str | Path]) -> list[str]:
+    """train of train-00000-of-00002.parquet"""
+    words = {word for file in files for word in re.split(r"[\W_]+", Path(file).stem.lower())}
+    return sorted(word for word in words if SPLIT.fullmatch(word))
+
+
 def refuse_splits(where: object, splits: Iterable[str], remedy: str) -> None:
     """Raises DataError for more than one of train, val, test ...: they are not to be mixed by accident."""
     if len(found := sorted(set(splits))) > 1:
@@ -267,8 +283,13 @@ def text_of(path: Path) -> str:
 
 
 def clean(captions: Iterable[str]) -> tuple[str, ...]:
-    """Captions without the white space around them; empty ones are dropped."""
-    return tuple(text for caption in captions if (text := caption.strip()))
+    """Captions without a byte order mark and the white space around them; empty ones are dropped. Every source's go
+    through here. Raises Unusable for one that is no text."""
+    texts = tuple(text for caption in captions if (text := caption.removeprefix("\ufeff").strip()))
+    for text in texts:
+        if not is_unicode(text):
+            raise Unusable(f"its caption is not Unicode: {printable(text[:60])}")
+    return texts
 
 
 def name_of(path: Path) -> str:

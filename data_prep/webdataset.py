@@ -8,7 +8,6 @@ KEY.cls (its label). Each tar file is packed by one rank.
 """
 
 import glob
-import json
 import os
 import re
 import sys
@@ -30,10 +29,23 @@ from urllib.parse import urlparse
 
 from data_prep import packing
 from data_prep.images import Unusable
-from data_prep.sources import Item, class_index, clean, fingerprint, first_three, given, refuse_twice, unusable
+from data_prep.sources import (
+    Item,
+    class_index,
+    clean,
+    fingerprint,
+    first_three,
+    given,
+    refuse_splits,
+    refuse_twice,
+    splits_in,
+    unusable,
+)
 from largescale.errors import DataError
+from largescale.files import from_json
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
+MOST_BYTES = 2**28                                      # of a file in an archive, which may be compressed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +117,7 @@ class TarSource:
                     if key in seen:
                         raise ValueError(f"the key {key} comes twice; the files of a sample must follow each other")
                     seen.add(key)
-                    yield self._item(f"{self._stems[number]}/{key}", sample, shard)
+                    yield from self._items(f"{self._stems[number]}/{key}", sample, shard)
         except DataError:
             raise
         except (OSError, EOFError, ValueError, TarError, zlib.error, LZMAError) as error:
@@ -113,26 +125,37 @@ class TarSource:
             raise DataError(f"{shard} cannot be read to its end: {reason}; restore or download it again, or leave it "
                             "out of --shards") from error
 
+    def _items(self, id: str, sample: dict[str, Any], shard: str) -> Iterator[Item]:
+        """Of a sample; of one without an image several, where dots in file names put images together."""
+        dotted = [key for key in sample if key.rpartition(".")[2] in IMAGES]
+        if dotted and not set(dotted) & set(IMAGES):
+            for key in dotted:
+                yield Item(f"{id}.{key}", unusable(f"its name has dots: a sample's name ends at the first, so this is "
+                                                   f"the file {key} of {sample['__key__']}; rename it"))
+        else:
+            yield self._item(id, sample, shard)
+
     def _item(self, id: str, sample: dict[str, Any], shard: str) -> Item:
         label = 0
         captions: tuple[str, ...] = ()
         try:
-            found = [sample[key] for key in IMAGES if key in sample]
-            if not found:
+            kind = next((key for key in IMAGES if key in sample), None)
+            if kind is None:
                 has = ", ".join(key for key in sample if not key.startswith("__"))
                 raise Unusable(f"it has no image ({', '.join(IMAGES)}), but {has}")
+            image = _content(sample, kind)
             if self.captioned:
                 captions = _captions(sample, self._caption_key)
             if self.num_classes:
                 label = self._label(id, sample, shard)
         except Unusable as error:
             return Item(id, unusable(str(error)), captions=captions)
-        return Item(id, given(found[0]), label, captions)
+        return Item(id, given(image), label, captions, len(image))
 
     def _label(self, id: str, sample: dict[str, Any], shard: str) -> int:
         if self._label_key not in sample:
             raise Unusable(f"it has no label ({self._label_key})")
-        text = sample[self._label_key].decode(errors="replace").strip()
+        text = _content(sample, self._label_key).decode("utf-8-sig", "replace").strip()
         try:
             label = class_index(text)
         except ValueError:
@@ -146,15 +169,23 @@ class TarSource:
 def _captions(sample: dict[str, Any], key: str) -> tuple[str, ...]:
     try:
         if key in sample and key != "json":
-            captions = clean([sample[key].decode()])
+            captions = clean([_content(sample, key).decode("utf-8-sig")])
         else:
-            value = json.loads(sample["json"])["caption"] if "json" in sample else None
+            value = from_json(_content(sample, "json"))["caption"] if "json" in sample else None
             captions = clean([value] if isinstance(value, str) else value or ())
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise Unusable(f"its caption cannot be read: {error!r}") from error
     if not captions:
         raise Unusable("it has no caption")
     return captions
+
+
+def _content(sample: dict[str, Any], key: str) -> bytes:
+    """Of one of its files. Raises Unusable for one that was too large to read."""
+    if sample[key] is None:
+        raise Unusable(f"its {key} is larger than {MOST_BYTES:,} bytes")
+    content: bytes = sample[key]
+    return content
 
 
 class _Strict(TarInfo):
@@ -173,12 +204,13 @@ class _Strict(TarInfo):
 
 def _files(stream: IO[bytes], shard: str) -> Iterator[dict[str, Any]]:
     """What webdataset's tar_file_iterator yields, but never a part of the archive only."""
-    with TarFile.open(fileobj=stream, mode="r|*", tarinfo=_Strict) as tar:
+    with TarFile.open(fileobj=stream, mode="r|*", tarinfo=_Strict, encoding="utf-8") as tar:
         while (member := tar.next()) is not None:
             if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):
                 file = tar.extractfile(member)
                 assert file is not None
-                yield {"fname": member.name, "data": file.read(), "__url__": shard}
+                data = file.read() if member.size <= MOST_BYTES else None
+                yield {"fname": member.name, "data": data, "__url__": shard}
             tar.members = []                            # type: ignore[attr-defined] # else the list of them grows
         while rest := tar.fileobj.read(1 << 20):        # type: ignore[union-attr]
             if rest.strip(b"\0"):
@@ -217,6 +249,7 @@ def expand(patterns: list[str], allow_remote: bool) -> list[str]:
                 shards.append(name)
             else:
                 found = sorted(glob.glob(name)) if glob.has_magic(name) else []
+                refuse_splits(name, splits_in(found), "name those of one with --shards")
                 shards += found
                 missing += [] if found else [name]
     if not patterns:

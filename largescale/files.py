@@ -2,9 +2,10 @@
 
 import fcntl
 import hashlib
+import json
 import os
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from largescale.launch import heartbeat
 
@@ -16,6 +17,24 @@ def sha256(path: Path) -> str:
             digest.update(part)
             heartbeat()
     return digest.hexdigest()
+
+
+def from_json(text: str | bytes) -> Any:
+    """As json.loads; JSON that is nested too deeply for Python is a ValueError too, like all that cannot be read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold it: not half of a surrogate pair, as which JSON can spell half an emoji, and Python bytes
+    of file names and arguments that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def fsync_dir(path: Path) -> None:

@@ -481,6 +481,19 @@ def test_a_tar_that_is_cut_short_stops_the_packing(tars: Path, tmp_path: Path, c
     assert "00001.tar cannot be read to its end" in said and not (tmp_path / "out/manifest.json").exists()
 
 
+def test_one_bad_sample_costs_one_line(tmp_path: Path) -> None:
+    """Half an emoji; a name that is not UTF-8, which the list of what was left out must hold all the same."""
+    odd = os.fsdecode(b"caf\xe9")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, caption in ("a", b'"fine"'), ("b", b'"so happy \\ud83d"'), (odd, b'"fine"'):
+            add(tar, f"{name}.png", picture(1))
+            add(tar, f"{name}.json", b'{"caption": %s}' % caption)
+    assert pack(tmp_path / "0.tar", tmp_path / "out", "--text-encoder", "none", program="webdataset") == 0
+    assert ShardDataset(tmp_path / "out", verify=True).texts(np.arange(1)) == [["fine"]]
+    assert [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()] == [
+        {"id": "0/b", "reason": r"its caption is not Unicode: so happy \ud83d"}, {"id": f"0/{odd}", "reason": "its name is not UTF-8"}]
+
+
 def test_captions_need_an_encoder_or_a_word(tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pack(tars, tmp_path / "out", program="webdataset") == 2
     assert "or --text-encoder none to keep the texts only" in capsys.readouterr().err

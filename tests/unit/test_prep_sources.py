@@ -118,9 +118,17 @@ def test_folders_without_images(tmp_path: Path) -> None:
         folder.read(tmp_path / "nowhere")
     with pytest.raises(DataError, match="no images were found to pack"):
         folder.read(tmp_path)
-    write(tmp_path, os.fsdecode(b"\xff.png"))
-    with pytest.raises(DataError, match="not UTF-8; rename"):
+    write(tmp_path, odd := os.fsdecode(b"\xff.png"))
+    with pytest.raises(DataError, match="no images were found to pack"):
         folder.read(tmp_path)
+    write(tmp_path, "n1/a.png", f"n1/{odd}", "n2/b.png")
+    for read, found in (folder.read, [0, 0]), (imagenet.read, [0, 1]):
+        source = read(tmp_path)
+        assert [(item.id, item.label) for item in items(source)] == [*zip(("n1/a.png", "n2/b.png"), found, strict=True)]
+        assert (f"n1/{odd}", "its name is not UTF-8") in source.skipped
+    write(tmp_path, f"{odd[:1]}/a.png")
+    with pytest.raises(DataError, match="not UTF-8; rename"):   # a class
+        imagenet.read(tmp_path)
 
 
 # ---- COCO
@@ -409,6 +417,67 @@ def test_incomplete_samples(tmp_path: Path) -> None:
     assert all(reason.startswith("its caption cannot be read") for reason in reasons[4:]) and len(reasons) == 6
     with pytest.raises(Unusable, match=r"it has no label \(cls\)"):
         items(webdataset.read([str(path)], num_classes=2))[1].read()
+
+
+def test_dots_in_names(tmp_path: Path) -> None:
+    """WebDataset ends a sample's name at its first dot, which would make one sample of three images."""
+    path = tar(tmp_path / "0.tar", *((f"pic v1.{i}.{kind}", b"x") for i in range(3) for kind in ("jpg", "txt")),
+               ("d.e/1.jpg", b"good"), ("d.e/1.txt", b"x"), ("d.e/1.mask.png", b""), ("2.mask.png", b""), ("2.png", b"good"), ("2.txt", b"x"))
+    *bad, first, second = items(webdataset.read([str(path)]))
+    assert [item.id for item in bad] == [f"0/pic v1.{i}.jpg" for i in range(3)]
+    for item in bad:
+        with pytest.raises(Unusable, match=r"its name has dots: .* this is the file [012]\.jpg of pic v1; rename it"):
+            item.read()
+    assert first.read() == second.read() == b"good"
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    mark = "\ufeff".encode()
+    path = tar(tmp_path / "0.tar", ("1.jpg", b""), ("1.txt", mark + b" a cat"), ("1.cls", mark + b"3"), ("2.jpg", b""), ("2.json", mark + b'{"caption": "\\ufeffa dog"}'), ("2.cls", b"1"))
+    for caption_key, captions in ("txt", ["a cat", "a dog"]), ("json", [None, "a dog"]):
+        found = items(webdataset.read([str(path)], caption_key, num_classes=4))
+        assert [(item.captions or (None,))[0] for item in found] == captions and found[0].label == 3 * (caption_key == "txt")
+
+
+HALF = '"so happy \\ud83d"'
+
+
+def test_text_that_is_none(tmp_path: Path) -> None:
+    """Half an emoji, bytes that are not UTF-8, JSON without an end: each costs its own sample, and is said."""
+    latin = os.fsdecode(b"caf\xe9")
+    path = tar(tmp_path / "0.tar", ("1.jpg", b""), ("1.json", b'{"caption": %s}' % HALF.encode()), ("2.jpg", b""), ("2.txt", b"caf\xe9"),
+               ("3.jpg", b""), ("3.json", b'{"caption": ' + b"[" * 100_000), (f"{latin}.jpg", b""), (f"{latin}.txt", b"x"), ("5.jpg", b"good"), ("5.txt", b"x"))
+    *bad, odd_name, good = items(webdataset.read([str(path)]))
+    for item, reason in zip(bad, (r"its caption is not Unicode: so happy \\ud83d", "its caption cannot be read: .*utf-8", "nested too deeply"), strict=True):
+        with pytest.raises(Unusable, match=reason):
+            item.read()
+    assert odd_name.id == f"0/{latin}" and good.read() == b"good"
+    text = pa.Array.from_buffers(pa.string(), 3, [None, pa.py_buffer(np.array([0, 4, 8, 9], np.int32)), pa.py_buffer(b"fin\xe9goodx")])
+    parquet_file = rows(tmp_path / "1.parquet", image=pictures(3), text=text)
+    for options, reason in ({"caption_column": "text"}, "its caption is not UTF-8"), ({"id_column": "text"}, "its id is not UTF-8"):
+        bad_row, *others = items(parquet.ParquetSource([parquet_file], **options))
+        with pytest.raises(Unusable, match=reason):
+            bad_row.read()
+        assert len(others) == 2 and all(item.read() for item in others)
+    with pytest.raises(DataError, match=r"column text: 'fin\\\\xe9' is not UTF-8; correct it, or leave out --label-column"):
+        parquet.ParquetSource([parquet_file], label_column="text")
+
+
+def test_a_tar_that_expands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webdataset, "MOST_BYTES", 1000)
+    path = tar(tmp_path / "0.tar", ("1.jpg", bytes(1001)), ("1.txt", b"x"), ("2.jpg", bytes(1000)), ("2.txt", b"x"))
+    large, good = items(webdataset.read([str(path)]))
+    with pytest.raises(Unusable, match="its jpg is larger than 1,000 bytes"):
+        large.read()
+    assert len(good.read()) == good.held == 1000
+
+
+def test_splits_in_a_pattern(tmp_path: Path) -> None:
+    for split in "train", "val":
+        tar(tmp_path / f"{split}-000.tar", *SAMPLES)
+    with pytest.raises(DataError, match=r"\*\.tar holds the splits train, val, which would become one data set; name those of one"):
+        webdataset.read([f"{tmp_path}/*.tar"])
+    assert webdataset.read([f"{tmp_path}/{{train,val}}-000.tar"]).parts(1) == 2
 
 
 @pytest.mark.parametrize("label", [b"10", b"-1", b"cat", b"", b"1.5", b"9" * 400])
