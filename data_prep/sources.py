@@ -80,6 +80,9 @@ class ListSource:
         self._labels, self._captions = labels, captions
         if odd := {i for i, name in enumerate(files) if not is_unicode(name)}:
             self._leave_out(odd, "its name is not UTF-8")
+        if not self._files and self.skipped:
+            raise DataError(f"not one of {len(self.skipped):,} images can be packed; the first: "
+                            + "; ".join(f"{id}: {reason}" for id, reason in self.skipped[:3]))
         if not self._files:
             raise DataError(f"no images were found to pack in {root}; correct the folder (files "
                             f"that are read end in {', '.join(SUFFIXES)})")

@@ -130,8 +130,7 @@ class TarSource:
         dotted = [key for key in sample if key.rpartition(".")[2] in IMAGES]
         if dotted and not set(dotted) & set(IMAGES):
             for key in dotted:
-                yield Item(f"{id}.{key}", unusable(f"its name has dots: a sample's name ends at the first, so this is "
-                                                   f"the file {key} of {sample['__key__']}; rename it"))
+                yield Item(f"{id}.{key}", unusable("its name has dots: a sample's name ends at the first; rename it"))
         else:
             yield self._item(id, sample, shard)
 

@@ -18,6 +18,7 @@ from largescale.data.shards import ShardDataset
 from largescale.draws import stream_seed
 from largescale.encoders.text import EncodedCaption, TextEncoder, load_text_encoder
 from largescale.errors import ConfigError
+from largescale.files import is_unicode
 from largescale.models.conditioning import Condition
 from largescale.weights import Trained
 
@@ -104,6 +105,9 @@ def make_conditions(
     else:
         list_of = list(prompts)
         facts = {"prompts": list_of}
+        if odd := [i for i, prompt in enumerate(list_of) if not is_unicode(prompt)]:
+            raise ConfigError(f"prompt {odd[0]} of --prompts is not UTF-8: {list_of[odd[0]]!r}; give it in UTF-8, or "
+                              "with --prompts-file")
         if empty := [i for i, prompt in enumerate(list_of) if not prompt.strip()]:
             raise ConfigError(f"prompt {empty[0]} of --prompts is empty; give a text, or --cfg-scale 0 to sample "
                               "without")

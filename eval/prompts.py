@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import tyro
 
 from largescale.errors import ConfigError, DataError, LargescaleError
-from largescale.files import write_atomically
+from largescale.files import from_json, is_unicode, write_atomically
 from largescale.launch import print_error
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -123,7 +123,7 @@ def _decoded(path: Path, content: bytes) -> str:
 
 def _json(path: Path, text: str, remedy: str) -> Any:
     try:
-        return json.loads(text)
+        return from_json(text)
     except ValueError as error:                         # says line and column
         raise DataError(f"{path} is not JSON ({error}); {remedy}") from error
 
@@ -142,6 +142,8 @@ def _frozen(path: Path, text: str) -> Prompts:
         texts, images = [row["caption"].strip() for row in rows], [str(row["file_name"]) for row in rows]
     except (AttributeError, LookupError, TypeError) as error:
         raise DataError(f"{path} has rows that are no prompts ({error!r}); write it again with eval.prompts") from error
+    if odd := [i for i, text in enumerate(texts) if not is_unicode(text)]:
+        raise DataError(f"{path}: row {odd[0] + 1} is not Unicode; write it again with eval.prompts")
     if not all(texts) or not texts:
         what = f"row {texts.index('') + 1} is empty" if texts else "it holds no prompts"
         raise DataError(f"{path}: {what}; write it again with eval.prompts")
@@ -154,7 +156,7 @@ def _parse(path: Path, text: str) -> list[_Caption]:
     try:
         files = [(int(image["id"]), str(image["file_name"])) for image in document["images"]]
         file_of = dict(files)
-        captions = [(int(a["image_id"]), int(a["id"]), a["caption"].strip()) for a in document["annotations"]]
+        captions = [(int(a["image_id"]), int(a["id"]), a["caption"]) for a in document["annotations"]]
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise DataError(f"{path} is not COCO captions ({error!r}): images need id and file_name, annotations id, "
                         "image_id and caption; give a file such as captions_val2014.json") from error
@@ -162,13 +164,10 @@ def _parse(path: Path, text: str) -> list[_Caption]:
     _refuse(path, "caption ids that are given twice", _twice(number for _, number, _ in captions))
     _refuse(path, "captions of images that it does not list, by image id",
             [number for number, _, _ in captions if number not in file_of])
-    _refuse(path, "captions that are not Unicode, by caption id",   # half of a surrogate pair, which JSON can spell
-            [number for _, number, caption in captions if not caption.isascii() and any(map(_surrogate, caption))])
-    return [_Caption(image, file_of[image], number, caption) for image, number, caption in captions if caption]
-
-
-def _surrogate(character: str) -> bool:
-    return "\ud800" <= character <= "\udfff"
+    _refuse(path, "captions that are not Unicode text, by caption id",
+            [number for _, number, caption in captions if not isinstance(caption, str) or not is_unicode(caption)])
+    return [_Caption(image, file_of[image], number, text) for image, number, caption in captions
+            if (text := caption.strip())]
 
 
 def _twice(values: Iterable[Hashable]) -> list[Hashable]:

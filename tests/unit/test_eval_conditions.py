@@ -395,6 +395,7 @@ def test_what_a_model_without_captions_cannot_be_told(model: dict[str, Any], opt
     ({"prompts": ["a"], "classes": [0]}, "was trained on captions, not on labels; leave out --classes"),
     ({"prompts": ["a"]}, f"--prompts needs --text-encoder, the one that the model was trained with: {ENCODER}"),
     ({"prompts_file": Path("x")}, f"--prompts-file needs --text-encoder, the one that the model was trained with: {ENCODER}"),
+    ({"prompts": ["caf\udce9"], "text_encoder": "fake:spec"}, r"prompt 0 of --prompts is not UTF-8: 'caf\\udce9'; give it in UTF-8"),
     ({"prompts": ["a", " "], "text_encoder": "fake:spec"}, "prompt 1 of --prompts is empty; give a text, or --cfg-scale 0"),
 ])
 def test_what_a_text_model_cannot_be_told(options: dict[str, Any], message: str) -> None:

@@ -119,7 +119,7 @@ def test_folders_without_images(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no images were found to pack"):
         folder.read(tmp_path)
     write(tmp_path, odd := os.fsdecode(b"\xff.png"))
-    with pytest.raises(DataError, match="no images were found to pack"):
+    with pytest.raises(DataError, match=r"not one of 1 images can be packed; the first: .*\.png: its name is not UTF-8"):
         folder.read(tmp_path)
     write(tmp_path, "n1/a.png", f"n1/{odd}", "n2/b.png")
     for read, found in (folder.read, [0, 0]), (imagenet.read, [0, 1]):
@@ -161,11 +161,12 @@ GOOD: dict[str, Any] = {"images": [(1, "a.png"), (2, "b.png")], "captions": [(1,
     ({"captions": [(1, 1, "x"), (7, 2, "y"), (8, 3, "z")]}, "2 captions of images that it does not list, by image id: 7, 8;"),
     ({"images": [(1, "a.png"), (2, "gone.png")]}, r"names 2 images, of which 1 are not in .*: gone\.png; .* --skip-missing"),
     ({"images": [(1, "../a.png"), (2, "b.png")]}, r"'\.\./a\.png' does not lie below --images"),
-    ({"images": [("one", "a.png")]}, "is not COCO captions"),
-    ({"captions": [(1, 1, None)]}, "is not COCO captions"),
+    ({"images": [(1.5, "a.png")]}, r"is not COCO captions .*id 1\.5 is not a whole number"),
+    ({"images": [(None, "a.png")]}, "is not COCO captions"),
+    ({"captions": [(1, 1, None)]}, "not one of 2 images can be packed; the first: 1: its caption is no text; 2: it has no caption"),
     ({"images": []}, "captions of images that it does not list"),
     ({"images": [], "captions": []}, "no images were found"),
-    ({"captions": []}, "no images were found"),
+    ({"captions": []}, "not one of 2 images can be packed"),
 ])
 def test_bad_coco(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     write(tmp_path, "a.png", "b.png", "c.png")
@@ -178,7 +179,7 @@ def test_coco_of_another_kind(tmp_path: Path) -> None:
     file = tmp_path / "instances_val2017.json"
     with pytest.raises(DataError, match=r"instances_val2017\.json cannot be read"):
         coco.read(tmp_path, file)
-    for text, message in {"{": "is not JSON", "[1]": "is not COCO captions", "{}": "is not COCO captions"}.items():
+    for text, message in {"{": "is not JSON", "[" * 200_000: "is not JSON .it is nested too deeply", "[1]": "is not COCO captions", "{}": "is not COCO captions"}.items():
         file.write_text(text)
         with pytest.raises(DataError, match=message):
             coco.read(tmp_path, file)
@@ -190,6 +191,45 @@ def test_coco_of_another_kind(tmp_path: Path) -> None:
         coco.read(tmp_path, file)
     with pytest.raises(DataError, match="nowhere cannot be listed"):
         coco.read(tmp_path / "nowhere", captions_file(file, **GOOD))
+
+
+def test_coco_captions_that_are_no_text(tmp_path: Path) -> None:
+    """Each costs itself, not the image's other captions, and is named by its id."""
+    write(tmp_path, "a.png", "b.png")
+    captions: Any = [(1, 11, "x"), (1, 12, None), (1, 13, "half \ud83d"), (2, 14, ["y"])]
+    source = coco.read(tmp_path, captions_file(tmp_path / "x.json", [(1, "a.png"), (2, "b.png")], captions))
+    assert [(item.id, item.captions) for item in items(source)] == [("1", ("x",))]
+    assert source.skipped == [("2", "its caption is no text")] and source.facts["captions_no_text"] == 3
+    assert source.notes[-1] == "3 captions that are no text (ids 12, 13, 14)"
+
+
+def test_coco_with_ids_that_are_text(tmp_path: Path) -> None:
+    write(tmp_path, "a.png", "b.png", "c.png", "d.png")
+    file = captions_file(tmp_path / "x.json", [("ab", "a.png"), ("10", "b.png"), (9, "c.png"), ("010", "d.png")],
+                         [("ab", "z", "x"), (10, "y", "second"), ("10", 3.0, "first"), (9.0, 1, "y"), ("010", 2, "z")])
+    assert [(item.id, item.captions) for item in items(coco.read(tmp_path, file))] == [
+        ("9", ("y",)), ("10", ("first", "second")), ("010", ("z",)), ("ab", ("x",))]
+
+
+def test_karpathys_file(tmp_path: Path) -> None:
+    def image(id: int, split: str, *captions: str, **place: str) -> dict[str, Any]:
+        return {"cocoid": id, "imgid": 0, "split": split, "sentences": [{"raw": c, "sentid": 10 * id + i} for i, c in enumerate(captions)], **place}
+
+    write(tmp_path, "val2014/1.png", "train2014/2.png", "3.png")
+    images = [image(2, "train", "b", "c", filename="2.png", filepath="train2014"), image(1, "restval", "a", filename="1.png", filepath="val2014"),
+              image(3, "test", "d", filename="3.png")]
+    file = tmp_path / "dataset_coco.json"
+    file.write_text(json.dumps({"dataset": "coco", "images": images}))
+    with pytest.raises(DataError, match="holds the splits restval, test, train, which would become one data set; choose with --splits"):
+        coco.read(tmp_path, file)
+    with pytest.raises(DataError, match=r"--splits val: .* has restval, test, train"):
+        coco.read(tmp_path, file, splits=["val"])
+    source = coco.read(tmp_path, file, splits=["train", "restval"])
+    assert [(item.id, item.captions) for item in items(source)] == [("1", ("a",)), ("2", ("b", "c"))]
+    file.write_text(json.dumps({"images": [images[2]]}))
+    assert ids(coco.read(tmp_path, file)) == ["3"]
+    with pytest.raises(DataError, match="--splits x: .* has no splits; leave it out"):
+        coco.read(tmp_path, captions_file(file, **GOOD), splits=["x"])
 
 
 def test_coco_with_images_missing(tmp_path: Path) -> None:
@@ -337,7 +377,7 @@ def test_labels_of_missing_images(tmp_path: Path) -> None:
     source = imagenet.read(tmp_path, labels, skip_missing=True)
     assert ids(source) == ["b.png"] and source.skipped == [("gone/a.png", "the file is missing")] and source.num_classes == 2
     (tmp_path / "b.png").unlink()
-    with pytest.raises(DataError, match="no images were found"):
+    with pytest.raises(DataError, match="not one of 2 images can be packed; the first: gone/a.png: the file is missing"):
         imagenet.read(tmp_path, labels, skip_missing=True)
     with pytest.raises(DataError, match="has the columns path, label; its first line must name file and label"):
         imagenet.read(tmp_path, table(labels, ("b.png", 0), header=("path", "label")))
@@ -426,7 +466,7 @@ def test_dots_in_names(tmp_path: Path) -> None:
     *bad, first, second = items(webdataset.read([str(path)]))
     assert [item.id for item in bad] == [f"0/pic v1.{i}.jpg" for i in range(3)]
     for item in bad:
-        with pytest.raises(Unusable, match=r"its name has dots: .* this is the file [012]\.jpg of pic v1; rename it"):
+        with pytest.raises(Unusable, match="its name has dots: a sample's name ends at the first; rename it"):
             item.read()
     assert first.read() == second.read() == b"good"
 

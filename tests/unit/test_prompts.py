@@ -116,7 +116,8 @@ ONE = {"id": 1, "image_id": 0, "caption": "a"}
     ({"annotations": [ONE, ONE]}, "has 1 caption ids that are given twice, such as 1"),
     ({"images": [{"id": 0, "file_name": "a"}, {"id": 0, "file_name": "b"}]}, "has 1 image ids that are given twice, such as 0"),
     ({"annotations": [ONE, {**ONE, "id": 2, "image_id": 99}]}, "has 1 captions of images that it does not list, by image id, such as 99"),
-    ({"annotations": [ONE, {**ONE, "id": 2, "caption": "half \ud83d"}]}, "has 1 captions that are not Unicode, by caption id, such as 2"),
+    ({"annotations": [ONE, {**ONE, "id": 2, "caption": "half \ud83d"}]}, "has 1 captions that are not Unicode text, by caption id, such as 2"),
+    ({"annotations": [ONE, {**ONE, "id": 2, "caption": None}]}, "has 1 captions that are not Unicode text, by caption id, such as 2"),
     ({"annotations": [{"id": 1, "image_id": 0, "bbox": []}]}, "is not COCO captions .*; give a file such as captions_val2014"),
     ({"annotations": None}, "is not COCO captions"),
 ])
@@ -229,6 +230,7 @@ def test_a_list_that_was_altered(captions: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("rows", "message"), [
     ([], "x.json: it holds no prompts"),
     ([{"caption": "a", "file_name": "b"}, {"caption": " ", "file_name": "b"}], "x.json: row 2 is empty"),
+    ([{"caption": "half \ud83d", "file_name": "b"}], "x.json: row 1 is not Unicode"),
     ([{"caption": "a"}], "has rows that are no prompts .*file_name"),
     (["a"], "has rows that are no prompts"),
     ([{"caption": 1, "file_name": "b"}], "has rows that are no prompts"),
