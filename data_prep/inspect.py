@@ -69,7 +69,8 @@ def _captions(info: DatasetInfo, manifest: dict[str, Any]) -> str:
     if info.captions is None:
         return f"{said}, not encoded"
     c = info.captions
-    return f"{said}, up to {c.tokens} tokens of {c.width}, and one vector of {c.pooled_width}, a caption"
+    cut = f"; {manifest['captions_cut']:,} were longer, and are cut" if manifest.get("captions_cut") else ""
+    return f"{said}, up to {c.tokens} tokens of {c.width}, and one vector of {c.pooled_width}, a caption{cut}"
 
 
 def _class_names(manifest: dict[str, Any]) -> str:

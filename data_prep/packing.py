@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -35,7 +35,7 @@ from largescale.data.format import CaptionInfo, DatasetInfo
 from largescale.data.parts import Parts
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import Shard, write_empty_caption, write_manifest
-from largescale.encoders.text import TextEncoder, load_text_encoder
+from largescale.encoders.text import EncodedCaption, TextEncoder, load_text_encoder
 from largescale.encoders.vae import Vae, load_vae
 from largescale.errors import ConfigError, DataError, DeviceError, LargescaleError, Stopped
 from largescale.files import is_unicode, write_atomically
@@ -206,9 +206,10 @@ class Packer:
             batches = self.batches(_ahead(decoders, self.decode, chunk, 2 * self.options.batch_size), skipped, bar)
             for rows in _ahead(encoder, self.encode, batches, batches_ahead):
                 bar.update(len(rows))
-                for row in rows:
+                for row, cut in rows:
                     shard.add(**row)
                     record["captions"] += len(row.get("captions", ()))
+                    record["captions_cut"] = record.get("captions_cut", 0) + cut
             if len(shard):
                 number = len(record["shards"])          # only tar files have more than one
                 name = f"shard_{part:05d}" + (f"_{number}" if number else "") + ".arrow"
@@ -252,8 +253,8 @@ class Packer:
         if batch:
             yield batch
 
-    def encode(self, batch: list[tuple[Item, Image]]) -> list[dict[str, Any]]:
-        """The rows of a batch, as `Shard.add` takes them."""
+    def encode(self, batch: list[tuple[Item, Image]]) -> list[tuple[dict[str, Any], int]]:
+        """The rows of a batch, as `Shard.add` takes them, each with the number of its captions that are cut."""
         pixels = np.stack([image for _, image in batch])
         columns: dict[str, Iterable[Any]] = {"latent": pixels}
         if self.vae:
@@ -264,13 +265,22 @@ class Packer:
                 columns["latent_mirror"] = self.vae.encode(x.flip(-1)).cpu().numpy()
         if self.source.captioned:
             columns["captions"] = [list(item.captions) for item, _ in batch]
+        cut = [0] * len(batch)
         if self.text:
             of_all = iter(self.text([caption for item, _ in batch for caption in item.captions]))
             encoded = [list(islice(of_all, len(item.captions))) for item, _ in batch]
+            cut = [self._cut(item.captions, of_item) for (item, _), of_item in zip(batch, encoded, strict=True)]
             columns["caption_tokens"] = [[caption.tokens for caption in captions] for captions in encoded]
             columns["caption_pooled"] = [[caption.pooled for caption in captions] for captions in encoded]
         values = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        return [{"id": item.id, "label": item.label, **row} for (item, _), row in zip(batch, values, strict=True)]
+        rows = [{"id": item.id, "label": item.label, **row} for (item, _), row in zip(batch, values, strict=True)]
+        return list(zip(rows, cut, strict=True))
+
+    def _cut(self, captions: Sequence[str], encoded: Sequence[EncodedCaption]) -> int:
+        """How many of an image's captions are longer than what is kept; only those that fill it are looked at again."""
+        assert self.text
+        full = [text for text, e in zip(captions, encoded, strict=True) if len(e.tokens) == self.text.max_tokens]
+        return len(self.text.cut(full))
 
     def finish(self) -> None:
         """Rank 0, once every part is done: the manifest, and what only packing needed goes."""
@@ -290,6 +300,7 @@ class Packer:
         write_manifest(
             out, self.info, columns, shards, empty, job=self.parts.job,
             class_names=list(self.source.class_names), captions=sum(record["captions"] for record in records),
+            captions_cut=sum(record.get("captions_cut", 0) for record in records),
             skipped={"count": len(skipped), "reasons": dict(Counter(reason for _, reason in skipped).most_common(20))},
             made_with={"vae": _resolved(self.options.vae), "text_encoder": self._text_encoder()},
         )
@@ -306,6 +317,8 @@ class Packer:
         manifest = data.manifest
         size = sum(shard["bytes"] for shard in manifest["shards"])
         captions = f", {manifest['captions']:,} captions" if manifest["captions"] else ""
+        if (cut := manifest.get("captions_cut")) and data.info.captions:
+            captions += f", of which {cut:,} are cut at {data.info.captions.tokens} tokens"
         left_out = manifest["skipped"]["count"]
         listed = f", see {data.path / 'skipped.jsonl'}" if left_out else ""
         return (f"{data.path}: {len(data):,} images{captions}, {size / 1e6:.1f} MB ({size / len(data):,.0f} bytes an "

@@ -1,5 +1,6 @@
 """What each sample is told: classes, captions of a packed data set, prompts, or nothing; found when it is asked for."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from largescale.draws import stream_seed
 from largescale.encoders.text import EncodedCaption, TextEncoder, load_text_encoder
 from largescale.errors import ConfigError
 from largescale.files import is_unicode
+from largescale.launch import env_rank, printable
 from largescale.models.conditioning import Condition
 from largescale.weights import Trained
 
@@ -241,7 +243,12 @@ class OfPrompts(Conditions):
         self._prompts, self._encodings, self._model = prompts, encodings, model
 
     def prepare(self) -> None:
-        _ = self._encodings.encoder
+        """Load the encoder; rank 0 names prompts that it cuts, as two that begin alike would be drawn as one."""
+        encoder = self._encodings.encoder
+        if env_rank() == 0 and (cut := encoder.cut(self._prompts)):
+            some = "".join(f"\n  {printable(text[:100])}" for text in cut[:20]) + "\n  ..." * (len(cut) > 20)
+            print(f"{len(cut):,} of {len(self._prompts):,} prompts are cut, as they are longer than "
+                  f"{encoder.max_tokens} tokens:{some}", file=sys.stderr, flush=True)
 
     def of(self, index: Sequence[int]) -> Condition:
         m, each = self._model, self._encodings(self.texts(index))

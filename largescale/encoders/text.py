@@ -22,7 +22,10 @@ BATCH = 256  # captions in one forward pass
 Encode = Callable[[list[str]], tuple[Tensor, Tensor, Tensor]]
 """B captions -> tokens (B, T, width), pooled (B, pooled_width), real tokens of each (B,) int64"""
 
-Loaded = tuple[str, Any, int | None, Callable[[int, torch.device], Encode]]
+Count = Callable[[list[str], int], list[int]]
+"""captions, limit -> tokens of each, its start and end included, as far as the limit"""
+
+Loaded = tuple[str, Any, int | None, Callable[[int, torch.device], Encode], Count]
 """name without a path, model in float32 on the CPU, most tokens it takes, (max_tokens, the model's device) -> Encode"""
 
 
@@ -38,6 +41,7 @@ class TextEncoder:
     width: int
     pooled_width: int
     encode: Encode = field(repr=False)
+    count: Count = field(repr=False)
     # tokenizers, and what catches open_clip's hidden states, serve one thread at a time
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
@@ -54,6 +58,12 @@ class TextEncoder:
                                     f"{captions[len(encoded)]!r}; try computing in bfloat16 or float32")
                 encoded.append(EncodedCaption(t[:n].numpy().copy(), p.numpy().copy()))
         return encoded
+
+    def cut(self, captions: Sequence[str]) -> list[str]:
+        """Those that are longer than max_tokens."""
+        with self.lock:
+            counts = self.count(list(captions), self.max_tokens + 1) if captions else []
+        return [caption for caption, n in zip(captions, counts, strict=True) if n > self.max_tokens]
 
 
 def load_text_encoder(
@@ -72,7 +82,7 @@ def load_text_encoder(
     if scheme not in loaders or not source:
         raise DataError(f"a text encoder is open_clip:MODEL/WEIGHTS or hf:NAME_OR_DIR, not {spec!r}; "
                         "try open_clip:ViT-L-14/openai")
-    name, model, limit, bind = loaders[scheme](source)
+    name, model, limit, bind, count = loaders[scheme](source)
     kept = limit if max_tokens is None else max_tokens
     if kept is None:
         raise DataError(f"{spec} says nowhere how many tokens it takes; give a maximum, e.g. 128")
@@ -82,9 +92,16 @@ def load_text_encoder(
     with silence():
         model.eval().requires_grad_(False).to(device, dtype)
     encode = bind(kept, device)
-    with torch.inference_mode():
-        tokens, pooled, _ = encode([""])
-    return TextEncoder(identity, kept, tokens.shape[-1], pooled.shape[-1], encode)
+    try:
+        with torch.inference_mode():
+            tokens, pooled, _ = encode([""])
+            encode(["a " * kept])                       # or a long caption would be the first to find out
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+    except (IndexError, RuntimeError) as error:
+        raise DataError(f"{spec} cannot encode a text of {kept} tokens ({error}); give a smaller --max-tokens") \
+            from error
+    return TextEncoder(identity, kept, tokens.shape[-1], pooled.shape[-1], encode, count)
 
 
 def _load_open_clip(source: str) -> Loaded:
@@ -116,10 +133,14 @@ def _load_open_clip(source: str) -> Loaded:
 
         return encode
 
+    def count(captions: list[str], limit: int) -> list[int]:
+        counts: list[int] = (tokenizer(captions, context_length=limit).argmax(dim=1) + 1).tolist()
+        return counts
+
     shown = type(model).__name__ if weights is None else name.removesuffix("-quickgelu")
     if any(type(m).__name__ == "QuickGELU" for m in tower.modules()):
         shown += "-quickgelu"   # part of what the numbers depend on, and not of the weights
-    return shown, model, tower.context_length, bind
+    return shown, model, tower.context_length, bind, count
 
 
 def open_clip_weights(open_clip: Any, source: str) -> tuple[str, str, bool]:
@@ -155,8 +176,7 @@ def _load_hf(source: str) -> Loaded:
         model, missing = _hf_model(transformers, source)
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source, padding_side="right", truncation_side="right", trust_remote_code=False)
-        limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None),
-                  _sentence_limit(transformers, source)]
+        limits = [tokenizer.model_max_length, _positions(model), _sentence_limit(transformers, source)]
     if missing:
         advice = "give the whole CLIP" if missing == ["text_projection.weight"] else "fetch the folder anew"
         raise DataError(f"hf:{source} lacks {len(missing)} weights of a {type(model).__name__}, the first is "
@@ -181,8 +201,11 @@ def _load_hf(source: str) -> Loaded:
 
         return encode
 
+    def count(captions: list[str], limit: int) -> list[int]:
+        return [len(ids) for ids in tokenizer(captions, truncation=True, max_length=limit)["input_ids"]]
+
     limit = min((n for n in limits if n and 0 < n < 10**6), default=None)       # "none" is 10^30 in tokenizers
-    return type(model).__name__, model, limit, bind
+    return type(model).__name__, model, limit, bind, count
 
 
 def _hf_model(transformers: Any, source: str) -> tuple[Any, list[str]]:
@@ -204,6 +227,14 @@ def _hf_model(transformers: Any, source: str) -> tuple[Any, list[str]]:
     if hasattr(model, "pooler"):
         model.pooler = None     # not used; some folders lack it, and random weights would give an identity at random
     return model, sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+
+
+def _positions(model: Any) -> int | None:
+    """How many tokens have a position; RoBERTa's kind counts them from behind the padding's."""
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    paddings = [module.padding_idx for name, module in model.named_modules()
+                if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding)]
+    return positions - paddings[0] - 1 if positions and paddings and paddings[0] is not None else positions
 
 
 def _sentence_limit(transformers: Any, source: str) -> int | None:

@@ -280,6 +280,13 @@ def test_max_tokens(spec: str) -> None:
             load_text_encoder(spec, CPU, max_tokens=wrong)
 
 
+def test_captions_that_are_cut_are_told_from_those_that_just_fit(spec: str) -> None:
+    encoder = load_text_encoder(spec, CPU, max_tokens=5)
+    captions = ["the cat on", "the cat on the", "", "the cat on the mat"]
+    assert [len(x.tokens) for x in encoder(captions)] == [5, 5, 2, 5]
+    assert encoder.cut(captions) == captions[1::2] and encoder.cut([]) == []
+
+
 def test_half_precision_computes_nearly_the_same(spec: str) -> None:
     full, half = (load_text_encoder(spec, CPU, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert half.identity == full.identity
@@ -315,6 +322,25 @@ def test_limit_of_sentence_transformers_and_none_at_all(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="says nowhere how many tokens it takes"):
         load_text_encoder(f"hf:{tmp_path}/t5", CPU)
     assert load_text_encoder(f"hf:{tmp_path}/t5", CPU, max_tokens=40).max_tokens == 40
+
+
+def test_positions_that_begin_behind_the_padding(tmp_path: Path) -> None:
+    """RoBERTa's: of 34, two are never there."""
+    torch.manual_seed(0)
+    transformers.RobertaModel(transformers.RobertaConfig(
+        vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=34, pad_token_id=1, type_vocab_size=1)).save_pretrained(tmp_path)
+    save_words(tmp_path, "bert", limit=10**30)
+    encoder = load_text_encoder(f"hf:{tmp_path}", CPU)
+    assert encoder.max_tokens == 32 and [len(x.tokens) for x in encoder(["a " * 100, "a"])] == [32, 3]
+
+
+def test_a_full_text_is_tried_at_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bert().save_pretrained(tmp_path)
+    save_words(tmp_path, "bert", limit=10**30)
+    monkeypatch.setattr("largescale.encoders.text._positions", lambda model: 33)    # one too many
+    with pytest.raises(DataError, match=r"cannot encode a text of 33 tokens .*; give a smaller --max-tokens"):
+        load_text_encoder(f"hf:{tmp_path}", CPU)
 
 
 def test_weights_without_the_unused_pooler_have_one_identity(tmp_path: Path) -> None:

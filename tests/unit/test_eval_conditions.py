@@ -60,7 +60,10 @@ class Counted:
 
     def load(self) -> TextEncoder:
         self.loads += 1
-        return TextEncoder(ENCODER, TOKENS, WIDTH, POOLED, self.encode)
+        return TextEncoder(ENCODER, TOKENS, WIDTH, POOLED, self.encode, self.count)
+
+    def count(self, captions: list[str], limit: int) -> list[int]:
+        return [min(len(caption.split()), limit) for caption in captions]
 
     @property
     def encoded(self) -> Counter[str]:
@@ -246,6 +249,19 @@ def test_each_prompt_is_encoded_once_and_when_it_is_asked_for(counted: Counted) 
     for first in range(0, 50_000, 250):
         conditions.of(range(first, first + 250))
     assert counted.loads == 1 and counted.encoded == Counter(prompts)
+
+
+def test_prompts_that_are_cut_are_named(counted: Counted, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that begin alike would be drawn as one, and judged as two."""
+    prompts = ["a b c d e", "a b c d e one", "a b c d e\x1b two"]
+    made(text_model(), prompts=prompts, text_encoder="fake:spec").prepare()
+    assert capsys.readouterr().err == ("2 of 3 prompts are cut, as they are longer than 5 tokens:\n  a b c d e one\n"
+                                       "  a b c d e\\x1b two\n")
+    monkeypatch.setenv("RANK", "1")
+    made(text_model(), prompts=prompts, text_encoder="fake:spec").prepare()
+    monkeypatch.delenv("RANK")
+    made(text_model(), prompts=prompts[:1], text_encoder="fake:spec").prepare()
+    assert capsys.readouterr().err == ""
 
 
 def test_prepare_loads_once_and_encodes_nothing(counted: Counted) -> None:

@@ -21,9 +21,11 @@ import torch
 from PIL import Image
 
 from data_prep import folder, imagenet, packing, webdataset
+from data_prep import inspect as data_inspect
 from data_prep.images import decode
 from data_prep.sources import Item
 from largescale.data.shards import ShardDataset
+from largescale.encoders.text import TextEncoder
 from largescale.errors import DataError, Stopped
 from tests.ranks import ROOT
 
@@ -492,6 +494,29 @@ def test_one_bad_sample_costs_one_line(tmp_path: Path) -> None:
     assert ShardDataset(tmp_path / "out", verify=True).texts(np.arange(1)) == [["fine"]]
     assert [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()] == [
         {"id": "0/b", "reason": r"its caption is not Unicode: so happy \ud83d"}, {"id": f"0/{odd}", "reason": "its name is not UTF-8"}]
+
+
+def test_captions_that_are_cut_are_counted(tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    """A token a word: of "picture 3 of 1" four. None is cut where all just fit."""
+    def load(spec: str, device: Any, dtype: Any, limit: int) -> TextEncoder:
+        def encode(captions: list[str]) -> tuple[torch.Tensor, ...]:
+            lengths = count(captions, limit)
+            return torch.zeros(len(captions), max(lengths), 2), torch.zeros(len(captions), 3), torch.tensor(lengths)
+
+        def count(captions: list[str], limit: int) -> list[int]:
+            return [max(1, min(len(caption.split()), limit)) for caption in captions]
+
+        return TextEncoder("fake", limit, 2, 3, encode, count)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(packing, "load_text_encoder", load)
+    for limit, cut in (3, 43), (4, 0):
+        out = tmp_path / str(limit)
+        assert pack(tars, out, "--text-encoder", "fake", "--max-tokens", limit, program="webdataset") == 0
+        assert ShardDataset(out).manifest["captions_cut"] == cut
+        assert (", 43 captions, of which 43 are cut at 3 tokens," in capsys.readouterr().out) == (cut > 0)
+        assert data_inspect.main([str(out)]) == 0
+        assert ("a caption; 43 were longer, and are cut" in capsys.readouterr().out) == (cut > 0)
 
 
 def test_captions_need_an_encoder_or_a_word(tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
