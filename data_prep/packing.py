@@ -16,9 +16,9 @@ import re
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -43,6 +43,7 @@ from largescale.half import check_on_cpu
 from largescale.launch import env_local_rank, env_rank, env_world_size, print_error, printable
 from largescale.signals import serve_stop_signals, stop_requested
 
+PLACES = {"info.name", *(f"source.{key}" for key in ("images", "captions", "labels", "classes", "files", "shards"))}
 MOST_HELD = 2**30                                       # bytes of image files that wait in memory to be decoded
 A = TypeVar("A")
 B = TypeVar("B")
@@ -136,7 +137,7 @@ class Packer:
         if self.vae or self.text:
             job |= {"precision": self.precision, "device": device.type, "batch_size": options.batch_size}
         parts = self.source.parts(options.rows_per_shard)
-        self.parts = Parts(options.out, job, parts, self.rank, self.world_size)
+        self.parts = Parts(options.out, job, parts, self.rank, self.world_size, _places)
 
     def _info(self) -> DatasetInfo:
         side, vae, text = self.options.resolution, self.vae, self.text
@@ -155,6 +156,7 @@ class Packer:
         try:
             if not self.parts.claim():
                 return self.summary("already packed; to pack it anew, delete the folder first")
+            self.info = replace(self.info, name=self.parts.job["info"]["name"])   # as it was begun
             new = self.pack()
             if self.rank == 0:
                 self.finish()
@@ -323,6 +325,12 @@ class Packer:
         listed = f", see {data.path / 'skipped.jsonl'}" if left_out else ""
         return (f"{data.path}: {len(data):,} images{captions}, {size / 1e6:.1f} MB ({size / len(data):,.0f} bytes an "
                 f"image); {done}; {left_out} left out{listed}")
+
+
+def _places(found: Mapping[str, Any], ours: Mapping[str, Any]) -> set[str]:
+    """Names and places of folders are not what the data are: lists, sizes and hashes are. A job that was begun before
+    sizes were noted is still told by its places."""
+    return {"source.sizes"} if "source.sizes" in ours.keys() - found.keys() else PLACES
 
 
 def announcement(source: Source) -> str:

@@ -87,7 +87,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']}; this version reads {FORMAT}")
         manifest["info"] = DatasetInfo(**manifest["info"])
-        if manifest["fingerprint"] != fingerprint(manifest["info"], manifest["shards"], manifest.get("empty_caption")):
+        content = manifest["info"], manifest["shards"], manifest.get("empty_caption")
+        if manifest["fingerprint"] not in (fingerprint(*content), fingerprint(*content, named=True)):
             raise ValueError("its fingerprint is not that of its content")
     except (LookupError, TypeError, ValueError) as error:
         raise DataError(f"{path / MANIFEST} cannot be used ({error!r}); "
@@ -95,10 +96,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def fingerprint(info: DatasetInfo, shards: list[dict[str, Any]], empty_caption: dict[str, Any] | None) -> str:
-    """The same content in the same shards has the same."""
+def fingerprint(info: DatasetInfo, shards: list[dict[str, Any]], empty_caption: dict[str, Any] | None,
+                named: bool = False) -> str:
+    """The same content in the same shards has the same, whatever its name, which may be that of a folder. `named`: as
+    it was once made, from the name too; a set that has such a one keeps it."""
     files = [*shards, *([empty_caption] if empty_caption else [])]
-    content = [info.plain(), [file["content_sha256"] for file in files]]
+    plain = {key: value for key, value in info.plain().items() if named or key != "name"}
+    content = [plain, [file["content_sha256"] for file in files]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 import uuid
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -23,22 +24,53 @@ from largescale.config import flatten
 from largescale.data.format import MANIFEST, read_manifest
 from largescale.data.shards import ShardDataset
 from largescale.errors import DataError, Stopped
-from largescale.files import exclusive, write_atomically
+from largescale.files import exclusive, from_json, write_atomically
 from largescale.signals import stop_requested
 
 JOB = "packing/job.json"
+Flat = Mapping[str, Any]                                # a job by dotted keys
 _GONE_S = 300.0                                         # without a new part, before rank 0 looks who still works
 
 
 class Parts:
-    """Part p is rank p % world_size's."""
+    """Part p is rank p % world_size's.
 
-    def __init__(self, out: Path, job: dict[str, Any], parts: int, rank: int, world_size: int) -> None:
+    places: of the flat keys of a job found here and of this one, those that do not tell the two apart. What was begun
+    as the same job goes on as that, and `job` is that one.
+    """
+
+    def __init__(self, out: Path, job: dict[str, Any], parts: int, rank: int, world_size: int,
+                 places: Callable[[Flat, Flat], Collection[str]] = lambda found, ours: ()) -> None:
         self.out, self.parts, self.rank, self.world_size = out, parts, rank, world_size
         self.job: dict[str, Any] = json.loads(json.dumps(job))
-        self._digest = hashlib.sha256(json.dumps(self.job, sort_keys=True).encode()).hexdigest()
         self.folder = out / "packing"
+        self._places = places
         self._lock: IO[str] | None = None
+        self._is_this_job()
+
+    @property
+    def _digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.job, sort_keys=True).encode()).hexdigest()
+
+    def _begun(self) -> dict[str, Any]:
+        """The job that is done here, or begun. Raises DataError or OSError where there is none."""
+        if self.finished:
+            manifest = read_manifest(self.out)
+            return manifest.get("job") or {"info": manifest["info"].plain()}
+        try:
+            return dict(from_json((self.out / JOB).read_text()))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{self.out / JOB} cannot be used ({error}); delete {self.out}, and run again") from error
+
+    def _differences(self, found: dict[str, Any]) -> list[str]:
+        """What differs between this job and that; where nothing does, this one becomes that."""
+        theirs, ours = dict(flatten(found)), dict(flatten(self.job))
+        places = self._places(theirs, ours)
+        differ = [f"{key}: {theirs.get(key)} there, {ours.get(key)} here" for key in theirs | ours
+                  if theirs.get(key) != ours.get(key) and key not in places]
+        if not differ:
+            self.job = found
+        return differ
 
     @property
     def mine(self) -> range:
@@ -49,16 +81,14 @@ class Parts:
         try:
             return self._claim()
         except (DataError, FileNotFoundError):
-            if self.finished and read_manifest(self.out).get("job") == self.job and _is_whole(self.out):
+            if self.finished and self._is_this_job() and _is_whole(self.out):
                 return False                            # rank 0 has finished while this late rank was looking
             raise
 
     def _is_this_job(self) -> bool:
         """Whether what lies here is this job's, done or begun."""
-        with suppress(DataError, OSError, ValueError):
-            if self.finished:
-                return bool(read_manifest(self.out).get("job") == self.job)
-            return bool(json.loads((self.out / JOB).read_text()) == self.job)
+        with suppress(DataError, OSError):
+            return not self._differences(self._begun())
         return False
 
     def make_room(self) -> None:
@@ -95,7 +125,7 @@ class Parts:
     def _claim(self) -> bool:
         job_file = self.out / JOB
         if self.finished:
-            self._compare(read_manifest(self.out))
+            self._compare(self._begun())
             if not _is_whole(self.out):
                 raise DataError(f"{self.out} lacks a shard, or has one of another size; restore it, or to pack it "
                                 f"anew, delete {self.out} first")
@@ -107,7 +137,7 @@ class Parts:
                             "--out, or delete the folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         _create(job_file, json.dumps(self.job, indent=1))
-        self._compare({"job": json.loads(job_file.read_text())})  # another rank's may have been first
+        self._compare(self._begun())                    # another rank's may have been first
         self._lock = exclusive(self.folder / f"rank_{self.rank}.lock")
         if self._lock is None:
             raise DataError(f"another process packs into {self.out} as the same rank; wait for it or stop it (a "
@@ -117,9 +147,7 @@ class Parts:
         return True
 
     def _compare(self, found: dict[str, Any]) -> None:
-        theirs, ours = (dict(flatten(job)) for job in (found.get("job") or {"info": found["info"].plain()}, self.job))
-        if differ := [f"{key}: {theirs.get(key)} there, {ours.get(key)} here"
-                      for key in theirs | ours if theirs.get(key) != ours.get(key)]:
+        if differ := self._differences(found):
             raise DataError(f"{self.out} holds another data set, or a part of one; give another --out, or delete the "
                             "folder. What differs:\n  " + "\n  ".join(differ))
 
@@ -127,8 +155,8 @@ class Parts:
         """What is done of a part: nothing, where a shard is not as it was written."""
         nothing: dict[str, Any] = {"done": False, "items": 0, "captions": 0, "columns": [], "shards": [], "skipped": []}
         try:
-            record: dict[str, Any] = json.loads(self._path(part).read_text())
-        except FileNotFoundError:
+            record: dict[str, Any] = from_json(self._path(part).read_text())
+        except (FileNotFoundError, ValueError):
             return nothing
         if record.get("job", self._digest) != self._digest:
             return nothing                              # by a process that had not noticed that its job was replaced

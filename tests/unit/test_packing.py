@@ -24,6 +24,7 @@ from data_prep import folder, imagenet, packing, webdataset
 from data_prep import inspect as data_inspect
 from data_prep.images import decode
 from data_prep.sources import Item
+from largescale.data.format import fingerprint
 from largescale.data.shards import ShardDataset
 from largescale.encoders.text import TextEncoder
 from largescale.errors import DataError, Stopped
@@ -320,12 +321,49 @@ def test_a_folder_of_shards_of_unknown_origin(images: Path, truth: Path, tmp_pat
     assert "holds shard_00002.arrow, and nothing that says of which data set" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_folder_that_moved_is_the_same_data_set(images: Path, truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  finished: bool) -> None:
+    """Another $SLURM_TMPDIR; of two ranks, each may have its own. What was begun keeps its name."""
+    mine = shutil.copytree(images, tmp_path / "a" / "elsewhere")
+    with monkeypatch.context() as patch:
+        if not finished:
+            patch.setattr(packing.Packer, "finish", interrupted)
+        assert pack(mine, tmp_path / "out") == (0 if finished else 75)
+    before = {name: stat for name, stat in tree(tmp_path / "out").items() if name.endswith(".arrow")}
+    assert pack(images, tmp_path / "out") == 0
+    data, other = ShardDataset(tmp_path / "out", verify=True), ShardDataset(truth)
+    assert before.items() <= tree(tmp_path / "out").items() and len(before) == 4
+    assert data.info.name == "folder-elsewhere" != other.info.name and data.fingerprint == other.fingerprint
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, root in (1, mine), (0, images):
+        monkeypatch.setenv("RANK", str(rank))
+        assert pack(root, tmp_path / "two") == 0
+    assert ShardDataset(tmp_path / "two", verify=True).fingerprint == other.fingerprint
+
+
+def test_sets_of_older_versions_keep_their_fingerprint_and_go_on(images: Path, truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
+    """The name took part in the fingerprint, and sizes in no job: the place told folders apart."""
+    out = shutil.copytree(truth, tmp_path / "out")
+    manifest = json.loads((out / "manifest.json").read_text())
+    old = fingerprint(ShardDataset(truth).info, manifest["shards"], None, named=True)
+    assert old != manifest["fingerprint"]
+    del manifest["job"]["source"]["sizes"]
+    (out / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": old}))
+    assert pack(images, out) == 0 and ShardDataset(out).fingerprint == old
+    assert pack(shutil.copytree(images, tmp_path / "b" / images.name), out) == 2
+    assert "source.images: " in capsys.readouterr().err
+
+
 def test_another_folder_of_images_is_another_data_set(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also one in which the files have the same names; and one that got another image."""
     mine = shutil.copytree(images, tmp_path / "a" / images.name)
     pack(mine, tmp_path / "out")
-    assert pack(images, tmp_path / "out") == 2
-    assert f"source.images: {mine} there, {images} here" in capsys.readouterr().err
+    other = shutil.copytree(images, tmp_path / "b" / images.name)
+    (other / "003.png").write_bytes(picture(100))
+    assert pack(other, tmp_path / "out") == 2
+    assert "What differs:\n  source.sizes: " in capsys.readouterr().err
     (mine / "100.png").write_bytes(picture(100))
     assert pack(mine, tmp_path / "out") == 2
     assert "source.images_listed: 37 there, 38 here" in capsys.readouterr().err
