@@ -17,6 +17,7 @@ import numpy.typing as npt
 from largescale.errors import DataError
 
 Array = npt.NDArray[Any]
+MOST_BYTES = 2**30                                      # of an array that is a hundredth of it when compressed
 
 
 def names(path: Path) -> set[str]:
@@ -29,6 +30,11 @@ def names(path: Path) -> set[str]:
 
 
 def load(archive: zipfile.ZipFile, name: str) -> Array:
+    """Raises ValueError for what a small file makes huge; images compress threefold at best."""
+    info = archive.getinfo(name)
+    if info.file_size > MOST_BYTES and info.file_size > 100 * info.compress_size:
+        raise ValueError(f"{name} expands from {info.compress_size:,} bytes to {info.file_size:,}, more than "
+                         f"{MOST_BYTES:,}")
     return np.lib.format.read_array(io.BytesIO(archive.read(name)), allow_pickle=False)
 
 

@@ -322,6 +322,18 @@ def test_bad_npz(tmp_path: Path) -> None:
             open_images(tmp_path / f"{name}.npz")
 
 
+def test_an_npz_that_expands_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images compress threefold at best, zeros a thousandfold."""
+    zeros = npz(tmp_path / "zeros.npz", np.zeros((10, 64, 64, 3), np.uint8), save=np.savez_compressed)
+    random = np.random.default_rng(0).integers(0, 256, (10, 64, 64, 3), np.uint8)
+    noise = npz(tmp_path / "noise.npz", random, save=np.savez_compressed)
+    assert len(open_images(zeros)) == 10
+    monkeypatch.setattr("eval.npz.MOST_BYTES", 100_000)
+    with pytest.raises(DataError, match=r"zeros\.npz cannot be used \(arr_0\.npy expands from [0-9,]+ bytes to 123,008, more than 100,000\)"):
+        open_images(zeros)
+    assert len(open_images(noise)) == 10
+
+
 def test_a_damaged_npz_is_found(tmp_path: Path) -> None:
     path = npz(tmp_path / "a.npz", PIXELS)
     alter(path, path.stat().st_size // 2)
