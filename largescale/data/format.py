@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from largescale.errors import DataError
+from largescale.files import from_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -81,19 +82,41 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if (path / "packing").is_dir():
             raise DataError(f"{path} is not packed to the end; run the command that packed it again, and it goes on")
         what = f"has no {MANIFEST}, so its packing did not finish" if path.is_dir() else "does not exist"
+        if path.is_dir() and not any(path.glob("shard_*")):
+            what = f"was never packed: it has no {MANIFEST} and no shards"
         raise DataError(f"{path} {what}; correct the path (of training: --data.path), or {REMEDY.format(path)}")
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        manifest: dict[str, Any] = from_json((path / MANIFEST).read_bytes())
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']}; this version reads {FORMAT}")
         manifest["info"] = DatasetInfo(**manifest["info"])
+        _check(manifest)
         content = manifest["info"], manifest["shards"], manifest.get("empty_caption")
         if manifest["fingerprint"] not in (fingerprint(*content), fingerprint(*content, named=True)):
             raise ValueError("its fingerprint is not that of its content")
-    except (LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, PermissionError) as error:
         raise DataError(f"{path / MANIFEST} cannot be used ({error!r}); "
                         f"restore it, or delete the folder and {REMEDY.format(path)}") from error
     return manifest
+
+
+def _check(manifest: dict[str, Any]) -> None:
+    """Raises ValueError, LookupError or TypeError for values that no data set has."""
+    info: DatasetInfo = manifest["info"]
+    numbers = [("shape", side, 1, 2**20) for side in info.shape] + [("num_classes", info.num_classes, 0, 2**31)]
+    numbers += [(key, value, 1, 2**20) for key, value in asdict(info.captions).items()] if info.captions else []
+    for shard in manifest["shards"]:
+        numbers += [("rows", shard["rows"], 0, 2**40), ("bytes", shard["bytes"], 0, 2**50)]
+        numbers += [(key, shard[key], -(2**31), 2**31) for key in ("label_min", "label_max")]
+    for key, value, low, high in numbers:
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(f"{key}={str(value)[:40]} is not a whole number from {low} to {high}")
+    empty = manifest.get("empty_caption")
+    for name in (entry["file"] for entry in (*manifest["shards"], *([empty] if empty else []))):
+        if name != Path(name).name:
+            raise ValueError(f"{name} is not the name of a file")
+    if not isinstance(manifest["columns"], list):
+        raise TypeError(f"columns={manifest['columns']} is no list")
 
 
 def fingerprint(info: DatasetInfo, shards: list[dict[str, Any]], empty_caption: dict[str, Any] | None,

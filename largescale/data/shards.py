@@ -1,6 +1,5 @@
 """Random access to a packed data set (see format.py)."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from largescale.data.format import EMBEDDINGS, FORMAT, IMAGES, KINDS, METADATA_KEY, REMEDY, DatasetInfo, read_manifest
 from largescale.errors import DataError, StorageError
-from largescale.files import sha256
+from largescale.files import from_json, sha256
 from largescale.launch import env_rank
 
 Array = npt.NDArray[Any]
@@ -48,7 +47,7 @@ class ShardDataset:
     """Random access to a packed data set; shards are mapped when first asked for, and never read as a whole.
 
     The start reads the manifest and the files' sizes only; `verify` also hashes every file, or `part` of them so that
-    ranks can share the work, and compares its schema.
+    ranks can share the work, compares its schema, and checks that it is whole Arrow.
     Raises DataError for what is missing, cut short, altered (which `verify` finds), empty, or labelled out of range.
     """
 
@@ -79,8 +78,7 @@ class ShardDataset:
         for number, entry in tqdm(to_verify, "verify", unit="shard", delay=2, disable=env_rank() != 0):
             if sha256(self.path / entry["file"]) != entry["sha256"]:
                 raise self._damaged(entry, "was altered: its hash is not the manifest's")
-            if number is not None:
-                self._shard(number)
+            self._check(entry, self._read(entry) if number is None else self._shard(number).batch)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -125,8 +123,10 @@ class ShardDataset:
         if "captions" not in self.manifest["columns"]:
             raise DataError(f"{self.path} has no captions; {REMEDY.format('captioned images')}")
         shard_of = np.searchsorted(self._starts, indices, side="right") - 1
-        columns = {number: self._shard(number).batch.column("captions") for number in map(int, set(shard_of))}
-        return [columns[int(number)][int(index - self._starts[number])].as_py()
+        columns = {number: self._shard(number).batch.select(["captions"]) for number in map(int, set(shard_of))}
+        for number, column in columns.items():          # else offsets that are damaged would read foreign memory
+            self._check(self._shards[number], column)
+        return [columns[int(number)].column(0)[int(index - self._starts[number])].as_py()
                 for number, index in zip(shard_of, indices, strict=True)]
 
     @cached_property
@@ -157,7 +157,8 @@ class ShardDataset:
             # the views keep the mapping alive; the file is closed, as thousands of open ones would reach a limit
             with pa.memory_map(str(self.path / entry["file"])) as file:
                 batch = pa.ipc.open_file(file).get_batch(0)
-            found = json.loads(batch.schema.metadata[METADATA_KEY])
+            found = from_json(batch.schema.metadata[METADATA_KEY])
+            batch.validate()
         except (OSError, pa.ArrowInvalid, LookupError, TypeError, ValueError) as error:
             if isinstance(error, OSError) and error.errno:  # pyarrow calls bad content an OSError too, without a number
                 raise StorageError(f"{self.path / entry['file']} cannot be read at present: {error}") from error
@@ -166,7 +167,16 @@ class ShardDataset:
         expected = {"format": FORMAT, **self.info.plain(), **facts}
         if differ := [key for key in expected | found if expected.get(key) != found.get(key)]:
             raise self._damaged(entry, f"is of another data set than the manifest: {', '.join(differ)} differ")
+        if batch.num_rows != entry.get("rows", 1):
+            raise self._damaged(entry, f"holds {batch.num_rows:,} rows, not the manifest's {entry.get('rows', 1):,}")
         return batch
+
+    def _check(self, entry: Mapping[str, Any], batch: pa.RecordBatch) -> None:
+        """Raises DataError for offsets outside the file, and text that is none: what takes a look at every value."""
+        try:
+            batch.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise self._damaged(entry, f"is damaged ({error})") from error
 
     def _damaged(self, entry: Mapping[str, Any], what: str) -> DataError:
         return DataError(f"{self.path / entry['file']} {what}; restore the file, or {REMEDY.format(self.path)}")

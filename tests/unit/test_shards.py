@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from largescale.data.format import CaptionInfo, DatasetInfo
+from largescale.data.format import METADATA_KEY, CaptionInfo, DatasetInfo
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
 from largescale.errors import DataError
+from largescale.files import sha256
 
 INFO = DatasetInfo("toy", "latents", (2, 3, 4), num_classes=10, scale_factor=0.5, encoders={"vae": "toy-vae"})
 ROWS = 25
@@ -293,6 +294,20 @@ def test_an_edited_label_range_is_found_by_verify(tmp_path: Path) -> None:
     lambda manifest: manifest["info"].update(kind="jpegs"),
     lambda manifest: manifest["shards"].pop(),
     lambda manifest: manifest.pop("info"),
+    lambda manifest: manifest["shards"][1].update(rows=-100),
+    lambda manifest: manifest["shards"][1].update(rows=2**70),
+    lambda manifest: manifest["shards"][1].update(rows=10**4000),
+    lambda manifest: manifest["shards"][1].update(rows="10"),
+    lambda manifest: manifest["shards"][1].update(bytes=1.5),
+    lambda manifest: manifest["shards"][1].update(label_max=None),
+    lambda manifest: manifest["shards"][1].update(file="../x.arrow"),
+    lambda manifest: manifest["shards"].insert(0, "shard"),
+    lambda manifest: manifest.update(columns=3),
+    lambda manifest: manifest["info"].update(shape=[2, 0, 4]),
+    lambda manifest: manifest["info"].update(shape=[2, 3]),
+    lambda manifest: manifest["info"].update(num_classes=2**80),
+    lambda manifest: manifest["info"].update(captions=5),
+    lambda manifest: manifest["info"].update(captions={"tokens": -1, "width": 2, "pooled_width": 3}),
 ])
 def test_an_edited_manifest_is_refused(tmp_path: Path, edit: Any) -> None:
     edit_manifest(pack(tmp_path), edit)
@@ -303,6 +318,52 @@ def test_an_edited_manifest_is_refused(tmp_path: Path, edit: Any) -> None:
 def test_a_cut_manifest_is_refused(tmp_path: Path) -> None:
     os.truncate(pack(tmp_path) / "manifest.json", 100)
     with pytest.raises(DataError, match=r"manifest.json cannot be used"):
+        ShardDataset(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"format": ' + "[" * 200_000, "[1]", "null", "\udcff"])
+def test_a_manifest_that_is_none(tmp_path: Path, text: str) -> None:
+    (pack(tmp_path) / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(DataError, match=r"manifest.json cannot be used .*restore it"):
+        ShardDataset(tmp_path)
+
+
+def rewrite(out: Path, column: str, array: pa.Array, rows: int | None = None) -> None:
+    """Another column in a shard, with the manifest's hashes corrected."""
+    path = out / "shard_00000.arrow"
+    with pa.memory_map(str(path)) as file:
+        batch = pa.ipc.open_file(file).get_batch(0)
+    arrays = [array if name == column else batch.column(name) for name in batch.schema.names]
+    metadata = json.loads(batch.schema.metadata[METADATA_KEY]) | ({"rows": rows} if rows else {})
+    schema = batch.schema.with_metadata({METADATA_KEY: json.dumps(metadata)})
+    with pa.OSFile(str(path.with_suffix(".new")), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+    path.with_suffix(".new").replace(path)
+    edit_manifest(out, lambda m: m["shards"][0].update(bytes=path.stat().st_size, sha256=sha256(path), **({"rows": rows} if rows else {})))
+
+
+def test_a_shard_whose_hash_is_right_and_structure_wrong(tmp_path: Path) -> None:
+    """Offsets of captions far outside the file, text that is none, rows that are not there: no memory of others is read."""
+    offsets = np.arange(11, dtype=np.int32)
+    far = offsets.copy()
+    far[5] = 5_000_000
+    for name, at, content in ("offset", far, b"x" * 10), ("text", offsets, b"\xf6" * 10):
+        out = pack(tmp_path / name, rows=10, captions=["x"])
+        strings = pa.Array.from_buffers(pa.string(), 10, [None, pa.py_buffer(at), pa.py_buffer(content)])
+        rewrite(out, "captions", pa.ListArray.from_buffers(pa.list_(pa.string()), 10, [None, pa.py_buffer(offsets)], children=[strings]))
+        with pytest.raises(DataError, match=r"shard_00000.arrow is damaged .*restore the file"):
+            ShardDataset(out, verify=True)
+        with pytest.raises(DataError, match=r"shard_00000.arrow is damaged .*restore the file"):
+            ShardDataset(out).texts(np.array([9]))
+    out = pack(tmp_path / "rows", rows=10)
+    rewrite(out, "", pa.nulls(0), rows=10_000_000)
+    with pytest.raises(DataError, match=r"shard_00000.arrow holds 10 rows, not the manifest's 10,000,000"):
+        ShardDataset(out, verify=True)
+
+
+def test_a_folder_of_images_was_never_packed(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    with pytest.raises(DataError, match=r"was never packed: it has no manifest\.json and no shards; correct the path .*or pack"):
         ShardDataset(tmp_path)
 
 
