@@ -42,13 +42,15 @@ class Inspect:
 def describe(data: ShardDataset) -> list[str]:
     info, manifest = data.info, data.manifest
     size = sum(shard["bytes"] for shard in manifest["shards"])
+    made_with = {name.removesuffix("_encoder"): place for name, place in manifest.get("made_with", {}).items() if place}
     lines = [
         ("data set", f"{info.name}, fingerprint {data.fingerprint[:12]}"),
         ("images", f"{len(data):,} as {info.kind} {info.shape}{', with mirror images' * data.has_mirror}, "
                    f"x_start {info.x_shape}, scale factor {info.scale_factor:g}"),
         ("labels", f"{info.num_classes} classes{_class_names(manifest)}" if info.num_classes else "none"),
         ("captions", _captions(info, manifest)),
-        *((f"{name} encoder", identity) for name, identity in info.encoders.items()),
+        *((f"{name} encoder", ", from ".join([identity, *([made_with[name]] if name in made_with else [])]))
+          for name, identity in info.encoders.items()),
         ("on disk", f"{size / 1e6:,.1f} MB, shards: {len(manifest['shards'])}, {size / len(data):,.0f} bytes an image"),
     ]
     if "job" in manifest:

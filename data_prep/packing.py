@@ -21,7 +21,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -54,9 +54,9 @@ Image = npt.NDArray[np.uint8]                           # (3, R, R)
 class Packing:
     out: Path
     """Folder for the shards. Run again after an interruption, packing goes on there."""
-    vae: str | None = None
+    vae: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(required)")] = None
     """A VAE's folder or hub name (stabilityai/sd-vae-ft-ema), to store latents; none: pixels."""
-    text_encoder: str | None = None
+    text_encoder: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(required where there are captions)")] = None
     """Of captions: open_clip:ViT-L-14/openai, or hf: and a folder or hub name (hf:openai/clip-vit-large-patch14); none:
     the texts only."""
     max_tokens: int | None = None
@@ -321,10 +321,11 @@ class Packer:
         captions = f", {manifest['captions']:,} captions" if manifest["captions"] else ""
         if (cut := manifest.get("captions_cut")) and data.info.captions:
             captions += f", of which {cut:,} are cut at {data.info.captions.tokens} tokens"
+        encoders = "".join(f"; {name}: {identity}" for name, identity in data.info.encoders.items())
         left_out = manifest["skipped"]["count"]
         listed = f", see {data.path / 'skipped.jsonl'}" if left_out else ""
         return (f"{data.path}: {len(data):,} images{captions}, {size / 1e6:.1f} MB ({size / len(data):,.0f} bytes an "
-                f"image); {done}; {left_out} left out{listed}")
+                f"image){encoders}; {done}; {left_out} left out{listed}")
 
 
 def _places(found: Mapping[str, Any], ours: Mapping[str, Any]) -> set[str]:

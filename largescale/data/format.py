@@ -33,7 +33,8 @@ COLUMNS = {
     **{name: pa.list_(pa.large_list(pa.float16())) for name in EMBEDDINGS},
 }
 KINDS = {"pixels": np.uint8, "latents": np.float16, "moments": np.float16}
-REMEDY = "pack {} with the program of data_prep that makes it (the demo's: python -m data_prep.digits)"
+PROGRAMS = {"digits": "digits", "emoji": "emoji", "imagenet": "imagenet", "coco": "coco", "ffhq": "folder",
+            "cifar": "parquet"}                         # of data_prep, by what stands in a data set's name
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,14 @@ class DatasetInfo:
         return {key: value for key, value in tree.items() if value is not None}
 
 
+def remedy(what: object) -> str:
+    """How a data set comes to be: by the program that its name suggests, or one of them all."""
+    for name, program in PROGRAMS.items():
+        if name in Path(str(what)).name.lower():
+            return f"pack {what} with python -m data_prep.{program}"
+    return f"pack {what} with a program of data_prep: imagenet, coco, folder, parquet, webdataset"
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest, with `info` as DatasetInfo. Raises DataError where there is none or it cannot be used."""
     if not (path / MANIFEST).is_file():
@@ -84,7 +93,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         what = f"has no {MANIFEST}, so its packing did not finish" if path.is_dir() else "does not exist"
         if path.is_dir() and not any(path.glob("shard_*")):
             what = f"was never packed: it has no {MANIFEST} and no shards"
-        raise DataError(f"{path} {what}; correct the path (of training: --data.path), or {REMEDY.format(path)}")
+        raise DataError(f"{path} {what}; correct the path (of training: --data.path), or {remedy(path)}")
     try:
         manifest: dict[str, Any] = from_json((path / MANIFEST).read_bytes())
         if manifest["format"] != FORMAT:
@@ -96,7 +105,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError("its fingerprint is not that of its content")
     except (AttributeError, LookupError, TypeError, ValueError, PermissionError) as error:
         raise DataError(f"{path / MANIFEST} cannot be used ({error!r}); "
-                        f"restore it, or delete the folder and {REMEDY.format(path)}") from error
+                        f"restore it, or delete the folder and {remedy(path)}") from error
     return manifest
 
 

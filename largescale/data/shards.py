@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from tqdm import tqdm
 
-from largescale.data.format import EMBEDDINGS, FORMAT, IMAGES, KINDS, METADATA_KEY, REMEDY, DatasetInfo, read_manifest
+from largescale.data.format import EMBEDDINGS, FORMAT, IMAGES, KINDS, METADATA_KEY, DatasetInfo, read_manifest, remedy
 from largescale.errors import DataError, StorageError
 from largescale.files import from_json, sha256
 from largescale.launch import env_rank
@@ -61,9 +61,9 @@ class ShardDataset:
         self._starts = np.array([0, *accumulate(shard["rows"] for shard in self._shards)])
         self._mapped: dict[int, _Mapped] = {}
         if not len(self):
-            raise DataError(f"{self.path} holds no rows; {REMEDY.format(self.path)}")
+            raise DataError(f"{self.path} holds no rows; {remedy(self.path)}")
         if self.info.captions and "empty_caption" not in self.manifest:
-            raise DataError(f"{self.path} lacks the encoding of the empty caption; {REMEDY.format(self.path)}")
+            raise DataError(f"{self.path} lacks the encoding of the empty caption; {remedy(self.path)}")
         empty_caption = [self.manifest["empty_caption"]] if self.info.captions else []
         for entry in (*self._shards, *empty_caption):
             if not (file := self.path / entry["file"]).is_file():
@@ -121,7 +121,7 @@ class ShardDataset:
     def texts(self, indices: npt.NDArray[np.int64]) -> list[list[str]]:
         """All captions of each row. Raises DataError for a data set without."""
         if "captions" not in self.manifest["columns"]:
-            raise DataError(f"{self.path} has no captions; {REMEDY.format('captioned images')}")
+            raise DataError(f"{self.path} has no captions; {remedy('captioned images')}")
         shard_of = np.searchsorted(self._starts, indices, side="right") - 1
         columns = {number: self._shard(number).batch.select(["captions"]) for number in map(int, set(shard_of))}
         for number, column in columns.items():          # else offsets that are damaged would read foreign memory
@@ -179,7 +179,7 @@ class ShardDataset:
             raise self._damaged(entry, f"is damaged ({error})") from error
 
     def _damaged(self, entry: Mapping[str, Any], what: str) -> DataError:
-        return DataError(f"{self.path / entry['file']} {what}; restore the file, or {REMEDY.format(self.path)}")
+        return DataError(f"{self.path / entry['file']} {what}; restore the file, or {remedy(self.path)}")
 
 
 def check_flip(info: DatasetInfo, has_mirror: bool) -> None:

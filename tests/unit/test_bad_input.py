@@ -75,7 +75,7 @@ def test_missing_device_is_not_replaced(run_here: RunHere, monkeypatch: pytest.M
 
 def test_missing_data(run_here: RunHere, tmp_path: Path) -> None:
     outcome = run_here(data=tmp_path / "nowhere")
-    assert_refused(outcome, f"{tmp_path}/nowhere does not exist", f"pack {tmp_path}/nowhere with the program of data_prep")
+    assert_refused(outcome, f"{tmp_path}/nowhere does not exist", f"pack {tmp_path}/nowhere with a program of data_prep")
     assert not outcome.run.exists()
 
 

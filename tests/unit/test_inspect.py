@@ -56,10 +56,11 @@ def test_latents_are_decoded_by_their_own_vae(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "images/broken.png").write_bytes(b"")
     args = ["--images", str(tmp_path / "images"), "--out", str(tmp_path / "out"), "--resolution", "16", "--device", "cpu"]
     assert folder.main([*args, "--vae", str(tmp_path / "vae0")]) == 0
-    capsys.readouterr()
+    assert "; vae: AutoencoderKL sha256:" in capsys.readouterr().out
     assert inspect.main([str(tmp_path / "out"), "--picture", str(tmp_path / "a.png")]) == 0
     lines = said(capsys)
-    assert lines["vae encoder"].startswith("AutoencoderKL sha256:") and lines["left out"] == "1 images"
+    assert re.fullmatch(rf"AutoencoderKL sha256:[0-9a-f]{{16}}, from {tmp_path}/vae0", lines["vae encoder"])
+    assert lines["left out"] == "1 images"
     assert lines["source images"] == str(tmp_path / "images") and "with mirror images" in lines["images"]
     assert np.asarray(Image.open(tmp_path / "a.png")).shape == (130 + 2, 3 * 130 + 2, 3)
     assert inspect.main([str(tmp_path / "out"), "--picture", str(tmp_path / "a.png"), "--vae", str(tmp_path / "vae1")]) == 2

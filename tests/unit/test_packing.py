@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -430,6 +431,10 @@ def test_bad_settings_are_one_line_and_nothing_is_made(
 
 
 def test_the_vae_is_asked_for(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        folder.main(["--help"])
+    asked = re.sub(r"[^\w():.-]+", " ", capsys.readouterr().out)
+    assert "none: pixels. (required)" in asked and "the texts only. (required where there are captions)" in asked
     assert folder.main(["--images", str(images), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
     assert "or --vae none to pack pixels" in capsys.readouterr().err
 

@@ -229,7 +229,7 @@ def test_killed_half_way_leaves_no_manifest(tmp_path: Path) -> None:
     pack(tmp_path)                                      # nor does the old one outlive its shards
     writer = ShardWriter(tmp_path, INFO, rows_per_shard=1)
     writer.write(id="a", latent=image(99), label=0)     # and no __exit__, as after SIGKILL
-    with pytest.raises(DataError, match=r"packing did not finish.*with the program of data_prep"):
+    with pytest.raises(DataError, match=r"packing did not finish.*with a program of data_prep"):
         ShardDataset(tmp_path)
     pack(tmp_path)
     assert len(ShardDataset(tmp_path, verify=True)) == ROWS
@@ -243,13 +243,13 @@ def test_refuses_the_folder_of_another_data_set(tmp_path: Path) -> None:
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere does not exist; correct the path .*, or pack .*nowhere with the program of data_prep"):
+    with pytest.raises(DataError, match=r"nowhere does not exist; correct the path .*, or pack .*nowhere with a program of data_prep"):
         ShardDataset(tmp_path / "nowhere")
 
 
 def test_missing_shard(tmp_path: Path) -> None:
     (pack(tmp_path) / "shard_00001.arrow").unlink()
-    with pytest.raises(DataError, match=r"shard_00001.arrow is missing; restore the file, or pack .* with the program of data_prep"):
+    with pytest.raises(DataError, match=r"shard_00001.arrow is missing; restore the file, or pack .* with a program of data_prep"):
         ShardDataset(tmp_path)
 
 
@@ -362,9 +362,11 @@ def test_a_shard_whose_hash_is_right_and_structure_wrong(tmp_path: Path) -> None
 
 
 def test_a_folder_of_images_was_never_packed(tmp_path: Path) -> None:
-    (tmp_path / "a.png").touch()
-    with pytest.raises(DataError, match=r"was never packed: it has no manifest\.json and no shards; correct the path .*or pack"):
-        ShardDataset(tmp_path)
+    (images := tmp_path / "imagenet256").mkdir()
+    (images / "a.png").touch()
+    with pytest.raises(DataError, match=r"was never packed: it has no manifest\.json and no shards; correct the path .*, or "
+                                        r"pack .*/imagenet256 with python -m data_prep\.imagenet$"):
+        ShardDataset(images)
 
 
 def test_empty_data_sets(tmp_path: Path) -> None:
@@ -372,7 +374,7 @@ def test_empty_data_sets(tmp_path: Path) -> None:
         pack(tmp_path, rows=0)
     assert not list(tmp_path.iterdir())
     edit_manifest(pack(tmp_path), lambda manifest: [shard.update(rows=0) for shard in manifest["shards"]])
-    with pytest.raises(DataError, match="holds no rows; pack .* with the program of data_prep"):
+    with pytest.raises(DataError, match="holds no rows; pack .* with a program of data_prep"):
         ShardDataset(tmp_path)
 
 
