@@ -285,7 +285,7 @@ OPTIMIZER_FILE = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 class Alone:
     rank, world_size = 0, 1
 
-    def all_gather_object(self, value: Any) -> list[Any]:
+    def all_gather_json(self, value: Any) -> list[Any]:
         return [value]
 
     def together(self, action: Callable[[], Any]) -> Any:

@@ -38,7 +38,7 @@ class FakeRanks:
     def together(self, action: Callable[[], Any]) -> Any:
         return action()
 
-    def all_gather_object(self, value: Any) -> list[Any]:
+    def all_gather_json(self, value: Any) -> list[Any]:
         return [*self.others, value]
 
 
