@@ -1,9 +1,13 @@
 """What the launcher (torchrun, srun) says of this process, before anything is initialised."""
 
+import contextlib
+import json
 import multiprocessing.util
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from largescale.errors import ConfigError, LargescaleError
@@ -80,9 +84,19 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def tell_torchrun(text: str) -> None:
+    """Of a process that ends with another status than 0: torchrun shows this as the last line of its report, where it
+    otherwise says that no error file was found."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):
+            extra = {"timestamp": int(time.time())}    # of several ranks torchrun shows the one that ended first
+            Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+
+
 def print_error(error: LargescaleError) -> None:
     """Once: from rank 0 what all ranks know, from any other what it alone met."""
     text = "\n".join(map(printable, str(error).split("\n")))    # names from outside stand in it
+    tell_torchrun(text)
     if env_rank() == 0:
         print(f"error: {text}", file=sys.stderr, flush=True)
     elif not error.agreed:

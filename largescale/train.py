@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import tempfile
 import time
@@ -19,13 +20,15 @@ from largescale.config import Config, differences, from_dict, to_dict
 from largescale.ds_config import final_ds_config, precision
 from largescale.errors import CheckpointError, ConfigError, DataError, DeviceError, LargescaleError, StorageError
 from largescale.files import exclusive
-from largescale.launch import env_rank, env_world_size, heartbeat, leave, print_error, threads_per_rank
+from largescale.launch import env_rank, env_world_size, heartbeat, leave, print_error, tell_torchrun, threads_per_rank
 from largescale.machine import check_process_memory, cores, keep_freed_memory
 from largescale.presets import PRESETS
 from largescale.signals import EXIT_REQUEUE, serve_stop_signals, stop_requested
 from largescale.starts import note_end, read_starts
 from largescale.validation import validate
 
+LOCAL_RANK_ARGUMENT = r"--local[-_]rank=\d+"
+"""What DeepSpeed's launcher and torch.distributed.launch put first. They set the variable LOCAL_RANK too."""
 LOCK_WAIT_S = 180  # a lease of NFS outlives the machine that held it
 
 if TYPE_CHECKING:
@@ -38,7 +41,7 @@ def parse(args: list[str]) -> Config:
     """Typed overrides of a preset. Exits with a message for an unknown key, naming the nearest one, or a wrong type."""
     import tyro
 
-    name, *overrides = args or ["--help"]
+    name, *overrides = [arg for arg in args if not re.fullmatch(LOCAL_RANK_ARGUMENT, arg)] or ["--help"]
     if name in ("-h", "--help"):
         print(__doc__ + "\nPresets:\n  " + "\n  ".join(PRESETS) + "\n\nIts settings: PRESET --help")
         sys.exit(0)
@@ -160,7 +163,9 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
                   began_unix_s: float, say: Callable[[str], None]) -> int:
     def asked_to_stop(at: str) -> bool:
         if stop := ranks.any(stop_requested()):
-            say(f"asked to stop {at}; nothing is lost, run again to go on")
+            text = f"asked to stop {at}; nothing is lost, run again to go on"
+            tell_torchrun(text)
+            say(text)
         return stop
 
     if asked_to_stop("before DeepSpeed was loaded"):
@@ -221,11 +226,12 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
             step=trainer.step, steps=config.train.steps,
         )) as telemetry:
             finished = trainer.run(telemetry)
-    say(
-        f"{'finished' if finished else 'stopped'} {config.run_dir} at step {trainer.step}, "
-        f"curriculum index {trainer.curriculum.index}, {trainer.skipped_steps} skipped steps; "
-        f"{trainer.goodput.account()}" + ("" if finished else "; run again to go on")
-    )
+    text = (f"{'finished' if finished else 'stopped'} {config.run_dir} at step {trainer.step}, "
+            f"curriculum index {trainer.curriculum.index}, {trainer.skipped_steps} skipped steps; "
+            f"{trainer.goodput.account()}" + ("" if finished else "; run again to go on"))
+    say(text)
+    if not finished:
+        tell_torchrun(text)
     return 0 if finished else EXIT_REQUEUE
 
 
