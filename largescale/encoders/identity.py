@@ -3,7 +3,9 @@
 import hashlib
 import importlib
 import logging
+import sys
 import textwrap
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,10 @@ import torch
 from torch import nn
 
 from largescale.errors import DataError
+from largescale.launch import env_rank
+
+SAID_AFTER_S = 5.0
+"""A load that takes longer says that it is one."""
 
 
 def weights_identity(module: nn.Module) -> str:
@@ -48,6 +54,9 @@ def locate(name: str, option: str) -> tuple[str, str]:
 @contextmanager
 def loading(what: str, remedy: str) -> Iterator[None]:
     """Only calls of the libraries go inside: whatever they raise is a DataError about `what`, with the first cause."""
+    waiting = threading.Timer(SAID_AFTER_S, _say_loading, (what,))
+    waiting.daemon = True
+    waiting.start()
     try:
         with silence():
             library("huggingface_hub.utils").disable_progress_bars()
@@ -60,6 +69,14 @@ def loading(what: str, remedy: str) -> Iterator[None]:
             cause = below
         reason = textwrap.shorten(str(cause) or type(cause).__name__, 200)
         raise DataError(f"{what} cannot be loaded ({reason}); {remedy}") from error
+    finally:
+        waiting.cancel()
+
+
+def _say_loading(what: str) -> None:
+    if env_rank() == 0:
+        print(f"still loading {what}: it may be downloaded, which without a network takes a minute to fail",
+              file=sys.stderr, flush=True)
 
 
 @contextmanager

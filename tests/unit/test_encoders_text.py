@@ -304,7 +304,7 @@ def test_loading_and_encoding_print_nothing(tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     shutil.copy(tmp_path / "model.pth", tmp_path / "another.pth")   # open_clip would warn that it takes one of two
     program = "import logging, sys, torch; from largescale.encoders.text import load_text_encoder; " \
-              "[load_text_encoder(spec, torch.device('cpu'))(['a cat', 'cat ' * 99]) for spec in sys.argv[1:]]; " \
+              "from largescale.encoders import identity; identity.SAID_AFTER_S = 1000; [load_text_encoder(spec, torch.device('cpu'))(['a cat', 'cat ' * 99]) for spec in sys.argv[1:]]; " \
               "assert not logging.root.handlers and logging.root.manager.disable == 0"
     done = subprocess.run([sys.executable, "-c", program, f"hf:{tmp_path}/bert", f"open_clip:local-dir:{tmp_path}"],
                           capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])

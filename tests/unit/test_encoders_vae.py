@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from copy import deepcopy
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from largescale.encoders import identity
 from largescale.encoders.identity import weights_identity
 from largescale.encoders.vae import load_vae
 from largescale.errors import DataError
@@ -126,11 +128,23 @@ def test_identity_is_of_names_and_values_alone() -> None:
 def test_loading_prints_nothing(tmp_path: Path) -> None:
     kl().save_pretrained(tmp_path, safe_serialization=False)        # about which diffusers has much to say
     save_taesd(tmp_path / "taesd", diffusers.AutoencoderTiny())
-    program = "import sys, torch; from largescale.encoders.vae import load_vae; " \
-              "[load_vae(folder, torch.device('cpu'), torch.bfloat16) for folder in sys.argv[1:]]"
+    program = "import sys, torch; from largescale.encoders.vae import load_vae; from largescale.encoders import identity; " \
+              "identity.SAID_AFTER_S = 1000; [load_vae(folder, torch.device('cpu'), torch.bfloat16) for folder in sys.argv[1:]]"
     done = subprocess.run([sys.executable, "-c", program, tmp_path, tmp_path / "taesd"], capture_output=True, text=True, check=True,
                           cwd=Path(__file__).parents[2])
     assert done.stdout + done.stderr == ""
+
+
+def test_a_load_that_takes_long_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As where there is no network: the hub is asked for a minute."""
+    monkeypatch.setattr(identity, "SAID_AFTER_S", 0.01)
+    with pytest.raises(DataError, match="a/b cannot be loaded .*; give a folder"):
+        with identity.loading("a/b", "give a folder"):
+            said = ""
+            while "still loading a/b: it may be downloaded" not in said:
+                said += capsys.readouterr().err
+                time.sleep(0.01)
+            raise OSError("no network")
 
 
 def test_resolution_that_does_not_divide(tmp_path: Path) -> None:
