@@ -102,7 +102,7 @@ def parse(path: Path, splits: Sequence[str] = ()) -> Listed:
         texts = sorted(((_id(a["image_id"]), _id(a["id"]), a["caption"]) for a in annotations), key=lambda a: a[:2])
     except DataError:
         raise
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{path} is not COCO captions ({error!r}): images need id and file_name, annotations id, "
                         "image_id and caption; give a file such as captions_train2014.json") from error
     files = dict(images)

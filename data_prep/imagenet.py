@@ -97,7 +97,10 @@ def _from_folders(images: Path, names: Sequence[str] | None, classes: Path | Non
 
 def _from_csv(images: Path, path: Path, names: Sequence[str] | None, skip_missing: bool,
               facts: dict[str, Any]) -> ListSource:
-    lines = _rows(path)                                 # file: (line, label)
+    try:
+        lines = _rows(path)                             # file: (line, label)
+    except csv.Error as error:                          # a field of more than 131,072 characters
+        raise DataError(f"{path} is no CSV ({error}); give one line for each image") from error
 
     def where(label: str) -> str:
         return next(f"{path}, line {line} ({file})" for file, (line, found) in lines.items() if found == label)

@@ -105,8 +105,6 @@ class Packer:
     def __init__(self, options: Packing) -> None:
         options.check()
         self.options, self.source = options, options.source()
-        if env_rank() == 0:
-            print(announcement(self.source), flush=True)
         if self.source.captioned and options.text_encoder is None:
             raise ConfigError("the images have captions: give --text-encoder (such as open_clip:ViT-L-14/openai or "
                               "hf:openai/clip-vit-large-patch14), or --text-encoder none to keep the texts only")
@@ -156,6 +154,8 @@ class Packer:
         try:
             if not self.parts.claim():
                 return self.summary("already packed; to pack it anew, delete the folder first")
+            if self.rank == 0:
+                print(announcement(self.source), file=sys.stderr, flush=True)
             self.info = replace(self.info, name=self.parts.job["info"]["name"])   # as it was begun
             new = self.pack()
             if self.rank == 0:

@@ -3,7 +3,6 @@
     python -m data_prep.parquet --files train.parquet --label-column label --vae none --resolution 32 --out data/cifar10
 """
 
-import json
 import sys
 from bisect import bisect
 from collections.abc import Iterator, Sequence
@@ -35,6 +34,7 @@ from data_prep.sources import (
     unusable,
 )
 from largescale.errors import DataError
+from largescale.files import from_json
 
 ROWS_READ = 64                                          # at a time: images are large
 BYTES_READ = 2**28                                      # at a time, were every value as large as its column chunk
@@ -257,8 +257,8 @@ def _text(value: pa.Scalar) -> tuple[str, bool]:
 
 
 def _largest(path: Path, group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
-    """Bytes of the largest chunk of these columns, uncompressed; at least 1. Raises DataError for one that a small file
-    makes huge."""
+    """Bytes of the largest chunk of these columns that shrinks to a quarter when compressed, as images never do: a
+    dictionary may repeat one of its values in every row. At least 1. Raises DataError for one that is made huge so."""
     largest = 1
     for column in (group.column(i) for i in range(group.num_columns)):
         if column.path_in_schema.split(".")[0] in columns:
@@ -266,7 +266,7 @@ def _largest(path: Path, group: pq.RowGroupMetaData, columns: Sequence[str]) -> 
             if size > MOST_BYTES and size > 100 * stored:
                 raise DataError(f"{path}: column {column.path_in_schema} expands from {stored:,} bytes to {size:,}, "
                                 f"more than {MOST_BYTES:,}; write smaller row groups, or leave it out of --files")
-            largest = max(largest, size)
+            largest = max(largest, size if size > 4 * stored else 1)
     return largest
 
 
@@ -285,8 +285,8 @@ def _class_names(path: Path, label_column: str) -> tuple[str, ...]:
     try:
         if b"classes" in metadata:
             text = metadata[b"classes"].decode()
-            return tuple(map(str, json.loads(text) if text.lstrip().startswith("[") else text.split(",")))
-        features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+            return tuple(map(str, from_json(text) if text.lstrip().startswith("[") else text.split(",")))
+        features = from_json(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
         return tuple(map(str, features.get(label_column, {}).get("names") or ()))
     except (AttributeError, TypeError, ValueError) as error:
         raise DataError(f"{path}: the names of classes in its schema cannot be read ({error!r}); write it anew") \

@@ -272,8 +272,9 @@ def refuse_twice(option: str, paths: Iterable[str | Path]) -> None:
 
 def splits_in(files: Iterable[str | Path]) -> list[str]:
     """train of train-00000-of-00002.parquet"""
-    words = {word for file in files for word in re.split(r"[\W_]+", Path(file).stem.lower())}
-    return sorted(word for word in words if SPLIT.fullmatch(word))
+    words = (re.split(r"[\W_]+", Path(file).stem.lower()) for file in files)
+    found = {next((word for word in of_file if SPLIT.fullmatch(word)), "") for of_file in words}
+    return sorted(found - {""})
 
 
 def refuse_splits(where: object, splits: Iterable[str], remedy: str) -> None:
@@ -291,7 +292,10 @@ def text_of(path: Path) -> str:
     """Raises DataError for a file that is missing, or not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path} cannot be read: line {line} is not UTF-8; save it as UTF-8") from error
+    except OSError as error:
         raise DataError(f"{path} cannot be read ({error}); correct the path") from error
 
 

@@ -168,7 +168,7 @@ class TarSource:
 def _captions(sample: dict[str, Any], key: str) -> tuple[str, ...]:
     try:
         if key in sample and key != "json":
-            captions = clean([_content(sample, key).decode("utf-8-sig")])
+            captions = clean([_content(sample, key).decode()])
         else:
             value = from_json(_content(sample, "json"))["caption"] if "json" in sample else None
             captions = clean([value] if isinstance(value, str) else value or ())

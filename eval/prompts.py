@@ -157,7 +157,7 @@ def _parse(path: Path, text: str) -> list[_Caption]:
         files = [(int(image["id"]), str(image["file_name"])) for image in document["images"]]
         file_of = dict(files)
         captions = [(int(a["image_id"]), int(a["id"]), a["caption"]) for a in document["annotations"]]
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{path} is not COCO captions ({error!r}): images need id and file_name, annotations id, "
                         "image_id and caption; give a file such as captions_val2014.json") from error
     _refuse(path, "image ids that are given twice", _twice(number for number, _ in files))

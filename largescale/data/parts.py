@@ -25,6 +25,7 @@ from largescale.data.format import MANIFEST, read_manifest
 from largescale.data.shards import ShardDataset
 from largescale.errors import DataError, Stopped
 from largescale.files import exclusive, from_json, write_atomically
+from largescale.launch import printable
 from largescale.signals import stop_requested
 
 JOB = "packing/job.json"
@@ -213,7 +214,7 @@ class Parts:
             return
         with suppress(OSError):                         # the folder is gone where rank 0 has finished
             if self._lock or exclusive(self.folder / f"rank_{self.rank}.lock"):
-                (self.folder / f"failed_{self.rank}").write_text(str(error) or repr(error))
+                (self.folder / f"failed_{self.rank}").write_text(printable(str(error) or repr(error)))
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

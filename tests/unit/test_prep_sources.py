@@ -163,6 +163,7 @@ GOOD: dict[str, Any] = {"images": [(1, "a.png"), (2, "b.png")], "captions": [(1,
     ({"images": [(1, "../a.png"), (2, "b.png")]}, r"'\.\./a\.png' does not lie below --images"),
     ({"images": [(1.5, "a.png")]}, r"is not COCO captions .*id 1\.5 is not a whole number"),
     ({"images": [(None, "a.png")]}, "is not COCO captions"),
+    ({"images": [(float("inf"), "a.png")]}, "is not COCO captions .*infinity"),
     ({"captions": [(1, 1, None)]}, "not one of 2 images can be packed; the first: 1: its caption is no text; 2: it has no caption"),
     ({"images": []}, "captions of images that it does not list"),
     ({"images": [], "captions": []}, "no images were found"),
@@ -379,6 +380,12 @@ def test_labels_of_missing_images(tmp_path: Path) -> None:
     (tmp_path / "b.png").unlink()
     with pytest.raises(DataError, match="not one of 2 images can be packed; the first: gone/a.png: the file is missing"):
         imagenet.read(tmp_path, labels, skip_missing=True)
+    labels.write_text("file,label\na.png," + "x" * 200_000)
+    with pytest.raises(DataError, match=r"x\.csv is no CSV \(field larger than field limit"):
+        imagenet.read(tmp_path, labels)
+    labels.write_bytes(b"file,label\nb.png,caf\xe9\n")
+    with pytest.raises(DataError, match=r"x\.csv cannot be read: line 2 is not UTF-8; save it as UTF-8"):
+        imagenet.read(tmp_path, labels)
     with pytest.raises(DataError, match="has the columns path, label; its first line must name file and label"):
         imagenet.read(tmp_path, table(labels, ("b.png", 0), header=("path", "label")))
 
@@ -717,6 +724,11 @@ def test_types_of_other_writers(tmp_path: Path) -> None:
         assert [item.read() for item in found] == [picture(i) for i in range(3)]
 
 
+def test_one_file_is_of_one_split() -> None:
+    names = ["train-00000-of-00002.parquet", "train-test-split-1.parquet", "Training_1.parquet", "a/test/x.parquet", "trained.parquet"]
+    assert sources.splits_in(names) == ["train", "training"] and sources.splits_in([]) == []
+
+
 def test_splits_and_doubles(tmp_path: Path) -> None:
     """The hub's folder holds all splits; a test split's labels are -1."""
     train, test = (rows(tmp_path / f"{split}-00000-of-00001.parquet", image=pictures(2), label=label)
@@ -749,6 +761,9 @@ def test_bad_parquet(tmp_path: Path) -> None:
     for files, message in ([tmp_path], "no \\*.parquet"), ([tmp_path / "1.parquet"], "cannot be read as Parquet"):
         with pytest.raises(DataError, match=message):
             parquet.ParquetSource(files)
+    path = rows(tmp_path / "1.parquet", image=pictures(2), label=[0, 1], metadata={"huggingface": "[" * 100_000})
+    with pytest.raises(DataError, match=r"1\.parquet: the names of classes in its schema cannot be read .*nested too deeply"):
+        parquet.ParquetSource([path], label_column="label")
     path = rows(tmp_path / "1.parquet", image=pictures(0))
     with pytest.raises(DataError, match="hold no rows"):
         parquet.ParquetSource([path])
