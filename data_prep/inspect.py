@@ -14,12 +14,12 @@ import torch
 import tyro
 from PIL import Image
 
-from largescale.data.format import DatasetInfo
+from largescale.data.format import MANIFEST, DatasetInfo
 from largescale.data.loader import to_x_start
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset
 from largescale.encoders.vae import load_vae
-from largescale.errors import ConfigError, LargescaleError
+from largescale.errors import ConfigError, DataError, LargescaleError
 from largescale.images import grid, titled, to_uint8
 from largescale.launch import print_error, printable
 
@@ -53,8 +53,11 @@ def describe(data: ShardDataset) -> list[str]:
           for name, identity in info.encoders.items()),
         ("on disk", f"{size / 1e6:,.1f} MB, shards: {len(manifest['shards'])}, {size / len(data):,.0f} bytes an image"),
     ]
-    if "job" in manifest:
-        job, skipped = manifest["job"], manifest["skipped"]
+    job = manifest.get("job", {})
+    if "source" not in job:                             # eval.sample's, which packed nothing
+        lines += [(key, _short(value)) for key, value in job.items()]
+    else:
+        skipped = manifest["skipped"]
         how = [f"encoded in {job['precision']} on {job['device']}"] if "precision" in job else []
         lines.append(("packed", ", ".join([job["crop"], *how, f"{job['rows_per_shard']} rows a shard"])))
         lines += [(f"source {key}", _short(value)) for key, value in job["source"].items()]
@@ -119,7 +122,11 @@ def run(options: Inspect) -> None:
     if options.images < 1:
         raise ConfigError(f"images={options.images} must be at least 1; set --images")
     data = ShardDataset(options.data, verify=options.verify)
-    print("\n".join(describe(data)))
+    try:
+        print("\n".join(describe(data)))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DataError(f"{data.path / MANIFEST} says what no packing program writes ({error!r}); restore it") \
+            from error
     if options.verify:
         print("verified: every file has the hash that the manifest names")
     if options.picture:

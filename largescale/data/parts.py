@@ -57,7 +57,8 @@ class Parts:
         """The job that is done here, or begun. Raises DataError or OSError where there is none."""
         if self.finished:
             manifest = read_manifest(self.out)
-            return manifest.get("job") or {"info": manifest["info"].plain()}
+            job = manifest.get("job")
+            return job if isinstance(job, dict) else {"info": manifest["info"].plain()}
         try:
             return dict(from_json((self.out / JOB).read_text()))
         except (TypeError, ValueError) as error:

@@ -107,6 +107,19 @@ def test_what_others_wrote_does_not_drive_the_terminal(tmp_path: Path, capsys: p
     assert capsys.readouterr().err == "error: one\n  \\x1b[31mtwo\n"
 
 
+def test_samples_and_what_no_program_wrote(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = shutil.copytree(blobs, tmp_path / "data")
+    manifest = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps(manifest | {"job": {"run": "x", "step": 7, "sampling": {"steps": 50}}}))
+    assert inspect.main([str(data)]) == 0
+    shown = said(capsys)
+    assert (shown["run"], shown["step"], shown["sampling"]) == ("x", "7", "{'steps': 50}")
+    for odd in {"job": 5}, {"job": {"source": {}}}, {"skipped": None, "job": {"source": {}, "crop": "x", "rows_per_shard": 1}}, {"made_with": "x"}:
+        (data / "manifest.json").write_text(json.dumps(manifest | odd))
+        assert inspect.main([str(data)]) == 2
+        assert "manifest.json says what no packing program writes" in capsys.readouterr().err
+
+
 def test_packed_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "images").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "images/a.png")

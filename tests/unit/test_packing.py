@@ -316,6 +316,14 @@ def test_a_folder_that_holds_another_data_set(images: Path, truth: Path, tmp_pat
     assert pack(images, tmp_path / "out", *change) == 2 and tree(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("job", ["[" * 100_000, "[1]", "{", "5"])
+def test_a_damaged_job_is_said(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], job: str) -> None:
+    (tmp_path / "out/packing").mkdir(parents=True)
+    (tmp_path / "out/packing/job.json").write_text(job)
+    assert pack(images, tmp_path / "out") == 2
+    assert re.search(r"job\.json cannot be used \(.*; delete .*/out, and run again", capsys.readouterr().err)
+
+
 def test_a_folder_of_shards_of_unknown_origin(images: Path, truth: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(truth / "shard_00002.arrow", tmp_path)
     assert pack(images, tmp_path) == 2
