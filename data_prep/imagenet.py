@@ -72,7 +72,7 @@ def read(images: Path, labels: Path | None = None, classes: Path | None = None,
 
 def _from_folders(images: Path, names: Sequence[str] | None, classes: Path | None,
                   facts: dict[str, Any]) -> ListSource:
-    files, others = list_images(images)
+    files, others = list_images(images, names)
     inside = [file for file in files if "/" in file]
     folders = sorted(entry.name for entry in os.scandir(images) if entry.is_dir() and not entry.name.startswith("."))
     if not folders or (files and not inside):

@@ -4,7 +4,7 @@ import hashlib
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -161,16 +161,23 @@ def _chunks(texts: Iterable[str], size: int = 10_000) -> Iterator[bytes]:
                             "rename the file") from error
 
 
-def list_images(root: Path) -> tuple[list[str], int]:
+def list_images(root: Path, folders: Container[str] | None = None) -> tuple[list[str], int]:
     """Relative paths of the image files below `root`, sorted, and the number of other files. Links are followed,
-    names that begin with a dot passed over. Raises DataError for what cannot be listed."""
+    names that begin with a dot passed over. Raises DataError for what cannot be listed, but where `folders` are given
+    not for another one in `root`, such as lost+found."""
     found: list[str] = []
     others, stack = 0, [("", frozenset[tuple[int, int]]())]
     with tqdm(desc=f"list {root}", unit="file", delay=2, disable=env_rank() != 0) as bar:
         while stack:
             prefix, above = stack.pop()
             folder = os.path.join(root, prefix)
-            here, entries = _scan(folder)
+            try:
+                here, entries = _scan(folder)
+            except DataError:
+                if folders is None or prefix.count("/") != 1 or prefix[:-1] in folders:
+                    raise
+                others += 1
+                continue
             if here in above:
                 raise DataError(f"{folder} is a link to a folder that it lies in; remove the link")
             for entry in entries:
@@ -190,7 +197,8 @@ def _scan(folder: str) -> tuple[tuple[int, int], list[os.DirEntry[str]]]:
         with os.scandir(folder) as entries:
             return (status.st_dev, status.st_ino), [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
-        raise DataError(f"{folder} cannot be listed ({error.strerror}); correct the path") from error
+        raise DataError(f"{folder} cannot be listed ({error.strerror}); correct the path, or make it readable") \
+            from error
 
 
 def missing_files(root: Path, names: Sequence[str], listed_in: Path, skip: bool) -> tuple[set[str], int]:

@@ -292,6 +292,26 @@ def test_a_folder_without_images_is_no_class(tmp_path: Path, stray: str) -> None
         assert [item.label for item in items(imagenet.read(tmp_path / "i", classes=classes))] == found
 
 
+def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lost+found belongs to root: named, and passed over where --classes does not name it."""
+    write(tmp_path / "i", "n1/a.png", "lost+found/x")
+    classes, scan = tmp_path / "classes.txt", sources._scan
+
+    def as_user(folder: str) -> Any:
+        if "lost+found" in folder:
+            raise DataError(f"{folder} cannot be listed (Permission denied)")
+        return scan(folder)
+
+    monkeypatch.setattr(sources, "_scan", as_user)
+    with pytest.raises(DataError, match=r"lost\+found/ cannot be listed"):
+        imagenet.read(tmp_path / "i")
+    classes.write_text("n1")
+    assert ids(imagenet.read(tmp_path / "i", classes=classes)) == ["n1/a.png"]
+    classes.write_text("n1\nlost+found")
+    with pytest.raises(DataError, match=r"lost\+found/ cannot be listed"):
+        imagenet.read(tmp_path / "i", classes=classes)
+
+
 def test_splits_are_no_classes(tmp_path: Path) -> None:
     write(tmp_path / "i", "train/n1/a.png", "train/n2/b.png", "val/n1/c.png")
     for read in imagenet.read, folder.read:
