@@ -124,11 +124,12 @@ def parse(path: Path, splits: Sequence[str] = ()) -> Listed:
 
 def _id(value: Any) -> Id:
     """Raises ValueError for a number that is not whole, and what is neither number nor text."""
-    if isinstance(value, str) and str(int(value) if value.isdecimal() else "") != value:
-        return True, value
-    if int(value) != float(value):
+    number = int(value) if not isinstance(value, str) or value.isdecimal() else None
+    if isinstance(value, str):
+        return (False, number) if number is not None and str(number) == value else (True, value)
+    if number is None or number != value:
         raise ValueError(f"id {value} is not a whole number")
-    return False, int(value)
+    return False, number
 
 
 def _karpathy(path: Path, images: list[dict[str, Any]], splits: Sequence[str]) -> dict[str, Any]:

@@ -262,7 +262,7 @@ def class_labels(counts: Mapping[str, int], names: Sequence[str], where: Callabl
         index_of = {name: index for index, name in enumerate(names)}
         labels, count = {label: index_of.get(label, -1) for label in counts}, len(names)
     if outside := [label for label, index in labels.items() if not 0 <= index < count]:
-        if outside == ["-1"]:
+        if outside in (["-1"], ["-1.0"]):
             remedy = f"-1 often stands for no label, as in test splits: leave them out, or {remedy}"
         raise DataError(f"{where(outside[0])}: label {outside[0]!r} is none of the {count:,} classes "
                         f"({sum(counts[label] for label in outside):,} such labels in all); {remedy}")

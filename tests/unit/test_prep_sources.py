@@ -206,10 +206,11 @@ def test_coco_captions_that_are_no_text(tmp_path: Path) -> None:
 
 def test_coco_with_ids_that_are_text(tmp_path: Path) -> None:
     write(tmp_path, "a.png", "b.png", "c.png", "d.png")
-    file = captions_file(tmp_path / "x.json", [("ab", "a.png"), ("10", "b.png"), (9, "c.png"), ("010", "d.png")],
-                         [("ab", "z", "x"), (10, "y", "second"), ("10", 3.0, "first"), (9.0, 1, "y"), ("010", 2, "z")])
+    large = 2**60 + 1                                   # no float is it
+    file = captions_file(tmp_path / "x.json", [("ab", "a.png"), (str(large), "b.png"), (9, "c.png"), ("010", "d.png")],
+                         [("ab", "z", "x"), (large, "y", "second"), (str(large), 3.0, "first"), (9.0, 1, "y"), ("010", 2, "z")])
     assert [(item.id, item.captions) for item in items(coco.read(tmp_path, file))] == [
-        ("9", ("y",)), ("10", ("first", "second")), ("010", ("z",)), ("ab", ("x",))]
+        ("9", ("y",)), (str(large), ("first", "second")), ("010", ("z",)), ("ab", ("x",))]
 
 
 def test_karpathys_file(tmp_path: Path) -> None:
@@ -363,6 +364,7 @@ def test_a_csv_of_labels(tmp_path: Path) -> None:
     ([("a.png", "cat"), ("b.png", "cow")], "cat\ndog", r"line 3 \(b\.png\): label 'cow' .*\(1 such labels.*--classes FILE"),
     ([("a.png", "0"), ("b.png", "cat")], "cat\ndog", r"line 2 \(a\.png\): label '0'"),
     ([("a.png", -1), ("b.png", 0)], None, r"line 2 \(a\.png\): label '-1' is none of the 1 classes .*-1 often stands for no label"),
+    ([("a.png", "-1.0"), ("b.png", "0.0")], None, r"label '-1\.0' .*-1 often stands for no label"),
     ([("a.png", 1), ("b.png", "l")], None, r"line 3 \(b\.png\): label 'l' is not a number, as others are"),
     ([("a.png", "1.0"), ("b.png", "3.5")], None, r"line 3 \(b\.png\): label 3\.5 is not a whole number"),
     ([("a.png", 1), ("b.png", 10**12)], None, r"line 3 \(b\.png\): label 10+ is not a whole number below 1,048,576"),
