@@ -6,6 +6,7 @@ Under torchrun or srun, one process a rank. To resume, run the same command agai
 import contextlib
 import dataclasses
 import difflib
+import faulthandler
 import os
 import re
 import sys
@@ -306,4 +307,5 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a shard that is cut short while it is mapped is a bus error, which Python does not see
     leave(main())

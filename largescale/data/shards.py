@@ -1,6 +1,7 @@
 """Random access to a packed data set (see format.py)."""
 
 import math
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,9 @@ from largescale.files import from_json, sha256
 from largescale.launch import env_rank
 
 Array = npt.NDArray[Any]
+
+MAX_MAPPED = 16_384
+"""Shards that a process keeps mapped. Linux allows it 65,530 maps in all (vm.max_map_count)."""
 
 
 class _Lists(NamedTuple):
@@ -60,6 +64,7 @@ class ShardDataset:
         self._shards: list[dict[str, Any]] = self.manifest["shards"]
         self._starts = np.array([0, *accumulate(shard["rows"] for shard in self._shards)])
         self._mapped: dict[int, _Mapped] = {}
+        self._lock = threading.Lock()                   # the loader's threads map shards
         if not len(self):
             raise DataError(f"{self.path} holds no rows; {remedy(self.path)}")
         if self.info.captions and "empty_caption" not in self.manifest:
@@ -138,18 +143,23 @@ class ShardDataset:
         return tokens.reshape(-1, self.info.captions.width), pooled
 
     def _shard(self, number: int) -> _Mapped:
-        if number not in self._mapped:
-            batch = self._read(self._shards[number])
-            view = np.from_dlpack  # not to_numpy(), which imports pandas where that is installed: half a second
-            images = [view(batch.column(name).values).reshape(-1, math.prod(self.info.shape))
-                      for name in IMAGES[: 1 + self.has_mirror]]
-            lists = {}
-            for name in EMBEDDINGS if self.info.captions else ():
-                outer = batch.column(name)
-                inner = outer.values
-                lists[name] = _Lists(view(outer.offsets), view(inner.offsets), view(inner.values))
-            self._mapped[number] = _Mapped(view(batch.column("label")), images[0], images[-1], lists, batch)
-        return self._mapped[number]
+        if shard := self._mapped.get(number):
+            return shard
+        batch = self._read(self._shards[number])
+        view = np.from_dlpack  # not to_numpy(), which imports pandas where that is installed: half a second
+        images = [view(batch.column(name).values).reshape(-1, math.prod(self.info.shape))
+                  for name in IMAGES[: 1 + self.has_mirror]]
+        lists = {}
+        for name in EMBEDDINGS if self.info.captions else ():
+            outer = batch.column(name)
+            inner = outer.values
+            lists[name] = _Lists(view(outer.offsets), view(inner.offsets), view(inner.values))
+        shard = _Mapped(view(batch.column("label")), images[0], images[-1], lists, batch)
+        with self._lock:
+            if len(self._mapped) >= MAX_MAPPED:
+                del self._mapped[next(iter(self._mapped))]
+            self._mapped[number] = shard
+        return shard
 
     def _read(self, entry: Mapping[str, Any]) -> pa.RecordBatch:
         """A file's only batch, mapped, once its schema is found to be the manifest's."""

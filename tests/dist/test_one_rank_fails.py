@@ -1,6 +1,9 @@
 """What goes wrong on one rank is known to all: nobody hangs, nothing that was saved is lost, and the message says where."""
 
+import os
+import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,8 @@ import pytest
 from largescale.checkpoint_files import checkpoints
 from largescale.starts import read_starts
 from largescale.telemetry import read_metrics
-from tests.conftest import Train, assert_same_run, cut, ds_json, trace
+from tests.conftest import QUIET, Train, assert_same_run, cut, ds_json, trace
+from tests.ranks import ranks_of, running
 
 ARGS = ("--train.steps", 12, "--telemetry.log-every", 1, "--checkpoint.every", 4, "--train.micro-batch-size", 4)
 
@@ -216,3 +220,19 @@ def test_a_loss_that_leaps(policy: str, tmp_path: Path, train: Train) -> None:
     assert (skipped, state["spikes"]["spikes"]) == (([(100, 11)], 0) if policy == "skip" else ([], 1))
     best = max(row["loss"] for row in trace(run))
     assert (best > 1e3) == (policy == "count")
+
+
+def test_a_shard_that_is_cut_while_it_is_mapped(tmp_path: Path, blobs: Path) -> None:
+    """A bus error ends the process at once; it says where, and the next start names the file."""
+    shutil.copytree(blobs, data := tmp_path / "data")
+    run = tmp_path / "run"
+    args = ("-m", "largescale.train", "debug", "--data.path", data, *QUIET, "--telemetry.log-every", 1, "--output", run)
+    with running(*args, "--train.steps", 100_000, ranks=1) as started:
+        while not read_metrics(run):
+            assert started.processes[0].exitcode is None
+            time.sleep(0.05)
+        os.truncate(data / "shard_00001.arrow", 0)
+        (done,) = started.wait()
+    assert done.returncode == -signal.SIGBUS and "Bus error" in done.stderr and "shards.py" in done.stderr
+    (again,) = ranks_of(*args, ranks=1)
+    assert again.returncode == 2 and "shard_00001.arrow has 0 bytes, not the manifest's" in again.stderr

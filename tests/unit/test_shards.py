@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from largescale.data import shards
 from largescale.data.format import METADATA_KEY, CaptionInfo, DatasetInfo
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
@@ -85,6 +86,15 @@ def test_a_shard_is_one_mapped_batch_and_its_file_is_closed(tmp_path: Path) -> N
     assert len(os.listdir("/proc/self/fd")) == before
     latent = data._shard(0).latent
     assert not latent.flags.owndata and not latent.flags.writeable
+
+
+def test_more_shards_than_may_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux gives a process 65,530 maps; of LAION there are more shards."""
+    expected = ShardDataset(pack(tmp_path)).gather(np.arange(ROWS))["latent"]
+    monkeypatch.setattr(shards, "MAX_MAPPED", 1)
+    data = ShardDataset(tmp_path, verify=True)
+    for _ in range(2):
+        assert np.array_equal(data.gather(np.arange(ROWS))["latent"], expected) and len(data._mapped) == 1
 
 
 def test_opening_reads_no_shard(tmp_path: Path) -> None:
