@@ -40,12 +40,8 @@ class Running:
         env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks),
                "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self._files = [(folder / f"out{rank}", folder / f"err{rank}") for rank in range(ranks)]
-        self.processes = [
-            _context.Process(target=_run, args=(self.arguments, {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, *files))
-            for rank, files in enumerate(self._files)
-        ]
-        for process in self.processes:
-            process.start()
+        self.processes = [fork(self.arguments, {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, *files)
+                          for rank, files in enumerate(self._files)]
 
     def wait(self, *ranks: int, timeout_s: float = 900) -> Done:
         """For the end of these ranks, or of all: what they said."""
@@ -83,9 +79,34 @@ def ranks_of(*program: Any, ranks: int = 2, timeout_s: float = 900) -> Done:
         return started.wait(timeout_s=timeout_s)
 
 
+def fork(arguments: list[str], env: dict[str, str], out: Path, err: Path) -> Any:
+    process = _context.Process(target=_run, args=(arguments, env, out, err))
+    process.start()
+    return process
+
+
+class Forked:
+    """Such a process, as subprocess.Popen has them."""
+
+    def __init__(self, command: list[str], env: dict[str, str], log: Path):
+        self._process = fork(command, env, log, log)
+        self.wait, self.kill = self._process.join, self._process.kill
+
+    def poll(self) -> int | None:
+        return self._process.exitcode  # type: ignore[no-any-return]
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self._process.pid, number)
+
+
 def _run(arguments: list[str], env: dict[str, str], out: Path, err: Path) -> None:
     for path, number in ((out, 1), (err, 2)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(env)

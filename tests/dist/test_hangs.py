@@ -65,14 +65,14 @@ def test_a_port_that_somebody_else_has(tmp_path: Path, blobs: Path) -> None:
 
 def test_a_suspended_run_goes_on(tmp_path: Path, blobs: Path, train: Train) -> None:
     """Both ranks are stopped for longer than a hang may last, as `scontrol suspend` does, and continued."""
-    args = (*ARGS, "--train.steps", 200, "--train.timeout-s", 10)
+    args = (*ARGS, "--train.steps", 200, "--train.timeout-s", 5)
     run, truth = tmp_path / "run", tmp_path / "truth"
     with running("-m", "largescale.train", "debug", "--data.path", blobs, *QUIET, *args, "--output", run) as started:
         while len(read_metrics(run)) < 20:
             assert all(process.exitcode is None for process in started.processes)
             time.sleep(0.05)
         started.signal(signal.SIGSTOP)
-        time.sleep(13)
+        time.sleep(8)
         started.signal(signal.SIGCONT)
         done = started.wait()
     assert [rank.returncode for rank in done] == [0, 0], done[0].stderr

@@ -2,6 +2,7 @@
 
     python tests/e2e/chaos.py --minutes 20 --seed 0        the long test; its last lines are a tally
     ... --starts 4                                          instead of minutes: so many disturbed starts
+    ... --fork                                              starts that take half as long
     ... --world-sizes 1 2 3 4                               each start on another number of ranks
 
 The disturbances and their moments follow from the seed. Each round is a run of its own in a fresh folder; at its end the
@@ -30,18 +31,20 @@ from largescale.checkpoint_files import checkpoints
 from largescale.starts import account, read_starts
 from largescale.telemetry import read_metrics
 from tests.conftest import assert_same_run, make_blobs, trace
-from tests.ranks import ROOT, free_port
+from tests.ranks import ROOT, Forked, free_port
 
+Process = subprocess.Popen[bytes] | Forked
 DISTURBANCES = ("TERM one", "TERM all", "USR1 all", "kill one", "kill all", "kill all, damage", "disk full", "none")
 HANGS_S = 900  # no process may live longer after what was done to it: the ranks wait 180 s for one that does not come
 
 
 class Chaos:
-    def __init__(self, folder: Path, steps: int, world_sizes: Sequence[int], seed: int):
+    def __init__(self, folder: Path, steps: int, world_sizes: Sequence[int], seed: int, fork: bool):
         self.folder, self.steps, self.world_sizes, self.random = folder, steps, world_sizes, random.Random(seed)
+        self.fork = fork
         self.tally: Counter[str] = Counter()
         self.starts = 0
-        self.launched: list[subprocess.Popen[str]] = []
+        self.launched: list[Process] = []
         make_blobs(folder / "data")
         self.args: list[Any] = [
             "debug", "--data.path", folder / "data", "--train.steps", steps, "--train.global-batch-size", 24,
@@ -67,25 +70,28 @@ class Chaos:
 
     # ---- one start
 
-    def launch(self, run: Path, ranks: int) -> list["subprocess.Popen[str]"]:
+    def launch(self, run: Path, ranks: int) -> list[Process]:
         env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks),
                "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "largescale.train", *map(str, self.args), "--output", str(run)]
-        with (self.folder / "log.txt").open("a") as log:
-            self.launched = [
-                subprocess.Popen(command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, cwd=ROOT, stdout=log,
-                                 stderr=log, text=True) for r in range(ranks)
-            ]
+        program = ["-m", "largescale.train", *map(str, self.args), "--output", str(run)]
+        envs = [{**env, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
+        log = self.folder / "log.txt"
+        if self.fork:
+            self.launched = [Forked(program, env, log) for env in envs]
+        else:
+            with log.open("a") as file:
+                self.launched = [subprocess.Popen([sys.executable, *program], env=env, cwd=ROOT, stdout=file, stderr=file)
+                                 for env in envs]
         return self.launched
 
-    def wait(self, processes: list["subprocess.Popen[str]"], timeout_s: float) -> bool:
+    def wait(self, processes: list[Process], timeout_s: float) -> bool:
         """Whether all have ended by then."""
         deadline = time.monotonic() + timeout_s
         while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
             time.sleep(0.02)
         return all(p.poll() is not None for p in processes)
 
-    def begun(self, run: Path, before: int, processes: list["subprocess.Popen[str]"]) -> bool:
+    def begun(self, run: Path, before: int, processes: list[Process]) -> bool:
         """Wait for the first step of this start. False where it ended without one."""
         deadline, began, log = time.monotonic() + 10 * HANGS_S, time.time(), run / "metrics.jsonl"
 
@@ -106,10 +112,10 @@ class Chaos:
         before = self.step(run)
         processes = self.launch(run, ranks)
         if self.random.random() < 0.2 and what != "disk full":  # while it starts; a full disk it would refuse
-            over, where = self.wait(processes, self.random.uniform(0, 8)), "at start"
+            over, where = self.wait(processes, self.random.uniform(0, 4 if self.fork else 8)), "at start"
         else:
             self.begun(run, max(before, 0), processes)
-            over, where = self.wait(processes, self.random.uniform(0, 3)), "in training"
+            over, where = self.wait(processes, self.random.uniform(0, 2)), "in training"
         if over:
             return self.end(run, processes, before, f"{what}: too late")
         self.disturb(what, run, processes)
@@ -125,7 +131,7 @@ class Chaos:
             self.damage(run)
         return self.end(run, processes, before, f"{what} {where}")
 
-    def disturb(self, what: str, run: Path, processes: list["subprocess.Popen[str]"]) -> None:
+    def disturb(self, what: str, run: Path, processes: list[Process]) -> None:
         one = self.random.choice(processes)
         victims, number = {
             "TERM one": ([one], signal.SIGTERM), "TERM all": (processes, signal.SIGTERM),
@@ -161,7 +167,7 @@ class Chaos:
         content[self.random.randrange(len(content))] ^= 1 << self.random.randrange(8)
         victim.write_bytes(content if self.random.random() < 0.7 else content[: len(content) // 2])
 
-    def end(self, run: Path, processes: list["subprocess.Popen[str]"], before: int, what: str) -> bool:
+    def end(self, run: Path, processes: list[Process], before: int, what: str) -> bool:
         codes = sorted({p.returncode for p in processes})
         step = self.step(run)
         self.starts += 1
@@ -203,10 +209,11 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[2])
+    parser.add_argument("--fork", action="store_true", help="ranks start with their libraries loaded: in half of the time")
     options = parser.parse_args(args)
     began, rounds, wall = time.monotonic(), 0, 0.0
     with tempfile.TemporaryDirectory(prefix="chaos") as name:
-        chaos = Chaos(Path(name), options.steps, options.world_sizes, options.seed)
+        chaos = Chaos(Path(name), options.steps, options.world_sizes, options.seed, options.fork)
         try:
             if not chaos.mounted:
                 print("no full disk: a tmpfs cannot be mounted here")
@@ -241,7 +248,7 @@ def main(args: Sequence[str] | None = None) -> None:
     print(f"{rounds} rounds, {chaos.starts} starts, {time.monotonic() - began:.0f} s: nothing was lost")
 
 
-def left_in_peace(chaos: Chaos, run: Path) -> list["subprocess.Popen[str]"]:
+def left_in_peace(chaos: Chaos, run: Path) -> list[Process]:
     processes = chaos.launch(run, chaos.world_sizes[-1])
     assert chaos.wait(processes, 3600)
     return processes

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
     ("seed", "more"), [("5", ("--starts", "4", "--steps", "500")), ("2", ("--starts", "3", "--steps", "300", "--world-sizes", "1", "2", "3"))]
 )
 def test_disturbed_at_random(seed: str, more: tuple[str, ...]) -> None:
-    command = [sys.executable, str(ROOT / "tests/e2e/chaos.py"), "--seed", seed, *more]
+    command = [sys.executable, str(ROOT / "tests/e2e/chaos.py"), "--fork", "--seed", seed, *more]
     chaos = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         out, err = chaos.communicate(timeout=6000)
