@@ -22,6 +22,7 @@ from largescale.checkpoint_files import (
     FORMAT,
     MANIFEST,
     CheckpointDir,
+    UnseenError,
     checkpoints,
     newest_valid,
     seal,
@@ -30,8 +31,12 @@ from largescale.checkpoint_files import (
 from largescale.config import CheckpointConfig, flatten
 from largescale.distributed import Ranks
 from largescale.engine import Engine, plain
-from largescale.errors import CheckpointError
+from largescale.errors import CheckpointError, LargescaleError, NewerVersionError, StorageError
 from largescale.files import fsync_dir, sha256, write_atomically
+
+SEEN_LATER_S = (1.0, 5.0, 20.0, 40.0)
+"""Pauses before a file is looked for again that other ranks see: by default NFS shows it within a minute."""
+_ERRORS = (CheckpointError, UnseenError, StorageError, NewerVersionError)  # the gravest last
 
 
 class Writer:
@@ -193,20 +198,31 @@ class Checkpointer:
     def newest(self, say: Callable[[str], None]) -> CheckpointDir | None:
         """The newest checkpoint that every rank finds sound; ranks share the hashing.
 
-        Raises CheckpointError where there are checkpoints and none can be used: never a silent restart.
+        Raises as `newest_valid` where there are checkpoints and none can be used: never a silent restart.
         """
-        ranks = self.ranks
-        listed = ranks.together(lambda: [c.step for c in checkpoints(self.run_dir)])
-        (steps, *_) = ranks.all_gather_json(listed)
-
-        def check(checkpoint: CheckpointDir) -> str | None:
-            found = ranks.together(lambda: checkpoint.problem(slice(ranks.rank, None, ranks.world_size)))
-            return next(filter(None, ranks.all_gather_json(found)), None)
-
+        listed = self.ranks.all_gather_json(
+            self.ranks.together(lambda: [c.step for c in checkpoints(self.run_dir)]))
+        steps = sorted({step for of_rank in listed for step in of_rank}, reverse=True)  # also what one alone sees yet
         found = (CheckpointDir.at(self.run_dir, step) for step in steps)
-        newest, self._damaged = newest_valid(self.run_dir, found, say, check)
+        newest, self._damaged = newest_valid(self.run_dir, found, say, self._check)
         self.last_saved = -1 if newest is None else newest.step
         return newest
+
+    def _check(self, checkpoint: CheckpointDir) -> LargescaleError | None:
+        """The gravest of what the ranks find. A file that only some of them see is waited for."""
+        ranks = self.ranks
+        part = slice(ranks.rank, None, ranks.world_size)
+        own = ranks.together(lambda: checkpoint.check(part))
+        for pause in (*SEEN_LATER_S, None):
+            reports = ranks.all_gather_json((_ERRORS.index(type(own)), str(own)) if own else None)
+            kinds = [_ERRORS[report[0]] if report else None for report in reports]
+            if pause is None or UnseenError not in kinds or all(kind is UnseenError for kind in kinds):
+                break
+            time.sleep(pause)
+            if isinstance(own, UnseenError):
+                own = checkpoint.check(part)
+        number, text = max(filter(None, reports), key=lambda report: report[0], default=(None, ""))
+        return None if number is None else _ERRORS[number](text)
 
     def _retain(self) -> None:
         """Keep the last k, every m-th, and the last that was written on a stop, so that preemptions do not push the
@@ -255,13 +271,17 @@ def _reason(checkpoint: CheckpointDir) -> str | None:
     """Why it was written; None if its manifest cannot be read."""
     try:
         return str(checkpoint.manifest().get("reason"))
-    except CheckpointError:
+    except (CheckpointError, StorageError):
         return None
 
 
 def _remove(checkpoint: CheckpointDir) -> None:
-    """Raises OSError where it is still a checkpoint afterwards."""
-    (checkpoint.path / MANIFEST).unlink(missing_ok=True)  # first: from here on it does not exist
+    """Of a link, the link only. Raises OSError where it is still a checkpoint afterwards."""
+    if checkpoint.path.is_symlink():
+        checkpoint.path.unlink()
+        return
+    with contextlib.suppress(IsADirectoryError):
+        (checkpoint.path / MANIFEST).unlink(missing_ok=True)  # first: from here on it does not exist
     shutil.rmtree(checkpoint.path, ignore_errors=True)
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from largescale.errors import CheckpointError, StorageError
+from largescale.errors import CheckpointError, LargescaleError, NewerVersionError, StorageError
 from largescale.files import sha256
 
 if TYPE_CHECKING:
@@ -28,7 +28,11 @@ MODEL_FILE = "mp_rank_00_model_states.pt"
 MANIFEST = "manifest.json"
 _SEAL = ',\n "sha256": '
 READ_AGAIN_S = (1.0, 5.0)  # pauses before files that could not be read are tried again
-FORMAT = 2  # in 1 the manifest had no hash of itself
+FORMAT = 2  # in 1 the manifest had no hash of itself; every later one is sealed as 2 is, to be told from damage
+
+
+class UnseenError(CheckpointError):
+    """A file that is missing, or of another size; or it is new, and a network file system does not show it here yet."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +50,29 @@ class CheckpointDir:
         return (self.path / MANIFEST).exists()
 
     def manifest(self) -> dict[str, Any]:
+        """Raises CheckpointError where it is missing or damaged, or a newer version's (NewerVersionError); StorageError
+        where it cannot be read at present."""
+        path = self.path / MANIFEST
         try:
-            content = (self.path / MANIFEST).read_bytes()
+            content = path.read_bytes()
             manifest: dict[str, Any] = json.loads(content)
-            if manifest["format"] not in (1, FORMAT):
-                known = f"has format {manifest['format']}, this version reads 1 and {FORMAT}"
-                raise CheckpointError(f"{self.path / MANIFEST} {known}")
             if (manifest["format"] != 1 or "sha256" in manifest) and not _is_sealed(content):
-                raise CheckpointError(f"{self.path / MANIFEST} does not have the content that was written")
+                raise CheckpointError(f"{path} does not have the content that was written")
+            if manifest["format"] > FORMAT:
+                raise NewerVersionError(f"{path} has format {manifest['format']}, this version reads 1 to {FORMAT}: it "
+                                        "was made by a newer version; update largescale, or start another run with "
+                                        "--output DIR")
+            if manifest["format"] not in (1, FORMAT):
+                raise CheckpointError(f"{path} has format {manifest['format']}, which there is not")
+            if manifest.get("step", self.step) != self.step:
+                raise CheckpointError(f"{path} is that of step {manifest['step']}; give the folder its name back")
             return manifest
         except FileNotFoundError as error:
-            raise CheckpointError(f"{self.path / MANIFEST} is missing") from error
+            raise UnseenError(f"{path} is missing") from error
         except OSError as error:
-            raise StorageError(f"{self.path / MANIFEST} cannot be read at present: {error}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.path / MANIFEST} cannot be read: {error}") from error
+            raise StorageError(f"{path} cannot be read at present: {error}") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def optimizer_state(self, rank: int) -> dict[str, Any]:
         """What DeepSpeed's ZeRO optimizer saved on that rank."""
@@ -72,30 +84,40 @@ class CheckpointDir:
     def problem(self, part: slice = slice(None)) -> str | None:
         """What is wrong with the files, or None. Hashes `part` of them, so that ranks can share the work.
 
-        Raises StorageError where they cannot be read, which does not say that they are damaged."""
+        Raises StorageError where they cannot be read, which does not say that they are damaged, and NewerVersionError.
+        """
+        error = self.check(part)
+        if isinstance(error, StorageError | NewerVersionError):
+            raise error
+        return str(error) if error else None
+
+    def check(self, part: slice = slice(None)) -> CheckpointError | StorageError | None:
+        """As `problem`, but an error is returned, whatever it is."""
         for pause in (*READ_AGAIN_S, None):
             try:
-                return self._problem(part)
-            except (CheckpointError, LookupError, TypeError, AttributeError) as error:
-                return f"{self.path}: {error!r}" if not isinstance(error, CheckpointError) else str(error)
+                self._require_whole(part)
+                return None
+            except CheckpointError as error:
+                return error
+            except (LookupError, TypeError, AttributeError) as error:
+                return CheckpointError(f"{self.path}: {error!r}")
             except OSError as error:
                 if pause is None:
-                    raise StorageError(f"{self.path} cannot be read at present: {error}") from error
+                    return StorageError(f"{self.path} cannot be read at present: {error}")
                 time.sleep(pause)
         raise AssertionError
 
-    def _problem(self, part: slice) -> str | None:
+    def _require_whole(self, part: slice) -> None:
         files = sorted(self.manifest()["files"].items())
         for name, expected in files:
             path = self.path / name
             if not path.exists():
-                return f"{path} is missing"
+                raise UnseenError(f"{path} is missing")
             if path.stat().st_size != expected["bytes"]:
-                return f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}"
+                raise UnseenError(f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}")
         for name, expected in files[part]:
             if sha256(self.path / name) != expected["sha256"]:
-                return f"{self.path / name} does not have the content that was written"
-        return None
+                raise CheckpointError(f"{self.path / name} does not have the content that was written")
 
 
 def seal(manifest: dict[str, Any]) -> str:
@@ -128,26 +150,33 @@ def newest_valid(
     run_dir: Path,
     found: Iterable[CheckpointDir],
     report: Callable[[str], None],
-    check: Callable[[CheckpointDir], str | None] = CheckpointDir.problem,
+    check: Callable[[CheckpointDir], LargescaleError | None] = CheckpointDir.check,
 ) -> tuple[CheckpointDir | None, set[int]]:
-    """The newest of `found` in which `check` finds no problem, and the steps of those passed over, which are reported.
+    """The newest of `found` in which `check` finds no error, and the steps of those passed over, which are reported.
 
-    None where nothing was found. Raises CheckpointError where there are checkpoints and none can be used.
+    None where nothing was found. Raises NewerVersionError at the first of a newer version, so that nothing of it is
+    trained again or overwritten; where there are checkpoints and none can be used, StorageError if some may be later,
+    else CheckpointError.
     """
-    problems: dict[int, str] = {}
+    errors: dict[int, LargescaleError] = {}
     for checkpoint in found:
-        problem = check(checkpoint)
-        if problem is None:
-            return checkpoint, set(problems)
-        problems[checkpoint.step] = problem
-        report(f"passing over a damaged checkpoint: {problem}")
-    if problems:
-        error = CheckpointError(
-            f"none of the {len(problems)} checkpoints in {run_dir} can be used:\n  " + "\n  ".join(problems.values())
-            + "\nrestore one from a copy, or start again in another folder with --output DIR"
+        error = check(checkpoint)
+        if error is None:
+            return checkpoint, set(errors)
+        if isinstance(error, NewerVersionError):
+            error.agreed = True
+            raise error
+        errors[checkpoint.step] = error
+        report(f"passing over a {'checkpoint' if isinstance(error, StorageError) else 'damaged checkpoint'}: {error}")
+    if errors:
+        later = any(isinstance(error, StorageError) for error in errors.values())
+        remedy = "try again later, restore one from a copy" if later else "restore one from a copy"
+        none = (StorageError if later else CheckpointError)(
+            f"none of the {len(errors)} checkpoints in {run_dir} can be used:\n  "
+            + "\n  ".join(map(str, errors.values())) + f"\n{remedy}, or start again in another folder with --output DIR"
         )
-        error.agreed = True
-        raise error
+        none.agreed = True
+        raise none
     return None, set()
 
 

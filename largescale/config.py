@@ -18,7 +18,7 @@ from largescale.curriculum import (
     uniform_clusters,
 )
 from largescale.diffusion import schedule
-from largescale.errors import ConfigError
+from largescale.errors import ConfigError, NewerVersionError
 
 
 @dataclass(frozen=True)
@@ -274,19 +274,24 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(tree: dict[str, Any]) -> Config:
-    """The inverse of `to_dict`. A field that this version does not know is a ConfigError."""
+    """The inverse of `to_dict`. Raises NewerVersionError for a field that this version does not know, ConfigError for
+    what is no config."""
 
     def build(cls: Any, values: dict[str, Any]) -> Any:
         fields = {f.name: f for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - set(fields)):
-            raise ConfigError(f"{cls.__name__} has no field {unknown[0]!r}; this config is another version's")
+            raise NewerVersionError(f"{cls.__name__} has no field {unknown[0]!r}: this config was made by a newer "
+                                    "version; update largescale, or start another run with --output DIR")
         return cls(**{
             key: build(fields[key].type, value) if dataclasses.is_dataclass(fields[key].type)
             else tuple(value) if isinstance(value, list) else value
             for key, value in values.items()
         })
 
-    config: Config = build(Config, tree)
+    try:
+        config: Config = build(Config, tree)
+    except (TypeError, RecursionError) as error:
+        raise ConfigError(f"this is no config of a run: {error}") from error
     return config
 
 

@@ -28,6 +28,10 @@ class CheckpointError(LargescaleError, RuntimeError):
     """A run directory or checkpoint that cannot be used."""
 
 
+class NewerVersionError(CheckpointError):
+    """What a newer version of largescale wrote. That is no damage, and nothing older makes up for it."""
+
+
 class StorageError(LargescaleError, OSError):
     """Files that cannot be read or written at present: the same command may go on later."""
 

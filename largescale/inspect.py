@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from largescale.checkpoint_files import CheckpointDir, step_folders
 from largescale.curriculum import active_levels
-from largescale.errors import CheckpointError, LargescaleError
+from largescale.errors import CheckpointError, LargescaleError, NewerVersionError, StorageError
 from largescale.launch import print_error
 from largescale.starts import Account, Start, account, duration, out_of_memory, read_starts
 from largescale.telemetry import read_metrics
@@ -128,7 +128,7 @@ def _manifest(folder: CheckpointDir) -> Facts | None:
     """None if there is none; empty if it cannot be read: `problem` says why."""
     try:
         return folder.manifest() if folder.exists else None
-    except (CheckpointError, TypeError):
+    except (CheckpointError, StorageError):
         return {}
 
 
@@ -139,14 +139,14 @@ def _files(manifest: Facts | None) -> list[tuple[str, int]]:
 
 
 def _problems(manifests: dict[CheckpointDir, Facts], verify: bool) -> dict[CheckpointDir, str]:
-    problems = {folder: problem for folder in manifests if (problem := folder.problem(slice(0)))}
+    problems = {folder: problem for folder in manifests if (problem := _problem(folder, slice(0)))}
     sound = [folder for folder in manifests if verify and folder not in problems]
     files = [(folder, i, size) for folder in sound for i, (_, size) in enumerate(_files(manifests[folder]))]
     terminal, pool = sys.stderr.isatty(), ThreadPoolExecutor(4)
     bar = tqdm(total=sum(size for *_, size in files), desc="hashing", unit="B", unit_scale=True, leave=False,
                delay=0 if terminal else 3, mininterval=0.1 if terminal else 20, ascii=not terminal)
     try:
-        hashed = pool.map(lambda file: file[0].problem(slice(file[1], file[1] + 1)), files)
+        hashed = pool.map(lambda file: _problem(file[0], slice(file[1], file[1] + 1)), files)
         for (folder, _, size), problem in zip(files, hashed, strict=True):
             bar.update(size)
             if problem:
@@ -155,6 +155,14 @@ def _problems(manifests: dict[CheckpointDir, Facts], verify: bool) -> dict[Check
         pool.shutdown(cancel_futures=True)
         bar.close()
     return problems
+
+
+def _problem(folder: CheckpointDir, part: slice) -> str | None:
+    """Also that it cannot be read at present. Raises NewerVersionError."""
+    error = folder.check(part)
+    if isinstance(error, NewerVersionError):
+        raise error
+    return str(error) if error else None
 
 
 def _standing(last: Start | None, silence_s: float, patience_s: float, *, finished: bool) -> str:

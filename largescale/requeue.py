@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from largescale.checkpoint_files import CheckpointDir, checkpoints
-from largescale.errors import CheckpointError, ConfigError, LargescaleError
+from largescale.errors import CheckpointError, ConfigError, LargescaleError, StorageError
 from largescale.launch import print_error
 from largescale.machine import KILL
 from largescale.signals import EXIT_REQUEUE
@@ -83,7 +83,7 @@ def _written_unix_s(checkpoint: CheckpointDir) -> float:
     """0 where the manifest cannot tell."""
     try:
         return float(checkpoint.manifest()["written_unix_s"])
-    except (CheckpointError, LookupError, TypeError, ValueError):
+    except (CheckpointError, StorageError, LookupError, TypeError, ValueError, OverflowError):
         return 0.0
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from largescale.errors import DataError
+from largescale.errors import DataError, NewerVersionError
 from largescale.files import from_json
 
 FORMAT = 1
@@ -86,7 +86,8 @@ def remedy(what: object) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest, with `info` as DatasetInfo. Raises DataError where there is none or it cannot be used."""
+    """The manifest, with `info` as DatasetInfo. Raises DataError where there is none or it cannot be used, and
+    NewerVersionError."""
     if not (path / MANIFEST).is_file():
         if (path / "packing").is_dir():
             raise DataError(f"{path} is not packed to the end; run the command that packed it again, and it goes on")
@@ -96,6 +97,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} {what}; correct the path (of training: --data.path), or {remedy(path)}")
     try:
         manifest: dict[str, Any] = from_json((path / MANIFEST).read_bytes())
+        if manifest["format"] > FORMAT:
+            raise NewerVersionError(f"{path / MANIFEST} has format {manifest['format']}, this version reads {FORMAT}: "
+                                    "it was made by a newer version; update largescale, or choose other data")
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']}; this version reads {FORMAT}")
         manifest["info"] = DatasetInfo(**manifest["info"])

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from largescale import signals, telemetry
-from largescale.checkpoint_files import checkpoints, seal
+from largescale import export, inspect, signals, telemetry
+from largescale.checkpoint_files import CheckpointDir, checkpoints, seal
+from largescale.config import CheckpointConfig
 from largescale.data.format import DatasetInfo
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset
@@ -317,7 +318,154 @@ def test_files_that_cannot_be_read_at_present_are_not_damaged(run_here: RunHere,
         patch.setattr("largescale.checkpoint_files.sha256", ill)
         outcome = run_here("--train.steps", 12)
     assert outcome.code == 75 and "cannot be read at present" in outcome.err and "damaged" not in outcome.err
+    assert "none of the 3 checkpoints" in outcome.err and "try again later" in outcome.err
     assert "at step 8" in run_here("--train.steps", 12).err
+
+
+def bad_sector(checkpoint: CheckpointDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: Path) -> str:
+        if path.parent == checkpoint.path:
+            raise OSError(5, "Input/output error")
+        return sha256(path)
+
+    monkeypatch.setattr("largescale.checkpoint_files.sha256", read)
+
+
+def folder_as_manifest(checkpoint: CheckpointDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    (checkpoint.path / "manifest.json").unlink()
+    (checkpoint.path / "manifest.json").mkdir()
+
+
+@pytest.mark.parametrize("spoil", [bad_sector, folder_as_manifest])
+def test_a_newest_checkpoint_that_can_never_be_read(spoil: Any, run_here: RunHere, monkeypatch: pytest.MonkeyPatch,
+                                                    tmp_path: Path) -> None:
+    """It is passed over, once it was tried again, and the run becomes what it would have been."""
+    settings = ("--train.steps", 12, "--checkpoint.every", 4)
+    truth = run_here(*settings, output=tmp_path / "truth").run
+    shutil.copytree(truth, tmp_path / "run")
+    monkeypatch.setattr("largescale.checkpoint_files.READ_AGAIN_S", (0.0,))
+    newest = checkpoints(tmp_path / "run")[0]
+    with monkeypatch.context() as patch:
+        spoil(newest, patch)
+        outcome = run_here(*settings)
+    assert outcome.code == 0 and "at step 8" in outcome.err and "passing over a damaged" not in outcome.err
+    assert f"passing over a checkpoint: {newest.path}" in outcome.err and "cannot be read at present" in outcome.err
+    assert_same_run(tmp_path / "run", truth)
+
+
+def test_retention_with_an_old_manifest_that_cannot_be_read(run_here: RunHere) -> None:
+    run = run_here("--train.steps", 8, "--checkpoint.every", 4).run
+    folder_as_manifest(CheckpointDir.at(run, 4), pytest.MonkeyPatch())
+    outcome = run_here("--train.steps", 12, "--checkpoint.every", 4, "--checkpoint.keep-last", 1)
+    assert outcome.code == 0 and "cannot be removed" not in outcome.err and "Traceback" not in outcome.err
+    assert [c.step for c in checkpoints(run)] == [12, 4]
+
+
+def rewrite(checkpoint: CheckpointDir, **changes: Any) -> None:
+    """A manifest that says something else, whole in itself."""
+    path = checkpoint.path / "manifest.json"
+    manifest = {**json.loads(path.read_text()), **changes}
+    del manifest["sha256"]
+    path.write_text(seal(manifest))
+
+
+def test_a_checkpoint_of_a_newer_version(run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:
+    """No damage: an older one does not make up for it, and nothing is overwritten or cut."""
+    run = run_here("--train.steps", 8, "--checkpoint.every", 4).run
+    rewrite(checkpoints(run)[0], format=3)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    expected = ("step_00000008/manifest.json has format 3", "made by a newer version; update largescale", "--output DIR")
+    outcome = run_here("--train.steps", 12)
+    assert_refused(outcome, *expected)
+    assert "passing over" not in outcome.err
+    for program in (export.main, inspect.main):
+        assert program([str(run)]) == 2
+        assert expected[0] in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_setting_of_a_newer_version(run_here: RunHere) -> None:
+    run = run_here("--train.steps", 4).run
+    state = checkpoints(run)[0].manifest()["state"]
+    rewrite(checkpoints(run)[0], state={**state, "config": {**state["config"], "rope": True}})
+    assert_refused(run_here("--train.steps", 8), "Config has no field 'rope'", "made by a newer version; update", "--output DIR")
+
+
+def test_data_of_a_newer_version(run_here: RunHere, blobs: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(blobs, tmp_path / "data")
+    manifest = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps({**manifest, "format": manifest["format"] + 1}))
+    for arguments in ((), ("--dry-run",)):
+        outcome = run_here(*arguments, data=data)
+        assert_refused(outcome, "was made by a newer version; update largescale, or choose other data")
+        assert "pack" not in outcome.err
+
+
+def test_a_checkpoint_under_another_name(run_here: RunHere, tmp_path: Path) -> None:
+    """A folder whose name says another step than its manifest is not that step's checkpoint."""
+    settings = ("--train.steps", 12, "--checkpoint.every", 4)
+    truth = run_here(*settings, output=tmp_path / "truth").run
+    cut(truth, tmp_path / "run", 8)
+    CheckpointDir.at(tmp_path / "run", 8).path.rename(tmp_path / "run/checkpoints/step_99999999")
+    outcome = run_here(*settings)
+    assert outcome.code == 0 and f"resumed {tmp_path}/run at step 4" in outcome.err
+    assert "step_99999999/manifest.json is that of step 8" in outcome.err
+    assert [c.step for c in checkpoints(tmp_path / "run")][:2] == [99999999, 12]
+    CheckpointDir.at(tmp_path / "run", 99999999).path.rename(tmp_path / "aside")
+    assert_same_run(tmp_path / "run", truth)
+
+
+def test_an_archived_checkpoint_is_left_alone(run_here: RunHere, tmp_path: Path) -> None:
+    """Moved away, with a link in its place: retention, and a save of the same step, remove the link only."""
+    run = run_here("--train.steps", 8, "--checkpoint.every", 4).run
+    for step in (4, 8):
+        CheckpointDir.at(run, step).path.rename(tmp_path / f"archived{step}")
+        CheckpointDir.at(run, step).path.symlink_to(tmp_path / f"archived{step}")
+    (tmp_path / "archived8/mp_rank_00_model_states.pt").unlink()  # damaged, so that the step is taken and saved again
+    kept = [sorted(path.name for path in (tmp_path / f"archived{step}").iterdir()) for step in (4, 8)]
+    outcome = run_here("--train.steps", 12, "--checkpoint.every", 4, "--checkpoint.keep-last", 2)
+    assert outcome.code == 0, outcome.err
+    assert [c.step for c in checkpoints(run)] == [12, 8] and not CheckpointDir.at(run, 8).path.is_symlink()
+    assert kept == [sorted(path.name for path in (tmp_path / f"archived{step}").iterdir()) for step in (4, 8)]
+
+
+class OneOfTwo:
+    """Rank 1, beside a rank 0 that sees everything."""
+
+    rank, world_size = 1, 2
+
+    def __init__(self, seen: list[int]):
+        self.seen = seen
+
+    def all_gather_json(self, value: Any) -> list[Any]:
+        return [self.seen if isinstance(value, list) else None, value]
+
+    def together(self, action: Any) -> Any:
+        return action()
+
+
+def test_a_manifest_that_one_rank_does_not_see_yet(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a network file system shows a new file late: waited for, not called damage. One that all miss is not."""
+    from largescale import checkpoint
+    from largescale.checkpoint import Checkpointer
+
+    run = run_here("--train.steps", 8, "--checkpoint.every", 4).run
+    manifest, said, pauses = checkpoints(run)[0].path / "manifest.json", list[str](), list[float]()
+    ranks: Any = OneOfTwo([c.step for c in checkpoints(run)])
+    manifest.rename(manifest.with_suffix(".late"))
+
+    def show(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 2 and manifest.with_suffix(".late").exists():
+            manifest.with_suffix(".late").rename(manifest)
+
+    monkeypatch.setattr(checkpoint.time, "sleep", show)
+    found = Checkpointer(run, CheckpointConfig(), ranks, patience_s=60).newest(said.append)
+    assert found is not None and found.step == 8 and said == [] and pauses == [1.0, 5.0]
+    manifest.unlink()
+    pauses.clear()
+    found = Checkpointer(run, CheckpointConfig(), ranks, patience_s=60).newest(said.append)
+    assert found is not None and found.step == 4 and len(said) == 1 and len(pauses) == 4
 
 
 @pytest.mark.parametrize("setting", ["anomaly.spike-factor", "optimizer.clip-grad-norm", "optimizer.eps", "train.timeout-s"])

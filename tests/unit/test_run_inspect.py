@@ -194,14 +194,14 @@ def test_a_checkpoint_that_is_not_finished(run: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_checkpoint_that_the_run_removes_meanwhile(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = CheckpointDir.problem
+    check = CheckpointDir.check
 
-    def removing(self: CheckpointDir, part: slice) -> str | None:
+    def removing(self: CheckpointDir, part: slice) -> Any:
         if self.step == 20:
             shutil.rmtree(self.path, ignore_errors=True)
-        return problem(self, part)
+        return check(self, part)
 
-    monkeypatch.setattr(CheckpointDir, "problem", removing)
+    monkeypatch.setattr(CheckpointDir, "check", removing)
     f = inspect.facts(run)
     assert [c["step"] for c in f["checkpoints"]] == [40, 30] and f["damaged"] == []
 
