@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -32,7 +32,7 @@ from largescale.config import CheckpointConfig, flatten
 from largescale.distributed import Ranks
 from largescale.engine import Engine, plain
 from largescale.errors import CheckpointError, LargescaleError, NewerVersionError, StorageError
-from largescale.files import fsync_dir, sha256, write_atomically
+from largescale.files import LOCK, exclusive, fsync_dir, located, sha256, write_atomically
 
 SEEN_LATER_S = (1.0, 5.0, 20.0, 40.0)
 """Pauses before a file is looked for again that other ranks see: by default NFS shows it within a minute."""
@@ -116,9 +116,12 @@ def _write(state: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
 class Checkpointer:
     """Every public method is collective: all ranks call it at the same step."""
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, ranks: Ranks, patience_s: float):
-        """`patience_s`: how long `finish` waits for a file system that does not answer."""
+    def __init__(self, run_dir: Path, config: CheckpointConfig, ranks: Ranks, patience_s: float,
+                 lock: IO[str] | None = None):
+        """`patience_s`: how long `finish` waits for a file system that does not answer; `lock`: RUN/lock, which rank 0
+        holds, and by which it is found where the run directory is renamed."""
         self.run_dir, self.config, self.ranks, self._patience_s = run_dir, config, ranks, patience_s
+        self._lock = lock
         self._writer = Writer()
         self._pending: Pending | None = None
         self._damaged: set[int] = set()  # steps
@@ -152,6 +155,7 @@ class Checkpointer:
         if step == self.last_saved:
             return
         self._writer.seconds = 0.0
+        self._find_run_dir()
         checkpoint = CheckpointDir.at(self.run_dir, step)
         if self.ranks.rank == 0:  # what is there is damaged, or was never finished: or it would be `last_saved`
             self._writer.attempt(lambda: _remove(checkpoint))
@@ -200,6 +204,7 @@ class Checkpointer:
 
         Raises as `newest_valid` where there are checkpoints and none can be used: never a silent restart.
         """
+        self._find_run_dir()
         listed = self.ranks.all_gather_json(
             self.ranks.together(lambda: [c.step for c in checkpoints(self.run_dir)]))
         steps = sorted({step for of_rank in listed for step in of_rank}, reverse=True)  # also what one alone sees yet
@@ -207,6 +212,25 @@ class Checkpointer:
         newest, self._damaged = newest_valid(self.run_dir, found, say, self._check)
         self.last_saved = -1 if newest is None else newest.step
         return newest
+
+    def _find_run_dir(self) -> None:
+        """Under its name of now; made anew, and locked, where it was deleted. Raises CheckpointError where another
+        process has begun to train there since."""
+        def find() -> str:
+            lock = self._lock
+            if lock is not None:
+                self.run_dir = located(self.run_dir / LOCK, lock.fileno()).parent
+                with contextlib.suppress(OSError):  # as long as nothing can be written there: the save says so
+                    if not os.fstat(lock.fileno()).st_nlink:
+                        self.run_dir.mkdir(parents=True, exist_ok=True)
+                        self._lock = exclusive(self.run_dir / LOCK)
+                if self._lock is None:
+                    raise CheckpointError(f"{self.run_dir} was deleted, and another process trains there now; start "
+                                          "another run with --output DIR")
+            return str(self.run_dir)
+
+        (run_dir, *_) = self.ranks.all_gather_json(self.ranks.together(find))
+        self.run_dir = Path(run_dir)
 
     def _check(self, checkpoint: CheckpointDir) -> LargescaleError | None:
         """The gravest of what the ranks find. A file that only some of them see is waited for."""

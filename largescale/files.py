@@ -1,5 +1,6 @@
 """Files that are whole or absent."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from largescale.launch import heartbeat
+
+LOCK = "lock"  # in a run directory, held by the one process that trains it
 
 
 def sha256(path: Path) -> str:
@@ -56,6 +59,19 @@ def exclusive(path: Path) -> IO[str] | None:
     except OSError:
         pass  # a file system without locks
     return file
+
+
+def located(path: Path, descriptor: int) -> Path:
+    """Where a file or folder lies now that was opened as `path`: it, or one above, may have been renamed meanwhile.
+    `path` where it was deleted, or nobody can tell."""
+    held = os.fstat(descriptor)
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.stat(path), held):
+            return path
+    with contextlib.suppress(OSError):
+        if held.st_nlink:
+            return Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -19,7 +19,7 @@ class Goodput:
         self._telemetry, self._meter, self._active = telemetry, meter, telemetry.active
         self._written_s = 0.0
         if self._active:
-            run_dir = self._run_dir = telemetry.run_dir
+            run_dir = telemetry.run_dir
             self._earlier = starts.read_starts(run_dir)
             if self._earlier and (killed := starts.out_of_memory(self._earlier[-1])):
                 self._earlier[-1].ended = killed
@@ -40,7 +40,7 @@ class Goodput:
         if due:
             self._written_s = now
             with self._telemetry.going_on():
-                starts.write(self._run_dir, start)
+                starts.write(self._telemetry.run_dir, start)
 
     def went_back(self, to_step: int, why: str) -> None:
         """What follows is a start of its own, but for the start-up."""

@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from largescale.files import located
+
 # Dense half-precision peaks in FLOP/s, from the makers' data sheets; elsewhere MFU is not reported.
 _PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 
@@ -54,8 +56,9 @@ class Telemetry:
         self.active = active
         if not active:
             return
-        self.run_dir, self._said_failing, self._tensorboard = run_dir, False, tensorboard
+        self._run_dir, self._said_failing, self._tensorboard = run_dir, False, tensorboard
         run_dir.mkdir(parents=True, exist_ok=True)
+        self._folder = os.open(run_dir, os.O_RDONLY)
         self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
         self._file.truncate(_end_of_step(run_dir / "metrics.jsonl", step))
         self._unwritten = b""
@@ -66,6 +69,15 @@ class Telemetry:
             total=steps, initial=step, unit="step", dynamic_ncols=True, ascii=not terminal,
             mininterval=0.5 if terminal else 20,
         )
+
+    @property
+    def run_dir(self) -> Path:
+        """Under its name of now: it is renamed at times while the run goes on."""
+        run_dir = located(self._run_dir, self._folder)
+        if run_dir != self._run_dir:
+            self.say(f"{self._run_dir} was moved: going on in {run_dir}; a later start needs --output {run_dir}")
+            self._run_dir = run_dir
+        return run_dir
 
     def _open_board(self, step: int) -> None:
         if self._tensorboard:
@@ -172,6 +184,7 @@ class Telemetry:
         if self.active:
             self._bar.close()
             self._file.close()
+            os.close(self._folder)
             self._close_board()
 
     def _close_board(self) -> None:

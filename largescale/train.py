@@ -20,7 +20,7 @@ from largescale.checkpoint_files import CheckpointDir
 from largescale.config import Config, differences, from_dict, to_dict
 from largescale.ds_config import final_ds_config, precision
 from largescale.errors import CheckpointError, ConfigError, DataError, DeviceError, LargescaleError, StorageError
-from largescale.files import exclusive
+from largescale.files import LOCK, exclusive
 from largescale.launch import env_rank, env_world_size, heartbeat, leave, print_error, tell_torchrun, threads_per_rank
 from largescale.machine import check_process_memory, cores, keep_freed_memory
 from largescale.presets import PRESETS
@@ -157,11 +157,11 @@ def train(config: Config, ds: dict[str, Any], ranks: "Ranks", watch: "Watch", be
     ranks.together(lambda: check_writable(config.run_dir))
     lock = ranks.together(lambda: claim(config.run_dir, say) if ranks.rank == 0 else None)
     with lock or contextlib.nullcontext():
-        return train_claimed(config, ds, ranks, dataset, watch, began_unix_s, say)
+        return train_claimed(config, ds, ranks, dataset, watch, began_unix_s, say, lock)
 
 
 def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "ShardDataset", watch: "Watch",
-                  began_unix_s: float, say: Callable[[str], None]) -> int:
+                  began_unix_s: float, say: Callable[[str], None], lock: IO[str] | None) -> int:
     def asked_to_stop(at: str) -> bool:
         if stop := ranks.any(stop_requested()):
             text = f"asked to stop {at}; nothing is lost, run again to go on"
@@ -188,7 +188,8 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
         "made_with": dataset.manifest.get("made_with", {}),  # where the encoders were, for sampling
     }
     watch.at("start-up: checkpoints")
-    checkpointer = Checkpointer(config.run_dir, config.checkpoint, ranks, patience_s=config.train.timeout_s / 2)
+    checkpointer = Checkpointer(
+        config.run_dir, config.checkpoint, ranks, patience_s=config.train.timeout_s / 2, lock=lock)
     checkpoint = checkpointer.newest(say)
     if checkpoint is None:
         ranks.together(lambda: check_nothing_is_gone(config.run_dir))
@@ -227,7 +228,7 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
             step=trainer.step, steps=config.train.steps,
         )) as telemetry:
             finished = trainer.run(telemetry)
-    text = (f"{'finished' if finished else 'stopped'} {config.run_dir} at step {trainer.step}, "
+    text = (f"{'finished' if finished else 'stopped'} {checkpointer.run_dir} at step {trainer.step}, "
             f"curriculum index {trainer.curriculum.index}, {trainer.skipped_steps} skipped steps; "
             f"{trainer.goodput.account()}" + ("" if finished else "; run again to go on"))
     say(text)
@@ -262,7 +263,7 @@ def claim(run_dir: Path, say: Callable[[str], None]) -> IO[str]:
 
     Raises StorageError where it does not end."""
     for second in range(LOCK_WAIT_S):
-        if lock := exclusive(run_dir / "lock"):
+        if lock := exclusive(run_dir / LOCK):
             return lock
         if stop_requested():
             break

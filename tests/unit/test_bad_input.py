@@ -438,7 +438,7 @@ class OneOfTwo:
         self.seen = seen
 
     def all_gather_json(self, value: Any) -> list[Any]:
-        return [self.seen if isinstance(value, list) else None, value]
+        return [self.seen if isinstance(value, list) else value if isinstance(value, str) else None, value]
 
     def together(self, action: Any) -> Any:
         return action()
@@ -520,19 +520,65 @@ def test_unwritable_run_directory(run_here: RunHere, tmp_path: Path) -> None:
 
 
 def test_a_run_directory_that_vanishes(run_here: RunHere, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Training goes on; what is saved after that is whole. (Step 5 is tried again where it was still being written.)"""
-    count = Trainer.count
+    """Training goes on; what is saved after that is whole, and locked again. (Step 5 is tried again where it was still
+    being written.)"""
+    count, locks = Trainer.count, list[Any]()
 
     def vanish(self: Trainer, report: Any) -> None:
         count(self, report)
         if self.step == 7:
             shutil.rmtree(tmp_path / "run")
+        if self.step == 11:
+            locks.append(exclusive(tmp_path / "run/lock"))
 
     monkeypatch.setattr(Trainer, "count", vanish)
     outcome = run_here("--train.steps", 12, "--checkpoint.every", 5)
-    assert outcome.code == 0, outcome.err
+    assert outcome.code == 0 and locks == [None], outcome.err
     found = {c.step: c.problem() for c in checkpoints(outcome.run)}
     assert found == dict.fromkeys(found) and {10, 12} <= found.keys() and min(found) > 7
+
+
+def test_a_run_directory_that_vanishes_and_is_anothers(run_here: RunHere, monkeypatch: pytest.MonkeyPatch,
+                                                      tmp_path: Path) -> None:
+    count, locks = Trainer.count, list[Any]()
+
+    def replace(self: Trainer, report: Any) -> None:
+        count(self, report)
+        if self.step == 7:
+            shutil.rmtree(tmp_path / "run")
+            (tmp_path / "run").mkdir()
+            locks.append(exclusive(tmp_path / "run/lock"))
+
+    monkeypatch.setattr(Trainer, "count", replace)
+    outcome = run_here("--train.steps", 12, "--checkpoint.every", 10)
+    assert_refused(outcome, f"{outcome.run} was deleted, and another process trains there now", "--output DIR")
+    assert locks[0] and not checkpoints(outcome.run)
+
+
+@pytest.mark.parametrize("old_name", ["free", "taken by another run"])
+def test_a_run_directory_that_is_renamed(old_name: str, run_here: RunHere, monkeypatch: pytest.MonkeyPatch,
+                                         tmp_path: Path) -> None:
+    """The run goes on in it, and says so: nothing is lost, or lies at the old name, and nobody else gets it."""
+    settings = ("--train.steps", 12, "--checkpoint.every", 5, "--telemetry.preview-every", 9, "--telemetry.preview-steps", 2)
+    truth = run_here(*settings, output=tmp_path / "truth").run
+    old, new, count, locks = tmp_path / "run", tmp_path / "moved", Trainer.count, list[Any]()
+
+    def rename(self: Trainer, report: Any) -> None:
+        count(self, report)
+        if self.step == 7:
+            old.rename(new)
+            if old_name != "free":
+                (old / "starts").mkdir(parents=True)
+        if self.step in (8, 11):
+            locks.append(exclusive(new / "lock"))
+
+    monkeypatch.setattr(Trainer, "count", rename)
+    outcome = run_here(*settings)
+    assert outcome.code == 0 and locks == [None, None], outcome.err
+    assert f"{old} was moved: going on in {new}; a later start needs --output {new}" in outcome.err
+    assert [*old.rglob("*")] == ([] if old_name == "free" else [old / "starts"]) and old.exists() == (old_name != "free")
+    assert_same_run(new, truth)
+    assert read_starts(new)[-1].ended == "finished" and (new / "samples/step_00000009.png").exists()
 
 
 def test_data_that_can_be_read_at_the_third_try(run_here: RunHere, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
