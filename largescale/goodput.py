@@ -1,5 +1,6 @@
 """What becomes of a run's time, told while it runs: rank 0 keeps the record of this start (see starts.py)."""
 
+import math
 import time
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ class Goodput:
                  from_step: int):
         """`began_unix_s`: when the program was started; `from_step`: where it goes on."""
         self._telemetry, self._meter, self._active = telemetry, meter, telemetry.active
-        self._written_s = 0.0
+        self._written_s = -math.inf  # by a clock that nobody sets
         if self._active:
             run_dir = telemetry.run_dir
             self._earlier = starts.read_starts(run_dir)
@@ -26,17 +27,22 @@ class Goodput:
                 telemetry.say(f"the start before was {killed}")
                 with telemetry.going_on():
                     starts.write(run_dir, self._earlier[-1], seen=False)
-            self._start = starts.begin(run_dir, began_unix_s=began_unix_s, world_size=world_size, device=device,
-                                       from_step=from_step)
+            self._begin(starts.begin(run_dir, began_unix_s=began_unix_s, world_size=world_size, device=device,
+                                     from_step=from_step))
+
+    def _begin(self, start: starts.Start) -> None:
+        """What became of the time before is settled then: a log line costs the same, however many starts there were."""
+        self._start = start
+        self._before = starts.account([*self._earlier, replace(start, seen_unix_s=start.began_unix_s, seconds={})])
 
     def note(self, step: int, saved_step: int, ended: str | None = None) -> None:
         """Where the run stands. Written at once where that matters to the next start, else now and then."""
         if not self._active:
             return
-        start, now = self._start, time.time()
+        start, now = self._start, time.monotonic()
         due = ended is not None or saved_step != start.saved_step or now - self._written_s > _EVERY_S
         start.step, start.saved_step, start.ended = step, saved_step, ended
-        start.seconds, start.seen_unix_s = dict(self._meter.lifetime), now
+        start.seconds, start.seen_unix_s = dict(self._meter.lifetime), time.time()
         if due:
             self._written_s = now
             with self._telemetry.going_on():
@@ -49,11 +55,11 @@ class Goodput:
         self.note(self._start.step, self._start.saved_step, ended=why)
         self._earlier.append(self._start)
         self._meter.lifetime.clear()
-        self._start = replace(self._start, number=self._start.number + 1, began_unix_s=time.time(), from_step=to_step,
-                              step=to_step, saved_step=to_step, ended=None, seconds={})
+        self._begin(replace(self._start, number=self._start.number + 1, began_unix_s=time.time(), from_step=to_step,
+                            step=to_step, saved_step=to_step, ended=None, seconds={}))
 
     def account(self) -> starts.Account:
-        return starts.account([*self._earlier, self._start] if self._active else [])
+        return self._before + starts.account([self._start]) if self._active else starts.account([])
 
     def metrics(self) -> dict[str, float]:
         """Shares of the wall time since the first start."""

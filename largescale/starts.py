@@ -22,6 +22,8 @@ KINDS = ("training", "data", "evaluation", "checkpoint", "compile", "start-up")
 """Where a start's seconds go: steps; waiting for data; previews and reference losses; standing still for checkpoints;
 the first step, in which kernels are loaded and compiled; everything before that."""
 
+_MOST = 1e11  # of a record's numbers: seconds since 1970 in the year 5138
+
 
 @dataclass
 class Start:
@@ -55,11 +57,12 @@ def read_starts(run_dir: Path) -> list[Start]:
         try:
             record: dict[str, Any] = json.loads(path.read_text())
             start = Start(**{key: value for key, value in record.items() if key in known})
-            numbers = (start.number, start.world_size, start.restart, start.from_step, start.step, start.saved_step,
-                       start.began_unix_s, start.seen_unix_s, *start.seconds.values())
-            if all(map(math.isfinite, numbers)):
+            numbers = (start.number, start.world_size, start.restart, start.oom_kills, start.from_step, start.step,
+                       start.saved_step, start.began_unix_s, start.seen_unix_s, *start.seconds.values())
+            words = (start.device, start.host, start.memory, start.job or "", start.ended or "")
+            if all(-1 <= number < _MOST for number in numbers) and all(isinstance(word, str) for word in words):
                 starts.append(start)
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             continue
     return sorted(starts, key=lambda start: start.number)
 
@@ -111,6 +114,9 @@ class Account:
     seconds: dict[str, float]
     """By KINDS, and: replayed (steps that a later start took again), idle (nothing ran), other."""
 
+    def __add__(self, other: "Account") -> "Account":
+        return Account(self.wall_s + other.wall_s, {kind: s + other.seconds[kind] for kind, s in self.seconds.items()})
+
     @property
     def goodput(self) -> float:
         """The share of the wall time in which steps were taken that stayed."""
@@ -123,26 +129,26 @@ class Account:
 
 
 def account(starts: Iterable[Start]) -> Account:
-    starts = list(starts)
+    """Nothing in it is negative, also where a clock was set back."""
     seconds = dict.fromkeys((*KINDS, "replayed", "idle", "other"), 0.0)
-    if not starts:
-        return Account(0.0, seconds)
-    for i, start in enumerate(starts):
+    wall_s, later, lowest = 0.0, None, math.inf  # lowest: where the one that fell back furthest went on
+    for start in reversed(list(starts)):
         own = {kind: start.seconds.get(kind, 0.0) for kind in KINDS}
-        span = start.seen_unix_s - start.began_unix_s
+        span = max(start.seen_unix_s - start.began_unix_s, sum(own.values()))
+        idle = max(0.0, later.began_unix_s - start.seen_unix_s) if later else 0.0
+        wall_s += span + idle
         seconds["other"] += max(0.0, span - sum(own.values()))
-        if later := starts[i + 1 :]:
-            seconds["idle"] += max(0.0, later[0].began_unix_s - start.seen_unix_s)
-            taken = start.step - start.from_step
-            lost = start.step - max(start.from_step, min(other.from_step for other in later))
-            if lost > 0:  # taken again later: a share of the time in which steps were taken
-                for kind in ("training", "data", "evaluation", "compile"):
-                    again = own[kind] * lost / taken
-                    own[kind] -= again
-                    seconds["replayed"] += again
+        seconds["idle"] += idle
+        lost = start.step - max(start.from_step, lowest)
+        if lost > 0:  # taken again later: a share of the time in which steps were taken
+            for kind in ("training", "data", "evaluation", "compile"):
+                again = own[kind] * lost / (start.step - start.from_step)
+                own[kind] -= again
+                seconds["replayed"] += again
         for kind in KINDS:
             seconds[kind] += own[kind]
-    return Account(starts[-1].seen_unix_s - starts[0].began_unix_s, seconds)
+        later, lowest = start, min(lowest, start.from_step)
+    return Account(wall_s, seconds)
 
 
 def duration(seconds: float) -> str:

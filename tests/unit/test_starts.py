@@ -1,13 +1,17 @@
 """Records of starts, and the account of a run's time: cases whose answer is known in closed form."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from largescale import starts
+from largescale import goodput, starts
 from largescale.starts import KINDS, Account, Start, account, begin, duration, read_starts
+from largescale.telemetry import Telemetry
 
 
 def start(began: float, seen: float, from_step: int = 0, step: int = 0, **kinds: float) -> Start:
@@ -44,6 +48,40 @@ def test_one_start() -> None:
 def test_clocks_that_disagree_a_little_leave_nothing_negative() -> None:
     assert account([start(0, 10, training=10.5)]).seconds["other"] == 0
     assert account([start(0, 10), start(9, 20)]).seconds["idle"] == 0
+
+
+def test_a_clock_that_was_set_back() -> None:
+    """Nothing is negative, and every second that was counted is in the whole."""
+    for records in ([start(5000, 5100, training=100), start(1000, 1100, training=90)],
+                    [start(5000, 4000, training=100)], [start(9000, 9000), start(10, 10)]):
+        a = account(records)
+        assert min(a.wall_s, *a.seconds.values()) >= 0 and 0 <= a.goodput <= 1 and "-" not in str(a).replace("start-up", "")
+        assert sum(a.seconds.values()) == pytest.approx(a.wall_s)
+
+
+def test_an_account_looks_at_each_start_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+
+    class Counted(Start):
+        def __getattribute__(self, name: str) -> Any:
+            nonlocal looks
+            looks += name == "from_step"
+            return super().__getattribute__(name)
+
+    counts = []
+    for n in (100, 1000):
+        records = [Counted(i, 100 * i, 1, "cpu", 10 * i, step=10 * i + 12, seen_unix_s=100 * i + 90) for i in range(n)]
+        looks = 0
+        account(records)
+        counts.append(looks)
+    assert counts[1] == pytest.approx(10 * counts[0], rel=0.01)
+
+
+def test_an_account_goes_on_from_the_one_before() -> None:
+    """The sum of what is settled and of the last start is the whole, whatever the last one is at."""
+    records = [start(0, 100, 0, 100, training=100), start(100, 130, 100, 130, training=30), start(140, 240, 50, 150, training=90)]
+    settled = account([*records[:2], replace(records[2], seen_unix_s=records[2].began_unix_s, seconds={})])
+    assert settled + account(records[2:]) == account(records)
 
 
 def test_idle_between_starts() -> None:
@@ -130,7 +168,9 @@ def test_a_record_that_cannot_be_read_is_left_out(tmp_path: Path) -> None:
     starts.write(tmp_path, Start(1, 0.0, 1, "cpu", 0))
     good = json.loads((tmp_path / "starts/start_00001.json").read_text())
     bad: list[Any] = ["", "{", "\0\0\0", "[]", "null", "3", "{}", {**good, "step": "3"}, {**good, "seconds": []},
-                      {**good, "seconds": {"data": None}}, {**good, "seen_unix_s": float("nan")}]
+                      {**good, "seconds": {"data": None}}, {**good, "seen_unix_s": float("nan")}, {**good, "step": 10**400},
+                      {**good, "seconds": {"data": 10**400}}, {**good, "ended": 5}, {**good, "job": 7}, {**good, "host": None},
+                      "[" * 100_000]
     for i, record in enumerate(bad, 2):
         text = record if isinstance(record, str) else json.dumps(record)
         (tmp_path / f"starts/start_{i:05d}.json").write_text(text)
@@ -149,3 +189,25 @@ def test_an_account_is_of_what_is_on_disk(tmp_path: Path) -> None:
     starts.write(tmp_path, Start(1, 0.0, 1, "cpu", 0, seconds={"training": 10.0}))
     (record,) = read_starts(tmp_path)
     assert account([record]) == Account(record.seen_unix_s, account([record]).seconds)
+
+
+def test_a_record_is_kept_whatever_the_clock_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set back while the run goes on; and what lies before this start is looked at once, not at each line of the log."""
+    clock = SimpleNamespace(time=lambda: 10_000.0, monotonic=lambda: 50.0)
+    for module in (goodput, starts):
+        monkeypatch.setattr(module, "time", clock)
+    for number in range(1, 4):
+        starts.write(tmp_path, Start(number, 9_000.0 + number, 1, "cpu", 0, step=5))
+    counts, count = list[int](), starts.account
+    monkeypatch.setattr(starts, "account", lambda records: counts.append(len(list(records))) or count(records))
+    meter: Any = SimpleNamespace(lifetime={"training": 1.0})
+    with Telemetry(tmp_path, active=True, tensorboard=False, step=0, steps=10) as telemetry:
+        account = goodput.Goodput(telemetry, meter, began_unix_s=9_990.0, world_size=1, device="cpu", from_step=3)
+        for line in range(1, 4):
+            clock.time, clock.monotonic = partial(float, 10_000 - 1000 * line), partial(float, 50 + 11 * line)
+            account.note(3 + line, -1)
+            assert read_starts(tmp_path)[-1].step == 3 + line
+            assert min(account.metrics().values()) >= 0
+    assert counts == [4, 1, 1, 1]
+    whole = count(read_starts(tmp_path))
+    assert (account.account().wall_s, account.account().seconds) == (pytest.approx(whole.wall_s), pytest.approx(whole.seconds))
