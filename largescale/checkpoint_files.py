@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from largescale.errors import CheckpointError, LargescaleError, NewerVersionError, StorageError
+from largescale.errors import CheckpointError, LargescaleError, NewerVersionError, StorageError, usable
 from largescale.files import sha256
 
 if TYPE_CHECKING:
@@ -78,8 +78,10 @@ class CheckpointDir:
         """What DeepSpeed's ZeRO optimizer saved on that rank."""
         name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         path = self.path / name
-        state: dict[str, Any] = load(path if path.exists() else self.path / f"bf16_{name}")["optimizer_state_dict"]
-        return state
+        path = path if path.exists() else self.path / f"bf16_{name}"
+        with usable(path):
+            state: dict[str, Any] = load(path)["optimizer_state_dict"]
+            return state
 
     def problem(self, part: slice = slice(None)) -> str | None:
         """What is wrong with the files, or None. Hashes `part` of them, so that ranks can share the work.
@@ -181,16 +183,18 @@ def newest_valid(
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Tensors and plain values only: a file from elsewhere cannot run code."""
+    """Tensors and plain values only: a file from elsewhere cannot run code. Raises CheckpointError for other things."""
     import torch
 
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return state
+    with usable(path):
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return state
 
 
 def client_state(checkpoint: CheckpointDir) -> dict[str, Any]:
-    state: dict[str, Any] = load(checkpoint.path / MODEL_FILE)[CLIENT_KEY]
-    return state
+    with usable(checkpoint.path / MODEL_FILE):
+        state: dict[str, Any] = load(checkpoint.path / MODEL_FILE)[CLIENT_KEY]
+        return state
 
 
 def flat_state(checkpoint: CheckpointDir, kind: str, group: int, world_size: int) -> Iterator["Tensor"]:
@@ -209,12 +213,15 @@ def flat_state(checkpoint: CheckpointDir, kind: str, group: int, world_size: int
 
 def named_weights(checkpoint: CheckpointDir, kind: str = "ema") -> dict[str, "Tensor"]:
     """The model's weights by name, in fp32: the EMA, or the 'master' weights, which the EMA is at step 0."""
+    with usable(checkpoint.path):
+        return _named_weights(checkpoint, "master" if checkpoint.step == 0 else kind)
+
+
+def _named_weights(checkpoint: CheckpointDir, kind: str) -> dict[str, "Tensor"]:
     import torch
 
     model = load(checkpoint.path / MODEL_FILE)
     world_size = checkpoint.manifest()["world_size"]
-    if checkpoint.step == 0:
-        kind = "master"
     weights: dict[str, Tensor] = {}
     for group, shapes in enumerate(model["param_shapes"]):
         flat = torch.cat([piece.reshape(-1) for piece in flat_state(checkpoint, kind, group, world_size)])

@@ -1,5 +1,9 @@
 """What can go wrong by a user's hand. The programs print these as one line; anything else keeps its traceback."""
 
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class LargescaleError(Exception):
     """Base of every error whose message says what to do about it."""
@@ -59,3 +63,23 @@ class NonFiniteError(LargescaleError, RuntimeError):
     """A loss or gradient that is not finite; nothing was saved over the last good state."""
 
     agreed = True
+
+
+_FOREIGN = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError,
+            pickle.UnpicklingError)
+
+
+@contextmanager
+def usable(what: object) -> Iterator[None]:
+    """While the content of `what`, a path, is looked at: whatever goes wrong because it is not what our programs write
+    (another type, a key that is not there, a pickle of something else) is one CheckpointError that names it."""
+    try:
+        yield
+    except LargescaleError:
+        raise
+    except _FOREIGN as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(f"{what} cannot be used, its content is not what largescale writes "
+                              f"({type(error).__name__}: {reason})") from error

@@ -1,6 +1,7 @@
 """python -m largescale.export RUN: the EMA weights as safetensors with their config. Needs no DeepSpeed."""
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +30,15 @@ def export(run: Path, out: Path | None = None, step: int | None = None) -> Path:
     from safetensors.torch import save_file
 
     checkpoint = find_checkpoint(run, step)
+    description = describe(checkpoint)
     out = out or run / "export"
     out.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in named_weights(checkpoint).items()}
     # The config last: a folder with one is whole.
     (out / EXPORT_CONFIG).unlink(missing_ok=True)
     save_file(weights, out / EXPORT_WEIGHTS, metadata={"format": "pt", "weights": "ema"})
-    write_atomically(out / EXPORT_CONFIG, json.dumps(describe(checkpoint), indent=1))
+    write_atomically(out / EXPORT_CONFIG, json.dumps(description, indent=1))
+    shutil.copymode(out / EXPORT_CONFIG, out / EXPORT_WEIGHTS)  # which safetensors makes for its owner alone
     return out
 
 

@@ -3,6 +3,7 @@
 Exit status: 0; 1 where a checkpoint is damaged; 2 where RUN is not a run.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -20,8 +21,8 @@ from tqdm import tqdm
 
 from largescale.checkpoint_files import CheckpointDir, step_folders
 from largescale.curriculum import active_levels
-from largescale.errors import CheckpointError, LargescaleError, NewerVersionError, StorageError
-from largescale.launch import print_error
+from largescale.errors import CheckpointError, LargescaleError, NewerVersionError, StorageError, usable
+from largescale.launch import print_error, printable_lines
 from largescale.starts import Account, Start, account, duration, out_of_memory, read_starts
 from largescale.telemetry import read_metrics
 
@@ -92,10 +93,13 @@ def _at(tree: Any, *keys: str, default: Any = None) -> Any:
 
 
 def _metrics(run_dir: Path) -> tuple[list[Facts], list[str]]:
+    path = run_dir / "metrics.jsonl"
     try:
-        return [row for row in read_metrics(run_dir) if isinstance(_at(row, "step"), int)], []
-    except (OSError, ValueError) as error:
-        return [], [f"{run_dir / 'metrics.jsonl'} cannot be read: {error}"]
+        whole, rows = path.read_bytes().count(b"\n") if path.exists() else 0, read_metrics(run_dir)
+    except OSError as error:
+        return [], [f"{path} cannot be read: {error}"]
+    unread = f"lines of {path} that are no rows, and are left out: {whole - len(rows)}"
+    return rows, [unread] if len(rows) < whole else []
 
 
 def _last_change(run_dir: Path) -> float:
@@ -226,7 +230,8 @@ def describe(f: Facts) -> str:
     newest = f["starts"][-1:]
     lines += _section("starts", "no. began job ranks from to lasted ended", (
         (str(s["number"]), _date(s["began_unix_s"]), f"{s['job']}/{s['restart']}" if s["job"] else "-",
-         str(s["world_size"]), f"{s['from_step']:,}", f"{s['step']:,}", duration(s["seen_unix_s"] - s["began_unix_s"]),
+         str(s["world_size"]), f"{s['from_step']:,}", f"{s['step']:,}",
+         duration(max(0.0, s["seen_unix_s"] - s["began_unix_s"])),
          s["ended"] or (f["standing"] if s in newest else "killed")) for s in f["starts"][-20:]))
     lines += _section(str(whole), "share time for", (
         (f"{s / whole.wall_s:.1%}", duration(s), kind) for kind, s in whole.seconds.items() if whole.wall_s > 0))
@@ -302,18 +307,23 @@ def _size(count: int) -> str:
 
 
 def _date(unix_s: float | None) -> str:
-    return datetime.fromtimestamp(unix_s).strftime("%Y-%m-%d %H:%M:%S") if unix_s else "-"
+    with contextlib.suppress(OverflowError, ValueError, OSError):  # of a year that there is not
+        return datetime.fromtimestamp(unix_s).strftime("%Y-%m-%d %H:%M:%S") if unix_s else "-"
+    return "-"
 
 
 def main(args: list[str] | None = None) -> int:
     options = tyro.cli(Inspect, args=args, description=__doc__, prog="python -m largescale.inspect")
     try:
-        found = facts(options.run, options.verify)
+        with usable(options.run):
+            found = facts(options.run, options.verify)
+            # JSON has neither NaN nor infinity: these become words
+            strict = json.loads(json.dumps(found), parse_constant=str)
+            text = json.dumps(strict, indent=1) if options.json else printable_lines(describe(found))
     except LargescaleError as error:
         print_error(error)
         return 2
-    strict = json.loads(json.dumps(found), parse_constant=str)  # JSON has neither NaN nor infinity: these become words
-    print(json.dumps(strict, indent=1) if options.json else describe(found))
+    print(text)
     return 1 if found["damaged"] else 0
 
 

@@ -84,6 +84,11 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def printable_lines(text: object) -> str:
+    """`printable`, but that lines stay lines."""
+    return "\n".join(map(printable, str(text).split("\n")))
+
+
 def tell_torchrun(text: str) -> None:
     """Of a process that ends with another status than 0: torchrun shows this as the last line of its report, where it
     otherwise says that no error file was found."""
@@ -95,7 +100,7 @@ def tell_torchrun(text: str) -> None:
 
 def print_error(error: LargescaleError) -> None:
     """Once: from rank 0 what all ranks know, from any other what it alone met."""
-    text = "\n".join(map(printable, str(error).split("\n")))    # names from outside stand in it
+    text = printable_lines(error)                       # names from outside stand in it
     tell_torchrun(text)
     if env_rank() == 0:
         print(f"error: {text}", file=sys.stderr, flush=True)

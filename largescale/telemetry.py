@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from largescale.files import located
+from largescale.launch import printable_lines
 
 # Dense half-precision peaks in FLOP/s, from the makers' data sheets; elsewhere MFU is not reported.
 _PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
@@ -25,13 +26,19 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl. A line that a crash cut short is left out."""
-    rows = []
+    """The rows of metrics.jsonl. What is none, as a line that a crash cut short, is left out."""
     path = run_dir / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
+    rows = map(_row, path.read_bytes().splitlines() if path.exists() else [])
+    return [row for row in rows if row is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """None for what is no object with a number for a step."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def _end_of_step(path: Path, step: int) -> int:
@@ -40,9 +47,9 @@ def _end_of_step(path: Path, step: int) -> int:
     end = 0
     with path.open("rb") as file:
         for line in file:
-            with contextlib.suppress(ValueError):
-                if json.loads(line)["step"] > step:
-                    break
+            row = _row(line)
+            if row and row["step"] > step:
+                break
             if line.endswith(b"\n"):
                 end += len(line)
     return end
@@ -150,7 +157,7 @@ class Telemetry:
     def say(self, text: str) -> None:
         if self.active:
             with contextlib.suppress(OSError):  # the disk that is full may be the log's
-                tqdm.write(text, file=sys.stderr)
+                tqdm.write(printable_lines(text), file=sys.stderr)
 
     def sync(self) -> None:
         """What was logged so far outlives a power cut."""

@@ -19,9 +19,26 @@ from typing import IO, TYPE_CHECKING, Any
 from largescale.checkpoint_files import CheckpointDir
 from largescale.config import Config, differences, from_dict, to_dict
 from largescale.ds_config import final_ds_config, precision
-from largescale.errors import CheckpointError, ConfigError, DataError, DeviceError, LargescaleError, StorageError
+from largescale.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeviceError,
+    LargescaleError,
+    StorageError,
+    usable,
+)
 from largescale.files import LOCK, exclusive
-from largescale.launch import env_rank, env_world_size, heartbeat, leave, print_error, tell_torchrun, threads_per_rank
+from largescale.launch import (
+    env_rank,
+    env_world_size,
+    heartbeat,
+    leave,
+    print_error,
+    printable_lines,
+    tell_torchrun,
+    threads_per_rank,
+)
 from largescale.machine import check_process_memory, cores, keep_freed_memory
 from largescale.presets import PRESETS
 from largescale.signals import EXIT_REQUEUE, serve_stop_signals, stop_requested
@@ -149,7 +166,7 @@ def run(config: Config, began_unix_s: float) -> int:
 def train(config: Config, ds: dict[str, Any], ranks: "Ranks", watch: "Watch", began_unix_s: float) -> int:
     def say(text: str) -> None:
         if ranks.rank == 0:
-            print(text, file=sys.stderr, flush=True)
+            print(printable_lines(text), file=sys.stderr, flush=True)
 
     watch.at("start-up: data set")
     dataset = ranks.together(lambda: open_dataset(config, ranks.rank, ranks.world_size))
@@ -276,13 +293,12 @@ def claim(run_dir: Path, say: Callable[[str], None]) -> IO[str]:
 
 def check_same_run(checkpoint: CheckpointDir, identity: dict[str, Any], say: Callable[[str], None]) -> None:
     """A run directory belongs to one run: refuse what would make it another, say what is changed."""
-    saved = checkpoint.manifest()["state"]
-
     def comparable(state: dict[str, Any]) -> dict[str, Any]:
         config = to_dict(from_dict(state["config"]))  # fields that are new since then have their defaults
         return {**config, "precision": state["precision"], "dataset": state["dataset"]}
 
-    refused, said = differences(comparable(saved), comparable(identity))
+    with usable(checkpoint.path):
+        refused, said = differences(comparable(checkpoint.manifest()["state"]), comparable(identity))
     if refused:
         raise CheckpointError(
             f"{checkpoint.path.parent.parent} belongs to a run that differs in what may not change:\n  "

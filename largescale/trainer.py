@@ -28,7 +28,7 @@ from largescale.distributed import PendingVector, Ranks
 from largescale.draws import Draws, step_draws, stream_seed
 from largescale.ds_config import precision
 from largescale.engine import Engine, adam
-from largescale.errors import CheckpointError, DataError, LargescaleError, NonFiniteError, Stopped, StorageError
+from largescale.errors import CheckpointError, DataError, LargescaleError, NonFiniteError, Stopped, StorageError, usable
 from largescale.goodput import Goodput
 from largescale.meter import Meter
 from largescale.models.conditioning import CaptionEmbedder, drop
@@ -104,7 +104,8 @@ class Trainer:
             manifest, state = checkpoint.manifest(), client_state(checkpoint)
             if manifest["state"] != json.loads(json.dumps(state)):
                 raise CheckpointError(f"{checkpoint.path}: the manifest's copy of the state is not the checkpoint's")
-            self.engine.load(checkpoint, manifest["world_size"])
+            with usable(checkpoint.path):
+                self.engine.load(checkpoint, manifest["world_size"])
             return state
 
         state = self.ranks.together(read)

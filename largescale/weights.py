@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from largescale.build import Network, build_model, build_objective
 from largescale.checkpoint_files import CheckpointDir, checkpoints, named_weights, newest_valid
 from largescale.config import Config, from_dict
 from largescale.diffusion.samplers import AnyObjective
-from largescale.errors import CheckpointError
+from largescale.errors import CheckpointError, usable
 
 EXPORT_WEIGHTS, EXPORT_CONFIG = "model.safetensors", "config.json"
 
@@ -30,7 +32,8 @@ def find_checkpoint(run_dir: Path, step: int | None) -> CheckpointDir:
     if step is not None:
         checkpoint = CheckpointDir.at(run_dir, step)
         if not checkpoint.exists:
-            raise CheckpointError(f"{run_dir} has no checkpoint of step {step}")
+            steps = ", ".join(str(found.step) for found in checkpoints(run_dir)) or "none"
+            raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; there are: {steps}")
         if problem := checkpoint.problem():
             raise CheckpointError(f"{problem}; choose another --step, or leave it out for the newest valid one")
         return checkpoint
@@ -43,32 +46,51 @@ def find_checkpoint(run_dir: Path, step: int | None) -> CheckpointDir:
 def load_trained(path: Path, step: int | None = None) -> Trained:
     """From an export's folder or a run's. Raises CheckpointError for a folder that is neither, or another model's."""
     if (path / EXPORT_CONFIG).exists():
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            description = json.loads((path / EXPORT_CONFIG).read_text())
-            weights = load_file(path / EXPORT_WEIGHTS)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(f"the export {path} cannot be read: {error}; export the run again") from error
-        if step not in (None, description["step"]):
-            raise CheckpointError(f"{path} is an export of step {description['step']}, not of {step}; give the run")
+        description, weights = _read_export(path, step)
     else:
         checkpoint = find_checkpoint(path, step)
         description = describe(checkpoint)
         weights = named_weights(checkpoint)
-    config = from_dict(description["config"])
-    model = build_model(config.model)
+    with usable(path):
+        config = from_dict(description["config"])
+        model, objective = build_model(config.model), build_objective(config)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"the weights in {path} are not those of its config: {error}") from error
     info = {key: value for key, value in description.items() if key != "config"}
-    return Trained(model.eval(), build_objective(config), config, info)
+    return Trained(model.eval(), objective, config, info)
+
+
+def _read_export(path: Path, step: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        description = json.loads((path / EXPORT_CONFIG).read_text())
+        if not isinstance(description, dict) or not {"config", "step", "data_info"} <= description.keys():
+            raise CheckpointError(f"{path} is no export, {_what(description)}; give a run, or the folder that "
+                                  "largescale.export wrote")
+        weights = load_file(path / EXPORT_WEIGHTS)
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"the export {path} cannot be read: {error}; export the run again") from error
+    if step not in (None, description["step"]):
+        raise CheckpointError(f"{path} is an export of step {description['step']}, not of {step}; give the run")
+    return description, weights
+
+
+def _what(description: Any) -> str:
+    """What another library's config.json says that it is of."""
+    for key in ("_class_name", "architectures", "model_type"):  # of diffusers, and twice of transformers
+        if isinstance(description, dict) and description.get(key):
+            return f"its {EXPORT_CONFIG} is another library's, of {description[key]}"
+    return f"its {EXPORT_CONFIG} lacks config, step or data_info"
 
 
 def describe(checkpoint: CheckpointDir) -> dict[str, Any]:
-    """Config and provenance of a checkpoint, as an export carries them."""
-    state = checkpoint.manifest()["state"]
+    """Config and provenance of a checkpoint, as an export carries them. Raises CheckpointError where they are none."""
     carried = ("config", "step", "samples_seen", "dataset", "data_info", "made_with", "precision", "curriculum")
-    return {key: state[key] for key in carried if key in state}
+    with usable(checkpoint.path):
+        state = checkpoint.manifest()["state"]
+        from_dict(state["config"])
+        return {key: state[key] for key in carried if key in state}

@@ -52,6 +52,12 @@ def test_no_deepspeed(run_here: RunHere) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
+def test_colleagues_can_read_it(run_here: RunHere) -> None:
+    out = export.export(run_here("--train.steps", 2).run)
+    (out / "as usual").write_text("")
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
+
+
 def test_damage(run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_here("--train.steps", 6, "--checkpoint.every", 3).run
     export.export(run)

@@ -310,9 +310,19 @@ def test_the_last_twenty_starts(run: Path, capsys: pytest.CaptureFixture[str]) -
 def test_metrics_that_cannot_be_read(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "metrics.jsonl").write_bytes(b"\xff\xfe")
     code, text = inspected(run, capsys)
-    assert code == 0 and f"trouble      {run / 'metrics.jsonl'} cannot be read: " in text and "step 47 of 400" in text
+    assert code == 0 and "step 47 of 400" in text and "trouble" not in text  # as where a line is cut short
+    (run / "metrics.jsonl").write_bytes(b"\xff\xfe\n")
+    text = inspected(run, capsys)[1]
+    assert f"trouble      lines of {run / 'metrics.jsonl'} that are no rows, and are left out: 1\n" in text
     (run / "metrics.jsonl").write_text('[]\n3\n{"loss": 1}\n{"step": 49, "loss": 1.0}\n{"step": 50, "lo')
     assert "step 49 of 400" in inspected(run, capsys)[1]
+
+
+def test_a_log_that_is_a_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    code, text = inspected(run, capsys)
+    assert code == 0 and f"trouble      {run / 'metrics.jsonl'} cannot be read: " in text and "step 47 of 400" in text
 
 
 def test_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
