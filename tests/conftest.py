@@ -33,7 +33,7 @@ def pytest_xdist_auto_num_workers() -> int:
 @pytest.fixture(autouse=True)
 def no_stop_signals_left() -> Iterator[None]:
     """Programs that are called in this process serve signals in their way; pytest, afterwards, in its own."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in signals.STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
