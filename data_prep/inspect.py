@@ -21,7 +21,7 @@ from largescale.data.shards import ShardDataset
 from largescale.encoders.vae import load_vae
 from largescale.errors import ConfigError, DataError, LargescaleError
 from largescale.images import grid, titled, to_uint8
-from largescale.launch import print_error, printable
+from largescale.launch import arguments, print_error, printable
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def run(options: Inspect) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(Inspect, args=args, description=__doc__, prog="python -m data_prep.inspect")
+    options = tyro.cli(Inspect, args=arguments(args), description=__doc__, prog="python -m data_prep.inspect")
     try:
         run(options)
     except LargescaleError as error:

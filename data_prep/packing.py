@@ -40,7 +40,7 @@ from largescale.encoders.vae import Vae, load_vae
 from largescale.errors import ConfigError, DataError, DeviceError, LargescaleError, Stopped
 from largescale.files import is_unicode, write_atomically
 from largescale.half import check_on_cpu
-from largescale.launch import env_local_rank, env_rank, env_world_size, print_error, printable
+from largescale.launch import arguments, env_local_rank, env_rank, env_world_size, print_error, printable
 from largescale.signals import serve_stop_signals, stop_requested
 
 PLACES = {"info.name", *(f"source.{key}" for key in ("images", "captions", "labels", "classes", "files", "shards"))}
@@ -380,7 +380,7 @@ def _resolved(spec: str | None) -> str | None:
 
 def main(program: type[Packing], args: list[str] | None, description: str | None) -> int:
     name = Path(inspect.getfile(program)).stem
-    options = tyro.cli(program, args=args, description=description, prog=f"python -m data_prep.{name}")
+    options = tyro.cli(program, args=arguments(args), description=description, prog=f"python -m data_prep.{name}")
     serve_stop_signals()
     try:
         line = Packer(options)()

@@ -20,7 +20,6 @@ an array job take a run each (--run); the same command without --run then writes
 """
 
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -46,7 +45,7 @@ from largescale.diffusion.samplers import check_sampler, quick_sampler
 from largescale.distributed import local_device
 from largescale.encoders.identity import library
 from largescale.errors import ConfigError, DataError, LargescaleError
-from largescale.launch import env_world_size, leave, print_error
+from largescale.launch import arguments, env_world_size, leave, print_error
 from largescale.signals import serve_stop_signals
 from largescale.validation import validate
 
@@ -281,7 +280,7 @@ class Comparison:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if args is None else args)
+    given = arguments(args)
     cut = given.index("--") if "--" in given else len(given)
     options = tyro.cli(Compare, args=given[:cut], description=__doc__, prog="python -m eval.compare")
     serve_stop_signals()

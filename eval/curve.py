@@ -31,7 +31,7 @@ from largescale.diffusion.samplers import AnyObjective, quick_sampler
 from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError
 from largescale.files import append_line, write_atomically
 from largescale.half import check_on_cpu
-from largescale.launch import env_rank, leave, print_error
+from largescale.launch import arguments, env_rank, leave, print_error
 from largescale.signals import serve_stop_signals
 
 Row = dict[str, Any]
@@ -272,7 +272,7 @@ def plot(of_runs: dict[Path, list[Row]], path: Path) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    options = tyro.cli(Curve, args=args, description=__doc__, prog="python -m eval.curve")
+    options = tyro.cli(Curve, args=arguments(args), description=__doc__, prog="python -m eval.curve")
     serve_stop_signals()
     try:
         Curves(options)()

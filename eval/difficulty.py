@@ -48,7 +48,7 @@ from largescale.data.loader import to_x_start
 from largescale.distributed import local_device
 from largescale.errors import ConfigError, DataError, LargescaleError
 from largescale.files import append_line, write_atomically
-from largescale.launch import env_rank, leave, print_error
+from largescale.launch import arguments, env_rank, leave, print_error
 from largescale.signals import serve_stop_signals, stop_requested
 
 
@@ -204,7 +204,7 @@ def read_json(path: Path) -> Row | None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if args is None else args)
+    given = arguments(args)
     cut = given.index("--") if "--" in given else len(given)
     name, *own = given[:cut] or ["--help"]
     if name in ("-h", "--help"):

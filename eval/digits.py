@@ -24,7 +24,7 @@ from tqdm import trange
 from largescale.data.shards import ShardDataset
 from largescale.errors import DataError, LargescaleError
 from largescale.files import write_atomically
-from largescale.launch import print_error
+from largescale.launch import arguments, print_error
 
 EPOCHS, BATCH_SIZE, LR, HELD_OUT, SEED = 8, 100, 8e-3, 0.2, 0
 
@@ -142,7 +142,7 @@ def in_plain_words(results: dict[str, Any]) -> str:
 
 
 def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(Digits, args=args, description=__doc__, prog="python -m eval.digits")
+    options = tyro.cli(Digits, args=arguments(args), description=__doc__, prog="python -m eval.digits")
     torch.set_num_threads(1)  # more gain nothing on so small a network, and lose ten times the time on a busy machine
     try:
         results = score(options.samples, options.data, options.out)

@@ -18,7 +18,7 @@ import tyro
 
 from largescale.errors import ConfigError, DataError, LargescaleError
 from largescale.files import from_json, is_unicode, write_atomically
-from largescale.launch import print_error
+from largescale.launch import arguments, print_error
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 
@@ -199,7 +199,7 @@ def run(options: Freeze) -> str:
 
 
 def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(Freeze, args=args, description=__doc__, prog="python -m eval.prompts")
+    options = tyro.cli(Freeze, args=arguments(args), description=__doc__, prog="python -m eval.prompts")
     try:
         print(run(options), flush=True)
     except LargescaleError as error:

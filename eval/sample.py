@@ -42,7 +42,7 @@ from largescale.encoders.vae import Vae, load_vae
 from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, Stopped
 from largescale.half import check_on_cpu
 from largescale.inference import compile_pays, prepare
-from largescale.launch import env_rank, env_world_size, leave, print_error
+from largescale.launch import arguments, env_rank, env_world_size, leave, print_error
 from largescale.sampling import SamplingConfig, draw_batches
 from largescale.signals import serve_stop_signals, stop_requested
 from largescale.weights import load_trained
@@ -342,7 +342,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(Sample, args=args, description=__doc__, prog="python -m eval.sample")
+    options = tyro.cli(Sample, args=arguments(args), description=__doc__, prog="python -m eval.sample")
     serve_stop_signals()
     try:
         Sampler(options)()

@@ -38,7 +38,7 @@ from eval.statistics import write_statistics
 from largescale.distributed import local_device
 from largescale.errors import ConfigError, DataError, LargescaleError
 from largescale.files import append_line
-from largescale.launch import env_world_size, leave, print_error
+from largescale.launch import arguments, env_world_size, leave, print_error
 from largescale.signals import serve_stop_signals
 
 RESULTS = "results.jsonl"
@@ -181,7 +181,7 @@ def text(row: dict[str, Any]) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    options = tyro.cli(Score, args=args, description=__doc__, prog="python -m eval.score")
+    options = tyro.cli(Score, args=arguments(args), description=__doc__, prog="python -m eval.score")
     serve_stop_signals()
     try:
         if env_world_size() > 1:

@@ -12,7 +12,7 @@ import tyro
 from largescale.checkpoint_files import named_weights
 from largescale.errors import LargescaleError
 from largescale.files import write_atomically
-from largescale.launch import print_error
+from largescale.launch import arguments, print_error
 from largescale.weights import EXPORT_CONFIG, EXPORT_WEIGHTS, describe, find_checkpoint
 
 
@@ -43,7 +43,7 @@ def export(run: Path, out: Path | None = None, step: int | None = None) -> Path:
 
 
 def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(Export, args=args, description=__doc__, prog="python -m largescale.export")
+    options = tyro.cli(Export, args=arguments(args), description=__doc__, prog="python -m largescale.export")
     try:
         out = export(options.run, options.out, options.step)
     except LargescaleError as error:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from largescale.checkpoint_files import CheckpointDir, step_folders
 from largescale.curriculum import active_levels
 from largescale.errors import CheckpointError, LargescaleError, NewerVersionError, StorageError, usable
-from largescale.launch import print_error, printable_lines
+from largescale.launch import arguments, print_error, printable_lines
 from largescale.starts import Account, Start, account, duration, out_of_memory, read_starts
 from largescale.telemetry import read_metrics
 
@@ -313,7 +313,7 @@ def _date(unix_s: float | None) -> str:
 
 
 def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(Inspect, args=args, description=__doc__, prog="python -m largescale.inspect")
+    options = tyro.cli(Inspect, args=arguments(args), description=__doc__, prog="python -m largescale.inspect")
     try:
         with usable(options.run):
             found = facts(options.run, options.verify)

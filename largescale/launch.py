@@ -4,13 +4,20 @@ import contextlib
 import json
 import multiprocessing.util
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from largescale.errors import ConfigError, LargescaleError
+
+
+def arguments(args: Sequence[str] | None = None) -> list[str]:
+    """The command line's by default. ~ is the home directory, also where the shell leaves it: in --output=~/runs/x."""
+    given = sys.argv[1:] if args is None else args
+    return [re.sub(r"^(--[\w.-]+=)?(~.*)$", lambda m: (m[1] or "") + os.path.expanduser(m[2]), arg) for arg in given]
 
 
 def env_rank() -> int:

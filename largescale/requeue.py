@@ -16,7 +16,7 @@ import tyro
 
 from largescale.checkpoint_files import CheckpointDir, checkpoints
 from largescale.errors import CheckpointError, ConfigError, LargescaleError, StorageError
-from largescale.launch import print_error
+from largescale.launch import arguments, print_error
 from largescale.machine import KILL
 from largescale.signals import EXIT_REQUEUE
 from largescale.starts import Start, out_of_memory, read_starts
@@ -88,7 +88,7 @@ def _written_unix_s(checkpoint: CheckpointDir) -> float:
 
 
 def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(Requeue, args=args, description=__doc__, prog="python -m largescale.requeue")
+    options = tyro.cli(Requeue, args=arguments(args), description=__doc__, prog="python -m largescale.requeue")
     try:
         if options.max_restarts < 1:
             raise ConfigError(f"max_restarts={options.max_restarts} must be at least 1; set --max-restarts")

@@ -30,6 +30,7 @@ from largescale.errors import (
 )
 from largescale.files import LOCK, exclusive
 from largescale.launch import (
+    arguments,
     env_rank,
     env_world_size,
     heartbeat,
@@ -312,7 +313,7 @@ def main(args: list[str] | None = None) -> int:
     began_unix_s = time.time()
     serve_stop_signals()
     try:
-        config = parse(sys.argv[1:] if args is None else args)
+        config = parse(arguments(args))
         if config.dry_run:
             from largescale.dry_run import dry_run
 

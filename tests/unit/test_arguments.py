@@ -1,0 +1,38 @@
+"""What every program does with its command line before it is read."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from largescale.launch import arguments
+from tests.conftest import RunHere
+from tests.ranks import ROOT
+
+
+def test_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell leaves ~ alone after an equals sign; what is no path stays."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    given = ["--output=~/runs/x", "--data.path=~", "~/x", "--out", "a~b", "--prompts=~ 5 apples", "--x=/y/~/z", "--note=a=~/b"]
+    expected = ["--output=/home/ada/runs/x", "--data.path=/home/ada", "/home/ada/x", *given[3:]]
+    assert arguments(given) == expected
+    monkeypatch.setattr(sys, "argv", ["program", *given])
+    assert arguments() == expected
+
+
+def test_a_run_in_the_home_directory(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "ada"))
+    monkeypatch.chdir(tmp_path)
+    assert run_here("--output=~/runs/x", "--train.steps", 1, "--train.ds-config", ROOT / "ds_configs/zero2_fp32.json").code == 0
+    assert (tmp_path / "ada/runs/x/metrics.jsonl").exists() and not (tmp_path / "~").exists()
+
+
+def test_every_program() -> None:
+    files = [path for folder in ("largescale", "data_prep", "eval") for path in (ROOT / folder).rglob("*.py")]
+    programs = {path: tree for path in files for tree in [ast.parse(path.read_text())] for node in tree.body
+                if isinstance(node, ast.FunctionDef) and node.name == "main" and "tyro" in path.read_text()}
+    assert len(programs) >= 13
+    for path, tree in programs.items():
+        calls = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        assert "arguments" in calls, f"{path} reads its command line without largescale.launch.arguments"
