@@ -4,6 +4,8 @@
     RUN/curve/1a2b3c4d/         while drawing only (or with --keep-samples): samples; named by the protocol
     curve.png, curve.json       of all runs in one: the curves, with the transitions of their stages
 
+Of a RUN that one may only read, OUT/RUN-5e6f/ takes the place of RUN/curve.
+
 A small protocol, the same for all: 10,000 samples by DDIM in 50 steps (SiT and EDM: Heun, 18). A checkpoint that has a
 row of this protocol is left alone: run it again while training goes on, and it adds what is new. Under torchrun or srun
 the ranks share the drawing, and rank 0 scores.
@@ -28,8 +30,8 @@ from largescale.checkpoint_files import CheckpointDir, checkpoints
 from largescale.config import from_dict
 from largescale.diffusion.objective import SamplerName
 from largescale.diffusion.samplers import AnyObjective, quick_sampler
-from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError
-from largescale.files import append_line, write_atomically
+from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, StorageError, usable
+from largescale.files import append_line, require_writable, write_atomically
 from largescale.half import check_on_cpu
 from largescale.launch import arguments, env_rank, leave, print_error
 from largescale.signals import serve_stop_signals
@@ -44,7 +46,7 @@ class Curve:
     reference: Path
     """Real images, or statistics of them (eval.score --save-reference)."""
     out: Path | None = None
-    """Gets curve.png and curve.json; by default RUN/curve, of the first run."""
+    """Gets curve.png and curve.json, and all else of a run to be read only; by default RUN/curve, of the first run."""
     num_samples: int = 10_000
     cfg_scale: float = 1.0
     sampler: SamplerName | None = None
@@ -95,10 +97,24 @@ class Curves:
         """`scorer`: of `make_scorer`, where several have one."""
         options.check()
         sampler, steps = options.sampler, options.steps
+        self.homes = {run: self.home(run, options.out) for run in options.runs}
         if options.runs:
+            out = options.out or options.runs[0] / "curve"
+            require_writable(*(out / name for name in ("curve.json", "curve.png")), remedy="choose another --out")
             sampler, steps = quick_sampler(objective_of(options.runs[0]), sampler, steps)
         self.options, self.rank = replace(options, sampler=sampler, steps=steps), env_rank()
         self._scorer = scorer
+
+    @staticmethod
+    def home(run: Path, out: Path | None) -> Path:
+        """Where a run's rows and samples lie. Raises CheckpointError for a run to be read only, without `out`."""
+        try:
+            require_writable(run / "curve" / RESULTS, run / "curve/new", remedy="give --out DIR, which is enough")
+        except (CheckpointError, StorageError):
+            if not out:
+                raise
+            return out / f"{run.name}-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:4]}"
+        return run / "curve"
 
     def __call__(self) -> None:
         missing = [(run, step) for run in self.options.runs for step in self.missing(run)]
@@ -122,12 +138,12 @@ class Curves:
 
     def folder(self, run: Path, step: int) -> Path:
         protocol = hashlib.sha256(json.dumps(self.options.protocol()).encode()).hexdigest()[:8]
-        return run / "curve" / protocol / f"step_{step:08d}"
+        return self.homes[run] / protocol / f"step_{step:08d}"
 
     def rows(self, run: Path) -> list[Row]:
         """Of this protocol, in the order of steps; of two of one step, the later."""
         found: dict[int, Row] = {}
-        for line in lines(run / "curve" / RESULTS):
+        for line in lines(self.homes[run] / RESULTS):
             if line.get("protocol") == self.options.protocol():
                 found[line["step"]] = line
         return [found[step] for step in sorted(found)]
@@ -155,7 +171,7 @@ class Curves:
         row = {"run": str(run), "step": step, "images": info.get("samples_seen"), "protocol": o.protocol(),
                "transitions": (info.get("curriculum") or {}).get("transitions", []),
                **{key: scored[key] for key in ("figures", "notes", "extractor", "n")}, "reference": scored["reference"]}
-        append_line(run / "curve" / RESULTS, json.dumps(row))
+        append_line(self.homes[run] / RESULTS, json.dumps(row))
         said = (f"{name} {figure['value']:.5g} +- {figure['error']:.2g}" for name, figure in row["figures"].items())
         print(f"{run} at step {step:,}: {', '.join(said)}", flush=True)
         if not o.keep_samples:
@@ -183,7 +199,9 @@ class Curves:
 
 
 def objective_of(run: Path) -> AnyObjective:
-    return build_objective(from_dict(checkpoints(run)[0].manifest()["state"]["config"]))
+    newest = checkpoints(run)[0]
+    with usable(newest.path):
+        return build_objective(from_dict(newest.manifest()["state"]["config"]))
 
 
 def make_scorer(o: Curve) -> Scorer:
@@ -196,10 +214,10 @@ def lines(path: Path) -> list[Row]:
     """What is whole of a file of JSON lines."""
     found = []
     for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue                                    # cut short by a crash
+        with suppress(ValueError, RecursionError):      # cut short by a crash
+            row = json.loads(line)
+            if isinstance(row, dict):
+                found.append(row)
     return found
 
 

@@ -36,8 +36,8 @@ from eval.scoring import (
 )
 from eval.statistics import write_statistics
 from largescale.distributed import local_device
-from largescale.errors import ConfigError, DataError, LargescaleError
-from largescale.files import append_line
+from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, StorageError
+from largescale.files import append_line, require_writable
 from largescale.launch import arguments, env_world_size, leave, print_error
 from largescale.signals import serve_stop_signals
 
@@ -66,7 +66,7 @@ class Score:
     save_reference: Path | None = None
     """Write the reference's statistics here (.npz), to be used again; with --keep features."""
     out: Path | None = None
-    """Append all rows here too."""
+    """Append all rows here too; enough by itself for sets that nobody may write to."""
     batch_size: int = 64
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -95,12 +95,25 @@ class Scorer:
     def __init__(self, options: Score) -> None:
         options.check()
         self.options, self.device = options, local_device(options.device)
+        require_writable(*filter(None, [options.out, options.save_reference]), remedy="choose another")
+        self.results = {path: self._results(path) for path in options.samples}
         self.sets = {path: self._open(path) for path in options.samples}
         self.clip: Clip | None = load_clip(options.clip, self.device) if options.clip else None
         self.reference: Reference | None = None
         if options.reference:
             extractor = load_extractor(options.extractor, self.device, inception_weights=options.inception_weights)
             self.reference = self._open_reference(options.reference, extractor)
+
+    def _results(self, path: Path) -> list[Path]:
+        """What gets a set's row: a file beside it, and --out, which is enough where nobody may write beside it."""
+        beside, out = folder_of(path) / RESULTS, list(filter(None, [self.options.out]))
+        try:
+            require_writable(beside, remedy="or give --out FILE, which is enough")
+        except (CheckpointError, StorageError):
+            if not out:
+                raise
+            return out
+        return [beside, *out]
 
     def _open(self, path: Path) -> ImageSet:
         images, n = open_images(path, verify=True, resize=self.options.resize), self.options.num_samples
@@ -147,7 +160,7 @@ class Scorer:
 
     def keep(self, path: Path, row: dict[str, Any]) -> None:
         """Appends the row to the set's results."""
-        for file in filter(None, [folder_of(path) / RESULTS, self.options.out]):
+        for file in self.results[path]:
             file.parent.mkdir(parents=True, exist_ok=True)
             append_line(file, json.dumps(row))
 

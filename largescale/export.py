@@ -9,9 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from largescale.checkpoint_files import named_weights
-from largescale.errors import LargescaleError
-from largescale.files import write_atomically
+from largescale.checkpoint_files import checkpoints, named_weights
+from largescale.errors import LargescaleError, StorageError
+from largescale.files import require_writable, write_atomically
 from largescale.launch import arguments, print_error
 from largescale.weights import EXPORT_CONFIG, EXPORT_WEIGHTS, describe, find_checkpoint
 
@@ -29,9 +29,11 @@ class Export:
 def export(run: Path, out: Path | None = None, step: int | None = None) -> Path:
     from safetensors.torch import save_file
 
+    out = out or run / "export"
+    if checkpoints(run):  # that there are none is the better thing to say
+        require_writable(out / EXPORT_WEIGHTS, out / EXPORT_CONFIG, remedy="choose another --out")
     checkpoint = find_checkpoint(run, step)
     description = describe(checkpoint)
-    out = out or run / "export"
     out.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in named_weights(checkpoint).items()}
     # The config last: a folder with one is whole.
@@ -48,6 +50,9 @@ def main(args: list[str] | None = None) -> int:
         out = export(options.run, options.out, options.step)
     except LargescaleError as error:
         print_error(error)
+        return 2
+    except OSError as error:
+        print_error(StorageError(f"{error}; correct the cause, and run again"))
         return 2
     print(f"EMA weights: {out / EXPORT_WEIGHTS}, config: {out / EXPORT_CONFIG}")
     return 0

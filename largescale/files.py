@@ -5,10 +5,15 @@ import fcntl
 import hashlib
 import json
 import os
+import pwd
+import stat
+import tempfile
 from pathlib import Path
 from typing import IO, Any
 
 from largescale.launch import heartbeat
+
+from largescale.errors import CheckpointError, StorageError
 
 LOCK = "lock"  # in a run directory, held by the one process that trains it
 
@@ -59,6 +64,33 @@ def exclusive(path: Path) -> IO[str] | None:
     except OSError:
         pass  # a file system without locks
     return file
+
+
+def require_writable(*files: Path, remedy: str) -> None:
+    """Proves, before any work, that files can be written, or made with the folders above them; makes nothing. Raises
+    CheckpointError that says what is in the way and whose it is, StorageError for what may go away."""
+    for file in files:
+        there = next(path for path in (file, *file.parents) if os.path.lexists(path))
+        try:
+            if there == file:
+                os.close(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK))
+            else:
+                with tempfile.TemporaryFile(dir=there):
+                    pass
+        except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
+            raise CheckpointError(f"cannot write to {file}: {error.strerror}; {_whose(there)}; {remedy}") from error
+        except OSError as error:
+            raise StorageError(f"cannot write to {file} at present: {error}") from error
+
+
+def _whose(path: Path) -> str:
+    """Such as 'runs/x/lock belongs to ada (mode 644)'."""
+    facts = path.lstat()
+    try:
+        owner = pwd.getpwuid(facts.st_uid).pw_name
+    except KeyError:
+        owner = f"user {facts.st_uid}"
+    return f"{path} belongs to {owner} (mode {stat.S_IMODE(facts.st_mode):o})"
 
 
 def located(path: Path, descriptor: int) -> Path:

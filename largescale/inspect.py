@@ -323,6 +323,9 @@ def main(args: list[str] | None = None) -> int:
     except LargescaleError as error:
         print_error(error)
         return 2
+    except OSError as error:
+        print_error(StorageError(f"{options.run} cannot be read: {error}"))
+        return 2
     print(text)
     return 1 if found["damaged"] else 0
 

@@ -10,7 +10,6 @@ import faulthandler
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,7 @@ from largescale.errors import (
     StorageError,
     usable,
 )
-from largescale.files import LOCK, exclusive
+from largescale.files import LOCK, exclusive, require_writable
 from largescale.launch import (
     arguments,
     env_rank,
@@ -256,13 +255,12 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
 
 
 def check_writable(run_dir: Path) -> None:
-    """Make the run directory, and prove that this rank can write there. Raises CheckpointError where it never can."""
+    """Make the run directory, and prove that this rank can write there, also what lies there. Raises CheckpointError
+    where it never can."""
+    names = (LOCK, "metrics.jsonl", *(f"{folder}/new" for folder in ("checkpoints", "starts")))
+    require_writable(*(run_dir / name for name in names), remedy="choose another --output")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_dir):
-            pass
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise CheckpointError(f"cannot write to {run_dir}: {error}; choose another --output") from error
     except OSError as error:
         raise StorageError(f"cannot write to {run_dir} at present: {error}") from error
 

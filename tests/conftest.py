@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -83,6 +84,22 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
                          caption_tokens=tokens, caption_pooled=[noise(6) for _ in range(n)])
         writer.write_empty_caption(noise(2, 8), noise(6))
     return path
+
+
+@pytest.fixture
+def read_only(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Makes a file, or a folder and all below it, somebody else's, whoever runs the tests (root may write anywhere)."""
+    def protect(path: Path) -> None:
+        real, writing = os.open, os.O_WRONLY | os.O_RDWR
+
+        def open_as_other(name: Any, flags: int, *more: Any, **options: Any) -> int:
+            if flags & writing and Path(os.fsdecode(name)).is_relative_to(path):
+                raise PermissionError(13, "Permission denied", name)
+            return real(name, flags, *more, **options)
+
+        monkeypatch.setattr(os, "open", open_as_other)
+
+    return protect
 
 
 Train = Callable[..., Done]

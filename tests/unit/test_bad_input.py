@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import json
+import os
+import pwd
 import shutil
 import threading
 from pathlib import Path
@@ -517,6 +519,26 @@ def test_unwritable_run_directory(run_here: RunHere, tmp_path: Path) -> None:
     """Found at the start, not at the first checkpoint hours later."""
     (tmp_path / "file").write_text("")
     assert_refused(run_here(output=tmp_path / "file" / "run"), f"cannot write to {tmp_path}/file/run", "--output")
+
+
+@pytest.mark.parametrize("name", ["", "lock", "metrics.jsonl", "checkpoints", "starts"])
+def test_a_run_directory_of_somebody_else(name: str, run_here: RunHere, read_only: Any) -> None:
+    """The folder, or only what lies in it: one line that says what, and whose."""
+    run = run_here("--train.steps", 4).run
+    before = read_metrics(run)
+    read_only(run / name)
+    outcome = run_here("--train.steps", 8)
+    owner = pwd.getpwuid(os.getuid()).pw_name
+    assert_refused(outcome, f"error: cannot write to {run / name}", f": Permission denied; {run / name}", f" belongs to {owner} (mode ")
+    assert "; choose another --output" in outcome.err and len(outcome.err.splitlines()) == 1
+    assert read_metrics(run) == before
+
+
+def test_a_lock_that_is_none(run_here: RunHere) -> None:
+    run = run_here("--train.steps", 4).run
+    (run / "lock").unlink()
+    (run / "lock").mkdir()
+    assert_refused(run_here("--train.steps", 8), f"cannot write to {run / 'lock'}: Is a directory")
 
 
 def test_a_run_directory_that_vanishes(run_here: RunHere, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,22 @@ def test_colleagues_can_read_it(run_here: RunHere) -> None:
     out = export.export(run_here("--train.steps", 2).run)
     (out / "as usual").write_text("")
     assert len({path.stat().st_mode for path in out.iterdir()}) == 1
+
+
+def test_an_export_that_cannot_be_written(run_here: RunHere, tmp_path: Path, read_only: Any, monkeypatch: pytest.MonkeyPatch,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before the checkpoint is read."""
+    run = run_here("--train.steps", 2).run
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(export, "find_checkpoint", lambda *where: 1 / 0)
+    read_only(tmp_path / "theirs")
+    (tmp_path / "theirs").mkdir()
+    for folder, what in (("file/export", "Not a directory"), ("theirs/export", "Permission denied")):
+        capsys.readouterr()
+        assert export.main([str(run), "--out", str(tmp_path / folder)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: cannot write to {tmp_path / folder}/model.safetensors: {what}; {(tmp_path / folder).parent} belongs to ")
+        assert said.endswith("; choose another --out\n") and len(said.splitlines()) == 1
 
 
 def test_damage(run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:

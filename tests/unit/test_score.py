@@ -236,12 +236,28 @@ def test_bad_input(sets: Path, args: tuple[str, ...], message: str, capsys: pyte
     assert sorted(sets.rglob("*")) == before
 
 
-def test_figures_are_said_before_they_are_written(sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_written_is_said_before_the_work(sets: Path, tmp_path: Path, read_only: Any,
+                                                        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     args = (sets / "good", "--reference", sets / "reference", "--extractor", "tiny")
-    assert run(*args, "--out", tmp_path / "file/rows") == 2
-    assert "FD-tiny-300" in capsys.readouterr().out
     assert run(*args, "--out", tmp_path / "new/rows") == 0 and (tmp_path / "new/rows").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "open_images", lambda *path, **options: 1 / 0)
+        for option, name in (("--out", "rows"), ("--save-reference", "reference.npz")):
+            assert run(*args, option, tmp_path / "file" / name) == 2
+            assert f"error: cannot write to {tmp_path}/file/{name}: Not a directory; " in capsys.readouterr().err
+        read_only(sets / "good")
+        assert run(*args) == 2
+        assert "give --out FILE, which is enough" in capsys.readouterr().err
+
+
+def test_samples_that_one_may_only_read(sets: Path, tmp_path: Path, read_only: Any) -> None:
+    """--out alone is enough."""
+    before = rows(sets / "good") if (sets / "good/results.jsonl").exists() else []
+    read_only(sets / "good")
+    assert run(sets / "good", "--reference", sets / "reference", "--extractor", "tiny", "--out", tmp_path / "rows") == 0
+    assert json.loads((tmp_path / "rows").read_text())["samples"] == str(sets / "good")
+    assert before == (rows(sets / "good") if before else [])
 
 
 def test_asked_to_stop(sets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,6 +384,27 @@ def test_samples_of_what_is_scored_go(runs: Path) -> None:
     assert draw_curve(*args, "--keep-samples") == 0
     known = set(runs.rglob("step_00000012/cfg1.0"))
     assert draw_curve(*args) == 0 and len(known - set(runs.rglob("step_00000012/cfg1.0"))) == 1
+
+
+def test_a_run_that_one_may_only_read(runs: Path, tmp_path: Path, read_only: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """--out alone is enough, and what is scored there is not scored again; without it that is said before the work."""
+    before = sorted(runs.rglob("*"))
+    read_only(runs)
+    args = (runs / "vanilla", "--reference", runs / "data", "--seed", 6, "--every", 12)
+    assert draw_curve(*args) == 2
+    assert f"cannot write to {runs / 'vanilla/curve'}" in capsys.readouterr().err
+    for _ in range(2):
+        assert draw_curve(*args, "--out", tmp_path / "out") == 0
+    (file,) = (tmp_path / "out").glob("vanilla-*/results.jsonl")
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [12]
+    assert (tmp_path / "out/curve.png").exists() and sorted(runs.rglob("*")) == before
+
+
+def test_rows_that_are_none(runs: Path) -> None:
+    (runs / "vanilla/curve").mkdir(exist_ok=True)
+    with (runs / "vanilla/curve/results.jsonl").open("a") as file:
+        file.write('[1]\nnull\n5\n"x"\n' + "[" * 100_000 + "\n")
+    assert draw_curve(runs / "vanilla", "--reference", runs / "data", "--seed", 7, "--every", 12) == 0
 
 
 def test_only_one_rank_scores(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
