@@ -107,7 +107,12 @@ class Writer:
 
 def _write(state: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
     with path.open("wb") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # the cause, which torch's count of bytes hides
+                raise error.__context__ from None
+            raise
         file.flush()
         os.fsync(file.fileno())
     return path.name, {"bytes": path.stat().st_size, "sha256": sha256(path)}

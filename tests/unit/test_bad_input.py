@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import pwd
+import resource
 import shutil
 import threading
 from pathlib import Path
@@ -649,6 +650,17 @@ def test_a_disk_that_is_full_at_the_start(run_here: RunHere, monkeypatch: pytest
     outcome = run_here()
     assert_refused(outcome, "checkpoint of step 0 was not written", "No space left on device", "free space")
     assert read_metrics(outcome.run) == []
+
+
+def test_a_limit_on_the_size_of_files(run_here: RunHere) -> None:
+    """ulimit -f: what the system says, not what torch makes of it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        outcome = run_here()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_refused(outcome, "checkpoint of step 0 was not written: rank 0: OSError: [Errno 27] File too large; free space")
 
 
 def test_a_failed_write_is_said_and_tried_again(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
