@@ -133,19 +133,19 @@ leave() {
 # grace. A job that ends within the grace, before its time limit, or of itself, is over unless it asks, whatever its
 # status. One that was cancelled must not ask: it would come back.
 _requeue() {
-    local job="" _over_limit=""
+    local _state="" _restarts="" _over_limit=""
     for _ in 1 2 3 4 5; do
-        job=$(scontrol --oneliner show job "$SLURM_JOB_ID") && break
+        _read_job && break
         sleep 15
     done
-    if [ -z "$job" ]; then
+    if [ -z "$_state" ]; then
         echo "job $SLURM_JOB_ID does not come back, Slurm does not answer; sbatch again to go on" >&2
         return
     fi
     # Whatever ended the job, it is COMPLETING for as long as this shell stays.
-    if [[ $job == *" JobState=COMPLETING "* ]]; then
-        [[ $job == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]] || return 0  # it is requeued already
-        if [[ $job != *" Reason=TimeLimit "* ]]; then
+    if [[ $_state == "COMPLETING "* ]]; then
+        [[ $_restarts == "${SLURM_RESTART_COUNT:-0} "* ]] || return 0  # it is requeued already
+        if [[ $_state != "COMPLETING Reason=TimeLimit "* ]]; then
             echo "job $SLURM_JOB_ID was cancelled and does not come back" >&2
             return
         fi
@@ -161,5 +161,16 @@ _requeue() {
 # TERM here means that the job is over. If the reason is its time limit, the ranks have not left when they were asked
 # to, and in a moment (KillWait) this shell is killed with them: now it can still ask.
 _over() {
-    [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") != *" Reason=TimeLimit "* ]] || _requeue 143
+    local _state="" _restarts=""
+    _read_job
+    [[ ! $_state =~ ^[A-Z]+\ Reason=TimeLimit\  ]] || _requeue 143
+}
+
+# _read_job: sets _state ("COMPLETING Reason=TimeLimit ...") and _restarts ("0 ..."), each from the first line that
+# begins so: the same words in a comment or a name, which are the user's, mean nothing.
+_read_job() {
+    local job
+    job=$(scontrol show job "$SLURM_JOB_ID") || return
+    _state=${job#*$'\n   JobState='}
+    _restarts=${_state#*$'\n   Requeue='[01]" Restarts="}
 }

@@ -22,7 +22,21 @@ APPTAINER = NOTE + 'while [[ $1 != *.sif && $1 != */sandbox ]]; do shift; done\n
 CH_RUN = NOTE + 'while [ "$1" != -- ]; do shift; done\nshift\nexec "$@"\n'
 SRUN = NOTE + 'while [[ $1 == --* ]]; do shift; done\nexec "$@"\n'
 PYXIS = '#!/bin/bash\n[ "$1" != --help ] || { echo "      --container-image=IMAGE"; exit; }\n' + SRUN
-SCONTROL = NOTE + '[ "$1" != --oneliner ] || echo "JobId=7 JobState=RUNNING Restarts=0"\n'
+SCONTROL = NOTE + """[ "$2" != job ] || cat <<END
+JobId=7 JobName=NAME
+   UserId=u(1) GroupId=g(1) MCS_label=N/A
+   JobState=STATE Dependency=(null)
+   Requeue=1 Restarts=0 BatchFlag=1 Reboot=0 ExitCode=0:0
+   Comment=COMMENT
+END
+"""
+
+
+def scontrol(state: str, said: str = "x") -> str:
+    """`said`: the job's name and comment."""
+    return SCONTROL.replace("STATE", state).replace("NAME", said).replace("COMMENT", said)
+
+
 PYTHON = NOTE + '[ "$2" != largescale.train ] || exit 75\n'
 
 
@@ -37,9 +51,9 @@ class Shell:
         bin, notes = self.folder / "bin", self.folder / "notes"
         bin.mkdir()
         notes.touch()
-        for tool in ("bash", "head", "id", "realpath"):
+        for tool in ("bash", "cat", "head", "id", "realpath"):
             (bin / tool).symlink_to(shutil.which(tool) or pytest.fail(f"no {tool}"))
-        for name, text in {"srun": SRUN, "scontrol": SCONTROL, **programs}.items():
+        for name, text in {"srun": SRUN, "scontrol": scontrol("RUNNING Reason=None"), **programs}.items():
             (bin / name.replace("_", "-")).write_text(text)
             (bin / name.replace("_", "-")).chmod(0o755)
         env = {"PATH": str(bin), "NOTES": str(notes), "CONTAINER": str(container), "BIND": "/scratch,/datasets",
@@ -175,3 +189,15 @@ def test_in_a_container(test: Callable[..., None], contained: Submit, lab: Lab, 
     """As without one: the same run comes out, to the bit."""
     given = {"training": contained, "lab": lab, "truth": truth, "tmp_path": tmp_path}
     test(**{name: given[name] for name in inspect.signature(test).parameters})
+
+
+@pytest.mark.parametrize(("state", "said", "comes_back"), [
+    ("RUNNING Reason=None", " JobState=COMPLETING Reason=None Requeue=1 Restarts=0 ", True),
+    ("COMPLETING Reason=None", " JobState=RUNNING Reason=TimeLimit Restarts=1 ", False),
+    ("COMPLETING Reason=TimeLimit", " JobState=COMPLETING Reason=None Requeue=1 Restarts=1 ", True),
+])
+def test_a_comment_in_slurms_words(state: str, said: str, comes_back: bool, shell: Shell) -> None:
+    """Whether a job was cancelled is read where Slurm says it, not in what its user wrote."""
+    status, text, calls = shell(image(shell, "largescale.sif"), image_python=PYTHON, apptainer=APPTAINER, scontrol=scontrol(state, said))
+    assert status == 75 and ("scontrol requeue 7" in calls) == comes_back, text
+    assert ("was cancelled" in text) != comes_back
