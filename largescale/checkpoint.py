@@ -291,7 +291,7 @@ def _publish(pending: Pending, files: dict[str, Any], world_size: int) -> None:
         fsync_dir(above)
     manifest = {
         "format": FORMAT, "step": checkpoint.step, "reason": pending.reason, "world_size": world_size, "files": files,
-        "written_unix_s": round(time.time()), "state": pending.state,
+        "written_unix_s": round(time.time()), "cpu": torch.backends.cpu.get_cpu_capability(), "state": pending.state,
     }
     write_atomically(checkpoint.path / MANIFEST, seal(manifest))
 

@@ -11,9 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any
 
-from largescale.launch import heartbeat
-
 from largescale.errors import CheckpointError, StorageError
+from largescale.launch import heartbeat
 
 LOCK = "lock"  # in a run directory, held by the one process that trains it
 
@@ -43,6 +42,15 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def sources_sha256(folder: Path) -> str:
+    """Of the names and contents of all Python files in it."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(folder)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def fsync_dir(path: Path) -> None:

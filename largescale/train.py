@@ -9,14 +9,15 @@ import difflib
 import faulthandler
 import os
 import re
+import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from largescale.checkpoint_files import CheckpointDir
-from largescale.config import Config, differences, from_dict, to_dict
+from largescale.config import Config, batch_layout, differences, from_dict, to_dict
 from largescale.ds_config import final_ds_config, precision
 from largescale.errors import (
     CheckpointError,
@@ -27,7 +28,7 @@ from largescale.errors import (
     StorageError,
     usable,
 )
-from largescale.files import LOCK, exclusive, require_writable
+from largescale.files import LOCK, exclusive, require_writable, sources_sha256
 from largescale.launch import (
     arguments,
     env_rank,
@@ -168,6 +169,7 @@ def train(config: Config, ds: dict[str, Any], ranks: "Ranks", watch: "Watch", be
         if ranks.rank == 0:
             print(printable_lines(text), file=sys.stderr, flush=True)
 
+    require_one_version(ranks)
     watch.at("start-up: data set")
     dataset = ranks.together(lambda: open_dataset(config, ranks.rank, ranks.world_size))
     watch.at("start-up: run directory")
@@ -229,6 +231,8 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
         if checkpoint is not None:
             watch.at("start-up: resume")
             trainer.resume(checkpoint)
+            for change in rounding_changes(checkpoint.manifest(), config, ranks.world_size, trainer.micro_batch_size):
+                say(f"changed on resume, so the same up to rounding, not bitwise: {change}")
             say(f"resumed {config.run_dir} at step {trainer.step}, curriculum index {trainer.curriculum.index}")
         n = torch.get_num_threads()
         threads = f" with {n} thread{'s' if n > 1 else ''}" if config.train.device == "cpu" else ""
@@ -305,6 +309,33 @@ def check_same_run(checkpoint: CheckpointDir, identity: dict[str, Any], say: Cal
         )
     for change in said:
         say(f"changed on resume, in force from here on: {change}")
+
+
+def rounding_changes(manifest: dict[str, Any], config: Config, world_size: int, micro: int) -> Iterator[str]:
+    """What is not as it was when the checkpoint was written, and changes the order in which numbers are added."""
+    import torch
+
+    saved, before = from_dict(manifest["state"]["config"]), manifest["world_size"]
+    # What dropout draws differs by micro batch too, which `differences` says.
+    dropout = config.model.architecture == "ddpmpp" and config.model.unet.dropout > 0
+    if before != world_size:
+        yield f"ranks: {before} -> {world_size}"
+    elif not dropout and saved.train.micro_batch_size != "auto" and (was := batch_layout(saved, before)[0]) != micro:
+        yield f"micro batch: {was} -> {micro}"
+    cpu = torch.backends.cpu.get_cpu_capability()
+    if config.train.device == "cpu" and manifest.get("cpu", cpu) != cpu:
+        yield f"the CPU's instructions: {manifest['cpu']} -> {cpu}"
+
+
+def require_one_version(ranks: "Ranks") -> None:
+    """Raises ConfigError where ranks run different sources of this package, as after an upgrade on some nodes only."""
+    folder = Path(__file__).parent
+    found = ranks.all_gather_json([sources_sha256(folder), str(folder), socket.gethostname()])
+    for rank, (version, where, host) in enumerate(found):
+        if version != found[0][0]:
+            raise ConfigError(
+                f"rank {rank} runs another version of largescale than rank 0: {where} on {host} and {found[0][1]} on "
+                f"{found[0][2]} differ; install the same on all nodes")
 
 
 def main(args: list[str] | None = None) -> int:

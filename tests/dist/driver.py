@@ -29,6 +29,7 @@ parser.add_argument("--bad-gradient", type=int, nargs=2, metavar=("STEP", "RANK"
 parser.add_argument("--every", type=int, default=0, help="the bad number again, after so many steps each time")
 parser.add_argument("--full-disk", type=int, nargs=2, metavar=("STEP", "RANK"), help="that checkpoint, on that rank only")
 parser.add_argument("--no-data", type=int, metavar="RANK", help="the data set cannot be opened on that rank")
+parser.add_argument("--other-version", type=int, metavar="RANK", help="other sources on that rank")
 parser.add_argument("--leap", type=int, metavar="STEP", help="a loss a million times too high, on rank 1")
 parser.add_argument("--lost-files", type=int, nargs=2, metavar=("STEP", "RANK"), help="data that cannot be read any more")
 parser.add_argument("--damaged-data", type=int, nargs=2, metavar=("STEP", "RANK"), help="data that are not what was packed")
@@ -250,5 +251,8 @@ if faults.no_data is not None and os.environ["RANK"] == str(faults.no_data):
         raise DataError("the file system is not mounted here")
 
     train.open_dataset = lost  # type: ignore[assignment]
+
+if faults.other_version is not None and os.environ["RANK"] == str(faults.other_version):
+    train.sources_sha256 = lambda folder: "0f"  # type: ignore[attr-defined]
 
 leave(train.main(sys.argv[separator + 1 :]))

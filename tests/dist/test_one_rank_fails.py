@@ -68,6 +68,15 @@ def test_no_data_on_one_rank(tmp_path: Path, train: Train) -> None:
     assert done[0].stderr.splitlines()[-1] == "error: the file system is not mounted here" and not done[1].stderr
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_another_version_on_one_rank(rank: int, tmp_path: Path, train: Train) -> None:
+    """Before anything is read or written."""
+    done = train(*ARGS, "--output", tmp_path / "run", driver=("--other-version", rank))
+    assert [p.returncode for p in done] == [2, 2] and not done[1].stderr
+    assert "error: rank 1 runs another version of largescale than rank 0: " in done[0].stderr
+    assert "install the same on all nodes" in done[0].stderr and not (tmp_path / "run").exists()
+
+
 def test_data_that_cannot_be_read_any_more(tmp_path: Path, train: Train) -> None:
     """All leave together, saved, with the status that asks for another start; the run becomes what it would have been."""
     for run, fault in ((tmp_path / "truth", ()), (tmp_path / "run", ("--lost-files", 6, 1))):

@@ -187,6 +187,17 @@ def test_changed_lr_and_steps_are_said_and_in_force(run_here: RunHere, tmp_path:
     assert rows[3]["loss"] == unchanged[3]["loss"] and rows[7]["loss"] != unchanged[7]["loss"]
 
 
+def test_what_changes_the_rounding_is_said(run_here: RunHere) -> None:
+    """Micro batch and the CPU's instructions: the run goes on, and is not bitwise what it would have been."""
+    run, said = run_here("--train.steps", 4).run, "changed on resume, so the same up to rounding, not bitwise: "
+    assert said not in run_here("--train.steps", 6, "--train.micro-batch-size", 16).err
+    assert f"{said}micro batch: 16 -> 4\n" in run_here("--train.steps", 8, "--train.micro-batch-size", 4).err
+    assert said not in run_here("--train.steps", 10, "--train.micro-batch-size", 4).err
+    cpu = checkpoints(run)[0].manifest()["cpu"]
+    rewrite(checkpoints(run)[0], cpu="another")
+    assert f"{said}the CPU's instructions: another -> {cpu}\n" in run_here("--train.steps", 12, "--train.micro-batch-size", 4).err
+
+
 # ---- damaged checkpoints
 
 
