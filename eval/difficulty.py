@@ -197,7 +197,7 @@ class Difficulty(Plan):
 
 def read_json(path: Path) -> Row | None:
     """None for a file that is missing or damaged."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
+    with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
         found: Row = json.loads(path.read_text())
         return found
     return None

@@ -23,7 +23,7 @@ from tqdm import trange
 
 from largescale.data.shards import ShardDataset
 from largescale.errors import DataError, LargescaleError
-from largescale.files import write_atomically
+from largescale.files import require_writable, write_atomically
 from largescale.launch import arguments, print_error
 
 EPOCHS, BATCH_SIZE, LR, HELD_OUT, SEED = 8, 100, 8e-3, 0.2, 0
@@ -145,6 +145,7 @@ def main(args: list[str] | None = None) -> int:
     options = tyro.cli(Digits, args=arguments(args), description=__doc__, prog="python -m eval.digits")
     torch.set_num_threads(1)  # more gain nothing on so small a network, and lose ten times the time on a busy machine
     try:
+        require_writable(*filter(None, [options.out]), remedy="choose another --out")
         results = score(options.samples, options.data, options.out)
     except LargescaleError as error:
         print_error(error)

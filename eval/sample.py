@@ -39,7 +39,7 @@ from largescale.diffusion.objective import Model, SamplerName
 from largescale.diffusion.samplers import evaluations
 from largescale.distributed import local_device
 from largescale.encoders.vae import Vae, load_vae
-from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, Stopped
+from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, Stopped, usable
 from largescale.half import check_on_cpu
 from largescale.inference import compile_pays, prepare
 from largescale.launch import arguments, env_rank, env_world_size, leave, print_error
@@ -164,7 +164,7 @@ class Sampler:
                       "guidance_interval": list(o.guidance_interval), "cfg_channels": o.cfg_channels}
             wanted |= {key: value for key, value in {"sampler": o.sampler, "steps": o.steps}.items() if value}
             for name in (JOB, *([] if o.replace else [MANIFEST])):
-                with suppress(OSError, LookupError, TypeError, ValueError, CheckpointError):
+                with suppress(OSError, CheckpointError), usable(name):
                     found = json.loads((folder_of(o.out, scale) / name).read_text())
                     job = found if name == JOB else found["job"]
                     checkpoint = CheckpointDir.at(o.source, int(job["step"]))

@@ -10,6 +10,7 @@ Each set gets a row in its own results.jsonl. One process, on one device: 50,000
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,7 +37,7 @@ from eval.scoring import (
 )
 from eval.statistics import write_statistics
 from largescale.distributed import local_device
-from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, StorageError
+from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, StorageError, usable
 from largescale.files import append_line, require_writable
 from largescale.launch import arguments, env_world_size, leave, print_error
 from largescale.signals import serve_stop_signals
@@ -171,11 +172,10 @@ def folder_of(path: Path) -> Path:
 
 def drawn(path: Path) -> dict[str, Any] | None:
     """How the samples were made, where eval.sample says it: what a score must always be read with."""
-    try:
+    with suppress(OSError, CheckpointError), usable(path):
         known = json.loads((folder_of(path) / "provenance.json").read_text())
-        return {"run": known["run"], "step": known["step"], **known["sampling"]}
-    except (OSError, LookupError, TypeError, ValueError):
-        return None
+        return {"run": known["run"], "step": int(known["step"]), **known["sampling"]}
+    return None
 
 
 def text(row: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from largescale.config import flatten
 from largescale.data.format import MANIFEST, read_manifest
 from largescale.data.shards import ShardDataset
-from largescale.errors import DataError, Stopped
+from largescale.errors import DataError, Stopped, usable
 from largescale.files import exclusive, from_json, write_atomically
 from largescale.launch import printable
 from largescale.signals import stop_requested
@@ -160,10 +160,11 @@ class Parts:
             record: dict[str, Any] = from_json(self._path(part).read_text())
         except (FileNotFoundError, ValueError):
             return nothing
-        if record.get("job", self._digest) != self._digest:
-            return nothing                              # by a process that had not noticed that its job was replaced
-        files = ((self.out / shard["file"], shard["bytes"]) for shard in record["shards"])
-        return record if all(f.is_file() and f.stat().st_size == size for f, size in files) else nothing
+        with usable(self._path(part)):
+            if record.get("job", self._digest) != self._digest:
+                return nothing                          # by a process that had not noticed that its job was replaced
+            files = ((self.out / shard["file"], shard["bytes"]) for shard in record["shards"])
+            return record if all(f.is_file() and f.stat().st_size == size for f, size in files) else nothing
 
     def save(self, part: int, record: dict[str, Any]) -> None:
         write_atomically(self._path(part), json.dumps(record | {"job": self._digest}))

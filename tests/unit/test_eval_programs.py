@@ -438,6 +438,14 @@ def test_the_digits_classifier_knows_real_digits_and_wrong_labels(
         digits.main(again)
 
 
+def test_results_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before the classifier is trained."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(digits, "score", lambda *sets: 1 / 0)
+    assert digits.main([str(tmp_path), "--out", str(tmp_path / "file/digits.json")]) == 2
+    assert f"error: cannot write to {tmp_path}/file/digits.json: Not a directory" in capsys.readouterr().err
+
+
 def test_the_split_is_stratified_and_always_the_same() -> None:
     labels = torch.arange(100) % 10
     kept, held_out = digits.split(labels)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from eval import sample
+from eval import sample, sample_set, score
 from largescale import export, inspect, requeue
 from largescale.checkpoint_files import CheckpointDir, checkpoints, seal
 from largescale.files import sha256
@@ -113,6 +113,32 @@ def test_a_folder_that_is_no_export(content: str, says: str, run_here: RunHere, 
     assert sample.main([str(folder), "--out", str(folder / "samples"), "--device", "cpu"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and says in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [DEEP, "[]", "5", "{}", '{"job": 5}', '{"done": true, "shards": 5}'])
+@pytest.mark.parametrize("name", ["job.json", "packing/part_00000.json", "manifest.json", "provenance.json"])
+def test_samples_that_are_none(name: str, content: str, run_here: RunHere, monkeypatch: pytest.MonkeyPatch,
+                               capsys: pytest.CaptureFixture[str]) -> None:
+    """Half drawn, and whole: drawn on or refused, by name."""
+    run = run_here("--train.steps", 4).run
+    program = [str(run), "--out", str(run / "samples"), "--device", "cpu", "--num-samples", "4", "--steps", "2", "--cfg-scale", "1"]
+    if name in ("job.json", "packing/part_00000.json"):
+        with monkeypatch.context() as patch:
+            patch.setattr(sample_set.SampleSet, "finish", lambda self: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                sample.main(program)
+        for failed in (run / "samples").rglob("failed_*"):
+            failed.unlink()
+    else:
+        assert sample.main(program) == 0
+    (file,) = (run / "samples").rglob(name)
+    file.write_text(content)
+    capsys.readouterr()
+    status = sample.main(program)
+    said = capsys.readouterr().err.splitlines()
+    errors = [line for line in said if line.startswith("error: ") and "samples/cfg1.0" in line]
+    assert (status, len(errors)) in ((0, 0), (2, 1)), said
+    assert score.drawn(file.parent) is None or name != "provenance.json"
 
 
 @pytest.mark.parametrize("change", [{"step": 10**400}, {"seen_unix_s": 1e300}, {"ended": 5}, {"job": 7}, {"host": []}, {"seconds": {"data": 10**400}}])
