@@ -59,7 +59,10 @@ class Writer:
             self.seconds += time.perf_counter() - start
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        self.attempt(lambda: os.makedirs(path, exist_ok=exist_ok))
+        """RUN/checkpoints and what is in it; not RUN, which may have been renamed a moment ago."""
+        for folder in (Path(path).parent, Path(path)):
+            if "checkpoints" in (folder.name, folder.parent.name):
+                self.attempt(lambda folder=folder: folder.mkdir(exist_ok=True))  # type: ignore[misc]
 
     def create(self, info: Any) -> None:
         pass

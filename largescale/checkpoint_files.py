@@ -105,6 +105,8 @@ class CheckpointDir:
                 return CheckpointError(f"{self.path}: {error!r}")
             except OSError as error:
                 if pause is None:
+                    if isinstance(error, StorageError):
+                        return error
                     return StorageError(f"{self.path} cannot be read at present: {error}")
                 time.sleep(pause)
         raise AssertionError
@@ -138,7 +140,7 @@ def step_folders(run_dir: Path) -> list[CheckpointDir]:
     found = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in (run_dir / "checkpoints").iterdir():
-            if match := re.fullmatch(r"step_(\d+)", path.name):
+            if (match := re.fullmatch(r"step_(\d+)", path.name)) and not path.is_file():
                 found.append(CheckpointDir(path, int(match[1])))
     return sorted(found, key=lambda c: -c.step)
 

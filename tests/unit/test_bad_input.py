@@ -429,6 +429,14 @@ def test_a_checkpoint_under_another_name(run_here: RunHere, tmp_path: Path) -> N
     assert_same_run(tmp_path / "run", truth)
 
 
+def test_a_file_in_the_place_of_a_checkpoint(run_here: RunHere) -> None:
+    run = run_here("--train.steps", 4).run
+    (run / "checkpoints/step_00000002").write_text("mine")
+    outcome = run_here("--train.steps", 8, "--checkpoint.every", 4)
+    assert outcome.code == 0 and "cannot be removed" not in outcome.err
+    assert (run / "checkpoints/step_00000002").read_text() == "mine"
+
+
 def test_an_archived_checkpoint_is_left_alone(run_here: RunHere, tmp_path: Path) -> None:
     """Moved away, with a link in its place: retention, and a save of the same step, remove the link only."""
     run = run_here("--train.steps", 8, "--checkpoint.every", 4).run
@@ -613,6 +621,20 @@ def test_a_run_directory_that_is_renamed(old_name: str, run_here: RunHere, monke
     assert [*old.rglob("*")] == ([] if old_name == "free" else [old / "starts"]) and old.exists() == (old_name != "free")
     assert_same_run(new, truth)
     assert read_starts(new)[-1].ended == "finished" and (new / "samples/step_00000009.png").exists()
+
+
+def test_the_old_name_does_not_come_back(tmp_path: Path) -> None:
+    """Renamed between two calls of a save: that save fails, and is tried again where the run lies then."""
+    from largescale.checkpoint import Writer
+
+    writer = Writer()
+    writer.makedirs(str(tmp_path / "run/checkpoints"), exist_ok=True)
+    writer.makedirs(str(tmp_path / "run/checkpoints/step_00000004"))
+    assert writer.failed and not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    writer = Writer()
+    writer.makedirs(str(tmp_path / "run/checkpoints/step_00000004"))
+    assert not writer.failed and (tmp_path / "run/checkpoints/step_00000004").is_dir()
 
 
 def test_data_that_can_be_read_at_the_third_try(run_here: RunHere, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
