@@ -181,8 +181,8 @@ if faults.hang or faults.freeze or faults.watch_from:  # a slow machine is not t
         at(self, self.where)
         look(self)
 
-    def make_patient(self: checkpoint.Checkpointer, *args: object, patience_s: float) -> None:
-        make(self, *args, patience_s=600)  # type: ignore[arg-type]
+    def make_patient(self: checkpoint.Checkpointer, *args: object, patience_s: float, **others: object) -> None:
+        make(self, *args, patience_s=600, **others)  # type: ignore[arg-type]
 
     watch.START_S = 0
     Loader.batch = reach  # type: ignore[assignment, method-assign]
