@@ -36,7 +36,7 @@ def test_a_frozen_rank(frozen: int, tmp_path: Path, blobs: Path) -> None:
 
 @pytest.mark.parametrize(("file", "where"), [
     ("run/lock", "run directory"),
-    ("run/checkpoints/step_00000012/manifest.json", "checkpoints"), ("run/metrics.jsonl", "telemetry"),
+    ("run/checkpoints/step_00000012/manifest.json", "checkpoints"),
 ])
 def test_a_file_system_that_does_not_answer(file: str, where: str, tmp_path: Path, train: Train) -> None:
     """When a run starts. A pipe that nobody writes to stands for it."""
