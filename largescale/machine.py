@@ -14,9 +14,9 @@ _PROC, _CPUS = Path("/proc"), Path("/sys/devices/system/cpu")
 KILL = "out-of-memory kill"
 LESS_MEMORY = ("raise the job's memory (Slurm: --mem), start fewer ranks, or set --train.activation-checkpointing or a "
                "smaller --train.micro-batch-size")
-# Of a process that has loaded torch; and DeepSpeed's engine too. RssAnon in /proc/PID/status, which leaves out what can be
-# read from files again, with torch 2.15 and DeepSpeed 0.19.8 on x86-64: 305 MB after `import torch`, at most 459 MB in
-# `python -m largescale.train debug`; the rest is for the kernel's part.
+# Of a process that has loaded torch; and DeepSpeed's engine too. RssAnon in /proc/PID/status, which leaves out what can
+# be read from files again, with torch 2.15 and DeepSpeed 0.19.8 on x86-64: 305 MB after `import torch`, at most 459 MB
+# in `python -m largescale.train debug`; the rest is for the kernel's part.
 TORCH_BYTES, PROCESS_BYTES = 300 * 10**6, 520 * 10**6
 _NO_LIMIT = 2**62  # version 1 has no word for it but a number near the largest
 
