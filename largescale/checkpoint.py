@@ -33,6 +33,7 @@ from largescale.distributed import Ranks
 from largescale.engine import Engine, plain
 from largescale.errors import CheckpointError, LargescaleError, NewerVersionError, StorageError
 from largescale.files import LOCK, exclusive, fsync_dir, located, sha256, write_atomically
+from largescale.launch import heartbeat
 
 SEEN_LATER_S = (1.0, 5.0, 20.0, 40.0)
 """Pauses before a file is looked for again that other ranks see: by default NFS shows it within a minute."""
@@ -250,6 +251,7 @@ class Checkpointer:
             kinds = [_ERRORS[report[0]] if report else None for report in reports]
             if pause is None or UnseenError not in kinds or all(kind is UnseenError for kind in kinds):
                 break
+            heartbeat()
             time.sleep(pause)
             if isinstance(own, UnseenError):
                 own = checkpoint.check(part)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from largescale.errors import CheckpointError, LargescaleError, NewerVersionError, StorageError, usable
-from largescale.files import sha256
+from largescale.files import from_json, sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +55,7 @@ class CheckpointDir:
         path = self.path / MANIFEST
         try:
             content = path.read_bytes()
-            manifest: dict[str, Any] = json.loads(content)
+            manifest: dict[str, Any] = from_json(content)
             if (manifest["format"] != 1 or "sha256" in manifest) and not _is_sealed(content):
                 raise CheckpointError(f"{path} does not have the content that was written")
             if manifest["format"] > FORMAT:
@@ -71,7 +71,7 @@ class CheckpointDir:
             raise UnseenError(f"{path} is missing") from error
         except OSError as error:
             raise StorageError(f"{path} cannot be read at present: {error}") from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def optimizer_state(self, rank: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from largescale.files import write_atomically
+from largescale.files import from_json, write_atomically
 from largescale.machine import memory_bound
 
 KINDS = ("training", "data", "evaluation", "checkpoint", "compile", "start-up")
@@ -55,14 +55,14 @@ def read_starts(run_dir: Path) -> list[Start]:
     starts = []
     for path in sorted((run_dir / "starts").glob("start_*.json")):
         try:
-            record: dict[str, Any] = json.loads(path.read_text())
+            record: dict[str, Any] = from_json(path.read_text())
             start = Start(**{key: value for key, value in record.items() if key in known})
             numbers = (start.number, start.world_size, start.restart, start.oom_kills, start.from_step, start.step,
                        start.saved_step, start.began_unix_s, start.seen_unix_s, *start.seconds.values())
             words = (start.device, start.host, start.memory, start.job or "", start.ended or "")
             if all(-1 <= number < _MOST for number in numbers) and all(isinstance(word, str) for word in words):
                 starts.append(start)
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, TypeError, AttributeError):
             continue
     return sorted(starts, key=lambda start: start.number)
 

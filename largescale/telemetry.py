@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from largescale.files import located
+from largescale.files import from_json, located
 from largescale.launch import printable_lines
 
 # Dense half-precision peaks in FLOP/s, from the makers' data sheets; elsewhere MFU is not reported.
@@ -35,8 +35,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def _row(line: bytes) -> dict[str, Any] | None:
     """None for what is no object with a number for a step."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = from_json(line)
+    except ValueError:
         return None
     return row if isinstance(row, dict) and type(row.get("step")) is int else None
 

@@ -1,6 +1,5 @@
 """A trained model from an export or a run directory, without DeepSpeed."""
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from largescale.checkpoint_files import CheckpointDir, checkpoints, named_weight
 from largescale.config import Config, from_dict
 from largescale.diffusion.samplers import AnyObjective
 from largescale.errors import CheckpointError, usable
+from largescale.files import from_json
 
 EXPORT_WEIGHTS, EXPORT_CONFIG = "model.safetensors", "config.json"
 
@@ -67,12 +67,12 @@ def _read_export(path: Path, step: int | None) -> tuple[dict[str, Any], dict[str
     from safetensors.torch import load_file
 
     try:
-        description = json.loads((path / EXPORT_CONFIG).read_text())
+        description = from_json((path / EXPORT_CONFIG).read_text())
         if not isinstance(description, dict) or not {"config", "step", "data_info"} <= description.keys():
             raise CheckpointError(f"{path} is no export, {_what(description)}; give a run, or the folder that "
                                   "largescale.export wrote")
         weights = load_file(path / EXPORT_WEIGHTS)
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"the export {path} cannot be read: {error}; export the run again") from error
     if step not in (None, description["step"]):
         raise CheckpointError(f"{path} is an export of step {description['step']}, not of {step}; give the run")

@@ -31,8 +31,9 @@ def test_a_run_in_the_home_directory(run_here: RunHere, tmp_path: Path, monkeypa
 def test_every_program() -> None:
     files = [path for folder in ("largescale", "data_prep", "eval") for path in (ROOT / folder).rglob("*.py")]
     programs = {path: tree for path in files for tree in [ast.parse(path.read_text())] for node in tree.body
-                if isinstance(node, ast.FunctionDef) and node.name == "main" and "tyro" in path.read_text()}
-    assert len(programs) >= 13
+                if isinstance(node, ast.FunctionDef) and node.name == "main"
+                and any(word in path.read_text() for word in ("tyro.cli", ".parse_args("))}
+    assert len(programs) >= 14
     for path, tree in programs.items():
         calls = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
         assert "arguments" in calls, f"{path} reads its command line without largescale.launch.arguments"
