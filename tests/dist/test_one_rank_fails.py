@@ -59,7 +59,8 @@ def test_full_disk_on_one_rank(tmp_path: Path, train: Train) -> None:
     assert "checkpoint of step 4 was not written: rank 1: OSError: [Errno 28] No space left on device" in done[0].stderr
     assert "a checkpoint cannot be written on ranks [1]" in done[0].stderr  # at the next step
     given_up = next(row["step"] for row in read_metrics(run) if row.get("event") == "checkpoint failed")  # when rank 0 was done
-    assert [c.step for c in checkpoints(run)] == sorted({12, 8, given_up + 1}, reverse=True)  # tried again at the next step
+    # Tried again at the next step, which may be one that is saved anyhow; of what there is, three are kept.
+    assert [c.step for c in checkpoints(run)] == sorted({12, 8, given_up + 1, 0}, reverse=True)[:3]
 
 
 def test_no_data_on_one_rank(tmp_path: Path, train: Train) -> None:
