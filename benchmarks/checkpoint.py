@@ -51,6 +51,7 @@ def rank_main(preset: str, folder: Path, rounds: int) -> None:
         build_optimizer, config=config.optimizer, device="cpu", deepspeed_adam=adam), ds)
     x, t, y = torch.randn(1, *latent_shape(config.model)), torch.tensor([5]), blank_condition(config.model, 1)
     stock = engine._engine.checkpoint_engine
+    (folder / "ours").mkdir(parents=True, exist_ok=True)
     checkpointer = Checkpointer(folder / "ours", CheckpointConfig(keep_last=1, keep_every=0), ranks, patience_s=600)
 
     def step() -> float:
