@@ -434,8 +434,9 @@ def test_bad_settings_are_one_line_and_nothing_is_made(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pack(images, tmp_path / "out", *more) == 2
-    said = capsys.readouterr().err
+    *before, said = capsys.readouterr().err.splitlines()
     assert said.startswith("error: ") and message in said and not (tmp_path / "out").exists()
+    assert all(line.startswith("still loading ") for line in before)    # said where that takes long
 
 
 def test_the_vae_is_asked_for(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
