@@ -86,11 +86,14 @@ def fork(arguments: list[str], env: dict[str, str], out: Path, err: Path) -> Any
 
 
 class Forked:
-    """Such a process, as subprocess.Popen has them."""
+    """Such a process, with what of subprocess.Popen tests use. By default it says what it says to `communicate`."""
 
-    def __init__(self, command: list[str], env: dict[str, str], log: Path):
-        self._process = fork(command, env, log, log)
-        self.wait, self.kill = self._process.join, self._process.kill
+    def __init__(self, command: Sequence[Any], env: dict[str, str], log: Path | None = None):
+        self._folder = tempfile.TemporaryDirectory()
+        self._said = (log, log) if log else (Path(self._folder.name) / "out", Path(self._folder.name) / "err")
+        self._command = [*map(str, command)]
+        self._process = fork(self._command, env, *self._said)
+        self.kill, self.terminate = self._process.kill, self._process.terminate
 
     def poll(self) -> int | None:
         return self._process.exitcode  # type: ignore[no-any-return]
@@ -98,6 +101,17 @@ class Forked:
     @property
     def returncode(self) -> int | None:
         return self.poll()
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if (status := self.poll()) is None:
+            raise subprocess.TimeoutExpired(self._command, timeout or 0)
+        return status
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        out, err = (file.read_text() for file in self._said)
+        return out, err
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -30,6 +28,7 @@ from largescale.models.dit import DiT
 from largescale.presets import PRESETS
 from largescale.weights import EXPORT_CONFIG, EXPORT_WEIGHTS
 from tests.conftest import CAPTIONED, RunHere
+from tests.ranks import Forked
 
 ROOT = Path(__file__).parents[2]
 CURRICULUM = {"edges": [0.0, 0.5, 1.0], "pacing": {"index": 0, "best_loss": None}, "transitions": [[9, 1]]}
@@ -352,11 +351,9 @@ def test_a_shard_of_another_job_does_not_count(export: Path, tmp_path: Path) -> 
     assert np.array_equal(mixed, rows(tmp_path / "truth/cfg1.5")[0])
 
 
-def start_ranks(program: str, *args: Any, world_size: int) -> "list[subprocess.Popen[str]]":
-    return [subprocess.Popen([sys.executable, "-m", program, *map(str, args)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE,
-                             env=os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(world_size)})
-            for rank in range(world_size)]
+def start_ranks(program: str, *args: Any, world_size: int) -> list[Forked]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size)}
+    return [Forked(["-m", program, *args], env | {"RANK": str(rank)}) for rank in range(world_size)]
 
 
 @pytest.mark.parametrize("more, message", [

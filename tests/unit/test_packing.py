@@ -29,7 +29,7 @@ from largescale.data.format import fingerprint
 from largescale.data.shards import ShardDataset
 from largescale.encoders.text import TextEncoder
 from largescale.errors import DataError, Stopped
-from tests.ranks import ROOT
+from tests.ranks import ROOT, Forked
 
 RUN = {"folder": folder.main, "imagenet": imagenet.main, "webdataset": webdataset.main}
 BAD = {"010.png": b"", "011.png": b"no image", "025.png": None}  # None: too small
@@ -103,13 +103,21 @@ def test_the_number_of_ranks_does_not_matter(images: Path, truth: Path, tmp_path
     assert files(tmp_path / "out") == files(truth)
 
 
-def start(images: Path, out: Path, rank: int, world_size: int, *more: Any, code: str = "") -> "subprocess.Popen[str]":
-    """The program as a process of its own; `code` breaks it."""
+def command(images: Path, out: Path, *more: Any, code: str = "") -> list[str]:
+    """The program's arguments for Python; `code` breaks it."""
     program = f"import os, sys, time; from data_prep import folder, packing; from largescale.data import parts\n{code}\nsys.exit(folder.main(sys.argv[1:]))"
     args = ["--images", images, "--out", out, "--vae", "none", "--resolution", 16, "--rows-per-shard", 10, "--device", "cpu", *more]
+    return ["-c", program, *map(str, args)]
+
+
+def start(images: Path, out: Path, rank: int, world_size: int, *more: Any, code: str = "") -> Forked:
     env = os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    return subprocess.Popen([sys.executable, "-c", program, *map(str, args)], cwd=ROOT, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return Forked(command(images, out, *more, code=code), env)
+
+
+def start_with_pipes(images: Path, out: Path, *more: Any, code: str = "") -> "subprocess.Popen[str]":
+    return subprocess.Popen([sys.executable, *command(images, out, *more, code=code)], cwd=ROOT, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_ranks_at_once(images: Path, truth: Path, tmp_path: Path) -> None:
@@ -240,7 +248,7 @@ def test_asked_to_stop_it_goes_on(images: Path, truth: Path, tmp_path: Path, num
     slow = ("decode, n = packing.Packer.decode, 0\ndef wait(self, item):\n    global n\n    n += 1; print(flush=True)\n"
             "    while n > 20 and not packing.stop_requested(): time.sleep(0.01)\n"
             "    return decode(self, item)\npacking.Packer.decode = wait")
-    process = start(images, out, 0, 1, "--workers", 1, code=slow)
+    process = start_with_pipes(images, out, "--workers", 1, code=slow)
     assert process.stdout and process.stderr
     for _ in range(20):
         process.stdout.readline()
@@ -260,7 +268,7 @@ def test_killed_it_goes_on(images: Path, truth: Path, tmp_path: Path) -> None:
     slow = ("decode = packing.Packer.decode\n"
             "packing.Packer.decode = lambda self, item: (print(flush=True), time.sleep(0.03), decode(self, item))[2]")
     while not (out / "manifest.json").exists():
-        process = start(images, out, 0, 1, "--workers", 1, code=slow)
+        process = start_with_pipes(images, out, "--workers", 1, code=slow)
         assert process.stdout and process.stderr
         begun = process.stdout.readline()               # to decode; or nothing was left to
         assert begun or process.wait(900) == 0, (process.returncode, process.stderr.read())
