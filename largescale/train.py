@@ -213,7 +213,7 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
     if checkpoint is None:
         ranks.together(lambda: check_nothing_is_gone(config.run_dir))
     else:
-        ranks.together(lambda: check_same_run(checkpoint, identity, say))
+        ranks.together(lambda: check_same_run(checkpoint, identity, dataset, say))
         if checkpoint.step >= config.train.steps:
             say(
                 f"finished already: {config.run_dir} is at step {checkpoint.step} of train.steps={config.train.steps}; "
@@ -294,14 +294,18 @@ def claim(run_dir: Path, say: Callable[[str], None]) -> IO[str]:
     raise StorageError(f"another process trains {run_dir}; stop it, or start another run with --output DIR")
 
 
-def check_same_run(checkpoint: CheckpointDir, identity: dict[str, Any], say: Callable[[str], None]) -> None:
+def check_same_run(checkpoint: CheckpointDir, identity: dict[str, Any], dataset: "ShardDataset",
+                   say: Callable[[str], None]) -> None:
     """A run directory belongs to one run: refuse what would make it another, say what is changed."""
     def comparable(state: dict[str, Any]) -> dict[str, Any]:
         config = to_dict(from_dict(state["config"]))  # fields that are new since then have their defaults
         return {**config, "precision": state["precision"], "dataset": state["dataset"]}
 
     with usable(checkpoint.path):
-        refused, said = differences(comparable(checkpoint.manifest()["state"]), comparable(identity))
+        saved = checkpoint.manifest()["state"]
+        if dataset.has_fingerprint(saved["dataset"], saved.get("data_info", {}).get("name", "")):
+            saved["dataset"] = identity["dataset"]  # packed anew, or under another name
+        refused, said = differences(comparable(saved), comparable(identity))
     if refused:
         raise CheckpointError(
             f"{checkpoint.path.parent.parent} belongs to a run that differs in what may not change:\n  "

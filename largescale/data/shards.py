@@ -3,7 +3,7 @@
 import math
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -14,7 +14,17 @@ import numpy.typing as npt
 import pyarrow as pa
 from tqdm import tqdm
 
-from largescale.data.format import EMBEDDINGS, FORMAT, IMAGES, KINDS, METADATA_KEY, DatasetInfo, read_manifest, remedy
+from largescale.data.format import (
+    EMBEDDINGS,
+    FORMAT,
+    IMAGES,
+    KINDS,
+    METADATA_KEY,
+    DatasetInfo,
+    fingerprint,
+    read_manifest,
+    remedy,
+)
 from largescale.errors import DataError, StorageError
 from largescale.files import from_json, sha256
 from largescale.launch import env_rank
@@ -87,6 +97,13 @@ class ShardDataset:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def has_fingerprint(self, other: str, name: str) -> bool:
+        """Whether `other` is of the same content in the same shards, also where it was made when the set's name, which
+        was then `name`, was part of it."""
+        content = self._shards, self.manifest.get("empty_caption")
+        named = fingerprint(replace(self.info, name=name), *content, named=True)
+        return other in (self.fingerprint, fingerprint(self.info, *content), named)
 
     def gather(self, indices: npt.NDArray[np.int64], flip: npt.NDArray[np.bool_] | None = None,
                choice: npt.NDArray[np.float64] | None = None) -> dict[str, Array]:

@@ -18,7 +18,7 @@ import torch
 from largescale import export, inspect, signals, telemetry
 from largescale.checkpoint_files import CheckpointDir, checkpoints, seal
 from largescale.config import CheckpointConfig
-from largescale.data.format import DatasetInfo
+from largescale.data.format import DatasetInfo, fingerprint
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
@@ -164,6 +164,17 @@ def test_other_data(run_here: RunHere, tmp_path: Path) -> None:
         for i in range(40):
             writer.write(id=str(i), latent=np.full((1, 16, 16), i, np.uint8), label=i % 10)
     assert_refused(run_here("--train.steps", 8, data=tmp_path / "other"), "dataset: ")
+
+
+def test_data_that_are_packed_anew_are_the_same(run_here: RunHere, blobs: Path, tmp_path: Path) -> None:
+    """An older version made fingerprints from the set's name too: its runs go on with sets of this one."""
+    data = shutil.copytree(blobs, tmp_path / "data")
+    manifest = json.loads((data / "manifest.json").read_text())
+    old = fingerprint(ShardDataset(data).info, manifest["shards"], None, named=True)
+    (data / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": old}))
+    assert run_here("--train.steps", 4, data=data).code == 0
+    outcome = run_here("--train.steps", 8)
+    assert outcome.code == 0 and "resumed" in outcome.err and old != manifest["fingerprint"], outcome.err
 
 
 def test_moved_data_is_the_same_data(run_here: RunHere, blobs: Path, tmp_path: Path) -> None:
