@@ -7,6 +7,7 @@ FD-NAME: it has a scale of its own, and compares with nothing that was published
 import difflib
 import math
 import socket
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -195,8 +196,10 @@ def _load_inception(given: Path | None, device: torch.device, dtype: torch.dtype
     with loading(str(given or "the weights of Inception"), f"give --inception-weights FILE, {INCEPTION_FILE} of "
                  "torch-fidelity's release v0.2.0, or score with --extractor efficientnet-lite0 (not FID)"):
         file = given or _download_inception(fidelity.URL_INCEPTION_V3)
-        torch.load(file, map_location="cpu", weights_only=True)     # torch-fidelity would run what is hidden in a file
-        network = fidelity.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(file))
+        with tempfile.NamedTemporaryFile(suffix=".pth") as checked:     # torch-fidelity runs what is hidden in a file
+            torch.save(torch.load(file, map_location="cpu", weights_only=True), checked)
+            checked.flush()
+            network = fidelity.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], checked.name)
     published = given is None or sha256(given) == INCEPTION_SHA256
     identity = _identity("torch_fidelity:inception-v3-compat", network, dtype)
     network.to(device, dtype)

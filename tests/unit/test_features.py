@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -178,6 +179,21 @@ class Evil:
 
     def __reduce__(self) -> Any:
         return os.mkdir, (str(self.path),)
+
+
+def test_weights_that_are_swapped_after_they_were_checked(inception_file: Path, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    file, load = shutil.copy(inception_file, tmp_path / "weights.pth"), torch.load
+
+    def check_and_swap(path: Any, *args: Any, **more: Any) -> Any:
+        state = load(path, *args, **more)
+        if path == file:
+            torch.save(state | {"fc.bias": Evil(tmp_path / "ran")}, file)
+        return state
+
+    monkeypatch.setattr(torch, "load", check_and_swap)
+    load_extractor("inception", CPU, inception_weights=file)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_bad_inception_weights(inception_file: Path, tmp_path: Path) -> None:
