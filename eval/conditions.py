@@ -77,7 +77,7 @@ def make_conditions(
     if not model.caption_tokens:
         if given:
             raise ConfigError(f"the model was not trained on captions; leave out {' and '.join(given)}")
-        return _of_labels(model, n, seed, of_labels, classes)
+        return _of_labels(trained.num_classes, n, seed, of_labels, classes)
     if of_labels:
         raise ConfigError(f"the model was trained on captions, not on labels; leave out {' and '.join(of_labels)}")
     if len(given) != 1:
@@ -130,26 +130,25 @@ class OfLabels(Conditions):
         return self._label_of(self._numbers(index))
 
 
-def _of_labels(model: ModelConfig, n: int, seed: int, given: list[str], classes: Sequence[int]) -> OfLabels:
-    if not model.num_classes:
+def _of_labels(num_classes: int, n: int, seed: int, given: list[str], classes: Sequence[int]) -> OfLabels:
+    if not num_classes:
         if given:
             raise ConfigError(f"the model was trained without labels; leave out {' and '.join(given)}")
         return OfLabels(n, 0, np.zeros_like, {"labels": "none"})
     if len(given) > 1:
         raise ConfigError("--classes says which label each sample has; leave out --labels drawn")
     if classes:
-        if outside := [label for label in classes if not 0 <= label < model.num_classes]:
-            raise ConfigError(f"--classes: label {outside[0]} lies outside the model's classes "
-                              f"0..{model.num_classes - 1}; leave it out")
+        if outside := [label for label in classes if not 0 <= label < num_classes]:
+            raise ConfigError(f"--classes: label {outside[0]} lies outside the classes 0..{num_classes - 1} that the "
+                              "model was trained on; leave it out")
         each = np.array(classes, np.int64)
-        return OfLabels(n, model.num_classes, lambda i: each[i % len(each)],
+        return OfLabels(n, num_classes, lambda i: each[i % len(each)],
                         {"labels": f"sample i has classes[i % {len(each)}]", "classes": each.tolist()})
     if given:
-        return OfLabels(n, model.num_classes, _drawn(seed, model.num_classes),
-                        {"labels": f"sample i has a class drawn uniformly of {model.num_classes}, by (seed, i)",
+        return OfLabels(n, num_classes, _drawn(seed, num_classes),
+                        {"labels": f"sample i has a class drawn uniformly of {num_classes}, by (seed, i)",
                          "labels_seed": seed})
-    return OfLabels(n, model.num_classes, lambda i: i % model.num_classes,
-                    {"labels": f"sample i has class i % {model.num_classes}"})
+    return OfLabels(n, num_classes, lambda i: i % num_classes, {"labels": f"sample i has class i % {num_classes}"})
 
 
 def _drawn(seed: int, num_classes: int) -> Callable[[Numbers], Numbers]:

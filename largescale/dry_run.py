@@ -17,7 +17,7 @@ from largescale.half import IN_TRAINING, check_on_cpu
 from largescale.launch import env_world_size
 from largescale.memory import check_memory, largest_micro_batch, memory
 from largescale.optim import check_apex
-from largescale.validation import validate
+from largescale.validation import remarks, validate
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -134,6 +134,7 @@ def dry_run(config: Config) -> int:
         print(f"checkpoint: {work.checkpoint_bytes / 1e9:.3g} GB")
     print_memory(config, ds, world_size, micro, hardware)
     check_memory(config, ds, world_size)
+    classes_of_data = 0
     try:
         from largescale.train import open_dataset
 
@@ -144,7 +145,10 @@ def dry_run(config: Config) -> int:
         print(f"data: {error}")
     else:
         print(f"data: {config.data.path}, {len(dataset):,} rows of {dataset.info.kind} {dataset.info.shape}")
+        classes_of_data = dataset.info.num_classes
         per_epoch = len(dataset) / config.train.global_batch_size
         print(f"steps per epoch: {per_epoch:,.1f}, {config.train.steps / per_epoch:,.1f} epochs in all")
+    for remark in remarks(config, classes_of_data):
+        print(f"note: {remark}")
     print("dry run: nothing was started")
     return 0

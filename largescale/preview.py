@@ -33,7 +33,8 @@ class Preview:
         self._stop = stop
         self._pixels = dataset.info.kind == "pixels"
         n, self._titles = config.telemetry.preview_images, None
-        self._y: Condition = torch.tensor(balanced_labels(n, max(config.model.num_classes, 1)))
+        self._y: Condition = torch.tensor(balanced_labels(n, max(min(
+            config.model.num_classes, dataset.info.num_classes), 1)))
         if config.model.caption_tokens and config.telemetry.preview_every:
             rows = sample_indices(np.arange(n), len(dataset), config.train.seed)
             gathered = dataset.gather(rows, choice=np.zeros(n))

@@ -44,7 +44,7 @@ from largescale.machine import check_process_memory, cores, keep_freed_memory
 from largescale.presets import PRESETS
 from largescale.signals import EXIT_REQUEUE, serve_stop_signals, stop_requested
 from largescale.starts import note_end, read_starts
-from largescale.validation import validate
+from largescale.validation import remarks, validate
 
 LOCAL_RANK_ARGUMENT = r"--local[-_]rank=\d+"
 """What DeepSpeed's launcher and torch.distributed.launch put first. They set the variable LOCAL_RANK too."""
@@ -224,6 +224,8 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
     watch.at("start-up: model")
     config = with_micro_batch_size(config, ds, ranks, say)
     ds, identity["config"] = final_ds_config(config, ranks.world_size), to_dict(config)
+    for remark in remarks(config, dataset.info.num_classes):
+        say(f"note: {remark}")
     with saying_what_to_do(config, ranks.world_size, lambda: watch.where):
         trainer = Trainer(config, ds, ranks, dataset, checkpointer, watch, identity, began_unix_s)
         if asked_to_stop("while the model was built"):

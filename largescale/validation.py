@@ -27,10 +27,24 @@ _READ_ONLY_WITH: dict[tuple[str, str], tuple[str, ...]] = {
     ("noise.weighting", "p2"): ("noise.p2_gamma", "noise.p2_k"),
 }
 SAMPLED_STEPS_AT_MOST = 1000  # of a preview
+FORGOTTEN = 0.01  # an EMA's share of the untrained weights that is not worth a word
 
 
 def option(key: str) -> str:
     return f"--{key.replace('_', '-')}"
+
+
+def remarks(config: Config, classes_of_data: int) -> list[str]:
+    """What is allowed, and better known before the work than after it. `classes_of_data`: 0 where none or unknown."""
+    m = config.model
+    said = []
+    if 0 < classes_of_data < m.num_classes:
+        said.append(f"model.num_classes={m.num_classes:,}, and the data have {classes_of_data:,}: the others are never "
+                    f"trained; to leave them out, --model.num-classes {classes_of_data}")
+    if m.num_classes + m.caption_tokens and not m.class_dropout_prob:
+        said.append("model.class_dropout_prob=0: samples of this model cannot be guided; if they are to be, "
+                    "--model.class-dropout-prob 0.1")
+    return said
 
 
 def validate(config: Config, world_size: int) -> None:

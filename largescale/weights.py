@@ -26,6 +26,12 @@ class Trained:
     info: dict[str, Any]
     """Where the weights are from: step, curriculum state, data set."""
 
+    @property
+    def num_classes(self) -> int:
+        """Classes of the data, the only ones that were trained: the model may have more. 0 without labels."""
+        model = self.config.model.num_classes
+        return min(model, self.info.get("data_info", {}).get("num_classes", model))
+
 
 def find_checkpoint(run_dir: Path, step: int | None) -> CheckpointDir:
     """The newest valid checkpoint of a run, or that of `step`, verified."""

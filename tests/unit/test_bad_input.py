@@ -28,7 +28,7 @@ from largescale.optim import check_apex
 from largescale.starts import read_starts
 from largescale.telemetry import read_metrics
 from largescale.trainer import Trainer
-from tests.conftest import Outcome, RunHere, assert_same_run, cut, final_state
+from tests.conftest import CAPTIONED, Outcome, RunHere, assert_same_run, cut, final_state
 
 
 def assert_refused(outcome: Outcome, *parts: str) -> None:
@@ -106,6 +106,31 @@ def test_verify_finds_an_altered_shard(run_here: RunHere, blobs: Path, tmp_path:
 
 def test_labels_outside_the_classes(run_here: RunHere) -> None:
     assert_refused(run_here("--model.num-classes", 9), "labels up to 9", "--model.num-classes 10")
+
+
+def test_more_classes_than_the_data_have(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+
+    def draw(*_: Any, index: Any, condition: Any, shape: tuple[int, ...], **__: Any) -> torch.Tensor:
+        told.extend(condition(list(index)).tolist())
+        return torch.zeros(len(index), *shape)
+
+    monkeypatch.setattr("largescale.preview.draw_samples", draw)
+    note = "note: model.num_classes=1,000, and the data have 10: the others are never trained; to leave them out, --model.num-classes 10"
+    wide = ("--model.num-classes", 1000, "--train.steps", 2)
+    assert note in run_here(*wide, "--dry-run").err
+    assert note in run_here(*wide, "--telemetry.preview-every", 2, "--telemetry.preview-images", 12).err
+    assert told == [*range(10), 0, 1]
+    assert "the others are never trained" not in run_here("--dry-run").err
+
+
+def test_a_model_that_cannot_be_guided(run_here: RunHere, captioned: Path) -> None:
+    note = "note: model.class_dropout_prob=0: samples of this model cannot be guided; if they are to be, --model.class-dropout-prob 0.1"
+    off = ("--model.class-dropout-prob", 0, "--telemetry.preview-cfg-scale", 1, "--train.steps", 2)
+    assert note in run_here(*off, "--dry-run").err and note in run_here(*off).err
+    assert note in run_here(*off, *CAPTIONED, "--dry-run", data=captioned).err
+    for guided in ((), (*off, "--model.num-classes", 0)):  # and where there is nothing to guide with
+        assert "cannot be guided" not in run_here(*guided, "--dry-run").err
 
 
 def test_shape_of_the_data(run_here: RunHere) -> None:

@@ -116,6 +116,18 @@ def test_balanced_classes() -> None:
     assert (balanced.facts, balanced.num_classes) == ({"labels": "sample i has class i % 10"}, 10)
 
 
+def test_classes_are_those_of_the_data() -> None:
+    """The model may have more, which were never trained."""
+    wide = trained(num_classes=1000)
+    wide.info["data_info"]["num_classes"] = 10
+    balanced, drawn = made(wide, n=25), made(wide, n=5000, labels="drawn")
+    assert labels_of(balanced, range(25)) == [*range(10), *range(10), *range(5)] and balanced.num_classes == 10
+    assert set(labels_of(drawn, range(5000))) == set(range(10))
+    assert drawn.facts["labels"] == "sample i has a class drawn uniformly of 10, by (seed, i)"
+    with pytest.raises(ConfigError, match=r"label 10 lies outside the classes 0\.\.9 that the model was trained on; leave it out"):
+        made(wide, classes=[3, 10])
+
+
 def test_given_classes_in_turn() -> None:
     conditions = made(trained(), classes=[7, 2, 9, 2])
     assert labels_of(conditions, range(6)) == [7, 2, 9, 2, 7, 2] and labels_of(conditions, [999, 4]) == [2, 7]
@@ -391,8 +403,8 @@ UNCONDITIONAL: dict[str, Any] = {"num_classes": 0, "class_dropout_prob": 0.0}
     ({}, {"prompts": ["a"]}, "the model was not trained on captions; leave out --prompts"),
     ({}, {"prompts_file": Path("x.txt"), "captions": Path("x")}, "was not trained on captions; leave out --prompts-file and --captions"),
     ({}, {"labels": "drawn", "classes": [1]}, "--classes says which label each sample has; leave out --labels drawn"),
-    ({}, {"classes": [3, 10]}, r"--classes: label 10 lies outside the model's classes 0\.\.9"),
-    ({}, {"classes": [-1]}, r"--classes: label -1 lies outside the model's classes 0\.\.9"),
+    ({}, {"classes": [3, 10]}, r"--classes: label 10 lies outside the classes 0\.\.9 that the model was trained on"),
+    ({}, {"classes": [-1]}, r"--classes: label -1 lies outside the classes 0\.\.9"),
     (UNCONDITIONAL, {"prompts": ["a"]}, "was not trained on captions; leave out --prompts"),
     (UNCONDITIONAL, {"classes": [0]}, "the model was trained without labels; leave out --classes"),
     (UNCONDITIONAL, {"labels": "drawn"}, "the model was trained without labels; leave out --labels drawn"),
