@@ -70,21 +70,22 @@ def sit(size: str, data: str) -> Config:
 def edm(data: str) -> Config:
     """EDM's DDPM++ (arXiv:2206.00364), 55.7 M parameters on CIFAR-10, labels as its `--cond=1`; FFHQ without. Network,
     noise levels, dropout, augmentation and 200 million images are EDM's; learning rate, EMA, batch, clusters, patience
-    and fp16 are those of arXiv:2403.10348. EDM itself has learning rates of 1e-3 and 2e-4 after a warm-up, an EMA of
-    half a million images, and 512 images a batch on CIFAR-10."""
+    and fp16 are those of arXiv:2403.10348, which guides CIFAR-10 at 1.5, so labels are dropped. EDM itself drops none,
+    and has learning rates of 1e-3 and 2e-4 after a warm-up, an EMA of half a million images, and 512 images a batch on
+    CIFAR-10."""
     faces = data == "ffhq64"
     return Config(
         name=f"edm_ddpmpp_{data}",
         model=ModelConfig(
             architecture="ddpmpp", input_size=64 if faces else 32, in_channels=3, num_classes=0 if faces else 10,
-            class_dropout_prob=0.0, learn_sigma=False,
+            class_dropout_prob=0.0 if faces else 0.1, learn_sigma=False,
             unet=UNetConfig(
                 channel_mult=(1, 2, 2, 2) if faces else (2, 2, 2), dropout=0.05 if faces else 0.13, augment_dim=9),
         ),
         diffusion=DiffusionConfig(objective="edm"),
         data=DataConfig(path=f"data/{data}", horizontal_flip=False, augment=0.15 if faces else 0.12),
         train=TrainConfig(steps=200_000_000 // 256, ds_config="ds_configs/zero2_fp16.json"),
-        telemetry=TelemetryConfig(preview_steps=18, preview_cfg_scale=1.0),
+        telemetry=TelemetryConfig(preview_steps=18, preview_cfg_scale=1.0 if faces else 1.5),
     )
 
 

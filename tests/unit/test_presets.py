@@ -87,6 +87,7 @@ def test_recipes_of_edm(name: str, weights: int, told: int, mult: tuple[int, ...
     assert (c.diffusion.objective, c.diffusion.p_mean, c.diffusion.p_std, c.diffusion.sigma_data) == ("edm", -1.2, 1.2, 0.5)
     assert (c.train.ds_config, c.train.global_batch_size, c.train.steps) == ("ds_configs/zero2_fp16.json", 256, 781_250)
     assert (c.curriculum.n_clusters, c.curriculum.patience, c.optimizer.lr, c.optimizer.ema_decay) == (20, 200, 1e-4, 0.9999)
+    assert (c.model.class_dropout_prob, c.telemetry.preview_cfg_scale) == ((0.1, 1.5) if told else (0, 1))  # as the paper guides
     assert 0.1 < c.data.augment < 0.2 and c.model.unet.augment_dim == 9
     with torch.device("meta"):
         unconditional = build_model(dataclasses.replace(c.model, num_classes=0))
