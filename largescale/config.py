@@ -236,7 +236,9 @@ class Config:
     output: str | None = None
     """The run directory; runs/NAME by default."""
     dry_run: bool = False
-    """Print what would run, and start nothing."""
+    """Print what would run and what it costs, and start nothing."""
+    verbose: bool = False
+    """With dry_run: all settings too, and DeepSpeed's, as JSON."""
     profile: bool = False
     """Write a torch-profiler trace of a few steps, for Perfetto and TensorBoard, to the run directory."""
 
@@ -253,9 +255,9 @@ FIXED_ON_RESUME = (
 )
 # These change how a run is carried out or watched, not what it computes: not worth a word.
 FREE_ON_RESUME = (
-    "name", "output", "dry_run", "profile", "data.path", "data.prefetch", "data.verify", "train.micro_batch_size",
-    "train.activation_checkpointing", "train.threads", "train.ds_config", "train.device", "train.timeout_s",
-    "checkpoint.", "telemetry.",
+    "name", "output", "dry_run", "verbose", "profile", "data.path", "data.prefetch", "data.verify",
+    "train.micro_batch_size", "train.activation_checkpointing", "train.threads", "train.ds_config", "train.device",
+    "train.timeout_s", "checkpoint.", "telemetry.",
 )
 
 
@@ -342,6 +344,13 @@ def make_curriculum(config: Config) -> Curriculum:
     c = config.curriculum
     return Curriculum(
         cluster_edges(config), pacing(config), order=c.order, stages=c.stages, only_cluster=c.only_cluster)
+
+
+def least_steps(config: Config) -> int:
+    """Until the curriculum is complete: every stage at its shortest."""
+    c = config.curriculum
+    # A stage's first loss is its best so far, and the (patience + 1)-th that is none ends it.
+    return c.n_clusters * {"patience": c.patience + 2, "fixed": c.interval, "none": 0}[c.pacing]
 
 
 def cluster_edges(config: Config) -> tuple[float, ...]:

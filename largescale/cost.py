@@ -14,8 +14,10 @@ run beside it, evaluation and previews.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+
+PUBLISHED_MFU = (0.25, 0.12)  # what trainers of this kind are said to reach
 
 
 @dataclass(frozen=True)
@@ -257,3 +259,7 @@ class Plan:
     def hours(self) -> float:
         """Of wall time, with what is wasted."""
         return self.steps * self.step.seconds * self.slowdown(self.every) / 3600
+
+    def at(self, mfu: float) -> "Plan":
+        """The same where forward and backward reach another share of the peak."""
+        return replace(self, hardware=replace(self.hardware, mfu=mfu))

@@ -1,6 +1,7 @@
-"""--dry-run: what would run, what it costs, and whether the data fit; starts nothing."""
+"""--dry-run: what would run, what it costs, and whether data and run directory fit; starts nothing."""
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 import torch
 
 from largescale.build import build_model, flops_per_image
-from largescale.config import Config, ModelConfig, batch_layout, cluster_edges, to_dict
-from largescale.cost import HARDWARE, Hardware, Plan, Workload
+from largescale.checkpoint_files import checkpoints, newest_valid
+from largescale.config import Config, ModelConfig, batch_layout, cluster_edges, least_steps, to_dict
+from largescale.cost import HARDWARE, PUBLISHED_MFU, Hardware, Plan, Workload
+from largescale.data.shards import ShardDataset
 from largescale.ds_config import final_ds_config, load_ds_config, precision
 from largescale.errors import DataError
 from largescale.half import IN_TRAINING, check_on_cpu
-from largescale.launch import env_world_size
+from largescale.launch import env_world_size, printable_lines
 from largescale.memory import check_memory, largest_micro_batch, memory
 from largescale.optim import check_apex
 from largescale.validation import remarks, validate
@@ -81,19 +84,70 @@ def print_memory(config: Config, ds: dict[str, Any], world_size: int, micro: int
               + " or ".join([*ways, "more GPUs"]))
 
 
+def span(hours: float) -> str:
+    return f"{hours:,.0f} h" if hours >= 2 else f"{60 * hours:,.0f} min"
+
+
 def print_cost(plan: Plan) -> None:
     """The model of cost.py for a run on GPUs. What it assumes is said: nothing has been measured on one."""
     hardware, step = plan.hardware, plan.step
-    largest = step.bottleneck
-    print(f"time: about {plan.hours:,.0f} h on {plan.gpus} x {hardware.name} if forward and backward reach "
-          f"{100 * hardware.mfu:.0f} % of the peak (assumed; published trainers of this kind reach 12 to 25 %), "
-          f"{step.images_per_s:,.0f} images/s; "
+    largest, published = step.bottleneck, [plan.at(mfu) for mfu in PUBLISHED_MFU]
+    print(f"time: {span(plan.hours)} at {100 * hardware.mfu:.0f} % of the peak, "
+          f"{' to '.join(span(p.hours) for p in published)} at "
+          f"{' to '.join(f'{100 * p.hardware.mfu:.0f}' for p in published)} %, which published trainers reach, on "
+          f"{plan.gpus} x {hardware.name}; assumed, never measured on a GPU here; previews come on top")
+    print(f"      at {100 * hardware.mfu:.0f} %: {step.images_per_s:,.0f} images/s; "
           f"compute {100 * step.share('compute'):.0f} % of a step, first bottleneck beside it: {largest}, "
-          f"{100 * step.share(largest):.1f} %; data: up to {step.data_rate / 1e6:,.0f} MB/s")
-    print(f"checkpoint: {plan.work.checkpoint_bytes / 1e9:.1f} GB; with a failure every {plan.mtbf_s / 3600:,.0f} h "
-          f"(assumed, nodes: {hardware.nodes(plan.gpus)}), best every {plan.best_every:,} steps (Daly); configured: "
-          f"{plan.every:,}, which wastes {100 * plan.wasted(plan.every):.2f} % of the time (best: "
+          f"{100 * step.share(largest):.1f} %; data: up to {step.data_rate / 1e6:,.0f} MB/s; "
+          f"with a failure every {plan.mtbf_s / 3600:,.0f} h "
+          f"(assumed, nodes: {hardware.nodes(plan.gpus)}), checkpoints are best every {plan.best_every:,} steps "
+          f"(Daly); configured: {plan.every:,}, which wastes {100 * plan.wasted(plan.every):.2f} % of the time (best: "
           f"{100 * plan.wasted(plan.best_every):.2f} %)")
+
+
+def print_disk(config: Config, checkpoint_bytes: float) -> None:
+    c = config.checkpoint
+    for_ever = config.train.steps // math.lcm(c.every, c.keep_every) if c.keep_every else 0
+    kept = c.keep_last + for_ever + 1  # the last is one that was written on a stop
+    print(f"disk: {checkpoint_bytes / 1e9:.3g} GB a checkpoint, {kept * checkpoint_bytes / 1e9:,.3g} GB for the {kept} "
+          f"that are kept: the last {c.keep_last}, {for_ever} for ever, 1 of a stop")
+
+
+def print_data(config: Config) -> ShardDataset | None:
+    """None where there is no data set yet."""
+    from largescale.train import open_dataset
+
+    try:
+        dataset = open_dataset(config)
+    except DataError as error:
+        if Path(config.data.path, "manifest.json").exists():
+            raise
+        print(f"data: {error}")
+        return None
+    print(f"data: {config.data.path}, {len(dataset):,} images of {dataset.info.kind} {dataset.info.shape}")
+    per_epoch = len(dataset) / config.train.global_batch_size
+    print(f"steps per epoch: {per_epoch:,.1f}, {config.train.steps / per_epoch:,.1f} epochs in all")
+    return dataset
+
+
+def print_run_directory(config: Config, ds: dict[str, Any], dataset: ShardDataset | None) -> None:
+    """Raises CheckpointError as a start would, for a run there that is another; hashes of files are not compared."""
+    from largescale.train import check_nothing_is_gone, check_same_run, finished_already, settled
+
+    def say(text: str) -> None:
+        print(printable_lines(text))
+
+    run_dir = config.run_dir
+    newest, _ = newest_valid(run_dir, checkpoints(run_dir), say, lambda found: found.check(slice(0)))
+    if newest is None:
+        check_nothing_is_gone(run_dir)
+        print(f"run directory: {run_dir}, without a checkpoint")
+        return
+    fingerprint = dataset.fingerprint if dataset else newest.manifest()["state"]["dataset"]
+    identity = {"config": to_dict(settled(config)), "precision": precision(ds), "dataset": fingerprint}
+    check_same_run(newest, identity, dataset, say)
+    print("run directory: " + (finished_already(config, newest) if newest.step >= config.train.steps else
+                               f"{run_dir}, would be resumed at step {newest.step:,}"))
 
 
 def dry_run(config: Config) -> int:
@@ -101,28 +155,28 @@ def dry_run(config: Config) -> int:
     validate(config, world_size)
     check_apex(wanted=config.optimizer.kernel == "apex")
     hardware = HARDWARE["h100"] if config.train.device == "cuda" else None
-    settled = config
+    fitted = config
     if config.train.micro_batch_size == "auto" and hardware:
         fits = largest_micro_batch(config, load_ds_config(config.train.ds_config), world_size, hardware.usable_bytes)
-        settled = replace(config, train=replace(config.train, micro_batch_size=max(1, fits)))
-    ds = final_ds_config(settled, world_size)
+        fitted = replace(config, train=replace(config.train, micro_batch_size=max(1, fits)))
+    ds = final_ds_config(fitted, world_size)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # only its settings are read
     from largescale.engine import check_ds_config
 
     check_ds_config(ds)
     if config.train.device == "cpu":
         check_on_cpu(precision(ds), IN_TRAINING)
-    micro, accumulation = batch_layout(settled, world_size)
+    micro, accumulation = batch_layout(fitted, world_size)
     work = workload(config, ds, accumulation)
     per_step = (work.flops_per_image + work.flops_again) * config.train.global_batch_size
-    print("config:", json.dumps(to_dict(config), indent=2))
-    print("deepspeed:", json.dumps(ds, indent=2))
     print(f"ranks: {world_size} (from WORLD_SIZE; set it to see another number)")
     print(f"batch: {config.train.global_batch_size} = {micro} x {accumulation} accumulation steps x {world_size} ranks")
     if config.train.micro_batch_size == "auto":
         by = f"by the estimate below, on one {hardware.name}" if hardware else "if all of it fits"
         print(f"       auto: {micro} {by}; a run finds the largest for which there is memory")
     print(f"clusters: {', '.join(f'{edge:.4g}' for edge in cluster_edges(config))}")
+    if least := least_steps(config):
+        print(f"curriculum: complete after {least:,} steps or more, of {config.train.steps:,}")
     print(f"parameters: {work.parameters:,} trainable")
     print(f"compute: {work.flops_per_image / 1e9:.1f} GFLOP per image"
           + (f", {work.flops_again / 1e9:.1f} more to compute activations again" if work.flops_again else "")
@@ -130,25 +184,15 @@ def dry_run(config: Config) -> int:
     print(f"         {per_step * config.train.steps / 1e18:.3f} EFLOP for {config.train.steps:,} steps")
     if hardware and precision(ds) != "fp32":
         print_cost(Plan(work, hardware, world_size, config.train.steps, config.checkpoint.every))
-    else:
-        print(f"checkpoint: {work.checkpoint_bytes / 1e9:.3g} GB")
+    print_disk(config, work.checkpoint_bytes)
     print_memory(config, ds, world_size, micro, hardware)
     check_memory(config, ds, world_size)
-    classes_of_data = 0
-    try:
-        from largescale.train import open_dataset
-
-        dataset = open_dataset(config)
-    except DataError as error:
-        if Path(config.data.path, "manifest.json").exists():
-            raise
-        print(f"data: {error}")
-    else:
-        print(f"data: {config.data.path}, {len(dataset):,} rows of {dataset.info.kind} {dataset.info.shape}")
-        classes_of_data = dataset.info.num_classes
-        per_epoch = len(dataset) / config.train.global_batch_size
-        print(f"steps per epoch: {per_epoch:,.1f}, {config.train.steps / per_epoch:,.1f} epochs in all")
-    for remark in remarks(config, classes_of_data):
+    dataset = print_data(config)
+    for remark in remarks(config, dataset.info.num_classes if dataset else 0):
         print(f"note: {remark}")
-    print("dry run: nothing was started")
+    if config.verbose:
+        print("config:", json.dumps(to_dict(config), indent=2))
+        print("deepspeed:", json.dumps(ds, indent=2))
+    print_run_directory(config, ds, dataset)
+    print("dry run: nothing was started" + ("" if config.verbose else "; --verbose prints all settings"))
     return 0

@@ -115,26 +115,33 @@ def check_condition(dataset: "ShardDataset", config: Config) -> None:
             f"--model.caption-pooled-width {found[2]}")
 
 
-def run(config: Config, began_unix_s: float) -> int:
-    """Train; the process's exit status."""
-    warned = check_process_memory(config.train.device)
-    import torch
-
-    from largescale.compiling import failure, what_to_compile
-    from largescale.distributed import Ranks, is_lost_contact
-    from largescale.half import IN_TRAINING, check_on_cpu
-    from largescale.memory import check_memory
+def settled(config: Config) -> Config:
+    """With what `auto` stands for here: that is the run's setting, which a later start is compared with."""
+    from largescale.compiling import what_to_compile
     from largescale.optim import choose_kernel
-    from largescale.watch import Watch, end_at_once, lost_rank
 
-    validate(config, env_world_size())
     device = config.train.device
-    config = dataclasses.replace(  # what `auto` stands for is the run's setting, which a later start is compared with
+    return dataclasses.replace(
         config,
         optimizer=dataclasses.replace(config.optimizer, kernel=choose_kernel(config.optimizer, device)),
         train=dataclasses.replace(config.train, compile=what_to_compile(
             config.train.compile, device, config.model.architecture)),
     )
+
+
+def run(config: Config, began_unix_s: float) -> int:
+    """Train; the process's exit status."""
+    warned = check_process_memory(config.train.device)
+    import torch
+
+    from largescale.compiling import failure
+    from largescale.distributed import Ranks, is_lost_contact
+    from largescale.half import IN_TRAINING, check_on_cpu
+    from largescale.memory import check_memory
+    from largescale.watch import Watch, end_at_once, lost_rank
+
+    validate(config, env_world_size())
+    config = settled(config)
     ds = final_ds_config(config, env_world_size())
     with Watch(config.train.timeout_s) as watch:
         ranks = watch.ranks = Ranks(config.train.device, watch.limit_s)
@@ -215,10 +222,7 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
     else:
         ranks.together(lambda: check_same_run(checkpoint, identity, dataset, say))
         if checkpoint.step >= config.train.steps:
-            say(
-                f"finished already: {config.run_dir} is at step {checkpoint.step} of train.steps={config.train.steps}; "
-                "to train on, raise --train.steps; for another run, --output DIR"
-            )
+            say(finished_already(config, checkpoint))
             return 0
 
     watch.at("start-up: model")
@@ -296,7 +300,12 @@ def claim(run_dir: Path, say: Callable[[str], None]) -> IO[str]:
     raise StorageError(f"another process trains {run_dir}; stop it, or start another run with --output DIR")
 
 
-def check_same_run(checkpoint: CheckpointDir, identity: dict[str, Any], dataset: "ShardDataset",
+def finished_already(config: Config, checkpoint: CheckpointDir) -> str:
+    return (f"finished already: {config.run_dir} is at step {checkpoint.step} of train.steps={config.train.steps}; "
+            "to train on, raise --train.steps; for another run, --output DIR")
+
+
+def check_same_run(checkpoint: CheckpointDir, identity: dict[str, Any], dataset: "ShardDataset | None",
                    say: Callable[[str], None]) -> None:
     """A run directory belongs to one run: refuse what would make it another, say what is changed."""
     def comparable(state: dict[str, Any]) -> dict[str, Any]:
@@ -305,7 +314,7 @@ def check_same_run(checkpoint: CheckpointDir, identity: dict[str, Any], dataset:
 
     with usable(checkpoint.path):
         saved = checkpoint.manifest()["state"]
-        if dataset.has_fingerprint(saved["dataset"], saved.get("data_info", {}).get("name", "")):
+        if dataset and dataset.has_fingerprint(saved["dataset"], saved.get("data_info", {}).get("name", "")):
             saved["dataset"] = identity["dataset"]  # packed anew, or under another name
         refused, said = differences(comparable(saved), comparable(identity))
     if refused:

@@ -4,7 +4,16 @@ anything is started."""
 import math
 from typing import Any
 
-from largescale.config import Config, ModelConfig, UNetConfig, batch_layout, flatten, make_curriculum, to_dict
+from largescale.config import (
+    Config,
+    ModelConfig,
+    UNetConfig,
+    batch_layout,
+    flatten,
+    least_steps,
+    make_curriculum,
+    to_dict,
+)
 from largescale.errors import ConfigError
 
 # Fields that only one architecture, objective or way of training reads: anywhere else, another value than the default
@@ -44,6 +53,10 @@ def remarks(config: Config, classes_of_data: int) -> list[str]:
     if m.num_classes + m.caption_tokens and not m.class_dropout_prob:
         said.append("model.class_dropout_prob=0: samples of this model cannot be guided; if they are to be, "
                     "--model.class-dropout-prob 0.1")
+    if (least := least_steps(config)) > config.train.steps:
+        said.append(f"train.steps={config.train.steps:,} end before the curriculum does, which takes at least "
+                    f"{least:,} steps: some noise levels are never trained; raise --train.steps, or lower "
+                    f"--curriculum.{'patience' if config.curriculum.pacing == 'patience' else 'interval'}")
     return said
 
 

@@ -46,9 +46,9 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_blobs(tmp_path_factory.mktemp("data") / "blobs")
 
 
-def make_blobs(path: Path) -> Path:
+def make_blobs(path: Path, seed: int = 0) -> Path:
     """A small data set of pixels in the shape of the `debug` preset: 300 rows, 10 classes, 3 shards."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     row, column = np.mgrid[:16, :16]
     with ShardWriter(path, DatasetInfo("blobs", "pixels", (1, 16, 16), 10, 1.0, {}), rows_per_shard=100) as writer:
         for i in range(300):

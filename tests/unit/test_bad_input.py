@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from largescale import export, inspect, signals, telemetry
+from largescale import train as train_program
 from largescale.checkpoint_files import CheckpointDir, checkpoints, seal
-from largescale.config import CheckpointConfig
+from largescale.config import CheckpointConfig, least_steps, make_curriculum
 from largescale.data.format import DatasetInfo, fingerprint
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset
@@ -28,7 +29,7 @@ from largescale.optim import check_apex
 from largescale.starts import read_starts
 from largescale.telemetry import read_metrics
 from largescale.trainer import Trainer
-from tests.conftest import CAPTIONED, Outcome, RunHere, assert_same_run, cut, final_state
+from tests.conftest import CAPTIONED, Outcome, RunHere, assert_same_run, cut, final_state, make_blobs
 
 
 def assert_refused(outcome: Outcome, *parts: str) -> None:
@@ -152,8 +153,14 @@ def test_latents_that_cannot_be_flipped(run_here: RunHere, tmp_path: Path) -> No
 def test_dry_run_starts_nothing(run_here: RunHere, tmp_path: Path) -> None:
     outcome = run_here("--dry-run")
     assert outcome.code == 0 and not outcome.run.exists()
-    for part in ("config:", "deepspeed:", "parameters:", "GFLOP per image", "memory per rank", "steps per epoch: 18.8"):
+    for part in ("parameters:", "GFLOP per image", "memory per rank", "steps per epoch: 18.8", "complete after 15 steps or more, of 20",
+                 f"run directory: {outcome.run}, without a checkpoint"):
         assert part in outcome.err
+    assert not {"config:", "deepspeed:"} & set(outcome.err.split())
+    _, _, settings = run_here("--dry-run", "--verbose").err.partition("config: ")
+    config, _, rest = settings.partition("deepspeed: ")
+    ds, _ = json.JSONDecoder().raw_decode(rest)
+    assert json.loads(config)["name"] == "debug" and ds["zero_optimization"]["stage"] == 2
     absent = run_here("--dry-run", data=tmp_path / "nowhere")
     assert absent.code == 0 and "nowhere does not exist" in absent.err
 
@@ -181,6 +188,45 @@ def test_another_run(run_here: RunHere, change: tuple[Any, ...], named: str) -> 
     outcome = run_here("--train.steps", 8, *change)
     assert_refused(outcome, "may not change", named, "--output DIR")
     assert read_metrics(run) == before[0] and checkpoints(run)[0].step == 4
+
+
+def test_dry_run_looks_at_the_run_directory(run_here: RunHere, blobs: Path, tmp_path: Path) -> None:
+    def refusal(*args: Any, **where: Any) -> str:
+        outcome = run_here(*args, **where)
+        assert_refused(outcome, "may not change")
+        return outcome.err[outcome.err.index("error: ") :].partition("--output DIR")[0]
+
+    run = run_here("--train.steps", 4).run
+    other = make_blobs(tmp_path / "other", seed=1)
+    for change in (("--model.depth", 3), ("--train.ds-config", "ds_configs/zero2_bf16.json")):
+        assert refusal(*change, "--dry-run") == refusal(*change)
+    assert "dataset: " in refusal("--dry-run", data=other)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    resumed = run_here("--dry-run", "--optimizer.lr", 0.5)
+    assert resumed.code == 0 and f"run directory: {run}, would be resumed at step 4" in resumed.err
+    changes = [line for line in resumed.err.splitlines() if line.startswith("changed on resume")]
+    assert [change.split(": ", 1)[1] for change in changes] == ["optimizer.lr: 0.001 -> 0.5", "train.steps: 4 -> 20"]
+    absent = run_here("--dry-run", "--train.steps", 4, data=tmp_path / "nowhere")
+    assert f"finished already: {run} is at step 4 of train.steps=4" in absent.err and absent.code == 0
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    shutil.rmtree(run / "checkpoints")
+    assert_refused(run_here("--dry-run"), "has no checkpoint any more, but step 4 was saved")
+
+
+@pytest.mark.parametrize(("pacing", "least", "remedy"), [
+    (("patience", "--curriculum.patience", 3), 25, "patience"), (("fixed", "--curriculum.interval", 6), 30, "interval"), (("none",), 0, "")])
+def test_fewer_steps_than_the_curriculum_takes(run_here: RunHere, pacing: tuple[Any, ...], least: int, remedy: str) -> None:
+    options = ("--curriculum.pacing", *pacing)
+    config = train_program.parse(["debug", *map(str, options)])
+    curriculum = make_curriculum(config)
+    while curriculum.index:
+        curriculum.observe(1.0)  # never better than the first
+    assert least_steps(config) == least == curriculum.observations
+    note = (f"note: train.steps={least - 1} end before the curriculum does, which takes at least {least} steps: some noise levels are "
+            f"never trained; raise --train.steps, or lower --curriculum.{remedy}")
+    for dry in (("--dry-run",), ()):
+        assert not least or note in run_here(*options, "--train.steps", least - 1, *dry).err
+        assert "end before the curriculum" not in run_here(*options, "--train.steps", least or 1, "--dry-run").err
 
 
 def test_other_data(run_here: RunHere, tmp_path: Path) -> None:

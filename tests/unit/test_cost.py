@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from largescale.build import blank_condition, build_model, latent_shape
 from largescale.config import Config
 from largescale.cost import HARDWARE, Hardware, Plan, Workload, daly, slowdown, step, young
-from largescale.dry_run import _kernels_per_block, workload
+from largescale.dry_run import _kernels_per_block, span, workload
 from largescale.ds_config import load_ds_config
 from largescale.memory import activation_bytes, largest_micro_batch, memory
 from largescale.presets import PRESETS
@@ -347,10 +348,22 @@ def test_dry_run_costs_the_run_at_hand(run_here: RunHere, monkeypatch: pytest.Mo
     said = run_here("--dry-run", preset="dit_l2_imagenet256", data=None).err
     config, ds = dit_l()
     plan = Plan(workload(config, ds, 1), HARDWARE["h100"], 16, 2_000_000, 5_000)
-    assert f"time: about {plan.hours:,.0f} h on 16 x H100 if forward and backward reach 50 % of the peak (assumed; published" in said
-    assert f"first bottleneck beside it: {plan.step.bottleneck}" in said and "checkpoint: 8.2 GB" in said
+    slow = [f"{plan.at(mfu).hours:,.0f} h" for mfu in (0.25, 0.12)]
+    assert plan.hours < plan.at(0.25).hours < plan.at(0.12).hours
+    assert f"time: {plan.hours:,.0f} h at 50 % of the peak, {' to '.join(slow)} at 25 to 12 %, which published trainers reach, on 16 x H100" in said
+    assert "assumed, never measured on a GPU here" in said
+    assert f"first bottleneck beside it: {plan.step.bottleneck}" in said
+    assert "disk: 8.24 GB a checkpoint, 363 GB for the 44 that are kept: the last 3, 40 for ever, 1 of a stop" in said
     assert f"best every {plan.best_every:,} steps (Daly); configured: 5,000" in said
+    assert "pack data/imagenet256 with python -m data_prep.imagenet" in said
     assert "too much for the" not in said
+
+
+def test_dry_run_of_minutes(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    said = run_here("--dry-run", preset="sit_b2_ffhq256", data=None).err
+    assert re.search(r"time: \d\d min at 50 % of the peak, \d\d min to \d\d min at 25 to 12 %", said)
+    assert [span(hours) for hours in (0.5, 1.99, 2.0, 1234.5)] == ["30 min", "119 min", "2 h", "1,234 h"]
 
 
 def test_dry_run_of_what_does_not_fit(run_here: RunHere) -> None:
@@ -365,6 +378,6 @@ def test_dry_run_of_what_does_not_fit(run_here: RunHere) -> None:
 def test_dry_run_invents_no_gpu_and_no_peak(run_here: RunHere) -> None:
     for precision in ("fp32", "bf16"):
         said = run_here("--dry-run", "--train.ds-config", f"ds_configs/zero2_{precision}.json").err
-        assert "checkpoint: 0.00" in said and "time:" not in said and "H100" not in said
+        assert "disk: 0.00" in said and "time:" not in said and "H100" not in said
     said = run_here("--dry-run", "--train.ds-config", "ds_configs/zero2_fp32.json", preset="dit_l2_imagenet256", data=None).err
-    assert "checkpoint: 9.16 GB" in said and "time:" not in said  # the peak is that of half precision
+    assert "disk: 9.16 GB a checkpoint" in said and "time:" not in said  # the peak is that of half precision

@@ -71,6 +71,7 @@ ELSEWHERE = {
     "name": "test_run_dir",
     "output": "test_run_dir",
     "dry_run": "test_dry_run_starts_nothing",
+    "verbose": "test_dry_run_starts_nothing",
     "profile": "test_profile",
     "model.architecture": "test_another_architecture",
     "model.input_size": "test_shape_of_the_data",
