@@ -31,7 +31,7 @@ import tyro
 
 from eval.compare_loss import ValidationLoss, check_like
 from eval.compare_methods import read_methods
-from eval.compare_report import Findings, ema_note, write_report
+from eval.compare_report import Findings, write_report
 from eval.compare_runs import Run, check_same, configure, plan
 from eval.curve import Curve, Curves, make_scorer
 from eval.sample import Sample, Sampler, folder_of
@@ -47,7 +47,7 @@ from largescale.encoders.identity import library
 from largescale.errors import ConfigError, DataError, LargescaleError
 from largescale.launch import arguments, env_world_size, leave, print_error
 from largescale.signals import serve_stop_signals
-from largescale.validation import validate
+from largescale.validation import ema_note, validate
 
 GRID_IMAGES = 40                                        # of samples.png, of each method
 

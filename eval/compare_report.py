@@ -27,11 +27,11 @@ from eval.compare_statistics import (
 )
 from eval.curve import Row, main_figure
 from largescale.checkpoint_files import checkpoints
-from largescale.config import Config
 from largescale.errors import DataError
 from largescale.files import write_atomically
 from largescale.machine import cores
 from largescale.starts import KINDS, read_starts
+from largescale.validation import ema_note
 
 
 @dataclass(frozen=True)
@@ -120,15 +120,6 @@ def same_as_first(loss: OfRuns) -> list[str]:
     same = [method for method, of_method in others if of_method == of_first]
     return ["", f"The same as {first} to the last digit, and so without effect in these steps: {', '.join(same)}. "
             "(loss_second_moment is uniform until each active timestep has been drawn 10 times.)"] if same else []
-
-
-def ema_note(config: Config) -> str:
-    """Empty where the EMA forgets the weights at the start."""
-    decay, steps = config.optimizer.ema_decay, config.train.steps
-    if (left := decay**steps) < 0.01:
-        return ""
-    return (f"The EMA still holds {left:.0%} of the untrained weights at the end: ema_decay={decay} is for longer "
-            f"runs, for this one try -- --optimizer.ema-decay {max(0.0, 1 - 10 / steps):.4g}.")
 
 
 def stages(f: Findings) -> list[str]:

@@ -14,6 +14,7 @@ the ranks share the drawing, and rank 0 scores.
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -27,14 +28,15 @@ from eval.sample import Sample, Sampler, folder_of
 from eval.score import RESULTS, Score, Scorer
 from largescale.build import build_objective
 from largescale.checkpoint_files import CheckpointDir, checkpoints
-from largescale.config import from_dict
+from largescale.config import Config, from_dict
 from largescale.diffusion.objective import SamplerName
-from largescale.diffusion.samplers import AnyObjective, quick_sampler
+from largescale.diffusion.samplers import quick_sampler
 from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, StorageError, usable
 from largescale.files import append_line, from_json, require_writable, write_atomically
 from largescale.half import check_on_cpu
 from largescale.launch import arguments, env_rank, leave, print_error
 from largescale.signals import serve_stop_signals
+from largescale.validation import ema_note
 
 Row = dict[str, Any]
 
@@ -101,7 +103,7 @@ class Curves:
         if options.runs:
             out = options.out or options.runs[0] / "curve"
             require_writable(*(out / name for name in ("curve.json", "curve.png")), remedy="choose another --out")
-            sampler, steps = quick_sampler(objective_of(options.runs[0]), sampler, steps)
+            sampler, steps = quick_sampler(build_objective(config_of(options.runs[0])), sampler, steps)
         self.options, self.rank = replace(options, sampler=sampler, steps=steps), env_rank()
         self._scorer = scorer
 
@@ -129,6 +131,11 @@ class Curves:
                 print(f"{run} at step {step:,}: left out, training has removed the checkpoint meanwhile", flush=True)
         if self.rank == 0:
             self.draw({run: self.rows(run) for run in self.options.runs})
+
+    def notes(self) -> list[str]:
+        """Of the EMA, at the earliest step of each run that is to be scored; of rank 0."""
+        earliest = {run: steps[0] for run in self.options.runs if self.rank == 0 and (steps := self.missing(run))}
+        return [f"{run}: {note}" for run, step in earliest.items() if (note := ema_note(config_of(run), step))]
 
     def remove_scored(self) -> None:
         """Samples that a kill between their row and their removal has left."""
@@ -198,10 +205,10 @@ class Curves:
         print(f"{sum(map(len, of_runs.values()))} checkpoints on the curve: {out / 'curve.png'}", flush=True)
 
 
-def objective_of(run: Path) -> AnyObjective:
+def config_of(run: Path) -> Config:
     newest = checkpoints(run)[0]
     with usable(newest.path):
-        return build_objective(from_dict(newest.manifest()["state"]["config"]))
+        return from_dict(newest.manifest()["state"]["config"])
 
 
 def make_scorer(o: Curve) -> Scorer:
@@ -293,7 +300,10 @@ def main(args: Sequence[str] | None = None) -> int:
     options = tyro.cli(Curve, args=arguments(args), description=__doc__, prog="python -m eval.curve")
     serve_stop_signals()
     try:
-        Curves(options)()
+        curves = Curves(options)
+        for note in curves.notes():
+            print(f"note: {note}", file=sys.stderr, flush=True)
+        curves()
     except LargescaleError as error:
         print_error(error)
         return error.exit_status

@@ -35,7 +35,6 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from eval.compare_report import ema_note
 from eval.curve import lines
 from eval.difficulty_denoising import SplicedSampler, asked_levels, bounds
 from eval.difficulty_report import Report, number, write_report
@@ -50,6 +49,7 @@ from largescale.errors import ConfigError, DataError, LargescaleError
 from largescale.files import append_line, from_json, write_atomically
 from largescale.launch import arguments, env_rank, leave, print_error
 from largescale.signals import serve_stop_signals, stop_requested
+from largescale.validation import ema_note
 
 
 class Difficulty(Plan):

@@ -45,6 +45,7 @@ from largescale.inference import compile_pays, prepare
 from largescale.launch import arguments, env_rank, env_world_size, leave, print_error
 from largescale.sampling import SamplingConfig, draw_batches
 from largescale.signals import serve_stop_signals, stop_requested
+from largescale.validation import ema_note
 from largescale.weights import load_trained
 
 DECODED_AT_ONCE = 16                                    # latents; the decoder needs far more memory than the model
@@ -345,7 +346,11 @@ def main(args: list[str] | None = None) -> int:
     options = tyro.cli(Sample, args=arguments(args), description=__doc__, prog="python -m eval.sample")
     serve_stop_signals()
     try:
-        Sampler(options)()
+        sampler = Sampler(options)
+        note = ema_note(sampler.trained.config, sampler.trained.info["step"])
+        if note and sampler.rank == 0:
+            print(f"note: {note}", file=sys.stderr, flush=True)
+        sampler()
     except LargescaleError as error:
         print_error(error)
         return error.exit_status

@@ -10,9 +10,11 @@ from typing import Annotated
 import tyro
 
 from largescale.checkpoint_files import checkpoints, named_weights
+from largescale.config import from_dict
 from largescale.errors import LargescaleError, StorageError
 from largescale.files import require_writable, write_atomically
 from largescale.launch import arguments, print_error
+from largescale.validation import ema_note
 from largescale.weights import EXPORT_CONFIG, EXPORT_WEIGHTS, describe, find_checkpoint
 
 
@@ -54,6 +56,9 @@ def main(args: list[str] | None = None) -> int:
     except OSError as error:
         print_error(StorageError(f"{error}; correct the cause, and run again"))
         return 2
+    description = json.loads((out / EXPORT_CONFIG).read_text())
+    if note := ema_note(from_dict(description["config"]), description["step"]):
+        print(f"note: {note}", file=sys.stderr)
     print(f"EMA weights: {out / EXPORT_WEIGHTS}, config: {out / EXPORT_CONFIG}")
     return 0
 

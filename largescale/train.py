@@ -44,7 +44,7 @@ from largescale.machine import check_process_memory, cores, keep_freed_memory
 from largescale.presets import PRESETS
 from largescale.signals import EXIT_REQUEUE, serve_stop_signals, stop_requested
 from largescale.starts import note_end, read_starts
-from largescale.validation import remarks, validate
+from largescale.validation import ema_note, remarks, validate
 
 LOCAL_RANK_ARGUMENT = r"--local[-_]rank=\d+"
 """What DeepSpeed's launcher and torch.distributed.launch put first. They set the variable LOCAL_RANK too."""
@@ -259,6 +259,8 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
             f"curriculum index {trainer.curriculum.index}, {trainer.skipped_steps} skipped steps; "
             f"{trainer.goodput.account()}" + ("" if finished else "; run again to go on"))
     say(text)
+    if note := ema_note(config, trainer.step):
+        say(f"note: {note}")
     if not finished:
         tell_torchrun(text)
     return 0 if finished else EXIT_REQUEUE

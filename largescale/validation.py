@@ -57,7 +57,20 @@ def remarks(config: Config, classes_of_data: int) -> list[str]:
         said.append(f"train.steps={config.train.steps:,} end before the curriculum does, which takes at least "
                     f"{least:,} steps: some noise levels are never trained; raise --train.steps, or lower "
                     f"--curriculum.{'patience' if config.curriculum.pacing == 'patience' else 'interval'}")
-    return said
+    return [*said, *filter(None, [ema_note(config)])]
+
+
+def ema_note(config: Config, step: int | None = None) -> str:
+    """What to know of the EMA at a step, by default the last; empty where it has forgotten the untrained weights."""
+    decay, steps = config.optimizer.ema_decay, config.train.steps
+    at = steps if step is None else step
+    if (left := decay**at) < FORGOTTEN:
+        return ""
+    forgets = math.ceil(math.log(FORGOTTEN) / math.log(decay)) if decay else 1
+    remedy = (f"from step {forgets:,} on it is below {FORGOTTEN:.0%}" if forgets <= steps else
+              f"ema_decay={decay} is for longer runs, for {steps:,} steps try "
+              f"--optimizer.ema-decay {max(0.0, 1 - 10 / steps):.4g}")
+    return f"The EMA still holds {left:.0%} of the untrained weights at step {at:,}: {remedy}."
 
 
 def validate(config: Config, world_size: int) -> None:

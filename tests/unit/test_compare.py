@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from eval import compare, compare_report, curve, score
 from eval.compare import Compare, Comparison
 from eval.compare_loss import SEED, ValidationLoss, figure
 from eval.compare_methods import METHODS, read_methods
-from eval.compare_report import ema_note
 from eval.compare_runs import Run, TrainingFailed, differences, plan
 from eval.compare_statistics import Difference, cluster_table, mean, paired, standings, summary, table
 from eval.features import Extractor, Features
@@ -38,7 +38,7 @@ from largescale.draws import step_draws
 from largescale.errors import ConfigError, DataError, Stopped
 from largescale.presets import PRESETS
 from largescale.telemetry import read_metrics
-from largescale.validation import validate
+from largescale.validation import ema_note, validate
 from largescale.weights import load_trained
 from tests.conftest import QUIET
 
@@ -289,8 +289,13 @@ def test_clusters_in_percent() -> None:
 
 def test_what_is_said_of_a_long_ema() -> None:
     config = PRESETS["debug"]()                         # 20 steps at 0.99
-    assert "still holds 82% of the untrained weights" in ema_note(config) and "--optimizer.ema-decay 0.5" in ema_note(config)
-    assert not ema_note(PRESETS["digits"]())
+    assert ema_note(config) == ("The EMA still holds 82% of the untrained weights at step 20: ema_decay=0.99 is for longer runs, for "
+                                "20 steps try --optimizer.ema-decay 0.5.")
+    digits = PRESETS["digits"]()                        # 2,400 at 0.997
+    assert not ema_note(digits) and not ema_note(digits, 1533) and "below 1%" in ema_note(digits, 1532)
+    assert ema_note(digits, 200) == "The EMA still holds 55% of the untrained weights at step 200: from step 1,533 on it is below 1%."
+    none = replace(digits, optimizer=replace(digits.optimizer, ema_decay=0.0))
+    assert ema_note(none, 0) and not ema_note(none, 1)
 
 
 # ---- the validation loss

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from eval import curve, sample
 from largescale import export
 from largescale.checkpoint_files import checkpoints
 from largescale.errors import CheckpointError
@@ -51,6 +52,21 @@ def test_no_deepspeed(run_here: RunHere) -> None:
     code = (f"import sys; from largescale import export; assert export.main([{str(run)!r}]) == 0\n"
             "import eval.sample; assert 'deepspeed' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_an_ema_that_holds_untrained_weights_is_said(run_here: RunHere, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """At the start of training, at its end, and by what reads its weights."""
+    note = "The EMA still holds 94% of the untrained weights at step 6"
+    trained = run_here("--train.steps", 6)
+    assert trained.err.count(note) == 2 and trained.err.rstrip().splitlines()[-1].startswith(f"note: {note}")
+    assert export.main([str(trained.run)]) == 0 and note in capsys.readouterr().err
+    assert sample.main([str(trained.run), "--out", str(tmp_path), "--num-samples", "1", "--steps", "2", "--device", "cpu"]) == 0
+    assert f"note: {note}" in capsys.readouterr().err
+    curves = curve.Curves(curve.Curve((trained.run,), tmp_path / "reference", num_samples=10, device="cpu"))
+    (earliest,) = curves.notes()                        # which is checkpoint 5
+    assert earliest.startswith(f"{trained.run}: The EMA still holds 95% of the untrained weights at step 5")
+    quick = run_here("--train.steps", 6, "--optimizer.ema-decay", 0.4, output=tmp_path / "quick")
+    assert "untrained weights" not in quick.err
 
 
 def test_colleagues_can_read_it(run_here: RunHere) -> None:
