@@ -26,6 +26,7 @@ import tyro
 
 from eval.sample import Sample, Sampler, folder_of
 from eval.score import RESULTS, Score, Scorer
+from eval.scoring import GROUPS
 from largescale.build import build_objective
 from largescale.checkpoint_files import CheckpointDir, checkpoints
 from largescale.config import Config, from_dict
@@ -83,6 +84,9 @@ class Curve:
         for run in self.runs:
             if not checkpoints(run):
                 raise CheckpointError(f"{run} holds no checkpoint; give the folders of runs, such as runs/digits")
+        if self.num_samples < GROUPS:
+            raise ConfigError(f"num_samples={self.num_samples} are too few for any figure; set --num-samples {GROUPS} "
+                              "or more")
         if self.device == "cpu" and self.precision != "auto":
             check_on_cpu(self.precision, "--precision {}")
 
@@ -105,7 +109,7 @@ class Curves:
             require_writable(*(out / name for name in ("curve.json", "curve.png")), remedy="choose another --out")
             sampler, steps = quick_sampler(build_objective(config_of(options.runs[0])), sampler, steps)
         self.options, self.rank = replace(options, sampler=sampler, steps=steps), env_rank()
-        self._scorer = scorer
+        self._scorer, self._ready = scorer, dict[tuple[Path, int], Sampler]()
 
     @staticmethod
     def home(run: Path, out: Path | None) -> Path:
@@ -120,10 +124,12 @@ class Curves:
 
     def __call__(self) -> None:
         missing = [(run, step) for run in self.options.runs for step in self.missing(run)]
+        if first := next((at for at in missing if CheckpointDir.at(*at).exists), None):
+            self._ready[first] = self.sampler(*first)   # what is wrong with it is said before the work
         if self.rank == 0:
             self.remove_scored()
-            if missing:
-                self.scorer()                           # what is wrong with the reference is said before the work
+            if first:
+                self.scorer()                           # and with the reference
         for run, step in missing:
             if CheckpointDir.at(run, step).exists:
                 self.add(run, step)
@@ -161,15 +167,20 @@ class Curves:
         return [step for step in steps
                 if step > 0 and step not in known and (step % self.options.every == 0 or step == steps[-1])]
 
-    def add(self, run: Path, step: int) -> None:
-        o, out = self.options, self.folder(run, step)
+    def sampler(self, run: Path, step: int) -> Sampler:
+        o = self.options
         sampler = Sampler(Sample(
-            run, out, num_samples=o.num_samples, cfg_scale=(o.cfg_scale,), sampler=o.sampler, steps=o.steps,
-            seed=o.seed, prompts_file=o.prompts_file, captions=o.captions, precision=o.precision, compile=o.compile,
-            batch_size=o.batch_size, step=step, device=o.device, vae=o.vae, text_encoder=o.text_encoder,
-            guidance_interval=o.guidance_interval))
+            run, self.folder(run, step), num_samples=o.num_samples, cfg_scale=(o.cfg_scale,), sampler=o.sampler,
+            steps=o.steps, seed=o.seed, prompts_file=o.prompts_file, captions=o.captions, precision=o.precision,
+            compile=o.compile, batch_size=o.batch_size, step=step, device=o.device, vae=o.vae,
+            text_encoder=o.text_encoder, guidance_interval=o.guidance_interval))
         if sampler.info().kind == "latents":
             raise ConfigError(f"{run} draws latents, and its VAE is not known; give --vae")
+        return sampler
+
+    def add(self, run: Path, step: int) -> None:
+        o, out = self.options, self.folder(run, step)
+        sampler = self._ready.pop((run, step), None) or self.sampler(run, step)
         sampler()
         if self.rank != 0:
             return
@@ -189,7 +200,8 @@ class Curves:
     def scorer(self) -> Scorer:
         """One for all: the reference is looked at once."""
         if self._scorer is None:
-            self._scorer = make_scorer(self.options)
+            shapes = [sampler.info().shape for sampler in self._ready.values()]
+            self._scorer = make_scorer(self.options, [(height, width) for _, height, width in shapes])
         return self._scorer
 
     def draw(self, of_runs: dict[Path, list[Row]]) -> None:
@@ -211,10 +223,10 @@ def config_of(run: Path) -> Config:
         return from_dict(newest.manifest()["state"]["config"])
 
 
-def make_scorer(o: Curve) -> Scorer:
-    """Raises DataError for what is wrong with the reference or the extractor."""
+def make_scorer(o: Curve, sizes: Sequence[tuple[int, int]] = ()) -> Scorer:
+    """For samples of these sizes. Raises DataError for what is wrong with the reference or the extractor."""
     return Scorer(Score(samples=(), reference=o.reference, extractor=o.extractor,
-                        inception_weights=o.inception_weights, device=o.device))
+                        inception_weights=o.inception_weights, device=o.device), sizes)
 
 
 def lines(path: Path) -> list[Row]:
@@ -241,13 +253,21 @@ def ahead(one: Sequence[Row], other: Sequence[Row]) -> tuple[int, int] | None:
     return (reached[0], best["step"]) if reached else None
 
 
+def overlap(one: Row, other: Row) -> bool:
+    """Whether two figures, with their errors, leave open which is the greater."""
+    return bool(abs(one["value"] - other["value"]) <= one["error"] + other["error"])
+
+
 def summary(of_runs: dict[Path, list[Row]]) -> list[str]:
     """The best of each run, and which run reaches another's best how much earlier."""
     said, scored = [], {run: rows for run, rows in of_runs.items() if rows}
     for run, rows in scored.items():
         name = main_figure(rows)
         best = min(rows, key=lambda row: row["figures"][name]["value"])
-        said.append(f"{run}: best {name} {best['figures'][name]['value']:.5g} at step {best['step']:,}")
+        figure = best["figures"][name]
+        said.append(f"{run}: best {name} {figure['value']:.5g} +- {figure['error']:.2g} at step {best['step']:,}")
+        if alike := [row["step"] for row in rows if row is not best and overlap(figure, row["figures"][name])]:
+            said[-1] += f", not told apart from step {', '.join(f'{step:,}' for step in alike)}: errors overlap"
     for one, rows in scored.items():
         for other, others in scored.items():
             if one == other or main_figure(rows) != main_figure(others) or not (found := ahead(rows, others)):

@@ -116,8 +116,8 @@ class _Packed(ImageSet):
         self.data = ShardDataset(path, verify)
         info = self.data.info
         if info.kind != "pixels":
-            raise DataError(f"{path} holds {info.kind}, not images; decode them: sample with eval.sample --vae, or "
-                            "pack the images as pixels")
+            raise DataError(f"{path} holds {info.kind}, not images; as a reference give the images themselves, with "
+                            "eval.score --reference FOLDER --resize SIDE; decode samples with eval.sample --vae")
         if info.shape[0] not in (1, 3):
             raise DataError(f"{path} holds images of {info.shape[0]} channels; pack grey or RGB ones")
         super().__init__(path, resize, info.shape[1:])

@@ -51,7 +51,8 @@ class SampleSet:
                  world_size: int) -> None:
         """`job`: all that the samples depend on, plain JSON."""
         self.folder, self.info, self.n, self.shard_size, self.rank = folder, info, n, shard_size, rank
-        self.parts = Parts(folder, job | {"shard_size": shard_size}, -(-n // shard_size), rank, world_size)
+        self.parts = Parts(folder, job | {"shard_size": shard_size}, -(-n // shard_size), rank, world_size,
+                           other="other samples; give another --out, or replace them with eval.sample --replace")
 
     def numbers(self, part: int) -> range:
         return range(part * self.shard_size, min(self.n, (part + 1) * self.shard_size))

@@ -37,7 +37,7 @@ from eval.scoring import (
 )
 from eval.statistics import write_statistics
 from largescale.distributed import local_device
-from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, StorageError, usable
+from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, Stopped, StorageError, usable
 from largescale.files import append_line, require_writable
 from largescale.launch import arguments, env_world_size, leave, print_error
 from largescale.signals import serve_stop_signals
@@ -93,7 +93,8 @@ class Score:
 class Scorer:
     """One extractor and one reference, for any number of sets; `options.samples` are looked at before any work."""
 
-    def __init__(self, options: Score) -> None:
+    def __init__(self, options: Score, sizes: Sequence[tuple[int, int]] = ()) -> None:
+        """`sizes`: (height, width) of sets that are not there yet."""
         options.check()
         self.options, self.device = options, local_device(options.device)
         require_writable(*filter(None, [options.out, options.save_reference]), remedy="choose another")
@@ -103,7 +104,8 @@ class Scorer:
         self.reference: Reference | None = None
         if options.reference:
             extractor = load_extractor(options.extractor, self.device, inception_weights=options.inception_weights)
-            self.reference = self._open_reference(options.reference, extractor)
+            sizes = [*sizes, *(images.resolution for images in self.sets.values())]
+            self.reference = self._open_reference(options.reference, extractor, sizes)
 
     def _results(self, path: Path) -> list[Path]:
         """What gets a set's row: a file beside it, and --out, which is enough where nobody may write beside it."""
@@ -128,9 +130,9 @@ class Scorer:
                               "fewer")
         return images
 
-    def _open_reference(self, path: Path, extractor: Extractor) -> Reference:
+    def _open_reference(self, path: Path, extractor: Extractor, sizes: Sequence[tuple[int, int]]) -> Reference:
         o = self.options
-        reference = open_reference(path, extractor, sets=list(self.sets.values()), resize=o.resize, keep=o.keep,
+        reference = open_reference(path, extractor, sizes=sizes, resize=o.resize, keep=o.keep,
                                    batch_size=o.batch_size, device=self.device)
         if o.save_reference:
             write_statistics(o.save_reference, reference.statistics)
@@ -143,7 +145,7 @@ class Scorer:
         found: list[Figure] = []
         notes: list[str] = []
         if self.reference:
-            check_resolution(o.reference or path, self.reference.statistics.resolution, [images])
+            check_resolution(o.reference or path, self.reference.statistics.resolution, [images.resolution])
             keep = o.keep if {"kid", "neighbours"} & set(o.metrics) else 0
             seen = look(images, self.reference.extractor, n=n, keep=keep, batch_size=o.batch_size, device=self.device,
                         what=path.name, logits_too="class" in o.metrics)
@@ -211,6 +213,10 @@ def main(args: Sequence[str] | None = None) -> int:
         if options.save_reference and scorer.reference:
             facts = scorer.reference.facts
             print(f"{options.save_reference}: statistics of {facts['count']:,} images of {facts['path']}", flush=True)
+    except Stopped as error:
+        print_error(Stopped("asked to stop; sets whose figures are printed are done, everything else begins anew: name "
+                            "the others only; what takes long of a reference is kept by --save-reference FILE.npz"))
+        return error.exit_status
     except LargescaleError as error:
         print_error(error)
         return error.exit_status

@@ -122,13 +122,13 @@ def statistics_of(seen: Seen, extractor: Extractor, resolution: tuple[int, int] 
         count=seen.n, extractor=extractor.identity, resolution=resolution, features=seen.kept.numpy())
 
 
-def open_reference(path: Path, extractor: Extractor, *, sets: Sequence[ImageSet], resize: int | None, keep: int,
-                   batch_size: int, device: torch.device) -> Reference:
-    """From images, which are looked at now, or a file of statistics, for these sets of samples. Raises DataError."""
+def open_reference(path: Path, extractor: Extractor, *, sizes: Sequence[tuple[int, int]], resize: int | None,
+                   keep: int, batch_size: int, device: torch.device) -> Reference:
+    """From images, which are looked at now, or a file of statistics, for samples of these sizes. Raises DataError."""
     holds = npz.names(path)
     if {"mu", "sigma"} <= holds:
         statistics = read_statistics(path)
-        check_resolution(path, statistics.resolution, sets)
+        check_resolution(path, statistics.resolution, sizes)
         if statistics.features is None and "arr_0" in holds:
             # ADM's files: statistics of all images, and some of the images for Precision, Recall and KID
             some = open_images(path)
@@ -137,20 +137,20 @@ def open_reference(path: Path, extractor: Extractor, *, sets: Sequence[ImageSet]
         return Reference(extractor, statistics, {"path": str(path), "fingerprint": sha256(path),
                                                  "count": statistics.count})
     images = open_images(path, verify=True, resize=resize)
-    check_resolution(path, images.resolution, sets)
+    check_resolution(path, images.resolution, sizes)
     seen = look(images, extractor, n=len(images), keep=keep, batch_size=batch_size, device=device, what="reference")
     statistics = statistics_of(seen, extractor, images.resolution)
     facts = {"path": str(path), "fingerprint": images.fingerprint, "count": len(images)}
     return Reference(extractor, statistics, facts)
 
 
-def check_resolution(path: Path, resolution: tuple[int, int] | None, sets: Sequence[ImageSet]) -> None:
+def check_resolution(path: Path, resolution: tuple[int, int] | None, sizes: Sequence[tuple[int, int]]) -> None:
     """Networks scale whatever they are given: the difference would be taken for one between the pictures."""
-    for images in sets:
-        if resolution is not None and resolution != images.resolution:
-            of_reference, of_samples = ("x".join(map(str, r)) for r in (resolution, images.resolution))
+    for size in sizes:
+        if resolution is not None and resolution != size:
+            of_reference, of_samples = ("x".join(map(str, r)) for r in (resolution, size))
             raise DataError(f"the reference {path} has images of {of_reference}, the samples {of_samples}; give one of "
-                            f"their size, or images and --resize {images.resolution[0]}")
+                            f"their size, or images and eval.score --resize {size[0]}")
 
 
 def figures(seen: Seen, reference: Reference, metrics: Sequence[Metric], device: torch.device,

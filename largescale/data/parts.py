@@ -41,11 +41,13 @@ class Parts:
     """
 
     def __init__(self, out: Path, job: dict[str, Any], parts: int, rank: int, world_size: int,
-                 places: Callable[[Flat, Flat], Collection[str]] = lambda found, ours: ()) -> None:
+                 places: Callable[[Flat, Flat], Collection[str]] = lambda found, ours: (), *,
+                 other: str = "another data set, or a part of one; give another --out, or delete the folder") -> None:
+        """`other`: what a folder of another job holds, and what to do about it."""
         self.out, self.parts, self.rank, self.world_size = out, parts, rank, world_size
         self.job: dict[str, Any] = json.loads(json.dumps(job))
         self.folder = out / "packing"
-        self._places = places
+        self._places, self._other = places, other
         self._lock: IO[str] | None = None
         self._is_this_job()
 
@@ -150,8 +152,7 @@ class Parts:
 
     def _compare(self, found: dict[str, Any]) -> None:
         if differ := self._differences(found):
-            raise DataError(f"{self.out} holds another data set, or a part of one; give another --out, or delete the "
-                            "folder. What differs:\n  " + "\n  ".join(differ))
+            raise DataError(f"{self.out} holds {self._other}. What differs:\n  " + "\n  ".join(differ))
 
     def record(self, part: int) -> dict[str, Any]:
         """What is done of a part: nothing, where a shard is not as it was written."""

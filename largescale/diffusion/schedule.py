@@ -58,7 +58,7 @@ def space_timesteps(timesteps: int, spec: int | str) -> np.ndarray:
     digits = str(spec).removeprefix("ddim")
     if not digits.isdecimal() or not 1 <= int(digits) <= timesteps:
         raise ConfigError(f"cannot sample {timesteps} timesteps with {spec!r} steps; "
-                          f'use a count from 1 to {timesteps}, or "ddim" and a count')
+                          f"use a count from 1 to {timesteps}")
     count = int(digits)
     if not fixed_stride:
         strides = np.full(count - 1, (timesteps - 1) / max(count - 1, 1))

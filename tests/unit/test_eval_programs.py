@@ -140,7 +140,9 @@ def test_other_samples_are_kept_unless_replaced(
     draw(export, out := tmp_path / "out", "--cfg-scale", "1.5")
     before, files = rows(out / "cfg1.5"), mtimes(out)
     assert draw(export, out, "--cfg-scale", "1.5", *change) == 2
-    assert "holds another data set" in capsys.readouterr().err and mtimes(out) == files
+    said = capsys.readouterr().err
+    assert "cfg1.5 holds other samples; give another --out, or replace them with eval.sample --replace. What differs:" in said
+    assert mtimes(out) == files
     assert draw(export, out, "--cfg-scale", "1.5", *change, "--replace") == 0
     images, labels = rows(out / "cfg1.5")
     assert images.shape != before[0].shape or (images != before[0]).any() or (labels != before[1]).any()
@@ -362,7 +364,7 @@ def start_ranks(program: str, *args: Any, world_size: int) -> list[Forked]:
     (("--num-samples", "0"), "num_samples=0 must be at least 1; set --num-samples"),
     (("--batch-size", "0"), "batch_size=0 must be at least 1; set --batch-size"),
     (("--steps", "0"), "cannot sample 1000 timesteps with 0 steps"),
-    (("--steps", "1001"), "cannot sample 1000 timesteps with 1001 steps"),
+    (("--steps", "1001"), "cannot sample 1000 timesteps with 1001 steps; use a count from 1 to 1000"),
     (("--cfg-channels", "0"), "channels=0 leaves nothing to guide"),
     (("--step", "7"), "is an export of step 20, not of 7; give the run"),
     (("--device", "cuda"), "device=cuda, but torch sees no CUDA device; to sample here: --device cpu"),

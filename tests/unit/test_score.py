@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,8 @@ def test_samples_that_one_may_only_read(sets: Path, tmp_path: Path, read_only: A
 def test_asked_to_stop(sets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "stop_requested", lambda: True)
     assert run(sets / "good", "--reference", sets / "reference", "--extractor", "tiny") == 75
+    said = capsys.readouterr().err
+    assert "asked to stop; sets whose figures are printed are done, everything else begins anew" in said and "to go on" not in said
 
 
 def test_several_ranks_are_refused(sets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +300,7 @@ def test_a_curve(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert draw_curve(*names, *reference, "--every", 8, "--out", runs / "out") == 0
     said = capsys.readouterr().out
     assert [row["step"] for row in rows(runs / "vanilla/curve")] == [8, 12]
-    assert f"{runs / 'vanilla'}: best FD-tiny-20 " in said and "4 checkpoints on the curve" in said
+    assert re.search(rf"{runs / 'vanilla'}: best FD-tiny-20 [\d.]+ \+- [\d.]+ at step ", said) and "4 checkpoints on the curve" in said
     assert np.asarray(Image.open(runs / "out/curve.png")).std() > 0
     # later, all of them: what was scored is not drawn again
     drawn: list[int] = []
@@ -323,7 +326,10 @@ def test_which_run_is_ahead(tmp_path: Path) -> None:
 
     slow, fast, never = run(50, 40, 30, 31), run(45, 29, 28, 27), run(60, 55, 54, 53)
     said = "\n".join(curve.summary({Path("slow"): slow, Path("fast"): fast, Path("never"): never, Path("new"): []}))
-    assert "slow: best FID-10K 30 at step 300" in said
+    assert "slow: best FID-10K 30 +- 0.1 at step 300\n" in said and "fast: best FID-10K 27 +- 0.1 at step 400\n" in said
+    near = run(379.5, 379.4, 379.58, 379.7)
+    assert curve.summary({Path("near"): near}) == [
+        "near: best FID-10K 379.4 +- 0.1 at step 200, not told apart from step 100, 300: errors overlap"]
     assert "fast reaches the best of slow at step 200, 100 steps earlier (33%)" in said
     assert "slow reaches the best of never at step 100, 300 steps earlier (75%)" in said
     assert "slow reaches the best of fast" not in said and "never reaches" not in said
@@ -349,11 +355,31 @@ def test_lines_that_were_cut_short(tmp_path: Path) -> None:
     (("RUNS/vanilla", "--reference", "RUNS/data", "--every", "0"), "every=0 must be at least 1"),
     (("RUNS/vanilla", "--reference", "RUNS/nothing"), "nothing does not exist"),
     (("RUNS/vanilla", "--reference", "RUNS/data", "--vae", "x"), "leave out --vae"),
+    (("RUNS/vanilla", "--reference", "RUNS/data", "--cfg-scale", "-1"), "cfg_scale=-1.0 must be 0 or more"),
+    (("RUNS/vanilla", "--reference", "RUNS/large"), "large has images of 32x32, the samples 16x16"),
+    (("RUNS/vanilla", "--reference", "RUNS/latents"), "holds latents, not images; as a reference give the images themselves, with "
+                                                      "eval.score --reference FOLDER --resize SIDE"),
 ])
-def test_bad_curves(runs: Path, args: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_curves(runs: Path, args: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str],
+                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before any work, and no folder is left."""
+    if not (runs / "large").exists():
+        write(runs / "large", images(30, 4, side=32))
+        with ShardWriter(runs / "latents", DatasetInfo("latents", "latents", (4, 8, 8), 10)) as writer:
+            writer.write(id="0", latent=np.zeros((4, 8, 8), np.float16), label=0)
+    before = sorted(runs.rglob("*"))
+    monkeypatch.setattr(scoring, "look", lambda *work, **options: 1 / 0)
     assert draw_curve(*(arg.replace("RUNS", str(runs)) for arg in args), "--seed", 9) == 2
     said = capsys.readouterr()
     assert message in said.err.splitlines()[-1] and "drawn" not in said.out
+    assert sorted(runs.rglob("*")) == before
+
+
+def test_a_curve_of_too_few_samples(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(runs.rglob("*"))
+    assert curve.main([str(runs / "vanilla"), "--reference", str(runs / "data"), "--num-samples", "9", "--device", "cpu"]) == 2
+    assert "num_samples=9 are too few for any figure; set --num-samples 10 or more" in capsys.readouterr().err
+    assert sorted(runs.rglob("*")) == before
 
 
 def test_a_curve_that_is_stopped(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
