@@ -70,7 +70,7 @@ class Packing:
     max_pixels: int = images.MAX_PIXELS
     """Images with more are left out, undecoded."""
     rows_per_shard: int = 4096
-    """Images a file; what an interruption costs, and what a rank holds in memory."""
+    """Images in a shard. A rank keeps one in memory; an interruption loses at most that."""
     batch_size: int = 64
     """Images encoded at a time."""
     workers: int | None = None

@@ -1,6 +1,5 @@
 """The training runs of a comparison: what each is, whether it is there, and how it is started."""
 
-import difflib
 import os
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from largescale.checkpoint_files import MANIFEST, checkpoints
 from largescale.config import FREE_ON_RESUME, Config, flatten, from_dict, to_dict
 from largescale.ds_config import final_ds_config, precision
 from largescale.errors import CheckpointError, ConfigError, LargescaleError, Stopped
-from largescale.presets import PRESETS
+from largescale.presets import PRESETS, find_preset
 from largescale.signals import EXIT_REQUEUE, stop_requested
 from largescale.validation import option
 
@@ -87,10 +86,7 @@ class Run:
 
 def configure(preset: str, arguments: Sequence[str]) -> Config:
     """As the training program reads them. Raises ConfigError for an unknown preset, exits for other arguments."""
-    if preset not in PRESETS:
-        near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0)
-        raise ConfigError(f"unknown preset {preset!r}; did you mean {near[0]!r}? There are: {', '.join(PRESETS)}")
-    return tyro.cli(Config, default=PRESETS[preset](), args=list(arguments), config=(tyro.conf.AvoidSubcommands,),
+    return tyro.cli(Config, default=find_preset(preset), args=list(arguments), config=(tyro.conf.AvoidSubcommands,),
                     prog=f"python -m largescale.train {preset}")
 
 

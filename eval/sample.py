@@ -70,7 +70,7 @@ class Sample:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Guide at these noise levels only; 0 is no noise, 1 pure noise."""
     cfg_channels: int | None = None
-    """Guide the first k channels only; by default all of the image's."""
+    """Guide the first k channels only (facebookresearch/DiT: 3); by default all of the image's."""
     seed: int = 0
     labels: Literal["balanced", "drawn"] = "balanced"
     """Of a class-conditional model: as many of each class, or classes drawn at random."""

@@ -76,7 +76,7 @@ class DiffusionConfig:
     schedule: Literal["linear", "cosine"] = "cosine"
     """Of gaussian: the betas."""
     timesteps: int = 1000
-    """Of gaussian; of the others, the bins in which noise.sampling counts."""
+    """Diffusion steps of gaussian. For flow and edm: bins of noise.sampling's statistics."""
     fixed_variance: Literal["small", "large"] = "small"
     """Of gaussian: the sampler's variance where the model does not learn it."""
     interpolant: Literal["linear", "gvp"] = "linear"
@@ -102,7 +102,7 @@ class NoiseConfig:
     """Of logit(u)."""
     logit_std: float = 1.0
     speed_ratio: float = 5.0
-    """How many times as likely the other noise levels are."""
+    """Of speed: how much more often levels are drawn at which noise grows fast."""
     weighting: Literal["none", "min_snr", "p2"] = "none"
     """min_snr: arXiv:2303.09556, min(SNR, gamma) times the error of x_start, whatever is predicted. p2:
     arXiv:2204.00227, the loss times 1 / (k + SNR) ** gamma, whatever is predicted."""
@@ -121,7 +121,8 @@ class CurriculumConfig:
     pacing: Literal["patience", "fixed", "none"] = "patience"
     """patience: the paper's. fixed: NaiveCL, a stage every `interval` steps. none: vanilla training."""
     patience: int = 200
-    """tau_max: steps in a row without a new best loss that a stage may take."""
+    """tau_max: steps in a row without a new best loss that a stage may take. It watches the loss that is trained on:
+    mse and vb, averaged over the global batch, and weighted where noise.weighting is set."""
     interval: int = 10_000
     order: Literal["easy_first", "hard_first"] = "easy_first"
     """hard_first: the anti-curriculum, from the least noise."""
@@ -185,7 +186,7 @@ class CheckpointConfig:
     every: int = 5_000
     """Steps between checkpoints. One more is written when a run is asked to stop."""
     keep_last: int = 3
-    """Of these the newest are kept, and of those written on a stop the newest one."""
+    """How many of the newest of these are kept, besides the newest one that was written on a stop."""
     keep_every: int = 50_000
     """Checkpoints at multiples of this are kept for ever; 0 keeps none."""
 

@@ -20,7 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from largescale.checkpoint_files import CheckpointDir, step_folders
-from largescale.curriculum import active_levels
+from largescale.curriculum import active_levels, stage
 from largescale.errors import CheckpointError, LargescaleError, NewerVersionError, StorageError, usable
 from largescale.launch import arguments, print_error, printable_lines
 from largescale.starts import Account, Start, account, duration, out_of_memory, read_starts
@@ -249,7 +249,9 @@ def _model(m: Facts) -> str:
 def _curriculum_lines(c: Facts) -> list[str]:
     if c["index"] is None:
         return ["nothing is known yet"]
-    now = f"index {c['index']} of {c['n_clusters'] or '?'} clusters, "
+    now = f"index {c['index']}, "
+    if c["index"] and c["n_clusters"]:
+        now += f"{stage(c['index'], c['n_clusters'])}, "
     some = c["index"] or (c["lowest"], c["highest"]) not in ((0, 1), (None, None), (0, None))
     levels = f"[{_number(c['lowest'], '.3g')}, {_number(1 if c['highest'] is None else c['highest'], '.3g')})"
     now += f"training on u in {levels}" if some else "complete: all noise levels"

@@ -1,6 +1,7 @@
 """Recipes by name. `python -m largescale.train NAME` starts one; every field can be overridden there."""
 
 import dataclasses
+import difflib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from largescale.config import (
     TrainConfig,
     UNetConfig,
 )
+from largescale.errors import ConfigError
 
 # hidden_size, depth, num_heads (table 1 of arXiv:2212.09748)
 DIT_SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
@@ -192,3 +194,17 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "debug_sit": lambda: as_sit(debug()),
     "debug_edm": lambda: as_edm(debug(), UNetConfig(16, (1, 2), 1, (8,), dropout=0.1)),
 }
+
+
+def find_preset(name: str) -> Config:
+    """Raises ConfigError with the preset that the name may stand for: one with all of its parts, or one spelt alike."""
+    if name in PRESETS:
+        return PRESETS[name]()
+
+    def has(known: str, part: str) -> bool:
+        return any(word.startswith(part) for word in known.split("_"))
+
+    whole = [known for known in PRESETS if all(has(known, part) for part in name.lower().split("_"))]
+    near = whole or difflib.get_close_matches(name.lower(), PRESETS, n=1)
+    meant = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"unknown preset {name!r}; {meant}python -m largescale.train --help lists them")

@@ -5,7 +5,6 @@ Under torchrun or srun, one process a rank. To resume, run the same command agai
 
 import contextlib
 import dataclasses
-import difflib
 import faulthandler
 import os
 import re
@@ -41,7 +40,7 @@ from largescale.launch import (
     threads_per_rank,
 )
 from largescale.machine import check_process_memory, cores, keep_freed_memory
-from largescale.presets import PRESETS
+from largescale.presets import PRESETS, find_preset
 from largescale.signals import EXIT_REQUEUE, serve_stop_signals, stop_requested
 from largescale.starts import note_end, read_starts
 from largescale.validation import ema_note, remarks, validate
@@ -64,12 +63,9 @@ def parse(args: list[str]) -> Config:
     if name in ("-h", "--help"):
         print(__doc__ + "\nPresets:\n  " + "\n  ".join(PRESETS) + "\n\nIts settings: PRESET --help")
         sys.exit(0)
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0)
-        raise ConfigError(f"unknown preset {name!r}; did you mean {near[0]!r}? There are: {', '.join(PRESETS)}")
     # One rank speaks for all.
     return tyro.cli(
-        Config, default=PRESETS[name](), args=overrides, prog=f"python -m largescale.train {name}",
+        Config, default=find_preset(name), args=overrides, prog=f"python -m largescale.train {name}",
         config=(tyro.conf.AvoidSubcommands,), console_outputs=env_rank() == 0,
     )
 

@@ -21,6 +21,7 @@ from largescale.checkpoint import Checkpointer
 from largescale.checkpoint_files import CheckpointDir, client_state
 from largescale.compiling import Compiled, what_to_compile
 from largescale.config import Config, batch_layout, make_curriculum
+from largescale.curriculum import stage
 from largescale.data.loader import Batch, DeviceBatches, Loader, to_condition, to_x_start
 from largescale.data.shards import ShardDataset
 from largescale.diffusion.objective import Losses
@@ -289,7 +290,7 @@ class Trainer:
         if self.curriculum.observe(report.loss):
             self.spikes.new_stage()
             index, (lowest, highest) = self.curriculum.index, self.curriculum.active
-            active = f"training on u in [{lowest:.3g}, {highest:.3g})"
+            active = f"{stage(index, self.curriculum.n_clusters)}, training on u in [{lowest:.3g}, {highest:.3g})"
             done = "the curriculum is complete" if index == 0 else active
             self.telemetry.event(
                 self.step, "transition", f"step {self.step}: curriculum index {before.index} -> {index}, {done}",
@@ -345,7 +346,9 @@ class Trainer:
             **self.goodput.metrics(),
         }
         self.telemetry.log(self.step, metrics)
-        self.telemetry.progress(self.step, loss=f"{metrics['loss']:.4f}", index=state.index)
+        parts = {key: f"{metrics[key]:.4f}" for key in ("loss", "mse", "vb") if metrics[key]}
+        where = f"{state.index} ({stage(state.index, curriculum.n_clusters)})"
+        self.telemetry.progress(self.step, **parts, index=where)
 
     # ---- when something goes wrong
 

@@ -106,14 +106,18 @@ def check_model(config: Config, require: Any) -> None:
     require(m.caption_tokens >= 0, "model.caption_tokens", "be 0 (no captions) or positive")
     require(0 <= m.class_dropout_prob < 1, "model.class_dropout_prob", "lie in [0, 1)")
     require(m.class_dropout_prob == 0 or m.num_classes + m.caption_tokens > 0, "model.class_dropout_prob",
-            f"be 0 with {m.num_classes=} and {m.caption_tokens=}: there is nothing to drop")
+            f"be 0 with model.num_classes={m.num_classes} and model.caption_tokens={m.caption_tokens}: there is "
+            "nothing to drop")
     if m.architecture == "ddpmpp":
         check_unet(m, m.unet, require)
         return
-    require(m.patch_size > 0 and m.input_size % m.patch_size == 0, "model.patch_size", f"divide {m.input_size=}")
-    require(m.num_heads > 0 and m.hidden_size % m.num_heads == 0, "model.num_heads", f"divide {m.hidden_size=}")
+    require(m.patch_size > 0 and m.input_size % m.patch_size == 0, "model.patch_size",
+            f"divide model.input_size={m.input_size}")
+    require(m.num_heads > 0 and m.hidden_size % m.num_heads == 0, "model.num_heads",
+            f"divide model.hidden_size={m.hidden_size}")
     if m.caption_tokens:
-        require(m.num_classes == 0, "model.num_classes", f"be 0 with captions ({m.caption_tokens=})")
+        require(m.num_classes == 0, "model.num_classes",
+                f"be 0 with captions (model.caption_tokens={m.caption_tokens})")
         require(m.caption_width > 0, "model.caption_width", "be at least 1")
         require(m.caption_pooled_width > 0, "model.caption_pooled_width", "be at least 1")
 
@@ -125,7 +129,8 @@ def check_unet(m: ModelConfig, u: UNetConfig, require: Any) -> None:
     require(u.model_channels > 0 and u.model_channels % (4 if narrow else 32) == 0, "model.unet.model_channels",
             "be a multiple of 32, or of 4 in a network of fewer than 128 channels everywhere")
     require(m.input_size % 2 ** (levels - 1) == 0, "model.input_size",
-            f"be a multiple of {2 ** (levels - 1)}, for the {levels} resolutions of {u.channel_mult=}")
+            f"be a multiple of {2 ** (levels - 1)}, for the {levels} resolutions of "
+            f"model.unet.channel_mult={u.channel_mult}")
     there = [m.input_size >> level for level in range(levels)]
     require(set(u.attn_resolutions) <= set(there), "model.unet.attn_resolutions", f"be among {there}")
     require(u.num_blocks > 0, "model.unet.num_blocks", "be at least 1")
@@ -163,7 +168,7 @@ def check_curriculum(config: Config, require: Any) -> None:
     require(d.objective == "gaussian" or c.clusters == "uniform", "curriculum.clusters",
             f"be uniform with diffusion.objective={d.objective}; SNRs are matched between schedules of betas")
     require(d.objective != "gaussian" or c.n_clusters <= d.timesteps, "curriculum.n_clusters",
-            f"not exceed {d.timesteps=}")
+            f"not exceed diffusion.timesteps={d.timesteps}")
     require(c.patience >= 0, "curriculum.patience", "be 0 or more")
     require(c.interval > 0, "curriculum.interval", "be at least 1")
     if c.pacing == "none":

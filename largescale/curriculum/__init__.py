@@ -1,7 +1,7 @@
 """The denoising-difficulty curriculum of arXiv:2403.10348. Pure: numpy only, usable in any training loop."""
 
 from largescale.curriculum.clusters import snr_clusters, uniform_clusters
-from largescale.curriculum.curriculum import Curriculum, active_levels
+from largescale.curriculum.curriculum import Curriculum, active_levels, stage
 from largescale.curriculum.pacing import FixedPacing, NoPacing, Pacing, PacingState, PatiencePacing
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "PatiencePacing",
     "active_levels",
     "snr_clusters",
+    "stage",
     "uniform_clusters",
 ]

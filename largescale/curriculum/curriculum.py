@@ -30,6 +30,11 @@ def active_levels(edges: Sequence[float], index: int, order: str = "easy_first",
     return edges[first - 1], edges[last]
 
 
+def stage(index: int, n_clusters: int) -> str:
+    """Such as 'stage 3 of 20', of an index that counts down from 20; 'complete' at 0."""
+    return f"stage {n_clusters - index + 1} of {n_clusters}" if index else "complete"
+
+
 class Curriculum:
     """Which noise levels training draws from, and when that changes.
 

@@ -39,7 +39,7 @@ def assert_refused(outcome: Outcome, *parts: str) -> None:
 
 
 def test_unknown_preset(run_here: RunHere) -> None:
-    assert_refused(run_here(preset="digts"), "error: unknown preset 'digts'; did you mean 'digits'?")
+    assert_refused(run_here(preset="digts"), "error: unknown preset 'digts'; did you mean 'digits'? python -m largescale.train --help lists them")
 
 
 @pytest.mark.parametrize(

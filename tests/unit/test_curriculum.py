@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from largescale.config import Config, CurriculumConfig, DiffusionConfig, cluster_edges
-from largescale.curriculum import Curriculum, FixedPacing, NoPacing, PatiencePacing, snr_clusters, uniform_clusters
+from largescale.curriculum import (
+    Curriculum,
+    FixedPacing,
+    NoPacing,
+    PatiencePacing,
+    snr_clusters,
+    stage,
+    uniform_clusters,
+)
 from largescale.diffusion.schedule import log_snr, make_betas
 from largescale.errors import CheckpointError, ConfigError
 
@@ -74,6 +82,10 @@ def test_stages_and_the_end() -> None:
     for loss in (5.0, 0.1, 5.0):
         assert not curriculum.observe(loss)
     assert curriculum.index == 0 and curriculum.lowest == 0.0
+
+
+def test_the_number_of_a_stage() -> None:
+    assert [stage(index, 4) for index in (4, 3, 1, 0)] == ["stage 1 of 4", "stage 2 of 4", "stage 4 of 4", "complete"]
 
 
 def test_fixed_pacing_ignores_the_loss() -> None:

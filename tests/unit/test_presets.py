@@ -8,7 +8,7 @@ import torch
 from largescale.build import build_model
 from largescale.config import ModelConfig
 from largescale.errors import ConfigError
-from largescale.presets import DIT_SIZES, PRESETS
+from largescale.presets import DIT_SIZES, PRESETS, find_preset
 from largescale.validation import validate
 
 
@@ -96,8 +96,8 @@ def test_recipes_of_edm(name: str, weights: int, told: int, mult: tuple[int, ...
 
 @pytest.mark.parametrize("name, change, message", [
     ("digits", {"num_classes": -1}, "model.num_classes=-1 must be 0 .no labels. or positive"),
-    ("digits", {"caption_tokens": 5}, "model.num_classes=10 must be 0 with captions .m.caption_tokens=5."),
-    ("digits", {"num_classes": 0}, "model.class_dropout_prob=0.1 must be 0 with m.num_classes=0 and m.caption_tokens=0: .*nothing to drop"),
+    ("digits", {"caption_tokens": 5}, "model.num_classes=10 must be 0 with captions .model.caption_tokens=5."),
+    ("digits", {"num_classes": 0}, "model.class_dropout_prob=0.1 must be 0 with model.num_classes=0 and model.caption_tokens=0: .*nothing to drop"),
     ("digits", {"num_classes": 0, "class_dropout_prob": 0.0}, "preview_cfg_scale=2.0 must be 1 .*no null label or caption"),
     ("emoji", {"class_dropout_prob": 0.0}, "preview_cfg_scale=2.0 must be 1"),
     ("emoji", {"caption_tokens": 0}, "model.class_dropout_prob=0.1 must be 0"),
@@ -109,3 +109,26 @@ def test_conditions_that_cannot_be_right(name: str, change: dict[str, float], me
     config = PRESETS[name]()
     with pytest.raises(ConfigError, match=message):
         validate(dataclasses.replace(config, model=dataclasses.replace(config.model, **change)), 1)
+
+
+def test_errors_name_the_settings() -> None:
+    """In full, as one would have to type them."""
+    config = PRESETS["digits"]()
+    many = dataclasses.replace(config, curriculum=dataclasses.replace(config.curriculum, n_clusters=5000))
+    with pytest.raises(ConfigError, match=r"^curriculum.n_clusters=5000 must not exceed diffusion.timesteps=1000; set --curriculum.n-clusters"):
+        validate(many, 1)
+    unet = PRESETS["debug_edm"]()
+    odd = dataclasses.replace(unet, model=dataclasses.replace(unet.model, input_size=15))
+    with pytest.raises(ConfigError, match=r"for the 2 resolutions of model.unet.channel_mult=\(1, 2\)"):
+        validate(odd, 1)
+
+
+@pytest.mark.parametrize("name, meant", [
+    ("dit_l2_imagenet", "dit_l2_imagenet256"), ("dit_l2", "dit_l2_imagenet256"), ("l2_imagenet256_linear", "dit_l2_imagenet256_linear"),
+    ("edm_cifar10", "edm_ddpmpp_cifar10"), ("SiT_ffhq", "sit_b2_ffhq256"), ("digts", "digits"), ("dit_xl2_imagenet256_linear", "dit_l2_imagenet256_linear"),
+    ("my.yaml", None), ("--local_rank=0", None)])
+def test_a_name_that_is_none(name: str, meant: str | None) -> None:
+    with pytest.raises(ConfigError) as refused:
+        find_preset(name)
+    hint = f"did you mean {meant!r}? " if meant else ""
+    assert str(refused.value) == f"unknown preset {name!r}; {hint}python -m largescale.train --help lists them"

@@ -130,7 +130,7 @@ def test_everything_in_words(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert head["run"] == f"debug, in {run}: running" and head["training"] == "fp32, batch 16, on 2 x cpu"
     assert head["progress"] == "step 47 of 400 (11.8 %); 3 min to go at the speed of the last lines"  # 353 * 16 / 32 s
     assert head["last seen"].endswith(" s ago") and 4 < float(head["last seen"].split()[-3]) < 60
-    assert head["curriculum"] == "index 1 of 5 clusters, training on u in [-, 1), patience 5 of 8, best loss -"
+    assert head["curriculum"] == "index 1, stage 5 of 5, training on u in [-, 1), patience 5 of 8, best loss -"
     assert head[""] == "transitions: 4 at 10, 3 at 20, 2 at 30, 1 at 40"
     assert section(text, "losses") == [
         [str(step), "32.0", str(5 - step // 10), "0.5000", "-", "-", "-"] for step in (5, 25, 30, 35, 40, 45)]
@@ -213,7 +213,7 @@ def test_a_checkpoint_that_was_passed_over(run: Path, capsys: pytest.CaptureFixt
     log(run, row(30), row(33))
     code, text = inspected(run, capsys, "--no-verify")
     assert code == 0 and "sizes right, hashes not checked, but start 3 passed it over" in text
-    assert "step 33 of 400" in text and "newest 30" in text and "index 2 of 5" in text and "1 at 40" not in text
+    assert "step 33 of 400" in text and "newest 30" in text and "index 2, stage 4 of 5" in text and "1 at 40" not in text
     save(run, 38, NOW - 50)
     assert inspect.facts(run)["step"] == 38
 
@@ -241,7 +241,7 @@ def test_finished(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begin(run, 3, NOW - 1e6, NOW - 1e5, 40, 398)
     _, text = inspected(run, capsys)
     assert ": finished\n" in text and "step 400 of 400 (100.0 %)\n" in text
-    assert "curriculum   index 0 of 5 clusters, complete: all noise levels\n" in text
+    assert "curriculum   index 0, complete: all noise levels\n" in text
 
 
 def test_a_run_of_an_older_version(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,7 +255,7 @@ def test_a_run_of_an_older_version(run: Path, capsys: pytest.CaptureFixture[str]
     (run / "metrics.jsonl").unlink()
     code, text = inspected(run, capsys)
     assert code == 0 and "step 40 of 400 (10.0 %)\n" in text and "losses" not in text
-    assert "index 1 of 5 clusters, training on u in [0, 1), patience 0 of 8, best loss -\n" in text
+    assert "index 1, stage 5 of 5, training on u in [0, 1), patience 0 of 8, best loss -\n" in text
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,7 +277,7 @@ def test_transitions_after_the_last_checkpoint(run: Path, capsys: pytest.Capture
     assert f["curriculum"]["transitions"] == [[10, 4], [20, 3], [30, 2], [40, 1], [46, 0]] and f["events"] == []
     assert (f["curriculum"]["index"], f["curriculum"]["lowest"], f["curriculum"]["patience"]) == (0, 0.125, 0)
     log(run, {**row(47), "curriculum/index": 3, "curriculum/lowest": 0.5, "curriculum/best_loss": 0.1})
-    assert "index 3 of 5 clusters, training on u in [0.5, 1), patience 7 of 8, best loss 0.1000" in inspected(run, capsys)[1]
+    assert "index 3, stage 3 of 5, training on u in [0.5, 1), patience 7 of 8, best loss 0.1000" in inspected(run, capsys)[1]
 
 
 def test_twenty_transitions_fit_on_the_screen(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

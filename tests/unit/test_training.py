@@ -8,6 +8,7 @@ import torch
 from largescale.build import build_model
 from largescale.checkpoint_files import CheckpointDir, checkpoints, client_state, load, named_weights
 from largescale.presets import debug
+from largescale.telemetry import Telemetry
 from tests.conftest import RunHere, ds_json
 
 
@@ -47,6 +48,23 @@ def test_what_the_client_state_holds(run_here: RunHere) -> None:
     assert (pacing["index"], pacing["patience_count"]) == (last["curriculum/index"], last["curriculum/patience"])
     assert checkpoint.manifest()["state"] == state
     assert state["precision"] == "fp32" and state["config"]["model"]["depth"] == 2
+
+
+def test_what_the_bar_shows(run_here: RunHere, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The parts of the loss by themselves: vb, where it is learnt, can be many times the mse."""
+    shown: list[dict[str, str]] = []
+    monkeypatch.setattr(Telemetry, "progress", lambda self, step, **more: shown.append(more) if more else None)
+    settings = ("--train.steps", 9, "--curriculum.pacing", "fixed", "--curriculum.interval", 1)
+    run = run_here(*settings)
+    assert [list(more) for more in shown] == [["loss", "mse", "vb", "index"]] * 9
+    assert [[more[key] for key in ("loss", "mse", "vb")] for more in shown] == [
+        [f"{row[key]:.4f}" for key in ("loss", "mse", "vb")] for row in run.trace()]
+    assert [more["index"] for more in shown[:6]] == [
+        "4 (stage 2 of 5)", "3 (stage 3 of 5)", "2 (stage 4 of 5)", "1 (stage 5 of 5)", "0 (complete)", "0 (complete)"]
+    assert "curriculum index 5 -> 4, stage 2 of 5, training on u in [0.6, 1)" in run.err
+    shown.clear()
+    run_here(*settings, preset="debug_sit", output=tmp_path / "flow")
+    assert list(shown[0]) == ["loss", "mse", "index"]
 
 
 def test_files_load_without_unpickling(run_here: RunHere) -> None:
