@@ -17,7 +17,7 @@ from largescale.telemetry import read_metrics
 from tests.conftest import QUIET
 from tests.ranks import ROOT
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -27,14 +27,14 @@ def arguments(blobs: Path, run: Path, *more: Any) -> list[str]:
 
 def test_the_last_word_under_torchrun_is_ours(tmp_path: Path, blobs: Path) -> None:
     """Its report of a failed rank ends with our line, of an error and of a stop alike."""
-    done = subprocess.run([*TORCHRUN, *arguments(tmp_path / "none", tmp_path / "run")], cwd=ROOT, env=ENV, text=True,
+    done = subprocess.run([*TORCHRUN, "1", *arguments(tmp_path / "none", tmp_path / "run")], cwd=ROOT, env=ENV, text=True,
                           capture_output=True, timeout=900)
     line = f"{tmp_path}/none does not exist"
     assert done.returncode == 1 and f"error: {line}" in done.stderr
     assert line in done.stderr.rpartition("traceback :")[2]
 
     run = tmp_path / "run"
-    process = subprocess.Popen([*TORCHRUN, *arguments(blobs, run, "--train.steps", 100_000, "--telemetry.log-every", 1)], cwd=ROOT,
+    process = subprocess.Popen([*TORCHRUN, "2", *arguments(blobs, run, "--train.steps", 100_000, "--telemetry.log-every", 1)], cwd=ROOT,
                                env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         while not read_metrics(run):

@@ -226,7 +226,7 @@ def test_auto_runs_as_the_number_does(precision: str, run_here: RunHere, monkeyp
     monkeypatch.setattr(fit, "host_bytes", lambda: 3)
     on = run_here(*settings, "--train.steps", 12, "--train.micro-batch-size", "auto", output=tmp_path / "auto")
     assert on.code == 0 and "micro batch 2 (auto): 8 accumulation steps" in on.err
-    changed = [line for line in on.err.splitlines() if "changed on resume" in line]
+    changed = [line for line in on.err.splitlines() if "changed on resume, in force" in line]
     assert len(changed) == 1 and "train.steps" in changed[0]
     whole = run_here(*settings, "--train.steps", 12, output=tmp_path / "whole").trace()
     tolerance = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}[precision]

@@ -299,7 +299,7 @@ def test_an_edited_label_range_is_found_by_verify(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("edit", [
-    lambda manifest: manifest.update(format=2),
+    lambda manifest: manifest.update(format="2"),
     lambda manifest: manifest["info"].update(num_classes=11),
     lambda manifest: manifest["info"].update(kind="jpegs"),
     lambda manifest: manifest["shards"].pop(),
