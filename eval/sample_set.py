@@ -3,7 +3,7 @@
     DIR/shard_00000.arrow ...   id, label, latent: the image, or of a latent model without a VAE the latent; captions
     DIR/manifest.json           the samples are a data set (docs/layout.md), which exists once this does
     DIR/packing/                while drawing only: which shards are done, so that another start goes on there
-    DIR/grid.png                the first 100, ten columns (latents show three channels, undecoded)
+    DIR/grid.png                the first 100, ten columns (of latents three channels, not decoded, as it says)
     DIR/samples.npz             if asked for: arr_0 (N, H, W, 3) uint8 and arr_1 (N,) labels, for ADM's evaluator; of a
                                 text-to-image model arr_1 are the texts. Of latents latents.npz, (N, C, H, W) float16
     DIR/png/000000.png ...      if asked for
@@ -34,7 +34,7 @@ from largescale.data.shards import ShardDataset
 from largescale.data.writer import Shard, write_manifest
 from largescale.errors import Stopped
 from largescale.files import write_atomically
-from largescale.images import grid, titled, to_uint8
+from largescale.images import UNDECODED, grid, headed, titled, to_uint8
 from largescale.signals import stop_requested
 
 PROVENANCE, GRID, PNG = "provenance.json", "grid.png", "png"
@@ -155,6 +155,8 @@ def _write_grid(path: Path, data: ShardDataset) -> None:
     titles = [texts[0] for texts in data.texts(first)] if "captions" in data.manifest["columns"] else None
     scale = max(1, (96 if titles else 64) // images.shape[2])
     sheet = titled(images, titles, columns, scale) if titles else grid(images, columns, scale)
+    if data.info.kind != "pixels":
+        sheet = headed(sheet, UNDECODED)
     Image.fromarray(sheet).save(path, "PNG")
 
 

@@ -215,7 +215,8 @@ class TelemetryConfig:
     reference_images: int = 16
     """Images of that set, per cluster."""
     preview_every: int = 50_000
-    """Steps between sample grids; 0 never."""
+    """Steps between sample grids; 0 never. Latents are decoded where the VAE that the data were packed with lies on
+    this machine, else the grid says that they are not."""
     preview_images: int = 32
     preview_steps: int = 50
     preview_cfg_scale: float = 1.5

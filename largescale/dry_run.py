@@ -130,6 +130,17 @@ def print_data(config: Config) -> ShardDataset | None:
     return dataset
 
 
+def print_previews(config: Config, dataset: ShardDataset) -> None:
+    from largescale.preview import load_decoder, shows_latents
+
+    if shows_latents(config, dataset):
+        vae, why = load_decoder(dataset)
+        print(f"previews: latents, not decoded: {why}" if vae is None else
+              f"previews: decoded by {vae.identity}; rank 0 holds {vae.nbytes / 2**30:.2f} GiB more of host memory, "
+              "and of the device's, while it decodes, about "
+              f"{(vae.nbytes + vae.decoding_bytes(vae.downsampling * config.model.input_size)) / 2**30:.2f} GiB")
+
+
 def print_run_directory(config: Config, ds: dict[str, Any], dataset: ShardDataset | None) -> None:
     """Raises CheckpointError as a start would, for a run there that is another; hashes of files are not compared."""
     from largescale.train import check_nothing_is_gone, check_same_run, finished_already, settled
@@ -188,6 +199,8 @@ def dry_run(config: Config) -> int:
     print_memory(config, ds, world_size, micro, hardware)
     check_memory(config, ds, world_size)
     dataset = print_data(config)
+    if dataset:
+        print_previews(config, dataset)
     for remark in remarks(config, dataset.info.num_classes if dataset else 0):
         print(f"note: {remark}")
     if config.verbose:

@@ -7,6 +7,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+UNDECODED = "latents, not decoded: colours and noise mean nothing"
+
 
 def to_uint8(x: Tensor) -> np.ndarray:
     """(N, C, H, W) in [-1, 1] -> (N, H, W, 3) uint8. One channel becomes grey; of more than three, the first three show
@@ -36,6 +38,16 @@ def grid(images: np.ndarray, columns: int, scale: int = 1, pad: int = 2) -> np.n
         top, left = pad + i // columns * (height + pad), pad + i % columns * (width + pad)
         sheet[top : top + height, left : left + width] = image
     return sheet
+
+
+def headed(sheet: np.ndarray, text: str) -> np.ndarray:
+    """(H, W, 3) uint8 with the text above it, wrapped."""
+    width, line = sheet.shape[1], 14
+    lines = _wrapped(text, ImageDraw.Draw(Image.new("RGB", (1, 1))), width - 4)
+    strip = Image.new("RGB", (width, line * len(lines)), (32, 32, 32))
+    for row, words in enumerate(lines):
+        ImageDraw.Draw(strip).text((2, row * line), words, fill=(230, 230, 230))
+    return np.concatenate([np.asarray(strip), sheet])
 
 
 def titled(images: np.ndarray, titles: Sequence[str], columns: int, scale: int = 1, lines: int = 3) -> np.ndarray:

@@ -137,6 +137,8 @@ class Trainer:
         self.preview = self.ranks.together(
             lambda: Preview(c, self.objective, self.engine, self.ranks, self.dataset, self.asked_to_stop)
         )
+        if self.preview.note:
+            telemetry.say(self.preview.note)
         self.reference = self.ranks.together(lambda: ReferenceLoss(
             c, self.dataset, self.objective, self.curriculum.edges, self.ranks, self.micro_batch_size, self.shape,
             self.asked_to_stop,

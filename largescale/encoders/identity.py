@@ -73,6 +73,18 @@ def loading(what: str, remedy: str) -> Iterator[None]:
         waiting.cancel()
 
 
+@contextmanager
+def offline() -> Iterator[None]:
+    """The hub is not asked, which without a network takes a minute: what it has left here before is there. Raises
+    DataError."""
+    constants = library("huggingface_hub.constants")
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def _say_loading(what: str) -> None:
     if env_rank() == 0:
         print(f"still loading {what}: it may be downloaded, which without a network takes a minute to fail",

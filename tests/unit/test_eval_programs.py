@@ -262,6 +262,8 @@ def test_latents_are_kept_as_the_model_has_them(tmp_path: Path) -> None:
         assert (file["arr_0"] == x).all()
     assert not json.loads((out / "cfg1.5/provenance.json").read_text())["sampling"]["clip_denoised"]
     assert np.abs(x).max() > 1
+    sheet = np.asarray(Image.open(out / "cfg1.5/grid.png"))
+    assert len(sheet) == 14 + 2 * 66 + 2 and sheet[:14].max() > 200  # a line says that they are not decoded
 
 
 @pytest.mark.parametrize("in_channels", [1, 4])
