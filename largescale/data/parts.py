@@ -186,9 +186,10 @@ class Parts:
                 missing = [part for part in missing if part not in found]
                 if broken := [part for part in missing if part in self.mine]:
                     raise DataError(f"the shards of part {broken[0]} were changed while packing; run again")
-                for failed in sorted(self.folder.glob("failed_*")):
-                    raise DataError(f"rank {failed.name.removeprefix('failed_')} has failed: {failed.read_text()}; "
-                                    "correct that, and run again to go on")
+                for rank in sorted({part % self.world_size for part in missing}):   # others' words are not of this job
+                    if (word := self.folder / f"failed_{rank}").exists():
+                        raise DataError(f"rank {rank} has failed: {word.read_text()}; correct that, and run again to "
+                                        "go on")
                 if missing and time.monotonic() - said > 60:
                     said = time.monotonic()
                     ranks = ", ".join(str(rank) for rank in sorted({part % self.world_size for part in missing})[:8])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -21,9 +22,10 @@ from largescale import signals
 from largescale.build import build_model
 from largescale.config import ModelConfig, to_dict
 from largescale.data.format import DatasetInfo
+from largescale.data.parts import Parts
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
-from largescale.errors import Stopped
+from largescale.errors import DataError, Stopped
 from largescale.models.dit import DiT
 from largescale.presets import PRESETS
 from largescale.weights import EXPORT_CONFIG, EXPORT_WEIGHTS
@@ -333,6 +335,26 @@ def test_work_that_goes_on_is_not_replaced(export: Path, tmp_path: Path, capsys:
     assert [rank.wait(900) for rank in refused] == [2, 2]
     assert [rank.wait(900) for rank in ranks] == [0, 0], [rank.communicate() for rank in ranks]
     assert json.loads((tmp_path / "out/cfg1.5/provenance.json").read_text())["sampling"]["seed"] == 0
+
+
+def test_the_word_of_a_rank_that_owes_nothing_does_not_count(tmp_path: Path) -> None:
+    """It is that of a command that was refused, once the rank of this job had done its parts."""
+    done = {"done": True, "items": 0, "captions": 0, "columns": [], "shards": [], "skipped": []}
+    ours = [Parts(tmp_path, {"seed": 0}, 3, rank, 3) for rank in range(3)]
+    assert all(parts.claim() for parts in ours)
+    for part in (0, 1):
+        ours[part].save(part, done)
+    ours[1].close()
+    other = Parts(tmp_path, {"seed": 1}, 3, 1, 3)
+    with pytest.raises(DataError, match="What differs:\n  seed: 0 there, 1 here") as refused:
+        other.claim()
+    other.failed(refused.value)
+    assert (tmp_path / "packing/failed_1").exists()
+    late = threading.Timer(0.2, ours[2].save, (2, done))
+    late.start()
+    assert len(ours[0].all_records()) == 3
+    for parts in ours:
+        parts.close()
 
 
 def test_a_shard_of_another_job_does_not_count(export: Path, tmp_path: Path) -> None:
