@@ -20,6 +20,7 @@ from largescale.half import IN_TRAINING, check_on_cpu
 from largescale.launch import env_world_size, printable_lines
 from largescale.memory import check_memory, largest_micro_batch, memory
 from largescale.optim import check_apex
+from largescale.starts import duration
 from largescale.validation import remarks, validate
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -85,7 +86,7 @@ def print_memory(config: Config, ds: dict[str, Any], world_size: int, micro: int
 
 
 def span(hours: float) -> str:
-    return f"{hours:,.0f} h" if hours >= 2 else f"{60 * hours:,.0f} min"
+    return f"{hours:,.0f} h" if hours >= 2 else duration(3600 * hours)
 
 
 def print_cost(plan: Plan) -> None:
@@ -124,7 +125,8 @@ def print_data(config: Config) -> ShardDataset | None:
             raise
         print(f"data: {error}")
         return None
-    print(f"data: {config.data.path}, {len(dataset):,} images of {dataset.info.kind} {dataset.info.shape}")
+    print(f"data: {config.data.path}, {len(dataset):,} images of {dataset.info.kind} {dataset.info.shape}"
+          + (f", {dataset.info.num_classes:,} classes" if dataset.info.num_classes else ""))
     per_epoch = len(dataset) / config.train.global_batch_size
     print(f"steps per epoch: {per_epoch:,.1f}, {config.train.steps / per_epoch:,.1f} epochs in all")
     return dataset

@@ -255,7 +255,7 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
             f"curriculum index {trainer.curriculum.index}, {trainer.skipped_steps} skipped steps; "
             f"{trainer.goodput.account()}" + ("" if finished else "; run again to go on"))
     say(text)
-    if note := ema_note(config, trainer.step):
+    if finished and (note := ema_note(config)):
         say(f"note: {note}")
     if not finished:
         tell_torchrun(text)

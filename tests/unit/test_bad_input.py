@@ -153,7 +153,7 @@ def test_latents_that_cannot_be_flipped(run_here: RunHere, tmp_path: Path) -> No
 def test_dry_run_starts_nothing(run_here: RunHere, tmp_path: Path) -> None:
     outcome = run_here("--dry-run")
     assert outcome.code == 0 and not outcome.run.exists()
-    for part in ("parameters:", "GFLOP per image", "memory per rank", "steps per epoch: 18.8", "complete after 15 steps or more, of 20",
+    for part in ("300 images of pixels (1, 16, 16), 10 classes", "parameters:", "GFLOP per image", "memory per rank", "steps per epoch: 18.8", "complete after 15 steps or more, of 20",
                  f"run directory: {outcome.run}, without a checkpoint"):
         assert part in outcome.err
     assert not {"config:", "deepspeed:"} & set(outcome.err.split())

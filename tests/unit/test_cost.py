@@ -362,8 +362,8 @@ def test_dry_run_costs_the_run_at_hand(run_here: RunHere, monkeypatch: pytest.Mo
 def test_dry_run_of_minutes(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     said = run_here("--dry-run", preset="sit_b2_ffhq256", data=None).err
-    assert re.search(r"time: \d\d min at 50 % of the peak, \d\d min to \d\d min at 25 to 12 %", said)
-    assert [span(hours) for hours in (0.5, 1.99, 2.0, 1234.5)] == ["30 min", "119 min", "2 h", "1,234 h"]
+    assert re.search(r"time: \d\d min at 50 % of the peak, \d\d min to [\dh min]+ at 25 to 12 %, which", said)
+    assert [span(hours) for hours in (0.002, 0.5, 1.99, 2.0, 1234.5)] == ["7.2 s", "30 min", "1 h 59 min", "2 h", "1,234 h"]
 
 
 def test_dry_run_of_what_does_not_fit(run_here: RunHere) -> None:
