@@ -54,7 +54,7 @@ class Watch:
 
     def _look(self) -> None:
         looked = time.monotonic()
-        while not self._done.wait(pause := min(self.limit_s / 10, 5.0)):
+        while not self._done.wait(pause := min(self.limit_s / 10, 1.0)):
             late, looked = time.monotonic() - looked - pause, time.monotonic()
             if late > pause:  # the whole process stood still, as when the cluster suspends a job: that is no hang
                 self._moved += late
