@@ -2,6 +2,7 @@
 
     OUT/shard_00000.arrow ...  OUT/manifest.json     the data set (largescale/data/format.py)
     OUT/skipped.jsonl                                what was left out, and why
+    OUT/latent_rgb.json                              of latents: a linear map to colours, for previews without the VAE
     OUT/packing/                                     while packing: what is done of each part (parts.py)
 
 A source is cut into parts (4,096 images, or one tar file), and rank r packs the parts r, r + world_size, ... by itself:
@@ -31,7 +32,8 @@ from tqdm import tqdm
 
 from data_prep import images
 from data_prep.sources import Item, Source
-from largescale.data.format import CaptionInfo, DatasetInfo
+from largescale.data.format import LATENT_RGB, CaptionInfo, DatasetInfo
+from largescale.data.loader import to_x_start
 from largescale.data.parts import Parts
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import Shard, write_empty_caption, write_manifest
@@ -306,7 +308,15 @@ class Packer:
             skipped={"count": len(skipped), "reasons": dict(Counter(reason for _, reason in skipped).most_common(20))},
             made_with={"vae": _resolved(self.options.vae), "text_encoder": self._text_encoder()},
         )
+        if self.vae:
+            write_atomically(out / LATENT_RGB, json.dumps(self.vae.fit_rgb(self._some_latents())) + "\n")
         self.parts.remove()
+
+    def _some_latents(self) -> torch.Tensor:
+        """The data set's first images, as a model learns them: (n, C, H, W)."""
+        data = ShardDataset(self.options.out)
+        latent = torch.from_numpy(data.gather(np.arange(min(16, len(data))))["latent"])
+        return to_x_start(latent, self.info.kind, self.info.scale_factor, torch.zeros(len(latent), *data.info.x_shape))
 
     def _text_encoder(self) -> str | None:
         scheme, _, where = (self.options.text_encoder or "").partition(":")

@@ -4,10 +4,12 @@ import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 UNDECODED = "latents, not decoded: colours and noise mean nothing"
+LINEAR = "latents by a linear map to colours, not decoded: blurred and noisy"
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
@@ -16,6 +18,12 @@ def to_uint8(x: Tensor) -> np.ndarray:
     x = x.detach().float().cpu()
     x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x[:, :3]
     return ((x + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+def linear_rgb(x: Tensor, matrix: Sequence[Sequence[float]]) -> Tensor:
+    """(N, C, H, W) -> (N, 3, H, W): each latent's channels, and 1, times the (C + 1, 3) of `Vae.fit_rgb`."""
+    m = torch.tensor(matrix, dtype=x.dtype, device=x.device)
+    return torch.einsum("nchw,cd->ndhw", x, m[:-1]) + m[-1][:, None, None]
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:

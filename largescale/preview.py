@@ -1,5 +1,6 @@
 """Sample grids while training, from the EMA."""
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from largescale.build import build_model, latent_shape
 from largescale.config import Config
+from largescale.data.format import LATENT_RGB
 from largescale.data.loader import to_condition
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset
@@ -18,7 +20,7 @@ from largescale.encoders.identity import offline
 from largescale.encoders.vae import Vae, load_vae
 from largescale.engine import Engine
 from largescale.errors import DataError, Stopped
-from largescale.images import UNDECODED, balanced_labels, grid, headed, titled, to_uint8
+from largescale.images import LINEAR, UNDECODED, balanced_labels, grid, headed, linear_rgb, titled, to_uint8
 from largescale.models.conditioning import Condition, take
 from largescale.sampling import SamplingConfig, draw_samples
 from largescale.telemetry import Telemetry
@@ -40,6 +42,16 @@ def load_decoder(dataset: ShardDataset) -> tuple[Vae | None, str]:
     return (vae, "") if vae.identity == made_by else (None, f"{spec} is {vae.identity}, the data are of {made_by}")
 
 
+def load_linear_rgb(dataset: ShardDataset) -> list[list[float]] | None:
+    """The map to colours that was fitted while packing; None where there is none for these latents."""
+    try:
+        matrix = np.array(json.loads((dataset.path / LATENT_RGB).read_text()), np.float64)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    fits = matrix.shape == (dataset.info.x_shape[0] + 1, 3) and np.isfinite(matrix).all()
+    return matrix.tolist() if fits else None
+
+
 def shows_latents(config: Config, dataset: ShardDataset) -> bool:
     """Whether there are previews that need a VAE to be pictures."""
     return dataset.info.kind != "pixels" and 0 < config.telemetry.preview_every <= config.train.steps
@@ -53,11 +65,13 @@ class Preview:
         """`stop` is asked often; once it is true the preview is left out. `note`, if any, is better known."""
         self._config, self._objective, self._engine, self._ranks = config, objective, engine, ranks
         self._stop = stop
-        self._pixels, self._vae, self.note = dataset.info.kind == "pixels", None, ""
+        self._pixels, self._vae, self._rgb, self.note = dataset.info.kind == "pixels", None, None, ""
         if ranks.rank == 0 and shows_latents(config, dataset):
             self._vae, why = load_decoder(dataset)
+            self._rgb = load_linear_rgb(dataset)
+            shown = "show latents by a linear map to colours" if self._rgb else "show latents"
             self.note = (f"note: previews are decoded by {self._vae.identity}" if self._vae else
-                         f"note: previews show latents, not decoded: {why}")
+                         f"note: previews {shown}, not decoded: {why}")
         n, self._titles = config.telemetry.preview_images, None
         self._y: Condition = torch.tensor(balanced_labels(n, max(min(
             config.model.num_classes, dataset.info.num_classes), 1)))
@@ -96,11 +110,13 @@ class Preview:
     def _sheet(self, x: Tensor) -> np.ndarray:
         """Raises Stopped."""
         images = self._decoded(x)
-        undecoded = not self._pixels and images is None
-        images = to_uint8(x) if images is None else images
+        heading = ""
+        if images is None:
+            images = to_uint8(linear_rgb(x, self._rgb) if self._rgb else x)
+            heading = "" if self._pixels else LINEAR if self._rgb else UNDECODED
         columns, scale = min(10, len(x)), max(1, (96 if self._titles else 64) // images.shape[1])
         sheet = titled(images, self._titles, columns, scale) if self._titles else grid(images, columns, scale)
-        return headed(sheet, UNDECODED) if undecoded else sheet
+        return headed(sheet, heading) if heading else sheet
 
     def _decoded(self, x: Tensor) -> np.ndarray | None:
         """(N, H, W, 3) uint8 of latents; None without a VAE, or memory for it, which is the device's for this only."""

@@ -79,8 +79,8 @@ def ranks_of(*program: Any, ranks: int = 2, timeout_s: float = 900) -> Done:
         return started.wait(timeout_s=timeout_s)
 
 
-def fork(arguments: list[str], env: dict[str, str], out: Path, err: Path) -> Any:
-    process = _context.Process(target=_run, args=(arguments, env, out, err))
+def fork(arguments: list[str], env: dict[str, str], out: Path, err: Path, cwd: Path = ROOT) -> Any:
+    process = _context.Process(target=_run, args=(arguments, env, out, err, cwd))
     process.start()
     return process
 
@@ -88,11 +88,11 @@ def fork(arguments: list[str], env: dict[str, str], out: Path, err: Path) -> Any
 class Forked:
     """Such a process, with what of subprocess.Popen tests use. By default it says what it says to `communicate`."""
 
-    def __init__(self, command: Sequence[Any], env: dict[str, str], log: Path | None = None):
+    def __init__(self, command: Sequence[Any], env: dict[str, str], log: Path | None = None, cwd: Path = ROOT):
         self._folder = tempfile.TemporaryDirectory()
         self._said = (log, log) if log else (Path(self._folder.name) / "out", Path(self._folder.name) / "err")
         self._command = [*map(str, command)]
-        self._process = fork(self._command, env, *self._said)
+        self._process = fork(self._command, env, *self._said, cwd)
         self.kill, self.terminate = self._process.kill, self._process.terminate
 
     def poll(self) -> int | None:
@@ -118,10 +118,10 @@ class Forked:
             os.kill(self._process.pid, number)
 
 
-def _run(arguments: list[str], env: dict[str, str], out: Path, err: Path) -> None:
+def _run(arguments: list[str], env: dict[str, str], out: Path, err: Path, cwd: Path) -> None:
     for path, number in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    os.chdir(ROOT)
+    os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
     what, *rest = arguments

@@ -22,6 +22,7 @@ from largescale.files import from_json
 FORMAT = 1
 MANIFEST = "manifest.json"
 EMPTY_CAPTION = "empty_caption.arrow"
+LATENT_RGB = "latent_rgb.json"                          # beside the data, and no part of what they are
 METADATA_KEY = b"largescale"
 IMAGES = ("latent", "latent_mirror")
 EMBEDDINGS = ("caption_tokens", "caption_pooled")       # one list of float16 a caption, tokens flattened

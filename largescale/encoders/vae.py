@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from largescale.encoders.identity import library, loading, locate, silence, weights_identity
@@ -57,6 +58,17 @@ class Vae:
         images = self.module.decode(latent, return_dict=False)[0].float()
         return ((images + 1) * 127.5).round().clamp(0, 255).byte().cpu().contiguous()
 
+
+    @torch.inference_mode()
+    def fit_rgb(self, x_start: Tensor) -> list[list[float]]:
+        """(B, C, H, W) -> (C + 1, 3): least squares from a latent's channels, and 1, to the mean colour, in [-1, 1], of
+        the pixels that it becomes. Pictures without the VAE: `images.linear_rgb`."""
+        pictures = torch.cat([self.decode(x) for x in x_start.split(1)])
+        colours = F.avg_pool2d(pictures.double() / 127.5 - 1, self.downsampling)
+        channels = F.pad(x_start.cpu().double(), (0, 0, 0, 0, 0, 1), value=1.0)
+        inputs, outputs = (t.movedim(1, -1).flatten(0, -2) for t in (channels, colours))
+        solution = torch.linalg.lstsq(inputs, outputs, driver="gelsd").solution
+        return [[round(value, 4) for value in row] for row in solution.tolist()]
 
     @property
     def nbytes(self) -> int:

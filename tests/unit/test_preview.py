@@ -2,6 +2,7 @@
 
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from largescale.data.format import DatasetInfo
+from largescale.data.format import LATENT_RGB, DatasetInfo
 from largescale.data.writer import ShardWriter
 from largescale.encoders.vae import load_vae
-from largescale.images import UNDECODED, grid, headed, to_uint8
+from largescale.images import LINEAR, UNDECODED, grid, headed, linear_rgb, to_uint8
 from tests.conftest import RunHere, assert_same_run
 
 LATENTS = ("--model.in-channels", 4, "--model.input-size", 8, "--model.patch-size", 2, "--train.steps", 2,
@@ -87,6 +88,34 @@ def test_latents_whose_vae_is_not_here(identity: str | None, made_with: Any, why
     assert outcome.code == 0 and note.startswith("note: previews show latents, not decoded: ") and why in note
     assert not [host for host in asked if "hugging" in host]
     assert np.array_equal(sheet(outcome.run), headed(grid(to_uint8(drawn), 3, 8), UNDECODED))
+
+
+def test_latents_by_the_map_that_was_fitted_while_packing(drawn: torch.Tensor, run_here: RunHere, tmp_path: Path) -> None:
+    data = packed(tmp_path / "data", None, {})
+    matrix = torch.randn(5, 3, generator=torch.Generator().manual_seed(2)) / 3
+    (data / LATENT_RGB).write_text(json.dumps(matrix.tolist()))
+    outcome = run_here(*LATENTS, data=data)
+    assert outcome.code == 0 and "note: previews show latents by a linear map to colours, not decoded" in outcome.err
+    colours = torch.stack([torch.stack([(x * matrix[:4, c, None, None]).sum(0) + matrix[4, c] for c in range(3)]) for x in drawn])
+    assert np.abs(sheet(outcome.run).astype(int) - headed(grid(to_uint8(colours), 3, 8), LINEAR)).max() <= 1
+    for number, content in enumerate(("[[1, 2, 3]]", "{", "[[null]]", json.dumps([[float("nan")] * 3] * 5))):  # of other latents, damaged
+        (data / LATENT_RGB).write_text(content)
+        other = run_here(*LATENTS, data=data, output=tmp_path / f"{number}")
+        assert other.code == 0 and "note: previews show latents, not decoded" in other.err
+
+
+def test_the_map_to_colours_is_the_best_linear_one(vae_folder: Path) -> None:
+    """Of a decoder that is linear itself it is exact."""
+    vae = load_vae(str(vae_folder), torch.device("cpu"))
+    true = torch.tensor([[0.2, -0.1, 0.0], [0.1, 0.1, 0.1], [-0.2, 0.0, 0.1], [0.0, 0.1, -0.2], [0.1, -0.1, 0.05]])
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
+
+    class Linear:
+        def decode(self, latent: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+            return (linear_rgb(latent * vae.scale_factor, true.tolist()).repeat_interleave(2, 2).repeat_interleave(2, 3),)
+
+    found = replace(vae, module=Linear()).fit_rgb(x)  # type: ignore[arg-type]
+    assert np.abs(np.array(found) - true.numpy()).max() < 2e-3  # pictures have 256 levels
 
 
 def test_no_vae_is_looked_for_where_none_is_needed(run_here: RunHere, tmp_path: Path) -> None:
