@@ -153,6 +153,7 @@ def run(config: Config, began_unix_s: float) -> int:
         except DeviceError as error:
             end_at_once(error)  # the other ranks are in some collective, and notice as they do with a crash
         except RuntimeError as error:
+            watch.wait_if_ending()
             if is_lost_contact(error):
                 killed = watch.killed()
                 lost = lost_rank(ranks, watch.where, "lost contact", killed)

@@ -153,6 +153,7 @@ class Trainer:
             self.saving.leave(self.step, self.state(), "stop" if stopped else "end")
             ended = "finished" if self.checkpointer.last_saved >= c.train.steps else "stopped"
         except Exception as error:
+            self.watch.wait_if_ending()
             ended = f"{type(error).__name__}: {error}"
             raise
         finally:

@@ -24,6 +24,7 @@ class Watch:
     def __init__(self, timeout_s: float):
         self.ranks: Ranks | None = None
         self.limit_s = timeout_s + START_S
+        self._ending = threading.Event()
         self._done, self._thread = threading.Event(), threading.Thread(target=self._look, name="watch", daemon=True)
         self._memory = memory_bound()
         self._kills = self._memory.kills() if self._memory else 0
@@ -36,6 +37,12 @@ class Watch:
     def _heartbeat(self) -> None:
         if threading.current_thread() is threading.main_thread():  # not the one that writes checkpoints
             self._moved = time.monotonic()
+
+    def wait_if_ending(self) -> None:
+        """For the main thread's errors: once the watch is about to end the process, the other ranks end too, and what
+        it meets of that is not the cause."""
+        if self._ending.is_set():
+            self._thread.join()
 
     def killed(self) -> str | None:
         """What to say where the kernel has killed for memory here since this was made."""
@@ -59,6 +66,7 @@ class Watch:
             if late > pause:  # the whole process stood still, as when the cluster suspends a job: that is no hang
                 self._moved += late
             if looked - self._moved > self.limit_s:
+                self._ending.set()
                 end_at_once(self._stuck())
 
     def _stuck(self) -> LostRankError:
