@@ -313,10 +313,11 @@ class Packer:
         self.parts.remove()
 
     def _some_latents(self) -> torch.Tensor:
-        """The data set's first images, as a model learns them: (n, C, H, W)."""
+        """Of a few of the images, from first to last, as a model learns them: (n, C, H, W)."""
         data = ShardDataset(self.options.out)
-        latent = torch.from_numpy(data.gather(np.arange(min(16, len(data))))["latent"])
-        return to_x_start(latent, self.info.kind, self.info.scale_factor, torch.zeros(len(latent), *data.info.x_shape))
+        rows = np.linspace(0, len(data) - 1, min(8, len(data))).astype(np.int64)
+        latent = torch.from_numpy(data.gather(rows)["latent"])
+        return to_x_start(latent, self.info.kind, self.info.scale_factor, torch.zeros(len(rows), *data.info.x_shape))
 
     def _text_encoder(self) -> str | None:
         scheme, _, where = (self.options.text_encoder or "").partition(":")

@@ -25,7 +25,7 @@ from data_prep import folder, imagenet, packing, webdataset
 from data_prep import inspect as data_inspect
 from data_prep.images import decode
 from data_prep.sources import Item
-from largescale.data.format import fingerprint
+from largescale.data.format import LATENT_RGB, fingerprint
 from largescale.data.shards import ShardDataset
 from largescale.encoders.text import TextEncoder
 from largescale.errors import DataError, Stopped
@@ -621,6 +621,8 @@ def test_bytes_do_not_depend_on_threads_or_ranks(images: Path, vae: Path, tmp_pa
              for rank in range(2)]
     assert [rank.wait(900) for rank in ranks] == [0, 0]
     assert files(tmp_path / "one") == files(tmp_path / "two")
+    to_colours = np.array(json.loads((tmp_path / "one" / LATENT_RGB).read_text()))
+    assert to_colours.shape == (ShardDataset(tmp_path / "one").info.x_shape[0] + 1, 3) and np.abs(to_colours).max() < 10
     assert pack(images, tmp_path / "one", "--vae", vae, "--batch-size", 3) == 2
 
 
