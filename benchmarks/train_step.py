@@ -165,7 +165,10 @@ def found(way: Way, ways: list[Way], base: Way, reference: Way, batch: int, flop
 def commit(checkout: str | None) -> str | None:
     if checkout is None:
         return None
-    git = subprocess.run(["git", "-C", checkout, "log", "-1", "--format=%H"], capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "-C", checkout, "log", "-1", "--format=%H"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown: git is not installed"
     return git.stdout.strip() or "not in git"
 
 

@@ -1,5 +1,6 @@
 """What a user sees under other launchers than srun, and from other places than the clone."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -25,6 +26,16 @@ def arguments(blobs: Path, run: Path, *more: Any) -> list[str]:
     return [*map(str, ("-m", "largescale.train", "debug", "--data.path", blobs, "--output", run, *QUIET, *more))]
 
 
+def children(pid: int) -> list[int]:
+    """By /proc: a container may have no pgrep."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            found += [int(stat.parent.name)] if parent == pid else []
+    return found
+
+
 def test_the_last_word_under_torchrun_is_ours(tmp_path: Path, blobs: Path) -> None:
     """Its report of a failed rank ends with our line, of an error and of a stop alike."""
     done = subprocess.run([*TORCHRUN, "1", *arguments(tmp_path / "none", tmp_path / "run")], cwd=ROOT, env=ENV, text=True,
@@ -40,8 +51,8 @@ def test_the_last_word_under_torchrun_is_ours(tmp_path: Path, blobs: Path) -> No
         while not read_metrics(run):
             assert process.poll() is None
             time.sleep(0.1)
-        for rank in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split():
-            os.kill(int(rank), signal.SIGTERM)
+        for rank in children(process.pid):
+            os.kill(rank, signal.SIGTERM)
         said, _ = process.communicate(timeout=900)
     finally:
         if process.poll() is None:
