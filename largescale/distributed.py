@@ -154,11 +154,11 @@ class Ranks:
                     if self._roll.check([f"roll/{rank}"]):
                         found[rank] = self._roll.get(f"roll/{rank}").decode()
                 time.sleep(0.1)
+            yield found
             self._roll.set(f"read/{self.rank}", "")
             heard = [f"read/{rank}" for rank in found]
             while self.rank == 0 and not self._roll.check(heard) and time.monotonic() < deadline + 3:
                 time.sleep(0.1)  # the store may be this rank's, and ends with it
-            yield found
 
     def barrier(self) -> None:
         dist.barrier(group=self._plain)
