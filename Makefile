@@ -47,7 +47,7 @@ PROMPTS := "grinning face" "blue book" "woman and man holding hands" "man firefi
 demo-text:
 	@$(PYTHON) install.py demo-text
 	$(PY) -m data_prep.emoji --out data/emoji
-	$(PY) -m data_prep.inspect data/emoji --picture data/emoji.png
+	$(PY) -m data_prep.describe data/emoji --picture data/emoji.png
 	$(TORCHRUN) -m largescale.train emoji --output $(TEXT_RUN) $(DEMO_ARGS)
 	$(TORCHRUN) -m eval.sample $(TEXT_RUN) --out $(TEXT_RUN)/eval --num-samples 50 --cfg-scale 2.0 --sampler dpm++2m --steps 20 --replace \
 		--prompts $(PROMPTS)

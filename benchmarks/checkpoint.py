@@ -31,14 +31,14 @@ WAYS = ("background", "waited for", "DeepSpeed")
 def rank_main(preset: str, folder: Path, rounds: int) -> None:
     import torch
 
-    from largescale.build import blank_condition, build_model, latent_shape
-    from largescale.checkpoint import Checkpointer
-    from largescale.config import CheckpointConfig
-    from largescale.distributed import Ranks
-    from largescale.ds_config import load_ds_config
-    from largescale.engine import Engine, adam
-    from largescale.optim import build_optimizer
-    from largescale.presets import PRESETS
+    from largescale.checkpoint.checkpointer import Checkpointer
+    from largescale.config.deepspeed import load_ds_config
+    from largescale.config.presets import PRESETS
+    from largescale.config.schema import CheckpointConfig
+    from largescale.distributed.ranks import Ranks
+    from largescale.engine.deepspeed_engine import Engine, adam
+    from largescale.engine.optimizer import build_optimizer
+    from largescale.models.build import blank_condition, build_model, latent_shape
 
     torch.set_num_threads(1)
     config, ranks = PRESETS[preset](), Ranks("cpu")

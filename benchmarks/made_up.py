@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from largescale.build import latent_shape
-from largescale.config import ModelConfig
+from largescale.config.schema import ModelConfig
 from largescale.data.format import DatasetInfo
 from largescale.data.writer import ShardWriter
+from largescale.models.build import latent_shape
 
 
 def make_latents(path: Path, model: ModelConfig, rows: int) -> None:

@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 from largescale.diffusion.gaussian import GaussianDiffusion
 from largescale.diffusion.objective import Model
-from largescale.diffusion.schedule import make_betas
-from largescale.inference import prepare
-from largescale.models.conditioning import Condition
+from largescale.diffusion.sampling import SampleNoise, SamplingConfig, draw_samples
 from largescale.models.dit import DiT, flops_per_image
-from largescale.sampling import SampleNoise, SamplingConfig, draw_samples
-from largescale.telemetry import peak_flops
+from largescale.models.embedders import Condition
+from largescale.models.inference import prepare
+from largescale.monitoring.telemetry import peak_flops
+from largescale.noise_schedule import make_betas
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 CFG_SCALE, CLASSES, SHAPE, SEED = 1.5, 1000, (4, 32, 32), 0

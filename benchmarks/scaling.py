@@ -1,4 +1,4 @@
-"""python benchmarks/scaling.py: what a run costs on 8, 64 and 256 GPUs, by the model of largescale/cost.py.
+"""python benchmarks/scaling.py: what a run costs on 8, 64 and 256 GPUs, by the model of largescale/planning/cost.py.
 
 With --check the model is held against this machine's CPU: the trainer runs on one rank and on two, one thread each, at
 the same global batch; the step of two is predicted from that of one and from what two processes reach here together, in
@@ -21,13 +21,13 @@ from pathlib import Path
 
 from made_up import make_latents
 
-from largescale.config import Config
-from largescale.cost import HARDWARE, Hardware, Plan, Workload, daly, step, young
-from largescale.dry_run import workload
-from largescale.ds_config import load_ds_config
-from largescale.memory import largest_micro_batch
-from largescale.presets import PRESETS
-from largescale.telemetry import read_metrics
+from largescale.config.deepspeed import load_ds_config
+from largescale.config.presets import PRESETS
+from largescale.config.schema import Config
+from largescale.monitoring.telemetry import read_metrics
+from largescale.planning.cost import HARDWARE, Hardware, Plan, Workload, daly, step, young
+from largescale.planning.dry_run import workload
+from largescale.planning.memory import largest_micro_batch
 
 ROOT = Path(__file__).parent.parent
 FP32 = "ds_configs/zero2_fp32.json"

@@ -42,10 +42,10 @@ from sampling import peaks
 from tqdm import tqdm
 from train_step_child import Child, Failed
 
-from largescale.build import build_model
-from largescale.config import Config, TelemetryConfig, to_dict
+from largescale.config.presets import PRESETS
+from largescale.config.schema import Config, TelemetryConfig, to_dict
+from largescale.models.build import build_model
 from largescale.models.dit import flops_per_image
-from largescale.presets import PRESETS
 
 NAMES = {"ours": "ours", "dit": "facebookresearch/DiT", "fast-dit": "fast-DiT", "diffusers": "diffusers",
          "ddp": "our model in DDP"}

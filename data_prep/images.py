@@ -18,7 +18,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from largescale.images import center_crop
+from largescale.data.images import center_crop
 
 MAX_PIXELS = 178_956_970                                # PIL's own limit
 PLUGINS = (BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, PpmImagePlugin, TiffImagePlugin,

@@ -40,10 +40,10 @@ from largescale.data.writer import Shard, write_empty_caption, write_manifest
 from largescale.encoders.text import EncodedCaption, TextEncoder, load_text_encoder
 from largescale.encoders.vae import Vae, load_vae
 from largescale.errors import ConfigError, DataError, DeviceError, LargescaleError, Stopped
-from largescale.files import is_unicode, write_atomically
-from largescale.half import check_on_cpu
-from largescale.launch import arguments, env_local_rank, env_rank, env_world_size, print_error, printable
-from largescale.signals import serve_stop_signals, stop_requested
+from largescale.host.files import is_unicode, write_atomically
+from largescale.host.launch import arguments, env_local_rank, env_rank, env_world_size, print_error, printable
+from largescale.host.signals import serve_stop_signals, stop_requested
+from largescale.models.half_precision import check_on_cpu
 
 PLACES = {"info.name", *(f"source.{key}" for key in ("images", "captions", "labels", "classes", "files", "shards"))}
 MOST_HELD = 2**30                                       # bytes of image files that wait in memory to be decoded

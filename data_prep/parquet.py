@@ -34,7 +34,7 @@ from data_prep.sources import (
     unusable,
 )
 from largescale.errors import DataError
-from largescale.files import from_json
+from largescale.host.files import from_json
 
 ROWS_READ = 64                                          # at a time: images are large
 BYTES_READ = 2**28                                      # at a time, were every value as large as its column chunk

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from data_prep.images import Unusable
 from largescale.errors import DataError
-from largescale.files import is_unicode
-from largescale.launch import env_rank, printable
+from largescale.host.files import is_unicode
+from largescale.host.launch import env_rank, printable
 
 SPLIT = re.compile("(train|training|val|valid|validation|test|testing|dev)[0-9]*")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)

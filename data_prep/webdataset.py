@@ -42,7 +42,7 @@ from data_prep.sources import (
     unusable,
 )
 from largescale.errors import DataError
-from largescale.files import from_json
+from largescale.host.files import from_json
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 MOST_BYTES = 2**28                                      # of a file in an archive, which may be compressed

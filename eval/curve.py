@@ -26,18 +26,18 @@ import tyro
 
 from eval.sample import Sample, Sampler, folder_of
 from eval.score import RESULTS, Score, Scorer
-from eval.scoring import GROUPS
-from largescale.build import build_objective
-from largescale.checkpoint_files import CheckpointDir, checkpoints
-from largescale.config import Config, from_dict
+from eval.scoring.figures import GROUPS
+from largescale.checkpoint.files import CheckpointDir, checkpoints
+from largescale.config.schema import Config, from_dict
+from largescale.config.validation import ema_note
 from largescale.diffusion.objective import SamplerName
 from largescale.diffusion.samplers import quick_sampler
 from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, StorageError, usable
-from largescale.files import append_line, from_json, require_writable, write_atomically
-from largescale.half import check_on_cpu
-from largescale.launch import arguments, env_rank, leave, print_error
-from largescale.signals import serve_stop_signals
-from largescale.validation import ema_note
+from largescale.host.files import append_line, from_json, require_writable, write_atomically
+from largescale.host.launch import arguments, env_rank, leave, print_error
+from largescale.host.signals import serve_stop_signals
+from largescale.models.build import build_objective
+from largescale.models.half_precision import check_on_cpu
 
 Row = dict[str, Any]
 

@@ -36,20 +36,20 @@ import tyro
 from tqdm import tqdm
 
 from eval.curve import lines
-from eval.difficulty_denoising import SplicedSampler, asked_levels, bounds
-from eval.difficulty_report import Report, number, write_report
-from eval.difficulty_study import STAGES, STUDIES, Plan, Row, Study, names
-from eval.relative_entropy import noise_levels, relative_entropy
+from eval.difficulty_study.denoising import SplicedSampler, asked_levels, bounds
+from eval.difficulty_study.relative_entropy import noise_levels, relative_entropy
+from eval.difficulty_study.report import Report, number, write_report
+from eval.difficulty_study.study import STAGES, STUDIES, Plan, Row, Study, names
+from eval.drawing.sample_set import GRID
 from eval.sample import Sample, Sampler, folder_of
-from eval.sample_set import GRID
 from eval.score import Score, Scorer
+from largescale.config.validation import ema_note
 from largescale.data.loader import to_x_start
-from largescale.distributed import local_device
+from largescale.distributed.ranks import local_device
 from largescale.errors import ConfigError, DataError, LargescaleError
-from largescale.files import append_line, from_json, write_atomically
-from largescale.launch import arguments, env_rank, leave, print_error
-from largescale.signals import serve_stop_signals, stop_requested
-from largescale.validation import ema_note
+from largescale.host.files import append_line, from_json, write_atomically
+from largescale.host.launch import arguments, env_rank, leave, print_error
+from largescale.host.signals import serve_stop_signals, stop_requested
 
 
 class Difficulty(Plan):

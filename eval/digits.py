@@ -23,8 +23,8 @@ from tqdm import trange
 
 from largescale.data.shards import ShardDataset
 from largescale.errors import DataError, LargescaleError
-from largescale.files import require_writable, write_atomically
-from largescale.launch import arguments, print_error
+from largescale.host.files import require_writable, write_atomically
+from largescale.host.launch import arguments, print_error
 
 EPOCHS, BATCH_SIZE, LR, HELD_OUT, SEED = 8, 100, 8e-3, 0.2, 0
 

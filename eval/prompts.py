@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import tyro
 
 from largescale.errors import ConfigError, DataError, LargescaleError
-from largescale.files import from_json, is_unicode, write_atomically
-from largescale.launch import arguments, print_error
+from largescale.host.files import from_json, is_unicode, write_atomically
+from largescale.host.launch import arguments, print_error
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 

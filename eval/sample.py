@@ -1,9 +1,9 @@
 """python -m eval.sample RUN_OR_EXPORT --out DIR: samples, as many of each class, or of captions or prompts.
 
 DIR gets a folder for each scale, such as DIR/cfg1.5: Arrow shards, a picture of the first samples and provenance.json,
-with all that the samples depend on (eval/sample_set.py lists the files). Killed or stopped, it goes on where it was
-when the same command is run again; a whole set is left alone. Under torchrun or srun the ranks share the samples; they
-meet in the file system only, and need not be as many as before.
+with all that the samples depend on (eval/drawing/sample_set.py lists the files). Killed or stopped, it goes on where it
+was when the same command is run again; a whole set is left alone. Under torchrun or srun the ranks share the samples;
+they meet in the file system only, and need not be as many as before.
 
 Sample i depends on (seed, i) alone: it is bitwise the same on one type of device at the same batch size and shard size,
 whatever the number of ranks and restarts, and the same up to rounding at others, or where one start compiles the model
@@ -29,24 +29,24 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import largescale
-from eval.conditions import make_conditions
-from eval.sample_set import Format, SampleSet, Worker, make_of
-from largescale.build import latent_shape
-from largescale.checkpoint_files import CheckpointDir
+from eval.drawing.conditions import make_conditions
+from eval.drawing.sample_set import Format, SampleSet, Worker, make_of
+from largescale.checkpoint.files import CheckpointDir
+from largescale.checkpoint.weights import load_trained
+from largescale.config.validation import ema_note
 from largescale.data.format import KINDS, MANIFEST, DatasetInfo
 from largescale.data.parts import JOB
 from largescale.diffusion.objective import Model, SamplerName
 from largescale.diffusion.samplers import evaluations
-from largescale.distributed import local_device
+from largescale.diffusion.sampling import SamplingConfig, draw_batches
+from largescale.distributed.ranks import local_device
 from largescale.encoders.vae import Vae, load_vae
 from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, Stopped, usable
-from largescale.half import check_on_cpu
-from largescale.inference import compile_pays, prepare
-from largescale.launch import arguments, env_rank, env_world_size, leave, print_error
-from largescale.sampling import SamplingConfig, draw_batches
-from largescale.signals import serve_stop_signals, stop_requested
-from largescale.validation import ema_note
-from largescale.weights import load_trained
+from largescale.host.launch import arguments, env_rank, env_world_size, leave, print_error
+from largescale.host.signals import serve_stop_signals, stop_requested
+from largescale.models.build import latent_shape
+from largescale.models.half_precision import check_on_cpu
+from largescale.models.inference import compile_pays, prepare
 
 DECODED_AT_ONCE = 16                                    # latents; the decoder needs far more memory than the model
 

@@ -20,9 +20,8 @@ import torch
 import tyro
 
 import largescale
-from eval.features import Clip, Extractor, load_clip, load_extractor
-from eval.image_sets import ImageSet, open_images
-from eval.scoring import (
+from eval.scoring.extractors import Clip, Extractor, load_clip, load_extractor
+from eval.scoring.figures import (
     GROUPS,
     METRICS,
     Figure,
@@ -35,12 +34,13 @@ from eval.scoring import (
     plain,
     text_figure,
 )
-from eval.statistics import write_statistics
-from largescale.distributed import local_device
+from eval.scoring.image_sets import ImageSet, open_images
+from eval.scoring.reference_statistics import write_statistics
+from largescale.distributed.ranks import local_device
 from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, Stopped, StorageError, usable
-from largescale.files import append_line, require_writable
-from largescale.launch import arguments, env_world_size, leave, print_error
-from largescale.signals import serve_stop_signals
+from largescale.host.files import append_line, require_writable
+from largescale.host.launch import arguments, env_world_size, leave, print_error
+from largescale.host.signals import serve_stop_signals
 
 RESULTS = "results.jsonl"
 

@@ -9,13 +9,13 @@ from typing import Annotated
 
 import tyro
 
-from largescale.checkpoint_files import checkpoints, named_weights
-from largescale.config import from_dict
+from largescale.checkpoint.files import checkpoints, named_weights
+from largescale.checkpoint.weights import EXPORT_CONFIG, EXPORT_WEIGHTS, describe, find_checkpoint
+from largescale.config.schema import from_dict
+from largescale.config.validation import ema_note
 from largescale.errors import LargescaleError, StorageError
-from largescale.files import require_writable, write_atomically
-from largescale.launch import arguments, print_error
-from largescale.validation import ema_note
-from largescale.weights import EXPORT_CONFIG, EXPORT_WEIGHTS, describe, find_checkpoint
+from largescale.host.files import require_writable, write_atomically
+from largescale.host.launch import arguments, print_error
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from typing import Annotated
 
 import tyro
 
-from largescale.checkpoint_files import CheckpointDir, checkpoints
+from largescale.checkpoint.files import CheckpointDir, checkpoints
 from largescale.errors import CheckpointError, ConfigError, LargescaleError, StorageError
-from largescale.launch import arguments, print_error
-from largescale.machine import KILL
-from largescale.signals import EXIT_REQUEUE
-from largescale.starts import Start, out_of_memory, read_starts
+from largescale.host.launch import arguments, print_error
+from largescale.host.machine import KILL
+from largescale.host.signals import EXIT_REQUEUE
+from largescale.monitoring.run_record import Start, out_of_memory, read_starts
 
 PATIENCE_WITH_STOPS = 4
 

@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from largescale.checkpoint_files import CheckpointDir
-from largescale.config import Config, batch_layout, differences, from_dict, to_dict
-from largescale.ds_config import final_ds_config, precision
+from largescale.checkpoint.files import CheckpointDir
+from largescale.config.deepspeed import final_ds_config, precision
+from largescale.config.presets import PRESETS, find_preset
+from largescale.config.schema import Config, batch_layout, differences, from_dict, to_dict
+from largescale.config.validation import ema_note, remarks, validate
 from largescale.errors import (
     CheckpointError,
     ConfigError,
@@ -27,8 +29,8 @@ from largescale.errors import (
     StorageError,
     usable,
 )
-from largescale.files import LOCK, exclusive, require_writable, sources_sha256
-from largescale.launch import (
+from largescale.host.files import LOCK, exclusive, require_writable, sources_sha256
+from largescale.host.launch import (
     arguments,
     env_rank,
     env_world_size,
@@ -39,11 +41,9 @@ from largescale.launch import (
     tell_torchrun,
     threads_per_rank,
 )
-from largescale.machine import check_process_memory, cores, keep_freed_memory
-from largescale.presets import PRESETS, find_preset
-from largescale.signals import EXIT_REQUEUE, serve_stop_signals, stop_requested
-from largescale.starts import note_end, read_starts
-from largescale.validation import ema_note, remarks, validate
+from largescale.host.machine import check_process_memory, cores, keep_freed_memory
+from largescale.host.signals import EXIT_REQUEUE, serve_stop_signals, stop_requested
+from largescale.monitoring.run_record import note_end, read_starts
 
 LOCAL_RANK_ARGUMENT = r"--local[-_]rank=\d+"
 """What DeepSpeed's launcher and torch.distributed.launch put first. They set the variable LOCAL_RANK too."""
@@ -51,8 +51,8 @@ LOCK_WAIT_S = 180  # a lease of NFS outlives the machine that held it
 
 if TYPE_CHECKING:
     from largescale.data.shards import ShardDataset
-    from largescale.distributed import Ranks
-    from largescale.watch import Watch
+    from largescale.distributed.ranks import Ranks
+    from largescale.distributed.watchdog import Watch
 
 
 def parse(args: list[str]) -> Config:
@@ -72,8 +72,8 @@ def parse(args: list[str]) -> Config:
 
 def open_dataset(config: Config, rank: int = 0, world_size: int = 1) -> "ShardDataset":
     """The data set, checked against the model; ranks share the hashing. Raises DataError."""
-    from largescale.build import latent_shape
     from largescale.data.shards import ShardDataset, check_flip
+    from largescale.models.build import latent_shape
 
     dataset = ShardDataset(config.data.path, config.data.verify, slice(rank, None, world_size))
     if dataset.info.x_shape != latent_shape(config.model):
@@ -113,8 +113,8 @@ def check_condition(dataset: "ShardDataset", config: Config) -> None:
 
 def settled(config: Config) -> Config:
     """With what `auto` stands for here: that is the run's setting, which a later start is compared with."""
-    from largescale.compiling import what_to_compile
-    from largescale.optim import choose_kernel
+    from largescale.engine.optimizer import choose_kernel
+    from largescale.models.compile import what_to_compile
 
     device = config.train.device
     return dataclasses.replace(
@@ -130,11 +130,11 @@ def run(config: Config, began_unix_s: float) -> int:
     warned = check_process_memory(config.train.device)
     import torch
 
-    from largescale.compiling import failure
-    from largescale.distributed import Ranks, is_lost_contact
-    from largescale.half import IN_TRAINING, check_on_cpu
-    from largescale.memory import check_memory
-    from largescale.watch import Watch, end_at_once, lost_rank
+    from largescale.distributed.ranks import Ranks, is_lost_contact
+    from largescale.distributed.watchdog import Watch, end_at_once, lost_rank
+    from largescale.models.compile import failure
+    from largescale.models.half_precision import IN_TRAINING, check_on_cpu
+    from largescale.planning.memory import check_memory
 
     validate(config, env_world_size())
     config = settled(config)
@@ -198,11 +198,11 @@ def train_claimed(config: Config, ds: dict[str, Any], ranks: "Ranks", dataset: "
     os.environ["DS_ACCELERATOR"] = config.train.device
     import torch
 
-    from largescale.checkpoint import Checkpointer
-    from largescale.engine import check_ds_config
-    from largescale.fit import saying_what_to_do, with_micro_batch_size
-    from largescale.telemetry import Telemetry
-    from largescale.trainer import Trainer
+    from largescale.checkpoint.checkpointer import Checkpointer
+    from largescale.engine.deepspeed_engine import check_ds_config
+    from largescale.monitoring.telemetry import Telemetry
+    from largescale.planning.batch_size import saying_what_to_do, with_micro_batch_size
+    from largescale.training.trainer import Trainer
 
     check_ds_config(ds)
     identity = {
@@ -358,7 +358,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         config = parse(arguments(args))
         if config.dry_run:
-            from largescale.dry_run import dry_run
+            from largescale.planning.dry_run import dry_run
 
             return dry_run(config) if env_rank() == 0 else 0
         return run(config, began_unix_s)

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from largescale import distributed, signals
 from largescale import train as train_program
-from largescale.checkpoint_files import checkpoints, named_weights
+from largescale.checkpoint.files import checkpoints, named_weights
 from largescale.data.format import CaptionInfo, DatasetInfo
 from largescale.data.writer import ShardWriter
-from largescale.machine import available_bytes, cores
-from largescale.telemetry import read_metrics
+from largescale.distributed.ranks import Ranks
+from largescale.host import signals
+from largescale.host.machine import available_bytes, cores
+from largescale.monitoring.telemetry import read_metrics
 from tests.ranks import ROOT, Done, ranks_of
 
 QUIET = ("--telemetry.no-tensorboard", "--telemetry.preview-every", 0, "--telemetry.reference-every", 0)
@@ -130,20 +131,20 @@ RunHere = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="session")
-def one_rank() -> Iterator[distributed.Ranks]:
-    ranks = distributed.Ranks("cpu")
+def one_rank() -> Iterator[Ranks]:
+    ranks = Ranks("cpu")
     close, ranks.close = ranks.close, lambda: None  # type: ignore[method-assign]
     yield ranks
     close()
 
 
 @pytest.fixture
-def run_here(blobs: Path, tmp_path: Path, one_rank: distributed.Ranks, monkeypatch: pytest.MonkeyPatch,
+def run_here(blobs: Path, tmp_path: Path, one_rank: Ranks, monkeypatch: pytest.MonkeyPatch,
              capsys: pytest.CaptureFixture[str]) -> RunHere:
     """Run the training program in this process on one rank (0.1 s, where a new process takes 4 s)."""
     # The process group outlives a run here: DeepSpeed cannot be given a second one.
-    ranks_for = distributed.Ranks
-    monkeypatch.setattr(distributed, "Ranks", lambda device, *timeout: one_rank if device == "cpu" else ranks_for(device))
+    ranks_for = Ranks
+    monkeypatch.setattr("largescale.distributed.ranks.Ranks", lambda device, *timeout: one_rank if device == "cpu" else ranks_for(device))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
 

@@ -10,5 +10,5 @@ import torch._dynamo  # DeepSpeed's engine loads it: half of its start
 import torch.utils.tensorboard
 import tyro
 
-import largescale.dry_run
-import largescale.trainer
+import largescale.planning.dry_run
+import largescale.training.trainer

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from largescale.distributed import Ranks
+from largescale.distributed.ranks import Ranks
 
 Place = tuple[str, str, str]  # file, function, what it does
 Step = Counter[Place]
@@ -28,16 +28,16 @@ UTILS = "deepspeed/runtime/utils.py"
 WAITS: dict[Place, str] = {
     (STAGE_2, "independent_gradient_partition_epilogue", "synchronize"):
         "several ranks: after each backward pass, for the stream on which gradients are summed (overlap_comm)",
-    ("largescale/engine.py", "_global_norm", "cpu"): "is the gradient's norm finite, and so the step applied?",
+    ("largescale/engine/deepspeed_engine.py", "_global_norm", "cpu"): "is the gradient's norm finite, and so the step applied?",
 }
 # What looks like a wait where there is no GPU.
 NO_WAITS: dict[Place, str] = {
-    ("largescale/distributed.py", "read", "tolist"):
+    ("largescale/distributed/ranks.py", "read", "tolist"):
         "on a GPU this reads a copy in pinned memory, once the event after that copy is there; see PendingVector",
     (UTILS, "is_invalid_grad_norm", "_local_scalar_dense"): "the norm is on the host by then",
 }
 NO_WAITS_OF_THE_LOG: dict[Place, str] = {
-    ("largescale/engine.py", "grad_norm", "_local_scalar_dense"): "the same norm",
+    ("largescale/engine/deepspeed_engine.py", "grad_norm", "_local_scalar_dense"): "the same norm",
 }
 
 # Operations whose CUDA kernels hand a number, or a number of elements, to the host.
@@ -115,7 +115,7 @@ def watch(patch: Callable[[Any, str, Any], None], first: int) -> list[Step]:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.accelerator import get_accelerator
 
-    from largescale.trainer import Trainer
+    from largescale.training.trainer import Trainer
 
     steps: list[Step] = []
     step: Step = Counter()

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from largescale.errors import DataError, NewerVersionError
-from largescale.files import from_json
+from largescale.host.files import from_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"

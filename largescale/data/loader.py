@@ -13,9 +13,9 @@ from torch import Tensor
 
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset
-from largescale.draws import host_draws
 from largescale.errors import ConfigError
-from largescale.models.conditioning import Captions, Condition
+from largescale.models.embedders import Captions, Condition
+from largescale.randomness import host_draws
 
 _STEPS_A_BLOCK = 16
 

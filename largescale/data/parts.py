@@ -20,13 +20,13 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from largescale.config import flatten
+from largescale.config.schema import flatten
 from largescale.data.format import MANIFEST, read_manifest
 from largescale.data.shards import ShardDataset
 from largescale.errors import DataError, Stopped, usable
-from largescale.files import exclusive, from_json, write_atomically
-from largescale.launch import printable
-from largescale.signals import stop_requested
+from largescale.host.files import exclusive, from_json, write_atomically
+from largescale.host.launch import printable
+from largescale.host.signals import stop_requested
 
 JOB = "packing/job.json"
 Flat = Mapping[str, Any]                                # a job by dotted keys

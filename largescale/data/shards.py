@@ -26,8 +26,8 @@ from largescale.data.format import (
     remedy,
 )
 from largescale.errors import DataError, StorageError
-from largescale.files import from_json, sha256
-from largescale.launch import env_rank
+from largescale.host.files import from_json, sha256
+from largescale.host.launch import env_rank
 
 Array = npt.NDArray[Any]
 

@@ -27,7 +27,7 @@ from largescale.data.format import (
     read_manifest,
 )
 from largescale.errors import DataError
-from largescale.files import fsync_dir, sha256, write_atomically
+from largescale.host.files import fsync_dir, sha256, write_atomically
 
 Array = npt.NDArray[Any]
 

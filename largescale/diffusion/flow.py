@@ -14,7 +14,7 @@ from largescale.diffusion.guidance import at
 from largescale.diffusion.objective import Losses, Model, SamplerName, check_draw, inside
 from largescale.diffusion.ode import euler, heun, heun3
 from largescale.errors import ConfigError
-from largescale.models.conditioning import Condition
+from largescale.models.embedders import Condition
 
 LAST_STEP = 0.04  # SiT's: where noise is not added any more
 

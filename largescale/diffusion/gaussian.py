@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from largescale.diffusion.objective import Losses, Model, SamplerName, check_draw
-from largescale.diffusion.schedule import alphas_cumprod, log_snr, respaced_betas
 from largescale.errors import ConfigError
-from largescale.models.conditioning import Condition
+from largescale.models.embedders import Condition
+from largescale.noise_schedule import alphas_cumprod, log_snr, respaced_betas
 
 
 class Prediction(NamedTuple):

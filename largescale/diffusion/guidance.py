@@ -6,7 +6,7 @@ from torch import Tensor
 
 from largescale.diffusion.objective import Model
 from largescale.errors import ConfigError
-from largescale.models.conditioning import Condition, drop, joined
+from largescale.models.embedders import Condition, drop, joined
 
 
 def at(model: "Model | ClassifierFreeGuidance", u: float) -> Model:

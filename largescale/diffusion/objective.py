@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from largescale.errors import ConfigError
-from largescale.models.conditioning import Condition
+from largescale.models.embedders import Condition
 
 Model = Callable[[Tensor, Tensor, Condition], Tensor]  # (x_t, t, y) -> model_output
 

@@ -19,9 +19,9 @@ from largescale.diffusion.gaussian import GaussianDiffusion
 from largescale.diffusion.guidance import ClassifierFreeGuidance, at
 from largescale.diffusion.objective import Model, SamplerName
 from largescale.diffusion.ode import euler, heun
-from largescale.diffusion.schedule import space_timesteps
 from largescale.errors import ConfigError
-from largescale.models.conditioning import Condition
+from largescale.models.embedders import Condition
+from largescale.noise_schedule import space_timesteps
 
 AnyObjective = GaussianDiffusion | Flow | Edm
 

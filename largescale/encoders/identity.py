@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from largescale.errors import DataError
-from largescale.launch import env_rank
+from largescale.host.launch import env_rank
 
 SAID_AFTER_S = 5.0
 """A load that takes longer says that it is one."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from largescale.errors import ConfigError
-from largescale.models.conditioning import CaptionEmbedder, Condition, LabelEmbedder, LinearFp32, TimestepEmbedder
+from largescale.models.embedders import CaptionEmbedder, Condition, LabelEmbedder, LinearFp32, TimestepEmbedder
 
 
 def sincos_position(hidden_size: int, grid: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from largescale.errors import ConfigError
-from largescale.models.conditioning import Captions, Condition, LinearFp32
+from largescale.models.embedders import Captions, Condition, LinearFp32
 
 HALF_POWER = math.sqrt(0.5)  # of a sum of two branches: the variance stays
 

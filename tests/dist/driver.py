@@ -14,12 +14,16 @@ from pathlib import Path
 import torch
 
 os.environ["DS_ACCELERATOR"] = "cuda" if "cuda" in sys.argv else "cpu"
-from largescale import checkpoint, fit, memory, train, trainer, watch
+from largescale.checkpoint import checkpointer as checkpoint
+from largescale.planning import batch_size, memory
+from largescale import train
+from largescale.training import trainer
+from largescale.distributed import watchdog
 from largescale.data.loader import Loader
 from largescale.errors import DataError
-from largescale.launch import leave
-from largescale.trainer import Trainer
-from largescale.watch import Watch
+from largescale.host.launch import leave
+from largescale.training.trainer import Trainer
+from largescale.distributed.watchdog import Watch
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--die-after", type=int, help="kill -9 this process when the step has been taken and its save begun")
@@ -118,13 +122,13 @@ if faults.out_of_memory:
     Trainer.losses = too_much  # type: ignore[assignment, method-assign]
 
 if faults.available:
-    fit.memory = memory.memory = lambda config, ds, world_size, n: {"images": n}  # type: ignore[assignment]
-    fit.MARGIN = 0.0
-    fit.host_bytes = lambda: faults.available[0] if os.environ["RANK"] == str(faults.available[1]) else 10**9
+    batch_size.memory = memory.memory = lambda config, ds, world_size, n: {"images": n}  # type: ignore[assignment]
+    batch_size.MARGIN = 0.0
+    batch_size.host_bytes = lambda: faults.available[0] if os.environ["RANK"] == str(faults.available[1]) else 10**9
 
 if faults.gpu_left is not None:
     free, total = torch.cuda.mem_get_info()
-    held = torch.empty(int(free - faults.gpu_left * 2**30 - fit.MARGIN * total), dtype=torch.uint8, device="cuda")
+    held = torch.empty(int(free - faults.gpu_left * 2**30 - batch_size.MARGIN * total), dtype=torch.uint8, device="cuda")
 
 if faults.leap is not None:
     losses_of = Trainer.losses
@@ -184,7 +188,7 @@ if faults.hang or faults.freeze or faults.watch_from:  # a slow machine is not t
     def make_patient(self: checkpoint.Checkpointer, *args: object, patience_s: float, **others: object) -> None:
         make(self, *args, patience_s=600, **others)  # type: ignore[arg-type]
 
-    watch.START_S = 0
+    watchdog.START_S = 0
     Loader.batch = reach  # type: ignore[assignment, method-assign]
     Watch._look, Watch.at = look_from_there_on, arrive  # type: ignore[method-assign]
     checkpoint.Checkpointer.__init__ = make_patient  # type: ignore[assignment, method-assign]

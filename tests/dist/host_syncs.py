@@ -6,7 +6,7 @@ import sys
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 from largescale import train
-from largescale.launch import leave
+from largescale.host.launch import leave
 from tests.waits import watch
 
 steps = watch(setattr, first=3)

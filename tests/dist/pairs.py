@@ -31,13 +31,14 @@ import torch
 from torch import Tensor
 
 os.environ["DS_ACCELERATOR"] = "cpu"
-from largescale import distributed, train
+from largescale.distributed import ranks
+from largescale import train
 from largescale.data.loader import Batch, Loader
 from largescale.diffusion.gaussian import GaussianDiffusion
 from largescale.diffusion.objective import Losses
-from largescale.draws import Draws
-from largescale.engine import Engine, plain
-from largescale.trainer import Trainer
+from largescale.randomness import Draws
+from largescale.engine.deepspeed_engine import Engine, plain
+from largescale.training.trainer import Trainer
 from tests.conftest import cut
 from tests.ranks import free_port
 
@@ -103,7 +104,7 @@ class Rows:
         with patch.object(Trainer, "losses", hashing):
             yield
 
-    def write(self, path: Path, ranks: distributed.Ranks) -> None:
+    def write(self, path: Path, ranks: ranks.Ranks) -> None:
         """Collective."""
         found: dict[int, dict[int, str]] = defaultdict(dict)
         for theirs in ranks.all_gather_json([(step, row, h) for step, rows in self.mine.items() for row, h in rows.items()]):
@@ -154,7 +155,7 @@ CHANGES: dict[str, Callable[[Trainer], Any]] = {
 # ---- the runs
 
 
-def start(plan: Plan, folder: Path, run: Run, ranks: distributed.Ranks) -> None:
+def start(plan: Plan, folder: Path, run: Run, ranks: ranks.Ranks) -> None:
     path, fault = folder / run["name"], run["fault"]
     args = [*plan["args"], "--output", path, "--train.ds-config", folder / f"{run['precision']}.json",
             "--train.micro-batch-size", plan["micro"][str(ranks.world_size)]]
@@ -188,9 +189,9 @@ def start(plan: Plan, folder: Path, run: Run, ranks: distributed.Ranks) -> None:
 def one_rank(plan: Plan, folder: Path, runs: list[Run], rank: int, port: int) -> None:
     world_size = runs[0]["ranks"]
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_PORT": str(port)}
-    ranks = distributed.Ranks("cpu")
+    ranks = ranks.Ranks("cpu")
     close, ranks.close = ranks.close, lambda: None  # type: ignore[method-assign]
-    distributed.Ranks = lambda device, *timeout: ranks  # type: ignore[assignment, misc]
+    ranks.Ranks = lambda device, *timeout: ranks  # type: ignore[assignment, misc]
     for run in runs:
         start(plan, folder, run, ranks)
     close()

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from largescale import watch
+from largescale.distributed import watchdog
 
 from largescale.errors import LargescaleError
-from largescale.telemetry import read_metrics
-from largescale.watch import Watch
+from largescale.monitoring.telemetry import read_metrics
+from largescale.distributed.watchdog import Watch
 from tests.conftest import QUIET, Train, trace
 from tests.ranks import ROOT, free_port, ranks_of, running
 
@@ -95,8 +95,8 @@ def test_only_the_time_in_which_it_ran_counts(monkeypatch: pytest.MonkeyPatch) -
         now[0] += waits.pop(0)
         return False
 
-    monkeypatch.setattr(watch, "time", Clock)
-    monkeypatch.setattr(watch, "end_at_once", end)
+    monkeypatch.setattr(watchdog, "time", Clock)
+    monkeypatch.setattr(watchdog, "end_at_once", end)
     looking = Watch(10)
     looking.limit_s = 10
     monkeypatch.setattr(looking._done, "wait", wait)
@@ -110,7 +110,7 @@ def test_only_the_time_in_which_it_ran_counts(monkeypatch: pytest.MonkeyPatch) -
 
 MEETING = """
 import os, pathlib, sys
-from largescale.distributed import Ranks
+from largescale.distributed.ranks import Ranks
 ranks = Ranks("cpu", 60)
 if sys.argv[1] == "listen" and ranks.rank == 0:
     port = f"{int(os.environ['MASTER_PORT']):04X}"

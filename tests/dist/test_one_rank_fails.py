@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from largescale.checkpoint_files import checkpoints
-from largescale.starts import read_starts
-from largescale.telemetry import read_metrics
+from largescale.checkpoint.files import checkpoints
+from largescale.monitoring.run_record import read_starts
+from largescale.monitoring.telemetry import read_metrics
 from tests.conftest import QUIET, Train, assert_same_run, cut, ds_json, trace
 from tests.ranks import ranks_of, running
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from largescale.checkpoint_files import checkpoints, client_state
-from largescale.engine import Engine
+from largescale.checkpoint.files import checkpoints, client_state
+from largescale.engine.deepspeed_engine import Engine
 from tests.conftest import Outcome, RunHere, ds_json
 
 STEPS, STAGE, WINDOW = 200, 40, 20

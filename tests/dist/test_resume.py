@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from largescale.checkpoint_files import CheckpointDir, checkpoints
+from largescale.checkpoint.files import CheckpointDir, checkpoints
 from tests.conftest import Train, assert_same_run, cut, ds_json, trace
 from tests.ranks import ranks_of
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from largescale.checkpoint_files import checkpoints
-from largescale.noise_sampling import LossSecondMoment
+from largescale.checkpoint.files import checkpoints
+from largescale.diffusion.noise_levels import LossSecondMoment
 from tests.conftest import Train, assert_same_run, cut, trace
 
 RESAMPLED = ("--noise.sampling", "loss_second_moment", "--diffusion.timesteps", 10)

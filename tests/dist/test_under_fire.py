@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from largescale import checkpoint_files
-from largescale.checkpoint_files import MANIFEST, MODEL_FILE, CheckpointDir, checkpoints, newest_valid, seal
-from largescale.files import sha256
-from largescale.weights import load_trained
+from largescale.checkpoint import files
+from largescale.checkpoint.files import CheckpointDir, MANIFEST, MODEL_FILE, checkpoints, newest_valid, seal
+from largescale.host.files import sha256
+from largescale.checkpoint.weights import load_trained
 from tests.conftest import RunHere, assert_same_run
 from tests.ranks import ranks_of
 
@@ -172,7 +172,7 @@ def test_nothing_is_opened_before_its_hash_has_matched(name: str, run_here: RunH
         opened.append(file)
         return load(file, *args, **options)
 
-    monkeypatch.setattr(checkpoint_files, "sha256", hash_seen)
+    monkeypatch.setattr(files, "sha256", hash_seen)
     monkeypatch.setattr(torch, "load", load_seen)
     for use in (lambda: load_trained(run), lambda: run_here(*SETTINGS)):
         hashed.clear()

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from largescale.checkpoint_files import CheckpointDir, checkpoints, flat_state, named_weights
-from largescale.engine import Engine
+from largescale.checkpoint.files import CheckpointDir, checkpoints, flat_state, named_weights
+from largescale.engine.deepspeed_engine import Engine
 from largescale.errors import CheckpointError
-from largescale.optim import carrying_ema
+from largescale.engine.optimizer import carrying_ema
 from tests.conftest import QUIET, ds_json, trace
 from tests.ranks import ranks_of
 

@@ -32,13 +32,15 @@ from typing import Any, NoReturn
 import torch
 
 os.environ["DS_ACCELERATOR"] = "cpu"
-from largescale import checkpoint as product
-from largescale import files, train, trainer  # noqa: F401 (imported once for every life)
-from largescale.checkpoint import Checkpointer
-from largescale.checkpoint_files import CLIENT_KEY, MANIFEST, MODEL_FILE, CheckpointDir, checkpoints, load
-from largescale.config import CheckpointConfig
+from largescale.checkpoint import checkpointer as product
+from largescale.host import files
+from largescale import train
+from largescale.training import trainer  # noqa: F401 (imported once for every life)
+from largescale.checkpoint.checkpointer import Checkpointer
+from largescale.checkpoint.files import CLIENT_KEY, CheckpointDir, MANIFEST, MODEL_FILE, checkpoints, load
+from largescale.config.schema import CheckpointConfig
 from largescale.errors import CheckpointError
-from largescale.starts import read_starts
+from largescale.monitoring.run_record import read_starts
 from tests.conftest import QUIET, assert_same_run
 from tests.ranks import free_port
 

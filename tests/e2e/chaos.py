@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from largescale.checkpoint_files import checkpoints
-from largescale.starts import account, read_starts
-from largescale.telemetry import read_metrics
+from largescale.checkpoint.files import checkpoints
+from largescale.monitoring.run_record import account, read_starts
+from largescale.monitoring.telemetry import read_metrics
 from tests.conftest import assert_same_run, make_blobs, trace
 from tests.ranks import ROOT, Forked, free_port
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from largescale.data.shards import ShardDataset
-from largescale.telemetry import read_metrics
+from largescale.monitoring.telemetry import read_metrics
 
 ROOT = Path(__file__).parents[2]
 

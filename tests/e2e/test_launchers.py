@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from largescale.checkpoint_files import checkpoints
-from largescale.telemetry import read_metrics
+from largescale.checkpoint.files import checkpoints
+from largescale.monitoring.telemetry import read_metrics
 from tests.conftest import QUIET
 from tests.ranks import ROOT
 
@@ -87,6 +87,6 @@ def test_installed_without_the_clone(tmp_path: Path, blobs: Path) -> None:
     done = subprocess.run([sys.executable, *arguments(blobs, tmp_path / "run", "--train.steps", 2)], cwd=empty, env=env, text=True,
                           capture_output=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    for program in ("eval.sample", "data_prep.inspect"):
+    for program in ("eval.sample", "data_prep.describe"):
         helped = subprocess.run([sys.executable, "-m", program, "--help"], cwd=empty, env=env, text=True, capture_output=True, timeout=900)
         assert helped.returncode == 0, helped.stderr

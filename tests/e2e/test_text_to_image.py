@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from data_prep.images import decode
-from largescale.checkpoint_files import checkpoints
+from largescale.checkpoint.files import checkpoints
 from largescale.data.shards import ShardDataset
 from largescale.encoders.vae import load_vae
 from tests.conftest import assert_same_run, cut

@@ -16,8 +16,8 @@ os.environ["DS_ACCELERATOR"] = "cuda"
 import torch
 
 from largescale import train
-from largescale.launch import leave
-from largescale.trainer import Trainer
+from largescale.host.launch import leave
+from largescale.training.trainer import Trainer
 from tests.waits import here
 
 first, item, settings = int(sys.argv[1]), "--item" in sys.argv, [arg for arg in sys.argv[2:] if arg != "--item"]

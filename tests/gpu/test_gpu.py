@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from largescale.telemetry import read_metrics
+from largescale.monitoring.telemetry import read_metrics
 from tests.conftest import QUIET, Train, cut, ds_json, final_state, trace
 from tests.ranks import ranks_of
 from tests.waits import NO_WAITS, WAITS
@@ -76,7 +76,7 @@ def test_a_step_waits_for_the_gpu_only_where_it_is_known(precision: str, blobs: 
     steps = waits()
     assert [place for step in steps for place in step if place not in allowed] == []
     assert all(step.keys() & waiting for step in steps)  # it does look
-    assert all(step["largescale/trainer.py:attempt"] == 2 for step in waits("--item"))
+    assert all(step["largescale/training/trainer.py:attempt"] == 2 for step in waits("--item"))
 
 
 @pytest.mark.parametrize("what", ["blocks", "model"])

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from largescale.telemetry import read_metrics
+from largescale.monitoring.telemetry import read_metrics
 from tests.ranks import ROOT, ranks_of
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "nsenter", "unshare")

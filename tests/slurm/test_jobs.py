@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from largescale.checkpoint_files import checkpoints
+from largescale.checkpoint.files import checkpoints
 from largescale.data.shards import ShardDataset
 from tests.conftest import assert_same_run
 from tests.slurm.conftest import Job, Lab, Submit

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from largescale.build import blank_condition, build_model, latent_shape
-from largescale.config import ModelConfig
+from largescale.config.schema import ModelConfig
+from largescale.models.build import blank_condition, build_model, latent_shape
 from largescale.models.dit import Block, DiT
 from tests.conftest import CAPTIONED, RunHere, assert_same_run, ds_json
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from largescale.anomaly import Skip, SpikeWatch, input_step, skipping
-from largescale.checkpoint_files import checkpoints
-from largescale.telemetry import read_metrics
+from largescale.checkpoint.files import checkpoints
+from largescale.monitoring.telemetry import read_metrics
+from largescale.training.anomaly import Skip, SpikeWatch, input_step, skipping
 from tests.conftest import RunHere, trace
 
 
@@ -101,8 +101,8 @@ def test_which_inputs_a_run_reads(run_here: RunHere, monkeypatch: pytest.MonkeyP
     """Order, flips and every draw follow the skips."""
     import torch
 
-    from largescale import trainer
     from largescale.data.loader import Loader
+    from largescale.training import trainer
 
     read, drawn = [], []
     batch, draws, losses = Loader.batch, trainer.step_draws, trainer.Trainer.losses

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from largescale.launch import arguments
+from largescale.host.launch import arguments
 from tests.conftest import RunHere
 from tests.ranks import ROOT
 
@@ -36,4 +36,4 @@ def test_every_program() -> None:
     assert len(programs) >= 14
     for path, tree in programs.items():
         calls = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-        assert "arguments" in calls, f"{path} reads its command line without largescale.launch.arguments"
+        assert "arguments" in calls, f"{path} reads its command line without largescale.host.launch.arguments"

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from largescale.augment import AUGMENT_DIM, AUGMENT_NORMALS, AUGMENT_UNIFORMS, augment
+from largescale.data.augment import AUGMENT_DIM, AUGMENT_NORMALS, AUGMENT_UNIFORMS, augment
 from largescale.errors import ConfigError
 
 P = 0.12

@@ -15,20 +15,22 @@ import numpy as np
 import pytest
 import torch
 
-from largescale import export, inspect, signals, telemetry
+from largescale import export, status
 from largescale import train as train_program
-from largescale.checkpoint_files import CheckpointDir, checkpoints, seal
-from largescale.config import CheckpointConfig, least_steps, make_curriculum
+from largescale.checkpoint.files import CheckpointDir, checkpoints, seal
+from largescale.config.schema import CheckpointConfig, least_steps, make_curriculum
 from largescale.data.format import DatasetInfo, fingerprint
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
+from largescale.engine.optimizer import check_apex
 from largescale.errors import ConfigError
-from largescale.files import exclusive, sha256
-from largescale.optim import check_apex
-from largescale.starts import read_starts
-from largescale.telemetry import read_metrics
-from largescale.trainer import Trainer
+from largescale.host import signals
+from largescale.host.files import exclusive, sha256
+from largescale.monitoring import telemetry
+from largescale.monitoring.run_record import read_starts
+from largescale.monitoring.telemetry import read_metrics
+from largescale.training.trainer import Trainer
 from tests.conftest import CAPTIONED, Outcome, RunHere, assert_same_run, cut, final_state, make_blobs
 
 
@@ -60,7 +62,7 @@ def test_batch_that_does_not_divide(run_here: RunHere) -> None:
 
 
 def test_no_room_for_one_image(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("largescale.fit.available_bytes", lambda: 2**20)
+    monkeypatch.setattr("largescale.planning.batch_size.available_bytes", lambda: 2**20)
     outcome = run_here("--train.micro-batch-size", "auto")
     assert_refused(outcome, "not even one image at a time fits on rank 0, which has 0.00 GiB of memory and needs about",
                    "master weights", "set --train.activation-checkpointing or start more ranks")
@@ -116,7 +118,7 @@ def test_more_classes_than_the_data_have(run_here: RunHere, monkeypatch: pytest.
         told.extend(condition(list(index)).tolist())
         return torch.zeros(len(index), *shape)
 
-    monkeypatch.setattr("largescale.preview.draw_samples", draw)
+    monkeypatch.setattr("largescale.training.preview.draw_samples", draw)
     note = "note: model.num_classes=1,000, and the data have 10: the others are never trained; to leave them out, --model.num-classes 10"
     wide = ("--model.num-classes", 1000, "--train.steps", 2)
     assert note in run_here(*wide, "--dry-run").err
@@ -383,7 +385,7 @@ def test_checkpoints_that_are_gone(run_here: RunHere, tmp_path: Path) -> None:
 
 def test_a_finished_run_that_could_not_be_saved_is_not_finished(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
     """It tries again until it is asked to stop, and then comes back."""
-    from largescale import checkpoint
+    from largescale.checkpoint import checkpointer as checkpoint
 
     write = checkpoint._write
 
@@ -405,13 +407,13 @@ def test_a_finished_run_that_could_not_be_saved_is_not_finished(run_here: RunHer
 
 def test_files_that_cannot_be_read_at_present_are_not_damaged(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
     run_here("--train.steps", 8, "--checkpoint.every", 4)
-    monkeypatch.setattr("largescale.checkpoint_files.READ_AGAIN_S", (0.0,))
+    monkeypatch.setattr("largescale.checkpoint.files.READ_AGAIN_S", (0.0,))
 
     def ill(path: Path) -> str:
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("largescale.checkpoint_files.sha256", ill)
+        patch.setattr("largescale.checkpoint.files.sha256", ill)
         outcome = run_here("--train.steps", 12)
     assert outcome.code == 75 and "cannot be read at present" in outcome.err and "damaged" not in outcome.err
     assert "none of the 3 checkpoints" in outcome.err and "try again later" in outcome.err
@@ -424,7 +426,7 @@ def bad_sector(checkpoint: CheckpointDir, monkeypatch: pytest.MonkeyPatch) -> No
             raise OSError(5, "Input/output error")
         return sha256(path)
 
-    monkeypatch.setattr("largescale.checkpoint_files.sha256", read)
+    monkeypatch.setattr("largescale.checkpoint.files.sha256", read)
 
 
 def folder_as_manifest(checkpoint: CheckpointDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,7 +441,7 @@ def test_a_newest_checkpoint_that_can_never_be_read(spoil: Any, run_here: RunHer
     settings = ("--train.steps", 12, "--checkpoint.every", 4)
     truth = run_here(*settings, output=tmp_path / "truth").run
     shutil.copytree(truth, tmp_path / "run")
-    monkeypatch.setattr("largescale.checkpoint_files.READ_AGAIN_S", (0.0,))
+    monkeypatch.setattr("largescale.checkpoint.files.READ_AGAIN_S", (0.0,))
     newest = checkpoints(tmp_path / "run")[0]
     with monkeypatch.context() as patch:
         spoil(newest, patch)
@@ -474,7 +476,7 @@ def test_a_checkpoint_of_a_newer_version(run_here: RunHere, capsys: pytest.Captu
     outcome = run_here("--train.steps", 12)
     assert_refused(outcome, *expected)
     assert "passing over" not in outcome.err
-    for program in (export.main, inspect.main):
+    for program in (export.main, status.main):
         assert program([str(run)]) == 2
         assert expected[0] in capsys.readouterr().err
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
@@ -550,8 +552,8 @@ class OneOfTwo:
 
 def test_a_manifest_that_one_rank_does_not_see_yet(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a network file system shows a new file late: waited for, not called damage. One that all miss is not."""
-    from largescale import checkpoint
-    from largescale.checkpoint import Checkpointer
+    from largescale.checkpoint import checkpointer as checkpoint
+    from largescale.checkpoint.checkpointer import Checkpointer
 
     run = run_here("--train.steps", 8, "--checkpoint.every", 4).run
     manifest, said, pauses = checkpoints(run)[0].path / "manifest.json", list[str](), list[float]()
@@ -581,8 +583,8 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(run_here: RunHere, mo
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("largescale.telemetry.tqdm.write", full)
-    monkeypatch.setattr("largescale.telemetry.tqdm.update", full)
+    monkeypatch.setattr("largescale.monitoring.telemetry.tqdm.write", full)
+    monkeypatch.setattr("largescale.monitoring.telemetry.tqdm.update", full)
     assert run_here("--train.steps", 8, "--curriculum.patience", 0).code == 0
 
 
@@ -707,7 +709,7 @@ def test_a_run_directory_that_is_renamed(old_name: str, run_here: RunHere, monke
 
 def test_the_old_name_does_not_come_back(tmp_path: Path) -> None:
     """Renamed between two calls of a save: that save fails, and is tried again where the run lies then."""
-    from largescale.checkpoint import Writer
+    from largescale.checkpoint.checkpointer import Writer
 
     writer = Writer()
     writer.makedirs(str(tmp_path / "run/checkpoints"), exist_ok=True)
@@ -734,7 +736,7 @@ def test_data_that_can_be_read_at_the_third_try(run_here: RunHere, monkeypatch: 
     rows = np.arange(16) + 3 * 16
     bad = sample_indices(rows, 300, 0).tolist()
     monkeypatch.setattr(ShardDataset, "gather", flaky)
-    monkeypatch.setattr("largescale.trainer.READ_AGAIN_S", (0.0, 0.0))
+    monkeypatch.setattr("largescale.training.trainer.READ_AGAIN_S", (0.0, 0.0))
     assert run_here(*settings).code == 0 and failures == 0
     assert_same_run(tmp_path / "run", truth)
 
@@ -756,7 +758,7 @@ def test_two_processes_do_not_train_one_run(run_here: RunHere, tmp_path: Path, m
 
 def test_a_disk_that_is_full_at_the_start(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint of step 0 proves that the run can be saved."""
-    from largescale import checkpoint
+    from largescale.checkpoint import checkpointer as checkpoint
 
     def full(state: Any, path: Path) -> Any:
         raise OSError(28, "No space left on device")
@@ -780,7 +782,7 @@ def test_a_limit_on_the_size_of_files(run_here: RunHere) -> None:
 
 def test_a_failed_write_is_said_and_tried_again(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that is full for a while: training goes on, the last good checkpoint stays, the next one is written."""
-    from largescale import checkpoint
+    from largescale.checkpoint import checkpointer as checkpoint
 
     write = checkpoint._write
 
@@ -797,7 +799,7 @@ def test_a_failed_write_is_said_and_tried_again(run_here: RunHere, monkeypatch: 
 
 
 def test_ranks_that_disagree() -> None:
-    from largescale.checkpoint import _require_equal
+    from largescale.checkpoint.checkpointer import _require_equal
     from largescale.errors import CheckpointError
 
     states = [json.dumps({"step": 5, "curriculum": {"index": i}}) for i in (3, 3, 2)]
@@ -833,7 +835,7 @@ def test_apex_is_not_installed(run_here: RunHere) -> None:
 
 @pytest.mark.parametrize(("visible", "local_rank", "index"), [(1, 0, 0), (1, 5, 0), (8, 5, 5)])
 def test_each_rank_has_its_gpu(monkeypatch: pytest.MonkeyPatch, visible: int, local_rank: int, index: int) -> None:
-    from largescale.distributed import local_device
+    from largescale.distributed.ranks import local_device
 
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -845,7 +847,7 @@ def test_each_rank_has_its_gpu(monkeypatch: pytest.MonkeyPatch, visible: int, lo
 
 
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    from largescale.distributed import local_device
+    from largescale.distributed.ranks import local_device
     from largescale.errors import DeviceError
 
     monkeypatch.setenv("LOCAL_RANK", "3")

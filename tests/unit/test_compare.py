@@ -18,28 +18,30 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from eval import compare, compare_report, curve, score
+from eval import compare, curve, score
 from eval.compare import Compare, Comparison
-from eval.compare_loss import SEED, ValidationLoss, figure
-from eval.compare_methods import METHODS, read_methods
-from eval.compare_runs import Run, TrainingFailed, differences, plan
-from eval.compare_statistics import Difference, cluster_table, mean, paired, standings, summary, table
-from eval.features import Extractor, Features
-from largescale import distributed, signals
+from eval.comparison import report
+from eval.comparison.methods import METHODS, read_methods
+from eval.comparison.statistics import Difference, cluster_table, mean, paired, standings, summary, table
+from eval.comparison.validation_loss import SEED, ValidationLoss, figure
+from eval.scoring.extractors import Extractor, Features
+from eval.training_runs import Run, TrainingFailed, differences, plan
 from largescale import train as train_program
-from largescale.build import build_objective
-from largescale.checkpoint_files import CheckpointDir, checkpoints, named_weights
-from largescale.config import Config, flatten, to_dict
+from largescale.checkpoint.files import CheckpointDir, checkpoints, named_weights
+from largescale.checkpoint.weights import load_trained
+from largescale.config.presets import PRESETS
+from largescale.config.schema import Config, flatten, to_dict
+from largescale.config.validation import ema_note, validate
 from largescale.data.format import DatasetInfo
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
 from largescale.diffusion.objective import Losses
-from largescale.draws import step_draws
+from largescale.distributed import ranks
 from largescale.errors import ConfigError, DataError, Stopped
-from largescale.presets import PRESETS
-from largescale.telemetry import read_metrics
-from largescale.validation import ema_note, validate
-from largescale.weights import load_trained
+from largescale.host import signals
+from largescale.models.build import build_objective
+from largescale.monitoring.telemetry import read_metrics
+from largescale.randomness import step_draws
 from tests.conftest import QUIET
 
 CPU = torch.device("cpu")
@@ -341,7 +343,7 @@ def tiny(images: Tensor) -> Features:
 
 
 @pytest.fixture
-def trained_here(monkeypatch: pytest.MonkeyPatch, one_rank: distributed.Ranks) -> list[tuple[str, int]]:
+def trained_here(monkeypatch: pytest.MonkeyPatch, one_rank: ranks.Ranks) -> list[tuple[str, int]]:
     """Training runs in this process, as tests.conftest.run_here does; which runs were started. Pictures are left out."""
     started = list[tuple[str, int]]()
 
@@ -349,9 +351,9 @@ def trained_here(monkeypatch: pytest.MonkeyPatch, one_rank: distributed.Ranks) -
         started.append((run.method, run.seed))
         train_here(run, nproc)
 
-    monkeypatch.setattr(distributed, "Ranks", lambda device, *timeout: one_rank)
+    monkeypatch.setattr(ranks, "Ranks", lambda device, *timeout: one_rank)
     monkeypatch.setattr(Run, "train", train)
-    monkeypatch.setattr(compare_report, "multiples", lambda *args, **more: None)
+    monkeypatch.setattr(report, "multiples", lambda *args, **more: None)
     return started
 
 
@@ -385,7 +387,7 @@ Started = list[tuple[str, int]]
 def test_a_comparison(arguments: Arguments, trained_here: Started, tmp_path: Path, capsys: pytest.CaptureFixture[str],
                       monkeypatch: pytest.MonkeyPatch) -> None:
     out, pictures = tmp_path / "out", list[tuple[str, list[str]]]()
-    monkeypatch.setattr(compare_report, "multiples", lambda runs, names, path, **more: pictures.append((path.name, names)))
+    monkeypatch.setattr(report, "multiples", lambda runs, names, path, **more: pictures.append((path.name, names)))
     assert compare.main(arguments()) == 0
     said = capsys.readouterr().out
     assert trained_here == [("vanilla", 0), ("naive", 0), ("vanilla", 1), ("naive", 1)]
@@ -438,14 +440,14 @@ def test_draws_are_the_same(arguments: Arguments, trained_here: Started, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def truth(tmp_path_factory: pytest.TempPathFactory, blobs: Path, one_rank: distributed.Ranks) -> Path:
+def truth(tmp_path_factory: pytest.TempPathFactory, blobs: Path, one_rank: ranks.Ranks) -> Path:
     """A comparison of one seed, without samples; vanilla by the training program in a process of its own."""
     out, train = tmp_path_factory.mktemp("compare") / "out", Run.train
     options = ("--preset", "debug", "--methods", "vanilla,naive", "--seeds", 1, "--out", out, "--every", 4, "--num-samples", 0,
                "--loss-images", 3, "--clusters", 2, "--device", "cpu", "--", "--data.path", blobs, "--train.steps", 9, *QUIET)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(distributed, "Ranks", lambda device, *timeout: one_rank)
+        patch.setattr(ranks, "Ranks", lambda device, *timeout: one_rank)
         patch.setattr(Run, "train", lambda run, nproc: (train if run.method == "vanilla" else train_here)(run, nproc))
         assert compare.main([*map(str, options)]) == 0
     return out

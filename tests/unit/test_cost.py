@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from largescale.build import blank_condition, build_model, latent_shape
-from largescale.config import Config
-from largescale.cost import HARDWARE, Hardware, Plan, Workload, daly, slowdown, step, young
-from largescale.dry_run import _kernels_per_block, span, workload
-from largescale.ds_config import load_ds_config
-from largescale.memory import activation_bytes, largest_micro_batch, memory
-from largescale.presets import PRESETS
-from largescale.telemetry import peak_flops
+from largescale.config.deepspeed import load_ds_config
+from largescale.config.presets import PRESETS
+from largescale.config.schema import Config
+from largescale.models.build import blank_condition, build_model, latent_shape
+from largescale.monitoring.telemetry import peak_flops
+from largescale.planning.cost import HARDWARE, Hardware, Plan, Workload, daly, slowdown, step, young
+from largescale.planning.dry_run import _kernels_per_block, span, workload
+from largescale.planning.memory import activation_bytes, largest_micro_batch, memory
 from tests.conftest import QUIET, RunHere
 from tests.ranks import ranks_of
 

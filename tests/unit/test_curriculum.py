@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from largescale.config import Config, CurriculumConfig, DiffusionConfig, cluster_edges
+from largescale.config.schema import Config, CurriculumConfig, DiffusionConfig, cluster_edges
 from largescale.curriculum import (
     Curriculum,
     FixedPacing,
@@ -19,8 +19,8 @@ from largescale.curriculum import (
     stage,
     uniform_clusters,
 )
-from largescale.diffusion.schedule import log_snr, make_betas
 from largescale.errors import CheckpointError, ConfigError
+from largescale.noise_schedule import log_snr, make_betas
 
 ROOT = Path(__file__).parents[2]
 
@@ -259,6 +259,6 @@ def test_the_readmes_three_lines() -> None:
 
 def test_the_package_imports_nothing_and_its_lower_layers_no_torch() -> None:
     code = ("import sys; before = {*sys.modules}; import largescale; assert {*sys.modules} - before == {'largescale'}\n"
-            "import largescale.config, largescale.presets, largescale.ds_config, largescale.curriculum\n"
-            "import largescale.checkpoint_files, largescale.telemetry; assert 'torch' not in sys.modules")
+            "import largescale.config.schema, largescale.config.presets, largescale.config.deepspeed, largescale.curriculum\n"
+            "import largescale.checkpoint.files, largescale.monitoring.telemetry; assert 'torch' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

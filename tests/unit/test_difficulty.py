@@ -14,20 +14,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval import compare_runs, difficulty, difficulty_report, difficulty_study, score
-from eval.compare_runs import Run, TrainingFailed
-from eval.difficulty_convergence import LossCurve, converge, rank_correlation, read_losses
-from eval.difficulty_denoising import Spliced, SplicedSampler, asked_levels, bounds, check_fits, noise_level_of
-from eval.difficulty_study import STUDIES, Plan, Study
-from eval.relative_entropy import noise_levels, one_kernel
+from eval import difficulty, score, training_runs
+from eval.difficulty_study import report
+from eval.difficulty_study import study as study_module
+from eval.difficulty_study.convergence import LossCurve, converge, rank_correlation, read_losses
+from eval.difficulty_study.denoising import Spliced, SplicedSampler, asked_levels, bounds, check_fits, noise_level_of
+from eval.difficulty_study.relative_entropy import noise_levels, one_kernel
+from eval.difficulty_study.study import STUDIES, Plan, Study
 from eval.sample import Sample
+from eval.training_runs import Run, TrainingFailed
 from largescale import train as train_program
-from largescale.build import build_model, build_objective, latent_shape
-from largescale.config import Config, cluster_edges
+from largescale.checkpoint.weights import Trained
+from largescale.config.presets import PRESETS
+from largescale.config.schema import Config, cluster_edges
+from largescale.diffusion.sampling import SamplingConfig, draw_samples
 from largescale.errors import CheckpointError, Stopped
-from largescale.presets import PRESETS
-from largescale.sampling import SamplingConfig, draw_samples
-from largescale.weights import Trained
+from largescale.models.build import build_model, build_objective, latent_shape
 from tests.conftest import RunHere
 from tests.unit.test_score import EXTRACTOR
 
@@ -257,7 +259,7 @@ def test_what_is_trained() -> None:
         assert (c.telemetry.log_every, c.train.steps, c.data.path, c.optimizer.lr) == (1, 400, "elsewhere", 1e-3)
         assert run.folder == Path(f"runs/difficulty/digits/interval_{i:02}")
         assert run.command(1)[1:4] == ["-m", "largescale.train", "digits"]
-        assert compare_runs.configure("digits", run.arguments[1:]) == c     # as the program reads them
+        assert training_runs.configure("digits", run.arguments[1:]) == c     # as the program reads them
         assert run.command(2)[1:3] == ["-m", "torch.distributed.run"] and "--nproc-per-node" in run.command(2)
 
 
@@ -292,8 +294,8 @@ def study(blobs: Path, tmp_path: Path, trained_before: Path, run_here: RunHere, 
 
     monkeypatch.setattr(Run, "train", train)
     monkeypatch.setattr(score, "load_extractor", lambda *args, **more: EXTRACTOR)
-    monkeypatch.setattr(difficulty_study, "MIN_SCORED", 20)
-    monkeypatch.setattr(difficulty_study, "MIN_POINTS", 100)
+    monkeypatch.setattr(study_module, "MIN_SCORED", 20)
+    monkeypatch.setattr(study_module, "MIN_POINTS", 100)
     own = ("--preset", "debug", "--out", tmp_path / "out", "--data", blobs, "--intervals", 3, "--steps", 8, "--num-samples", 20,
            "--sampler-steps", 6, "--entropy-images", 120, "--entropy-samples", 20, "--device", "cpu")
 
@@ -355,7 +357,7 @@ def test_a_whole_study(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_what_is_missing_is_named(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr(difficulty_report, "draw", lambda found: {})        # seconds
+    monkeypatch.setattr(report, "draw", lambda found: {})        # seconds
     code, said, _ = study("--stages", "report")
     assert code == 2 and "holds nothing to report yet" in said
     assert study("--stages", "train", "--interval", 1)[2] == ["interval_01"]
@@ -435,10 +437,10 @@ def test_bad_input(study: Any, args: tuple[Any, ...], said: str, tmp_path: Path)
 
 def test_too_few_images(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The data set's own 300, against the numbers as they are shipped."""
-    monkeypatch.setattr(difficulty_study, "MIN_POINTS", 1000)
+    monkeypatch.setattr(study_module, "MIN_POINTS", 1000)
     code, said, _ = study("--entropy-images", 1000)
     assert code == 2 and "a relative entropy of 300 images" in said and "give 1,000 or more, or leave out" in said
-    monkeypatch.setattr(difficulty_study, "MIN_SCORED", 1000)
+    monkeypatch.setattr(study_module, "MIN_SCORED", 1000)
     code, said, _ = study("--stages", "denoise", "--num-samples", 1000)
     assert code == 2 and "a Frechet distance from 300 images" in said and "1,000 images or more" in said
 
@@ -475,4 +477,4 @@ def test_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert difficulty.main([]) == 0
     said = capsys.readouterr().out
     assert all(f"\n  {name}\n" in said for name in STUDIES)
-    assert isinstance(STUDIES["digits"], Study) and compare_runs.Run is Run
+    assert isinstance(STUDIES["digits"], Study) and training_runs.Run is Run

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from largescale.diffusion.guidance import ClassifierFreeGuidance
 from largescale.errors import ConfigError
-from largescale.models.conditioning import sinusoid
 from largescale.models.dit import DiT, flops_per_image
+from largescale.models.embedders import sinusoid
 
 REFERENCE = np.load(Path(__file__).parents[1] / "reference" / "dit_forward.npz")
 SIZES = {

@@ -13,18 +13,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eval import conditions as module
-from eval.conditions import Conditions, EncodingCache, make_conditions
+from eval.drawing import conditions as module
+from eval.drawing.conditions import Conditions, EncodingCache, make_conditions
 from eval.prompts import freeze, read_prompts
-from largescale.build import build_model
+from largescale.checkpoint.weights import Trained
+from largescale.config.presets import PRESETS
 from largescale.data.format import CaptionInfo, DatasetInfo
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
 from largescale.encoders.text import TextEncoder, load_text_encoder
 from largescale.errors import ConfigError, DataError
-from largescale.models.conditioning import Captions
-from largescale.presets import PRESETS
-from largescale.weights import Trained
+from largescale.models.build import build_model
+from largescale.models.embedders import Captions
 
 CPU = torch.device("cpu")
 TOKENS, WIDTH, POOLED = 5, 8, 6                         # as tests.conftest.CAPTIONED

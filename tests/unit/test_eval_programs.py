@@ -17,18 +17,19 @@ from safetensors.torch import save_file
 from torch import nn
 
 import largescale
-from eval import digits, sample, sample_set
-from largescale import signals
-from largescale.build import build_model
-from largescale.config import ModelConfig, to_dict
+from eval import digits, sample
+from eval.drawing import sample_set
+from largescale.checkpoint.weights import EXPORT_CONFIG, EXPORT_WEIGHTS
+from largescale.config.presets import PRESETS
+from largescale.config.schema import ModelConfig, to_dict
 from largescale.data.format import DatasetInfo
 from largescale.data.parts import Parts
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
 from largescale.errors import DataError, Stopped
+from largescale.host import signals
+from largescale.models.build import build_model
 from largescale.models.dit import DiT
-from largescale.presets import PRESETS
-from largescale.weights import EXPORT_CONFIG, EXPORT_WEIGHTS
 from tests.conftest import CAPTIONED, RunHere
 from tests.ranks import Forked
 

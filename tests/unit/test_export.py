@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from eval import curve, sample
 from largescale import export
-from largescale.checkpoint_files import checkpoints
+from largescale.checkpoint.files import checkpoints
+from largescale.checkpoint.weights import load_trained
 from largescale.errors import CheckpointError
-from largescale.weights import load_trained
 from tests.conftest import RunHere
 
 
@@ -106,7 +106,7 @@ def test_damage(run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_events_and_measures_of_a_run(run_here: RunHere) -> None:
     """What metrics.jsonl holds besides the losses."""
-    from largescale.telemetry import read_metrics
+    from largescale.monitoring.telemetry import read_metrics
 
     rows = read_metrics(run_here("--train.steps", 8, "--curriculum.patience", 0).run)
     events = [row for row in rows if row.get("event") == "transition"]

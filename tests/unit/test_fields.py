@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from largescale.build import build_model, build_objective
-from largescale.checkpoint_files import checkpoints
-from largescale.config import Config, DiffusionConfig, ModelConfig, flatten, to_dict
+from largescale.checkpoint.files import checkpoints
+from largescale.config.schema import Config, DiffusionConfig, ModelConfig, flatten, to_dict
 from largescale.data.loader import Loader
 from largescale.data.shards import ShardDataset
 from largescale.diffusion.gaussian import GaussianDiffusion
+from largescale.models.build import build_model, build_objective
 from tests.conftest import CAPTIONED, RunHere, final_state, trace
 
 # key: (another value, further settings that both runs have)
@@ -202,7 +202,7 @@ def test_tensorboard(run_here: RunHere, tmp_path: Path) -> None:
 def test_reference_loss(run_here: RunHere, tmp_path: Path) -> None:
     """On a fixed set: it does not depend on when else it is evaluated, and its clusters average to it."""
     def rows(name: str, every: int, images: int) -> dict[int, dict[str, Any]]:
-        from largescale.telemetry import read_metrics
+        from largescale.monitoring.telemetry import read_metrics
 
         settings = ("--train.steps", 6, "--telemetry.reference-every", every, "--telemetry.reference-images", images)
         run = run_here(*settings, output=tmp_path / name).run

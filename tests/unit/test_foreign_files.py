@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from eval import sample, sample_set, score
-from largescale import export, inspect, requeue
-from largescale.checkpoint_files import CheckpointDir, checkpoints, seal
-from largescale.files import sha256
-from largescale.telemetry import Telemetry, read_metrics
+from eval import sample, score
+from eval.drawing import sample_set
+from largescale import export, requeue, status
+from largescale.checkpoint.files import CheckpointDir, checkpoints, seal
+from largescale.host.files import sha256
+from largescale.monitoring.telemetry import Telemetry, read_metrics
 from tests.conftest import RunHere, assert_same_run
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -29,7 +30,7 @@ def test_rows_of_the_log_do_not_block_a_resume(run_here: RunHere, tmp_path: Path
     for row in ROWS:
         whole.insert(2, row.encode(errors="surrogateescape") + b"\n")
     (run / "metrics.jsonl").write_bytes(b"".join(whole))
-    assert inspect.main([str(run)]) == 0
+    assert status.main([str(run)]) == 0
     assert f"lines of {run / 'metrics.jsonl'} that are no rows, and are left out: {len(ROWS)}" in capsys.readouterr().out
     outcome = run_here(*SETTINGS)
     assert outcome.code == 0, outcome.err
@@ -60,7 +61,7 @@ def refused_by_all(run: Path, run_here: RunHere, capsys: pytest.CaptureFixture[s
 def test_a_state_that_is_none(state: Any, run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_here("--train.steps", 4).run
     rewrite(checkpoints(run)[0], lambda manifest: manifest.update(state=state))
-    assert inspect.main([str(run)]) in (0, 2)
+    assert status.main([str(run)]) in (0, 2)
     refused_by_all(run, run_here, capsys, "error: ")
 
 
@@ -69,7 +70,7 @@ def test_a_state_that_is_none(state: Any, run_here: RunHere, capsys: pytest.Capt
 def test_a_manifest_that_is_none(content: str, run_here: RunHere) -> None:
     run = run_here(*SETTINGS).run
     (checkpoints(run)[0].path / "manifest.json").write_text(content)
-    assert inspect.main([str(run)]) == 1
+    assert status.main([str(run)]) == 1
     outcome = run_here("--train.steps", 12)
     assert outcome.code == 0 and "at step 4" in outcome.err and "passing over a damaged checkpoint" in outcome.err
 
@@ -147,7 +148,7 @@ def test_a_record_of_a_start(change: dict[str, Any], run_here: RunHere, monkeypa
     run = run_here("--train.steps", 4).run
     path = run / "starts/start_00001.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    assert inspect.main([str(run)]) == 0
+    assert status.main([str(run)]) == 0
     assert f"records in {run / 'starts'} that cannot be read, and are left out: 1" in capsys.readouterr().out
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert requeue.main([str(run), "--status", "1"]) == 0
@@ -161,7 +162,7 @@ def test_escapes_do_not_reach_the_terminal(run_here: RunHere, tmp_path: Path, ca
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 4, "event": "spike", "text": f"a loss that leaps {evil}"}) + "\n")
     rewrite(checkpoints(run)[0], lambda manifest: manifest["state"]["config"].update(name=f"mine{evil}"))
-    assert inspect.main([str(run)]) == 0
+    assert status.main([str(run)]) == 0
     with Telemetry(tmp_path, active=True, tensorboard=False, step=4, steps=8) as telemetry:
         telemetry.event(4, "spike", f"a loss that leaps {evil}")
     assert export.main([str(tmp_path / evil)]) == 2

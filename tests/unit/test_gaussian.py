@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from largescale.diffusion.gaussian import GaussianDiffusion
-from largescale.diffusion.schedule import SCHEDULES, log_snr, make_betas
 from largescale.errors import ConfigError
+from largescale.noise_schedule import SCHEDULES, log_snr, make_betas
 
 REFERENCE = np.load(Path(__file__).parents[1] / "reference" / "gaussian_diffusion.npz")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from largescale.trainer import Trainer
+from largescale.training.trainer import Trainer
 from tests.conftest import CAPTIONED, QUIET, RunHere, ds_json
 from tests.ranks import ranks_of
 from tests.waits import NO_WAITS, NO_WAITS_OF_THE_LOG, Step, expected, waits, watch
@@ -107,4 +107,4 @@ def test_a_wait_in_the_loss_is_found(steps: Steps, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Trainer, "losses", waiting)
     found = steps("--train.steps", FIRST + len(names) + 2)
     assert [{*waits(step)} - {*expected()} for step in found] == [
-        *({("largescale/trainer.py", "attempt", name)} for name in names), set()]
+        *({("largescale/training/trainer.py", "attempt", name)} for name in names), set()]

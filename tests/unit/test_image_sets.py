@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from data_prep.images import decode
-from eval import npz as npz_files
-from eval.image_sets import open_images
-from eval.statistics import Statistics, read_statistics, write_statistics
+from eval.scoring import npz as npz_files
+from eval.scoring.image_sets import open_images
+from eval.scoring.reference_statistics import Statistics, read_statistics, write_statistics
 from largescale.data.format import CaptionInfo, DatasetInfo
 from largescale.data.writer import ShardWriter
 from largescale.errors import DataError
@@ -328,7 +328,7 @@ def test_an_npz_that_expands_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     random = np.random.default_rng(0).integers(0, 256, (10, 64, 64, 3), np.uint8)
     noise = npz(tmp_path / "noise.npz", random, save=np.savez_compressed)
     assert len(open_images(zeros)) == 10
-    monkeypatch.setattr("eval.npz.MOST_BYTES", 100_000)
+    monkeypatch.setattr("eval.scoring.npz.MOST_BYTES", 100_000)
     with pytest.raises(DataError, match=r"zeros\.npz cannot be used \(arr_0\.npy expands from [0-9,]+ bytes to 123,008, more than 100,000\)"):
         open_images(zeros)
     assert len(open_images(noise)) == 10

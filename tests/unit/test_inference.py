@@ -9,9 +9,9 @@ from test_text_conditioning import POOLED, TEXT, WIDTH, L
 from torch import nn
 
 from largescale.errors import ConfigError
-from largescale.inference import CPU_ROWS, Gelu, Linear, Packed, compile_pays, has_compiler, packs, prepare
-from largescale.models.conditioning import Captions, LinearFp32, take
 from largescale.models.dit import DiT
+from largescale.models.embedders import Captions, LinearFp32, take
+from largescale.models.inference import CPU_ROWS, Gelu, Linear, Packed, compile_pays, has_compiler, packs, prepare
 
 CPU = torch.device("cpu")
 N = CPU_ROWS + 3                                        # a whole part and a piece
@@ -88,7 +88,7 @@ def test_what_is_swapped_for_the_compiler_is_the_same_function():
 def test_where_onednn_cannot_pack_the_model_is_the_same(case, monkeypatch):
     model, y = case
     packed = prepare(model, device=CPU, precision="fp32", compile=False)
-    monkeypatch.setattr("largescale.inference.packs", lambda precision: False)
+    monkeypatch.setattr("largescale.models.inference.packs", lambda precision: False)
     plain = prepare(model, device=CPU, precision="fp32", compile=False)
     counts = [sum(isinstance(module, Packed) for module in m.modules()) for m in (packed, plain)]
     assert counts == [packs("fp32") * (14 if isinstance(y, Captions) else 8), 0]

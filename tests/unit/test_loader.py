@@ -15,8 +15,8 @@ from largescale.data.loader import DeviceBatches, Loader, to_x_start
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset, check_flip
 from largescale.data.writer import ShardWriter
-from largescale.draws import host_draws
 from largescale.errors import ConfigError, DataError, StorageError
+from largescale.randomness import host_draws
 
 ROWS, GLOBAL, SEED = 50, 16, 3
 INFO = DatasetInfo("toy", "pixels", (1, 2, 2), num_classes=ROWS)

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from largescale import inspect, machine, memory, requeue, starts
-from largescale.machine import MemoryBound
+from largescale import requeue, status
+from largescale.host import machine
+from largescale.host.machine import MemoryBound
+from largescale.monitoring import run_record
+from largescale.planning import memory
 from tests.conftest import RunHere
 from tests.ranks import ROOT
 
@@ -32,9 +35,9 @@ def limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def bound(monkeypatch: pytest.MonkeyPatch, size: int, folder: Path | None) -> None:
-    for module in (machine, memory, starts):
+    for module in (machine, memory, run_record):
         monkeypatch.setattr(module, "memory_bound", lambda: MemoryBound(size, folder))
-    monkeypatch.setattr("largescale.watch.memory_bound", lambda: MemoryBound(size, folder))
+    monkeypatch.setattr("largescale.distributed.watchdog.memory_bound", lambda: MemoryBound(size, folder))
 
 
 def count(folder: Path, kills: int) -> None:
@@ -106,10 +109,10 @@ def test_the_kernels_own_limit_is_read_before_torch_is_loaded(real_cgroup: Path,
     assert "the job's memory cgroup has a limit of 0.2 GB" in done.stderr
 
 
-def killed(run: Path) -> starts.Start:
+def killed(run: Path) -> run_record.Start:
     """A start that said nothing of its end."""
-    start = starts.begin(run, began_unix_s=10, world_size=2, device="cpu", from_step=0)
-    starts.write(run, start)
+    start = run_record.begin(run, began_unix_s=10, world_size=2, device="cpu", from_step=0)
+    run_record.write(run, start)
     return start
 
 
@@ -117,32 +120,32 @@ def test_named_by_the_next_start(limit: Path, run_here: RunHere, tmp_path: Path)
     run = tmp_path / "run"
     start = killed(run)
     start.seen_unix_s = 20.0  # long ago: it does not run
-    starts.write(run, start, seen=False)
+    run_record.write(run, start, seen=False)
     count(limit, 4)
     said = f"killed by signal 9; the job's memory cgroup has a limit of 0.9 GB, and counts an out-of-memory kill: {LESS}"
-    assert said in inspect.facts(run)["standing"]
+    assert said in status.facts(run)["standing"]
     again, why = requeue.decide(run, 137, 5, "7", 0)
     assert again and said in why
     assert f"the start before was {said}" in run_here("--train.steps", 1, output=run).err
-    first, second = starts.read_starts(run)
+    first, second = run_record.read_starts(run)
     assert str(first.ended).startswith(said) and (second.ended, second.oom_kills) == ("finished", 4)
 
 
 def test_what_is_no_kill_for_memory(limit: Path, tmp_path: Path) -> None:
     start = killed(tmp_path / "run")
-    assert starts.out_of_memory(start) is None
+    assert run_record.out_of_memory(start) is None
     count(limit, 6)
-    assert "counts 3 out-of-memory kills" in str(starts.out_of_memory(start))
+    assert "counts 3 out-of-memory kills" in str(run_record.out_of_memory(start))
     for change in ({"host": "elsewhere"}, {"memory": "/sys/fs/cgroup/other"}, {"ended": "stopped"}):
-        assert starts.out_of_memory(replace(start, **change)) is None
+        assert run_record.out_of_memory(replace(start, **change)) is None
     assert start.host == socket.gethostname()
 
 
 def test_noted_by_a_rank_that_is_left(limit: Path, tmp_path: Path) -> None:
     start = killed(tmp_path / "run")
-    starts.note_end(tmp_path / "run", start.seen_unix_s + 1, "of another start")
-    assert starts.read_starts(tmp_path / "run")[0].ended is None
-    starts.note_end(tmp_path / "run", start.began_unix_s, "killed by signal 9")
-    (noted,) = starts.read_starts(tmp_path / "run")
+    run_record.note_end(tmp_path / "run", start.seen_unix_s + 1, "of another start")
+    assert run_record.read_starts(tmp_path / "run")[0].ended is None
+    run_record.note_end(tmp_path / "run", start.began_unix_s, "killed by signal 9")
+    (noted,) = run_record.read_starts(tmp_path / "run")
     assert (noted.ended, noted.seen_unix_s) == ("killed by signal 9", start.seen_unix_s)
-    starts.note_end(tmp_path / "nowhere", 0, "killed")
+    run_record.note_end(tmp_path / "nowhere", 0, "killed")

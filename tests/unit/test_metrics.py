@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval import neighbours
-from eval.metrics import (
+from eval.scoring import precision_recall as precision_recall_module
+from eval.scoring.metrics import (
     FrechetReference,
     bias_note,
     class_score,
@@ -20,8 +20,8 @@ from eval.metrics import (
     frechet_jackknife,
     kernel_distance,
 )
-from eval.moments import GroupedMoments, Moments
-from eval.neighbours import Balls, precision_recall, squared_distance
+from eval.scoring.moments import GroupedMoments, Moments
+from eval.scoring.precision_recall import Balls, precision_recall, squared_distance
 from largescale.errors import ConfigError, DataError
 
 
@@ -310,7 +310,7 @@ SETS: dict[str, Callable[[int], tuple[Tensor, Tensor]]] = {
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize("name", SETS)
 def test_balls_are_those_of_brute_force(name: str, k: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "CHUNK", chunk)
+    monkeypatch.setattr(precision_recall_module, "CHUNK", chunk)
     for seed in (0, 10):
         samples, reference = SETS[name](seed)
         inside, covered = brute_force(samples, reference, k)
@@ -326,21 +326,21 @@ def test_balls_are_those_of_brute_force(name: str, k: int, chunk: int, monkeypat
 @pytest.mark.parametrize("name", SETS)
 def test_any_product_within_the_bound_will_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding seldom goes to the bound; here every product is off by nearly all of a far wider one."""
-    e, exact = 0.02, neighbours._lower_bounds
+    e, exact = 0.02, precision_recall_module._lower_bounds
     rng = torch.Generator().manual_seed(0)
 
-    def off(a: Tensor, points: neighbours.Points, lowered: Tensor) -> Tensor:
+    def off(a: Tensor, points: precision_recall_module.Points, lowered: Tensor) -> Tensor:
         squared_radii = (points.norms * (1 - e) - lowered) / (1 + e)
         room = e * (a.square().sum(1, keepdim=True) + points.norms + squared_radii)
         return exact(a, points, lowered) + 0.999 * room * (2 * torch.randint(0, 2, room.shape, generator=rng) - 1)
 
-    monkeypatch.setattr(neighbours, "_relative_error", lambda dim: e)
-    monkeypatch.setattr(neighbours, "_lower_bounds", off)
+    monkeypatch.setattr(precision_recall_module, "_relative_error", lambda dim: e)
+    monkeypatch.setattr(precision_recall_module, "_lower_bounds", off)
     for seed in range(0, 60, 10):
         samples, reference = SETS[name](seed)
         inside, covered = brute_force(samples, reference, 3)
-        assert (Balls(reference).contain(neighbours.Points(samples, "samples")).numpy() == inside).all()
-        assert (Balls(samples).contain(neighbours.Points(reference, "reference")).numpy() == covered).all()
+        assert (Balls(reference).contain(precision_recall_module.Points(samples, "samples")).numpy() == inside).all()
+        assert (Balls(samples).contain(precision_recall_module.Points(reference, "reference")).numpy() == covered).all()
 
 
 def test_the_product_alone_would_miss_ties() -> None:
@@ -361,7 +361,7 @@ def test_the_bound_holds_and_is_tight() -> None:
         sizes = norms[:, None] + norms
         direct = torch.stack([squared_distance(row.expand_as(x), x) for row in x])
         off = ((sizes - 2 * x @ x.T - direct).abs() / sizes).max()
-        assert off < neighbours._relative_error(dim) / 2 < 2e-12
+        assert off < precision_recall_module._relative_error(dim) / 2 < 2e-12
 
 
 def test_distances_do_not_depend_on_how_many_are_taken() -> None:

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from largescale.build import build_noise_sampler, build_objective
-from largescale.config import Config, DiffusionConfig, ModelConfig, NoiseConfig
+from largescale.config.presets import PRESETS
+from largescale.config.schema import Config, DiffusionConfig, ModelConfig, NoiseConfig
+from largescale.config.validation import validate
 from largescale.diffusion.samplers import AnyObjective
 from largescale.errors import ConfigError
-from largescale.presets import PRESETS
-from largescale.validation import validate
+from largescale.models.build import build_noise_sampler, build_objective
 
 KINDS = {
     "cosine": DiffusionConfig(), "linear schedule": DiffusionConfig(schedule="linear"),

@@ -21,8 +21,8 @@ import pytest
 import torch
 from PIL import Image
 
+from data_prep import describe as data_inspect
 from data_prep import folder, imagenet, packing, webdataset
-from data_prep import inspect as data_inspect
 from data_prep.images import decode
 from data_prep.sources import Item
 from largescale.data.format import LATENT_RGB, fingerprint

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from largescale.build import build_model
-from largescale.config import ModelConfig
+from largescale.config.presets import DIT_SIZES, PRESETS, find_preset
+from largescale.config.schema import ModelConfig
+from largescale.config.validation import validate
 from largescale.errors import ConfigError
-from largescale.presets import DIT_SIZES, PRESETS, find_preset
-from largescale.validation import validate
+from largescale.models.build import build_model
 
 
 def parameters(m: ModelConfig) -> tuple[int, int]:

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from largescale.data.format import LATENT_RGB, DatasetInfo
+from largescale.data.images import LINEAR, UNDECODED, grid, headed, linear_rgb, to_uint8
 from largescale.data.writer import ShardWriter
 from largescale.encoders.vae import load_vae
-from largescale.images import LINEAR, UNDECODED, grid, headed, linear_rgb, to_uint8
 from tests.conftest import RunHere, assert_same_run
 
 LATENTS = ("--model.in-channels", 4, "--model.input-size", 8, "--model.patch-size", 2, "--train.steps", 2,
@@ -46,7 +46,7 @@ def packed(path: Path, identity: str | None, made_with: Any) -> Path:
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr("largescale.preview.draw_samples", lambda *_, index, **__: x[list(index)])
+    monkeypatch.setattr("largescale.training.preview.draw_samples", lambda *_, index, **__: x[list(index)])
     return x
 
 

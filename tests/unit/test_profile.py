@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from largescale.profiling import RECORDED, SKIPPED, WARM_UP, Profile
-from largescale.telemetry import Telemetry
+from largescale.monitoring.profiling import RECORDED, SKIPPED, WARM_UP, Profile
+from largescale.monitoring.telemetry import Telemetry
 from tests.conftest import RunHere, assert_same_run
 
 LAPS = {"data", "draws", "forward", "agree", "backward", "optimizer"}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.relative_entropy import RelativeEntropy, noise_levels, one_kernel, relative_entropy
-from largescale.config import DiffusionConfig
+from eval.difficulty_study.relative_entropy import RelativeEntropy, noise_levels, one_kernel, relative_entropy
+from largescale.config.schema import DiffusionConfig
 from largescale.errors import DataError, Stopped
 
 FAMILIES = {
@@ -117,7 +117,7 @@ def test_chunks_change_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = relative_entropy(data, p, q, samples=90)
     for chunk in (1, 5000, 50_000):
         assert both(relative_entropy(data, p, q, samples=90, chunk=chunk)) == pytest.approx(both(whole), rel=1e-9)
-    monkeypatch.setattr("eval.relative_entropy.CHUNK", 100)
+    monkeypatch.setattr("eval.difficulty_study.relative_entropy.CHUNK", 100)
     assert both(relative_entropy(data, p, q, samples=90, chunk=10**6)) == pytest.approx(both(whole), rel=1e-9)
     one = relative_entropy(data, p[1:2], q[1:2], samples=90)
     assert both(one)[:, 0] == pytest.approx(both(whole)[:, 1], rel=1e-12)

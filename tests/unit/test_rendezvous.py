@@ -8,7 +8,7 @@ from collections.abc import MutableMapping
 
 import pytest
 
-from largescale import distributed
+from largescale.distributed import ranks
 from largescale.errors import LostRankError
 from tests.ranks import free_port
 
@@ -21,11 +21,11 @@ from tests.ranks import free_port
 ])
 def test_one_machine(env: MutableMapping[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
-    distributed.stay_on_this_machine(env)
+    ranks.stay_on_this_machine(env)
     assert env.get("GLOO_SOCKET_IFNAME") == expected
     monkeypatch.setattr("socket.if_nameindex", lambda: [(1, "lo0")])  # another system
     other = {"MASTER_ADDR": "127.0.0.1"}
-    distributed.stay_on_this_machine(other)
+    ranks.stay_on_this_machine(other)
     assert "GLOO_SOCKET_IFNAME" not in other
 
 
@@ -38,9 +38,9 @@ def test_a_name_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("socket.getaddrinfo", resolve)
     monkeypatch.setattr(time, "sleep", lambda s: None)
-    distributed.require_resolvable("node7")  # it comes late
+    ranks.require_resolvable("node7")  # it comes late
     with pytest.raises(LostRankError, match="MASTER_ADDR=node7 has no address that this machine knows .*; set it to rank 0's IP"):
-        distributed.require_resolvable("node7", patience_s=0)
+        ranks.require_resolvable("node7", patience_s=0)
 
 
 @pytest.mark.parametrize(("rank", "says"), [(0, "rank 0 of 2 has waited 0.1 s for the other ranks, to meet at 127.0.0.1:"),

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from largescale import requeue, starts
-from largescale.checkpoint_files import CheckpointDir
-from largescale.starts import Start
+from largescale import requeue
+from largescale.checkpoint.files import CheckpointDir
+from largescale.monitoring import run_record
+from largescale.monitoring.run_record import Start
 
 ROOT = Path(__file__).parents[2]
 NO_TORCH = """
@@ -26,7 +27,7 @@ sys.meta_path.insert(0, NoTorch())
 def start(run: Path, number: int, restart: int, from_step: int, saved_step: int = -1, job: str | None = "7") -> None:
     """Starts come 100 s apart."""
     run.mkdir(exist_ok=True)
-    starts.write(run, Start(number, 1000.0 + 100 * number, 1, "cpu", from_step, job=job, restart=restart,
+    run_record.write(run, Start(number, 1000.0 + 100 * number, 1, "cpu", from_step, job=job, restart=restart,
                             step=from_step, saved_step=saved_step))
 
 

@@ -11,8 +11,8 @@ import torch
 from largescale.diffusion.gaussian import GaussianDiffusion
 from largescale.diffusion.guidance import ClassifierFreeGuidance
 from largescale.diffusion.samplers import _kept_timesteps, ddim_step, ddpm_step, evaluations, sample
-from largescale.diffusion.schedule import SCHEDULES, alphas_cumprod, make_betas, space_timesteps
 from largescale.errors import ConfigError
+from largescale.noise_schedule import SCHEDULES, alphas_cumprod, make_betas, space_timesteps
 
 SAMPLERS = GaussianDiffusion.samplers
 REFERENCE = np.load(Path(__file__).parents[1] / "reference" / "gaussian_diffusion.npz")

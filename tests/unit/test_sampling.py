@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from largescale.data.images import balanced_labels, grid, titled, to_uint8
 from largescale.diffusion.gaussian import GaussianDiffusion
-from largescale.diffusion.schedule import make_betas
+from largescale.diffusion.sampling import SamplingConfig, draw_samples
 from largescale.errors import ConfigError
-from largescale.images import balanced_labels, grid, titled, to_uint8
 from largescale.models.dit import DiT
-from largescale.sampling import SamplingConfig, draw_samples
+from largescale.noise_schedule import make_betas
 
 CPU, N, CLASSES, SHAPE = torch.device("cpu"), 12, 10, (4, 8, 8)
 DIFFUSION = GaussianDiffusion(make_betas("linear", 1000), learn_sigma=True)

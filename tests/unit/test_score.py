@@ -14,14 +14,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval import curve, score, scoring
-from eval.features import Clip, Extractor, Features
-from eval.image_sets import open_images
-from eval.metrics import frechet_distance
-from eval.statistics import read_statistics
-from largescale import signals
+from eval import curve, score
+from eval.scoring import figures
+from eval.scoring.extractors import Clip, Extractor, Features
+from eval.scoring.image_sets import open_images
+from eval.scoring.metrics import frechet_distance
+from eval.scoring.reference_statistics import read_statistics
 from largescale.data.format import DatasetInfo
 from largescale.data.writer import ShardWriter
+from largescale.host import signals
 from tests.conftest import QUIET, make_blobs
 from tests.ranks import ROOT
 
@@ -143,9 +144,9 @@ def test_a_reference_is_kept(sets: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert run("--reference", sets / "reference", "--extractor", "tiny", "--save-reference", file) == 0
     assert read_statistics(file).count == 400
     looked: list[int] = []
-    look = scoring.look
+    look = figures.look
     monkeypatch.setattr(score, "look", lambda *a, n, **more: (looked.append(n), look(*a, n=n, **more))[1])
-    monkeypatch.setattr(scoring, "look", score.look)
+    monkeypatch.setattr(figures, "look", score.look)
     assert run(*args, "--reference", sets / "reference", "--out", tmp_path / "images.jsonl") == 0
     assert run(*args, "--reference", file, "--out", tmp_path / "kept.jsonl") == 0
     assert looked == [400, 300, 300]
@@ -262,7 +263,7 @@ def test_samples_that_one_may_only_read(sets: Path, tmp_path: Path, read_only: A
 
 
 def test_asked_to_stop(sets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "stop_requested", lambda: True)
+    monkeypatch.setattr(figures, "stop_requested", lambda: True)
     assert run(sets / "good", "--reference", sets / "reference", "--extractor", "tiny") == 75
     said = capsys.readouterr().err
     assert "asked to stop; sets whose figures are printed are done, everything else begins anew" in said and "to go on" not in said
@@ -339,7 +340,7 @@ def test_which_run_is_ahead(tmp_path: Path) -> None:
 
 
 def test_lines_that_were_cut_short(tmp_path: Path) -> None:
-    from largescale.files import append_line
+    from largescale.host.files import append_line
 
     file = tmp_path / "rows"
     append_line(file, '{"a": 1}')
@@ -368,7 +369,7 @@ def test_bad_curves(runs: Path, args: tuple[str, ...], message: str, capsys: pyt
         with ShardWriter(runs / "latents", DatasetInfo("latents", "latents", (4, 8, 8), 10)) as writer:
             writer.write(id="0", latent=np.zeros((4, 8, 8), np.float16), label=0)
     before = sorted(runs.rglob("*"))
-    monkeypatch.setattr(scoring, "look", lambda *work, **options: 1 / 0)
+    monkeypatch.setattr(figures, "look", lambda *work, **options: 1 / 0)
     assert draw_curve(*(arg.replace("RUNS", str(runs)) for arg in args), "--seed", 9) == 2
     said = capsys.readouterr()
     assert message in said.err.splitlines()[-1] and "drawn" not in said.out
@@ -507,7 +508,7 @@ def test_torch_fidelity_finds_the_same(name: str, tmp_path: Path) -> None:
     else:
         if not CIFAR.exists():
             pytest.skip(f"{CIFAR} is not here; LARGESCALE_SHARED names the folder above data/")
-        from eval.features import load_extractor
+        from eval.scoring.extractors import load_extractor
 
         extractor = load_extractor(name, torch.device("cpu"))
         samples, reference = (cifar(split, 80) for split in ("test", "train"))

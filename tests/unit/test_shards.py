@@ -16,7 +16,7 @@ from largescale.data.format import METADATA_KEY, CaptionInfo, DatasetInfo
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
 from largescale.errors import DataError
-from largescale.files import sha256
+from largescale.host.files import sha256
 
 INFO = DatasetInfo("toy", "latents", (2, 3, 4), num_classes=10, scale_factor=0.5, encoders={"vae": "toy-vae"})
 ROWS = 25

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from largescale import signals
-from largescale.checkpoint_files import checkpoints
-from largescale.starts import read_starts
-from largescale.telemetry import read_metrics
+from largescale.checkpoint.files import checkpoints
+from largescale.host import signals
+from largescale.monitoring.run_record import read_starts
+from largescale.monitoring.telemetry import read_metrics
 from tests.conftest import QUIET
 from tests.ranks import ROOT
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from eval.sample import Sample, Sampler
-from largescale import inspect
-from largescale.augment import augment
-from largescale.checkpoint_files import CheckpointDir
+from largescale import status
+from largescale.checkpoint.files import CheckpointDir
+from largescale.data.augment import augment
 from largescale.data.format import DatasetInfo
 from largescale.data.writer import ShardWriter
-from largescale.draws import Draws
+from largescale.diffusion.noise_levels import LossSecondMoment
 from largescale.models.unet import DDPMpp
-from largescale.noise_sampling import LossSecondMoment
-from largescale.telemetry import read_metrics
-from largescale.trainer import Trainer
+from largescale.monitoring.telemetry import read_metrics
+from largescale.randomness import Draws
+from largescale.training.trainer import Trainer
 from tests.conftest import RunHere, assert_same_run, cut, ds_json, trace
 
 RESAMPLED = ("--noise.sampling", "loss_second_moment", "--diffusion.timesteps", 10)
@@ -223,7 +223,7 @@ def test_inspect_tells_the_active_noise_levels(settings: tuple[Any, ...], said: 
                                                capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run_here("--train.steps", 4, "--curriculum.patience", 0, *settings)
     last = outcome.trace()[-1]
-    inspect.main([str(outcome.run)])
+    status.main([str(outcome.run)])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("curriculum"))
     assert said in line
     if "training on" in line:
@@ -232,6 +232,6 @@ def test_inspect_tells_the_active_noise_levels(settings: tuple[Any, ...], said: 
 
 def test_inspect_names_the_network(run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run_here("--train.steps", 1, preset="debug_edm")
-    inspect.main([str(outcome.run)])
+    status.main([str(outcome.run)])
     out = capsys.readouterr().out
     assert "DDPM++, 1 blocks a resolution, 16 channels times [1, 2], on (1, 16, 16)" in out and "DiT" not in out

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 
-from largescale.telemetry import Telemetry, peak_flops, read_metrics
+from largescale.monitoring.telemetry import Telemetry, peak_flops, read_metrics
 
 
 def telemetry(run: Path, step: int = 0, active: bool = True) -> Telemetry:

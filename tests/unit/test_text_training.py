@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from largescale.checkpoint_files import checkpoints, named_weights
+from largescale.checkpoint.files import checkpoints, named_weights
+from largescale.checkpoint.weights import load_trained
 from largescale.data.shards import ShardDataset
-from largescale.preview import Preview
-from largescale.telemetry import read_metrics
-from largescale.weights import load_trained
+from largescale.monitoring.telemetry import read_metrics
+from largescale.training.preview import Preview
 from tests.conftest import CAPTIONED, RunHere, assert_same_run, cut, ds_json, trace
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from largescale import machine, train
+from largescale import train
 from largescale.errors import ConfigError
-from largescale.launch import local_world_size, threads_per_rank
+from largescale.host import machine
+from largescale.host.launch import local_world_size, threads_per_rank
 from tests.conftest import RunHere
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}
@@ -223,7 +224,7 @@ def test_threads(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
 def test_freed_memory_is_kept() -> None:
     """Tensors of 64 MiB, taken and freed: their pages are asked of the kernel once, and otherwise each time."""
-    program = ("import resource, sys, torch\nfrom largescale.machine import keep_freed_memory\n"
+    program = ("import resource, sys, torch\nfrom largescale.host.machine import keep_freed_memory\n"
                "if sys.argv[1] == 'keep': keep_freed_memory()\n"
                "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
                "for i in range(24):\n"
@@ -237,7 +238,7 @@ def test_freed_memory_is_kept() -> None:
 
 def test_the_end_leaves_no_semaphore_behind() -> None:
     """As Python 3.14 makes tqdm's lock, whose start method is no fork."""
-    program = ("import multiprocessing, tqdm\nfrom largescale.launch import leave\n"
+    program = ("import multiprocessing, tqdm\nfrom largescale.host.launch import leave\n"
                "multiprocessing.set_start_method('spawn')\nlist(tqdm.tqdm([1], disable=False))\nleave(3)")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 3 and "leaked" not in done.stderr

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from largescale.build import build_model
-from largescale.checkpoint_files import CheckpointDir, checkpoints, client_state, load, named_weights
-from largescale.presets import debug
-from largescale.telemetry import Telemetry
+from largescale.checkpoint.files import CheckpointDir, checkpoints, client_state, load, named_weights
+from largescale.config.presets import debug
+from largescale.models.build import build_model
+from largescale.monitoring.telemetry import Telemetry
 from tests.conftest import RunHere, ds_json
 
 

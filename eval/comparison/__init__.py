@@ -1,0 +1,1 @@
+"""Training methods compared: runs, statistics, report."""

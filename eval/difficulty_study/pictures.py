@@ -1,0 +1,128 @@
+"""The pictures of a difficulty study."""
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eval.difficulty_study.relative_entropy import FEW_KERNELS, ONE_KERNEL
+
+if TYPE_CHECKING:
+    from eval.difficulty_study.report import Report
+
+SHOWN = 1000                                            # points of a loss curve
+
+
+def draw(found: "Report") -> dict[str, bytes]:
+    """PNGs by name, of what is there."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    pictures = {}
+    if found.curves:
+        pictures["losses.png"] = _losses(found)
+    if found.scored.keys() - {0}:
+        pictures["denoising.png"] = _denoising(found)
+    if found.entropy:
+        pictures["relative_entropy.png"] = _relative_entropy(found)
+    return pictures
+
+
+def _colours(found: "Report") -> dict[int, Any]:
+    from matplotlib import colormaps
+
+    last = len(found.edges) - 1
+    return {i: colormaps["viridis"](0.95 * (i - 1) / max(last - 1, 1)) for i in found.intervals}
+
+
+def _losses(found: "Report") -> bytes:
+    from matplotlib import pyplot as plt
+
+    colours = _colours(found)
+    plots, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained", width_ratios=(2, 1, 1))
+    for i, curve in found.curves.items():
+        some = slice(None, None, max(1, len(curve.step) // SHOWN))
+        left.plot(curve.step[some], curve.normalised[some], color=colours[i], linewidth=1, label=f"C_{i}")
+    left.set(xlabel="step", ylabel="loss, smoothed, scaled to its range", ylim=(-0.02, 1.02))
+    left.legend(fontsize="x-small", ncols=2, title="least noise: C_1", title_fontsize="x-small")
+    for i, c in found.convergence.items():
+        at = found.steps if c.oscillates_from is None else c.oscillates_from
+        middle.bar(i, at, color=colours[i], hatch="//" if c.oscillates_from is None else None, edgecolor="white")
+        right.bar(i, c.smoothed_rises, color=colours[i])
+    fallen = {i: c.falls_until for i, c in found.convergence.items()}
+    middle.plot(list(fallen), list(fallen.values()), "D-", color="black", markersize=4, linewidth=0.7,
+                label="90 % of the fall are done")
+    middle.legend(fontsize="x-small")
+    middle.set(xlabel="interval", ylabel="step from which the loss oscillates", ylim=(0, 1.15 * found.steps))
+    right.set(xlabel="interval", ylabel="rises of the smoothed loss after step 100")
+    for axis in (middle, right):
+        _intervals(axis, found)
+    return _png(plots)
+
+
+def _denoising(found: "Report") -> bytes:
+    from matplotlib import pyplot as plt
+
+    colours = _colours(found)
+    plots, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    for i, row in found.scored.items():
+        if row["value"] is None:
+            continue
+        if i == 0:
+            axis.axhline(row["value"], color="black", linewidth=1, label="full model everywhere")
+            low, high = (row["value"] + sign * row["error"] for sign in (-1, 1))
+            axis.axhspan(low, high, color="black", alpha=0.1, linewidth=0)
+            continue
+        face = colours[i] if row["evaluations_inside"] else "none"
+        axis.errorbar(i, row["value"], row["error"], fmt="o", color=colours[i], markerfacecolor=face, capsize=3)
+    axis.set(xlabel="interval of M_i", ylabel=next(iter(found.scored.values()))["figure"])
+    _intervals(axis, found)
+    if 0 in found.scored:
+        axis.legend(fontsize="small")
+    return _png(plots)
+
+
+def _relative_entropy(found: "Report") -> bytes:
+    from matplotlib import pyplot as plt
+
+    assert found.entropy
+    t, value, error, single, kernels = (
+        np.array(found.entropy[key], float) for key in ("t", "value", "error", "single", "kernels"))
+    plots, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
+    left.plot(t, single, color="grey", linestyle="--", linewidth=1, label="of one kernel: an upper bound")
+    kinds = {
+        "one kernel explains a sample: an artefact": (kernels < ONE_KERNEL, "tab:red"),
+        "few kernels: biased": ((kernels >= ONE_KERNEL) & (kernels < FEW_KERNELS), "tab:orange"),
+        f"{FEW_KERNELS:.0f} kernels or more": (kernels >= FEW_KERNELS, "tab:blue"),
+    }
+    for name, (chosen, colour) in kinds.items():
+        chosen = chosen & (value > 0)
+        if chosen.any():
+            left.plot(t[chosen], value[chosen], ".", markersize=3, color=colour, label=name)
+            low = np.maximum(value - error, 0.1 * value)
+            left.fill_between(t, low, value + error, where=chosen, color=colour, alpha=0.2, linewidth=0)
+        right.plot(t[chosen], kernels[chosen], ".", markersize=3, color=colour)
+    left.set(xlabel="t", ylabel=r"$D_{KL}(p_{t-1} \| p_t)$, nats", yscale="log")
+    left.legend(fontsize="small")
+    for level in (ONE_KERNEL, FEW_KERNELS):
+        right.axhline(level, color="grey", linestyle=":", linewidth=1)
+    right.set(xlabel="t", ylabel="kernels that explain a sample", yscale="log")
+    for axis in (left, right):
+        for edge in found.edges[1:-1]:
+            axis.axvline(edge * (t[-1] + 1), color="lightgrey", linewidth=0.5, zorder=0)
+    return _png(plots)
+
+
+def _intervals(axis: Any, found: "Report") -> None:
+    last = len(found.edges) - 1
+    axis.set_xticks(range(1, last + 1, max(1, last // 10)))
+    axis.set_xlim(0.3, last + 0.7)
+
+
+def _png(plots: Any) -> bytes:
+    from matplotlib import pyplot as plt
+
+    buffer = io.BytesIO()
+    plots.savefig(buffer, dpi=110, format="png")
+    plt.close(plots)
+    return buffer.getvalue()

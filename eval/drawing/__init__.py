@@ -1,0 +1,1 @@
+"""What samples are conditioned on, and where they are stored."""

@@ -1,0 +1,265 @@
+"""What each sample is told: classes, captions of a packed data set, prompts, or nothing; found when it is asked for."""
+
+import sys
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from eval.prompts import read_prompts
+from largescale.checkpoint.weights import Trained
+from largescale.config.schema import ModelConfig
+from largescale.data.loader import to_condition
+from largescale.data.shards import ShardDataset
+from largescale.encoders.text import EncodedCaption, TextEncoder, load_text_encoder
+from largescale.errors import ConfigError
+from largescale.host.files import is_unicode
+from largescale.host.launch import env_rank, printable
+from largescale.models.embedders import Condition
+from largescale.randomness import stream_seed
+
+CACHE_BYTES = 2**29  # of encoded prompts in a process; COCO's 30,000 by CLIP ViT-L/14 take as much
+_LABELS_A_BLOCK = 4096
+
+Numbers = npt.NDArray[np.int64]
+
+
+class Conditions(ABC):
+    """Of samples 0 .. n - 1, a function of their numbers. Raises IndexError for any other number."""
+
+    def __init__(self, n: int, facts: dict[str, Any], num_classes: int = 0) -> None:
+        self.n = n
+        self.facts = facts                              # all that they depend on, plain JSON: for the provenance
+        self.num_classes = num_classes                  # of a data set of the samples; 0 without labels
+
+    @abstractmethod
+    def of(self, index: Sequence[int]) -> Condition:
+        """What the model is told of these samples, on the CPU."""
+
+    def labels(self, index: Sequence[int]) -> Numbers:
+        """(len(index),), to stand beside these samples; 0 where they have none."""
+        return np.zeros_like(self._numbers(index))
+
+    def texts(self, index: Sequence[int]) -> list[str] | None:
+        """As many, to stand beside these samples; None where they have none."""
+        return None
+
+    def prepare(self) -> None:  # noqa: B027  most have nothing to load
+        """Load what `of` would load when first asked, to hear now of what is wrong with it."""
+
+    def _numbers(self, index: Sequence[int]) -> Numbers:
+        numbers = np.asarray(index, np.int64)
+        if not 0 <= numbers.min(initial=0) <= numbers.max(initial=0) < self.n:
+            raise IndexError(f"samples {numbers.min()} to {numbers.max()} do not lie in [0, {self.n})")
+        return numbers
+
+
+def make_conditions(
+        trained: Trained, *, n: int, seed: int = 0, labels: Literal["balanced", "drawn"] = "balanced",
+        classes: Sequence[int] = (), prompts: Sequence[str] = (), prompts_file: Path | None = None,
+        captions: Path | None = None, text_encoder: str | None = None, device: torch.device) -> Conditions:
+    """Of samples 0 .. n - 1: balanced labels, unless something else is given.
+
+    seed: of drawn labels. text_encoder: encodes prompts on `device`; loaded when the first of them is asked for, and
+    not looked at otherwise. Raises ConfigError for a model that is told something else than it was trained on, and
+    DataError for a file of prompts or a data set that cannot be used.
+    """
+    model = trained.config.model
+    texts = {"--prompts": prompts, "--prompts-file": prompts_file, "--captions": captions}
+    given = [option for option, value in texts.items() if value]
+    of_labels = [*(["--labels drawn"] if labels == "drawn" else []), *(["--classes"] if classes else [])]
+    if not model.caption_tokens:
+        if given:
+            raise ConfigError(f"the model was not trained on captions; leave out {' and '.join(given)}")
+        return _of_labels(trained.num_classes, n, seed, of_labels, classes)
+    if of_labels:
+        raise ConfigError(f"the model was trained on captions, not on labels; leave out {' and '.join(of_labels)}")
+    if len(given) != 1:
+        raise ConfigError("the model was trained on captions: give --prompts TEXT ..., or --captions DIR, a packed "
+                          "data set whose captions to use, or --prompts-file FILE"
+                          + (f"; one of them, not {' and '.join(given)}" if given else ""))
+    trained_with = trained.info["data_info"].get("encoders", {}).get("text")
+    if captions:
+        return OfData(n, ShardDataset(captions), trained_with)
+    if text_encoder is None:
+        raise ConfigError(f"{given[0]} needs --text-encoder, the one that the model was trained with: {trained_with}")
+    if trained_with is None:
+        raise ConfigError(f"{given[0]}: the model's data do not say which text encoder made their captions; give "
+                          "--captions, a packed data set whose captions to use")
+
+    def load() -> TextEncoder:
+        encoder = load_text_encoder(text_encoder, device, max_tokens=model.caption_tokens)
+        if encoder.identity != trained_with:
+            raise ConfigError(f"--text-encoder {text_encoder} is {encoder.identity}, the model was trained with "
+                              f"{trained_with}")
+        return encoder
+
+    if prompts_file:
+        read = read_prompts(prompts_file)
+        list_of, fact = read.texts, {"name": read.source["name"], "sha256": read.sha256, "count": len(read.texts)}
+        facts: dict[str, Any] = {"prompts_file": fact}
+    else:
+        list_of = list(prompts)
+        facts = {"prompts": list_of}
+        if odd := [i for i, prompt in enumerate(list_of) if not is_unicode(prompt)]:
+            raise ConfigError(f"prompt {odd[0]} of --prompts is not UTF-8: {list_of[odd[0]]!r}; give it in UTF-8, or "
+                              "with --prompts-file")
+        if empty := [i for i, prompt in enumerate(list_of) if not prompt.strip()]:
+            raise ConfigError(f"prompt {empty[0]} of --prompts is empty; give a text, or --cfg-scale 0 to sample "
+                              "without")
+    return OfPrompts(n, list_of, EncodingCache(load), model, facts | {"text_encoder": trained_with})
+
+
+class OfLabels(Conditions):
+    """`label_of`: sample numbers -> their labels; for an unconditional model 0, which it ignores."""
+
+    def __init__(self, n: int, num_classes: int, label_of: Callable[[Numbers], Numbers], facts: dict[str, Any]) -> None:
+        super().__init__(n, facts, num_classes)
+        self._label_of = label_of
+
+    def of(self, index: Sequence[int]) -> Condition:
+        return torch.from_numpy(self.labels(index))
+
+    def labels(self, index: Sequence[int]) -> Numbers:
+        return self._label_of(self._numbers(index))
+
+
+def _of_labels(num_classes: int, n: int, seed: int, given: list[str], classes: Sequence[int]) -> OfLabels:
+    if not num_classes:
+        if given:
+            raise ConfigError(f"the model was trained without labels; leave out {' and '.join(given)}")
+        return OfLabels(n, 0, np.zeros_like, {"labels": "none"})
+    if len(given) > 1:
+        raise ConfigError("--classes says which label each sample has; leave out --labels drawn")
+    if classes:
+        if outside := [label for label in classes if not 0 <= label < num_classes]:
+            raise ConfigError(f"--classes: label {outside[0]} lies outside the classes 0..{num_classes - 1} that the "
+                              "model was trained on; leave it out")
+        each = np.array(classes, np.int64)
+        return OfLabels(n, num_classes, lambda i: each[i % len(each)],
+                        {"labels": f"sample i has classes[i % {len(each)}]", "classes": each.tolist()})
+    if given:
+        return OfLabels(n, num_classes, _drawn(seed, num_classes),
+                        {"labels": f"sample i has a class drawn uniformly of {num_classes}, by (seed, i)",
+                         "labels_seed": seed})
+    return OfLabels(n, num_classes, lambda i: i % num_classes, {"labels": f"sample i has class i % {num_classes}"})
+
+
+def _drawn(seed: int, num_classes: int) -> Callable[[Numbers], Numbers]:
+    """Labels by (seed, i). Golden values in the tests pin them."""
+
+    @lru_cache(maxsize=64)                              # a generator a sample would take 10 us each
+    def block(number: int) -> Numbers:
+        generator = torch.Generator().manual_seed(stream_seed(seed, "label", number))
+        u = torch.rand(_LABELS_A_BLOCK, dtype=torch.float64, generator=generator)
+        drawn: Numbers = (u * num_classes).long().numpy()   # u <= 1 - 2**-53: rounds to below num_classes
+        return drawn
+
+    def label_of(index: Numbers) -> Numbers:
+        labels = np.empty_like(index)
+        numbers, within = np.divmod(index, _LABELS_A_BLOCK)
+        for number in np.unique(numbers):
+            here = numbers == number
+            labels[here] = block(int(number))[within[here]]
+        return labels
+
+    return label_of
+
+
+class OfData(Conditions):
+    """Sample i has a caption of row i % len(data): the first, the next time round the second, and so on."""
+
+    def __init__(self, n: int, data: ShardDataset, trained_with: str | None) -> None:
+        found = data.info.encoders.get("text")
+        if data.info.captions is None or found != trained_with:
+            raise ConfigError(f"{data.path} has captions encoded by {found}, the model was trained with "
+                              f"{trained_with}; pack them with that one")
+        super().__init__(n, {"captions": f"sample i has row i % {len(data)}'s, in turn",
+                             "captions_of": data.fingerprint})
+        self._data = data
+
+    def of(self, index: Sequence[int]) -> Condition:
+        rows, captions, turns = self._chosen(index)
+        choice = [(k + 0.5) / len(of_row) for of_row, k in zip(captions, turns, strict=True)]
+        gathered = self._data.gather(rows, choice=np.array(choice))
+        return to_condition({name: torch.from_numpy(values) for name, values in gathered.items()})
+
+    def texts(self, index: Sequence[int]) -> list[str]:
+        _, captions, turns = self._chosen(index)
+        return [of_row[k] for of_row, k in zip(captions, turns, strict=True)]
+
+    def _chosen(self, index: Sequence[int]) -> tuple[Numbers, list[list[str]], list[int]]:
+        """The row of each sample, all captions of it, and which of them is the sample's."""
+        rounds, rows = np.divmod(self._numbers(index), len(self._data))
+        captions = self._data.texts(rows)
+        return rows, captions, [k % len(of_row) for k, of_row in zip(rounds.tolist(), captions, strict=True)]
+
+
+class EncodingCache:
+    """Encodings of texts, each made once while it is kept: the last used, of `limit` bytes at most."""
+
+    def __init__(self, load: Callable[[], TextEncoder], limit: int = CACHE_BYTES) -> None:
+        self._load, self._limit = load, limit
+        self._kept: OrderedDict[str, EncodedCaption] = OrderedDict()    # the last used at the end
+        self.nbytes = 0
+
+    @cached_property
+    def encoder(self) -> TextEncoder:
+        return self._load()
+
+    def __call__(self, texts: Sequence[str]) -> list[EncodedCaption]:
+        """In the order of the texts. Raises what loading the encoder and encoding raise."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self._kept]
+        if missing:
+            for text, encoded in zip(missing, self.encoder(missing), strict=True):
+                self._kept[text] = encoded
+                self.nbytes += _nbytes(encoded)
+        found = [self._kept[text] for text in texts]    # before any of them may have to go
+        for text in texts:
+            self._kept.move_to_end(text)
+        while self.nbytes > self._limit:
+            _, dropped = self._kept.popitem(last=False)
+            self.nbytes -= _nbytes(dropped)
+        return found
+
+
+def _nbytes(encoded: EncodedCaption) -> int:
+    return encoded.tokens.nbytes + encoded.pooled.nbytes
+
+
+class OfPrompts(Conditions):
+    """Sample i has prompt i % len(prompts)."""
+
+    def __init__(self, n: int, prompts: Sequence[str], encodings: EncodingCache, model: ModelConfig,
+                 facts: dict[str, Any]) -> None:
+        super().__init__(n, facts)
+        self._prompts, self._encodings, self._model = prompts, encodings, model
+
+    def prepare(self) -> None:
+        """Load the encoder; rank 0 names prompts that it cuts, as two that begin alike would be drawn as one."""
+        encoder = self._encodings.encoder
+        if env_rank() == 0 and (cut := encoder.cut(self._prompts)):
+            some = "".join(f"\n  {printable(text[:100])}" for text in cut[:20]) + "\n  ..." * (len(cut) > 20)
+            print(f"{len(cut):,} of {len(self._prompts):,} prompts are cut, as they are longer than "
+                  f"{encoder.max_tokens} tokens:{some}", file=sys.stderr, flush=True)
+
+    def of(self, index: Sequence[int]) -> Condition:
+        m, each = self._model, self._encodings(self.texts(index))
+        rows = {
+            "caption_tokens": torch.zeros(len(each), m.caption_tokens, m.caption_width, dtype=torch.float16),
+            "caption_length": torch.tensor([len(encoded.tokens) for encoded in each], dtype=torch.int64),
+            "caption_pooled": torch.zeros(len(each), m.caption_pooled_width, dtype=torch.float16),
+        }
+        for tokens, pooled, encoded in zip(rows["caption_tokens"], rows["caption_pooled"], each, strict=True):
+            tokens[: len(encoded.tokens)] = torch.from_numpy(encoded.tokens)
+            pooled[:] = torch.from_numpy(encoded.pooled)
+        return to_condition(rows)
+
+    def texts(self, index: Sequence[int]) -> list[str]:
+        return [self._prompts[i % len(self._prompts)] for i in self._numbers(index).tolist()]

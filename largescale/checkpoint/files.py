@@ -1,0 +1,237 @@
+"""What lies in a run directory, read without DeepSpeed (and, but for tensors, without torch).
+
+    RUN/checkpoints/step_00001000/           one checkpoint; it exists once it holds a manifest, which is written last
+        manifest.json                        step, world size, files with sizes and hashes, and a copy of our state:
+                                             config, curriculum, counters
+        mp_rank_00_model_states.pt           DeepSpeed's: weights in the compute dtype, and client_state
+        [bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt   DeepSpeed's: rank R's fp32 master weights, moments and EMA
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from largescale.errors import CheckpointError, LargescaleError, NewerVersionError, StorageError, usable
+from largescale.host.files import from_json, sha256
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CLIENT_KEY = "largescale"  # everything of ours in DeepSpeed's client_state, which it merges flat over its own keys
+MODEL_FILE = "mp_rank_00_model_states.pt"
+MANIFEST = "manifest.json"
+_SEAL = ',\n "sha256": '
+READ_AGAIN_S = (1.0, 5.0)  # pauses before files that could not be read are tried again
+FORMAT = 2  # in 1 the manifest had no hash of itself; every later one is sealed as 2 is, to be told from damage
+
+
+class UnseenError(CheckpointError):
+    """A file that is missing, or of another size; or it is new, and a network file system does not show it here yet."""
+
+
+@dataclass(frozen=True)
+class CheckpointDir:
+    path: Path
+    step: int
+
+    @classmethod
+    def at(cls, run_dir: Path, step: int) -> "CheckpointDir":
+        return cls(run_dir / "checkpoints" / f"step_{step:08d}", step)
+
+    @property
+    def exists(self) -> bool:
+        """A folder without a manifest is a write that did not finish, not a checkpoint."""
+        return (self.path / MANIFEST).exists()
+
+    def manifest(self) -> dict[str, Any]:
+        """Raises CheckpointError where it is missing or damaged, or a newer version's (NewerVersionError); StorageError
+        where it cannot be read at present."""
+        path = self.path / MANIFEST
+        try:
+            content = path.read_bytes()
+            manifest: dict[str, Any] = from_json(content)
+            if (manifest["format"] != 1 or "sha256" in manifest) and not _is_sealed(content):
+                raise CheckpointError(f"{path} does not have the content that was written")
+            if manifest["format"] > FORMAT:
+                raise NewerVersionError(f"{path} has format {manifest['format']}, this version reads 1 to {FORMAT}: it "
+                                        "was made by a newer version; update largescale, or start another run with "
+                                        "--output DIR")
+            if manifest["format"] not in (1, FORMAT):
+                raise CheckpointError(f"{path} has format {manifest['format']}, which there is not")
+            if manifest.get("step", self.step) != self.step:
+                raise CheckpointError(f"{path} is that of step {manifest['step']}; give the folder its name back")
+            return manifest
+        except FileNotFoundError as error:
+            raise UnseenError(f"{path} is missing") from error
+        except OSError as error:
+            raise StorageError(f"{path} cannot be read at present: {error}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+    def optimizer_state(self, rank: int) -> dict[str, Any]:
+        """What DeepSpeed's ZeRO optimizer saved on that rank."""
+        name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        path = self.path / name
+        path = path if path.exists() else self.path / f"bf16_{name}"
+        with usable(path):
+            state: dict[str, Any] = load(path)["optimizer_state_dict"]
+            return state
+
+    def problem(self, part: slice = slice(None)) -> str | None:
+        """What is wrong with the files, or None. Hashes `part` of them, so that ranks can share the work.
+
+        Raises StorageError where they cannot be read, which does not say that they are damaged, and NewerVersionError.
+        """
+        error = self.check(part)
+        if isinstance(error, StorageError | NewerVersionError):
+            raise error
+        return str(error) if error else None
+
+    def check(self, part: slice = slice(None)) -> CheckpointError | StorageError | None:
+        """As `problem`, but an error is returned, whatever it is."""
+        for pause in (*READ_AGAIN_S, None):
+            try:
+                self._require_whole(part)
+                return None
+            except CheckpointError as error:
+                return error
+            except (LookupError, TypeError, AttributeError) as error:
+                return CheckpointError(f"{self.path}: {error!r}")
+            except OSError as error:
+                if pause is None:
+                    if isinstance(error, StorageError):
+                        return error
+                    return StorageError(f"{self.path} cannot be read at present: {error}")
+                time.sleep(pause)
+        raise AssertionError
+
+    def _require_whole(self, part: slice) -> None:
+        files = sorted(self.manifest()["files"].items())
+        for name, expected in files:
+            path = self.path / name
+            if not path.exists():
+                raise UnseenError(f"{path} is missing")
+            if path.stat().st_size != expected["bytes"]:
+                raise UnseenError(f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}")
+        for name, expected in files[part]:
+            if sha256(self.path / name) != expected["sha256"]:
+                raise CheckpointError(f"{self.path / name} does not have the content that was written")
+
+
+def seal(manifest: dict[str, Any]) -> str:
+    """A manifest as text, whose last line is the hash of those before: it tells what to expect of every other file."""
+    lines = json.dumps(manifest, indent=1, allow_nan=False).removesuffix("\n}")
+    return f'{lines}{_SEAL}"{hashlib.sha256(lines.encode()).hexdigest()}"\n}}'
+
+
+def _is_sealed(content: bytes) -> bool:
+    lines, _, last = content.rpartition(_SEAL.encode())
+    return last == f'"{hashlib.sha256(lines).hexdigest()}"\n}}'.encode()
+
+
+def step_folders(run_dir: Path) -> list[CheckpointDir]:
+    """Newest first, those too whose writing did not finish. Whatever else lies there is not ours."""
+    found = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for path in (run_dir / "checkpoints").iterdir():
+            if (match := re.fullmatch(r"step_(\d+)", path.name)) and not path.is_file():
+                found.append(CheckpointDir(path, int(match[1])))
+    return sorted(found, key=lambda c: -c.step)
+
+
+def checkpoints(run_dir: Path) -> list[CheckpointDir]:
+    """Newest first."""
+    return [folder for folder in step_folders(run_dir) if folder.exists]
+
+
+def newest_valid(
+    run_dir: Path,
+    found: Iterable[CheckpointDir],
+    report: Callable[[str], None],
+    check: Callable[[CheckpointDir], LargescaleError | None] = CheckpointDir.check,
+) -> tuple[CheckpointDir | None, set[int]]:
+    """The newest of `found` in which `check` finds no error, and the steps of those passed over, which are reported.
+
+    None where nothing was found. Raises NewerVersionError at the first of a newer version, so that nothing of it is
+    trained again or overwritten; where there are checkpoints and none can be used, StorageError if some may be later,
+    else CheckpointError.
+    """
+    errors: dict[int, LargescaleError] = {}
+    for checkpoint in found:
+        error = check(checkpoint)
+        if error is None:
+            return checkpoint, set(errors)
+        if isinstance(error, NewerVersionError):
+            error.agreed = True
+            raise error
+        errors[checkpoint.step] = error
+        report(f"passing over a {'checkpoint' if isinstance(error, StorageError) else 'damaged checkpoint'}: {error}")
+    if errors:
+        later = any(isinstance(error, StorageError) for error in errors.values())
+        remedy = "try again later, restore one from a copy" if later else "restore one from a copy"
+        none = (StorageError if later else CheckpointError)(
+            f"none of the {len(errors)} checkpoints in {run_dir} can be used:\n  "
+            + "\n  ".join(map(str, errors.values())) + f"\n{remedy}, or start again in another folder with --output DIR"
+        )
+        none.agreed = True
+        raise none
+    return None, set()
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Tensors and plain values only: a file from elsewhere cannot run code. Raises CheckpointError for other things."""
+    import torch
+
+    with usable(path):
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return state
+
+
+def client_state(checkpoint: CheckpointDir) -> dict[str, Any]:
+    with usable(checkpoint.path / MODEL_FILE):
+        state: dict[str, Any] = load(checkpoint.path / MODEL_FILE)[CLIENT_KEY]
+        return state
+
+
+def flat_state(checkpoint: CheckpointDir, kind: str, group: int, world_size: int) -> Iterator["Tensor"]:
+    """The flat fp32 pieces of one state tensor ('master', 'exp_avg', 'exp_avg_sq', 'ema') in rank order.
+
+    Joined and cut to the parameters' size they are whole: DeepSpeed stores master weights without the padding at the
+    end, the optimizer's tensors with it. One rank's file is mapped at a time.
+    """
+    for rank in range(world_size):
+        state = checkpoint.optimizer_state(rank)
+        if kind == "master":
+            yield state["single_partition_of_fp32_groups"][group]
+        else:
+            yield state["base_optimizer_state"]["state"][group][kind]
+
+
+def named_weights(checkpoint: CheckpointDir, kind: str = "ema") -> dict[str, "Tensor"]:
+    """The model's weights by name, in fp32: the EMA, or the 'master' weights, which the EMA is at step 0."""
+    with usable(checkpoint.path):
+        return _named_weights(checkpoint, "master" if checkpoint.step == 0 else kind)
+
+
+def _named_weights(checkpoint: CheckpointDir, kind: str) -> dict[str, "Tensor"]:
+    import torch
+
+    model = load(checkpoint.path / MODEL_FILE)
+    world_size = checkpoint.manifest()["world_size"]
+    weights: dict[str, Tensor] = {}
+    for group, shapes in enumerate(model["param_shapes"]):
+        flat = torch.cat([piece.reshape(-1) for piece in flat_state(checkpoint, kind, group, world_size)])
+        offset = 0
+        for name, shape in shapes.items():
+            count = int(torch.Size(shape).numel())
+            weights[name] = flat[offset : offset + count].view(tuple(shape)).clone()
+            offset += count
+    for name, value in (model.get("frozen_param_fragments") or {}).items():
+        weights[name] = value.float()
+    return weights

@@ -1,0 +1,373 @@
+"""What a run is: frozen dataclasses, and what follows from them alone. What they may hold: `validation`. No torch."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from largescale import noise_schedule
+from largescale.curriculum import (
+    Curriculum,
+    FixedPacing,
+    NoPacing,
+    Pacing,
+    PatiencePacing,
+    snr_clusters,
+    uniform_clusters,
+)
+from largescale.errors import ConfigError, NewerVersionError
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """DDPM++ as in EDM (arXiv:2206.00364, appendix F); only with model.architecture=ddpmpp."""
+
+    model_channels: int = 128
+    channel_mult: tuple[int, ...] = (2, 2, 2)
+    """Of model_channels, at each resolution from the image's down."""
+    num_blocks: int = 4
+    """Residual blocks per resolution."""
+    attn_resolutions: tuple[int, ...] = (16,)
+    dropout: float = 0.13
+    """Masks follow from (seed, step, rank, micro step): with another micro batch or number of ranks a run goes on with
+    others."""
+    augment_dim: int = 0
+    """9: the network is told how its image was augmented (data.augment); 0: it is not."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Images or latents are (in_channels, input_size, input_size). The fields from patch_size to mlp_ratio, the
+    captions' and learn_sigma are DiT's (arXiv:2212.09748)."""
+
+    architecture: Literal["dit", "ddpmpp"] = "dit"
+    input_size: int = 32
+    in_channels: int = 4
+    patch_size: int = 2
+    hidden_size: int = 1024
+    depth: int = 24
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    """0: no labels."""
+    caption_tokens: int = 0
+    """Tokens that a caption is padded to; 0: no captions."""
+    caption_width: int = 768
+    """Channels of a caption's token; of CLIP ViT-L/14."""
+    caption_pooled_width: int = 768
+    """Channels of the vector that stands for a whole caption."""
+    null_caption: Literal["encoded", "learned"] = "encoded"
+    """What stands for a dropped caption: the encoding of the empty one, or learned values."""
+    class_dropout_prob: float = 0.1
+    """Probability that a label or caption is replaced by the null one, for classifier-free guidance."""
+    learn_sigma: bool = True
+    """Learn the variance too, between the bounds of arXiv:2102.09672 (adds the vb term to the loss). A flow has none:
+    the channels are there, as in released SiT, and unused."""
+    unet: UNetConfig = field(default_factory=UNetConfig)
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    objective: Literal["gaussian", "flow", "edm"] = "gaussian"
+    """gaussian: noise prediction (DDPM). flow: velocity prediction (SiT). edm: preconditioned denoising (EDM)."""
+    schedule: Literal["linear", "cosine"] = "cosine"
+    """Of gaussian: the betas."""
+    timesteps: int = 1000
+    """Diffusion steps of gaussian. For flow and edm: bins of noise.sampling's statistics."""
+    fixed_variance: Literal["small", "large"] = "small"
+    """Of gaussian: the sampler's variance where the model does not learn it."""
+    interpolant: Literal["linear", "gvp"] = "linear"
+    """Of flow: x_t = (1 - u) x_start + u noise, or by cosine and sine."""
+    p_mean: float = -1.2
+    """Of edm: ln(sigma) is drawn with this mean ..."""
+    p_std: float = 1.2
+    """... and this standard deviation."""
+    sigma_data: float = 0.5
+    """Of edm: the standard deviation of the data."""
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Which noise levels are drawn, among those that the curriculum has active, and how much each counts in the loss:
+    what the curriculum is compared with, and can be combined with."""
+
+    sampling: Literal["uniform", "logit_normal", "loss_second_moment", "speed"] = "uniform"
+    """logit_normal: arXiv:2403.03206. loss_second_moment: resampling by the loss, arXiv:2102.09672; uniform until each
+    active one of diffusion.timesteps has been drawn 10 times. speed: fewer where noise hardly grows, arXiv:2405.17403
+    (its weights are weighting=p2)."""
+    logit_mean: float = 0.0
+    """Of logit(u)."""
+    logit_std: float = 1.0
+    speed_ratio: float = 5.0
+    """Of speed: how much more often levels are drawn at which noise grows fast."""
+    weighting: Literal["none", "min_snr", "p2"] = "none"
+    """min_snr: arXiv:2303.09556, min(SNR, gamma) times the error of x_start, whatever is predicted. p2:
+    arXiv:2204.00227, the loss times 1 / (k + SNR) ** gamma, whatever is predicted."""
+    min_snr_gamma: float = 5.0
+    """Where the SNR is cut."""
+    p2_gamma: float = 1.0
+    """0: no weighting."""
+    p2_k: float = 1.0
+
+
+@dataclass(frozen=True)
+class CurriculumConfig:
+    clusters: Literal["uniform", "snr"] = "uniform"
+    """uniform: equal shares of the timesteps. snr: edges at the SNR that these have under the cosine schedule."""
+    n_clusters: int = 20
+    pacing: Literal["patience", "fixed", "none"] = "patience"
+    """patience: the paper's. fixed: NaiveCL, a stage every `interval` steps. none: vanilla training."""
+    patience: int = 200
+    """tau_max: steps in a row without a new best loss that a stage may take. It watches the loss that is trained on:
+    mse and vb, averaged over the global batch, and weighted where noise.weighting is set."""
+    interval: int = 10_000
+    order: Literal["easy_first", "hard_first"] = "easy_first"
+    """hard_first: the anti-curriculum, from the least noise."""
+    stages: Literal["accumulating", "separate"] = "accumulating"
+    """separate: a stage trains on its own cluster only; when all are through, on everything."""
+    only_cluster: int = 0
+    """Train on this cluster alone from start to end, as the difficulty study does; 0: on those that are active."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = "data/imagenet256"
+    """A folder of Arrow shards, made by one of the programs in data_prep."""
+    horizontal_flip: bool = True
+    augment: float = 0.0
+    """Probability of each of EDM's augmentations, of which the network is told (model.unet.augment_dim=9); 0: none."""
+    prefetch: int = 4
+    """Steps whose data are read ahead by a thread."""
+    verify: bool = False
+    """Hash every shard again before training."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    kernel: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
+    """torch: torch.optim.AdamW, fused. apex: NVIDIA apex's FusedAdam. deepspeed: DeepSpeed's own, which it compiles at
+    the first start. auto: apex on a GPU where it is installed, else torch."""
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad_norm: float = 0.0
+    """Largest norm of the gradient; 0 clips nothing."""
+    ema_decay: float = 0.9999
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 400_000
+    global_batch_size: int = 256
+    micro_batch_size: int | Literal["auto"] | None = None
+    """Images a rank takes through one forward and backward pass; by default its whole share of the global batch. auto:
+    the largest part of it for which there is memory."""
+    activation_checkpointing: bool = False
+    """Keep each block's input only, and compute the rest again in the backward pass: less memory, a third more work."""
+    compile: Literal["auto", "off", "blocks", "model"] = "auto"
+    """torch.compile, of each block or of the whole model. auto: blocks on a GPU with a compiler, off on a CPU."""
+    threads: int | None = None
+    """Of each rank on a CPU; by default $OMP_NUM_THREADS, or this machine's cores shared among its ranks."""
+    ds_config: str = "ds_configs/zero2_bf16.json"
+    """DeepSpeed's settings: memory, precision, communication."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    seed: int = 0
+    timeout_s: float = 600.0
+    """Seconds without a sign of life after which a run that hangs is ended, saying which rank is missing; a minute more
+    before the first step."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 5_000
+    """Steps between checkpoints. One more is written when a run is asked to stop."""
+    keep_last: int = 3
+    """How many of the newest of these are kept, besides the newest one that was written on a stop."""
+    keep_every: int = 50_000
+    """Checkpoints at multiples of this are kept for ever; 0 keeps none."""
+
+
+@dataclass(frozen=True)
+class AnomalyConfig:
+    """What is done when numbers go bad. `skip` goes back to the last good checkpoint and leaves out the inputs from
+    there to here; the run's saved state says which."""
+
+    not_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite, or an fp16 loss scale that cannot fall further."""
+    spike: Literal["count", "stop", "skip"] = "count"
+    """A loss that leaps."""
+    spike_factor: float = 3.0
+    """How far: above this many times the running geometric mean of its stage."""
+    max_skips: int = 3
+    """Windows that may be left out, in the whole run, before it stops all the same."""
+
+
+@dataclass(frozen=True)
+class TelemetryConfig:
+    log_every: int = 100
+    tensorboard: bool = True
+    reference_every: int = 5_000
+    """Steps between evaluations of the loss on a fixed set of (image, u, noise) per cluster; 0 never."""
+    reference_images: int = 16
+    """Images of that set, per cluster."""
+    preview_every: int = 50_000
+    """Steps between sample grids; 0 never. Latents are decoded where the VAE that the data were packed with lies on
+    this machine, else the grid says that they are not."""
+    preview_images: int = 32
+    preview_steps: int = 50
+    preview_cfg_scale: float = 1.5
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    output: str | None = None
+    """The run directory; runs/NAME by default."""
+    dry_run: bool = False
+    """Print what would run and what it costs, and start nothing."""
+    verbose: bool = False
+    """With dry_run: all settings too, and DeepSpeed's, as JSON."""
+    profile: bool = False
+    """Write a torch-profiler trace of a few steps, for Perfetto and TensorBoard, to the run directory."""
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output or f"runs/{self.name}")
+
+
+# A resumed run may not differ in these: its state, or its random draws, would not be this run's.
+FIXED_ON_RESUME = (
+    "model.", "diffusion.", "noise.", "curriculum.clusters", "curriculum.n_clusters", "curriculum.pacing",
+    "curriculum.order", "curriculum.stages", "curriculum.only_cluster", "data.horizontal_flip", "data.augment",
+    "train.global_batch_size", "train.seed", "precision", "dataset",
+)
+# These change how a run is carried out or watched, not what it computes: not worth a word.
+FREE_ON_RESUME = (
+    "name", "output", "dry_run", "verbose", "profile", "data.path", "data.prefetch", "data.verify",
+    "train.micro_batch_size", "train.activation_checkpointing", "train.threads", "train.ds_config", "train.device",
+    "train.timeout_s", "checkpoint.", "telemetry.",
+)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain JSON values, as stored beside a run's checkpoints."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+    """The inverse of `to_dict`. Raises NewerVersionError for a field that this version does not know, ConfigError for
+    what is no config."""
+
+    def build(cls: Any, values: dict[str, Any]) -> Any:
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - set(fields)):
+            raise NewerVersionError(f"{cls.__name__} has no field {unknown[0]!r}: this config was made by a newer "
+                                    "version; update largescale, or start another run with --output DIR")
+        return cls(**{
+            key: build(fields[key].type, value) if dataclasses.is_dataclass(fields[key].type)
+            else tuple(value) if isinstance(value, list) else value
+            for key, value in values.items()
+        })
+
+    try:
+        config: Config = build(Config, tree)
+    except (TypeError, RecursionError) as error:
+        raise ConfigError(f"this is no config of a run: {error}") from error
+    return config
+
+
+def differences(saved: dict[str, Any], current: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What a resumed run would change: (not allowed, allowed but worth saying), each as 'key: old -> new'."""
+    old, new = dict(flatten(saved)), dict(flatten(current))
+    refused: list[str] = []
+    said: list[str] = []
+    drops = new.get("model.architecture") == "ddpmpp" and new.get("model.unet.dropout")
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        free = key.startswith(FREE_ON_RESUME) and not (drops and key == "train.micro_batch_size")
+        if before == after or before == "auto" or free:
+            continue  # "auto": saved by a version that did not say what it stood for
+        (refused if key.startswith(FIXED_ON_RESUME) else said).append(f"{key}: {before} -> {after}")
+    return refused, said
+
+
+def batch_layout(config: Config, world_size: int) -> tuple[int, int]:
+    """(micro_batch_size, grad_accum_steps), with
+    global_batch_size = micro_batch_size * grad_accum_steps * world_size. "auto", until `fit` has found a number for it,
+    stands for the largest: a rank's whole share."""
+    total = config.train.global_batch_size
+    if total < 1:
+        raise ConfigError(f"global_batch_size={total} must be at least 1; the paper uses 256")
+    if total % world_size:
+        works = [n for n in range(1, total + 1) if total % n == 0]
+        near = [n for n in works if n < world_size][-1:] + [n for n in works if n > world_size][:1]
+        raise ConfigError(
+            f"global_batch_size={total} is not a multiple of world_size={world_size}; "
+            f"start {' or '.join(map(str, near))} ranks, "
+            f"or try --train.global-batch-size {math.ceil(total / world_size) * world_size}"
+        )
+    micro = config.train.micro_batch_size
+    if micro is None or micro == "auto":
+        micro = total // world_size
+    if micro < 1 or total % (micro * world_size):
+        share = total // world_size
+        fits = max((n for n in range(1, max(micro, 1) + 1) if share % n == 0), default=1)
+        raise ConfigError(
+            f"global_batch_size={total} is not a multiple of micro_batch_size*world_size={micro * world_size} "
+            f"({micro}*{world_size}); try --train.micro-batch-size {fits}"
+        )
+    return micro, total // (micro * world_size)
+
+
+def make_curriculum(config: Config) -> Curriculum:
+    c = config.curriculum
+    return Curriculum(
+        cluster_edges(config), pacing(config), order=c.order, stages=c.stages, only_cluster=c.only_cluster)
+
+
+def least_steps(config: Config) -> int:
+    """Until the curriculum is complete: every stage at its shortest."""
+    c = config.curriculum
+    # A stage's first loss is its best so far, and the (patience + 1)-th that is none ends it.
+    return c.n_clusters * {"patience": c.patience + 2, "fixed": c.interval, "none": 0}[c.pacing]
+
+
+def cluster_edges(config: Config) -> tuple[float, ...]:
+    if config.curriculum.clusters == "uniform":
+        return uniform_clusters(config.curriculum.n_clusters)
+    own, cosine = (
+        noise_schedule.log_snr(noise_schedule.make_betas(name, config.diffusion.timesteps))
+        for name in (config.diffusion.schedule, "cosine")
+    )
+    return snr_clusters(config.curriculum.n_clusters, own, cosine)
+
+
+def pacing(config: Config) -> Pacing:
+    if config.curriculum.pacing == "patience":
+        return PatiencePacing(config.curriculum.patience)
+    if config.curriculum.pacing == "fixed":
+        return FixedPacing(config.curriculum.interval)
+    return NoPacing()

@@ -1,0 +1,49 @@
+"""How much each noise level counts in the loss."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from largescale.config.schema import NoiseConfig
+from largescale.diffusion.objective import Losses
+from largescale.errors import ConfigError
+
+Weighting = Callable[[Tensor, Tensor], Tensor]
+"""(log_snr, x_start_weight), (N,) float64 each, see `Objective` -> factors on the mse, (N,) float32."""
+
+
+def make_weighting(config: NoiseConfig) -> Weighting:
+    if config.weighting == "none":
+        return lambda log_snr, x_start_weight: torch.ones_like(log_snr, dtype=torch.float32)
+    if config.weighting == "min_snr":
+        return min_snr(config.min_snr_gamma)
+    if config.weighting == "p2":
+        return p2(config.p2_k, config.p2_gamma)
+    raise ConfigError(f"unknown noise weighting {config.weighting!r}; choose none, min_snr or p2")
+
+
+def min_snr(gamma: float) -> Weighting:
+    """arXiv:2303.09556: min(SNR, gamma) times the squared error of the predicted x_start, whatever is predicted. So
+    min(SNR, gamma) / SNR for noise prediction."""
+    if not 0 < gamma < math.inf:
+        raise ConfigError(f"min_snr_gamma={gamma} must be positive; set --noise.min-snr-gamma (5 in the paper)")
+    log_gamma = math.log(gamma)
+    return lambda log_snr, x_start_weight: (log_snr.clamp(max=log_gamma) - x_start_weight.log()).exp().float()
+
+
+def p2(k: float, gamma: float) -> Weighting:
+    """Eq. 8 of arXiv:2204.00227: 1 / (k + SNR) ** gamma times the mse; there of noise prediction, here of any."""
+    if not (0 <= k < math.inf and 0 <= gamma < math.inf):
+        raise ConfigError(f"p2_k={k} and p2_gamma={gamma} must be 0 or more; set --noise.p2-k and --noise.p2-gamma "
+                          "(1 and 1, or 0.5, in the paper)")
+    log_k = math.log(k) if k else -math.inf
+    return lambda log_snr, x_start_weight: (
+        -gamma * torch.logaddexp(log_snr, torch.full_like(log_snr, log_k))).exp().float()
+
+
+def weighted(losses: Losses, weight: Tensor, importance: Tensor) -> Tensor:
+    """The loss that is optimised, per sample, (N,) float32. As in the papers' codes a weighting is of the mse alone,
+    and resampling's `importance` of the whole loss."""
+    return importance * (weight * losses.mse + losses.vb)

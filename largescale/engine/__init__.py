@@ -1,0 +1,1 @@
+"""DeepSpeed, and the optimizer that it drives."""

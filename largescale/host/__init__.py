@@ -1,0 +1,1 @@
+"""The process and its machine: launchers, signals, memory, files. No torch."""

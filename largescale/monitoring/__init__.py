@@ -1,0 +1,1 @@
+"""Logs, times and the record of each start."""

@@ -1,0 +1,200 @@
+"""What a run tells: metrics.jsonl, TensorBoard, and a progress bar, all from rank 0."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from largescale.host.files import from_json, located
+from largescale.host.launch import printable_lines
+
+# Dense half-precision peaks in FLOP/s, from the makers' data sheets; elsewhere MFU is not reported.
+_PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    if precision == "fp32":
+        return None
+    return next((peak for name, peak in _PEAK_FLOPS.items() if name in device_name), None)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl. What is none, as a line that a crash cut short, is left out."""
+    path = run_dir / "metrics.jsonl"
+    rows = map(_row, path.read_bytes().splitlines() if path.exists() else [])
+    return [row for row in rows if row is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """None for what is no object with a number for a step."""
+    try:
+        row = from_json(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def _end_of_step(path: Path, step: int) -> int:
+    """The length of the file up to the first row of a later step, or the first half line at its end: to cut it there
+    takes no space on a full disk."""
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            row = _row(line)
+            if row and row["step"] > step:
+                break
+            if line.endswith(b"\n"):
+                end += len(line)
+    return end
+
+
+class Telemetry:
+    """On ranks other than 0 every method does nothing."""
+
+    def __init__(self, run_dir: Path, *, active: bool, tensorboard: bool, step: int, steps: int):
+        """`step`: where the run stands. Rows of later steps, written before an interruption, are dropped."""
+        self.active = active
+        if not active:
+            return
+        self._run_dir, self._said_failing, self._tensorboard = run_dir, False, tensorboard
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._folder = os.open(run_dir, os.O_RDONLY)
+        self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
+        self._file.truncate(_end_of_step(run_dir / "metrics.jsonl", step))
+        self._unwritten = b""
+        self._board: Any = None
+        self._open_board(step)
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=steps, initial=step, unit="step", dynamic_ncols=True, ascii=not terminal,
+            mininterval=0.5 if terminal else 20,
+        )
+
+    @property
+    def run_dir(self) -> Path:
+        """Under its name of now: it is renamed at times while the run goes on."""
+        run_dir = located(self._run_dir, self._folder)
+        if run_dir != self._run_dir:
+            self.say(f"{self._run_dir} was moved: going on in {run_dir}; a later start needs --output {run_dir}")
+            self._run_dir = run_dir
+        return run_dir
+
+    def _open_board(self, step: int) -> None:
+        if self._tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            with self.going_on():
+                self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
+
+    def _on_board(self, step: int, add: Callable[[Any], Any]) -> None:
+        """TensorBoard's writer does not outlive an error: it is made anew."""
+        if self._board is None:
+            self._open_board(step)
+        try:
+            if self._board:
+                add(self._board)
+        except OSError as error:
+            self._say_failing(error)
+            self._board = None
+
+    def go_back(self, step: int) -> None:
+        """Rows of later steps are dropped."""
+        if not self.active:
+            return
+        with self.going_on():
+            self._file.truncate(_end_of_step(self.run_dir / "metrics.jsonl", step))
+        self._unwritten = b""
+        self._close_board()
+        self._board = None
+        self._open_board(step)
+        with contextlib.suppress(OSError):
+            self._bar.n = step
+            self._bar.refresh()
+
+    def progress(self, step: int, **shown: Any) -> None:
+        if self.active:
+            if shown:
+                self._bar.set_postfix(shown, refresh=False)
+            with contextlib.suppress(OSError):
+                self._bar.update(step - self._bar.n)
+
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Values that are None (unknown here) are left out."""
+        if not self.active:
+            return
+        known = {key: value for key, value in metrics.items() if value is not None}
+        self._write({"step": step, **known})
+        def add(board: Any) -> None:
+            for key, value in known.items():
+                board.add_scalar(key, value, step)
+
+        self._on_board(step, add)
+
+    def event(self, step: int, kind: str, text: str, **facts: Any) -> None:
+        if not self.active:
+            return
+        self._write({"step": step, "event": kind, "text": text, **facts})
+        self._on_board(step, lambda board: board.add_text(kind, text, step))
+        self.say(text)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """`image`: (H, W, 3) uint8, to TensorBoard and as RUN/NAME/step_00001000.png."""
+        if not self.active:
+            return
+        with self.going_on():
+            path = self.run_dir / name / f"step_{step:08d}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(image).save(path)
+        self._on_board(step, lambda board: board.add_image(name, image, step, dataformats="HWC"))
+
+    def say(self, text: str) -> None:
+        if self.active:
+            with contextlib.suppress(OSError):  # the disk that is full may be the log's
+                tqdm.write(printable_lines(text), file=sys.stderr)
+
+    def sync(self) -> None:
+        """What was logged so far outlives a power cut."""
+        if self.active:
+            with self.going_on():
+                os.fsync(self._file.fileno())
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._unwritten += json.dumps(row).encode() + b"\n"
+        with self.going_on():
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+    @contextlib.contextmanager
+    def going_on(self) -> Iterator[None]:
+        """A full disk does not end the run: rank 0 must not leave the others in a collective."""
+        try:
+            yield
+        except OSError as error:
+            self._say_failing(error)
+
+    def _say_failing(self, error: OSError) -> None:
+        if not self._said_failing:
+            self.say(f"telemetry cannot be written, training goes on: {error}")
+        self._said_failing = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.active:
+            self._bar.close()
+            self._file.close()
+            os.close(self._folder)
+            self._close_board()
+
+    def _close_board(self) -> None:
+        with self.going_on():
+            if self._board:
+                self._board.close()
