@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from largescale.condition import Condition
 from largescale.diffusion.gaussian import GaussianDiffusion
 from largescale.diffusion.objective import Model
 from largescale.diffusion.sampling import SampleNoise, SamplingConfig, draw_samples
 from largescale.models.dit import DiT, flops_per_image
-from largescale.models.embedders import Condition
 from largescale.models.inference import prepare
 from largescale.monitoring.telemetry import peak_flops
 from largescale.noise_schedule import make_betas

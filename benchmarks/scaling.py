@@ -26,8 +26,8 @@ from largescale.config.presets import PRESETS
 from largescale.config.schema import Config
 from largescale.monitoring.telemetry import read_metrics
 from largescale.planning.cost import HARDWARE, Hardware, Plan, Workload, daly, step, young
-from largescale.planning.dry_run import workload
 from largescale.planning.memory import largest_micro_batch
+from largescale.training.dry_run import workload
 
 ROOT = Path(__file__).parent.parent
 FP32 = "ds_configs/zero2_fp32.json"

@@ -43,7 +43,8 @@ from tqdm import tqdm
 from train_step_child import Child, Failed
 
 from largescale.config.presets import PRESETS
-from largescale.config.schema import Config, TelemetryConfig, to_dict
+from largescale.config.schema import Config, TelemetryConfig
+from largescale.config.serialise import to_dict
 from largescale.models.build import build_model
 from largescale.models.dit import flops_per_image
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from train_step_peers import GIVEN, PEERS, Job, Step, same_weights
 
-from largescale.config.schema import from_dict
+from largescale.config.serialise import from_dict
 from largescale.data.loader import Loader, to_x_start
 from largescale.data.shards import ShardDataset
 from largescale.host.machine import keep_freed_memory

@@ -19,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from largescale.config.schema import Config, ModelConfig, make_curriculum
+from largescale.condition import drop
+from largescale.config.derived import make_curriculum
+from largescale.config.schema import Config, ModelConfig
 from largescale.data.loader import Loader, to_x_start
 from largescale.data.shards import ShardDataset
-from largescale.models.build import build_model, build_objective, latent_shape
+from largescale.diffusion.build import build_objective
+from largescale.models.build import build_model, latent_shape
 from largescale.models.compile import what_to_compile
 from largescale.models.dit import DiT
-from largescale.models.embedders import drop
 from largescale.randomness import step_draws
 
 GIVEN = 2                                               # first steps, which all ways take with the same draws

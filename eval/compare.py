@@ -30,16 +30,19 @@ import torch
 import tyro
 
 from eval.comparison.methods import read_methods
+from eval.comparison.plan import plan
 from eval.comparison.report import Findings, write_report
 from eval.comparison.validation_loss import ValidationLoss, check_like
 from eval.curve import Curve, Curves, make_scorer
 from eval.sample import Sample, Sampler, folder_of
 from eval.score import Scorer
-from eval.training_runs import Run, check_same, configure, plan
+from eval.training_runs import Run, check_same, configure
 from largescale.checkpoint.files import checkpoints
-from largescale.config.schema import Config, cluster_edges
+from largescale.config.derived import cluster_edges
+from largescale.config.schema import Config
 from largescale.config.validation import ema_note, validate
 from largescale.data.shards import ShardDataset
+from largescale.diffusion.build import build_objective
 from largescale.diffusion.objective import SamplerName
 from largescale.diffusion.samplers import check_sampler, quick_sampler
 from largescale.distributed.ranks import local_device
@@ -47,7 +50,7 @@ from largescale.encoders.identity import library
 from largescale.errors import ConfigError, DataError, LargescaleError
 from largescale.host.launch import arguments, env_world_size, leave, print_error
 from largescale.host.signals import serve_stop_signals
-from largescale.models.build import build_objective, latent_shape
+from largescale.models.build import latent_shape
 
 GRID_IMAGES = 40                                        # of samples.png, of each method
 

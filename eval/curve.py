@@ -28,15 +28,16 @@ from eval.sample import Sample, Sampler, folder_of
 from eval.score import RESULTS, Score, Scorer
 from eval.scoring.figures import GROUPS
 from largescale.checkpoint.files import CheckpointDir, checkpoints
-from largescale.config.schema import Config, from_dict
+from largescale.config.schema import Config
+from largescale.config.serialise import from_dict
 from largescale.config.validation import ema_note
+from largescale.diffusion.build import build_objective
 from largescale.diffusion.objective import SamplerName
 from largescale.diffusion.samplers import quick_sampler
 from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, StorageError, usable
 from largescale.host.files import append_line, from_json, require_writable, write_atomically
 from largescale.host.launch import arguments, env_rank, leave, print_error
 from largescale.host.signals import serve_stop_signals
-from largescale.models.build import build_objective
 from largescale.models.half_precision import check_on_cpu
 
 Row = dict[str, Any]

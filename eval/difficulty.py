@@ -37,8 +37,9 @@ from tqdm import tqdm
 
 from eval.curve import lines
 from eval.difficulty_study.denoising import SplicedSampler, asked_levels, bounds
+from eval.difficulty_study.findings import Findings
 from eval.difficulty_study.relative_entropy import noise_levels, relative_entropy
-from eval.difficulty_study.report import Report, number, write_report
+from eval.difficulty_study.report import number, write_report
 from eval.difficulty_study.study import STAGES, STUDIES, Plan, Row, Study, names
 from eval.drawing.sample_set import GRID
 from eval.sample import Sample, Sampler, folder_of
@@ -184,7 +185,7 @@ class Difficulty(Plan):
 
     def report(self) -> None:
         o = self.options
-        found = Report(self.name, self.edges, {i: run.folder for i, run in enumerate(self.runs)}, o.steps,
+        found = Findings(self.name, self.edges, {i: run.folder for i, run in enumerate(self.runs)}, o.steps,
                        o.patience, self.scored(), read_json(self.entropy_file))
         for stage, intervals in found.missing.items():
             what = names(intervals) if intervals else "the relative entropy is"

@@ -11,7 +11,7 @@ import tyro
 
 from largescale.checkpoint.files import checkpoints, named_weights
 from largescale.checkpoint.weights import EXPORT_CONFIG, EXPORT_WEIGHTS, describe, find_checkpoint
-from largescale.config.schema import from_dict
+from largescale.config.serialise import from_dict
 from largescale.config.validation import ema_note
 from largescale.errors import LargescaleError, StorageError
 from largescale.host.files import require_writable, write_atomically

@@ -4,7 +4,8 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from largescale.config.schema import Config, flatten, to_dict
+from largescale.config.schema import Config
+from largescale.config.serialise import flatten, to_dict
 from largescale.config.validation import option
 from largescale.errors import ConfigError
 

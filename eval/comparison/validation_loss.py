@@ -14,6 +14,7 @@ from eval.curve import lines
 from eval.score import RESULTS
 from largescale.checkpoint.files import CheckpointDir, named_weights
 from largescale.checkpoint.weights import load_trained
+from largescale.condition import moved, take
 from largescale.config.schema import Config
 from largescale.data.loader import to_condition, to_x_start
 from largescale.data.order import sample_indices
@@ -23,7 +24,6 @@ from largescale.errors import DataError, Stopped
 from largescale.host.files import append_line
 from largescale.host.signals import stop_requested
 from largescale.models.build import latent_shape
-from largescale.models.embedders import moved, take
 from largescale.randomness import step_draws
 
 SEED = 0x5EED                                           # of this set, the same for runs of all seeds

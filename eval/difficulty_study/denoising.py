@@ -11,13 +11,13 @@ from torch import Tensor
 
 from eval.sample import Sample, Sampler, weights_sha256
 from largescale.checkpoint.weights import Trained, load_trained
+from largescale.condition import Condition
 from largescale.config.schema import DiffusionConfig
 from largescale.diffusion.objective import Model
 from largescale.diffusion.samplers import AnyObjective
 from largescale.diffusion.sampling import SamplingConfig, draw_batches
 from largescale.errors import CheckpointError
 from largescale.models.build import latent_shape
-from largescale.models.embedders import Condition
 from largescale.models.inference import prepare
 
 

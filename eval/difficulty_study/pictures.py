@@ -8,12 +8,12 @@ import numpy as np
 from eval.difficulty_study.relative_entropy import FEW_KERNELS, ONE_KERNEL
 
 if TYPE_CHECKING:
-    from eval.difficulty_study.report import Report
+    from eval.difficulty_study.findings import Findings
 
 SHOWN = 1000                                            # points of a loss curve
 
 
-def draw(found: "Report") -> dict[str, bytes]:
+def draw(found: "Findings") -> dict[str, bytes]:
     """PNGs by name, of what is there."""
     import matplotlib
 
@@ -28,14 +28,14 @@ def draw(found: "Report") -> dict[str, bytes]:
     return pictures
 
 
-def _colours(found: "Report") -> dict[int, Any]:
+def _colours(found: "Findings") -> dict[int, Any]:
     from matplotlib import colormaps
 
     last = len(found.edges) - 1
     return {i: colormaps["viridis"](0.95 * (i - 1) / max(last - 1, 1)) for i in found.intervals}
 
 
-def _losses(found: "Report") -> bytes:
+def _losses(found: "Findings") -> bytes:
     from matplotlib import pyplot as plt
 
     colours = _colours(found)
@@ -60,7 +60,7 @@ def _losses(found: "Report") -> bytes:
     return _png(plots)
 
 
-def _denoising(found: "Report") -> bytes:
+def _denoising(found: "Findings") -> bytes:
     from matplotlib import pyplot as plt
 
     colours = _colours(found)
@@ -82,7 +82,7 @@ def _denoising(found: "Report") -> bytes:
     return _png(plots)
 
 
-def _relative_entropy(found: "Report") -> bytes:
+def _relative_entropy(found: "Findings") -> bytes:
     from matplotlib import pyplot as plt
 
     assert found.entropy
@@ -113,7 +113,7 @@ def _relative_entropy(found: "Report") -> bytes:
     return _png(plots)
 
 
-def _intervals(axis: Any, found: "Report") -> None:
+def _intervals(axis: Any, found: "Findings") -> None:
     last = len(found.edges) - 1
     axis.set_xticks(range(1, last + 1, max(1, last // 10)))
     axis.set_xlim(0.3, last + 0.7)

@@ -12,8 +12,9 @@ import torch
 
 from eval.difficulty_study.relative_entropy import MIN_POINTS
 from eval.training_runs import Run, check_same, configure
+from largescale.config.derived import cluster_edges
 from largescale.config.presets import PRESETS
-from largescale.config.schema import cluster_edges, flatten, to_dict
+from largescale.config.serialise import flatten, to_dict
 from largescale.config.validation import option, validate
 from largescale.data.shards import ShardDataset
 from largescale.diffusion.objective import SamplerName

@@ -14,6 +14,7 @@ import torch
 
 from eval.prompts import read_prompts
 from largescale.checkpoint.weights import Trained
+from largescale.condition import Condition
 from largescale.config.schema import ModelConfig
 from largescale.data.loader import to_condition
 from largescale.data.shards import ShardDataset
@@ -21,7 +22,6 @@ from largescale.encoders.text import EncodedCaption, TextEncoder, load_text_enco
 from largescale.errors import ConfigError
 from largescale.host.files import is_unicode
 from largescale.host.launch import env_rank, printable
-from largescale.models.embedders import Condition
 from largescale.randomness import stream_seed
 
 CACHE_BYTES = 2**29  # of encoded prompts in a process; COCO's 30,000 by CLIP ViT-L/14 take as much

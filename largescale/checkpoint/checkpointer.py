@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 
@@ -28,9 +28,9 @@ from largescale.checkpoint.files import (
     seal,
     step_folders,
 )
-from largescale.config.schema import CheckpointConfig, flatten
+from largescale.config.schema import CheckpointConfig
+from largescale.config.serialise import flatten
 from largescale.distributed.ranks import Ranks
-from largescale.engine.deepspeed_engine import Engine, plain
 from largescale.errors import CheckpointError, LargescaleError, NewerVersionError, StorageError
 from largescale.host.files import LOCK, exclusive, fsync_dir, located, sha256, write_atomically
 from largescale.host.launch import heartbeat
@@ -38,6 +38,14 @@ from largescale.host.launch import heartbeat
 SEEN_LATER_S = (1.0, 5.0, 20.0, 40.0)
 """Pauses before a file is looked for again that other ranks see: by default NFS shows it within a minute."""
 _ERRORS = (CheckpointError, UnseenError, StorageError, NewerVersionError)  # the gravest last
+
+
+class Engine(Protocol):
+    """What is saved: see `largescale.engine.deepspeed_engine`."""
+
+    def save(self, checkpoint: CheckpointDir, client_state: dict[str, Any], writer: "Writer") -> None: ...
+
+    def weights_checksum(self) -> int: ...
 
 
 class Writer:
@@ -50,7 +58,8 @@ class Writer:
         self.seconds = 0.0  # spent on this rank's files of one checkpoint, in the thread
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        self._files.append(self._pool.submit(self._timed_write, plain(state_dict), Path(path)))
+        """`state_dict` must not change until it is written."""
+        self._files.append(self._pool.submit(self._timed_write, state_dict, Path(path)))
 
     def _timed_write(self, state: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
         start = time.perf_counter()

@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from largescale.checkpoint.files import CheckpointDir, checkpoints, named_weights, newest_valid
-from largescale.config.schema import Config, from_dict
+from largescale.config.schema import Config
+from largescale.config.serialise import from_dict
+from largescale.diffusion.build import build_objective
 from largescale.diffusion.samplers import AnyObjective
 from largescale.errors import CheckpointError, usable
 from largescale.host.files import from_json
-from largescale.models.build import Network, build_model, build_objective
+from largescale.models.build import Network, build_model
 
 EXPORT_WEIGHTS, EXPORT_CONFIG = "model.safetensors", "config.json"
 

@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from largescale.config.schema import Config, batch_layout
+from largescale.config.derived import batch_layout
+from largescale.config.schema import Config
 from largescale.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]

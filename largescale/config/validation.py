@@ -4,16 +4,9 @@ anything is started."""
 import math
 from typing import Any
 
-from largescale.config.schema import (
-    Config,
-    ModelConfig,
-    UNetConfig,
-    batch_layout,
-    flatten,
-    least_steps,
-    make_curriculum,
-    to_dict,
-)
+from largescale.config.derived import batch_layout, least_steps, make_curriculum
+from largescale.config.schema import Config, ModelConfig, UNetConfig
+from largescale.config.serialise import flatten, to_dict
 from largescale.errors import ConfigError
 
 # Fields that only one architecture, objective or way of training reads: anywhere else, another value than the default

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from largescale.condition import Captions, Condition
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset
 from largescale.errors import ConfigError
-from largescale.models.embedders import Captions, Condition
 from largescale.randomness import host_draws
 
 _STEPS_A_BLOCK = 16

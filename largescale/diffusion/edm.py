@@ -7,11 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from largescale.condition import Condition
 from largescale.diffusion.guidance import at
 from largescale.diffusion.objective import Losses, Model, SamplerName, check_draw, inside
 from largescale.diffusion.ode import edm_sigmas, euler, heun
 from largescale.errors import ConfigError
-from largescale.models.embedders import Condition
 
 SIGMA_MAX = 80.0  # where sampling starts; also edm_sigmas' default
 

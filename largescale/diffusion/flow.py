@@ -10,11 +10,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from largescale.condition import Condition
 from largescale.diffusion.guidance import at
 from largescale.diffusion.objective import Losses, Model, SamplerName, check_draw, inside
 from largescale.diffusion.ode import euler, heun, heun3
 from largescale.errors import ConfigError
-from largescale.models.embedders import Condition
 
 LAST_STEP = 0.04  # SiT's: where noise is not added any more
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from largescale.condition import Condition
 from largescale.diffusion.objective import Losses, Model, SamplerName, check_draw
 from largescale.errors import ConfigError
-from largescale.models.embedders import Condition
 from largescale.noise_schedule import alphas_cumprod, log_snr, respaced_betas
 
 

@@ -4,9 +4,9 @@ levels only, Kynkaanniemi et al., arXiv:2404.07724."""
 import torch
 from torch import Tensor
 
+from largescale.condition import Condition, drop, joined
 from largescale.diffusion.objective import Model
 from largescale.errors import ConfigError
-from largescale.models.embedders import Condition, drop, joined
 
 
 def at(model: "Model | ClassifierFreeGuidance", u: float) -> Model:

@@ -12,8 +12,8 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from largescale.condition import Condition
 from largescale.errors import ConfigError
-from largescale.models.embedders import Condition
 
 Model = Callable[[Tensor, Tensor, Condition], Tensor]  # (x_t, t, y) -> model_output
 

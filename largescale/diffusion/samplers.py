@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from largescale.condition import Condition
 from largescale.diffusion.edm import Edm
 from largescale.diffusion.flow import Flow
 from largescale.diffusion.gaussian import GaussianDiffusion
@@ -20,7 +21,6 @@ from largescale.diffusion.guidance import ClassifierFreeGuidance, at
 from largescale.diffusion.objective import Model, SamplerName
 from largescale.diffusion.ode import euler, heun
 from largescale.errors import ConfigError
-from largescale.models.embedders import Condition
 from largescale.noise_schedule import space_timesteps
 
 AnyObjective = GaussianDiffusion | Flow | Edm

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from largescale.condition import Condition, moved
 from largescale.diffusion.guidance import ClassifierFreeGuidance
 from largescale.diffusion.objective import Model, SamplerName
 from largescale.diffusion.samplers import AnyObjective, check_sampler, evaluations, sample
 from largescale.errors import ConfigError, Stopped
-from largescale.models.embedders import Condition, moved
 from largescale.randomness import stream_seed
 
 

@@ -152,8 +152,8 @@ class Engine:
         return int(torch.stack(sums).sum())
 
     def save(self, checkpoint: CheckpointDir, client_state: dict[str, Any], writer: Any) -> None:
-        """Collective. Hands every file's content to `writer` (see checkpoint.py), which decides when it is on disk."""
-        self._engine.checkpoint_engine = writer
+        """Collective. Hands every file's content to `writer` (checkpointer.py), which decides when it is on disk."""
+        self._engine.checkpoint_engine = PlainStates(writer)
         self._engine.save_checkpoint(
             str(checkpoint.path.parent), tag=checkpoint.path.name, save_latest=False,
             client_state={CLIENT_KEY: client_state},
@@ -259,6 +259,19 @@ def check_ds_config(ds: dict[str, Any]) -> None:
         DeepSpeedConfig({key: value for key, value in ds.items() if key not in batch} | {one_each: 1})
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"DeepSpeed does not take these settings: {error}") from error
+
+
+class PlainStates:
+    """Stands before a writer of checkpoints: what DeepSpeed hands it becomes tensors and plain values."""
+
+    def __init__(self, writer: Any):
+        self._writer = writer
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        self._writer.save(plain(state_dict), path)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
 
 
 def plain(value: Any) -> Any:

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from largescale.condition import Condition
 from largescale.errors import ConfigError
-from largescale.models.embedders import CaptionEmbedder, Condition, LabelEmbedder, LinearFp32, TimestepEmbedder
+from largescale.models.embedders import CaptionEmbedder, LabelEmbedder, LinearFp32, TimestepEmbedder
 
 
 def sincos_position(hidden_size: int, grid: int) -> Tensor:

@@ -1,48 +1,14 @@
-"""What a denoiser is conditioned on, and its embeddings: float32 whatever type the weights have, but for the tokens of
-captions."""
+"""Embeddings of timesteps, labels and captions: float32 in all precisions, but for the tokens of captions."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from largescale.condition import Captions, Condition
 from largescale.errors import ConfigError
-
-
-class Captions(NamedTuple):
-    """What a text-conditional model is told, for N images."""
-
-    tokens: Tensor  # (N, L, width) of any float type; what stands in the padding does not matter
-    length: Tensor  # (N,) int64, real tokens of each, 1 .. L
-    pooled: Tensor  # (N, pooled_width) of any float type
-    null: Tensor    # (N,) bool: the caption is dropped, the null caption stands in its place
-
-
-Condition = Tensor | Captions  # labels (N,) int64, which an unconditional model ignores, or captions
-
-
-def drop(y: Condition, dropped: Tensor, null_label: int) -> Condition:
-    """`y` with the null condition where `dropped`, (N,) bool."""
-    if isinstance(y, Captions):
-        return y._replace(null=y.null | dropped)
-    return torch.where(dropped, null_label, y)
-
-
-def joined(one: Condition, two: Condition) -> Condition:
-    """The rows of `one`, then those of `two`."""
-    if isinstance(one, Tensor) and isinstance(two, Tensor):
-        return torch.cat([one, two])
-    return Captions(*map(torch.cat, zip(one, two, strict=True)))
-
-
-def take(y: Condition, index: Tensor | slice) -> Condition:
-    return Captions(*(part[index] for part in y)) if isinstance(y, Captions) else y[index]
-
-
-def moved(y: Condition, device: torch.device) -> Condition:
-    return Captions(*(part.to(device) for part in y)) if isinstance(y, Captions) else y.to(device)
 
 
 class LinearFp32(nn.Linear):

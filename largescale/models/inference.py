@@ -5,12 +5,12 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from largescale.condition import Condition, take
 from largescale.config.deepspeed import Precision
 from largescale.errors import ConfigError
 from largescale.models.build import Network, flops_per_image
 from largescale.models.compile import Gelu, failure, has_compiler, use_private_cache
 from largescale.models.dit import Block, DiT
-from largescale.models.embedders import Condition, take
 from largescale.models.half_precision import DTYPES, has_instructions
 
 CPU_ROWS = 8  # images that the model sees at once on a CPU, where larger activations leave the caches and malloc's heap

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from largescale.condition import Captions, Condition
 from largescale.errors import ConfigError
-from largescale.models.embedders import Captions, Condition, LinearFp32
+from largescale.models.embedders import LinearFp32
 
 HALF_POWER = math.sqrt(0.5)  # of a sum of two branches: the variance stays
 

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from largescale.config.deepspeed import precision
-from largescale.config.schema import Config, batch_layout
+from largescale.config.derived import batch_layout
+from largescale.config.schema import Config
+from largescale.diffusion.build import build_objective
 from largescale.diffusion.objective import Objective
 from largescale.distributed.ranks import Ranks
 from largescale.errors import ConfigError, DeviceError, LargescaleError
 from largescale.host.launch import local_world_size
 from largescale.host.machine import available_bytes
-from largescale.models.build import Network, blank_condition, build_model, build_objective, latent_shape
+from largescale.models.build import Network, blank_condition, build_model, latent_shape
 from largescale.planning.memory import largest_micro_batch, memory
 
 MARGIN = 0.05          # of a device's memory, left to fragmentation

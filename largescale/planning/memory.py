@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from largescale.config.deepspeed import precision
-from largescale.config.schema import Config, ModelConfig, batch_layout
+from largescale.config.derived import batch_layout
+from largescale.config.schema import Config, ModelConfig
 from largescale.host.launch import local_world_size
 from largescale.host.machine import PROCESS_BYTES, launcher_bytes, memory_bound, warn_of_memory
 from largescale.models.build import blank_condition, build_model, latent_shape

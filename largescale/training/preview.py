@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from largescale.condition import Condition, take
 from largescale.config.schema import Config
 from largescale.data.format import LATENT_RGB
 from largescale.data.images import LINEAR, UNDECODED, balanced_labels, grid, headed, linear_rgb, titled, to_uint8
@@ -22,7 +23,6 @@ from largescale.encoders.vae import Vae, load_vae
 from largescale.engine.deepspeed_engine import Engine
 from largescale.errors import DataError, Stopped
 from largescale.models.build import build_model, latent_shape
-from largescale.models.embedders import Condition, take
 from largescale.monitoring.telemetry import Telemetry
 
 _SAMPLER: dict[str, SamplerName] = {"gaussian": "ddim", "flow": "euler", "edm": "heun"}

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from largescale.condition import take
 from largescale.config.schema import Config
 from largescale.data.loader import to_condition, to_x_start
 from largescale.data.order import sample_indices
@@ -18,7 +19,6 @@ from largescale.data.shards import ShardDataset
 from largescale.diffusion.objective import Objective
 from largescale.distributed.ranks import Ranks
 from largescale.errors import Stopped
-from largescale.models.embedders import take
 from largescale.randomness import step_draws
 
 

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from largescale.checkpoint.checkpointer import Checkpointer
 from largescale.checkpoint.files import CheckpointDir, client_state
+from largescale.condition import drop
 from largescale.config.deepspeed import precision
-from largescale.config.schema import Config, batch_layout, make_curriculum
+from largescale.config.derived import batch_layout, make_curriculum
+from largescale.config.schema import Config
 from largescale.curriculum import stage
 from largescale.data.augment import AUGMENT_NORMALS, AUGMENT_UNIFORMS, augment
 from largescale.data.loader import Batch, DeviceBatches, Loader, to_condition, to_x_start
 from largescale.data.shards import ShardDataset
+from largescale.diffusion.build import build_noise_sampler, build_objective
 from largescale.diffusion.loss_weighting import make_weighting, weighted
 from largescale.diffusion.objective import Losses
 from largescale.distributed import step_report
@@ -30,9 +33,9 @@ from largescale.engine.deepspeed_engine import Engine, adam
 from largescale.engine.optimizer import build_optimizer
 from largescale.errors import CheckpointError, DataError, LargescaleError, NonFiniteError, Stopped, StorageError, usable
 from largescale.host.signals import stop_requested
-from largescale.models.build import build_model, build_noise_sampler, build_objective, flops_per_image, latent_shape
+from largescale.models.build import build_model, flops_per_image, latent_shape
 from largescale.models.compile import Compiled, what_to_compile
-from largescale.models.embedders import CaptionEmbedder, drop
+from largescale.models.embedders import CaptionEmbedder
 from largescale.monitoring.goodput import Goodput
 from largescale.monitoring.profiling import Profile
 from largescale.monitoring.step_timer import Meter

@@ -17,7 +17,7 @@ os.environ["DS_ACCELERATOR"] = "cuda" if "cuda" in sys.argv else "cpu"
 from largescale.checkpoint import checkpointer as checkpoint
 from largescale.planning import batch_size, memory
 from largescale import train
-from largescale.training import trainer
+from largescale.training import startup, trainer
 from largescale.distributed import watchdog
 from largescale.data.loader import Loader
 from largescale.errors import DataError
@@ -222,13 +222,13 @@ if faults.stop_in:
 
         Trainer.__init__ = init_and_stop  # type: ignore[assignment, method-assign]
     else:
-        open_dataset = train.open_dataset
+        open_dataset = startup.open_dataset
 
         def open_and_stop(*args: object) -> object:
             os.kill(os.getpid(), signal.SIGTERM)
             return open_dataset(*args)  # type: ignore[arg-type]
 
-        train.open_dataset = open_and_stop  # type: ignore[assignment]
+        startup.open_dataset = open_and_stop  # type: ignore[assignment]
 
 if faults.full_disk:
     step, rank = faults.full_disk
@@ -254,9 +254,9 @@ if faults.no_data is not None and os.environ["RANK"] == str(faults.no_data):
     def lost(*args: object) -> None:
         raise DataError("the file system is not mounted here")
 
-    train.open_dataset = lost  # type: ignore[assignment]
+    startup.open_dataset = lost  # type: ignore[assignment]
 
 if faults.other_version is not None and os.environ["RANK"] == str(faults.other_version):
-    train.sources_sha256 = lambda folder: "0f"  # type: ignore[attr-defined]
+    startup.sources_sha256 = lambda folder: "0f"  # type: ignore[attr-defined]
 
 leave(train.main(sys.argv[separator + 1 :]))

@@ -35,6 +35,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 from largescale.checkpoint import checkpointer as product
 from largescale.host import files
 from largescale import train
+from largescale.training import run_directory
 from largescale.training import trainer  # noqa: F401 (imported once for every life)
 from largescale.checkpoint.checkpointer import Checkpointer
 from largescale.checkpoint.files import CLIENT_KEY, CheckpointDir, MANIFEST, MODEL_FILE, checkpoints, load
@@ -334,7 +335,7 @@ def checkpointer(run: Path, keep: CheckpointConfig = KEEP) -> Checkpointer:
 def write_to_the_end(run: Path, tell: Tell, last: int = LAST, keep: CheckpointConfig = KEEP) -> int:
     """Go on from what is there, as a start of the training program does."""
     engine: Any = TinyEngine()
-    train.check_writable(run)
+    run_directory.check_writable(run)
     c = checkpointer(run, keep)
     c.newest(lambda text: None)
     for step in range(c.last_saved + EVERY if c.last_saved >= 0 else 0, last + 1, EVERY):

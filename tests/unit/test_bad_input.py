@@ -18,7 +18,8 @@ import torch
 from largescale import export, status
 from largescale import train as train_program
 from largescale.checkpoint.files import CheckpointDir, checkpoints, seal
-from largescale.config.schema import CheckpointConfig, least_steps, make_curriculum
+from largescale.config.derived import least_steps, make_curriculum
+from largescale.config.schema import CheckpointConfig
 from largescale.data.format import DatasetInfo, fingerprint
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset
@@ -70,7 +71,7 @@ def test_no_room_for_one_image(run_here: RunHere, monkeypatch: pytest.MonkeyPatc
 
 
 def test_threads_that_make_no_sense(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("largescale.train.cores", lambda: 4)
+    monkeypatch.setattr("largescale.training.startup.cores", lambda: 4)
     assert_refused(run_here("--train.threads", 9), "train.threads=9 is more than two threads a core", "try --train.threads 4")
     assert_refused(run_here("--train.threads", 0), "train.threads=0 must be at least 1; set --train.threads")
 
@@ -744,7 +745,7 @@ def test_data_that_can_be_read_at_the_third_try(run_here: RunHere, monkeypatch: 
 def test_two_processes_do_not_train_one_run(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits for the other one to end, as after a requeue; not for ever."""
     (tmp_path / "run").mkdir()
-    monkeypatch.setattr("largescale.train.LOCK_WAIT_S", 2)
+    monkeypatch.setattr("largescale.training.run_directory.LOCK_WAIT_S", 2)
     other = exclusive(tmp_path / "run/lock")
     assert other
     outcome = run_here()
@@ -752,7 +753,7 @@ def test_two_processes_do_not_train_one_run(run_here: RunHere, tmp_path: Path, m
     assert not checkpoints(tmp_path / "run")
     timer = threading.Timer(1, other.close)
     timer.start()
-    monkeypatch.setattr("largescale.train.LOCK_WAIT_S", 30)
+    monkeypatch.setattr("largescale.training.run_directory.LOCK_WAIT_S", 30)
     assert run_here("--train.steps", 2).code == 0
 
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from largescale.config.deepspeed import final_ds_config
+from largescale.config.derived import batch_layout
 from largescale.config.presets import debug
-from largescale.config.schema import Config, TrainConfig, batch_layout
+from largescale.config.schema import Config, TrainConfig
+from largescale.diffusion.build import build_objective
 from largescale.errors import ConfigError, DeviceError, LostRankError
-from largescale.models.build import build_model, build_objective
+from largescale.models.build import build_model
 from largescale.models.dit import Block
 from largescale.planning import batch_size
 from tests.conftest import CAPTIONED, RunHere, assert_same_run, ds_json

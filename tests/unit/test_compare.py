@@ -22,24 +22,26 @@ from eval import compare, curve, score
 from eval.compare import Compare, Comparison
 from eval.comparison import report
 from eval.comparison.methods import METHODS, read_methods
+from eval.comparison.plan import plan
 from eval.comparison.statistics import Difference, cluster_table, mean, paired, standings, summary, table
 from eval.comparison.validation_loss import SEED, ValidationLoss, figure
 from eval.scoring.extractors import Extractor, Features
-from eval.training_runs import Run, TrainingFailed, differences, plan
+from eval.training_runs import Run, TrainingFailed, differences
 from largescale import train as train_program
 from largescale.checkpoint.files import CheckpointDir, checkpoints, named_weights
 from largescale.checkpoint.weights import load_trained
 from largescale.config.presets import PRESETS
-from largescale.config.schema import Config, flatten, to_dict
+from largescale.config.schema import Config
+from largescale.config.serialise import flatten, to_dict
 from largescale.config.validation import ema_note, validate
 from largescale.data.format import DatasetInfo
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
+from largescale.diffusion.build import build_objective
 from largescale.diffusion.objective import Losses
 from largescale.distributed import ranks
 from largescale.errors import ConfigError, DataError, Stopped
 from largescale.host import signals
-from largescale.models.build import build_objective
 from largescale.monitoring.telemetry import read_metrics
 from largescale.randomness import step_draws
 from tests.conftest import QUIET

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from largescale.checkpoint.files import checkpoints
-from largescale.config.schema import differences
+from largescale.config.serialise import differences
 from largescale.errors import ConfigError, LargescaleError
 from largescale.models import compile
 from largescale.models.compile import Compiled, Gelu, has_compiler, use_private_cache, what_to_compile

@@ -17,8 +17,8 @@ from largescale.config.schema import Config
 from largescale.models.build import blank_condition, build_model, latent_shape
 from largescale.monitoring.telemetry import peak_flops
 from largescale.planning.cost import HARDWARE, Hardware, Plan, Workload, daly, slowdown, step, young
-from largescale.planning.dry_run import _kernels_per_block, span, workload
 from largescale.planning.memory import activation_bytes, largest_micro_batch, memory
+from largescale.training.dry_run import _kernels_per_block, span, workload
 from tests.conftest import QUIET, RunHere
 from tests.ranks import ranks_of
 

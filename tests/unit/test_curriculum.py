@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from largescale.config.schema import Config, CurriculumConfig, DiffusionConfig, cluster_edges
+from largescale.config.derived import cluster_edges
+from largescale.config.schema import Config, CurriculumConfig, DiffusionConfig
 from largescale.curriculum import (
     Curriculum,
     FixedPacing,

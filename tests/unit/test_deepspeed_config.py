@@ -7,8 +7,10 @@ import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from largescale.config.deepspeed import final_ds_config, load_ds_config, precision
+from largescale.config.derived import batch_layout
 from largescale.config.presets import PRESETS, digits
-from largescale.config.schema import Config, TrainConfig, batch_layout, from_dict, to_dict
+from largescale.config.schema import Config, TrainConfig
+from largescale.config.serialise import from_dict, to_dict
 from largescale.config.validation import validate
 from largescale.errors import ConfigError
 

@@ -25,11 +25,13 @@ from eval.sample import Sample
 from eval.training_runs import Run, TrainingFailed
 from largescale import train as train_program
 from largescale.checkpoint.weights import Trained
+from largescale.config.derived import cluster_edges
 from largescale.config.presets import PRESETS
-from largescale.config.schema import Config, cluster_edges
+from largescale.config.schema import Config
+from largescale.diffusion.build import build_objective
 from largescale.diffusion.sampling import SamplingConfig, draw_samples
 from largescale.errors import CheckpointError, Stopped
-from largescale.models.build import build_model, build_objective, latent_shape
+from largescale.models.build import build_model, latent_shape
 from tests.conftest import RunHere
 from tests.unit.test_score import EXTRACTOR
 

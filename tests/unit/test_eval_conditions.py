@@ -17,6 +17,7 @@ from eval.drawing import conditions as module
 from eval.drawing.conditions import Conditions, EncodingCache, make_conditions
 from eval.prompts import freeze, read_prompts
 from largescale.checkpoint.weights import Trained
+from largescale.condition import Captions
 from largescale.config.presets import PRESETS
 from largescale.data.format import CaptionInfo, DatasetInfo
 from largescale.data.shards import ShardDataset
@@ -24,7 +25,6 @@ from largescale.data.writer import ShardWriter
 from largescale.encoders.text import TextEncoder, load_text_encoder
 from largescale.errors import ConfigError, DataError
 from largescale.models.build import build_model
-from largescale.models.embedders import Captions
 
 CPU = torch.device("cpu")
 TOKENS, WIDTH, POOLED = 5, 8, 6                         # as tests.conftest.CAPTIONED

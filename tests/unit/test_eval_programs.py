@@ -21,7 +21,8 @@ from eval import digits, sample
 from eval.drawing import sample_set
 from largescale.checkpoint.weights import EXPORT_CONFIG, EXPORT_WEIGHTS
 from largescale.config.presets import PRESETS
-from largescale.config.schema import ModelConfig, to_dict
+from largescale.config.schema import ModelConfig
+from largescale.config.serialise import to_dict
 from largescale.data.format import DatasetInfo
 from largescale.data.parts import Parts
 from largescale.data.shards import ShardDataset

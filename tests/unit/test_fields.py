@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from largescale.checkpoint.files import checkpoints
-from largescale.config.schema import Config, DiffusionConfig, ModelConfig, flatten, to_dict
+from largescale.config.schema import Config, DiffusionConfig, ModelConfig
+from largescale.config.serialise import flatten, to_dict
 from largescale.data.loader import Loader
 from largescale.data.shards import ShardDataset
+from largescale.diffusion.build import build_objective
 from largescale.diffusion.gaussian import GaussianDiffusion
-from largescale.models.build import build_model, build_objective
+from largescale.models.build import build_model
 from tests.conftest import CAPTIONED, RunHere, final_state, trace
 
 # key: (another value, further settings that both runs have)

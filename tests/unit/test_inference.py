@@ -8,9 +8,10 @@ from test_dit import TINY, assert_within, rnd, with_formula_weights
 from test_text_conditioning import POOLED, TEXT, WIDTH, L
 from torch import nn
 
+from largescale.condition import Captions, take
 from largescale.errors import ConfigError
 from largescale.models.dit import DiT
-from largescale.models.embedders import Captions, LinearFp32, take
+from largescale.models.embedders import LinearFp32
 from largescale.models.inference import CPU_ROWS, Gelu, Linear, Packed, compile_pays, has_compiler, packs, prepare
 
 CPU = torch.device("cpu")

@@ -1,6 +1,7 @@
 """Who may import whom (the table in docs/layout.md): imports only go down, and two libraries have one door each."""
 
 import ast
+import graphlib
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -8,27 +9,24 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-LAYERS = {
-    0: ["errors", "files", "launch", "machine", "signals", "starts", "anomaly", "config", "validation", "presets", "ds_config", "cost", "curriculum", "diffusion.schedule"],
-    1: ["diffusion", "models", "optim", "draws", "images", "build", "compiling", "half", "agreed", "memory", "encoders", "noise_sampling", "weighting", "augment"],
-    2: ["data", "checkpoint_files", "telemetry", "sampling", "inference", "weights", "export", "inspect", "requeue"],
-    3: ["distributed", "engine", "checkpoint", "fit"],
-    4: ["meter", "goodput", "watch", "saving", "trouble", "preview", "profiling", "reference", "trainer"],
-    5: ["train", "dry_run"],
-}
-NO_TORCH = [*LAYERS[0], "checkpoint_files", "telemetry", "inspect", "requeue"]  # at import; some functions of the last two load it
-EMPTY = {"largescale", "largescale.data", "largescale.diffusion", "largescale.encoders", "largescale.models"}  # packages that import nothing
-ABOVE_THE_LIBRARY = {"data_prep", "eval"}
+# Lowest first. A name is a module of largescale/ or a folder of it, and may import from those before it.
+LAYERS = (
+    "errors", "randomness", "condition", "noise_schedule", "host", "curriculum", "encoders", "config", "models",
+    "diffusion", "data", "distributed", "checkpoint", "monitoring", "engine", "planning", "training", "export", "status",
+    "requeue", "train",
+)
+PROGRAMS = ("export", "status", "requeue", "train")  # which do not import each other
+NO_TORCH = ("errors", "noise_schedule", "host", "curriculum", "config", "checkpoint.files", "monitoring.telemetry",
+            "monitoring.run_record", "status", "requeue", "train")  # at import; functions of some load it
+EMPTY = {"largescale.checkpoint", "largescale.config", "largescale.data", "largescale.diffusion", "largescale.distributed", "largescale.encoders",
+         "largescale.engine", "largescale.host", "largescale.models", "largescale.monitoring", "largescale.planning", "largescale.training",
+         "largescale", "eval", "eval.comparison", "eval.difficulty_study", "eval.drawing", "eval.scoring", "data_prep"}  # packages that import nothing
+ABOVE_THE_LIBRARY = ("data_prep", "eval")
+WITHOUT_DEEPSPEED = LAYERS[: LAYERS.index("monitoring")]  # what packing and sampling may use
 
 
-def layer(module: str) -> int:
-    name = module.removeprefix("largescale.")
-    while name:
-        for number, names in LAYERS.items():
-            if name in names:
-                return number
-        name = name.rpartition(".")[0]
-    raise AssertionError(f"{module} has no layer; give it one in LAYERS")
+def layer(module: str) -> str:
+    return module.removeprefix("largescale.").split(".")[0]
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
@@ -49,26 +47,51 @@ def modules(package: str) -> dict[str, Path]:
 
 def test_imports_only_go_down() -> None:
     library = modules("largescale")
+    assert {layer(name) for name in library.keys() - {"largescale"}} == {*LAYERS}
     for name, path in library.items():
         for imported in imports(path) & library.keys() - EMPTY:
-            assert layer(imported) <= layer(name), f"{name} imports {imported}, which lies above it"
+            down = LAYERS.index(layer(imported)) < LAYERS.index(layer(name)) and layer(imported) not in PROGRAMS
+            assert down or layer(imported) == layer(name), f"{name} imports {imported}, which lies above it"
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    """Not even one that is made inside a function."""
+    everything = {**modules("largescale"), **modules("data_prep"), **modules("eval")}
+    arrows = {name: imports(path) & everything.keys() - EMPTY - {name} for name, path in everything.items()}
+    for package in (name for name, path in everything.items() if path.name == "__init__.py"):
+        arrows[package] -= {name for name in everything if name.startswith(f"{package}.")}  # its own parts, handed on
+    graphlib.TopologicalSorter(arrows).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("package", ["largescale", *ABOVE_THE_LIBRARY])
+def test_no_import_goes_in_a_circle_of_folders(package: str) -> None:
+    """A folder, and a module beside it, is one node."""
+    everything = modules(package)
+
+    def node(name: str) -> str:
+        return ".".join(name.split(".")[:2])
+
+    arrows: dict[str, set[str]] = {node(name): set() for name in everything}
+    for name, path in everything.items():
+        arrows[node(name)] |= {node(other) for other in imports(path) & everything.keys() - EMPTY} - {node(name)}
+    graphlib.TopologicalSorter(arrows).prepare()
 
 
 def test_programs_use_the_library_below_the_engine() -> None:
-    allowed = {"largescale.distributed.ranks"}
     library = modules("largescale").keys() - EMPTY
     for package in ABOVE_THE_LIBRARY:
         for name, path in modules(package).items():
-            for imported in imports(path) & library - allowed:
-                assert layer(imported) <= 2, f"{name} imports {imported}: packing and sampling run without DeepSpeed"
+            for imported in imports(path) & library:
+                allowed = layer(imported) in WITHOUT_DEEPSPEED or imported in ("largescale.monitoring.telemetry", "largescale.monitoring.run_record")
+                assert allowed, f"{name} imports {imported}: packing and sampling run without DeepSpeed"
     for name, path in modules("largescale").items():
-        above = {i for i in imports(path) if i.split(".")[0] in ABOVE_THE_LIBRARY | {"tests"}}
+        above = {i for i in imports(path) if i.split(".")[0] in (*ABOVE_THE_LIBRARY, "tests")}
         assert not above, f"{name} imports {above}"
 
 
 def test_empty_packages_are_empty() -> None:
     for name in EMPTY:
-        assert not imports(modules("largescale")[name])
+        assert not imports(modules(name.split(".")[0])[name])
 
 
 def test_one_door_each() -> None:
@@ -82,7 +105,8 @@ def test_one_door_each() -> None:
 
 def test_no_torch_below() -> None:
     for name, path in modules("largescale").items():
-        if name.removeprefix("largescale.").split(".")[0] in NO_TORCH or name == "largescale.noise_schedule":
+        short = name.removeprefix("largescale.")
+        if any(short == start or short.startswith(f"{start}.") for start in NO_TORCH):
             torch = {i for i in imports(path, top_level_only=True) if i.split(".")[0] == "torch"}
             assert not torch, f"{name} imports {torch}"
 

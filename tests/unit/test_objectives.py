@@ -9,9 +9,9 @@ import torch
 from largescale.config.presets import PRESETS
 from largescale.config.schema import Config, DiffusionConfig, ModelConfig, NoiseConfig
 from largescale.config.validation import validate
+from largescale.diffusion.build import build_noise_sampler, build_objective
 from largescale.diffusion.samplers import AnyObjective
 from largescale.errors import ConfigError
-from largescale.models.build import build_noise_sampler, build_objective
 
 KINDS = {
     "cosine": DiffusionConfig(), "linear schedule": DiffusionConfig(schedule="linear"),

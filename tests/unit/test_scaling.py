@@ -13,7 +13,7 @@ import scaling  # noqa: E402
 from largescale.config.deepspeed import load_ds_config  # noqa: E402
 from largescale.config.presets import PRESETS  # noqa: E402
 from largescale.planning.cost import HARDWARE, step  # noqa: E402
-from largescale.planning.dry_run import workload  # noqa: E402
+from largescale.training.dry_run import workload  # noqa: E402
 
 ALONE = {"products alone": 1.0, "products together": 1.0, "copies alone": 1.0, "copies together": 1.0, "all-reduce": 0.03,
          "all-gather": 0.01}

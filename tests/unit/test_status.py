@@ -16,7 +16,7 @@ import pytest
 from largescale import status
 from largescale.checkpoint.files import CheckpointDir, checkpoints
 from largescale.config.presets import PRESETS
-from largescale.config.schema import to_dict
+from largescale.config.serialise import to_dict
 from largescale.curriculum import Curriculum, PatiencePacing, uniform_clusters
 from largescale.monitoring import run_record
 from largescale.monitoring.run_record import Start

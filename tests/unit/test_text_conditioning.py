@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from test_dit import TINY, assert_within, rnd, with_formula_weights
 from torch.utils.flop_counter import FlopCounterMode
 
+from largescale.condition import Captions, drop, joined, moved, take
 from largescale.diffusion.guidance import ClassifierFreeGuidance
 from largescale.errors import ConfigError
 from largescale.models.dit import DiT, flops_per_image
-from largescale.models.embedders import Captions, drop, joined, moved, take
 
 L, WIDTH, POOLED = 5, 24, 12
 TEXT = TINY | {"num_classes": 0, "caption_tokens": L, "caption_width": WIDTH, "caption_pooled_width": POOLED}

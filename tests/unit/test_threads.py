@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from largescale import train
 from largescale.errors import ConfigError
 from largescale.host import machine
 from largescale.host.launch import local_world_size, threads_per_rank
+from largescale.training import startup
 from tests.conftest import RunHere
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}
@@ -203,15 +203,15 @@ def test_another_system(box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_threads(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set before any work is done, and said."""
-    monkeypatch.setattr("largescale.train.cores", lambda: 2)
+    monkeypatch.setattr("largescale.training.startup.cores", lambda: 2)
     seen: list[int] = []
-    open_dataset = train.open_dataset
+    open_dataset = startup.open_dataset
 
     def look(*args: Any) -> Any:
         seen.append(torch.get_num_threads())
         return open_dataset(*args)
 
-    monkeypatch.setattr("largescale.train.open_dataset", look)
+    monkeypatch.setattr("largescale.training.startup.open_dataset", look)
     one = run_here("--train.steps", 2, output=tmp_path / "one")
     two = run_here("--train.steps", 2, "--train.threads", 2, output=tmp_path / "two")
     monkeypatch.delenv("OMP_NUM_THREADS")

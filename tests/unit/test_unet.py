@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from largescale.condition import Captions
 from largescale.errors import ConfigError
-from largescale.models.embedders import Captions
 from largescale.models.unet import DDPMpp, flops_per_image, from_edm
 
 REFERENCE = np.load(Path(__file__).parents[1] / "reference" / "edm.npz")

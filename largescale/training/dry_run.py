@@ -11,7 +11,9 @@ import torch
 
 from largescale.checkpoint.files import checkpoints, newest_valid
 from largescale.config.deepspeed import final_ds_config, load_ds_config, precision
-from largescale.config.schema import Config, ModelConfig, batch_layout, cluster_edges, least_steps, to_dict
+from largescale.config.derived import batch_layout, cluster_edges, least_steps
+from largescale.config.schema import Config, ModelConfig
+from largescale.config.serialise import to_dict
 from largescale.config.validation import remarks, validate
 from largescale.data.shards import ShardDataset
 from largescale.engine.optimizer import check_apex
@@ -117,7 +119,7 @@ def print_disk(config: Config, checkpoint_bytes: float) -> None:
 
 def print_data(config: Config) -> ShardDataset | None:
     """None where there is no data set yet."""
-    from largescale.train import open_dataset
+    from largescale.data.compatibility import open_dataset
 
     try:
         dataset = open_dataset(config)
@@ -148,7 +150,8 @@ def print_previews(config: Config, dataset: ShardDataset) -> None:
 
 def print_run_directory(config: Config, ds: dict[str, Any], dataset: ShardDataset | None) -> None:
     """Raises CheckpointError as a start would, for a run there that is another; hashes of files are not compared."""
-    from largescale.train import check_nothing_is_gone, check_same_run, finished_already, settled
+    from largescale.training.run_directory import check_nothing_is_gone, check_same_run, finished_already
+    from largescale.training.startup import settled
 
     def say(text: str) -> None:
         print(printable_lines(text))

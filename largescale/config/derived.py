@@ -1,0 +1,75 @@
+"""What follows from a config alone: the batch's layout and the curriculum."""
+
+import math
+
+from largescale import noise_schedule
+from largescale.config.schema import Config
+from largescale.curriculum import (
+    Curriculum,
+    FixedPacing,
+    NoPacing,
+    Pacing,
+    PatiencePacing,
+    snr_clusters,
+    uniform_clusters,
+)
+from largescale.errors import ConfigError
+
+
+def batch_layout(config: Config, world_size: int) -> tuple[int, int]:
+    """(micro_batch_size, grad_accum_steps), with
+    global_batch_size = micro_batch_size * grad_accum_steps * world_size. "auto", until `fit` has found a number for it,
+    stands for the largest: a rank's whole share."""
+    total = config.train.global_batch_size
+    if total < 1:
+        raise ConfigError(f"global_batch_size={total} must be at least 1; the paper uses 256")
+    if total % world_size:
+        works = [n for n in range(1, total + 1) if total % n == 0]
+        near = [n for n in works if n < world_size][-1:] + [n for n in works if n > world_size][:1]
+        raise ConfigError(
+            f"global_batch_size={total} is not a multiple of world_size={world_size}; "
+            f"start {' or '.join(map(str, near))} ranks, "
+            f"or try --train.global-batch-size {math.ceil(total / world_size) * world_size}"
+        )
+    micro = config.train.micro_batch_size
+    if micro is None or micro == "auto":
+        micro = total // world_size
+    if micro < 1 or total % (micro * world_size):
+        share = total // world_size
+        fits = max((n for n in range(1, max(micro, 1) + 1) if share % n == 0), default=1)
+        raise ConfigError(
+            f"global_batch_size={total} is not a multiple of micro_batch_size*world_size={micro * world_size} "
+            f"({micro}*{world_size}); try --train.micro-batch-size {fits}"
+        )
+    return micro, total // (micro * world_size)
+
+
+def make_curriculum(config: Config) -> Curriculum:
+    c = config.curriculum
+    return Curriculum(
+        cluster_edges(config), pacing(config), order=c.order, stages=c.stages, only_cluster=c.only_cluster)
+
+
+def least_steps(config: Config) -> int:
+    """Until the curriculum is complete: every stage at its shortest."""
+    c = config.curriculum
+    # A stage's first loss is its best so far, and the (patience + 1)-th that is none ends it.
+    return c.n_clusters * {"patience": c.patience + 2, "fixed": c.interval, "none": 0}[c.pacing]
+
+
+def cluster_edges(config: Config) -> tuple[float, ...]:
+    if config.curriculum.clusters == "uniform":
+        return uniform_clusters(config.curriculum.n_clusters)
+    own, cosine = (
+        noise_schedule.log_snr(noise_schedule.make_betas(name, config.diffusion.timesteps))
+        for name in (config.diffusion.schedule, "cosine")
+    )
+    return snr_clusters(config.curriculum.n_clusters, own, cosine)
+
+
+def pacing(config: Config) -> Pacing:
+    if config.curriculum.pacing == "patience":
+        return PatiencePacing(config.curriculum.patience)
+    if config.curriculum.pacing == "fixed":
+        return FixedPacing(config.curriculum.interval)
+    return NoPacing()
