@@ -24,7 +24,7 @@ from torch import Tensor
 from train_step_peers import GIVEN, PEERS, Job, Step, same_weights
 
 from largescale.config.serialise import from_dict
-from largescale.data.loader import Loader, to_x_start
+from largescale.data.loader import to_x_start
 from largescale.data.shards import ShardDataset
 from largescale.host.machine import keep_freed_memory
 
@@ -150,42 +150,46 @@ def ours(job: Job) -> None:
     """`Trainer.take_step`, as the program takes it, in the loop of `Trainer.train`; it logs at every step."""
     os.environ["DS_ACCELERATOR"] = job.device.type
     from largescale.checkpoint.checkpointer import Checkpointer
-    from largescale.config.deepspeed import final_ds_config
+    from largescale.config.deepspeed import final_ds_config, precision
+    from largescale.diffusion.build import build_objective
     from largescale.distributed.ranks import Ranks
-    from largescale.distributed.watchdog import Watch
-    from largescale.monitoring.goodput import Goodput
+    from largescale.distributed.watchdog import Watchdog
     from largescale.monitoring.telemetry import Telemetry
-    from largescale.training import trainer as module
-    from largescale.training.checkpoint_policy import Saving
+    from largescale.training import step as module
+    from largescale.training.recorder import Recorder
+    from largescale.training.state import TrainingState
+    from largescale.training.trainer import Trainer
 
-    class Served(module.Trainer):
-        def take_step(self, loader: Loader) -> bool:
+    class Served(Trainer):
+        def take_step(self, batches: Any) -> bool:
             def step() -> tuple[float, float]:
-                super(Served, self).take_step(loader)
+                super(Served, self).take_step(batches)
                 return self.found
             serve(job, step, split)
             return True                                 # asked to stop
 
-        def count(self, report: Any) -> None:
+        def commit_step(self, report: Any) -> None:
             self.found = report.loss, report.mse
-            super().count(report)
+            super().commit_step(report)
 
     c, split, began = job.config, Split(Clock(job.device)), time.time()
     ds, ranks, dataset = final_ds_config(c, 1), Ranks(c.train.device), ShardDataset(c.data.path)
-    watch = Watch(c.train.timeout_s)
     checkpointer = Checkpointer(c.run_dir, c.checkpoint, ranks, c.train.timeout_s)
+    objective = build_objective(c)
+    state = TrainingState(c, objective)
     with mock.patch.object(module, "build_model", same_weights):
-        t = Served(c, ds, ranks, dataset, checkpointer, watch, {}, began)
-    hook(t, module, split)
-    with Telemetry(c.run_dir, active=True, tensorboard=True, step=0, steps=c.train.steps) as t.telemetry:
-        t.goodput = Goodput(t.telemetry, t.meter, began_unix_s=began, device=c.train.device, world_size=1, from_step=0)
-        t.saving = Saving(checkpointer, t.engine, t.meter, watch, t.telemetry, t.goodput)
-        t.train()
+        train_step = module.TrainStep(c, ds, ranks, dataset, objective, state)
+    with Telemetry(c.run_dir, active=True, tensorboard=True, step=0, steps=c.train.steps) as telemetry:
+        recorder = Recorder(c, ranks, state, telemetry, Watchdog(c.train.timeout_s), precision=precision(ds),
+                            flops_per_step=train_step.flops, start_time=began)
+        trainer = Served(c, ranks, dataset, train_step, state, checkpointer, recorder, {})
+        hook(trainer, module, split)
+        trainer.train()
 
 
 def hook(t: Any, module: Any, split: Split) -> None:
-    """The trainer's laps, and within them what has a name of its own."""
-    lap = t.meter.lap
+    """The recorder's laps, and within them what has a name of its own."""
+    lap = t.recorder.lap
 
     @contextlib.contextmanager
     def split_lap(name: str) -> Iterator[None]:
@@ -196,8 +200,8 @@ def hook(t: Any, module: Any, split: Split) -> None:
         split.becomes("forward")
         return to_x_start(*args)
 
-    t.meter.lap, module.to_x_start = split_lap, x_start
-    split.watch(t, "do_what_is_due", "telemetry")
+    t.recorder.lap, module.to_x_start = split_lap, x_start
+    split.watch(t, "run_periodic_tasks", "telemetry")
     zero = t.engine._zero
     split.watch(zero, "process_gradients", "reduce")    # a parameter's gradient is there, in the midst of backward
     split.watch(zero, "independent_gradient_partition_epilogue", "reduce")

@@ -144,7 +144,7 @@ def run_here(blobs: Path, tmp_path: Path, one_rank: Ranks, monkeypatch: pytest.M
     """Run the training program in this process on one rank (0.1 s, where a new process takes 4 s)."""
     # The process group outlives a run here: DeepSpeed cannot be given a second one.
     ranks_for = Ranks
-    monkeypatch.setattr("largescale.distributed.ranks.Ranks", lambda device, *timeout: one_rank if device == "cpu" else ranks_for(device))
+    monkeypatch.setattr("largescale.training.startup.Ranks", lambda device, *timeout: one_rank if device == "cpu" else ranks_for(device))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
 

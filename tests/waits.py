@@ -142,7 +142,7 @@ def watch(patch: Callable[[Any, str, Any], None], first: int) -> list[Step]:
     take_step = Trainer.take_step
 
     def watched(self: Trainer, loader: Any) -> bool:
-        if not first <= self.step < self.config.train.steps - 1:
+        if not first <= self.state.step < self.config.train.steps - 1:
             return take_step(self, loader)
         step.clear()
         with Operations(note), Functions(note):

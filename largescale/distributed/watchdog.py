@@ -14,7 +14,7 @@ START_S = 60
 """Beside its time limit, what a run may take longer until it trains."""
 
 
-class Watch:
+class Watchdog:
     """While it is entered, a thread looks whether the main thread still moves, and ends the process if it does not.
 
     A collective that hangs on a GPU cannot be interrupted from the thread that waits for it, nor can a file system that
@@ -23,18 +23,21 @@ class Watch:
 
     def __init__(self, timeout_s: float):
         self.ranks: Ranks | None = None
+        self.where = "start-up"
         self.limit_s = timeout_s + START_S
         self._ending = threading.Event()
-        self._done, self._thread = threading.Event(), threading.Thread(target=self._look, name="watch", daemon=True)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
         self._memory = memory_bound()
         self._kills = self._memory.kills() if self._memory else 0
-        self.at("start-up")
+        self.heartbeat()
 
-    def at(self, where: str) -> None:
-        """The main thread's sign of life."""
-        self.where, self._moved = where, time.monotonic()
+    def heartbeat(self, where: str | None = None) -> None:
+        """The main thread's sign of life. `where`: what it does now; by default it still does what it did."""
+        self.where = where or self.where
+        self._moved = time.monotonic()
 
-    def _heartbeat(self) -> None:
+    def _heartbeat_of_any_thread(self) -> None:
         if threading.current_thread() is threading.main_thread():  # not the one that writes checkpoints
             self._moved = time.monotonic()
 
@@ -49,8 +52,8 @@ class Watch:
         return self._memory.killed_since(self._kills) if self._memory else None
 
     def __enter__(self) -> Self:
-        self.at(self.where)
-        launch.on_heartbeat = self._heartbeat
+        self.heartbeat()
+        launch.on_heartbeat = self._heartbeat_of_any_thread
         self._thread.start()
         return self
 

@@ -3,13 +3,13 @@
 import contextlib
 import gzip
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from largescale.monitoring.step_timer import Meter
 from largescale.monitoring.telemetry import Telemetry
 
 SKIPPED = 5   # steps before it begins: kernels are loaded and compiled, the allocator finds its size
@@ -20,11 +20,13 @@ RECORDED = 3  # a trace of more is too large for a browser
 class Profile:
     """Around the loop, which says `step` after each one. Costs nothing where it is not wanted, nor once it is written.
 
-    RUN/profile/step_00000009.pt.trace.json.gz shows the steps up to 9, with the meter's laps as named ranges, and
+    RUN/profile/step_00000009.pt.trace.json.gz shows the steps up to 9, with the parts of a step as named ranges, and
     step_00000009.txt the ten largest operations."""
 
-    def __init__(self, meter: Meter, telemetry: Telemetry, *, wanted: bool, cuda: bool):
-        self._meter, self._telemetry, self._cuda = meter, telemetry, cuda
+    def __init__(self, lap: Callable[[str], AbstractContextManager[None]], telemetry: Telemetry, *, wanted: bool,
+                 cuda: bool):
+        """`lap` times what the profiler itself takes."""
+        self._lap, self._telemetry, self._cuda = lap, telemetry, cuda
         self._wanted = wanted and telemetry.active  # on rank 0
         self._taken = self._step = 0
         self._profiler: Any = None
@@ -46,29 +48,24 @@ class Profile:
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
         steps = schedule(wait=0, warmup=WARM_UP, active=RECORDED)
-        with self._meter.lap("profile"):
+        with self._lap("profile"):
             self._profiler = profile(activities=activities, schedule=steps, record_shapes=True)
             self._profiler.start()
-        plain = self._meter.lap
 
-        @contextlib.contextmanager
-        def named(name: str) -> Iterator[None]:
-            with record_function(name), plain(name):
-                yield
-
-        self._meter.lap = named  # type: ignore[method-assign]  # of this meter, until _end
+    def annotate(self, name: str) -> AbstractContextManager[Any]:
+        """A named range of the trace, while one is recorded."""
+        return record_function(name) if self._profiler is not None else contextlib.nullcontext()
 
     def _end(self) -> None:
         """Write what was recorded."""
         profiler, self._profiler, self._wanted = self._profiler, None, False
-        del self._meter.lap
-        with self._meter.lap("profile"):
+        with self._lap("profile"):
             profiler.stop()
             if self._taken > SKIPPED + WARM_UP:
                 self._write(profiler)
 
     def _write(self, profiler: Any) -> None:
-        with self._telemetry.going_on():
+        with self._telemetry.tolerate_disk_errors():
             folder = self._telemetry.run_dir / "profile"
             folder.mkdir(exist_ok=True)
             name = f"step_{self._step:08d}"
@@ -84,7 +81,7 @@ class Profile:
                 for left in folder.glob(unfinished.name + "*"):  # its own file of another name, too
                     left.unlink()
             listed.write_text(self._largest(profiler))
-            self._telemetry.say(
+            self._telemetry.message(
                 f"profiled the steps up to {self._step}: open {packed} at https://ui.perfetto.dev, or the folder with "
                 f"tensorboard --logdir {folder} (and pip install torch-tb-profiler); the largest operations: {listed}"
             )
@@ -102,7 +99,7 @@ class Profile:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None and self._wanted and self._taken <= SKIPPED + WARM_UP:
-            self._telemetry.say(f"too few steps for a profile, which begins after {SKIPPED + WARM_UP}")
+            self._telemetry.message(f"too few steps for a profile, which begins after {SKIPPED + WARM_UP}")
         if self._profiler is not None:
             with contextlib.suppress(RuntimeError) if kind else contextlib.nullcontext():  # that error is the news
                 self._end()

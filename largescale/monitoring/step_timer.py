@@ -4,12 +4,12 @@ import contextlib
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from largescale.distributed.ranks import Ranks
-from largescale.distributed.step_report import Report
+from largescale.distributed.step_report import StepReport
 from largescale.monitoring.telemetry import peak_flops
 
 _COMPUTE = ("forward", "backward", "optimizer")
@@ -19,12 +19,10 @@ _ASIDE = {  # not part of a step
 _KIND = {**_ASIDE, "data": "data"}  # of starts.KINDS; all else is training
 
 
-class Meter:
-    def __init__(self, images_per_step: int, flops_per_step: float, ranks: Ranks, precision: str, n_clusters: int,
-                 on_lap: Callable[[str], None] = lambda name: None):
-        """`on_lap` is told what begins, each time."""
+class StepTimer:
+    def __init__(self, images_per_step: int, flops_per_step: float, ranks: Ranks, precision: str, n_clusters: int):
         self._images, self._flops = images_per_step, flops_per_step
-        self._device, self._n_clusters, self._on_lap = ranks.device, n_clusters, on_lap
+        self._device, self._n_clusters = ranks.device, n_clusters
         name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
         peak = peak_flops(name, precision)
         self._peak = peak and peak * ranks.world_size
@@ -32,9 +30,9 @@ class Meter:
         self._first_step = True
         self.restart()
 
-    def begin(self, began_unix_s: float) -> None:
-        """The first step is about to be taken by a program that was started then."""
-        self.lifetime["start-up"] = max(0.0, time.time() - began_unix_s - sum(self.lifetime.values()))
+    def begin(self, start_time: float) -> None:
+        """The first step is about to be taken. `start_time`: when the program was started, in seconds since 1970."""
+        self.lifetime["start-up"] = max(0.0, time.time() - start_time - sum(self.lifetime.values()))
         self.restart()
 
     def restart(self) -> None:
@@ -47,14 +45,13 @@ class Meter:
 
     @contextlib.contextmanager
     def lap(self, name: str) -> Iterator[None]:
-        self._on_lap(name)
         start = time.perf_counter()
         yield
         seconds = time.perf_counter() - start
         self._seconds[name] += seconds
         self.lifetime[_KIND.get(name, "compile" if self._first_step else "training")] += seconds
 
-    def count(self, report: Report) -> None:
+    def count(self, report: StepReport) -> None:
         self._first_step = False
         self._steps += 1
         for i, value in enumerate((report.loss, report.mse, report.vb)):

@@ -63,7 +63,7 @@ class Telemetry:
         self.active = active
         if not active:
             return
-        self._run_dir, self._said_failing, self._tensorboard = run_dir, False, tensorboard
+        self._run_dir, self._failure_reported, self._tensorboard = run_dir, False, tensorboard
         run_dir.mkdir(parents=True, exist_ok=True)
         self._folder = os.open(run_dir, os.O_RDONLY)
         self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
@@ -82,7 +82,7 @@ class Telemetry:
         """Under its name of now: it is renamed at times while the run goes on."""
         run_dir = located(self._run_dir, self._folder)
         if run_dir != self._run_dir:
-            self.say(f"{self._run_dir} was moved: going on in {run_dir}; a later start needs --output {run_dir}")
+            self.message(f"{self._run_dir} was moved: going on in {run_dir}; a later start needs --output {run_dir}")
             self._run_dir = run_dir
         return run_dir
 
@@ -90,7 +90,7 @@ class Telemetry:
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            with self.going_on():
+            with self.tolerate_disk_errors():
                 self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
 
     def _on_board(self, step: int, add: Callable[[Any], Any]) -> None:
@@ -101,14 +101,14 @@ class Telemetry:
             if self._board:
                 add(self._board)
         except OSError as error:
-            self._say_failing(error)
+            self._report_failure(error)
             self._board = None
 
-    def go_back(self, step: int) -> None:
+    def roll_back(self, step: int) -> None:
         """Rows of later steps are dropped."""
         if not self.active:
             return
-        with self.going_on():
+        with self.tolerate_disk_errors():
             self._file.truncate(_end_of_step(self.run_dir / "metrics.jsonl", step))
         self._unwritten = b""
         self._close_board()
@@ -142,19 +142,19 @@ class Telemetry:
             return
         self._write({"step": step, "event": kind, "text": text, **facts})
         self._on_board(step, lambda board: board.add_text(kind, text, step))
-        self.say(text)
+        self.message(text)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """`image`: (H, W, 3) uint8, to TensorBoard and as RUN/NAME/step_00001000.png."""
         if not self.active:
             return
-        with self.going_on():
+        with self.tolerate_disk_errors():
             path = self.run_dir / name / f"step_{step:08d}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(image).save(path)
         self._on_board(step, lambda board: board.add_image(name, image, step, dataformats="HWC"))
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         if self.active:
             with contextlib.suppress(OSError):  # the disk that is full may be the log's
                 tqdm.write(printable_lines(text), file=sys.stderr)
@@ -162,27 +162,27 @@ class Telemetry:
     def sync(self) -> None:
         """What was logged so far outlives a power cut."""
         if self.active:
-            with self.going_on():
+            with self.tolerate_disk_errors():
                 os.fsync(self._file.fileno())
 
     def _write(self, row: dict[str, Any]) -> None:
         self._unwritten += json.dumps(row).encode() + b"\n"
-        with self.going_on():
+        with self.tolerate_disk_errors():
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     @contextlib.contextmanager
-    def going_on(self) -> Iterator[None]:
+    def tolerate_disk_errors(self) -> Iterator[None]:
         """A full disk does not end the run: rank 0 must not leave the others in a collective."""
         try:
             yield
         except OSError as error:
-            self._say_failing(error)
+            self._report_failure(error)
 
-    def _say_failing(self, error: OSError) -> None:
-        if not self._said_failing:
-            self.say(f"telemetry cannot be written, training goes on: {error}")
-        self._said_failing = True
+    def _report_failure(self, error: OSError) -> None:
+        if not self._failure_reported:
+            self.message(f"telemetry cannot be written, training goes on: {error}")
+        self._failure_reported = True
 
     def __enter__(self) -> Self:
         return self
@@ -195,6 +195,6 @@ class Telemetry:
             self._close_board()
 
     def _close_board(self) -> None:
-        with self.going_on():
+        with self.tolerate_disk_errors():
             if self._board:
                 self._board.close()

@@ -1,48 +1,34 @@
-"""From a config to a running Trainer: what is checked, opened and built, in the order in which it can be refused."""
+"""What is checked and opened before DeepSpeed is loaded, and what becomes of an error that ends a rank."""
 
 import contextlib
 import dataclasses
 import os
 import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 import largescale
-from largescale.checkpoint.files import CheckpointDir
 from largescale.config.deepspeed import final_ds_config, precision
 from largescale.config.schema import Config
-from largescale.config.serialise import to_dict
-from largescale.config.validation import ema_note, remarks, validate
+from largescale.config.validation import validate
 from largescale.data.compatibility import open_dataset
-from largescale.data.shards import ShardDataset
 from largescale.distributed.ranks import Ranks, is_lost_contact
-from largescale.distributed.watchdog import Watch, end_at_once, lost_rank
+from largescale.distributed.watchdog import Watchdog, end_at_once, lost_rank
 from largescale.engine.optimizer import choose_kernel
 from largescale.errors import ConfigError, DeviceError
 from largescale.host.files import sources_sha256
-from largescale.host.launch import env_world_size, printable_lines, tell_torchrun, threads_per_rank
+from largescale.host.launch import env_world_size, printable_lines, threads_per_rank
 from largescale.host.machine import cores, keep_freed_memory
-from largescale.host.signals import EXIT_REQUEUE, stop_requested
+from largescale.host.signals import EXIT_REQUEUE
 from largescale.models.compile import failure, what_to_compile
 from largescale.models.half_precision import IN_TRAINING, check_on_cpu
 from largescale.monitoring.run_record import note_end
 from largescale.planning.memory import check_memory
-from largescale.training.run_directory import (
-    check_nothing_is_gone,
-    check_same_run,
-    check_writable,
-    claim,
-    finished_already,
-    rounding_changes,
-)
-
-if TYPE_CHECKING:
-    from largescale.checkpoint.checkpointer import Checkpointer
-    from largescale.training.trainer import Trainer
+from largescale.training.early_stop import asked_to_stop
+from largescale.training.run_directory import check_writable, claim
 
 
 def settled(config: Config) -> Config:
@@ -56,13 +42,13 @@ def settled(config: Config) -> Config:
     )
 
 
-def run(config: Config, began_unix_s: float, *, warned_of_memory: bool) -> int:
+def run(config: Config, start_time: float, *, warned_of_memory: bool) -> int:
     """Train; the process's exit status. `warned_of_memory`: this rank has said that memory is short."""
     validate(config, env_world_size())
     config = settled(config)
     ds = final_ds_config(config, env_world_size())
-    with Watch(config.train.timeout_s) as watch:
-        ranks = watch.ranks = Ranks(config.train.device, watch.limit_s)
+    with Watchdog(config.train.timeout_s) as watchdog:
+        ranks = watchdog.ranks = Ranks(config.train.device, watchdog.limit_s)
         try:
             if config.train.threads or config.train.device == "cpu":
                 threads = ranks.together(lambda: threads_per_rank(config.train.threads, os.environ, cores()))
@@ -71,17 +57,17 @@ def run(config: Config, began_unix_s: float, *, warned_of_memory: bool) -> int:
                 keep_freed_memory()
                 ranks.together(lambda: check_on_cpu(precision(ds), IN_TRAINING))
             ranks.together(lambda: None if warned_of_memory else check_memory(config, ds, ranks.world_size))
-            return train(config, ds, ranks, watch, began_unix_s)
+            return train(config, ds, ranks, watchdog, start_time)
         except DeviceError as error:
             end_at_once(error)  # the other ranks are in some collective, and notice as they do with a crash
         except RuntimeError as error:
-            watch.wait_if_ending()
+            watchdog.wait_if_ending()
             if is_lost_contact(error):
-                killed = watch.killed()
-                lost = lost_rank(ranks, watch.where, "lost contact", killed)
+                killed = watchdog.killed()
+                lost = lost_rank(ranks, watchdog.where, "lost contact", killed)
                 if killed and not lost.agreed:  # rank 0, which keeps the record, may be the one
                     with contextlib.suppress(OSError):
-                        note_end(config.run_dir, began_unix_s, killed)
+                        note_end(config.run_dir, start_time, killed)
                 end_at_once(lost)
             if why := failure(error):
                 end_at_once(ConfigError(f"{why}; train without it: --train.compile off"))
@@ -101,113 +87,23 @@ def require_one_version(ranks: Ranks) -> None:
                 f"{found[0][2]} differ; install the same on all nodes")
 
 
-def train(config: Config, ds: dict[str, Any], ranks: Ranks, watch: Watch, began_unix_s: float) -> int:
-    def say(text: str) -> None:
+def train(config: Config, ds: dict[str, Any], ranks: Ranks, watchdog: Watchdog, start_time: float) -> int:
+    """Open the data set and the run directory, then train; the process's exit status."""
+    def log(text: str) -> None:
         if ranks.rank == 0:
             print(printable_lines(text), file=sys.stderr, flush=True)
 
     require_one_version(ranks)
-    watch.at("start-up: data set")
+    watchdog.heartbeat("start-up: data set")
     dataset = ranks.together(lambda: open_dataset(config, ranks.rank, ranks.world_size))
-    watch.at("start-up: run directory")
+    watchdog.heartbeat("start-up: run directory")
     ranks.together(lambda: check_writable(config.run_dir))
-    lock = ranks.together(lambda: claim(config.run_dir, say) if ranks.rank == 0 else None)
+    lock = ranks.together(lambda: claim(config.run_dir, log) if ranks.rank == 0 else None)
     with lock or contextlib.nullcontext():
-        return train_claimed(config, ds, ranks, dataset, watch, began_unix_s, say, lock)
-
-
-def train_claimed(config: Config, ds: dict[str, Any], ranks: Ranks, dataset: ShardDataset, watch: Watch,
-                  began_unix_s: float, say: Callable[[str], None], lock: IO[str] | None) -> int:
-    def asked_to_stop(at: str) -> bool:
-        if stop := ranks.any(stop_requested()):
-            text = f"asked to stop {at}; nothing is lost, run again to go on"
-            tell_torchrun(text)
-            say(text)
-        return stop
-
-    if asked_to_stop("before DeepSpeed was loaded"):
-        return EXIT_REQUEUE
-    # DeepSpeed's import takes seconds: what is wrong with the settings or the data is said before it.
-    os.environ["DS_ACCELERATOR"] = config.train.device
-    from largescale.checkpoint.checkpointer import Checkpointer
-    from largescale.engine.deepspeed_engine import check_ds_config
-    from largescale.monitoring.telemetry import Telemetry
-    from largescale.planning.batch_size import saying_what_to_do, with_micro_batch_size
-    from largescale.training.trainer import Trainer
-
-    check_ds_config(ds)
-    identity = run_identity(config, ds, dataset)
-    watch.at("start-up: checkpoints")
-    checkpointer = Checkpointer(
-        config.run_dir, config.checkpoint, ranks, patience_s=config.train.timeout_s / 2, lock=lock)
-    checkpoint = checkpointer.newest(say)
-    if checkpoint is None:
-        ranks.together(lambda: check_nothing_is_gone(config.run_dir))
-    else:
-        ranks.together(lambda: check_same_run(checkpoint, identity, dataset, say))
-        if checkpoint.step >= config.train.steps:
-            say(finished_already(config, checkpoint))
-            return 0
-
-    watch.at("start-up: model")
-    config = with_micro_batch_size(config, ds, ranks, say)
-    ds, identity["config"] = final_ds_config(config, ranks.world_size), to_dict(config)
-    for remark in remarks(config, dataset.info.num_classes):
-        say(f"note: {remark}")
-    with saying_what_to_do(config, ranks.world_size, lambda: watch.where):
-        trainer = Trainer(config, ds, ranks, dataset, checkpointer, watch, identity, began_unix_s)
-        if asked_to_stop("while the model was built"):
+        if asked_to_stop(ranks, log, "before DeepSpeed was loaded"):
             return EXIT_REQUEUE
-        if checkpoint is not None:
-            watch.at("start-up: resume")
-            resume(trainer, checkpoint, say)
-        say(first_line(trainer, precision(ds)))
-        watch.at("start-up: telemetry")
-        with ranks.together(lambda: Telemetry(
-            config.run_dir, active=ranks.rank == 0, tensorboard=config.telemetry.tensorboard,
-            step=trainer.step, steps=config.train.steps,
-        )) as telemetry:
-            finished = trainer.run(telemetry)
-    say(text := last_line(trainer, checkpointer, finished))
-    if finished and (note := ema_note(config)):
-        say(f"note: {note}")
-    if not finished:
-        tell_torchrun(text)
-    return 0 if finished else EXIT_REQUEUE
+        # DeepSpeed's import takes seconds: what is wrong with the settings or the data is said before it.
+        os.environ["DS_ACCELERATOR"] = config.train.device
+        from largescale.training.run import train_run
 
-
-def run_identity(config: Config, ds: dict[str, Any], dataset: ShardDataset) -> dict[str, Any]:
-    """What a checkpoint says about its run besides the progress: a resumed run is compared with it."""
-    return {
-        "config": to_dict(config), "precision": precision(ds),
-        "dataset": dataset.fingerprint, "data_info": dataset.info.plain(),
-        "made_with": dataset.manifest.get("made_with", {}),  # where the encoders were, for sampling
-    }
-
-
-def resume(trainer: "Trainer", checkpoint: CheckpointDir, say: Callable[[str], None]) -> None:
-    """Collective. Load the checkpoint, and say what makes the rest of the run differ in rounding."""
-    config, manifest = trainer.config, checkpoint.manifest()
-    trainer.resume(checkpoint)
-    for change in rounding_changes(manifest, config, trainer.ranks.world_size, trainer.micro_batch_size):
-        say(f"changed on resume, so the same up to rounding, not bitwise: {change}")
-    say(f"resumed {config.run_dir} at step {trainer.step}, curriculum index {trainer.curriculum.index}")
-
-
-def first_line(trainer: "Trainer", precision: str) -> str:
-    config, ranks = trainer.config, trainer.ranks
-    n = torch.get_num_threads()
-    threads = f" with {n} thread{'s' if n > 1 else ''}" if config.train.device == "cpu" else ""
-    return (
-        f"training {config.run_dir} to step {config.train.steps}: {trainer.engine.numel:,} parameters, "
-        f"{len(trainer.dataset):,} rows, {ranks.world_size} x {config.train.device}{threads}, {precision}, "
-        f"batch {config.train.global_batch_size} = {trainer.micro_batch_size} x {trainer.grad_accum_steps} x "
-        f"{ranks.world_size}, AdamW of {config.optimizer.kernel}, compiled: {config.train.compile}"
-        + (", activations computed again" if config.train.activation_checkpointing else "")
-    )
-
-
-def last_line(trainer: "Trainer", checkpointer: "Checkpointer", finished: bool) -> str:
-    return (f"{'finished' if finished else 'stopped'} {checkpointer.run_dir} at step {trainer.step}, "
-            f"curriculum index {trainer.curriculum.index}, {trainer.skipped_steps} skipped steps; "
-            f"{trainer.goodput.account()}" + ("" if finished else "; run again to go on"))
+        return train_run(config, ds, ranks, dataset, watchdog, lock, start_time, log)

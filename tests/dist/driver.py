@@ -17,13 +17,15 @@ os.environ["DS_ACCELERATOR"] = "cuda" if "cuda" in sys.argv else "cpu"
 from largescale.checkpoint import checkpointer as checkpoint
 from largescale.planning import batch_size, memory
 from largescale import train
-from largescale.training import startup, trainer
+from largescale.training import run, startup, trainer
 from largescale.distributed import watchdog
 from largescale.data.loader import Loader
 from largescale.errors import DataError
 from largescale.host.launch import leave
+from largescale.training.state import TrainingState
+from largescale.training.step import TrainStep
 from largescale.training.trainer import Trainer
-from largescale.distributed.watchdog import Watch
+from largescale.distributed.watchdog import Watchdog
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--die-after", type=int, help="kill -9 this process when the step has been taken and its save begun")
@@ -46,51 +48,52 @@ parser.add_argument("--out-of-memory", type=int, nargs=2, metavar=("STEP", "RANK
 parser.add_argument("--available", type=int, nargs=2, metavar=("IMAGES", "RANK"), help="memory for so many, on that rank")
 parser.add_argument("--gpu-left", type=float, metavar="GIB", help="take all of the GPU's memory but this, and fit.py's margin")
 parser.add_argument("--stop-at", type=int, help="send this process SIGTERM at the step")
-parser.add_argument("--stop-in", choices=["open_dataset", "Trainer", "Preview", "ReferenceLoss"], help="SIGTERM in that phase")
+parser.add_argument("--stop-in", choices=["open_dataset", "TrainStep", "Preview", "ReferenceLoss"], help="SIGTERM in that phase")
 separator = sys.argv.index("--")
 faults = parser.parse_args(sys.argv[1:separator])
 
 if faults.die_after is not None:
-    due = Trainer.do_what_is_due
+    periodic_tasks = Trainer.run_periodic_tasks
 
-    def do_what_is_due(self: Trainer) -> None:
-        due(self)
-        if self.step == faults.die_after:
+    def run_periodic_tasks(self: Trainer) -> None:
+        periodic_tasks(self)
+        if self.state.step == faults.die_after:
             self.checkpointer._writer.collect()  # the files are whole, the manifest is not there
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Trainer.do_what_is_due = do_what_is_due  # type: ignore[method-assign]
+    Trainer.run_periodic_tasks = run_periodic_tasks  # type: ignore[method-assign]
 
 if faults.stop_at is not None:
-    count = Trainer.count
+    commit_step = Trainer.commit_step
 
     def stop_at(self: Trainer, report: object) -> None:
-        count(self, report)  # type: ignore[arg-type]
-        if self.step == faults.stop_at and self.ranks.rank == 1:
+        commit_step(self, report)  # type: ignore[arg-type]
+        if self.state.step == faults.stop_at and self.ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    Trainer.count = stop_at  # type: ignore[method-assign]
+    Trainer.commit_step = stop_at  # type: ignore[method-assign]
 
 if faults.forget:
-    resume = Trainer.resume
+    resume = run.resume
 
-    def forgetful(self: Trainer, checkpoint: object) -> None:
-        resume(self, checkpoint)  # type: ignore[arg-type]
-        state = self.engine._zero.optimizer.state[self.engine._master]
+    def forgetful(checkpoint: object, train_step: TrainStep, state: TrainingState, say: object) -> None:
+        resume(checkpoint, train_step, state, say)  # type: ignore[arg-type]
+        engine, curriculum = train_step.engine, state.curriculum
+        tensors = engine._zero.optimizer.state[engine._master]
         if faults.forget == "patience":
-            self.curriculum.state = type(self.curriculum.state)(index=self.curriculum.index)
+            curriculum.state = type(curriculum.state)(index=curriculum.index)
         elif faults.forget == "ema":
-            state["ema"].copy_(self.engine._master)
+            tensors["ema"].copy_(engine._master)
         elif faults.forget == "moments":
-            state["exp_avg"].zero_()
+            tensors["exp_avg"].zero_()
         else:
-            self.engine._zero.loss_scaler.cur_scale *= 2
+            engine._zero.loss_scaler.cur_scale *= 2
 
-    Trainer.resume = forgetful  # type: ignore[method-assign]
+    run.resume = forgetful  # type: ignore[assignment]
 
 if faults.bad_loss or faults.bad_gradient:
     step, rank = faults.bad_loss or faults.bad_gradient
-    losses = Trainer.losses
+    losses = TrainStep.micro_step_losses
 
     class NanGradient(torch.autograd.Function):
         @staticmethod
@@ -101,25 +104,25 @@ if faults.bad_loss or faults.bad_gradient:
         def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
             return gradient * float("nan")
 
-    def bad(self: Trainer, model: object, batch: object, draws: object, k: int) -> object:
+    def bad(self: TrainStep, model: object, batch: object, draws: object, k: int) -> object:
         result, *rest = losses(self, model, batch, draws, k)  # type: ignore[arg-type]
-        late = self.input_step - step
+        late = self.state.input_step - step
         if (late == 0 or (faults.every and late > 0 and late % faults.every == 0)) and self.ranks.rank == rank:
             loss = result.loss * float("inf") if faults.bad_loss else NanGradient.apply(result.loss)
             result = result._replace(loss=loss)
         return result, *rest
 
-    Trainer.losses = bad  # type: ignore[assignment, method-assign]
+    TrainStep.micro_step_losses = bad  # type: ignore[assignment, method-assign]
 
 if faults.out_of_memory:
-    losses_before = Trainer.losses
+    losses_before = TrainStep.micro_step_losses
 
-    def too_much(self: Trainer, model: object, batch: object, draws: object, k: int) -> object:
-        if (self.input_step, self.ranks.rank) == tuple(faults.out_of_memory):
+    def too_much(self: TrainStep, model: object, batch: object, draws: object, k: int) -> object:
+        if (self.state.input_step, self.ranks.rank) == tuple(faults.out_of_memory):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated memory is")
         return losses_before(self, model, batch, draws, k)  # type: ignore[arg-type]
 
-    Trainer.losses = too_much  # type: ignore[assignment, method-assign]
+    TrainStep.micro_step_losses = too_much  # type: ignore[assignment, method-assign]
 
 if faults.available:
     batch_size.memory = memory.memory = lambda config, ds, world_size, n: {"images": n}  # type: ignore[assignment]
@@ -131,15 +134,15 @@ if faults.gpu_left is not None:
     held = torch.empty(int(free - faults.gpu_left * 2**30 - batch_size.MARGIN * total), dtype=torch.uint8, device="cuda")
 
 if faults.leap is not None:
-    losses_of = Trainer.losses
+    losses_of = TrainStep.micro_step_losses
 
-    def leap(self: Trainer, model: object, batch: object, draws: object, k: int) -> object:
+    def leap(self: TrainStep, model: object, batch: object, draws: object, k: int) -> object:
         result, *rest = losses_of(self, model, batch, draws, k)  # type: ignore[arg-type]
-        if self.input_step == faults.leap and self.ranks.rank == 1:
+        if self.state.input_step == faults.leap and self.ranks.rank == 1:
             result = result._replace(loss=result.loss * 1e6)
         return result, *rest
 
-    Trainer.losses = leap  # type: ignore[assignment, method-assign]
+    TrainStep.micro_step_losses = leap  # type: ignore[assignment, method-assign]
 
 for fault in ("lost_files", "damaged_data", "kill", "hang", "freeze"):
     if (where := getattr(faults, fault)) and os.environ["RANK"] == str(where[1]):
@@ -162,27 +165,27 @@ for fault in ("lost_files", "damaged_data", "kill", "hang", "freeze"):
             return read_batch(self, step)
 
         Loader.batch = batch  # type: ignore[assignment, method-assign]
-        trainer.READ_AGAIN_S = (0.01, 0.01)
+        trainer.READ_RETRY_S = (0.01, 0.01)
 
 if faults.hang or faults.freeze or faults.watch_from:  # a slow machine is not to be taken for one that hangs, before it does
     reached, look, at, batch_before, make = (
-        threading.Event(), Watch._look, Watch.at, Loader.batch, checkpoint.Checkpointer.__init__)
+        threading.Event(), Watchdog._look, Watchdog.heartbeat, Loader.batch, checkpoint.Checkpointer.__init__)
 
     def reach(self: Loader, step: int) -> object:
         if step == (faults.hang or faults.freeze or (None,))[0]:
             reached.set()
         return batch_before(self, step)
 
-    def arrive(self: Watch, where: str) -> None:
+    def arrive(self: Watchdog, where: str | None = None) -> None:
         at(self, where)
         if where == faults.watch_from:
             reached.set()
 
-    def look_from_there_on(self: Watch) -> None:
+    def look_from_there_on(self: Watchdog) -> None:
         while not reached.wait(0.1):
             if self._done.is_set():
                 return
-        at(self, self.where)
+        at(self)
         look(self)
 
     def make_patient(self: checkpoint.Checkpointer, *args: object, patience_s: float, **others: object) -> None:
@@ -190,18 +193,18 @@ if faults.hang or faults.freeze or faults.watch_from:  # a slow machine is not t
 
     watchdog.START_S = 0
     Loader.batch = reach  # type: ignore[assignment, method-assign]
-    Watch._look, Watch.at = look_from_there_on, arrive  # type: ignore[method-assign]
+    Watchdog._look, Watchdog.heartbeat = look_from_there_on, arrive  # type: ignore[method-assign]
     checkpoint.Checkpointer.__init__ = make_patient  # type: ignore[assignment, method-assign]
 
 if faults.other_weights and os.environ["RANK"] == str(faults.other_weights[1]):
-    counting = Trainer.count
+    commit = Trainer.commit_step
 
-    def count_and_spoil(self: Trainer, report: object) -> None:
-        counting(self, report)  # type: ignore[arg-type]
-        if self.step == faults.other_weights[0]:
+    def commit_and_spoil(self: Trainer, report: object) -> None:
+        commit(self, report)  # type: ignore[arg-type]
+        if self.state.step == faults.other_weights[0]:
             next(p for p in self.engine.module.parameters() if p.requires_grad).data.view(-1)[0] += 1e-3
 
-    Trainer.count = count_and_spoil  # type: ignore[method-assign]
+    Trainer.commit_step = commit_and_spoil  # type: ignore[method-assign]
 
 if faults.stop_in:
     if faults.stop_in in ("Preview", "ReferenceLoss"):
@@ -213,14 +216,14 @@ if faults.stop_in:
             return call(self, *args)
 
         cls.__call__ = stop_first
-    elif faults.stop_in == "Trainer":
-        init = Trainer.__init__
+    elif faults.stop_in == "TrainStep":
+        init = TrainStep.__init__
 
-        def init_and_stop(self: Trainer, *args: object) -> None:
+        def init_and_stop(self: TrainStep, *args: object) -> None:
             init(self, *args)  # type: ignore[arg-type]
             os.kill(os.getpid(), signal.SIGTERM)
 
-        Trainer.__init__ = init_and_stop  # type: ignore[assignment, method-assign]
+        TrainStep.__init__ = init_and_stop  # type: ignore[assignment, method-assign]
     else:
         open_dataset = startup.open_dataset
 

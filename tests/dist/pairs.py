@@ -31,13 +31,17 @@ import torch
 from torch import Tensor
 
 os.environ["DS_ACCELERATOR"] = "cpu"
-from largescale.distributed import ranks
+from largescale.distributed.ranks import Ranks
+from largescale.training import run as training_run
+from largescale.training import startup
 from largescale import train
 from largescale.data.loader import Batch, Loader
 from largescale.diffusion.gaussian import GaussianDiffusion
 from largescale.diffusion.objective import Losses
 from largescale.randomness import Draws
 from largescale.engine.deepspeed_engine import Engine, plain
+from largescale.training.state import TrainingState
+from largescale.training.step import TrainStep
 from largescale.training.trainer import Trainer
 from tests.conftest import cut
 from tests.ranks import free_port
@@ -50,7 +54,8 @@ for module in ("deepspeed.runtime.zero.muon.muon_optimizer", "tyro"):
 Plan = dict[str, Any]
 Run = dict[str, Any]
 
-fill, resume, do_what_is_due, losses = Engine._fill, Trainer.resume, Trainer.do_what_is_due, Trainer.losses
+fill, resume, run_periodic_tasks = Engine._fill, training_run.resume, Trainer.run_periodic_tasks
+micro_step_losses = TrainStep.micro_step_losses
 batch, training_losses = Loader.batch, GaussianDiffusion.training_losses
 
 
@@ -61,20 +66,20 @@ class LoadedError(Exception):
 # ---- what is written beside a run
 
 
-def optimizer_state(trainer: Trainer) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = trainer.engine._zero.optimizer.state[trainer.engine._master]
+def optimizer_state(train_step: TrainStep) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = train_step.engine._zero.optimizer.state[train_step.engine._master]
     return state
 
 
-def snapshot(trainer: Trainer, path: Path) -> None:
+def snapshot(train_step: TrainStep, path: Path) -> None:
     """Collective. The ranks' own tensors, joined as they are: no saving, DeepSpeed's or ours, comes in between."""
-    engine, ranks, state = trainer.engine, trainer.ranks, optimizer_state(trainer)
+    engine, ranks, state = train_step.engine, train_step.ranks, optimizer_state(train_step)
     sharded = {"master": engine._master.detach()} | {k: v for k, v in state.items() if k != "step"}
     whole = {kind: ranks.all_gather_flat(partition) for kind, partition in sharded.items()}
     named = [(name, p.detach()) for name, p in engine.module.named_parameters() if p.requires_grad]
     weights = torch.cat([p.reshape(-1) for _, p in named])
     mine = {
-        **{key: value for key, value in trainer.state().items() if key not in trainer.identity},
+        **train_step.state.state_dict(),
         "adam_step": float(state["step"]) if state else None, "scaler": plain(engine._zero.loss_scaler),
         "weights are the masters": torch.equal(weights, whole["master"][: len(weights)].to(weights.dtype)),
     }
@@ -91,20 +96,20 @@ class Rows:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        def hashing(trainer: Trainer, model: Any, batch: Batch, draws: Draws, k: int) -> tuple[Losses, Tensor, Tensor]:
+        def hashing(train_step: TrainStep, model: Any, batch: Batch, draws: Draws, k: int) -> tuple[Losses, Tensor, Tensor]:
             def hashed(self_: GaussianDiffusion, model: Any, *inputs: Tensor) -> Losses:
-                for row, *values in zip(trainer._rows[k].tolist(), *inputs, strict=True):
+                for row, *values in zip(train_step._rows[k].tolist(), *inputs, strict=True):
                     found = hashlib.blake2b(b"".join(v.numpy().tobytes() for v in values), digest_size=8).hexdigest()
-                    assert self.mine[trainer.step].setdefault(row, found) == found, "a retry, and other inputs"
+                    assert self.mine[train_step.state.step].setdefault(row, found) == found, "a retry, and other inputs"
                 return training_losses(self_, model, *inputs)  # type: ignore[arg-type]
 
             with patch.object(GaussianDiffusion, "training_losses", hashed):
-                return losses(trainer, model, batch, draws, k)
+                return micro_step_losses(train_step, model, batch, draws, k)
 
-        with patch.object(Trainer, "losses", hashing):
+        with patch.object(TrainStep, "micro_step_losses", hashing):
             yield
 
-    def write(self, path: Path, ranks: ranks.Ranks) -> None:
+    def write(self, path: Path, ranks: Ranks) -> None:
         """Collective."""
         found: dict[int, dict[int, str]] = defaultdict(dict)
         for theirs in ranks.all_gather_json([(step, row, h) for step, rows in self.mine.items() for row, h in rows.items()]):
@@ -139,39 +144,39 @@ PATCHES: dict[str, Any] = {
     "weights": lambda: patch.object(Engine, "gather_weights", lambda engine: None),
     "data position": lambda: patch.object(Loader, "batch", lambda loader, step: batch(loader, step + 1)),
 }
-CHANGES: dict[str, Callable[[Trainer], Any]] = {
-    "exp_avg": lambda trainer: optimizer_state(trainer)["exp_avg"].zero_(),
-    "exp_avg_sq": lambda trainer: optimizer_state(trainer)["exp_avg_sq"].zero_(),
-    "ema": lambda trainer: optimizer_state(trainer)["ema"].copy_(trainer.engine._master.detach()),
-    "adam_step": lambda trainer: optimizer_state(trainer)["step"].zero_(),
-    "loss scale": lambda trainer: setattr(trainer.engine._zero.loss_scaler, "cur_scale", 2.0**10),
-    "skipped steps": lambda trainer: setattr(trainer, "skipped_steps", 0),
-    "curriculum": lambda trainer: setattr(
-        trainer.curriculum, "state", trainer.curriculum.pacing.start(trainer.curriculum.n_clusters)),
-    "draws": lambda trainer: setattr(trainer, "_rows", (trainer._rows + 1) % trainer.config.train.global_batch_size),
+CHANGES: dict[str, Callable[[TrainStep], Any]] = {
+    "exp_avg": lambda step: optimizer_state(step)["exp_avg"].zero_(),
+    "exp_avg_sq": lambda step: optimizer_state(step)["exp_avg_sq"].zero_(),
+    "ema": lambda step: optimizer_state(step)["ema"].copy_(step.engine._master.detach()),
+    "adam_step": lambda step: optimizer_state(step)["step"].zero_(),
+    "loss scale": lambda step: setattr(step.engine._zero.loss_scaler, "cur_scale", 2.0**10),
+    "skipped steps": lambda step: setattr(step.state, "skipped_steps", 0),
+    "curriculum": lambda step: setattr(
+        step.state.curriculum, "state", step.state.curriculum.pacing.start(step.state.curriculum.n_clusters)),
+    "draws": lambda step: setattr(step, "_rows", (step._rows + 1) % step.config.train.global_batch_size),
 }
 
 
 # ---- the runs
 
 
-def start(plan: Plan, folder: Path, run: Run, ranks: ranks.Ranks) -> None:
+def start(plan: Plan, folder: Path, run: Run, ranks: Ranks) -> None:
     path, fault = folder / run["name"], run["fault"]
     args = [*plan["args"], "--output", path, "--train.ds-config", folder / f"{run['precision']}.json",
             "--train.micro-batch-size", plan["micro"][str(ranks.world_size)]]
     assert not fault or fault in PATCHES or fault in CHANGES
 
-    def resume_and_look(trainer: Trainer, checkpoint: Any) -> None:
-        resume(trainer, checkpoint)
-        CHANGES.get(fault, lambda trainer: None)(trainer)
-        snapshot(trainer, folder / f"{run['name']}.pt")
+    def resume_and_look(checkpoint: Any, train_step: TrainStep, state: TrainingState, say: Any) -> None:
+        resume(checkpoint, train_step, state, say)
+        CHANGES.get(fault, lambda step: None)(train_step)
+        snapshot(train_step, folder / f"{run['name']}.pt")
         if not run["go_on"]:
             raise LoadedError
 
     def look_at_the_cut(trainer: Trainer) -> None:
-        if run["source"] is None and trainer.step == run["cut"]:
-            snapshot(trainer, folder / f"{run['name']}.pt")
-        do_what_is_due(trainer)
+        if run["source"] is None and trainer.state.step == run["cut"]:
+            snapshot(trainer.train_step, folder / f"{run['name']}.pt")
+        run_periodic_tasks(trainer)
 
     if run["source"] is not None and ranks.rank == 0:
         cut(folder / run["source"], path, run["cut"])
@@ -179,8 +184,8 @@ def start(plan: Plan, folder: Path, run: Run, ranks: ranks.Ranks) -> None:
     rows = Rows()
     with contextlib.suppress(LoadedError), contextlib.ExitStack() as patched:
         patched.enter_context(rows.watched())
-        patched.enter_context(patch.object(Trainer, "resume", resume_and_look))
-        patched.enter_context(patch.object(Trainer, "do_what_is_due", look_at_the_cut))
+        patched.enter_context(patch.object(training_run, "resume", resume_and_look))
+        patched.enter_context(patch.object(Trainer, "run_periodic_tasks", look_at_the_cut))
         patched.enter_context(PATCHES.get(fault, contextlib.nullcontext)())
         assert train.main([*map(str, args)]) == 0
         rows.write(folder / f"{run['name']}.json", ranks)
@@ -189,9 +194,9 @@ def start(plan: Plan, folder: Path, run: Run, ranks: ranks.Ranks) -> None:
 def one_rank(plan: Plan, folder: Path, runs: list[Run], rank: int, port: int) -> None:
     world_size = runs[0]["ranks"]
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_PORT": str(port)}
-    ranks = ranks.Ranks("cpu")
+    ranks = Ranks("cpu")
     close, ranks.close = ranks.close, lambda: None  # type: ignore[method-assign]
-    ranks.Ranks = lambda device, *timeout: ranks  # type: ignore[assignment, misc]
+    startup.Ranks = lambda device, *timeout: ranks  # type: ignore[assignment, misc]
     for run in runs:
         start(plan, folder, run, ranks)
     close()

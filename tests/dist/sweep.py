@@ -9,16 +9,17 @@ from pathlib import Path
 
 import torch
 
-from largescale.distributed import ranks
+from largescale.distributed.ranks import Ranks
+from largescale.training import startup
 from largescale import train
 from largescale.host.launch import leave
 from tests.conftest import assert_same_run, cut, ds_json, trace
 
 torch.set_num_threads(1)
 folder, data = Path(sys.argv[1]), sys.argv[2]
-ranks = ranks.Ranks("cpu")
+ranks = Ranks("cpu")
 close, ranks.close = ranks.close, lambda: None  # type: ignore[method-assign]
-ranks.Ranks = lambda device, *timeout: ranks  # type: ignore[assignment, misc]
+startup.Ranks = lambda device, *timeout: ranks  # type: ignore[assignment, misc]
 steps, found = 24, {}
 for precision in ("fp32", "bf16", "fp16"):
     # A loss scale that overflows at the start, and doubles soon enough to overflow again.

@@ -15,7 +15,7 @@ from largescale.distributed import watchdog
 
 from largescale.errors import LargescaleError
 from largescale.monitoring.telemetry import read_metrics
-from largescale.distributed.watchdog import Watch
+from largescale.distributed.watchdog import Watchdog
 from tests.conftest import QUIET, Train, trace
 from tests.ranks import ROOT, free_port, ranks_of, running
 
@@ -97,7 +97,7 @@ def test_only_the_time_in_which_it_ran_counts(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(watchdog, "time", Clock)
     monkeypatch.setattr(watchdog, "end_at_once", end)
-    looking = Watch(10)
+    looking = Watchdog(10)
     looking.limit_s = 10
     monkeypatch.setattr(looking._done, "wait", wait)
     with pytest.raises(Ended):

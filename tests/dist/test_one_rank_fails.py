@@ -165,7 +165,7 @@ def test_other_weights(tmp_path: Path, train: Train) -> None:
     assert [c.step for c in checkpoints(run)] == [4, 0]
 
 
-@pytest.mark.parametrize("phase", ["open_dataset", "Trainer", "Preview", "ReferenceLoss"])
+@pytest.mark.parametrize("phase", ["open_dataset", "TrainStep", "Preview", "ReferenceLoss"])
 def test_asked_to_stop(phase: str, tmp_path: Path, train: Train) -> None:
     """In every phase: saved where there is something to save, and left with the status that asks for another start."""
     args = (*ARGS, "--output", tmp_path / "run", "--telemetry.preview-every", 6, "--telemetry.reference-every", 6)

@@ -17,6 +17,7 @@ import torch
 
 from largescale import train
 from largescale.host.launch import leave
+from largescale.training.step import TrainStep
 from largescale.training.trainer import Trainer
 from tests.waits import here
 
@@ -47,12 +48,12 @@ warnings.simplefilter("always")
 warnings.showwarning = warned
 for waiter in (torch.cuda, torch.cuda.Stream, torch.cuda.Event):
     waiter.synchronize = noting(waiter.synchronize)  # type: ignore[method-assign, union-attr]
-take_step, losses = Trainer.take_step, Trainer.losses
+take_step, losses = Trainer.take_step, TrainStep.micro_step_losses
 
 
 def watched(self: Trainer, loader: Any) -> bool:
     global watching
-    if not first <= self.step < self.config.train.steps - 1:
+    if not first <= self.state.step < self.config.train.steps - 1:
         return take_step(self, loader)
     steps.append(Counter())
     torch.cuda.set_sync_debug_mode("warn")
@@ -64,7 +65,7 @@ def watched(self: Trainer, loader: Any) -> bool:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def with_item(self: Trainer, *args: Any) -> Any:
+def with_item(self: TrainStep, *args: Any) -> Any:
     result = losses(self, *args)
     result[0].loss.mean().item()
     return result
@@ -72,7 +73,7 @@ def with_item(self: Trainer, *args: Any) -> Any:
 
 Trainer.take_step = watched  # type: ignore[method-assign]
 if item:
-    Trainer.losses = with_item  # type: ignore[assignment, method-assign]
+    TrainStep.micro_step_losses = with_item  # type: ignore[assignment, method-assign]
 code = train.main(settings)
 print(json.dumps(steps))
 leave(code)

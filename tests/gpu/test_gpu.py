@@ -76,7 +76,7 @@ def test_a_step_waits_for_the_gpu_only_where_it_is_known(precision: str, blobs: 
     steps = waits()
     assert [place for step in steps for place in step if place not in allowed] == []
     assert all(step.keys() & waiting for step in steps)  # it does look
-    assert all(step["largescale/training/trainer.py:attempt"] == 2 for step in waits("--item"))
+    assert all(step["largescale/training/step.py:forward_backward"] == 2 for step in waits("--item"))
 
 
 @pytest.mark.parametrize("what", ["blocks", "model"])

@@ -649,16 +649,16 @@ def test_a_lock_that_is_none(run_here: RunHere) -> None:
 def test_a_run_directory_that_vanishes(run_here: RunHere, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Training goes on; what is saved after that is whole, and locked again. (Step 5 is tried again where it was still
     being written.)"""
-    count, locks = Trainer.count, list[Any]()
+    commit_step, locks = Trainer.commit_step, list[Any]()
 
     def vanish(self: Trainer, report: Any) -> None:
-        count(self, report)
-        if self.step == 7:
+        commit_step(self, report)
+        if self.state.step == 7:
             shutil.rmtree(tmp_path / "run")
-        if self.step == 11:
+        if self.state.step == 11:
             locks.append(exclusive(tmp_path / "run/lock"))
 
-    monkeypatch.setattr(Trainer, "count", vanish)
+    monkeypatch.setattr(Trainer, "commit_step", vanish)
     outcome = run_here("--train.steps", 12, "--checkpoint.every", 5)
     assert outcome.code == 0 and locks == [None], outcome.err
     found = {c.step: c.problem() for c in checkpoints(outcome.run)}
@@ -667,16 +667,16 @@ def test_a_run_directory_that_vanishes(run_here: RunHere, monkeypatch: pytest.Mo
 
 def test_a_run_directory_that_vanishes_and_is_anothers(run_here: RunHere, monkeypatch: pytest.MonkeyPatch,
                                                       tmp_path: Path) -> None:
-    count, locks = Trainer.count, list[Any]()
+    commit_step, locks = Trainer.commit_step, list[Any]()
 
     def replace(self: Trainer, report: Any) -> None:
-        count(self, report)
-        if self.step == 7:
+        commit_step(self, report)
+        if self.state.step == 7:
             shutil.rmtree(tmp_path / "run")
             (tmp_path / "run").mkdir()
             locks.append(exclusive(tmp_path / "run/lock"))
 
-    monkeypatch.setattr(Trainer, "count", replace)
+    monkeypatch.setattr(Trainer, "commit_step", replace)
     outcome = run_here("--train.steps", 12, "--checkpoint.every", 10)
     assert_refused(outcome, f"{outcome.run} was deleted, and another process trains there now", "--output DIR")
     assert locks[0] and not checkpoints(outcome.run)
@@ -688,18 +688,18 @@ def test_a_run_directory_that_is_renamed(old_name: str, run_here: RunHere, monke
     """The run goes on in it, and says so: nothing is lost, or lies at the old name, and nobody else gets it."""
     settings = ("--train.steps", 12, "--checkpoint.every", 5, "--telemetry.preview-every", 9, "--telemetry.preview-steps", 2)
     truth = run_here(*settings, output=tmp_path / "truth").run
-    old, new, count, locks = tmp_path / "run", tmp_path / "moved", Trainer.count, list[Any]()
+    old, new, commit_step, locks = tmp_path / "run", tmp_path / "moved", Trainer.commit_step, list[Any]()
 
     def rename(self: Trainer, report: Any) -> None:
-        count(self, report)
-        if self.step == 7:
+        commit_step(self, report)
+        if self.state.step == 7:
             old.rename(new)
             if old_name != "free":
                 (old / "starts").mkdir(parents=True)
-        if self.step in (8, 11):
+        if self.state.step in (8, 11):
             locks.append(exclusive(new / "lock"))
 
-    monkeypatch.setattr(Trainer, "count", rename)
+    monkeypatch.setattr(Trainer, "commit_step", rename)
     outcome = run_here(*settings)
     assert outcome.code == 0 and locks == [None, None], outcome.err
     assert f"{old} was moved: going on in {new}; a later start needs --output {new}" in outcome.err
@@ -737,7 +737,7 @@ def test_data_that_can_be_read_at_the_third_try(run_here: RunHere, monkeypatch: 
     rows = np.arange(16) + 3 * 16
     bad = sample_indices(rows, 300, 0).tolist()
     monkeypatch.setattr(ShardDataset, "gather", flaky)
-    monkeypatch.setattr("largescale.training.trainer.READ_AGAIN_S", (0.0, 0.0))
+    monkeypatch.setattr("largescale.training.trainer.READ_RETRY_S", (0.0, 0.0))
     assert run_here(*settings).code == 0 and failures == 0
     assert_same_run(tmp_path / "run", truth)
 

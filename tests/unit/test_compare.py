@@ -39,11 +39,12 @@ from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
 from largescale.diffusion.build import build_objective
 from largescale.diffusion.objective import Losses
-from largescale.distributed import ranks
+from largescale.distributed.ranks import Ranks
 from largescale.errors import ConfigError, DataError, Stopped
 from largescale.host import signals
 from largescale.monitoring.telemetry import read_metrics
 from largescale.randomness import step_draws
+from largescale.training import startup
 from tests.conftest import QUIET
 
 CPU = torch.device("cpu")
@@ -345,7 +346,7 @@ def tiny(images: Tensor) -> Features:
 
 
 @pytest.fixture
-def trained_here(monkeypatch: pytest.MonkeyPatch, one_rank: ranks.Ranks) -> list[tuple[str, int]]:
+def trained_here(monkeypatch: pytest.MonkeyPatch, one_rank: Ranks) -> list[tuple[str, int]]:
     """Training runs in this process, as tests.conftest.run_here does; which runs were started. Pictures are left out."""
     started = list[tuple[str, int]]()
 
@@ -353,7 +354,7 @@ def trained_here(monkeypatch: pytest.MonkeyPatch, one_rank: ranks.Ranks) -> list
         started.append((run.method, run.seed))
         train_here(run, nproc)
 
-    monkeypatch.setattr(ranks, "Ranks", lambda device, *timeout: one_rank)
+    monkeypatch.setattr(startup, "Ranks", lambda device, *timeout: one_rank)
     monkeypatch.setattr(Run, "train", train)
     monkeypatch.setattr(report, "multiples", lambda *args, **more: None)
     return started
@@ -442,14 +443,14 @@ def test_draws_are_the_same(arguments: Arguments, trained_here: Started, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def truth(tmp_path_factory: pytest.TempPathFactory, blobs: Path, one_rank: ranks.Ranks) -> Path:
+def truth(tmp_path_factory: pytest.TempPathFactory, blobs: Path, one_rank: Ranks) -> Path:
     """A comparison of one seed, without samples; vanilla by the training program in a process of its own."""
     out, train = tmp_path_factory.mktemp("compare") / "out", Run.train
     options = ("--preset", "debug", "--methods", "vanilla,naive", "--seeds", 1, "--out", out, "--every", 4, "--num-samples", 0,
                "--loss-images", 3, "--clusters", 2, "--device", "cpu", "--", "--data.path", blobs, "--train.steps", 9, *QUIET)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(ranks, "Ranks", lambda device, *timeout: one_rank)
+        patch.setattr(startup, "Ranks", lambda device, *timeout: one_rank)
         patch.setattr(Run, "train", lambda run, nproc: (train if run.method == "vanilla" else train_here)(run, nproc))
         assert compare.main([*map(str, options)]) == 0
     return out

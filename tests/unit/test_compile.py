@@ -103,7 +103,7 @@ def test_a_failure_says_what_to_do(run_here: RunHere, monkeypatch: pytest.Monkey
     def end(error: LargescaleError) -> None:
         raise error  # this process has more to do
 
-    monkeypatch.setattr("largescale.training.trainer.Trainer.losses", fail)
+    monkeypatch.setattr("largescale.training.step.TrainStep.micro_step_losses", fail)
     monkeypatch.setattr("largescale.distributed.watchdog.end_at_once", end)
     run = run_here("--train.steps", 2)
     assert run.code == 2 and run.err.endswith(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from largescale.training.trainer import Trainer
+from largescale.training.step import TrainStep
 from tests.conftest import CAPTIONED, QUIET, RunHere, ds_json
 from tests.ranks import ranks_of
 from tests.waits import NO_WAITS, NO_WAITS_OF_THE_LOG, Step, expected, waits, watch
@@ -96,15 +96,15 @@ MISTAKES: dict[str, Callable[[Tensor], object]] = {
 
 def test_a_wait_in_the_loss_is_found(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them, in a step of its own."""
-    losses, names = Trainer.losses, list(MISTAKES)
+    losses, names = TrainStep.micro_step_losses, list(MISTAKES)
 
-    def waiting(self: Trainer, *args: Any) -> Any:
+    def waiting(self: TrainStep, *args: Any) -> Any:
         result = losses(self, *args)
-        if 0 <= self.step - FIRST < len(names):
-            MISTAKES[names[self.step - FIRST]](result[0].loss)
+        if 0 <= self.state.step - FIRST < len(names):
+            MISTAKES[names[self.state.step - FIRST]](result[0].loss)
         return result
 
-    monkeypatch.setattr(Trainer, "losses", waiting)
+    monkeypatch.setattr(TrainStep, "micro_step_losses", waiting)
     found = steps("--train.steps", FIRST + len(names) + 2)
     assert [{*waits(step)} - {*expected()} for step in found] == [
-        *({("largescale/training/trainer.py", "attempt", name)} for name in names), set()]
+        *({("largescale/training/step.py", "forward_backward", name)} for name in names), set()]

@@ -84,7 +84,7 @@ class CountsAsApex(CountsAsDeepSpeed):
 @pytest.mark.parametrize("then", ["torch", "deepspeed", "apex"])
 def test_a_run_goes_on_with_another_kernel(first: str, then: str, run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are counted in three places: without them the bias correction starts anew, and the next losses are others."""
-    monkeypatch.setattr("largescale.training.trainer.adam", lambda: CountsAsDeepSpeed)
+    monkeypatch.setattr("largescale.training.step.adam", lambda: CountsAsDeepSpeed)
     monkeypatch.setattr("largescale.engine.optimizer.check_apex", lambda wanted: None)
     apex = ModuleType("apex.optimizers")
     apex.FusedAdam = CountsAsApex  # type: ignore[attr-defined]

@@ -200,9 +200,9 @@ def test_a_record_is_kept_whatever_the_clock_says(tmp_path: Path, monkeypatch: p
         run_record.write(tmp_path, Start(number, 9_000.0 + number, 1, "cpu", 0, step=5))
     counts, count = list[int](), run_record.account
     monkeypatch.setattr(run_record, "account", lambda records: counts.append(len(list(records))) or count(records))
-    meter: Any = SimpleNamespace(lifetime={"training": 1.0})
+    timer: Any = SimpleNamespace(lifetime={"training": 1.0})
     with Telemetry(tmp_path, active=True, tensorboard=False, step=0, steps=10) as telemetry:
-        account = goodput.Goodput(telemetry, meter, began_unix_s=9_990.0, world_size=1, device="cpu", from_step=3)
+        account = goodput.Goodput(telemetry, timer, start_time=9_990.0, world_size=1, device="cpu", from_step=3)
         for line in range(1, 4):
             clock.time, clock.monotonic = partial(float, 10_000 - 1000 * line), partial(float, 50 + 11 * line)
             account.note(3 + line, -1)

@@ -18,7 +18,7 @@ from largescale.diffusion.noise_levels import LossSecondMoment
 from largescale.models.unet import DDPMpp
 from largescale.monitoring.telemetry import read_metrics
 from largescale.randomness import Draws
-from largescale.training.trainer import Trainer
+from largescale.training.step import TrainStep
 from tests.conftest import RunHere, assert_same_run, cut, ds_json, trace
 
 RESAMPLED = ("--noise.sampling", "loss_second_moment", "--diffusion.timesteps", 10)
@@ -131,17 +131,17 @@ def test_a_checkpoint_of_another_run_is_refused(change: tuple[str, str], refused
     assert again.code == 2 and refused in again.err
 
 
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Trainer, Any, Draws, int, Any]]:
-    """What every call of `Trainer.losses` was given and gave."""
-    seen: list[tuple[Trainer, Any, Draws, int, Any]] = []
-    losses = Trainer.losses
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TrainStep, Any, Draws, int, Any]]:
+    """What every call of `TrainStep.micro_step_losses` was given and gave."""
+    seen: list[tuple[TrainStep, Any, Draws, int, Any]] = []
+    losses = TrainStep.micro_step_losses
 
-    def recording(self: Trainer, model: Any, batch: Any, draws: Draws, k: int) -> Any:
+    def recording(self: TrainStep, model: Any, batch: Any, draws: Draws, k: int) -> Any:
         result = losses(self, model, batch, draws, k)
         seen.append((self, batch, draws, k, result))
         return result
 
-    monkeypatch.setattr(Trainer, "losses", recording)
+    monkeypatch.setattr(TrainStep, "micro_step_losses", recording)
     return seen
 
 
@@ -155,9 +155,9 @@ def test_how_a_loss_is_put_together(preset: str, run_here: RunHere, monkeypatch:
             "--train.micro-batch-size", 8)
     assert run_here(*args, *RESAMPLED, preset=preset).code == 0
     assert len(seen) == 48 and len(told) == 24
-    for i, (trainer, _, _, k, (losses, t, importance)) in enumerate(seen):
+    for i, (step, _, _, k, (losses, t, importance)) in enumerate(seen):
         if preset == "debug":
-            snr = trainer.objective.log_snr(t).exp()
+            snr = step.objective.log_snr(t).exp()
             weight = torch.minimum(snr, torch.tensor(0.1)) / snr
         elif preset == "debug_sit":
             weight = torch.minimum((t / (1 - t)) ** 2, torch.tensor(0.1)) * (1 - t) ** 2
@@ -168,7 +168,7 @@ def test_how_a_loss_is_put_together(preset: str, run_here: RunHere, monkeypatch:
         bins, of_rows = told[i // 2]
         mine = slice(8 * k, 8 * k + 8)
         assert of_rows[mine] == pytest.approx(before.tolist(), rel=1e-5)
-        assert bins[mine] == (trainer.objective.noise_level(t) * 10).floor().tolist()
+        assert bins[mine] == (step.objective.noise_level(t) * 10).floor().tolist()
     assert len({x for *_, (_, _, importance) in seen[-8:] for x in importance.tolist()}) > 3  # it has warmed up
 
 

@@ -36,7 +36,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
         t.event(1, "transition", "text")
         t.image(1, "samples", np.zeros((2, 2, 3), np.uint8))
         t.progress(1, loss=1)
-        t.say("nothing")
+        t.message("nothing")
     assert not (tmp_path / "run").exists()
 
 

@@ -1,32 +1,10 @@
-"""When numbers go bad: a watch for losses that leap, and windows of the data that are left out. No torch."""
+"""Losses that leap above what is usual in their stage of the curriculum. No torch."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass(frozen=True)
-class Skip:
-    """A window of inputs that is not used: from step `at` on, a step takes the inputs of `count` steps later."""
-
-    at: int
-    count: int
-    why: str
-
-
-def input_step(step: int, skips: Sequence[Skip]) -> int:
-    """Whose inputs (order of the data and every draw) this step takes: its own, but for what was skipped."""
-    return step + sum(skip.count for skip in skips if skip.at <= step)
-
-
-def skipping(step: int, back_to: int, skips: Sequence[Skip], why: str) -> list[Skip]:
-    """The skips of a run that goes back from `step` to `back_to`, leaving out the inputs from there to here."""
-    kept = [skip for skip in skips if skip.at <= back_to]
-    return [*kept, Skip(back_to, input_step(step, skips) + 1 - input_step(back_to, kept), why)]
-
-
-class SpikeWatch:
+class SpikeDetector:
     """A loss above `factor` times the usual one of its stage is a spike; stages differ too much to be compared."""
 
     WINDOW = 100  # observations: its memory, and how many it takes before anything is called a spike

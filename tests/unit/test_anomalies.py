@@ -8,7 +8,8 @@ import pytest
 
 from largescale.checkpoint.files import checkpoints
 from largescale.monitoring.telemetry import read_metrics
-from largescale.training.anomaly import Skip, SpikeWatch, input_step, skipping
+from largescale.training.spikes import SpikeDetector
+from largescale.training.state import SkippedInputs, input_step, skips_after_rollback
 from tests.conftest import RunHere, trace
 
 
@@ -18,42 +19,42 @@ def test_without_skips_a_step_takes_its_own_inputs() -> None:
 
 def test_a_window_is_left_out() -> None:
     """Bad at step 6, back to step 4: inputs 4, 5 and 6 are not used, and none is used twice."""
-    skips = skipping(6, 4, [], "why")
-    assert skips == [Skip(4, 3, "why")]
+    skips = skips_after_rollback(6, 4, [], "why")
+    assert skips == [SkippedInputs(4, 3, "why")]
     assert [input_step(step, skips) for step in range(8)] == [0, 1, 2, 3, 7, 8, 9, 10]
 
 
 def test_again_from_the_same_checkpoint() -> None:
     """Inputs 7 .. 9 are bad too: both windows stay left out, as two."""
-    skips = skipping(6, 4, skipping(6, 4, [], "a"), "b")
+    skips = skips_after_rollback(6, 4, skips_after_rollback(6, 4, [], "a"), "b")
     assert [input_step(step, skips) for step in range(6)] == [0, 1, 2, 3, 10, 11] and len(skips) == 2
 
 
 def test_back_beyond_an_earlier_window() -> None:
     """The checkpoint after that window was damaged: what it left out lies inside the new one."""
-    first = skipping(6, 4, [], "a")
-    skips = skipping(9, 2, first, "b")
-    assert skips == [Skip(2, 11, "b")] and input_step(9, first) == 12 and input_step(2, skips) == 13
+    first = skips_after_rollback(6, 4, [], "a")
+    skips = skips_after_rollback(9, 2, first, "b")
+    assert skips == [SkippedInputs(2, 11, "b")] and input_step(9, first) == 12 and input_step(2, skips) == 13
 
 
 def test_any_sequence_of_skips_uses_no_input_twice_and_none_that_was_bad() -> None:
     for seed in range(300):
         draw = random.Random(seed)
-        skips: list[Skip] = []
+        skips: list[SkippedInputs] = []
         bad: set[int] = set()
         step = 0
         for _ in range(draw.randint(1, 6)):
             step += draw.randint(0, 20)
             bad.add(input_step(step, skips))
             back_to = draw.randint(max(0, step - 15), step)
-            skips, step = skipping(step, back_to, skips, ""), back_to
+            skips, step = skips_after_rollback(step, back_to, skips, ""), back_to
         inputs = [input_step(s, skips) for s in range(step + 50)]
         assert all(a < b for a, b in itertools.pairwise(inputs)), seed
         assert not bad & set(inputs), seed
 
 
-def watch_of(*losses: float, factor: float = 3.0) -> SpikeWatch:
-    watch = SpikeWatch(factor)
+def watch_of(*losses: float, factor: float = 3.0) -> SpikeDetector:
+    watch = SpikeDetector(factor)
     for loss in losses:
         watch.observe(loss)
     return watch
@@ -80,14 +81,14 @@ def test_each_stage_has_its_own() -> None:
 
 
 def test_state() -> None:
-    watch, other = watch_of(*[1.0] * 100, 5.0), SpikeWatch(3.0)
+    watch, other = watch_of(*[1.0] * 100, 5.0), SpikeDetector(3.0)
     other.load_state_dict(watch.state_dict())
     assert vars(other) == vars(watch) and watch.spikes == 1
 
 
 def test_spike_factor(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spikes are counted per run, said, and change nothing that is computed."""
-    monkeypatch.setattr(SpikeWatch, "WINDOW", 3)
+    monkeypatch.setattr(SpikeDetector, "WINDOW", 3)
     settings = ("--train.steps", 24, "--curriculum.pacing", "none", "--optimizer.lr", 1e-9)
     found = {}
     for factor in (1.001, 3):
@@ -102,10 +103,10 @@ def test_which_inputs_a_run_reads(run_here: RunHere, monkeypatch: pytest.MonkeyP
     import torch
 
     from largescale.data.loader import Loader
-    from largescale.training import trainer
+    from largescale.training import step as step_module
 
     read, drawn = [], []
-    batch, draws, losses = Loader.batch, trainer.step_draws, trainer.Trainer.losses
+    batch, draws, losses = Loader.batch, step_module.step_draws, step_module.TrainStep.micro_step_losses
 
     def recorded(self: Loader, step: int) -> object:
         read.append(step)
@@ -115,13 +116,13 @@ def test_which_inputs_a_run_reads(run_here: RunHere, monkeypatch: pytest.MonkeyP
         drawn.append(step)
         return draws(seed, step, *args, **kwargs)  # type: ignore[arg-type]
 
-    def bad(self: trainer.Trainer, *args: object) -> object:
+    def bad(self: step_module.TrainStep, *args: object) -> object:
         result, *rest = losses(self, *args)  # type: ignore[arg-type]
-        return (result._replace(loss=result.loss * torch.inf) if self.input_step == 6 else result), *rest
+        return (result._replace(loss=result.loss * torch.inf) if self.state.input_step == 6 else result), *rest
 
     monkeypatch.setattr(Loader, "batch", recorded)
-    monkeypatch.setattr(trainer, "step_draws", recorded_draws)
-    monkeypatch.setattr(trainer.Trainer, "losses", bad)
+    monkeypatch.setattr(step_module, "step_draws", recorded_draws)
+    monkeypatch.setattr(step_module.TrainStep, "micro_step_losses", bad)
     outcome = run_here("--train.steps", 9, "--checkpoint.every", 4, "--anomaly.not-finite", "skip")
     assert outcome.code == 0, outcome.err
     assert read[1:] == drawn == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]

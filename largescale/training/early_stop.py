@@ -1,0 +1,17 @@
+"""A run that is asked to stop before its loop has begun."""
+
+from collections.abc import Callable
+
+from largescale.distributed.ranks import Ranks
+from largescale.host.launch import tell_torchrun
+from largescale.host.signals import stop_requested
+
+
+def asked_to_stop(ranks: Ranks, log: Callable[[str], None], when: str) -> bool:
+    """Collective: whether a rank was asked to stop before the loop began, which is said."""
+    stop = ranks.any(stop_requested())
+    if stop:
+        text = f"asked to stop {when}; nothing is lost, run again to go on"
+        tell_torchrun(text)
+        log(text)
+    return stop

@@ -1,0 +1,143 @@
+"""One start of a run: its newest checkpoint, the model and the engine, the loop, and what is said at the end.
+
+Importing this loads DeepSpeed: DS_ACCELERATOR must be set to the run's device before.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from largescale.checkpoint.checkpointer import Checkpointer
+from largescale.checkpoint.files import CheckpointDir
+from largescale.config.deepspeed import final_ds_config, precision
+from largescale.config.schema import Config
+from largescale.config.serialise import to_dict
+from largescale.config.validation import ema_note, remarks
+from largescale.data.shards import ShardDataset
+from largescale.diffusion.build import build_objective
+from largescale.distributed.ranks import Ranks
+from largescale.distributed.watchdog import Watchdog
+from largescale.engine.deepspeed_engine import check_ds_config
+from largescale.host.launch import tell_torchrun
+from largescale.host.signals import EXIT_REQUEUE
+from largescale.monitoring.goodput import Goodput
+from largescale.monitoring.telemetry import Telemetry
+from largescale.planning.batch_size import saying_what_to_do, with_micro_batch_size
+from largescale.training.early_stop import asked_to_stop
+from largescale.training.recorder import Recorder
+from largescale.training.run_directory import (
+    check_nothing_is_gone,
+    check_same_run,
+    finished_already,
+    rounding_changes,
+)
+from largescale.training.state import TrainingState, load_checkpoint
+from largescale.training.step import TrainStep
+from largescale.training.trainer import Trainer
+
+Log = Callable[[str], None]  # prints on rank 0
+
+
+def train_run(config: Config, ds: dict[str, Any], ranks: Ranks, dataset: ShardDataset, watchdog: Watchdog,
+              lock: IO[str] | None, start_time: float, log: Log) -> int:
+    """Train, from the newest checkpoint if there is one; the process's exit status.
+
+    `ds`: DeepSpeed's settings. `lock`: held on the run directory by rank 0. `start_time`: when the program was started,
+    in seconds since 1970.
+    """
+    check_ds_config(ds)
+    identity = run_identity(config, ds, dataset)
+    watchdog.heartbeat("start-up: checkpoints")
+    checkpointer = Checkpointer(
+        config.run_dir, config.checkpoint, ranks, patience_s=config.train.timeout_s / 2, lock=lock)
+    checkpoint = find_checkpoint(config, identity, checkpointer, ranks, dataset, log)
+    if checkpoint is not None and checkpoint.step >= config.train.steps:
+        log(finished_already(config, checkpoint))
+        return 0
+
+    watchdog.heartbeat("start-up: model")
+    config = with_micro_batch_size(config, ds, ranks, log)
+    ds, identity["config"] = final_ds_config(config, ranks.world_size), to_dict(config)
+    for remark in remarks(config, dataset.info.num_classes):
+        log(f"note: {remark}")
+    objective = build_objective(config)
+    state = TrainingState(config, objective)
+    with saying_what_to_do(config, ranks.world_size, lambda: watchdog.where):
+        train_step = TrainStep(config, ds, ranks, dataset, objective, state)
+        if asked_to_stop(ranks, log, "while the model was built"):
+            return EXIT_REQUEUE
+        if checkpoint is not None:
+            watchdog.heartbeat("start-up: resume")
+            resume(checkpoint, train_step, state, log)
+        log(first_line(train_step, state, dataset, precision(ds)))
+        watchdog.heartbeat("start-up: telemetry")
+        with ranks.together(lambda: Telemetry(
+            config.run_dir, active=ranks.rank == 0, tensorboard=config.telemetry.tensorboard,
+            step=state.step, steps=config.train.steps,
+        )) as telemetry:
+            recorder = Recorder(
+                config, ranks, state, telemetry, watchdog, precision=precision(ds), flops_per_step=train_step.flops,
+                start_time=start_time)
+            trainer = Trainer(config, ranks, dataset, train_step, state, checkpointer, recorder, identity)
+            finished = trainer.run()
+
+    text = last_line(state, checkpointer.run_dir, recorder.goodput, finished)
+    log(text)
+    if finished and (note := ema_note(config)):
+        log(f"note: {note}")
+    if not finished:
+        tell_torchrun(text)
+    return 0 if finished else EXIT_REQUEUE
+
+
+def run_identity(config: Config, ds: dict[str, Any], dataset: ShardDataset) -> dict[str, Any]:
+    """What a checkpoint says about its run besides the progress: a resumed run is compared with it."""
+    return {
+        "config": to_dict(config), "precision": precision(ds),
+        "dataset": dataset.fingerprint, "data_info": dataset.info.plain(),
+        "made_with": dataset.manifest.get("made_with", {}),  # where the encoders were, for sampling
+    }
+
+
+def find_checkpoint(config: Config, identity: dict[str, Any], checkpointer: Checkpointer, ranks: Ranks,
+                    dataset: ShardDataset, log: Log) -> CheckpointDir | None:
+    """Collective. The newest one that is whole; None in a new run.
+
+    Raises CheckpointError where it is another run's, or where there were checkpoints and none is left.
+    """
+    checkpoint = checkpointer.newest(log)
+    if checkpoint is None:
+        ranks.together(lambda: check_nothing_is_gone(config.run_dir))
+    else:
+        ranks.together(lambda: check_same_run(checkpoint, identity, dataset, log))
+    return checkpoint
+
+
+def resume(checkpoint: CheckpointDir, train_step: TrainStep, state: TrainingState, log: Log) -> None:
+    """Collective. Load the checkpoint, and say what makes the rest of the run differ in rounding."""
+    config, ranks = train_step.config, train_step.ranks
+    load_checkpoint(checkpoint, ranks, train_step.engine, state)
+    for change in rounding_changes(checkpoint.manifest(), config, ranks.world_size, train_step.micro_batch_size):
+        log(f"changed on resume, so the same up to rounding, not bitwise: {change}")
+    log(f"resumed {config.run_dir} at step {state.step}, curriculum index {state.curriculum.index}")
+
+
+def first_line(train_step: TrainStep, state: TrainingState, dataset: ShardDataset, precision: str) -> str:
+    config, ranks = train_step.config, train_step.ranks
+    n = torch.get_num_threads()
+    threads = f" with {n} thread{'s' if n > 1 else ''}" if config.train.device == "cpu" else ""
+    return (
+        f"training {config.run_dir} to step {config.train.steps}: {train_step.engine.numel:,} parameters, "
+        f"{len(dataset):,} rows, {ranks.world_size} x {config.train.device}{threads}, {precision}, "
+        f"batch {config.train.global_batch_size} = {train_step.micro_batch_size} x {train_step.grad_accum_steps} x "
+        f"{ranks.world_size}, AdamW of {config.optimizer.kernel}, compiled: {config.train.compile}"
+        + (", activations computed again" if config.train.activation_checkpointing else "")
+    )
+
+
+def last_line(state: TrainingState, run_dir: Path, goodput: Goodput, finished: bool) -> str:
+    return (f"{'finished' if finished else 'stopped'} {run_dir} at step {state.step}, "
+            f"curriculum index {state.curriculum.index}, {state.skipped_steps} skipped steps; "
+            f"{goodput.account()}" + ("" if finished else "; run again to go on"))

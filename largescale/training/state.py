@@ -1,0 +1,104 @@
+"""What moves while a run trains, besides the engine's tensors: in every checkpoint, and the same on every rank."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from largescale.checkpoint.files import CheckpointDir, client_state
+from largescale.config.derived import make_curriculum
+from largescale.config.schema import Config
+from largescale.diffusion.build import build_noise_sampler
+from largescale.diffusion.samplers import AnyObjective
+from largescale.distributed.ranks import Ranks
+from largescale.distributed.step_report import StepReport
+from largescale.engine.deepspeed_engine import Engine
+from largescale.errors import CheckpointError, usable
+from largescale.training.spikes import SpikeDetector
+
+
+@dataclass(frozen=True)
+class SkippedInputs:
+    """A window of inputs that is not used: from step `at` on, a step takes the inputs of `count` steps later."""
+
+    at: int
+    count: int
+    why: str
+
+
+def input_step(step: int, skips: Sequence[SkippedInputs]) -> int:
+    """Whose inputs (order of the data and every draw) this step takes: its own, but for what was skipped."""
+    return step + sum(skip.count for skip in skips if skip.at <= step)
+
+
+def skips_after_rollback(step: int, back_to: int, skips: Sequence[SkippedInputs], why: str) -> list[SkippedInputs]:
+    """The skips of a run that goes back from `step` to `back_to`, leaving out the inputs from there to here."""
+    kept = [skip for skip in skips if skip.at <= back_to]
+    return [*kept, SkippedInputs(back_to, input_step(step, skips) + 1 - input_step(back_to, kept), why)]
+
+
+class TrainingState:
+    def __init__(self, config: Config, objective: AnyObjective):
+        self.global_batch_size = config.train.global_batch_size
+        self.step = 0           # applied optimizer steps
+        self.skipped_steps = 0  # attempts whose gradient overflowed in fp16
+        self.curriculum = make_curriculum(config)
+        self.noise_sampler = build_noise_sampler(config, objective)
+        self.spikes = SpikeDetector(config.anomaly.spike_factor)
+        self.skips: list[SkippedInputs] = []
+
+    @property
+    def input_step(self) -> int:
+        """The step whose data and random draws the next optimizer step takes."""
+        return input_step(self.step, self.skips)
+
+    def commit_step(self, report: StepReport) -> bool:
+        """Count an applied step: the only thing that moves the step counter and the curriculum.
+
+        True if a stage of the curriculum ended with it.
+        """
+        self.step += 1
+        self.spikes.observe(report.loss)
+        if self.noise_sampler.needs_losses:
+            self.noise_sampler.observe([int(n) for n in report.row_bin], report.row_loss)
+        stage_ended = self.curriculum.observe(report.loss)
+        if stage_ended:
+            self.spikes.new_stage()
+        return stage_ended
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "step": self.step,
+            "samples_seen": self.step * self.global_batch_size,
+            "skipped_steps": self.skipped_steps,
+            "curriculum": self.curriculum.state_dict(),
+            "noise_sampler": self.noise_sampler.state_dict(),
+            "skips": [asdict(skip) for skip in self.skips],
+            "spikes": self.spikes.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.skipped_steps = state["step"], state["skipped_steps"]
+        self.curriculum.load_state_dict(state["curriculum"])
+        # What follows is not in every checkpoint of an older version.
+        if "noise_sampler" in state:
+            self.noise_sampler.load_state_dict(state["noise_sampler"])
+        self.skips = [SkippedInputs(**skip) for skip in state.get("skips", [])]
+        if "spikes" in state:
+            self.spikes.load_state_dict(state["spikes"])
+
+
+def load_checkpoint(checkpoint: CheckpointDir, ranks: Ranks, engine: Engine, state: TrainingState) -> None:
+    """Collective. Raises CheckpointError on every rank if one cannot use its part."""
+    def read() -> dict[str, Any]:
+        manifest, saved = checkpoint.manifest(), client_state(checkpoint)
+        if manifest["state"] != json.loads(json.dumps(saved)):
+            raise CheckpointError(f"{checkpoint.path}: the manifest's copy of the state is not the checkpoint's")
+        with usable(checkpoint.path):
+            engine.load(checkpoint, manifest["world_size"])
+        return saved
+
+    saved = ranks.together(read)
+    engine.gather_weights()
+    state.load_state_dict(saved)
