@@ -246,7 +246,7 @@ def main_figure(rows: Sequence[Row]) -> str:
     return next(iter(rows[0]["figures"]))
 
 
-def ahead(one: Sequence[Row], other: Sequence[Row]) -> tuple[int, int] | None:
+def steps_to_match_best_of(one: Sequence[Row], other: Sequence[Row]) -> tuple[int, int] | None:
     """(first step at which `one` is at least as good as `other` ever was, the step of that best of the other)."""
     name = main_figure(other)
     best = min(other, key=lambda row: row["figures"][name]["value"])
@@ -271,7 +271,7 @@ def summary(of_runs: dict[Path, list[Row]]) -> list[str]:
             said[-1] += f", not told apart from step {', '.join(f'{step:,}' for step in alike)}: errors overlap"
     for one, rows in scored.items():
         for other, others in scored.items():
-            if one == other or main_figure(rows) != main_figure(others) or not (found := ahead(rows, others)):
+            if one == other or main_figure(rows) != main_figure(others) or not (found := steps_to_match_best_of(rows, others)):
                 continue
             reached, at = found
             if reached < at:

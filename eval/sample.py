@@ -126,7 +126,7 @@ class Sampler:
         options.check()
         self.options, self.rank, self.world_size = options, env_rank(), env_world_size()
         self.device = local_device(options.device)
-        self.trained = load_trained(options.source, self.begun_with() if options.step is None else options.step)
+        self.trained = load_trained(options.source, self.checkpoint_of_unfinished_samples() if options.step is None else options.step)
         self.sampler = options.sampler or self.trained.objective.samplers[0]
         self.steps = self.trained.objective.default_steps if options.steps is None else options.steps
         model, info = self.trained.config.model, self.trained.info
@@ -156,7 +156,7 @@ class Sampler:
         rounds = evaluations(self.trained.objective, config.sampler, config.steps)
         return self.options.num_samples * rounds * (1 if config.cfg_scale == 1 else 2)
 
-    def begun_with(self) -> int | None:
+    def checkpoint_of_unfinished_samples(self) -> int | None:
         """The checkpoint of these very samples, where they are half drawn, or whole and not to be replaced: a run that
         goes on has a newer one by now."""
         o = self.options

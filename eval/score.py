@@ -28,8 +28,8 @@ from eval.scoring.figures import (
     Metric,
     Reference,
     check_resolution,
+    extract_features,
     figures,
-    look,
     open_reference,
     plain,
     text_figure,
@@ -147,7 +147,7 @@ class Scorer:
         if self.reference:
             check_resolution(o.reference or path, self.reference.statistics.resolution, [images.resolution])
             keep = o.keep if {"kid", "neighbours"} & set(o.metrics) else 0
-            seen = look(images, self.reference.extractor, n=n, keep=keep, batch_size=o.batch_size, device=self.device,
+            seen = extract_features(images, self.reference.extractor, n=n, keep=keep, batch_size=o.batch_size, device=self.device,
                         what=path.name, logits_too="class" in o.metrics)
             found, notes = figures(seen, self.reference, o.metrics, self.device)
         if self.clip and "clip" in o.metrics:

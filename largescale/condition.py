@@ -25,16 +25,16 @@ def drop(y: Condition, dropped: Tensor, null_label: int) -> Condition:
     return torch.where(dropped, null_label, y)
 
 
-def joined(one: Condition, two: Condition) -> Condition:
+def concat(one: Condition, two: Condition) -> Condition:
     """The rows of `one`, then those of `two`."""
     if isinstance(one, Tensor) and isinstance(two, Tensor):
         return torch.cat([one, two])
     return Captions(*map(torch.cat, zip(one, two, strict=True)))
 
 
-def take(y: Condition, index: Tensor | slice) -> Condition:
+def select(y: Condition, index: Tensor | slice) -> Condition:
     return Captions(*(part[index] for part in y)) if isinstance(y, Captions) else y[index]
 
 
-def moved(y: Condition, device: torch.device) -> Condition:
+def to_device(y: Condition, device: torch.device) -> Condition:
     return Captions(*(part.to(device) for part in y)) if isinstance(y, Captions) else y.to(device)

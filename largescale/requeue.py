@@ -43,22 +43,22 @@ def decide(run_dir: Path, status: int, max_restarts: int, job: str | None, resta
         return False, "status 2 is an error that another start would meet again; what to correct is said above"
     if job is None:
         return False, "SLURM_JOB_ID is not set, so this is no job of Slurm's; run the same command again to go on"
-    fruitless = restart - last_fruitful(run_dir, job)
+    starts_without_progress = restart - last_start_with_progress(run_dir, job)
     ends = [start.ended or out_of_memory(start) or "" for start in read_starts(run_dir)[-1:]]
     killed = "".join(f"; {end}" for end in ends if KILL in end)
     if status == EXIT_REQUEUE:
         max_restarts *= PATIENCE_WITH_STOPS
-    if fruitless >= max_restarts:
-        row = "a start" if fruitless == 1 else f"{fruitless} starts in a row"
+    if starts_without_progress >= max_restarts:
+        row = "a start" if starts_without_progress == 1 else f"{starts_without_progress} starts in a row"
         return False, (f"{row} of job {job} ended without a new checkpoint (the last with status {status}); "
                        f"look at the log above, correct the cause, and sbatch again{killed}")
     how = "stopped in good order" if status == EXIT_REQUEUE else f"ended with status {status}"
-    brought = (f"{fruitless} in a row without a new checkpoint, {max_restarts} are too many" if fruitless
+    brought = (f"{starts_without_progress} in a row without a new checkpoint, {max_restarts} are too many" if starts_without_progress
                else "with a new checkpoint")
     return True, f"this one of job {job} {how}, {brought}{killed}"
 
 
-def last_fruitful(run_dir: Path, job: str) -> int:
+def last_start_with_progress(run_dir: Path, job: str) -> int:
     """The `restart` of the job's last start that brought the run further; -1 if none did."""
     starts = read_starts(run_dir)
     fruitful = [-1]

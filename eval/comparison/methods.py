@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from largescale.config.schema import Config
 from largescale.config.serialise import flatten, to_dict
-from largescale.config.validation import option
+from largescale.config.validation import cli_flag
 from largescale.errors import ConfigError
 
 PACING = "curriculum.pacing"
@@ -42,7 +42,7 @@ class Method:
     @property
     def arguments(self) -> list[str]:
         """Of the training program."""
-        return [part for key, value in self.options.items() for part in (option(key), value)]
+        return [part for key, value in self.options.items() for part in (cli_flag(key), value)]
 
 
 def read_methods(text: str) -> list[Method]:

@@ -8,7 +8,7 @@ from eval.training_runs import Run, configure, differences
 from largescale.config.presets import PRESETS
 from largescale.config.schema import Config
 from largescale.config.serialise import flatten, to_dict
-from largescale.config.validation import option
+from largescale.config.validation import cli_flag
 from largescale.errors import ConfigError
 
 
@@ -45,5 +45,5 @@ def check_extra(preset: str, base: Config, taken: set[str]) -> None:
     """Settings for all runs cannot be those that tell the runs apart."""
     before, after = (dict(flatten(to_dict(config))) for config in (PRESETS[preset](), base))
     if both := sorted(key for key in taken if before.get(key) != after.get(key)):
-        raise ConfigError(f"{option(both[0])} after -- is for all runs, and the comparison sets it for each; leave it "
+        raise ConfigError(f"{cli_flag(both[0])} after -- is for all runs, and the comparison sets it for each; leave it "
                           "out there (methods: NAME@FIELD=VALUE; checkpoints: --every; folders: --out)")

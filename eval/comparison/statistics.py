@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from eval.comparison.validation_loss import figure
-from eval.curve import Row, ahead
+from eval.curve import Row, steps_to_match_best_of
 from largescale.errors import DataError
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; further on, the last: wider than need be
@@ -38,14 +38,14 @@ class Difference:
     seeds: int
 
     @property
-    def told_apart(self) -> bool:
+    def is_significant(self) -> bool:
         """From 0, with 95 % confidence by Student's t."""
         return self.error is not None and abs(self.value) > T95[min(self.seeds - 1, len(T95)) - 1] * self.error
 
     def __str__(self) -> str:
         if self.error is None:
             return f"{self.value:+.3g}"
-        verdict = ("better" if self.value < 0 else "worse") if self.told_apart else "not told apart"
+        verdict = ("better" if self.value < 0 else "worse") if self.is_significant else "not told apart"
         return f"{self.value:+.3g} ± {self.error:.2g}, {verdict}"
 
 
@@ -91,7 +91,7 @@ def standings(runs: OfRuns, name: str) -> dict[str, Standing]:
         each = [points(of_seed[seed], name) for seed in of_first]
         best = [min(curve, key=lambda point: point[1]) for curve in each]
         final = [curve[-1][1] for curve in each]
-        reached = [ahead(of_figure(of_seed[seed], name), of_first[seed]) for seed in of_first]
+        reached = [steps_to_match_best_of(of_figure(of_seed[seed], name), of_first[seed]) for seed in of_first]
         steps = [pair and pair[0] for pair in reached]
         all_reached = [step for step in steps if step is not None]
         best_at = fmean(step for step, _ in best_of_first.values())

@@ -14,7 +14,7 @@ from eval.curve import lines
 from eval.score import RESULTS
 from largescale.checkpoint.files import CheckpointDir, named_weights
 from largescale.checkpoint.weights import load_trained
-from largescale.condition import moved, take
+from largescale.condition import select, to_device
 from largescale.config.schema import Config
 from largescale.data.loader import to_condition, to_x_start
 from largescale.data.order import sample_indices
@@ -80,7 +80,7 @@ class ValidationLoss:
                 raise Stopped
             t = objective.draw(self._u[part].to(self.device))
             x_start, noise = (values[part].to(self.device) for values in (self._x_start, self._noise))
-            y = moved(take(self._y, part), self.device)
+            y = to_device(select(self._y, part), self.device)
             losses.append(objective.training_losses(model, x_start, t, noise, y).loss.double().cpu())
         means: Tensor = torch.cat(losses).view(self.n_clusters, -1).mean(1)
         return means.numpy()

@@ -15,7 +15,7 @@ from eval.training_runs import Run, check_same, configure
 from largescale.config.derived import cluster_edges
 from largescale.config.presets import PRESETS
 from largescale.config.serialise import flatten, to_dict
-from largescale.config.validation import option, validate
+from largescale.config.validation import cli_flag, validate
 from largescale.data.shards import ShardDataset
 from largescale.diffusion.objective import SamplerName
 from largescale.errors import CheckpointError, ConfigError, DataError
@@ -134,7 +134,7 @@ class Plan:
         found, ours = (dict(flatten(to_dict(configure(options.preset, arguments)))) for arguments in
                        (self.arguments(0)[1:], self.own_arguments(0)))
         if others := [key for key in self.settings(0) if found[key] != ours[key] and not key.startswith("telemetry.")]:
-            raise ConfigError(f"{option(others[0])} after -- is what the study sets for each of its runs; "
+            raise ConfigError(f"{cli_flag(others[0])} after -- is what the study sets for each of its runs; "
                               "leave it out there (before --: --steps, --intervals, --data)")
         objective, kind = self.config.diffusion.objective, PRESETS[STUDIES[name].preset]().diffusion.objective
         if objective != kind:
@@ -164,7 +164,7 @@ class Plan:
         }
 
     def own_arguments(self, i: int) -> tuple[str, ...]:
-        flat = [str(part) for key, value in self.settings(i).items() for part in (option(key), value)]
+        flat = [str(part) for key, value in self.settings(i).items() for part in (cli_flag(key), value)]
         return (*flat, "--telemetry.no-tensorboard")
 
     def arguments(self, i: int) -> tuple[str, ...]:

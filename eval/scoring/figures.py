@@ -47,7 +47,7 @@ class Figure:
 
 
 @dataclass
-class Seen:
+class ExtractedFeatures:
     """What an extractor saw of a set of images."""
 
     n: int
@@ -57,8 +57,8 @@ class Seen:
     kept: Tensor                                        # (m, D) float32, of evenly spaced images, on the CPU
 
 
-def look(images: ImageSet, extractor: Extractor, *, n: int, keep: int, batch_size: int, device: torch.device,
-         what: str, logits_too: bool = False) -> Seen:
+def extract_features(images: ImageSet, extractor: Extractor, *, n: int, keep: int, batch_size: int, device: torch.device,
+         what: str, logits_too: bool = False) -> ExtractedFeatures:
     """The first n images. Keeps the features of `keep` of them. Raises DataError, Stopped."""
     moments = GroupedMoments(extractor.width, GROUPS, device)
     spatial = GroupedMoments(extractor.spatial_width, GROUPS, device) if extractor.spatial_width else None
@@ -74,7 +74,7 @@ def look(images: ImageSet, extractor: Extractor, *, n: int, keep: int, batch_siz
         kept.append(seen.pooled[torch.from_numpy(chosen[numbers]).to(device)].float().cpu())
         if logits_too and seen.logits is not None:
             logits.append(seen.logits.float().cpu())
-    return Seen(n, moments, spatial, torch.cat(logits) if logits else None, torch.cat(kept))
+    return ExtractedFeatures(n, moments, spatial, torch.cat(logits) if logits else None, torch.cat(kept))
 
 
 def _batches(n: int, batch_size: int, what: str) -> Any:
@@ -120,7 +120,7 @@ class Reference:
         return self._balls
 
 
-def statistics_of(seen: Seen, extractor: Extractor, resolution: tuple[int, int] | None) -> Statistics:
+def statistics_of(seen: ExtractedFeatures, extractor: Extractor, resolution: tuple[int, int] | None) -> Statistics:
     pooled, spatial = seen.moments.total(), seen.spatial and seen.spatial.total()
     return Statistics(
         mean=pooled.mean.cpu().numpy(), cov=pooled.cov.cpu().numpy(),
@@ -139,13 +139,13 @@ def open_reference(path: Path, extractor: Extractor, *, sizes: Sequence[tuple[in
         if statistics.features is None and "arr_0" in holds:
             # ADM's files: statistics of all images, and some of the images for Precision, Recall and KID
             some = open_images(path)
-            seen = look(some, extractor, n=len(some), keep=keep, batch_size=batch_size, device=device, what="reference")
+            seen = extract_features(some, extractor, n=len(some), keep=keep, batch_size=batch_size, device=device, what="reference")
             statistics = replace(statistics, features=seen.kept.numpy())
         return Reference(extractor, statistics, {"path": str(path), "fingerprint": sha256(path),
                                                  "count": statistics.count})
     images = open_images(path, verify=True, resize=resize)
     check_resolution(path, images.resolution, sizes)
-    seen = look(images, extractor, n=len(images), keep=keep, batch_size=batch_size, device=device, what="reference")
+    seen = extract_features(images, extractor, n=len(images), keep=keep, batch_size=batch_size, device=device, what="reference")
     statistics = statistics_of(seen, extractor, images.resolution)
     facts = {"path": str(path), "fingerprint": images.fingerprint, "count": len(images)}
     return Reference(extractor, statistics, facts)
@@ -160,7 +160,7 @@ def check_resolution(path: Path, resolution: tuple[int, int] | None, sizes: Sequ
                             f"their size, or images and eval.score --resize {size[0]}")
 
 
-def figures(seen: Seen, reference: Reference, metrics: Sequence[Metric], device: torch.device,
+def figures(seen: ExtractedFeatures, reference: Reference, metrics: Sequence[Metric], device: torch.device,
             kid_subset: int = 1000) -> tuple[list[Figure], list[str]]:
     """(every figure that samples and reference allow, what a reader must know of them)."""
     extractor, count = reference.extractor, short(seen.n)

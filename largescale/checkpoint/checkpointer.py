@@ -32,7 +32,7 @@ from largescale.config.schema import CheckpointConfig
 from largescale.config.serialise import flatten
 from largescale.distributed.ranks import Ranks
 from largescale.errors import CheckpointError, LargescaleError, NewerVersionError, StorageError
-from largescale.host.files import LOCK, exclusive, fsync_dir, located, sha256, write_atomically
+from largescale.host.files import LOCK, fsync_dir, located, sha256, try_lock, write_atomically
 from largescale.host.launch import heartbeat
 
 SEEN_LATER_S = (1.0, 5.0, 20.0, 40.0)
@@ -224,7 +224,7 @@ class Checkpointer:
         """
         self._find_run_dir()
         listed = self.ranks.all_gather_json(
-            self.ranks.together(lambda: [c.step for c in checkpoints(self.run_dir)]))
+            self.ranks.raise_on_all_ranks(lambda: [c.step for c in checkpoints(self.run_dir)]))
         steps = sorted({step for of_rank in listed for step in of_rank}, reverse=True)  # also what one alone sees yet
         found = (CheckpointDir.at(self.run_dir, step) for step in steps)
         newest, self._damaged = newest_valid(self.run_dir, found, say, self._check)
@@ -241,20 +241,20 @@ class Checkpointer:
                 with contextlib.suppress(OSError):  # as long as nothing can be written there: the save says so
                     if not os.fstat(lock.fileno()).st_nlink:
                         self.run_dir.mkdir(parents=True, exist_ok=True)
-                        self._lock = exclusive(self.run_dir / LOCK)
+                        self._lock = try_lock(self.run_dir / LOCK)
                 if self._lock is None:
                     raise CheckpointError(f"{self.run_dir} was deleted, and another process trains there now; start "
                                           "another run with --output DIR")
             return str(self.run_dir)
 
-        (run_dir, *_) = self.ranks.all_gather_json(self.ranks.together(find))
+        (run_dir, *_) = self.ranks.all_gather_json(self.ranks.raise_on_all_ranks(find))
         self.run_dir = Path(run_dir)
 
     def _check(self, checkpoint: CheckpointDir) -> LargescaleError | None:
         """The gravest of what the ranks find. A file that only some of them see is waited for."""
         ranks = self.ranks
         part = slice(ranks.rank, None, ranks.world_size)
-        own = ranks.together(lambda: checkpoint.check(part))
+        own = ranks.raise_on_all_ranks(lambda: checkpoint.check(part))
         for pause in (*SEEN_LATER_S, None):
             reports = ranks.all_gather_json((_ERRORS.index(type(own)), str(own)) if own else None)
             kinds = [_ERRORS[report[0]] if report else None for report in reports]

@@ -11,7 +11,7 @@ from largescale.errors import ConfigError
 
 # Fields that only one architecture, objective or way of training reads: anywhere else, another value than the default
 # is a mistake, not a setting.
-_READ_ONLY_WITH: dict[tuple[str, str], tuple[str, ...]] = {
+FIELDS_USED_ONLY_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("model.architecture", "dit"): (
         "model.patch_size", "model.hidden_size", "model.depth", "model.num_heads", "model.mlp_ratio",
         "model.caption_tokens", "model.caption_width", "model.caption_pooled_width", "model.null_caption",
@@ -32,7 +32,7 @@ SAMPLED_STEPS_AT_MOST = 1000  # of a preview
 FORGOTTEN = 0.01  # an EMA's share of the untrained weights that is not worth a word
 
 
-def option(key: str) -> str:
+def cli_flag(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
@@ -75,7 +75,7 @@ def validate(config: Config, world_size: int) -> None:
         if not ok:
             section, _, field = key.rpartition(".")
             on = values[key] is True
-            remedy = remedy or f"set {option(f'{section}.no_{field}' if on else key)}"
+            remedy = remedy or f"set {cli_flag(f'{section}.no_{field}' if on else key)}"
             raise ConfigError(f"{key}={values[key]} must {must}; {remedy}")
 
     for check in (check_unused, check_model, check_objective, check_curriculum, check_the_rest):
@@ -84,11 +84,11 @@ def validate(config: Config, world_size: int) -> None:
 
 def check_unused(config: Config, require: Any) -> None:
     values, defaults = (dict(flatten(to_dict(c))) for c in (config, Config("")))
-    for (choice, wanted), keys in _READ_ONLY_WITH.items():
+    for (choice, wanted), keys in FIELDS_USED_ONLY_BY.items():
         for key in keys if values[choice] != wanted else ():
             require(values[key] == defaults[key], key,
                     f"stay {defaults[key]}: only {choice}={wanted} reads it, and this is {values[choice]}",
-                    f"leave out {option(key)}, or set {option(choice)} {wanted}")
+                    f"leave out {cli_flag(key)}, or set {cli_flag(choice)} {wanted}")
 
 
 def check_model(config: Config, require: Any) -> None:

@@ -24,7 +24,7 @@ from largescale.config.serialise import flatten
 from largescale.data.format import MANIFEST, read_manifest
 from largescale.data.shards import ShardDataset
 from largescale.errors import DataError, Stopped, usable
-from largescale.host.files import exclusive, from_json, write_atomically
+from largescale.host.files import from_json, try_lock, write_atomically
 from largescale.host.launch import printable
 from largescale.host.signals import stop_requested
 
@@ -102,7 +102,7 @@ class Parts:
             return
         if self.rank == 0:
             for path in sorted(self.folder.glob("rank_*.lock")):
-                lock = exclusive(path)
+                lock = try_lock(path)
                 if lock is None:
                     raise DataError(f"a process still works in {self.out}; wait for it or stop it, before its work is "
                                     "replaced")
@@ -142,7 +142,7 @@ class Parts:
         self.folder.mkdir(parents=True, exist_ok=True)
         _create(job_file, json.dumps(self.job, indent=1))
         self._compare(self._begun())                    # another rank's may have been first
-        self._lock = exclusive(self.folder / f"rank_{self.rank}.lock")
+        self._lock = try_lock(self.folder / f"rank_{self.rank}.lock")
         if self._lock is None:
             raise DataError(f"another process packs into {self.out} as the same rank; wait for it or stop it (a "
                             "launcher other than torchrun and srun must set RANK and WORLD_SIZE)")
@@ -207,7 +207,7 @@ class Parts:
         """Ranks that owe parts and hold no lock: they died, or never began."""
         gone = []
         for rank in sorted({part % self.world_size for part in missing}):
-            if lock := exclusive(self.folder / f"rank_{rank}.lock"):
+            if lock := try_lock(self.folder / f"rank_{rank}.lock"):
                 lock.close()
                 gone.append(rank)
         return gone
@@ -217,7 +217,7 @@ class Parts:
         if self.rank == 0:
             return
         with suppress(OSError):                         # the folder is gone where rank 0 has finished
-            if self._lock or exclusive(self.folder / f"rank_{self.rank}.lock"):
+            if self._lock or try_lock(self.folder / f"rank_{self.rank}.lock"):
                 (self.folder / f"failed_{self.rank}").write_text(printable(str(error) or repr(error)))
 
     def remove(self) -> None:

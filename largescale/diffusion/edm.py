@@ -9,7 +9,7 @@ from torch import Tensor
 
 from largescale.condition import Condition
 from largescale.diffusion.guidance import at
-from largescale.diffusion.objective import Losses, Model, SamplerName, check_draw, inside
+from largescale.diffusion.objective import Losses, Model, SamplerName, check_draw, clamp_to_open_interval
 from largescale.diffusion.ode import edm_sigmas, euler, heun
 from largescale.errors import ConfigError
 
@@ -34,17 +34,17 @@ class Edm:
 
     # ---- the noise axis
 
-    def active(self, low: float, high: float) -> tuple[float, float]:
+    def snap_to_timesteps(self, low: float, high: float) -> tuple[float, float]:
         return low, high
 
     def draw(self, v: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
         check_draw(v, low, high)
-        u = inside(low + v * (high - low), low, high)
+        u = clamp_to_open_interval(low + v * (high - low), low, high)
         return (self.p_mean + self.p_std * torch.special.ndtri(u)).exp()
 
     def noise_level(self, t: Tensor) -> Tensor:
         u = torch.special.ndtr((t.double().log() - self.p_mean) / self.p_std)
-        return inside(u, 0.0, 1.0)
+        return clamp_to_open_interval(u, 0.0, 1.0)
 
     def log_snr(self, t: Tensor) -> Tensor:
         return -2 * t.double().log()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from largescale.condition import Condition
 from largescale.diffusion.guidance import at
-from largescale.diffusion.objective import Losses, Model, SamplerName, check_draw, inside
+from largescale.diffusion.objective import Losses, Model, SamplerName, check_draw, clamp_to_open_interval
 from largescale.diffusion.ode import euler, heun, heun3
 from largescale.errors import ConfigError
 
@@ -45,12 +45,12 @@ class Flow:
 
     # ---- the noise axis
 
-    def active(self, low: float, high: float) -> tuple[float, float]:
+    def snap_to_timesteps(self, low: float, high: float) -> tuple[float, float]:
         return low, high
 
     def draw(self, v: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
         check_draw(v, low, high)
-        return 1 - inside(low + v * (high - low), low, high)
+        return 1 - clamp_to_open_interval(low + v * (high - low), low, high)
 
     def noise_level(self, t: Tensor) -> Tensor:
         return 1 - t.double()

@@ -93,7 +93,7 @@ class GaussianDiffusion:
         first = min(first, self.timesteps_total - 1)
         return first, max(first, end - 1)
 
-    def active(self, low: float, high: float) -> tuple[float, float]:
+    def snap_to_timesteps(self, low: float, high: float) -> tuple[float, float]:
         first, last = self._integers(low, high)
         return first / self.timesteps_total, (last + 1) / self.timesteps_total
 

@@ -4,7 +4,7 @@ levels only, Kynkaanniemi et al., arXiv:2404.07724."""
 import torch
 from torch import Tensor
 
-from largescale.condition import Condition, drop, joined
+from largescale.condition import Condition, concat, drop
 from largescale.diffusion.objective import Model
 from largescale.errors import ConfigError
 
@@ -52,6 +52,6 @@ class ClassifierFreeGuidance:
             # Only the output tells that there is a variance, which stays conditional. To remember it and join the
             # batches next time would change the rounding between the first call and the others.
             return torch.cat([uncond[:, :guided], self.model(x_t, t, y)[:, guided:]], dim=1)
-        cond, uncond = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), joined(y, null)).chunk(2)
+        cond, uncond = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), concat(y, null)).chunk(2)
         eps = uncond[:, :guided] + self.cfg_scale * (cond - uncond)[:, :guided]
         return torch.cat([eps, cond[:, guided:]], dim=1)

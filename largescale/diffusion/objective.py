@@ -37,7 +37,7 @@ class Objective(Protocol):
     default_steps: ClassVar[int]
     """... with so many steps."""
 
-    def active(self, low: float, high: float) -> tuple[float, float]:
+    def snap_to_timesteps(self, low: float, high: float) -> tuple[float, float]:
         """The part of the noise axis that times between two noise levels stand for: wider or narrower than they where
         times are integers."""
         ...
@@ -63,7 +63,7 @@ class Objective(Protocol):
         ...
 
 
-def inside(u: Tensor, low: float, high: float) -> Tensor:
+def clamp_to_open_interval(u: Tensor, low: float, high: float) -> Tensor:
     """u, float64, within [low, high) and the open (0, 1), which rounding can leave."""
     return u.clamp(max(low, 2.0**-53), math.nextafter(high, 0.0))
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from largescale.condition import Condition, moved
+from largescale.condition import Condition, to_device
 from largescale.diffusion.guidance import ClassifierFreeGuidance
 from largescale.diffusion.objective import Model, SamplerName
 from largescale.diffusion.samplers import AnyObjective, check_sampler, evaluations, sample
@@ -90,7 +90,7 @@ def draw_batches(
             raise ConfigError(f"label {y[outside][0]} lies outside the model's classes 0..{num_classes - 1}")
         noise = SampleNoise(config.seed, part, shape, device)
         yield part, sample(
-            objective, guided, noise(), moved(y, device), sampler=config.sampler, steps=config.steps, noise=noise,
+            objective, guided, noise(), to_device(y, device), sampler=config.sampler, steps=config.steps, noise=noise,
             eta=config.eta, clip_denoised=config.clip_denoised, tick=partial(progress, len(part) / rounds),
         )
 

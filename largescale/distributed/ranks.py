@@ -104,7 +104,7 @@ class Ranks:
         """Start the sum of a small float64 vector over ranks; nobody waits until `PendingVector.read`."""
         return PendingVector.launch(vector, self._vectors)
 
-    def together(self, action: Callable[[], T]) -> T:
+    def raise_on_all_ranks(self, action: Callable[[], T]) -> T:
         """Do something, not collective itself, that can fail on one rank alone: if it does, every rank raises.
 
         Otherwise the others would wait for that rank in their next collective."""

@@ -23,14 +23,14 @@ class Watchdog:
 
     def __init__(self, timeout_s: float):
         self.ranks: Ranks | None = None
-        self.where = "start-up"
         self.limit_s = timeout_s + START_S
         self._ending = threading.Event()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
         self._memory = memory_bound()
         self._kills = self._memory.kills() if self._memory else 0
-        self.heartbeat()
+        self.where = ""
+        self.heartbeat("start-up")
 
     def heartbeat(self, where: str | None = None) -> None:
         """The main thread's sign of life. `where`: what it does now; by default it still does what it did."""

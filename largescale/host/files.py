@@ -61,7 +61,7 @@ def fsync_dir(path: Path) -> None:
         os.close(descriptor)
 
 
-def exclusive(path: Path) -> IO[str] | None:
+def try_lock(path: Path) -> IO[str] | None:
     """Held until it is closed, or the process dies. None where another process holds it."""
     file = path.open("w")
     try:

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from largescale.condition import Condition, take
+from largescale.condition import Condition, select
 from largescale.config.deepspeed import Precision
 from largescale.errors import ConfigError
 from largescale.models.build import Network, flops_per_image
@@ -51,9 +51,9 @@ class Prepared(nn.Module):
         n, rows = len(x), self.rows or len(x)
         index = torch.arange(-(-n // rows) * rows if self.pad else n, device=x.device) % n
         # Copies: tensors made inside and outside inference mode would have a graph each.
-        x, t, y = x[index], t[index], take(y, index)
+        x, t, y = x[index], t[index], select(y, index)
         try:
-            parts = [self.run(x[i : i + rows], t[i : i + rows], take(y, slice(i, i + rows)))
+            parts = [self.run(x[i : i + rows], t[i : i + rows], select(y, slice(i, i + rows)))
                      for i in range(0, len(x), rows)]
         except RuntimeError as error:
             if not (why := failure(error)):

@@ -28,7 +28,7 @@ _MORE_RANKS = "start more ranks, which share the optimizer's state"
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def with_micro_batch_size(config: Config, ds: dict[str, Any], ranks: Ranks, say: Callable[[str], None]) -> Config:
+def resolve_micro_batch_size(config: Config, ds: dict[str, Any], ranks: Ranks, say: Callable[[str], None]) -> Config:
     """`config` with a number for "auto": the largest divisor of a rank's share of the global batch for which every rank
     has memory. Collective. Raises ConfigError where not even one image fits."""
     if config.train.micro_batch_size != "auto":
@@ -43,7 +43,7 @@ def with_micro_batch_size(config: Config, ds: dict[str, Any], ranks: Ranks, say:
         free = host_bytes()
         return largest_micro_batch(config, ds, ranks.world_size, (1 - MARGIN) * free), free
 
-    found = ranks.all_gather_json(ranks.together(look))
+    found = ranks.all_gather_json(ranks.raise_on_all_ranks(look))
     micro = min(micro for micro, _ in found)
     if micro == 0:
         rank = next(rank for rank, (micro, _) in enumerate(found) if micro == 0)
@@ -85,13 +85,13 @@ def largest_by_trial(config: Config, ds: dict[str, Any], ranks: Ranks, candidate
     if ranks.world_size > 1:
         beside += NCCL_BYTES
     try:
-        return try_out(config, _TYPES[precision(ds)], ranks.device, int(beside), candidates)
+        return largest_that_runs(config, _TYPES[precision(ds)], ranks.device, int(beside), candidates)
     finally:
         _let_go()
         torch.cuda.reset_peak_memory_stats(ranks.device)  # the log tells the peak of training
 
 
-def try_out(config: Config, dtype: torch.dtype, device: torch.device, beside: int, candidates: list[int]) -> int:
+def largest_that_runs(config: Config, dtype: torch.dtype, device: torch.device, beside: int, candidates: list[int]) -> int:
     """The first of `candidates` that passes with `beside` bytes taken; 0 for none."""
     objective = build_objective(config)
     with torch.device("meta"):
@@ -107,14 +107,14 @@ def try_out(config: Config, dtype: torch.dtype, device: torch.device, beside: in
         if p.requires_grad:  # ZeRO-2 moves each gradient into its bucket, which is reserved, as soon as it is there
             p.register_post_accumulate_grad_hook(_drop_gradient)
     for n in candidates:
-        if passes(config, model, objective, device, n):
+        if step_fits(config, model, objective, device, n):
             return n
         _let_go()
     del reserved
     return 0
 
 
-def passes(config: Config, model: Network, objective: Objective, device: torch.device, n: int) -> bool:
+def step_fits(config: Config, model: Network, objective: Objective, device: torch.device, n: int) -> bool:
     """Whether there is memory for n images."""
     try:
         with torch.device(device):
@@ -141,7 +141,7 @@ def _let_go() -> None:
 
 
 @contextlib.contextmanager
-def saying_what_to_do(config: Config, world_size: int, where: Callable[[], str]) -> Iterator[None]:
+def explain_out_of_memory(config: Config, world_size: int, where: Callable[[], str]) -> Iterator[None]:
     """Memory that runs out, of a GPU or because the host refuses it outright, becomes a DeviceError. `where`: what the
     run is doing."""
     try:

@@ -150,8 +150,8 @@ def print_previews(config: Config, dataset: ShardDataset) -> None:
 
 def print_run_directory(config: Config, ds: dict[str, Any], dataset: ShardDataset | None) -> None:
     """Raises CheckpointError as a start would, for a run there that is another; hashes of files are not compared."""
-    from largescale.training.run_directory import check_nothing_is_gone, check_same_run, finished_already
-    from largescale.training.startup import settled
+    from largescale.training.run_directory import check_checkpoints_still_exist, check_same_run, finished_message
+    from largescale.training.startup import resolve_auto
 
     def say(text: str) -> None:
         print(printable_lines(text))
@@ -159,13 +159,13 @@ def print_run_directory(config: Config, ds: dict[str, Any], dataset: ShardDatase
     run_dir = config.run_dir
     newest, _ = newest_valid(run_dir, checkpoints(run_dir), say, lambda found: found.check(slice(0)))
     if newest is None:
-        check_nothing_is_gone(run_dir)
+        check_checkpoints_still_exist(run_dir)
         print(f"run directory: {run_dir}, without a checkpoint")
         return
     fingerprint = dataset.fingerprint if dataset else newest.manifest()["state"]["dataset"]
-    identity = {"config": to_dict(settled(config)), "precision": precision(ds), "dataset": fingerprint}
+    identity = {"config": to_dict(resolve_auto(config)), "precision": precision(ds), "dataset": fingerprint}
     check_same_run(newest, identity, dataset, say)
-    print("run directory: " + (finished_already(config, newest) if newest.step >= config.train.steps else
+    print("run directory: " + (finished_message(config, newest) if newest.step >= config.train.steps else
                                f"{run_dir}, would be resumed at step {newest.step:,}"))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from largescale.condition import Condition, take
+from largescale.condition import Condition, select
 from largescale.config.schema import Config
 from largescale.data.format import LATENT_RGB
 from largescale.data.images import LINEAR, UNDECODED, balanced_labels, grid, headed, linear_rgb, titled, to_uint8
@@ -87,7 +87,7 @@ class Preview:
         samples = np.empty((n, *x.shape[1:]), np.float32)
         for rank, share in enumerate(ranks.all_gather_bytes(x.numpy().tobytes())):
             samples[rank :: ranks.world_size] = np.frombuffer(share, np.float32).reshape(-1, *x.shape[1:])
-        sheet = ranks.together(lambda: self._sheet(torch.from_numpy(samples)) if ranks.rank == 0 else None)
+        sheet = ranks.raise_on_all_ranks(lambda: self._sheet(torch.from_numpy(samples)) if ranks.rank == 0 else None)
         if sheet is not None:
             telemetry.image(step, "samples", sheet)
 
@@ -100,9 +100,9 @@ class Preview:
             clip_denoised=self._pixels and objective == "gaussian",
         )
         model = self._ema_model()
-        return ranks.together(lambda: draw_samples(
+        return ranks.raise_on_all_ranks(lambda: draw_samples(
             model, self._objective, sampling, index=range(look.preview_images)[ranks.rank :: ranks.world_size],
-            condition=lambda index: take(self._y, torch.tensor(index)),
+            condition=lambda index: select(self._y, torch.tensor(index)),
             shape=latent_shape(c.model), num_classes=c.model.num_classes, batch_size=64, device=ranks.device,
             stop=self._stop,
         ))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from largescale.condition import take
+from largescale.condition import select
 from largescale.config.schema import Config
 from largescale.data.loader import to_condition, to_x_start
 from largescale.data.order import sample_indices
@@ -47,7 +47,7 @@ class ReferenceLoss:
         info = dataset.info
         self._x_start = to_x_start(rows["latent"][mine], info.kind, info.scale_factor, draws.posterior)
         self._t = objective.draw(torch.from_numpy(u).to(ranks.device))[mine]
-        self._y = take(to_condition(rows), mine)
+        self._y = select(to_condition(rows), mine)
         self._noise = draws.noise
 
     @torch.no_grad()
@@ -55,7 +55,7 @@ class ReferenceLoss:
         """Collective. The mean loss of each cluster, C_1 first, and over all of them. Raises Stopped, on every rank."""
         model.eval()
         try:
-            sums = self._ranks.together(lambda: self._sums(model))
+            sums = self._ranks.raise_on_all_ranks(lambda: self._sums(model))
         finally:
             model.train()
         loss, count = self._ranks.all_reduce_sum(sums).tolist()
@@ -70,7 +70,7 @@ class ReferenceLoss:
             if self._stop():
                 raise Stopped
             losses = self._objective.training_losses(
-                model, self._x_start[part], self._t[part], self._noise[part], take(self._y, part)
+                model, self._x_start[part], self._t[part], self._noise[part], select(self._y, part)
             )
             member = (self._cluster[part] == torch.arange(self._n_clusters, device=part.device)[:, None]).double()
             sums += torch.stack([(member * losses.loss.double()).sum(1), member.sum(1)])

@@ -24,13 +24,13 @@ from largescale.host.launch import tell_torchrun
 from largescale.host.signals import EXIT_REQUEUE
 from largescale.monitoring.goodput import Goodput
 from largescale.monitoring.telemetry import Telemetry
-from largescale.planning.batch_size import saying_what_to_do, with_micro_batch_size
+from largescale.planning.batch_size import explain_out_of_memory, resolve_micro_batch_size
 from largescale.training.early_stop import asked_to_stop
 from largescale.training.recorder import Recorder
 from largescale.training.run_directory import (
-    check_nothing_is_gone,
+    check_checkpoints_still_exist,
     check_same_run,
-    finished_already,
+    finished_message,
     rounding_changes,
 )
 from largescale.training.state import TrainingState, load_checkpoint
@@ -54,17 +54,17 @@ def train_run(config: Config, ds: dict[str, Any], ranks: Ranks, dataset: ShardDa
         config.run_dir, config.checkpoint, ranks, patience_s=config.train.timeout_s / 2, lock=lock)
     checkpoint = find_checkpoint(config, identity, checkpointer, ranks, dataset, log)
     if checkpoint is not None and checkpoint.step >= config.train.steps:
-        log(finished_already(config, checkpoint))
+        log(finished_message(config, checkpoint))
         return 0
 
     watchdog.heartbeat("start-up: model")
-    config = with_micro_batch_size(config, ds, ranks, log)
+    config = resolve_micro_batch_size(config, ds, ranks, log)
     ds, identity["config"] = final_ds_config(config, ranks.world_size), to_dict(config)
     for remark in remarks(config, dataset.info.num_classes):
         log(f"note: {remark}")
     objective = build_objective(config)
     state = TrainingState(config, objective)
-    with saying_what_to_do(config, ranks.world_size, lambda: watchdog.where):
+    with explain_out_of_memory(config, ranks.world_size, lambda: watchdog.where):
         train_step = TrainStep(config, ds, ranks, dataset, objective, state)
         if asked_to_stop(ranks, log, "while the model was built"):
             return EXIT_REQUEUE
@@ -73,7 +73,7 @@ def train_run(config: Config, ds: dict[str, Any], ranks: Ranks, dataset: ShardDa
             resume(checkpoint, train_step, state, log)
         log(first_line(train_step, state, dataset, precision(ds)))
         watchdog.heartbeat("start-up: telemetry")
-        with ranks.together(lambda: Telemetry(
+        with ranks.raise_on_all_ranks(lambda: Telemetry(
             config.run_dir, active=ranks.rank == 0, tensorboard=config.telemetry.tensorboard,
             step=state.step, steps=config.train.steps,
         )) as telemetry:
@@ -109,9 +109,9 @@ def find_checkpoint(config: Config, identity: dict[str, Any], checkpointer: Chec
     """
     checkpoint = checkpointer.newest(log)
     if checkpoint is None:
-        ranks.together(lambda: check_nothing_is_gone(config.run_dir))
+        ranks.raise_on_all_ranks(lambda: check_checkpoints_still_exist(config.run_dir))
     else:
-        ranks.together(lambda: check_same_run(checkpoint, identity, dataset, log))
+        ranks.raise_on_all_ranks(lambda: check_same_run(checkpoint, identity, dataset, log))
     return checkpoint
 
 

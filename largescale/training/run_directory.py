@@ -13,7 +13,7 @@ from largescale.config.schema import Config
 from largescale.config.serialise import differences, from_dict, to_dict
 from largescale.data.shards import ShardDataset
 from largescale.errors import CheckpointError, StorageError, usable
-from largescale.host.files import LOCK, exclusive, require_writable
+from largescale.host.files import LOCK, require_writable, try_lock
 from largescale.host.launch import heartbeat
 from largescale.host.signals import stop_requested
 from largescale.monitoring.run_record import read_starts
@@ -32,7 +32,7 @@ def check_writable(run_dir: Path) -> None:
         raise StorageError(f"cannot write to {run_dir} at present: {error}") from error
 
 
-def check_nothing_is_gone(run_dir: Path) -> None:
+def check_checkpoints_still_exist(run_dir: Path) -> None:
     """Never a silent restart: checkpoints that were there once, and are not found, stop the run."""
     if (saved := max((start.saved_step for start in read_starts(run_dir)), default=-1)) >= 0:
         raise CheckpointError(
@@ -41,12 +41,12 @@ def check_nothing_is_gone(run_dir: Path) -> None:
         )
 
 
-def claim(run_dir: Path, say: Callable[[str], None]) -> IO[str]:
+def lock_run_dir(run_dir: Path, say: Callable[[str], None]) -> IO[str]:
     """Of two processes only one may train a run. Waits for one that is about to end, as after a requeue.
 
     Raises StorageError where it does not end."""
     for second in range(LOCK_WAIT_S):
-        if lock := exclusive(run_dir / LOCK):
+        if lock := try_lock(run_dir / LOCK):
             return lock
         if stop_requested():
             break
@@ -57,7 +57,7 @@ def claim(run_dir: Path, say: Callable[[str], None]) -> IO[str]:
     raise StorageError(f"another process trains {run_dir}; stop it, or start another run with --output DIR")
 
 
-def finished_already(config: Config, checkpoint: CheckpointDir) -> str:
+def finished_message(config: Config, checkpoint: CheckpointDir) -> str:
     return (f"finished already: {config.run_dir} is at step {checkpoint.step} of train.steps={config.train.steps}; "
             "to train on, raise --train.steps; for another run, --output DIR")
 

@@ -28,10 +28,10 @@ from largescale.models.half_precision import IN_TRAINING, check_on_cpu
 from largescale.monitoring.run_record import note_end
 from largescale.planning.memory import check_memory
 from largescale.training.early_stop import asked_to_stop
-from largescale.training.run_directory import check_writable, claim
+from largescale.training.run_directory import check_writable, lock_run_dir
 
 
-def settled(config: Config) -> Config:
+def resolve_auto(config: Config) -> Config:
     """With what `auto` stands for here: that is the run's setting, which a later start is compared with."""
     device = config.train.device
     return dataclasses.replace(
@@ -45,18 +45,18 @@ def settled(config: Config) -> Config:
 def run(config: Config, start_time: float, *, warned_of_memory: bool) -> int:
     """Train; the process's exit status. `warned_of_memory`: this rank has said that memory is short."""
     validate(config, env_world_size())
-    config = settled(config)
+    config = resolve_auto(config)
     ds = final_ds_config(config, env_world_size())
     with Watchdog(config.train.timeout_s) as watchdog:
         ranks = watchdog.ranks = Ranks(config.train.device, watchdog.limit_s)
         try:
             if config.train.threads or config.train.device == "cpu":
-                threads = ranks.together(lambda: threads_per_rank(config.train.threads, os.environ, cores()))
+                threads = ranks.raise_on_all_ranks(lambda: threads_per_rank(config.train.threads, os.environ, cores()))
                 torch.set_num_threads(threads)
             if config.train.device == "cpu":
                 keep_freed_memory()
-                ranks.together(lambda: check_on_cpu(precision(ds), IN_TRAINING))
-            ranks.together(lambda: None if warned_of_memory else check_memory(config, ds, ranks.world_size))
+                ranks.raise_on_all_ranks(lambda: check_on_cpu(precision(ds), IN_TRAINING))
+            ranks.raise_on_all_ranks(lambda: None if warned_of_memory else check_memory(config, ds, ranks.world_size))
             return train(config, ds, ranks, watchdog, start_time)
         except DeviceError as error:
             end_at_once(error)  # the other ranks are in some collective, and notice as they do with a crash
@@ -95,10 +95,10 @@ def train(config: Config, ds: dict[str, Any], ranks: Ranks, watchdog: Watchdog, 
 
     require_one_version(ranks)
     watchdog.heartbeat("start-up: data set")
-    dataset = ranks.together(lambda: open_dataset(config, ranks.rank, ranks.world_size))
+    dataset = ranks.raise_on_all_ranks(lambda: open_dataset(config, ranks.rank, ranks.world_size))
     watchdog.heartbeat("start-up: run directory")
-    ranks.together(lambda: check_writable(config.run_dir))
-    lock = ranks.together(lambda: claim(config.run_dir, log) if ranks.rank == 0 else None)
+    ranks.raise_on_all_ranks(lambda: check_writable(config.run_dir))
+    lock = ranks.raise_on_all_ranks(lambda: lock_run_dir(config.run_dir, log) if ranks.rank == 0 else None)
     with lock or contextlib.nullcontext():
         if asked_to_stop(ranks, log, "before DeepSpeed was loaded"):
             return EXIT_REQUEUE

@@ -99,6 +99,6 @@ def load_checkpoint(checkpoint: CheckpointDir, ranks: Ranks, engine: Engine, sta
             engine.load(checkpoint, manifest["world_size"])
         return saved
 
-    saved = ranks.together(read)
+    saved = ranks.raise_on_all_ranks(read)
     engine.gather_weights()
     state.load_state_dict(saved)

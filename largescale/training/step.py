@@ -122,7 +122,7 @@ class TrainStep:
         self._seed_network(k)
         # The active noise levels, and within them the draw that noise.sampling bends.
         active = self.state.curriculum.active
-        v, importance = self.state.noise_sampler.warp(draws.v, *objective.active(*active))
+        v, importance = self.state.noise_sampler.warp(draws.v, *objective.snap_to_timesteps(*active))
         t = objective.draw(v, *active)
         losses = objective.training_losses(model, x_start, t, draws.noise, y)
         weight = self.weighting(objective.log_snr(t), objective.x_start_weight(t))

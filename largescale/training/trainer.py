@@ -34,9 +34,9 @@ class Trainer:
         self.checkpoints = CheckpointPolicy(checkpointer, self.engine, recorder)
         self.anomalies = Anomalies(
             config.anomaly, train_step, state, ranks, heartbeat=lambda: recorder.watchdog.heartbeat("diagnosis"))
-        self.preview = ranks.together(lambda: Preview(
+        self.preview = ranks.raise_on_all_ranks(lambda: Preview(
             config, train_step.objective, self.engine, ranks, dataset, recorder.stop_requested))
-        self.reference_loss = ranks.together(lambda: ReferenceLoss(
+        self.reference_loss = ranks.raise_on_all_ranks(lambda: ReferenceLoss(
             config, dataset, train_step.objective, state.curriculum.edges, ranks, train_step.micro_batch_size,
             train_step.shape, recorder.stop_requested))
         self.batch: Batch = {}
@@ -68,7 +68,7 @@ class Trainer:
         stop = self.ranks.any(stop_requested())
         with self._loader() as loader, self.recorder.profile:
             batches = DeviceBatches(loader, self.ranks.device)
-            self.batch = self.ranks.together(lambda: batches.batch(self.state.input_step))
+            self.batch = self.ranks.raise_on_all_ranks(lambda: batches.batch(self.state.input_step))
             self.recorder.begin()
             while self.state.step < self.config.train.steps and not stop:
                 stop = self.take_step(batches)

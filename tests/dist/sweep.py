@@ -27,7 +27,7 @@ for precision in ("fp32", "bf16", "fp16"):
     if ranks.rank == 0:
         ds_json(precision, folder, initial_scale_power=24, loss_scale_window=3)
     ranks.barrier()
-    args = ["debug", "--data.path", data, "--train.ds-config", ds, "--train.steps", steps, "--train.micro-batch-size", 4,
+    args = ["debug", "--data.path", data, "--train.ds-config", ds, "--train.steps", steps, "--train.micro-batch-size", 4, "--model.depth", 1,
             "--optimizer.clip-grad-norm", 0.5, "--curriculum.patience", 1, "--checkpoint.keep-last", 100,
             "--telemetry.log-every", 1, "--telemetry.no-tensorboard", "--telemetry.preview-every", 0,
             "--telemetry.reference-every", 0]

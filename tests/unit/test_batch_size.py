@@ -37,7 +37,7 @@ class FakeRanks:
     def __init__(self, *others: tuple[int, int]):
         self.others, self.world_size, self.device = others, 1 + len(others), torch.device("cpu")
 
-    def together(self, action: Callable[[], Any]) -> Any:
+    def raise_on_all_ranks(self, action: Callable[[], Any]) -> Any:
         return action()
 
     def all_gather_json(self, value: Any) -> list[Any]:
@@ -56,7 +56,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 def found(config: Config, ranks: FakeRanks) -> tuple[Any, list[str]]:
     said: list[str] = []
-    config = batch_size.with_micro_batch_size(config, final_ds_config(config, ranks.world_size), ranks, said.append)  # type: ignore[arg-type]
+    config = batch_size.resolve_micro_batch_size(config, final_ds_config(config, ranks.world_size), ranks, said.append)  # type: ignore[arg-type]
     return config.train.micro_batch_size, said
 
 
@@ -145,7 +145,7 @@ def test_trial(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_size, "_drop_gradient", drop)
     state = torch.get_rng_state()
     config = with_auto(activation_checkpointing=checkpointing)
-    assert batch_size.try_out(config, torch.bfloat16, torch.device("cpu"), 10, [12, 8, 6, 4]) == 6
+    assert batch_size.largest_that_runs(config, torch.bfloat16, torch.device("cpu"), 10, [12, 8, 6, 4]) == 6
     passes = 2 * (2 if checkpointing else 1)  # blocks, each computed twice with checkpointing
     assert tried == [(n, True) for n in (12, 8, *[6] * passes)]
     assert torch.equal(torch.get_rng_state(), state)
@@ -154,7 +154,7 @@ def test_trial(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     dropped.clear()
     gc.collect()
     assert blocks and [block() for block in blocks] == [None] * len(blocks)
-    assert batch_size.try_out(config, torch.bfloat16, torch.device("cpu"), 10, [12]) == 0
+    assert batch_size.largest_that_runs(config, torch.bfloat16, torch.device("cpu"), 10, [12]) == 0
 
 
 @pytest.mark.parametrize("told", ["labels", "captions", "nothing"])
@@ -175,7 +175,7 @@ def test_a_pass_drops_the_gradients_as_they_come(told: str) -> None:
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:
         p.register_post_accumulate_grad_hook(drop)
-    assert batch_size.passes(config, model, build_objective(config), torch.device("cpu"), 3)
+    assert batch_size.step_fits(config, model, build_objective(config), torch.device("cpu"), 3)
     assert came == [True] * len(trainable) and all(p.grad is None for p in trainable)
 
 
@@ -188,7 +188,7 @@ def test_no_room_for_the_states(monkeypatch: pytest.MonkeyPatch) -> None:
         return empty(*size, **kwargs)
 
     monkeypatch.setattr("largescale.planning.batch_size.torch.empty", refuse)
-    assert batch_size.try_out(with_auto(), torch.float32, torch.device("cpu"), 12345, [1]) == 0
+    assert batch_size.largest_that_runs(with_auto(), torch.float32, torch.device("cpu"), 12345, [1]) == 0
 
 
 @pytest.mark.parametrize(("world_size", "beside"), [(1, 7 + 5), (2, 7 + 5 + 1)])
@@ -198,7 +198,7 @@ def test_what_a_trial_reserves(world_size: int, beside: int, monkeypatch: pytest
     calls: list[Any] = []
     monkeypatch.setattr(batch_size, "memory", lambda *_: parts)
     monkeypatch.setattr("largescale.planning.memory.memory", lambda *_: parts)
-    monkeypatch.setattr(batch_size, "try_out", lambda *args: calls.append(args[1:]) or 4)
+    monkeypatch.setattr(batch_size, "largest_that_runs", lambda *args: calls.append(args[1:]) or 4)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=100 * GIB))
     monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: calls.append("peak"))
     config = with_auto(ds_config="ds_configs/zero2_fp16.json")
@@ -269,7 +269,7 @@ def test_with_captions_and_a_real_estimate(run_here: RunHere, captioned: Path) -
 def test_what_to_do_about_it(where: str, settings: dict[str, Any], says: str) -> None:
     config = with_auto(**settings)
     words = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB. If reserved but unallocated memory is large try"
-    with pytest.raises(DeviceError) as caught, batch_size.saying_what_to_do(config, 2, lambda: where):
+    with pytest.raises(DeviceError) as caught, batch_size.explain_out_of_memory(config, 2, lambda: where):
         raise torch.OutOfMemoryError(words)
     text = str(caught.value)
     assert text.startswith(f"out of memory in {where}, with a micro batch of {settings['micro_batch_size']}: CUDA out of memory. "
@@ -279,13 +279,13 @@ def test_what_to_do_about_it(where: str, settings: dict[str, Any], says: str) ->
 
 def test_what_the_host_refuses() -> None:
     with pytest.raises(DeviceError, match="out of memory in start-up.*you tried to allocate 4611686018427387904 bytes"):
-        with batch_size.saying_what_to_do(with_auto(), 1, lambda: "start-up"):
+        with batch_size.explain_out_of_memory(with_auto(), 1, lambda: "start-up"):
             torch.empty(2**60)
 
 
 def test_other_errors_are_not_about_memory() -> None:
     quoted = LostRankError("another rank failed: RuntimeError: DefaultCPUAllocator: not enough memory")
     for error in (quoted, RuntimeError("shapes do not match"), KeyError("out of memory")):
-        with pytest.raises(type(error)) as caught, batch_size.saying_what_to_do(with_auto(), 1, lambda: "start-up"):
+        with pytest.raises(type(error)) as caught, batch_size.explain_out_of_memory(with_auto(), 1, lambda: "start-up"):
             raise error
         assert caught.value is error

@@ -245,12 +245,12 @@ def test_means_and_differences() -> None:
     assert mean([3.0]).spread is None and str(mean([3.0])) == "3" and str(mean([1.0, 2.0])) == "1.5 ± 0.71"
     # Seeds spread by 10, each difference is -1 but for 0.1: pairing shows what the means hide.
     found = paired([9.0, 19.1, 28.9], [10.0, 20.0, 30.0])
-    assert found.value == pytest.approx(-1.0) and found.error == pytest.approx(0.1 / math.sqrt(3)) and found.told_apart
+    assert found.value == pytest.approx(-1.0) and found.error == pytest.approx(0.1 / math.sqrt(3)) and found.is_significant
     assert str(found) == "-1 ± 0.058, better" and str(paired([1.0, 1.2], [0.0, 0.0])) == "+1.1 ± 0.1, not told apart"
     assert str(paired([1.0, 1.02], [0.0, 0.0])) == "+1.01 ± 0.01, worse" and str(paired([2.0], [1.0])) == "+1"
-    assert not paired([2.0], [1.0]).told_apart and not paired([1.0, 1.0], [1.0, 1.0]).told_apart
+    assert not paired([2.0], [1.0]).is_significant and not paired([1.0, 1.0], [1.0, 1.0]).is_significant
     for seeds, quantile in ((2, 12.706), (3, 4.303), (5, 2.776), (11, 2.228), (40, 2.228)):
-        assert Difference(quantile * 1.001, 1.0, seeds).told_apart and not Difference(-quantile * 0.999, 1.0, seeds).told_apart
+        assert Difference(quantile * 1.001, 1.0, seeds).is_significant and not Difference(-quantile * 0.999, 1.0, seeds).is_significant
 
 
 def test_standings() -> None:

@@ -156,7 +156,7 @@ def test_between_two_levels(low, high, timesteps):
     t = diffusion.draw(torch.tensor([2.0**-1074, 1 - 2**-53, 1.0], dtype=torch.float64), low, high)
     inside = [i for i in range(timesteps) if low <= (i + 0.5) / timesteps < high]
     assert [t[0].item(), t[1].item(), t[2].item()] == ([inside[0], inside[-1], inside[-1]] if inside else [t[0].item()] * 3)
-    assert diffusion.active(low, high) == (t[0].item() / timesteps, (t[1].item() + 1) / timesteps)
+    assert diffusion.snap_to_timesteps(low, high) == (t[0].item() / timesteps, (t[1].item() + 1) / timesteps)
     assert inside or abs((t[0].item() + 0.5) / timesteps - low) <= 1 / timesteps
 
 

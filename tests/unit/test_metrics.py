@@ -366,10 +366,10 @@ def test_the_bound_holds_and_is_tight() -> None:
 
 def test_distances_do_not_depend_on_how_many_are_taken() -> None:
     a, b = features(300, 37, 0).double(), features(300, 37, 1).double()
-    together = squared_distance(a, b)
-    assert torch.equal(together, torch.cat([squared_distance(a[i:i + 1], b[i:i + 1]) for i in range(300)]))
-    assert torch.equal(together, squared_distance(b, a))
-    np.testing.assert_allclose(together, (a - b).square().sum(1), rtol=1e-14)
+    raise_on_all_ranks = squared_distance(a, b)
+    assert torch.equal(raise_on_all_ranks, torch.cat([squared_distance(a[i:i + 1], b[i:i + 1]) for i in range(300)]))
+    assert torch.equal(raise_on_all_ranks, squared_distance(b, a))
+    np.testing.assert_allclose(raise_on_all_ranks, (a - b).square().sum(1), rtol=1e-14)
 
 
 def test_precision_recall_are_torch_fidelitys() -> None:

@@ -62,7 +62,7 @@ def test_draws_stay_inside_at_both_ends(kind: str, low: float, high: float) -> N
     assert t.isfinite().all() and (u > 0).all() and (u < 1).all() and objective.log_snr(t).isfinite().all()
     assert objective.x_start_weight(t).isfinite().all() and (objective.x_start_weight(t) > 0).all()
     assert (u.diff() >= 0).all() and u.min() >= low - 1e-12 and u.max() <= high + 1e-12
-    first, last = objective.active(low, high)
+    first, last = objective.snap_to_timesteps(low, high)
     assert (first, last) == pytest.approx((low, high), abs=1e-12)
 
 
@@ -82,7 +82,7 @@ def test_every_way_of_drawing_goes_with_every_objective(kind: str, sampling: Any
     objective = build_objective(config)
     sampler = build_noise_sampler(config, objective)
     v = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    warped, importance = sampler.warp(v, *objective.active(0.5, 1.0))
+    warped, importance = sampler.warp(v, *objective.snap_to_timesteps(0.5, 1.0))
     u = objective.noise_level(objective.draw(warped, 0.5, 1.0))
     assert (u >= 0.5).all() and (u < 1).all() and (u.diff() >= 0).all() and importance.isfinite().all()
 

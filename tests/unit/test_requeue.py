@@ -58,7 +58,7 @@ def test_finished_and_mistaken_runs_end_whatever_was_saved(tmp_path: Path) -> No
 def test_fruitless_starts_are_counted_from_the_last_fruitful_one(tmp_path: Path) -> None:
     for number, restart, from_step, saved_step in [(1, 0, 0, 50), (2, 1, 50, 90), (3, 2, 90, -1), (4, 3, 90, -1)]:
         start(tmp_path, number, restart, from_step, saved_step)
-    assert requeue.last_fruitful(tmp_path, "7") == 1
+    assert requeue.last_start_with_progress(tmp_path, "7") == 1
     assert asked(tmp_path, restart=3, most=3) and not asked(tmp_path, restart=3, most=2)
     # Starts that died before they could leave a record count too.
     assert asked(tmp_path, restart=5, most=5) and not asked(tmp_path, restart=6, most=5)
@@ -70,26 +70,26 @@ def test_other_jobs_do_not_count(tmp_path: Path) -> None:
     start(tmp_path, 1, 5, from_step=0, saved_step=100, job="6")
     start(tmp_path, 2, 5, from_step=100, saved_step=200, job=None)
     start(tmp_path, 3, 1, from_step=200)
-    assert requeue.last_fruitful(tmp_path, "7") == -1 and not asked(tmp_path, restart=1)
+    assert requeue.last_start_with_progress(tmp_path, "7") == -1 and not asked(tmp_path, restart=1)
 
 
 def test_where_the_next_start_went_on_is_the_truth(tmp_path: Path) -> None:
     start(tmp_path, 1, 0, from_step=0)                    # killed before its record said that it had saved
     start(tmp_path, 2, 1, from_step=40, saved_step=80)    # what it saved was damaged:
     start(tmp_path, 3, 2, from_step=40)
-    assert requeue.last_fruitful(tmp_path, "7") == 0
+    assert requeue.last_start_with_progress(tmp_path, "7") == 0
     start(tmp_path, 4, 3, from_step=80, job="8")          # whosever the next start is
-    assert requeue.last_fruitful(tmp_path, "7") == 2
+    assert requeue.last_start_with_progress(tmp_path, "7") == 2
 
 
 def test_a_checkpoint_that_the_record_does_not_know(tmp_path: Path) -> None:
     start(tmp_path, 1, 4, from_step=40)                   # began at 1100
-    assert requeue.last_fruitful(tmp_path, "7") == -1
+    assert requeue.last_start_with_progress(tmp_path, "7") == -1
     saved(tmp_path, 40, 1150)
     saved(tmp_path, 80, 1050)                             # damaged, since the start passed it over
-    assert requeue.last_fruitful(tmp_path, "7") == -1
+    assert requeue.last_start_with_progress(tmp_path, "7") == -1
     saved(tmp_path, 60, 1150)
-    assert requeue.last_fruitful(tmp_path, "7") == 4
+    assert requeue.last_start_with_progress(tmp_path, "7") == 4
 
 
 def test_damage_is_no_progress(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_damage_is_no_progress(tmp_path: Path) -> None:
         saved(tmp_path, step, 2000)
         (CheckpointDir.at(tmp_path, step).path / "manifest.json").write_text(manifest)
     start(tmp_path, 3, 1, from_step=10)
-    assert requeue.last_fruitful(tmp_path, "7") == 0
+    assert requeue.last_start_with_progress(tmp_path, "7") == 0
 
 
 @pytest.mark.parametrize("env, args, code, says", [

@@ -144,9 +144,9 @@ def test_a_reference_is_kept(sets: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert run("--reference", sets / "reference", "--extractor", "tiny", "--save-reference", file) == 0
     assert read_statistics(file).count == 400
     looked: list[int] = []
-    look = figures.look
+    look = figures.extract_features
     monkeypatch.setattr(score, "look", lambda *a, n, **more: (looked.append(n), look(*a, n=n, **more))[1])
-    monkeypatch.setattr(figures, "look", score.look)
+    monkeypatch.setattr(figures, "extract_features", score.look)
     assert run(*args, "--reference", sets / "reference", "--out", tmp_path / "images.jsonl") == 0
     assert run(*args, "--reference", file, "--out", tmp_path / "kept.jsonl") == 0
     assert looked == [400, 300, 300]
@@ -334,7 +334,7 @@ def test_which_run_is_ahead(tmp_path: Path) -> None:
     assert "fast reaches the best of slow at step 200, 100 steps earlier (33%)" in said
     assert "slow reaches the best of never at step 100, 300 steps earlier (75%)" in said
     assert "slow reaches the best of fast" not in said and "never reaches" not in said
-    assert curve.ahead(slow, fast) is None and curve.ahead(fast, slow) == (200, 300) and curve.ahead(slow, slow) == (300, 300)
+    assert curve.steps_to_match_best_of(slow, fast) is None and curve.steps_to_match_best_of(fast, slow) == (200, 300) and curve.steps_to_match_best_of(slow, slow) == (300, 300)
     curve.plot({Path("slow"): slow, Path("fast"): fast, Path("new"): []}, tmp_path / "curve.png")
     assert Image.open(tmp_path / "curve.png").size[0] > 300
 
@@ -369,7 +369,7 @@ def test_bad_curves(runs: Path, args: tuple[str, ...], message: str, capsys: pyt
         with ShardWriter(runs / "latents", DatasetInfo("latents", "latents", (4, 8, 8), 10)) as writer:
             writer.write(id="0", latent=np.zeros((4, 8, 8), np.float16), label=0)
     before = sorted(runs.rglob("*"))
-    monkeypatch.setattr(figures, "look", lambda *work, **options: 1 / 0)
+    monkeypatch.setattr(figures, "extract_features", lambda *work, **options: 1 / 0)
     assert draw_curve(*(arg.replace("RUNS", str(runs)) for arg in args), "--seed", 9) == 2
     said = capsys.readouterr()
     assert message in said.err.splitlines()[-1] and "drawn" not in said.out

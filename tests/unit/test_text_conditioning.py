@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from test_dit import TINY, assert_within, rnd, with_formula_weights
 from torch.utils.flop_counter import FlopCounterMode
 
-from largescale.condition import Captions, drop, joined, moved, take
+from largescale.condition import Captions, concat, drop, select, to_device
 from largescale.diffusion.guidance import ClassifierFreeGuidance
 from largescale.errors import ConfigError
 from largescale.models.dit import DiT, flops_per_image
@@ -65,8 +65,8 @@ def test_a_longer_model_says_the_same_of_the_same_captions(model):
 def test_rows_do_not_depend_on_their_neighbours(model):
     y = drop(Y, torch.tensor([False, False, True, False]), 0)
     order = torch.tensor([2, 0, 3, 1])
-    torch.testing.assert_close(model(X[order], T[order], take(y, order)), model(X, T, y)[order], rtol=0, atol=1e-6)
-    torch.testing.assert_close(model(X[1:3], T[1:3], take(y, slice(1, 3))), model(X, T, y)[1:3], rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(X[order], T[order], select(y, order)), model(X, T, y)[order], rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(X[1:3], T[1:3], select(y, slice(1, 3))), model(X, T, y)[1:3], rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
@@ -186,13 +186,13 @@ def test_guidance_is_between_the_caption_and_the_null_one(model):
 def test_drop_joined_take_and_moved():
     y, some = torch.tensor([3, 4, 5, 6]), torch.tensor([True, False, True, False])
     assert drop(y, some, 10).tolist() == [10, 4, 10, 6] and y.tolist() == [3, 4, 5, 6]
-    assert joined(y, y + 1).tolist() == [3, 4, 5, 6, 4, 5, 6, 7] and take(y, slice(1, 3)).tolist() == [4, 5]
-    both = joined(Y, drop(Y, some, 10))
+    assert concat(y, y + 1).tolist() == [3, 4, 5, 6, 4, 5, 6, 7] and select(y, slice(1, 3)).tolist() == [4, 5]
+    both = concat(Y, drop(Y, some, 10))
     assert both.null.tolist() == [False] * 4 + some.tolist() and not Y.null.any()
-    for one, two, part in zip(Y[:3], both[:3], take(both, some.nonzero().squeeze(1))[:3], strict=True):
+    for one, two, part in zip(Y[:3], both[:3], select(both, some.nonzero().squeeze(1))[:3], strict=True):
         assert torch.equal(two, torch.cat([one, one])) and torch.equal(part, one[[0, 2]])
     meta = torch.device("meta")
-    assert moved(y, meta).device == meta and {part.device for part in moved(Y, meta)} == {meta}
+    assert to_device(y, meta).device == meta and {part.device for part in to_device(Y, meta)} == {meta}
 
 
 @pytest.mark.parametrize("size", [TEXT, TEXT | {"caption_tokens": 77, "patch_size": 4, "depth": 3},
