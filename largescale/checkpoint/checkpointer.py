@@ -305,9 +305,18 @@ def _publish(pending: Pending, files: dict[str, Any], world_size: int) -> None:
         fsync_dir(above)
     manifest = {
         "format": FORMAT, "step": checkpoint.step, "reason": pending.reason, "world_size": world_size, "files": files,
-        "written_unix_s": round(time.time()), "cpu": torch.backends.cpu.get_cpu_capability(), "state": pending.state,
+        "written_unix_s": round(time.time()), **rounding_facts(), "state": pending.state,
     }
     write_atomically(checkpoint.path / MANIFEST, seal(manifest))
+
+
+def rounding_facts() -> dict[str, Any]:
+    """What else than the settings decides in which order, and by which instructions, a CPU adds numbers."""
+    return {
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
 
 
 def _reason(checkpoint: CheckpointDir) -> str | None:

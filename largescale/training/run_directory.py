@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
+from largescale.checkpoint.checkpointer import rounding_facts
 from largescale.checkpoint.files import CheckpointDir
 from largescale.config.derived import batch_layout
 from largescale.config.schema import Config
@@ -92,6 +91,7 @@ def rounding_changes(manifest: dict[str, Any], config: Config, world_size: int, 
         yield f"ranks: {before} -> {world_size}"
     elif not dropout and saved.train.micro_batch_size != "auto" and (was := batch_layout(saved, before)[0]) != micro:
         yield f"micro batch: {was} -> {micro}"
-    cpu = torch.backends.cpu.get_cpu_capability()
-    if config.train.device == "cpu" and manifest.get("cpu", cpu) != cpu:
-        yield f"the CPU's instructions: {manifest['cpu']} -> {cpu}"
+    names = {"cpu": "the CPU's instructions", "threads": "threads of a rank", "torch": "torch"}
+    for key, now in rounding_facts().items() if config.train.device == "cpu" else ():
+        if manifest.get(key, now) != now:  # absent: written by an older version
+            yield f"{names[key]}: {manifest[key]} -> {now}"

@@ -273,14 +273,18 @@ def test_changed_lr_and_steps_are_said_and_in_force(run_here: RunHere, tmp_path:
 
 
 def test_what_changes_the_rounding_is_said(run_here: RunHere) -> None:
-    """Micro batch and the CPU's instructions: the run goes on, and is not bitwise what it would have been."""
+    """Micro batch, threads, torch, the CPU's instructions: the run goes on, and is not bitwise what it would have been."""
     run, said = run_here("--train.steps", 4).run, "changed on resume, so the same up to rounding, not bitwise: "
     assert said not in run_here("--train.steps", 6, "--train.micro-batch-size", 16).err
     assert f"{said}micro batch: 16 -> 4\n" in run_here("--train.steps", 8, "--train.micro-batch-size", 4).err
     assert said not in run_here("--train.steps", 10, "--train.micro-batch-size", 4).err
-    cpu = checkpoints(run)[0].manifest()["cpu"]
-    rewrite(checkpoints(run)[0], cpu="another")
-    assert f"{said}the CPU's instructions: another -> {cpu}\n" in run_here("--train.steps", 12, "--train.micro-batch-size", 4).err
+    manifest = checkpoints(run)[0].manifest()
+    assert manifest["threads"] == 1
+    rewrite(checkpoints(run)[0], cpu="another", threads=3, torch="1.0")
+    text = run_here("--train.steps", 12, "--train.micro-batch-size", 4).err
+    for change in (f"the CPU's instructions: another -> {manifest['cpu']}", "threads of a rank: 3 -> 1",
+                   f"torch: 1.0 -> {torch.__version__}"):
+        assert f"{said}{change}\n" in text
 
 
 # ---- damaged checkpoints
