@@ -1,11 +1,15 @@
-"""python benchmarks/checkpoint.py: how long training stands still for a checkpoint, three ways, in one run.
+"""python benchmarks/checkpoint.py: how long training stands still for a checkpoint, three ways, in
+one run.
 
-    background   as the trainer does it: a snapshot in host memory, written by a thread while steps are taken
+    background   as the trainer does it: a snapshot in host memory, written by a thread while steps
+      are taken
     waited for   the same files and hashes, but nothing goes on until they are valid
-    DeepSpeed    `engine.save_checkpoint` with its own checkpoint engine: no hashes, no fsync, not whole or absent
+    DeepSpeed    `engine.save_checkpoint` with its own checkpoint engine: no hashes, no fsync, not
+      whole or absent
 
-A model of the preset's size on made-up data, ZeRO-2 fp32 on this machine's CPU, two ranks. The ways take turns, round
-by round; what is printed is the median. `stall` is time without a step; `slower` is what steps lose meanwhile.
+A model of the preset's size on made-up data, ZeRO-2 fp32 on this machine's CPU, two ranks. The ways
+take turns, round by round; what is printed is the median. `stall` is time without a step; `slower`
+is what steps lose meanwhile.
 """
 
 import argparse
@@ -43,16 +47,27 @@ def rank_main(preset: str, folder: Path, rounds: int) -> None:
     torch.set_num_threads(1)
     config, ranks = PRESETS[preset](), Ranks("cpu")
     ds = load_ds_config("ds_configs/zero2_fp32.json") | {
-        "train_batch_size": ranks.world_size, "train_micro_batch_size_per_gpu": 1, "steps_per_print": None,
+        "train_batch_size": ranks.world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
     }
     torch.manual_seed(0)
-    engine = Engine(build_model(config.model), partial(
-        build_optimizer, config=config.optimizer, device="cpu", deepspeed_adam=adam), ds)
-    x, t, y = torch.randn(1, *latent_shape(config.model)), torch.tensor([5]), blank_condition(config.model, 1)
+    engine = Engine(
+        build_model(config.model),
+        partial(build_optimizer, config=config.optimizer, device="cpu", deepspeed_adam=adam),
+        ds,
+    )
+    x, t, y = (
+        torch.randn(1, *latent_shape(config.model)),
+        torch.tensor([5]),
+        blank_condition(config.model, 1),
+    )
     stock = engine._engine.checkpoint_engine
     (folder / "ours").mkdir(parents=True, exist_ok=True)
-    checkpointer = Checkpointer(folder / "ours", CheckpointConfig(keep_last=1, keep_every=0), ranks, patience_s=600)
+    checkpointer = Checkpointer(
+        folder / "ours", CheckpointConfig(keep_last=1, keep_every=0), ranks, patience_s=600
+    )
 
     def step() -> float:
         start = time.perf_counter()
@@ -71,7 +86,9 @@ def rank_main(preset: str, folder: Path, rounds: int) -> None:
             start = time.perf_counter()
             if way == "DeepSpeed":
                 engine._engine.checkpoint_engine = stock
-                engine._engine.save_checkpoint(str(folder / "stock"), tag=str(number), save_latest=True)
+                engine._engine.save_checkpoint(
+                    str(folder / "stock"), tag=str(number), save_latest=True
+                )
                 stall = time.perf_counter() - start
             else:
                 at = 2 * number + (way == "waited for")
@@ -97,30 +114,59 @@ def rank_main(preset: str, folder: Path, rounds: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="dit_s2_imagenet256")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="on the file system to write to; by default that of /tmp")
+    parser.add_argument(
+        "--folder", type=Path, help="on the file system to write to; by default that of /tmp"
+    )
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank:
         return rank_main(options.preset, options.folder, options.rounds)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1",
-                   "--nproc-per-node", "2", __file__, "--rank",
-                   "--preset", options.preset, "--rounds", str(options.rounds), "--folder", folder]
-        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--local-addr",
+            "127.0.0.1",
+            "--nproc-per-node",
+            "2",
+            __file__,
+            "--rank",
+            "--preset",
+            options.preset,
+            "--rounds",
+            str(options.rounds),
+            "--folder",
+            folder,
+        ]
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
     result = json.loads(done.stdout.splitlines()[-1])
-    medians = {way: {key: statistics.median(values) for key, values in of.items()}
-               for way, of in result["found"].items()}
+    medians = {
+        way: {key: statistics.median(values) for key, values in of.items()}
+        for way, of in result["found"].items()
+    }
     size = f"{result['parameters']:,} parameters, {result['bytes'] / 1e6:,.0f} MB a checkpoint"
     print(f"{options.preset}: {size}, 2 ranks")
     print(f"{'':12} {'stall':>9} {'slower':>9} {'steps meanwhile':>16} {'of waiting':>11}")
     whole = medians["waited for"]["stall_s"]
     for way, of in medians.items():
         lost = (of["stall_s"] + of["slower_s"]) / whole
-        print(f"{way:12} {of['stall_s']:7.2f} s {of['slower_s']:7.2f} s {of['steps_meanwhile']:16.0f} {lost:11.0%}")
+        print(
+            f"{way:12} {of['stall_s']:7.2f} s {of['slower_s']:7.2f} s {of['steps_meanwhile']:16.0f} "
+            f"{lost:11.0%}"
+        )
 
 
 if __name__ == "__main__":

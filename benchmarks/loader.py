@@ -1,18 +1,26 @@
-"""python benchmarks/loader.py: our data loader beside its peers, in one run, on the same samples and the same machine.
+"""python benchmarks/loader.py: our data loader beside its peers, in one run, on the same samples
+and the same machine.
 
-Samples: class-conditional, latents as moments (8, 32, 32) float16 of 16 KiB, random, and a label; in each library's own
-format by its own writer (loader_peers.py), on a local disk, uncompressed, read once before anything is timed: all read
-from a warm page cache, so what is compared is software, not disks. Peers run in an environment of their own.
+Samples: class-conditional, latents as moments (8, 32, 32) float16 of 16 KiB, random, and a label;
+in each library's own format by its own writer (loader_peers.py), on a local disk, uncompressed,
+read once before anything is timed: all read from a warm page cache, so what is compared is
+software, not disks. Peers run in an environment of their own.
 
-- images/s: each library's own shuffle, batches of 256 as torch tensors, thrown away; OMP_NUM_THREADS=1 for all. Two
-  processes are two ranks that read half each, started together, their rates summed. Peers get the number of DataLoader
+- images/s: each library's own shuffle, batches of 256 as torch tensors, thrown away;
+  OMP_NUM_THREADS=1 for all. Two
+  processes are two ranks that read half each, started together, their rates summed. Peers get the
+    number of DataLoader
   workers (0, 1 or 2 in all) that is best for them, found first; ours has its two threads.
-- first batch: from the constructor to the first batch in a fresh process, without imports (they have a column too).
-- seek: the same, resumed at the middle of an epoch from the state that the library itself saved there. `same rows`: the
+- first batch: from the constructor to the first batch in a fresh process, without imports (they
+  have a column too).
+- seek: the same, resumed at the middle of an epoch from the state that the library itself saved
+  there. `same rows`: the
   first batch after it is the one an uninterrupted run would have read.
-- `gather` is our reading without order and thread, `memcpy` NumPy's fancy indexing on one mapped array: the bounds.
+- `gather` is our reading without order and thread, `memcpy` NumPy's fancy indexing on one mapped
+  array: the bounds.
 
-Every number is the median of three, with the libraries taking turns. What else runs on the machine shows in the load.
+Every number is the median of three, with the libraries taking turns. What else runs on the machine
+shows in the load.
 """
 
 import argparse
@@ -45,15 +53,57 @@ HERE = Path(__file__).parent
 ENVIRONMENT, REQUIREMENTS = HERE / ".venv-loaders", HERE / "requirements-loader.txt"
 OURS = ("ours", "gather", "memcpy")
 PEERS = tuple(name for name in OPEN if name not in OURS)
-NAMES = {"ours": "**ours**: `Loader.batch`", "gather": "ours: `gather` alone", "memcpy": "bound: one array, NumPy",
-         "streaming": "mosaicml-streaming", "datasets": "datasets, numpy format",
-         "datasets, arrow": "datasets, arrow format, unwrapped by hand"}
+NAMES = {
+    "ours": "**ours**: `Loader.batch`",
+    "gather": "ours: `gather` alone",
+    "memcpy": "bound: one array, NumPy",
+    "streaming": "mosaicml-streaming",
+    "datasets": "datasets, numpy format",
+    "datasets, arrow": "datasets, arrow format, unwrapped by hand",
+}
 SHUFFLES = {"webdataset": "tars, then 1,000 rows", "litdata": "chunks, then 256 rows"}
 REPEATS = 3
-# CLIP tokens, start and end included, of the 25,014 captions of COCO's captions_val2017.json: {length: captions}
-COCO_LENGTHS = {9: 96, 10: 1035, 11: 3681, 12: 4915, 13: 4847, 14: 3813, 15: 2493, 16: 1607, 17: 916, 18: 558, 19: 349,
-                20: 215, 21: 147, 22: 90, 23: 54, 24: 48, 25: 23, 26: 26, 27: 31, 28: 23, 29: 14, 30: 5, 31: 3, 32: 3,
-                33: 5, 34: 4, 35: 1, 36: 2, 37: 1, 39: 1, 40: 1, 42: 2, 46: 1, 47: 1, 52: 1, 53: 1, 58: 1}
+# CLIP tokens, start and end included, of the 25,014 captions of COCO's captions_val2017.json:
+# {length: captions}
+COCO_LENGTHS = {
+    9: 96,
+    10: 1035,
+    11: 3681,
+    12: 4915,
+    13: 4847,
+    14: 3813,
+    15: 2493,
+    16: 1607,
+    17: 916,
+    18: 558,
+    19: 349,
+    20: 215,
+    21: 147,
+    22: 90,
+    23: 54,
+    24: 48,
+    25: 23,
+    26: 26,
+    27: 31,
+    28: 23,
+    29: 14,
+    30: 5,
+    31: 3,
+    32: 3,
+    33: 5,
+    34: 4,
+    35: 1,
+    36: 2,
+    37: 1,
+    39: 1,
+    40: 1,
+    42: 2,
+    46: 1,
+    47: 1,
+    52: 1,
+    53: 1,
+    58: 1,
+}
 TOKENS, WIDTH, CAPTIONS = 77, 768, 5
 
 
@@ -64,12 +114,24 @@ def make_environment() -> None:
         return
     print(f"making {ENVIRONMENT} (minutes, some GB) ...", flush=True)
     subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
-    command = [str(ENVIRONMENT / "bin/python"), "-m", "pip", "install", "-q", "-r", str(REQUIREMENTS)]
+    command = [
+        str(ENVIRONMENT / "bin/python"),
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "-r",
+        str(REQUIREMENTS),
+    ]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        raise SystemExit(f"pip could not install {REQUIREMENTS} ({errors[-1] if errors else 'no message'}); "
-                         "it needs a package index: run this once where there is one")
+        errors = [
+            line for line in done.stderr.splitlines() if line.startswith("ERROR")
+        ] or done.stderr.splitlines()
+        raise SystemExit(
+            f"pip could not install {REQUIREMENTS} ({errors[-1] if errors else 'no message'}); "
+            "it needs a package index: run this once where there is one"
+        )
     shutil.copy(REQUIREMENTS, installed)
 
 
@@ -85,23 +147,45 @@ class Bench:
     def run(self, task: str, library: str, world: int = 1, **job: Any) -> list[dict[str, Any]]:
         """What each rank printed. Raises SystemExit with the last line of a rank that fails."""
         python = sys.executable if library in OURS else str(ENVIRONMENT / "bin/python")
-        job = {"task": task, "library": library, "samples": str(self.work / "samples"), "rows": self.rows,
-               "data": str(self.folder(library)), "world": world, **job}
+        job = {
+            "task": task,
+            "library": library,
+            "samples": str(self.work / "samples"),
+            "rows": self.rows,
+            "data": str(self.folder(library)),
+            "world": world,
+            **job,
+        }
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         # HOME, TMPDIR: what a library leaves behind goes with the folder
-        shared = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                               "HOME": str(self.work), "TMPDIR": str(self.work), "HF_HUB_OFFLINE": "1",
-                               "LITDATA_DISABLE_VERSION_CHECK": "1", "PYTHONWARNINGS": "ignore",
-                               "PYTHONPATH": str(HERE.parent)}
+        shared = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "HOME": str(self.work),
+            "TMPDIR": str(self.work),
+            "HF_HUB_OFFLINE": "1",
+            "LITDATA_DISABLE_VERSION_CHECK": "1",
+            "PYTHONWARNINGS": "ignore",
+            "PYTHONPATH": str(HERE.parent),
+        }
         with ExitStack() as stack:
             ranks = []
             for rank in range(world):
-                output, errors = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
+                output, errors = (
+                    stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)
+                )
                 own = {name: str(rank) for name in ("RANK", "LOCAL_RANK", "GLOBAL_RANK")}
-                process = subprocess.Popen([python, HERE / "loader_peers.py", json.dumps(job)], env=shared | own,
-                                           stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
+                process = subprocess.Popen(
+                    [python, HERE / "loader_peers.py", json.dumps(job)],
+                    env=shared | own,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=errors,
+                )
                 stack.callback(process.kill)
                 ranks.append((process, output, errors))
             results = []
@@ -110,7 +194,9 @@ class Bench:
                 for file in (output, errors):
                     file.seek(0)
                 if code:
-                    raise SystemExit(f"{library}, {task}: {(errors.read().splitlines() or [f'exit {code}'])[-1]}")
+                    raise SystemExit(
+                        f"{library}, {task}: {(errors.read().splitlines() or [f'exit {code}'])[-1]}"
+                    )
                 results.append(json.loads(output.read().splitlines()[-1]))
         return results
 
@@ -120,7 +206,9 @@ def make_samples(folder: Path, rows: int) -> None:
     random = np.random.default_rng(0)
     latents = np.lib.format.open_memmap(folder / LATENTS, "w+", np.float16, (rows, *SHAPE))
     for first in range(0, rows, 1000):
-        latents[first:first + 1000] = random.standard_normal(latents[first:first + 1000].shape, np.float32)
+        latents[first : first + 1000] = random.standard_normal(
+            latents[first : first + 1000].shape, np.float32
+        )
     np.save(folder / LABELS, np.arange(rows) % 1000)
 
 
@@ -135,51 +223,99 @@ def compare(bench: Bench, processes: list[int]) -> dict[str, dict[str, Any]]:
         bench.run("write", library)
     for path in bench.work.rglob("*"):
         if path.is_file():
-            path.read_bytes()                           # into the page cache
+            path.read_bytes()  # into the page cache
 
     workers = {(library, world): 0 for library in OPEN for world in processes}
     choices = {key: [n for n in (0, 1, 2) if n * key[1] <= 2] for key in workers if key[0] in PEERS}
     for (library, world), counts in tqdm(choices.items(), "number of workers", leave=False):
-        rates = {n: sum(rank["images_s"] for rank in bench.run("rate", library, world, workers=n)) for n in counts}
+        rates = {
+            n: sum(rank["images_s"] for rank in bench.run("rate", library, world, workers=n))
+            for n in counts
+        }
         workers[library, world] = max(rates, key=lambda n: rates[n])
 
-    halves = {library: bench.run("halfway", library, workers=workers[library, processes[0]])[0]
-              for library in tqdm(("ours", *PEERS), "halfway", leave=False)}
+    halves = {
+        library: bench.run("halfway", library, workers=workers[library, processes[0]])[0]
+        for library in tqdm(("ours", *PEERS), "halfway", leave=False)
+    }
     found: dict[str, dict[str, list[Any]]] = {library: {} for library in OPEN}
     for library in tqdm(REPEATS * list(OPEN), f"{REPEATS} rounds", leave=False):
         values = found[library]
         for world in processes:
-            ranks = bench.run("rate", library, world, workers=workers[library, world], seconds=bench.seconds)
-            values.setdefault(f"images_s_{world}", []).append(sum(rank["images_s"] for rank in ranks))
+            ranks = bench.run(
+                "rate", library, world, workers=workers[library, world], seconds=bench.seconds
+            )
+            values.setdefault(f"images_s_{world}", []).append(
+                sum(rank["images_s"] for rank in ranks)
+            )
             values.setdefault("import_s", []).append(ranks[0]["import_s"])
             if world == processes[0]:
                 values.setdefault("first_s", []).append(ranks[0]["first_s"])
         if library in halves:
-            seek = bench.run("seek", library, workers=workers[library, processes[0]],
-                             start=bench.rows // 2 // BATCH * BATCH, state=halves[library]["state"])[0]
+            seek = bench.run(
+                "seek",
+                library,
+                workers=workers[library, processes[0]],
+                start=bench.rows // 2 // BATCH * BATCH,
+                state=halves[library]["state"],
+            )[0]
             values.setdefault("seek_s", []).append(seek["first_s"])
             values.setdefault("same_rows", []).append(seek["labels"] == halves[library]["labels"])
         values["version"] = [ranks[0]["version"]]
-    return {library: {"version": values["version"][0], "same_rows": all(values.get("same_rows", [False])),
-                      "workers": {str(world): workers[library, world] for world in processes},
-                      "bytes_per_sample": None if library == "memcpy" else size(bench.folder(library)) / bench.rows,
-                      "measured": values}
-            | {name: statistics.median(values[name]) for name in values if name not in ("version", "same_rows")}
-            for library, values in found.items()}
+    return {
+        library: {
+            "version": values["version"][0],
+            "same_rows": all(values.get("same_rows", [False])),
+            "workers": {str(world): workers[library, world] for world in processes},
+            "bytes_per_sample": None
+            if library == "memcpy"
+            else size(bench.folder(library)) / bench.rows,
+            "measured": values,
+        }
+        | {
+            name: statistics.median(values[name])
+            for name in values
+            if name not in ("version", "same_rows")
+        }
+        for library, values in found.items()
+    }
 
 
 def markdown(rows: dict[str, dict[str, Any]], processes: list[int]) -> str:
-    speeds = [head for world in processes for head in (f"images/s, {world} process{'es' * (world > 1)}", "ours is")]
-    heads = ["library", "shuffles", *speeds, "import s", "first batch s", "seek s", "same rows", "bytes/sample"]
+    speeds = [
+        head
+        for world in processes
+        for head in (f"images/s, {world} process{'es' * (world > 1)}", "ours is")
+    ]
+    heads = [
+        "library",
+        "shuffles",
+        *speeds,
+        "import s",
+        "first batch s",
+        "seek s",
+        "same rows",
+        "bytes/sample",
+    ]
     lines = ["| " + " | ".join(heads) + " |", "|---" * 2 + "|---:" * (len(heads) - 2) + "|"]
     for library, row in rows.items():
-        cells = [f"{NAMES.get(library, library)} {row['version']}", SHUFFLES.get(library, "all rows")]
+        cells = [
+            f"{NAMES.get(library, library)} {row['version']}",
+            SHUFFLES.get(library, "all rows"),
+        ]
         for world in processes:
             rate = row[f"images_s_{world}"]
             of_workers = f" ({row['workers'][str(world)]} workers)" if library in PEERS else ""
-            cells += [f"{rate:,.0f}{of_workers}", f"{rows['ours'][f'images_s_{world}'] / rate:.2f} x"]
+            cells += [
+                f"{rate:,.0f}{of_workers}",
+                f"{rows['ours'][f'images_s_{world}'] / rate:.2f} x",
+            ]
         cells += [f"{row['import_s']:.2f}", f"{row['first_s']:.3f}"]
-        cells += [f"{row['seek_s']:.3f}", "yes" if row["same_rows"] else "no"] if "seek_s" in row else ["", ""]
+        cells += (
+            [f"{row['seek_s']:.3f}", "yes" if row["same_rows"] else "no"]
+            if "seek_s" in row
+            else ["", ""]
+        )
         cells.append(f"{row['bytes_per_sample']:,.0f}" if row["bytes_per_sample"] else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -195,65 +331,112 @@ def median_ms(call: Callable[[], Any], repeats: int = 30) -> float:
 
 
 def constant_seek(data: Path) -> list[dict[str, Any]]:
-    """Our first batch at places near and far, the data set being open; and the order alone, with ten times the rows."""
+    """Our first batch at places near and far, the data set being open; and the order alone, with
+    ten times the rows."""
     dataset = ShardDataset(data)
     result = []
     for place, position in (("0", 0), ("N/2", len(dataset) // 2), ("100 N", 100 * len(dataset))):
+
         def first_batch(step: int = position // BATCH) -> None:
-            with Loader(dataset, seed=0, global_batch_size=BATCH, micro_batch_size=BATCH, rank=0, world_size=1,
-                        start_step=step, prefetch=0) as loader:
+            with Loader(
+                dataset,
+                seed=0,
+                global_batch_size=BATCH,
+                micro_batch_size=BATCH,
+                rank=0,
+                world_size=1,
+                start_step=step,
+                prefetch=0,
+            ) as loader:
                 loader.batch(step)
 
         def order(n_rows: int, position: int = position) -> None:
             sample_indices(position + np.arange(BATCH), n_rows, 0)
+
         first_batch()
-        result.append({"position": place, "first_batch_ms": median_ms(first_batch)} | {
-            f"order_ms_{times}N": median_ms(lambda: order(times * len(dataset))) for times in (1, 10)})  # noqa: B023
+        result.append(
+            {"position": place, "first_batch_ms": median_ms(first_batch)}
+            | {
+                f"order_ms_{times}N": median_ms(lambda times=times: order(times * len(dataset)))
+                for times in (1, 10)
+            }
+        )
     return result
 
 
 def captions_on_disk(folder: Path, rows: int, seconds: float) -> dict[str, float]:
-    """Five captions an image, as long as COCO's, stored to their last token; beside all padded to 77."""
+    """Five captions an image, as long as COCO's, stored to their last token; beside all padded to
+    77."""
     random = np.random.default_rng(0)
     info = DatasetInfo("made-up", "moments", SHAPE, 0, captions=CaptionInfo(TOKENS, WIDTH, WIDTH))
-    lengths = random.choice(list(COCO_LENGTHS), (rows, CAPTIONS), p=np.array([*COCO_LENGTHS.values()]) / 25_014)
+    lengths = random.choice(
+        list(COCO_LENGTHS), (rows, CAPTIONS), p=np.array([*COCO_LENGTHS.values()]) / 25_014
+    )
 
     def normal(*shape: int) -> np.ndarray:
         return random.standard_normal(shape, np.float32).astype(np.float16)
+
     with ShardWriter(folder, info, rows_per_shard=512) as writer:
         writer.write_empty_caption(normal(2, WIDTH), normal(WIDTH))
         for i in tqdm(range(rows), "captions", leave=False):
-            writer.write(id=str(i), latent=normal(*SHAPE), label=0,
-                         captions=["a caption of some fifty letters, as COCO's are"] * CAPTIONS,
-                         caption_tokens=[normal(n, WIDTH) for n in lengths[i]],
-                         caption_pooled=[normal(WIDTH) for _ in range(CAPTIONS)])
-    stored = (size(folder) - rows * 2 * np.prod(SHAPE)) / rows  # all but the latents: ids, texts and offsets too
+            writer.write(
+                id=str(i),
+                latent=normal(*SHAPE),
+                label=0,
+                captions=["a caption of some fifty letters, as COCO's are"] * CAPTIONS,
+                caption_tokens=[normal(n, WIDTH) for n in lengths[i]],
+                caption_pooled=[normal(WIDTH) for _ in range(CAPTIONS)],
+            )
+    stored = (
+        size(folder) - rows * 2 * np.prod(SHAPE)
+    ) / rows  # all but the latents: ids, texts and offsets too
     padded = CAPTIONS * 2 * (TOKENS * WIDTH + WIDTH)
     images, begin = 0, 0.0
-    with Loader(ShardDataset(folder), seed=0, global_batch_size=BATCH, micro_batch_size=BATCH, rank=0, world_size=1,
-                captions=True) as loader:
+    with Loader(
+        ShardDataset(folder),
+        seed=0,
+        global_batch_size=BATCH,
+        micro_batch_size=BATCH,
+        rank=0,
+        world_size=1,
+        captions=True,
+    ) as loader:
         for step in range(1 << 30):
             loader.batch(step)
-            if step * BATCH < rows:                     # all shards mapped
+            if step * BATCH < rows:  # all shards mapped
                 begin = time.perf_counter()
             elif (spent := time.perf_counter() - begin) < seconds:
                 images += BATCH
             else:
                 break
-    return {"tokens_mean": lengths.mean(), "bytes_per_image": stored, "bytes_per_caption": stored / CAPTIONS,
-            "padded_bytes_per_image": padded, "ratio": stored / padded, "images_s": images / spent}
+    return {
+        "tokens_mean": lengths.mean(),
+        "bytes_per_image": stored,
+        "bytes_per_caption": stored / CAPTIONS,
+        "padded_bytes_per_image": padded,
+        "ratio": stored / padded,
+        "images_s": images / spent,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--seconds", type=float, default=2, help="at least, of each of the three repeats")
-    parser.add_argument("--work", type=Path, help="a new folder, which stays; else a temporary one, which does not")
+    parser.add_argument(
+        "--seconds", type=float, default=2, help="at least, of each of the three repeats"
+    )
+    parser.add_argument(
+        "--work", type=Path, help="a new folder, which stays; else a temporary one, which does not"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.rows < 4 * BATCH * max(options.processes):
-        parser.error(f"--rows {options.rows} are too few; give at least {4 * BATCH * max(options.processes)}")
+        parser.error(
+            f"--rows {options.rows} are too few; give at least {4 * BATCH * max(options.processes)}"
+        )
     begin, load = time.perf_counter(), os.getloadavg()[0]
     make_environment()
     with ExitStack() as stack:
@@ -263,24 +446,52 @@ def main() -> None:
         bench = Bench(work, options.rows, options.seconds)
         rows = compare(bench, options.processes)
         seeks = constant_seek(bench.folder("ours"))
-        captions = captions_on_disk(work / "captioned", max(2 * BATCH, options.rows // 10), options.seconds)
+        captions = captions_on_disk(
+            work / "captioned", max(2 * BATCH, options.rows // 10), options.seconds
+        )
 
     print(markdown(rows, options.processes))
-    print("\n| position | first batch, ms | its order alone, ms | with 10 N rows, ms |\n|---|---:|---:|---:|")
+    print(
+        "\n| position | first batch, ms | its order alone, ms | with 10 N rows, ms "
+        "|\n|---|---:|---:|---:|"
+    )
     for row in seeks:
-        print("| " + " | ".join([row["position"], *(f"{value:.2f}" for value in list(row.values())[1:])]) + " |")
-    print(f"\ncaptions: {captions['bytes_per_image']:,.0f} bytes an image, {captions['bytes_per_caption']:,.0f} each "
-          f"of {captions['tokens_mean']:.1f} tokens: {captions['ratio']:.1%} of padded "
-          f"({captions['padded_bytes_per_image']:,} an image); read, padded: {captions['images_s']:,.0f} images/s")
+        print(
+            "| "
+            + " | ".join([row["position"], *(f"{value:.2f}" for value in list(row.values())[1:])])
+            + " |"
+        )
+    print(
+        f"\ncaptions: {captions['bytes_per_image']:,.0f} bytes an image, "
+        f"{captions['bytes_per_caption']:,.0f} each of {captions['tokens_mean']:.1f} tokens: "
+        f"{captions['ratio']:.1%} of padded ({captions['padded_bytes_per_image']:,} an image); "
+        f"read, padded: {captions['images_s']:,.0f} images/s"
+    )
     loads = f"load {load:.1f} before, {os.getloadavg()[0]:.1f} after"
-    print(f"{options.rows:,} rows, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {loads}, "
-          f"{time.perf_counter() - begin:.0f} s\n")
+    print(
+        f"{options.rows:,} rows, {platform.processor() or platform.machine()}, {os.cpu_count()} "
+        f"cores, {loads}, {time.perf_counter() - begin:.0f} s\n"
+    )
     rates = {library: row[f"images_s_{options.processes[0]}"] for library, row in rows.items()}
     best = max(PEERS, key=lambda library: rates[library])
-    print(f"ours: {rates['ours']:,.0f} images/s, {rates['ours'] / rates[best]:.2f} times the best peer ({best})")
+    print(
+        f"ours: {rates['ours']:,.0f} images/s, {rates['ours'] / rates[best]:.2f} times the best "
+        f"peer ({best})"
+    )
     if options.json:
-        options.json.write_text(json.dumps({"options": {k: str(v) for k, v in vars(options).items()}, "load": loads,
-                                            "rows": rows, "seek": seeks, "captions": captions}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps(
+                {
+                    "options": {k: str(v) for k, v in vars(options).items()},
+                    "load": loads,
+                    "rows": rows,
+                    "seek": seeks,
+                    "captions": captions,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""python benchmarks/sampling.py --dit PATH: how fast samples are drawn, beside facebookresearch/DiT, in one run.
+"""python benchmarks/sampling.py --dit PATH: how fast samples are drawn, beside
+facebookresearch/DiT, in one run.
 
-Guided samples (cfg_scale 1.5 at every step, DiT's three channels) from the same random weights and the same noise.
-Ours: `draw_samples` with the model from `prepare`. The peer, from a checkout at PATH (git clone
-https://github.com/facebookresearch/DiT; needs timm): its `p_sample_loop` and `ddim_sample_loop` with
-`forward_with_cfg`, as its sample.py has them, in fp32. Without --dit, ours only. TF32 is off for all.
+Guided samples (cfg_scale 1.5 at every step, DiT's three channels) from the same random weights and
+the same noise. Ours: `draw_samples` with the model from `prepare`. The peer, from a checkout at
+PATH (git clone https://github.com/facebookresearch/DiT; needs timm): its `p_sample_loop` and
+`ddim_sample_loop` with `forward_with_cfg`, as its sample.py has them, in fp32. Without --dit, ours
+only. TF32 is off for all.
 
-Every number is the median of runs in which the ways take turns, after a first, shorter one that is not counted: it
-compiles. `of the peak`: the matrix products' share of what this machine's reach in a (4096, 4096) product of the same
-type; on a GPU of its data sheet's half precision (MFU). `farthest`: the largest difference from ours in eager fp32, of
-the largest value. The run fails where that is more than rounding in fp32. `first`: ten steps, and compiling.
+Every number is the median of runs in which the ways take turns, after a first, shorter one that is
+not counted: it compiles. `of the peak`: the matrix products' share of what this machine's reach in
+a (4096, 4096) product of the same type; on a GPU of its data sheet's half precision (MFU).
+`farthest`: the largest difference from ours in eager fp32, of the largest value. The run fails
+where that is more than rounding in fp32. `first`: ten steps, and compiling.
 """
 
 import argparse
@@ -37,12 +40,14 @@ from largescale.noise_schedule import make_betas
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 CFG_SCALE, CLASSES, SHAPE, SEED = 1.5, 1000, (4, 32, 32), 0
-INTERVAL = (0.1, 0.5)                                   # of noise levels, in the last way: guided at 40 % of the steps
-ROUNDING = 1e-5                                         # in fp32, of the largest value; bf16 is at 6e-5 and more
+INTERVAL = (0.1, 0.5)  # of noise levels, in the last way: guided at 40 % of the steps
+ROUNDING = 1e-5  # in fp32, of the largest value; bf16 is at 6e-5 and more
 PEER, REFERENCE = "facebookresearch/DiT, fp32", "ours, fp32"
 
-Way = Callable[[str, int, int], tuple[Tensor, int]]     # (sampler, steps, images) -> samples, images that the model saw
-Run = tuple[str, str]                                   # of a way, with a sampler
+Way = Callable[
+    [str, int, int], tuple[Tensor, int]
+]  # (sampler, steps, images) -> samples, images that the model saw
+Run = tuple[str, str]  # of a way, with a sampler
 
 
 def make_model(size: str) -> DiT:
@@ -51,7 +56,9 @@ def make_model(size: str) -> DiT:
     torch.manual_seed(SEED)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.02)        # adaLN-Zero starts as a function that is 0 everywhere
+            nn.init.normal_(
+                parameter, std=0.02
+            )  # adaLN-Zero starts as a function that is 0 everywhere
     return model.eval()
 
 
@@ -71,9 +78,19 @@ def ours(model: Model, device: torch.device, interval: tuple[float, float] = (0.
             return model(x, t, y)
 
         config = SamplingConfig(sampler, steps, CFG_SCALE, interval, cfg_channels=3, seed=SEED)
-        x = draw_samples(counted, diffusion, config, index=range(images), condition=labels, shape=SHAPE,
-                         num_classes=CLASSES, batch_size=images, device=device)
+        x = draw_samples(
+            counted,
+            diffusion,
+            config,
+            index=range(images),
+            condition=labels,
+            shape=SHAPE,
+            num_classes=CLASSES,
+            batch_size=images,
+            device=device,
+        )
         return x, evaluated
+
     return draw
 
 
@@ -82,6 +99,7 @@ def peers(checkout: Path, size: str, state: dict[str, Tensor], device: torch.dev
     sys.path.insert(0, str(checkout))
     import diffusion as dit_diffusion
     import models as dit_models
+
     model = dit_models.DiT_models[f"DiT-{size}/2"](input_size=SHAPE[1], num_classes=CLASSES)
     model.load_state_dict(state)
     model.eval().to(device)
@@ -99,13 +117,22 @@ def peers(checkout: Path, size: str, state: dict[str, Tensor], device: torch.dev
         y = labels(range(images)).to(device)
         kwargs = {"y": torch.cat([y, torch.full_like(y, CLASSES)]), "cfg_scale": CFG_SCALE}
         with mock.patch("torch.randn_like", side_effect=given):
-            both = loop(model.forward_with_cfg, z.shape, z, clip_denoised=False, model_kwargs=kwargs, device=device)
+            both = loop(
+                model.forward_with_cfg,
+                z.shape,
+                z,
+                clip_denoised=False,
+                model_kwargs=kwargs,
+                device=device,
+            )
         return both.chunk(2)[0].cpu(), steps * len(z)
+
     return draw
 
 
 def seconds(action: Callable[[], Any], device: torch.device) -> float:
-    """Of wall-clock time; with one thread on a CPU its own time, which what else runs does not lengthen so much."""
+    """Of wall-clock time; with one thread on a CPU its own time, which what else runs does not
+    lengthen so much."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -132,14 +159,20 @@ def peaks(device: torch.device) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dit", type=Path, help="a checkout of facebookresearch/DiT")
     parser.add_argument("--size", choices=SIZES, default="S")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--images", type=int, nargs="*", help="batch sizes; 8, and on a GPU 32, 64, 128, 256")
+    parser.add_argument(
+        "--images", type=int, nargs="*", help="batch sizes; 8, and on a GPU 32, 64, 128, 256"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="of the CPU; with 1, CPU time is measured, for a busy machine")
+    parser.add_argument(
+        "--threads", type=int, help="of the CPU; with 1, CPU time is measured, for a busy machine"
+    )
     parser.add_argument("--samplers", nargs="*", default=["ddpm", "ddim"])
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -151,43 +184,67 @@ def main() -> None:
     model = make_model(options.size)
     fp32, bf16, fp32_compiled, bf16_compiled = (
         prepare(model, device=device, precision=precision, compile=compiled)
-        for compiled in (False, True) for precision in ("fp32", "bf16"))
+        for compiled in (False, True)
+        for precision in ("fp32", "bf16")
+    )
     ways: dict[str, Way] = {
-        REFERENCE: ours(fp32, device), "ours, fp32, compiled": ours(fp32_compiled, device),
-        "ours, bf16": ours(bf16, device), "ours, bf16, compiled": ours(bf16_compiled, device),
+        REFERENCE: ours(fp32, device),
+        "ours, fp32, compiled": ours(fp32_compiled, device),
+        "ours, bf16": ours(bf16, device),
+        "ours, bf16, compiled": ours(bf16_compiled, device),
         f"ours, bf16, compiled, guided in {INTERVAL}": ours(bf16_compiled, device, INTERVAL),
     }
     if options.dit:
         ways = {PEER: peers(options.dit, options.size, model.state_dict(), device)} | ways
     cost, peak = flops_per_image(model), peaks(device)
-    print(f"DiT-{options.size}/2, {cost / 1e9:.2f} GFLOP an image and evaluation; peak "
-          + ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in peak.items())
-          + f"; torch {torch.__version__}, {torch.cuda.get_device_name(device) if gpu else torch.get_num_threads()} "
-          + f"{'' if gpu else 'threads, '}load {os.getloadavg()[0]:.1f}", flush=True)
+    print(
+        f"DiT-{options.size}/2, {cost / 1e9:.2f} GFLOP an image and evaluation; peak "
+        + ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in peak.items())
+        + f"; torch {torch.__version__}, "
+        f"{torch.cuda.get_device_name(device) if gpu else torch.get_num_threads()} "
+        + f"{'' if gpu else 'threads, '}load {os.getloadavg()[0]:.1f}",
+        flush=True,
+    )
 
     for images in options.images or ([32, 64, 128, 256] if gpu else [8]):
-        torch.compiler.reset()                          # only so many graphs are kept
+        torch.compiler.reset()  # only so many graphs are kept
         drawn: dict[Run, tuple[Tensor, int]] = {}
 
-        def timed(name: str, sampler: str, steps: int, images: int = images, drawn: dict[Run, Any] = drawn) -> float:
+        def timed(
+            name: str, sampler: str, steps: int, images: int = images, drawn: dict[Run, Any] = drawn
+        ) -> float:
             def draw() -> None:
                 drawn[name, sampler] = ways[name](sampler, steps, images)
+
             return seconds(draw, device)
 
         first = {name: timed(name, "ddim", 10) for name in tqdm(ways, "first", leave=False)}
-        times: dict[Run, list[float]] = {(name, sampler): [] for name in ways for sampler in options.samplers}
-        for name, sampler in tqdm(list(times) * options.rounds, f"{options.rounds} rounds", leave=False):
+        times: dict[Run, list[float]] = {
+            (name, sampler): [] for name in ways for sampler in options.samplers
+        }
+        for name, sampler in tqdm(
+            list(times) * options.rounds, f"{options.rounds} rounds", leave=False
+        ):
             times[name, sampler].append(timed(name, sampler, options.steps))
         print(f"\nbatches of {images}, {options.steps} steps, load {os.getloadavg()[0]:.1f}\n")
         report(images, times, drawn, first, cost, peak)
 
 
-def report(images: int, times: dict[Run, list[float]], drawn: dict[Run, tuple[Tensor, int]], first: dict[str, float],
-           cost: float, peak: dict[str, float]) -> None:
+def report(
+    images: int,
+    times: dict[Run, list[float]],
+    drawn: dict[Run, tuple[Tensor, int]],
+    first: dict[str, float],
+    cost: float,
+    peak: dict[str, float],
+) -> None:
     samplers = list(dict.fromkeys(sampler for _, sampler in times))
     base = PEER if PEER in first else REFERENCE
-    print("| way |", " | ".join(f"{s.upper()}, images/s | spread | of {base} | of the peak" for s in samplers),
-          "| farthest | first, s |")
+    print(
+        "| way |",
+        " | ".join(f"{s.upper()}, images/s | spread | of {base} | of the peak" for s in samplers),
+        "| farthest | first, s |",
+    )
     print("|---|", "---:|" * (4 * len(samplers) + 2), sep="")
     wrong = []
     for name, before in first.items():
@@ -195,15 +252,25 @@ def report(images: int, times: dict[Run, list[float]], drawn: dict[Run, tuple[Te
         for sampler in samplers:
             runs, (_, evaluated) = times[name, sampler], drawn[name, sampler]
             median = statistics.median(runs)
-            cells += [f"{images / median:.3f}", f"{min(runs) / median - 1:+.0%} {max(runs) / median - 1:+.0%}",
-                      f"{statistics.median(times[base, sampler]) / median:.2f} x",
-                      f"{evaluated * cost / median / peak[precision]:.0%}"]
-        away = max(((drawn[name, s][0] - (right := drawn[REFERENCE, s][0])).abs().max() / right.abs().max()).item()
-                   for s in samplers)
+            cells += [
+                f"{images / median:.3f}",
+                f"{min(runs) / median - 1:+.0%} {max(runs) / median - 1:+.0%}",
+                f"{statistics.median(times[base, sampler]) / median:.2f} x",
+                f"{evaluated * cost / median / peak[precision]:.0%}",
+            ]
+        away = max(
+            (
+                (drawn[name, s][0] - (right := drawn[REFERENCE, s][0])).abs().max()
+                / right.abs().max()
+            ).item()
+            for s in samplers
+        )
         wrong += [f"{name} by {away:.1e}"] * (precision == "fp32" and away > ROUNDING)
         print(f"| {name} |", " | ".join(cells), f"| {away:.1e} | {before:.0f} |")
     if wrong:
-        raise SystemExit(f"not the samples of '{REFERENCE}': {'; '.join(wrong)}, of the largest value")
+        raise SystemExit(
+            f"not the samples of '{REFERENCE}': {'; '.join(wrong)}, of the largest value"
+        )
 
 
 if __name__ == "__main__":

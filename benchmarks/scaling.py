@@ -1,9 +1,11 @@
-"""python benchmarks/scaling.py: what a run costs on 8, 64 and 256 GPUs, by the model of largescale/planning/cost.py.
+"""python benchmarks/scaling.py: what a run costs on 8, 64 and 256 GPUs, by the model of
+largescale/planning/cost.py.
 
-With --check the model is held against this machine's CPU: the trainer runs on one rank and on two, one thread each, at
-the same global batch; the step of two is predicted from that of one and from what two processes reach here together, in
-matrix products, copies and gloo's collectives. It says whether the arithmetic holds, and nothing about a GPU. Beside it
-one rank that has both threads: the same machine without anything to send.
+With --check the model is held against this machine's CPU: the trainer runs on one rank and on two,
+one thread each, at the same global batch; the step of two is predicted from that of one and from
+what two processes reach here together, in matrix products, copies and gloo's collectives. It says
+whether the arithmetic holds, and nothing about a GPU. Beside it one rank that has both threads: the
+same machine without anything to send.
 """
 
 import argparse
@@ -50,8 +52,8 @@ def tables(plans: list[Plan]) -> str:
     work, hardware = plans[0].work, plans[0].hardware
     names = [name for name in plans[0].step.parts if name != "compute"]
     lines = [
-        f"| GPUs | images a GPU | step, ms | images/s | hours | GPU hours | compute | {' | '.join(names)} | "
-        "first bottleneck | data, MB/s | a node |",
+        "| GPUs | images a GPU | step, ms | images/s | hours | GPU hours | compute | "
+        f"{' | '.join(names)} | first bottleneck | data, MB/s | a node |",
         f"|---{'|---:' * (6 + len(names))}|---|---:|---:|",
     ]
     for p in plans:
@@ -60,22 +62,24 @@ def tables(plans: list[Plan]) -> str:
         micro = f" x {work.grad_accum_steps}" if p.work.grad_accum_steps > 1 else ""
         images = work.global_batch_size // (p.gpus * p.work.grad_accum_steps)
         lines.append(
-            f"| {p.gpus} | {images}{micro} | {1e3 * s.seconds:.1f} | {s.images_per_s:,.0f} | {p.hours:,.1f} | "
-            f"{p.hours * p.gpus:,.0f} | {100 * s.share('compute'):.0f} % | {shares} | {s.bottleneck} | "
-            f"{s.data_rate / 1e6:,.0f} | {s.data_rate / 1e6 / hardware.nodes(p.gpus):,.0f} |"
+            f"| {p.gpus} | {images}{micro} | {1e3 * s.seconds:.1f} | {s.images_per_s:,.0f} | "
+            f"{p.hours:,.1f} | {p.hours * p.gpus:,.0f} | {100 * s.share('compute'):.0f} % | "
+            f"{shares} | {s.bottleneck} | {s.data_rate / 1e6:,.0f} | "
+            f"{s.data_rate / 1e6 / hardware.nodes(p.gpus):,.0f} |"
         )
     lines += [
         "",
-        "| GPUs | checkpoint, GB | stall, s | written after, s | failure every, h | best every, min (Young) | (Daly) | "
-        "in steps | wasted | configured | wasted |",
+        "| GPUs | checkpoint, GB | stall, s | written after, s | failure every, h | best every, "
+        "min (Young) | (Daly) | in steps | wasted | configured | wasted |",
         f"|---{'|---:' * 10}|",
     ]
     for p in plans:
         by_young, by_daly = (rule(p.stall_s, p.mtbf_s) / 60 for rule in (young, daly))
         lines.append(
-            f"| {p.gpus} | {p.work.checkpoint_bytes / 1e9:.1f} | {p.stall_s:.2f} | {p.write_s:.1f} | "
-            f"{p.mtbf_s / 3600:,.0f} | {by_young:.1f} | {by_daly:.1f} | {p.best_every:,} | "
-            f"{100 * p.wasted(p.best_every):.2f} % | {p.every:,} | {100 * p.wasted(p.every):.2f} % |"
+            f"| {p.gpus} | {p.work.checkpoint_bytes / 1e9:.1f} | {p.stall_s:.2f} | {p.write_s:.1f} "
+            f"| {p.mtbf_s / 3600:,.0f} | {by_young:.1f} | {by_daly:.1f} | {p.best_every:,} | "
+            f"{100 * p.wasted(p.best_every):.2f} % | {p.every:,} | {100 * p.wasted(p.every):.2f} % "
+            "|"
         )
     return "\n".join(lines)
 
@@ -88,11 +92,23 @@ def ranks_of(count: int, *program: str) -> str:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count),
-           "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(count),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     processes = [
-        subprocess.Popen([sys.executable, *program], cwd=ROOT, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                         text=True, stdout=subprocess.PIPE, stderr=None if rank == 0 else subprocess.DEVNULL)
+        subprocess.Popen(
+            [sys.executable, *program],
+            cwd=ROOT,
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=None if rank == 0 else subprocess.DEVNULL,
+        )
         for rank in range(count)
     ]
     try:
@@ -106,7 +122,8 @@ def ranks_of(count: int, *program: str) -> str:
 
 
 def probe(elements: int, bucket: int) -> None:
-    """On one of two ranks: seconds of the same work alone and beside the other, and of a step's collectives in fp32."""
+    """On one of two ranks: seconds of the same work alone and beside the other, and of a step's
+    collectives in fp32."""
     import torch
     import torch.distributed as dist
 
@@ -144,13 +161,37 @@ def probe(elements: int, bucket: int) -> None:
     dist.destroy_process_group()
 
 
-def measure(preset: str, data: Path, run: Path, ranks: int, threads: int, batch: int, steps: int) -> dict[str, float]:
-    """Seconds of forward and backward, and of `engine.step`: medians over the steps after warming up."""
+def measure(
+    preset: str, data: Path, run: Path, ranks: int, threads: int, batch: int, steps: int
+) -> dict[str, float]:
+    """Seconds of forward and backward, and of `engine.step`: medians over the steps after warming
+    up."""
     ranks_of(
-        ranks, "-m", "largescale.train", preset, "--data.path", str(data), "--output", str(run), "--train.device",
-        "cpu", "--train.ds-config", FP32, "--train.steps", str(steps), "--train.global-batch-size", str(batch),
-        "--telemetry.log-every", "1", "--telemetry.reference-every", "0", "--telemetry.preview-every", "0",
-        "--telemetry.no-tensorboard", "--train.threads", str(threads),
+        ranks,
+        "-m",
+        "largescale.train",
+        preset,
+        "--data.path",
+        str(data),
+        "--output",
+        str(run),
+        "--train.device",
+        "cpu",
+        "--train.ds-config",
+        FP32,
+        "--train.steps",
+        str(steps),
+        "--train.global-batch-size",
+        str(batch),
+        "--telemetry.log-every",
+        "1",
+        "--telemetry.reference-every",
+        "0",
+        "--telemetry.preview-every",
+        "0",
+        "--telemetry.no-tensorboard",
+        "--train.threads",
+        str(threads),
     )
     rows = [row for row in read_metrics(run) if "loss" in row][3:]
     laps = {
@@ -161,92 +202,161 @@ def measure(preset: str, data: Path, run: Path, ranks: int, threads: int, batch:
 
 
 def calibrated(work: Workload, one: dict[str, float], probed: dict[str, float]) -> Hardware:
-    """This machine, one core a rank, as two ranks find it together. What one rank reaches alone is slowed down by what
-    the probe lost to the other rank: cores of one processor share its memory."""
+    """This machine, one core a rank, as two ranks find it together. What one rank reaches alone is
+    slowed down by what the probe lost to the other rank: cores of one processor share its
+    memory."""
     memory = work.update_bytes / one["optimizer"]
     compute_s = one["forward and backward"] - work.staging_bytes(1) / memory
     flops = work.flops_per_image * work.global_batch_size / compute_s
-    sent = work.parameters * (work.reduce_bytes + work.weight_bytes / 2)  # of two ranks, each to the other
+    sent = work.parameters * (
+        work.reduce_bytes + work.weight_bytes / 2
+    )  # of two ranks, each to the other
     link = sent / (probed["all-reduce"] + probed["all-gather"])
     return Hardware(
-        "CPU", peak_flops=flops * probed["products alone"] / probed["products together"], mfu=1.0, launch_s=0.0,
-        memory_bandwidth=memory * probed["copies alone"] / probed["copies together"], memory_bytes=0.0,
-        intra_bandwidth=link, inter_bandwidth=link,
+        "CPU",
+        peak_flops=flops * probed["products alone"] / probed["products together"],
+        mfu=1.0,
+        launch_s=0.0,
+        memory_bandwidth=memory * probed["copies alone"] / probed["copies together"],
+        memory_bytes=0.0,
+        intra_bandwidth=link,
+        inter_bandwidth=link,
     )
 
 
 def predicted(work: Workload, hardware: Hardware) -> dict[str, float]:
     """As `measure`, on two ranks."""
     parts = step(work, hardware, 2).parts
-    return {"forward and backward": parts["compute"] + parts["gradient reduction"],
-            "optimizer": parts["optimizer"] + parts["all-gather"]}
+    return {
+        "forward and backward": parts["compute"] + parts["gradient reduction"],
+        "optimizer": parts["optimizer"] + parts["all-gather"],
+    }
 
 
 def check(preset: str, batch: int, steps: int) -> None:
     config = PRESETS[preset]()
-    config = replace(config, train=replace(config.train, device="cpu", ds_config=FP32, global_batch_size=batch))
+    config = replace(
+        config, train=replace(config.train, device="cpu", ds_config=FP32, global_batch_size=batch)
+    )
     work = workload(config, load_ds_config(FP32), grad_accum_steps=1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_latents(folder / "data", config.model, 512)
         one, two, both = (
-            measure(preset, folder / "data", folder / f"run{ranks}x{threads}", ranks, threads, batch, steps)
-            for ranks, threads in ((1, 1), (2, 1), (1, 2)))
+            measure(
+                preset,
+                folder / "data",
+                folder / f"run{ranks}x{threads}",
+                ranks,
+                threads,
+                batch,
+                steps,
+            )
+            for ranks, threads in ((1, 1), (2, 1), (1, 2))
+        )
     options = (str(work.parameters), str(work.reduce_bucket_size))
     probed = json.loads(ranks_of(2, __file__, "--probe", *options).splitlines()[-1])
     hardware = calibrated(work, one, probed)
     guess = predicted(work, hardware)
-    print(f"{preset}, {work.parameters:,} parameters, fp32, batch {batch}, medians of {steps - 3} steps, one thread a "
-          "rank")
-    print("seconds of the probe: " + ", ".join(f"{key} {value:.4f}" for key, value in probed.items()))
-    print(f"so two ranks have {hardware.peak_flops / 1e9:.1f} GFLOP/s, {hardware.memory_bandwidth / 1e9:.1f} GB/s of "
-          f"memory each, and {hardware.intra_bandwidth / 1e9:.2f} GB/s between them")
-    print("\n| | 1 rank, s | 2 ranks, predicted | measured | predicted / measured |\n|---|---:|---:|---:|---:|")
+    print(
+        f"{preset}, {work.parameters:,} parameters, fp32, batch {batch}, medians of {steps - 3} "
+        "steps, one thread a rank"
+    )
+    print(
+        "seconds of the probe: " + ", ".join(f"{key} {value:.4f}" for key, value in probed.items())
+    )
+    print(
+        f"so two ranks have {hardware.peak_flops / 1e9:.1f} GFLOP/s, "
+        f"{hardware.memory_bandwidth / 1e9:.1f} GB/s of memory each, and "
+        f"{hardware.intra_bandwidth / 1e9:.2f} GB/s between them"
+    )
+    print(
+        "\n| | 1 rank, s | 2 ranks, predicted | measured | predicted / measured "
+        "|\n|---|---:|---:|---:|---:|"
+    )
     for name in (*one, "step"):
         a, b, c = (sum(of.values()) if name == "step" else of[name] for of in (one, guess, two))
         print(f"| {name} | {a:.3f} | {b:.3f} | {c:.3f} | {b / c:.2f} |")
     a, b = (sum(of.values()) for of in (both, two))
-    print(f"\none rank with two threads: {a:.3f} s a step; two ranks take {a / b:.2f} times as many images/s")
+    print(
+        f"\none rank with two threads: {a:.3f} s a step; two ranks take {a / b:.2f} times as many "
+        "images/s"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, metavar="PRESET",
-                        help="by default dit_l2_imagenet256; of --check, dit_s2_imagenet256")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 256], help="by default 8, 64 and 256")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        metavar="PRESET",
+        help="by default dit_l2_imagenet256; of --check, dit_s2_imagenet256",
+    )
+    parser.add_argument(
+        "--gpus", type=int, nargs="+", default=[8, 64, 256], help="by default 8, 64 and 256"
+    )
     parser.add_argument("--steps", type=int, help="by default 2,000,000; of --check, 15")
     parser.add_argument("--batch-size", type=int, help="by default the preset's; of --check, 8")
     parser.add_argument("--hardware", choices=HARDWARE, default="h100")
-    for name in ("mfu", "intra-bandwidth", "inter-bandwidth", "data-bandwidth", "write-bandwidth", "storage-bandwidth",
-                 "node-mtbf-hours", "restart-s"):
+    for name in (
+        "mfu",
+        "intra-bandwidth",
+        "inter-bandwidth",
+        "data-bandwidth",
+        "write-bandwidth",
+        "storage-bandwidth",
+        "node-mtbf-hours",
+        "restart-s",
+    ):
         default = getattr(HARDWARE["h100"], name.replace("-", "_"))
         unit = " bytes/s" if name.endswith("bandwidth") else ""
-        parser.add_argument(f"--{name}", type=float, help=f"of an H100 {default:g}{unit}; see Hardware in cost.py")
-    parser.add_argument("--check", action="store_true", help="hold the model against 1 and 2 ranks on this machine")
+        parser.add_argument(
+            f"--{name}", type=float, help=f"of an H100 {default:g}{unit}; see Hardware in cost.py"
+        )
+    parser.add_argument(
+        "--check", action="store_true", help="hold the model against 1 and 2 ranks on this machine"
+    )
     parser.add_argument("--probe", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    numbers = {key: value for key, value in vars(options).items() if isinstance(value, int | float) and key != "check"}
-    if wrong := [key for key, value in numbers.items() if value <= 0] + ["gpus"] * (min(options.gpus) < 1):
+    numbers = {
+        key: value
+        for key, value in vars(options).items()
+        if isinstance(value, int | float) and key != "check"
+    }
+    if wrong := [key for key, value in numbers.items() if value <= 0] + ["gpus"] * (
+        min(options.gpus) < 1
+    ):
         parser.error(f"--{wrong[0].replace('_', '-')} must be positive")
     if (options.mfu or 0) > 1:
         parser.error(f"--mfu {options.mfu:g} is a share of the peak, at most 1")
     if options.probe:
         return probe(*options.probe)
     if options.check:
-        return check(options.preset or "dit_s2_imagenet256", options.batch_size or 8, options.steps or 15)
+        return check(
+            options.preset or "dit_s2_imagenet256", options.batch_size or 8, options.steps or 15
+        )
     given = {key: value for key, value in vars(options).items() if value is not None}
     fields = Hardware.__dataclass_fields__.keys()
-    hardware = replace(HARDWARE[options.hardware], **{key: value for key, value in given.items() if key in fields})
+    hardware = replace(
+        HARDWARE[options.hardware], **{key: value for key, value in given.items() if key in fields}
+    )
     config = PRESETS[options.preset or "dit_l2_imagenet256"]()
     batch = options.batch_size or config.train.global_batch_size
     config = replace(config, train=replace(config.train, global_batch_size=batch))
     if odd := [n for n in options.gpus if batch % n]:
-        parser.error(f"a batch of {batch} cannot be shared by {odd[0]} GPUs; give --batch-size or other --gpus")
+        parser.error(
+            f"a batch of {batch} cannot be shared by {odd[0]} GPUs; give --batch-size or other "
+            "--gpus"
+        )
     steps = options.steps or 2_000_000
-    print(f"{config.name}, batch {batch}, {steps:,} steps, {hardware.name}. Predicted, not measured: assumed are "
-          f"{100 * hardware.mfu:.0f} % of the peak in forward and backward (published trainers of this kind report "
-          f"12 to 25 %), {1e6 * hardware.launch_s:.0f} us a kernel, and a failure of a node every "
-          f"{hardware.node_mtbf_hours:,.0f} h.\n")
+    print(
+        f"{config.name}, batch {batch}, {steps:,} steps, {hardware.name}. Predicted, not measured: "
+        f"assumed are {100 * hardware.mfu:.0f} % of the peak in forward and backward (published "
+        f"trainers of this kind report 12 to 25 %), {1e6 * hardware.launch_s:.0f} us a kernel, and "
+        f"a failure of a node every {hardware.node_mtbf_hours:,.0f} h.\n"
+    )
     print(tables([plan(config, hardware, n, steps) for n in options.gpus]))
 
 

@@ -1,25 +1,30 @@
-"""python benchmarks/train_step.py PRESET [--against dit=PATH fast-dit=PATH diffusers ddp]: a step, beside others'.
+"""python benchmarks/train_step.py PRESET [--against dit=PATH fast-dit=PATH diffusers ddp]: a step,
+beside others'.
 
-Ours is the trainer's own step (`Trainer.take_step`: the loader's rows, DeepSpeed's ZeRO-2 engine on one rank, the EMA,
-the agreed vector, the preset's curriculum, a line of the log at every step) on made-up latents with a linear schedule.
-Peers, in train_step_peers.py, have the same size and weights, images that lie in memory, and AdamW and an EMA of every
-step: facebookresearch/DiT and fast-DiT from checkouts, `diffusers` with accelerate, and our model in PyTorch's DDP.
-DiT, which has no bf16 of its own, runs under autocast then. On a GPU all peers have TF32 in fp32, as DiT sets it; ours
-has what the trainer sets.
+Ours is the trainer's own step (`Trainer.take_step`: the loader's rows, DeepSpeed's ZeRO-2 engine on
+one rank, the EMA, the agreed vector, the preset's curriculum, a line of the log at every step) on
+made-up latents with a linear schedule. Peers, in train_step_peers.py, have the same size and
+weights, images that lie in memory, and AdamW and an EMA of every step: facebookresearch/DiT and
+fast-DiT from checkouts, `diffusers` with accelerate, and our model in PyTorch's DDP. DiT, which has
+no bf16 of its own, runs under autocast then. On a GPU all peers have TF32 in fp32, as DiT sets it;
+ours has what the trainer sets.
 
-Each way lives in a process of its own and they take turns, A B C A B C, one at a time. A turn is a step that is not
-counted and --steps that are; ours takes as many more, whose time is split (apart, for clocks are read amid backward).
-A turn gives its mean, a way the median of its turns; a ratio is the median of those between turns of the same round.
-Times are wall-clock, on a GPU those of its events; with --threads 1 the process's own time. Rows are copied to a GPU a
-step ahead: "data wait" has what is left of that. On a CPU ours has glibc keep freed memory, as train.py does.
+Each way lives in a process of its own and they take turns, A B C A B C, one at a time. A turn is a
+step that is not counted and --steps that are; ours takes as many more, whose time is split (apart,
+for clocks are read amid backward). A turn gives its mean, a way the median of its turns; a ratio is
+the median of those between turns of the same round. Times are wall-clock, on a GPU those of its
+events; with --threads 1 the process's own time. Rows are copied to a GPU a step ahead: "data wait"
+has what is left of that. On a CPU ours has glibc keep freed memory, as train.py does.
 
-`of the peak`: 3 x the forward pass's matrix products, as a share of what a (4096, 4096) product reaches here; on a GPU
-of its data sheet's half precision (MFU). What checkpointing computes again does not count. (torch's FlopCounterMode
-finds the same, but for attention's scores, which its backward computes again, and gradients of inputs, which nobody
-needs: see tests/e2e/test_train_step.py.) `memory`: the most that was allocated on the GPU, else the process's most.
-`first`: the first step, with compiling. `away`: of the losses of the first two steps, which have the same inputs, from
-those of our first way, relative; the run fails where in fp32 that is more than rounding. diffusers embeds t a little
-differently, and has no vb, so that its mse is compared.
+`of the peak`: 3 x the forward pass's matrix products, as a share of what a (4096, 4096) product
+reaches here; on a GPU of its data sheet's half precision (MFU). What checkpointing computes again
+does not count. (torch's FlopCounterMode finds the same, but for attention's scores, which its
+backward computes again, and gradients of inputs, which nobody needs: see
+tests/e2e/test_train_step.py.) `memory`: the most that was allocated on the GPU, else the process's
+most. `first`: the first step, with compiling. `away`: of the losses of the first two steps, which
+have the same inputs, from those of our first way, relative; the run fails where in fp32 that is
+more than rounding. diffusers embeds t a little differently, and has no vb, so that its mse is
+compared.
 """
 
 import argparse
@@ -48,16 +53,31 @@ from largescale.config.serialise import to_dict
 from largescale.models.build import build_model
 from largescale.models.dit import flops_per_image
 
-NAMES = {"ours": "ours", "dit": "facebookresearch/DiT", "fast-dit": "fast-DiT", "diffusers": "diffusers",
-         "ddp": "our model in DDP"}
+NAMES = {
+    "ours": "ours",
+    "dit": "facebookresearch/DiT",
+    "fast-dit": "fast-DiT",
+    "diffusers": "diffusers",
+    "ddp": "our model in DDP",
+}
 CHECKOUTS = ("dit", "fast-dit")
-ROUNDING = {"cpu": 2e-6, "cuda": 1e-3}                  # in fp32, on a GPU with TF32; it is 1e-7, bf16 1e-5 to 1e-4
-FAR = 1 << 30                                           # steps: never
+ROUNDING = {"cpu": 2e-6, "cuda": 1e-3}  # in fp32, on a GPU with TF32; it is 1e-7, bf16 1e-5 to 1e-4
+FAR = 1 << 30  # steps: never
 # The trainer's own names of parts, and those of the tables
-PARTS = {"data": "data wait", "draws": "draws", "rows": "rows of the draws", "forward": "forward",
-         "backward": "backward", "reduce": "reduce (amid backward)", "AdamW": "AdamW", "EMA": "EMA",
-         "optimizer": "the engine's step around them", "agree": "agreed vector", "pacing": "pacing and checks",
-         "telemetry": "telemetry"}
+PARTS = {
+    "data": "data wait",
+    "draws": "draws",
+    "rows": "rows of the draws",
+    "forward": "forward",
+    "backward": "backward",
+    "reduce": "reduce (amid backward)",
+    "AdamW": "AdamW",
+    "EMA": "EMA",
+    "optimizer": "the engine's step around them",
+    "agree": "agreed vector",
+    "pacing": "pacing and checks",
+    "telemetry": "telemetry",
+}
 COMPUTE = ("forward", "backward", "reduce", "AdamW", "EMA", "optimizer")
 OVERHEAD = ("draws", "agree", "pacing", "telemetry")
 
@@ -76,29 +96,47 @@ class Way:
 
     @property
     def name(self) -> str:
-        compiled = {"off": "", "auto": ", compile=auto"}.get(self.compile, f", {self.compile} compiled")
+        compiled = {"off": "", "auto": ", compile=auto"}.get(
+            self.compile, f", {self.compile} compiled"
+        )
         return f"{NAMES[self.kind]}, {self.precision}{compiled}{', checkpointing' * self.checkpointing}"
 
-    def config(self, preset: Config, options: argparse.Namespace, batch: int, data: Path, run: Path) -> Config:
+    def config(
+        self, preset: Config, options: argparse.Namespace, batch: int, data: Path, run: Path
+    ) -> Config:
         return replace(
             preset,
             diffusion=replace(preset.diffusion, schedule="linear"),
             data=replace(preset.data, path=str(data)),
             train=replace(
-                preset.train, steps=FAR, global_batch_size=batch, micro_batch_size=None, compile=self.compile,
-                activation_checkpointing=self.checkpointing, threads=options.threads, device=options.device,
-                ds_config=f"ds_configs/zero2_{self.precision}.json"),
+                preset.train,
+                steps=FAR,
+                global_batch_size=batch,
+                micro_batch_size=None,
+                compile=self.compile,
+                activation_checkpointing=self.checkpointing,
+                threads=options.threads,
+                device=options.device,
+                ds_config=f"ds_configs/zero2_{self.precision}.json",
+            ),
             checkpoint=replace(preset.checkpoint, every=FAR),
             telemetry=TelemetryConfig(log_every=1, reference_every=0, preview_every=0),
-            output=str(run))
+            output=str(run),
+        )
 
     def seconds(self) -> list[float]:
         """A step, by turn."""
         return [statistics.fmean(turn["times"]) for turn in self.turns]
 
 
-def take_turns(ways: list[Way], preset: Config, options: argparse.Namespace, batch: int, data: Path,
-               folder: Path) -> None:
+def take_turns(
+    ways: list[Way],
+    preset: Config,
+    options: argparse.Namespace,
+    batch: int,
+    data: Path,
+    folder: Path,
+) -> None:
     """A way that fails is left out from there on."""
     plan = [(turn, way, i) for turn in range(1 + options.rounds) for i, way in enumerate(ways)]
     bar = tqdm(plan, f"batches of {batch}", leave=False)
@@ -111,16 +149,26 @@ def take_turns(ways: list[Way], preset: Config, options: argparse.Namespace, bat
                 if way.child is None:
                     run = folder / f"{batch}_{i}"
                     config = to_dict(way.config(preset, options, batch, data, run / f"run_{turn}"))
-                    way.child = Child({"kind": way.kind, "precision": way.precision, "checkout": way.checkout,
-                                       "config": config}, run)
-                    way.child.answer()                  # once it is built
+                    way.child = Child(
+                        {
+                            "kind": way.kind,
+                            "precision": way.precision,
+                            "checkout": way.checkout,
+                            "config": config,
+                        },
+                        run,
+                    )
+                    way.child.answer()  # once it is built
                     first = way.child.ask()
                     way.first = way.first or first
                 if turn:
                     way.turns.append(way.child.ask(steps=options.steps))
             except Failed as error:
                 way.error = str(error)
-                tqdm.write(f"{way.name}: {error}\n{way.child.log_end() if way.child else ''}", file=sys.stderr)
+                tqdm.write(
+                    f"{way.name}: {error}\n{way.child.log_end() if way.child else ''}",
+                    file=sys.stderr,
+                )
             if way.child and (options.restart or way.error):
                 way.child.close()
                 way.child = None
@@ -137,29 +185,57 @@ def ratio(one: Way, other: Way) -> float | None:
     return statistics.median(a / b for a, b in pairs) if pairs else None
 
 
-def found(way: Way, ways: list[Way], base: Way, reference: Way, batch: int, flops: float,
-          peak: dict[str, float]) -> dict[str, Any]:
+def found(
+    way: Way,
+    ways: list[Way],
+    base: Way,
+    reference: Way,
+    batch: int,
+    flops: float,
+    peak: dict[str, float],
+) -> dict[str, Any]:
     """What is known of a way, for JSON and tables."""
-    known = {"name": way.name, "kind": way.kind, "precision": way.precision, "compile": way.compile,
-             "checkpointing": way.checkpointing, "checkout": commit(way.checkout), "error": way.error} | way.first
+    known = {
+        "name": way.name,
+        "kind": way.kind,
+        "precision": way.precision,
+        "compile": way.compile,
+        "checkpointing": way.checkpointing,
+        "checkout": commit(way.checkout),
+        "error": way.error,
+    } | way.first
     if not way.turns:
         return known
     seconds = way.seconds()
     step_s = statistics.median(seconds)
     which = "mses" if way.first["losses"][0] is None else "losses"
     known |= {
-        "step_s": step_s, "images_s": batch / step_s, "spread": [min(seconds) / step_s - 1, max(seconds) / step_s - 1],
-        "ratio": ratio(base, way), "of_peak": flops * batch / step_s / peak[way.precision],
-        "away": max(abs(a / b - 1) for a, b in zip(way.first[which], reference.first[which], strict=True)),
-        "compile_s": way.first["first_s"] - step_s, "peak_bytes": max(turn["peak_bytes"] for turn in way.turns),
-        "turns": way.turns}
+        "step_s": step_s,
+        "images_s": batch / step_s,
+        "spread": [min(seconds) / step_s - 1, max(seconds) / step_s - 1],
+        "ratio": ratio(base, way),
+        "of_peak": flops * batch / step_s / peak[way.precision],
+        "away": max(
+            abs(a / b - 1) for a, b in zip(way.first[which], reference.first[which], strict=True)
+        ),
+        "compile_s": way.first["first_s"] - step_s,
+        "peak_bytes": max(turn["peak_bytes"] for turn in way.turns),
+        "turns": way.turns,
+    }
     if way.kind == "ours":
-        times = {name: statistics.median(turn["parts"].get(name, 0.0) for turn in way.turns)
-                 for name in dict.fromkeys([*PARTS, *way.turns[0]["parts"]])}
+        times = {
+            name: statistics.median(turn["parts"].get(name, 0.0) for turn in way.turns)
+            for name in dict.fromkeys([*PARTS, *way.turns[0]["parts"]])
+        }
         whole = sum(times.values())
-        known |= {"parts": times, "outside": 1 - sum(times[name] for name in COMPUTE) / whole,
-                  "overhead": sum(times[name] for name in OVERHEAD) / whole,
-                  "times_as_fast_as": {other.name: ratio(other, way) for other in ways if other.kind != "ours"}}
+        known |= {
+            "parts": times,
+            "outside": 1 - sum(times[name] for name in COMPUTE) / whole,
+            "overhead": sum(times[name] for name in OVERHEAD) / whole,
+            "times_as_fast_as": {
+                other.name: ratio(other, way) for other in ways if other.kind != "ours"
+            },
+        }
     return known
 
 
@@ -167,64 +243,157 @@ def commit(checkout: str | None) -> str | None:
     if checkout is None:
         return None
     try:
-        git = subprocess.run(["git", "-C", checkout, "log", "-1", "--format=%H"], capture_output=True, text=True)
+        git = subprocess.run(
+            ["git", "-C", checkout, "log", "-1", "--format=%H"], capture_output=True, text=True
+        )
     except FileNotFoundError:
         return "unknown: git is not installed"
     return git.stdout.strip() or "not in git"
 
 
 def table(*rows: list[str]) -> list[str]:
-    return ["", *(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] + ["---:"] * (len(rows[0]) - 1), *rows[1:]))]
+    return [
+        "",
+        *(
+            f"| {' | '.join(row)} |"
+            for row in (rows[0], ["---"] + ["---:"] * (len(rows[0]) - 1), *rows[1:])
+        ),
+    ]
 
 
 def report(results: list[dict[str, Any]], base: str) -> str:
-    rows = [["way", "step, ms", "images/s", "spread", f"of {base}", "of the peak", "memory, GiB", "first, s", "away"]]
+    rows = [
+        [
+            "way",
+            "step, ms",
+            "images/s",
+            "spread",
+            f"of {base}",
+            "of the peak",
+            "memory, GiB",
+            "first, s",
+            "away",
+        ]
+    ]
     for r in results:
         if "step_s" not in r:
             rows.append([r["name"], f"failed: {r['error']}", *[""] * 7])
             continue
-        rows.append([
-            r["name"] + (f" (failed in the end: {r['error']})" if r["error"] else ""), f"{1e3 * r['step_s']:.1f}",
-            f"{r['images_s']:.2f}", "{:+.0%} {:+.0%}".format(*r["spread"]), f"{r['ratio']:.2f} x",
-            f"{r['of_peak']:.0%}", f"{r['peak_bytes'] / 2**30:.2f}", f"{r['first_s']:.1f}", f"{r['away']:.0e}"])
+        rows.append(
+            [
+                r["name"] + (f" (failed in the end: {r['error']})" if r["error"] else ""),
+                f"{1e3 * r['step_s']:.1f}",
+                f"{r['images_s']:.2f}",
+                "{:+.0%} {:+.0%}".format(*r["spread"]),
+                f"{r['ratio']:.2f} x",
+                f"{r['of_peak']:.0%}",
+                f"{r['peak_bytes'] / 2**30:.2f}",
+                f"{r['first_s']:.1f}",
+                f"{r['away']:.0e}",
+            ]
+        )
     lines = table(*rows)
     ours = [r for r in results if "parts" in r]
-    if peers := [name for name in (ours[0]["times_as_fast_as"] if ours else {}) if ours[0]["times_as_fast_as"][name]]:
-        lines += table(["times as fast as", *(r["name"] for r in ours)], *(
-            [name, *(f"{r['times_as_fast_as'][name]:.2f}" for r in ours)] for name in peers))
+    if peers := [
+        name
+        for name in (ours[0]["times_as_fast_as"] if ours else {})
+        if ours[0]["times_as_fast_as"][name]
+    ]:
+        lines += table(
+            ["times as fast as", *(r["name"] for r in ours)],
+            *([name, *(f"{r['times_as_fast_as'][name]:.2f}" for r in ours)] for name in peers),
+        )
     if ours:
-        lines += table(["part of a step, ms", *(r["name"] for r in ours)], *(
-            [PARTS.get(name, name), *(f"{1e3 * r['parts'].get(name, 0):.2f} "
-                                      f"({r['parts'].get(name, 0) / sum(r['parts'].values()):.1%})" for r in ours)]
-            for name in dict.fromkeys(name for r in ours for name in r["parts"])))
-    return "\n".join([*lines, "", *(
-        f"{r['name']}: outside forward, backward and optimizer {r['outside']:.2%} of a step; curriculum, draws, "
-        f"telemetry and agreed vector {r['overhead']:.2%}" for r in ours)])
+        lines += table(
+            ["part of a step, ms", *(r["name"] for r in ours)],
+            *(
+                [
+                    PARTS.get(name, name),
+                    *(
+                        f"{1e3 * r['parts'].get(name, 0):.2f} "
+                        f"({r['parts'].get(name, 0) / sum(r['parts'].values()):.1%})"
+                        for r in ours
+                    ),
+                ]
+                for name in dict.fromkeys(name for r in ours for name in r["parts"])
+            ),
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *(
+                f"{r['name']}: outside forward, backward and optimizer {r['outside']:.2%} of a "
+                f"step; curriculum, draws, telemetry and agreed vector {r['overhead']:.2%}"
+                for r in ours
+            ),
+        ]
+    )
 
 
 def parse(args: list[str] | None) -> tuple[argparse.Namespace, Config, dict[str, str | None]]:
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("preset", metavar="PRESET", help="such as dit_s2_imagenet256; class-conditional")
-    parser.add_argument("--batch", type=int, nargs="+", default=[32, 64, 128, 256] if gpu else [8],
-                        help="images; by default 8, on a GPU 32, 64, 128 and 256 in turn")
-    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"),
-                        default=["bf16"] if gpu else ["fp32", "bf16"], help="by default both, on a GPU bf16")
-    parser.add_argument("--compile", nargs="+", choices=("auto", "off", "blocks", "model"),
-                        default=["off", "blocks"] if gpu else ["off"], help="of ours, and of our model in DDP")
-    parser.add_argument("--activation-checkpointing", nargs="+", choices=("off", "on"), default=["off"],
-                        help="of ours")
-    parser.add_argument("--against", nargs="*", default=[], metavar="PEER",
-                        help="dit=PATH and fast-dit=PATH (git clone https://github.com/facebookresearch/DiT, "
-                             "https://github.com/chuanyangjin/fast-DiT; they need timm, torchvision and diffusers), "
-                             "diffusers, ddp; fast-dit and diffusers need accelerate")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each way that are counted; by default 3")
-    parser.add_argument("--steps", type=int, default=20 if gpu else 3, help="that are counted in a turn")
-    parser.add_argument("--restart", action="store_true",
-                        help="a new process for each turn, where not all ways fit in memory together")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "preset", metavar="PRESET", help="such as dit_s2_imagenet256; class-conditional"
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        nargs="+",
+        default=[32, 64, 128, 256] if gpu else [8],
+        help="images; by default 8, on a GPU 32, 64, 128 and 256 in turn",
+    )
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=("fp32", "bf16"),
+        default=["bf16"] if gpu else ["fp32", "bf16"],
+        help="by default both, on a GPU bf16",
+    )
+    parser.add_argument(
+        "--compile",
+        nargs="+",
+        choices=("auto", "off", "blocks", "model"),
+        default=["off", "blocks"] if gpu else ["off"],
+        help="of ours, and of our model in DDP",
+    )
+    parser.add_argument(
+        "--activation-checkpointing",
+        nargs="+",
+        choices=("off", "on"),
+        default=["off"],
+        help="of ours",
+    )
+    parser.add_argument(
+        "--against",
+        nargs="*",
+        default=[],
+        metavar="PEER",
+        help="dit=PATH and fast-dit=PATH (git clone https://github.com/facebookresearch/DiT, "
+        "https://github.com/chuanyangjin/fast-DiT; they need timm, torchvision and diffusers), "
+        "diffusers, ddp; fast-dit and diffusers need accelerate",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="turns of each way that are counted; by default 3"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=20 if gpu else 3, help="that are counted in a turn"
+    )
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="a new process for each turn, where not all ways fit in memory together",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
-    parser.add_argument("--threads", type=int, help="of each process, on a CPU; with 1, CPU time is measured")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="for everything that was measured")
+    parser.add_argument(
+        "--threads", type=int, help="of each process, on a CPU; with 1, CPU time is measured"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="for everything that was measured"
+    )
     options = parser.parse_args(args)
     if options.device == "cuda" and not gpu:
         parser.error("--device cuda: torch sees no CUDA device")
@@ -235,18 +404,34 @@ def parse(args: list[str] | None) -> tuple[argparse.Namespace, Config, dict[str,
     if options.preset not in PRESETS:
         parser.error(f"there is no preset {options.preset}; there are {', '.join(PRESETS)}")
     preset = PRESETS[options.preset]()
-    if not (preset.model.num_classes and preset.model.learn_sigma and preset.diffusion.timesteps == 1000
-            and preset.diffusion.objective == "gaussian"):
-        parser.error(f"{options.preset} is not class-conditional with learned variances, which all peers are")
+    if not (
+        preset.model.num_classes
+        and preset.model.learn_sigma
+        and preset.diffusion.timesteps == 1000
+        and preset.diffusion.objective == "gaussian"
+    ):
+        parser.error(
+            f"{options.preset} is not class-conditional with learned variances, which all peers are"
+        )
     against: dict[str, str | None] = {}
     for peer in options.against:
         kind, _, path = peer.partition("=")
         if kind not in NAMES or kind == "ours":
-            parser.error(f"there is no peer {kind}; there are dit=PATH, fast-dit=PATH, diffusers, ddp")
+            parser.error(
+                f"there is no peer {kind}; there are dit=PATH, fast-dit=PATH, diffusers, ddp"
+            )
         if bool(path) != (kind in CHECKOUTS):
-            parser.error(f"--against {peer}: it " + ("takes no path" if path else f"is {kind}=PATH, of a checkout"))
-        if path and not all(Path(path, name).exists() for name in ("models.py", "train.py", "diffusion")):
-            parser.error(f"--against {peer}: no checkout of it; there is no models.py, train.py and diffusion/")
+            parser.error(
+                f"--against {peer}: it "
+                + ("takes no path" if path else f"is {kind}=PATH, of a checkout")
+            )
+        if path and not all(
+            Path(path, name).exists() for name in ("models.py", "train.py", "diffusion")
+        ):
+            parser.error(
+                f"--against {peer}: no checkout of it; there is no models.py, train.py and "
+                "diffusion/"
+            )
         if kind in ("diffusers", "fast-dit") and not find_spec("accelerate"):
             parser.error(f"--against {kind} needs accelerate: pip install accelerate")
         against[kind] = str(Path(path).resolve()) if path else None
@@ -267,36 +452,68 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    where = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} threads"
+    )
     measured = {
         "command": [Path(sys.argv[0]).name, *(sys.argv[1:] if args is None else args)],
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "device": where, "versions": versions, "preset": options.preset,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "device": where,
+        "versions": versions,
+        "preset": options.preset,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "flops_per_image": flops, "peak_flops": peak, "batches": []}
-    print(f"{options.preset}, {measured['parameters']:,} parameters, {flops / 1e9:.1f} GFLOP an image; {where}; peak "
-          + ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in peak.items()) + "; "
-          + ", ".join(f"{name} {number}" for name, number in versions.items()), flush=True)
+        "flops_per_image": flops,
+        "peak_flops": peak,
+        "batches": [],
+    }
+    print(
+        f"{options.preset}, {measured['parameters']:,} parameters, {flops / 1e9:.1f} GFLOP an "
+        f"image; {where}; peak "
+        + ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in peak.items())
+        + "; "
+        + ", ".join(f"{name} {number}" for name, number in versions.items()),
+        flush=True,
+    )
     wrong: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary, "data")
         make_latents(data, preset.model, max(512, 2 * max(options.batch)))
         for batch in options.batch:
-            ways = [Way("ours", p, c, on == "on") for p in options.precision for c in options.compile
-                    for on in options.activation_checkpointing]
-            ways += [Way(kind, p, c, checkout=path) for kind, path in against.items() for p in options.precision
-                     for c in (options.compile if kind == "ddp" else ["off"])]
+            ways = [
+                Way("ours", p, c, on == "on")
+                for p in options.precision
+                for c in options.compile
+                for on in options.activation_checkpointing
+            ]
+            ways += [
+                Way(kind, p, c, checkout=path)
+                for kind, path in against.items()
+                for p in options.precision
+                for c in (options.compile if kind == "ddp" else ["off"])
+            ]
             load = os.getloadavg()[0]
             take_turns(ways, preset, options, batch, data, Path(temporary))
             alive = [way for way in ways if way.turns]
             reference = (alive or ways)[0]
             base = next((way for way in alive if way.kind != "ours"), reference)
             results = [found(way, ways, base, reference, batch, flops, peak) for way in ways]
-            measured["batches"].append({"batch": batch, "base": base.name, "load": load, "ways": results})
-            print(f"\nbatches of {batch}, {options.rounds} rounds of {options.steps} steps, load {load:.1f} before, "
-                  f"{os.getloadavg()[0]:.1f} after\n{report(results, base.name)}", flush=True)
-            wrong += [f"{r['name']} by {r['away']:.0e} from {reference.name}" for r in results
-                      if r["precision"] == reference.precision == "fp32" and r["kind"] != "diffusers"
-                      and r.get("away", 0) > ROUNDING[options.device]]
+            measured["batches"].append(
+                {"batch": batch, "base": base.name, "load": load, "ways": results}
+            )
+            print(
+                f"\nbatches of {batch}, {options.rounds} rounds of {options.steps} steps, load "
+                f"{load:.1f} before, {os.getloadavg()[0]:.1f} after\n{report(results, base.name)}",
+                flush=True,
+            )
+            wrong += [
+                f"{r['name']} by {r['away']:.0e} from {reference.name}"
+                for r in results
+                if r["precision"] == reference.precision == "fp32"
+                and r["kind"] != "diffusers"
+                and r.get("away", 0) > ROUNDING[options.device]
+            ]
             if options.json:
                 options.json.write_text(json.dumps(measured, indent=1) + "\n")
     if wrong:

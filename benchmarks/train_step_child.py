@@ -1,9 +1,11 @@
-"""One way's side of benchmarks/train_step.py: a process of its own, which takes its turns as it is told.
+"""One way's side of benchmarks/train_step.py: a process of its own, which takes its turns as it is
+told.
 
     train_step_child.py '{"kind": "ours" | "dit" | "fast-dit" | "diffusers" | "ddp", ...}'
 
-Answers each line of JSON on stdin with one: {} with what the first steps found and how long the very first one took,
-{"steps": n} with the times of n steps, after one that is not counted, and for ours with what n more went to.
+Answers each line of JSON on stdin with one: {} with what the first steps found and how long the
+very first one took, {"steps": n} with the times of n steps, after one that is not counted, and for
+ours with what n more went to.
 """
 
 import contextlib
@@ -39,21 +41,30 @@ class Child:
     """The process, as benchmarks/train_step.py sees it. Raises Failed for what went wrong in it."""
 
     def __init__(self, job: dict[str, Any], folder: Path):
-        """`job`: a Job's fields; `folder`: for its log and what it compiles, which nobody has compiled before."""
+        """`job`: a Job's fields; `folder`: for its log and what it compiles, which nobody has
+        compiled before."""
         folder.mkdir(exist_ok=True)
         threads = job["config"]["train"]["threads"]
-        environment = {name: str(folder / name.lower()) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+        environment = {
+            name: str(folder / name.lower())
+            for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+        }
         environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
         self._log = folder / "log"
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                text=True, env=os.environ | environment)
+                [sys.executable, __file__, json.dumps(job)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=os.environ | environment,
+            )
         assert self._process.stdin and self._process.stdout
         self._asks, self._answers = self._process.stdin, self._process.stdout
 
     def ask(self, **what: Any) -> dict[str, Any]:
-        with contextlib.suppress(BrokenPipeError):      # it is gone, which `answer` says
+        with contextlib.suppress(BrokenPipeError):  # it is gone, which `answer` says
             print(json.dumps(what), file=self._asks, flush=True)
         return self.answer()
 
@@ -70,7 +81,7 @@ class Child:
 
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):
-            self._asks.close()                          # which it takes as the end
+            self._asks.close()  # which it takes as the end
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
@@ -80,8 +91,9 @@ class Child:
 
 
 class Clock:
-    """On a GPU events in its stream: what the device did. With one thread on a CPU the process's own time, which what
-    else runs does not lengthen so much (waiting counts for nothing); else wall-clock time."""
+    """On a GPU events in its stream: what the device did. With one thread on a CPU the process's
+    own time, which what else runs does not lengthen so much (waiting counts for nothing); else
+    wall-clock time."""
 
     def __init__(self, device: torch.device):
         self.gpu = device.type == "cuda"
@@ -102,7 +114,8 @@ class Clock:
 
 
 class Split:
-    """What the time of a step goes to: parts within parts, each without those in it, so that they add up."""
+    """What the time of a step goes to: parts within parts, each without those in it, so that they
+    add up."""
 
     def __init__(self, clock: Clock):
         self._clock, self._open, self._on = clock, ["pacing"], False
@@ -143,11 +156,13 @@ class Split:
         def watched(*args: Any, **kwargs: Any) -> Any:
             with self.part(name):
                 return inner(*args, **kwargs)
+
         setattr(owner, method, watched)
 
 
 def ours(job: Job) -> None:
-    """`Trainer.take_step`, as the program takes it, in the loop of `Trainer.train`; it logs at every step."""
+    """`Trainer.take_step`, as the program takes it, in the loop of `Trainer.train`; it logs at
+    every step."""
     os.environ["DS_ACCELERATOR"] = job.device.type
     from largescale.checkpoint.checkpointer import Checkpointer
     from largescale.config.deepspeed import final_ds_config, precision
@@ -165,8 +180,9 @@ def ours(job: Job) -> None:
             def step() -> tuple[float, float]:
                 super(Served, self).take_step(batches)
                 return self.found
+
             serve(job, step, split)
-            return True                                 # asked to stop
+            return True  # asked to stop
 
         def commit_step(self, report: Any) -> None:
             self.found = report.loss, report.mse
@@ -179,9 +195,19 @@ def ours(job: Job) -> None:
     state = TrainingState(c, objective)
     with mock.patch.object(module, "build_model", same_weights):
         train_step = module.TrainStep(c, ds, ranks, dataset, objective, state)
-    with Telemetry(c.run_dir, active=True, tensorboard=True, step=0, steps=c.train.steps) as telemetry:
-        recorder = Recorder(c, ranks, state, telemetry, Watchdog(c.train.timeout_s), precision=precision(ds),
-                            flops_per_step=train_step.flops, start_time=began)
+    with Telemetry(
+        c.run_dir, active=True, tensorboard=True, step=0, steps=c.train.steps
+    ) as telemetry:
+        recorder = Recorder(
+            c,
+            ranks,
+            state,
+            telemetry,
+            Watchdog(c.train.timeout_s),
+            precision=precision(ds),
+            flops_per_step=train_step.flops,
+            start_time=began,
+        )
         trainer = Served(c, ranks, dataset, train_step, state, checkpointer, recorder, {})
         hook(trainer, module, split)
         trainer.train()
@@ -196,16 +222,18 @@ def hook(t: Any, module: Any, split: Split) -> None:
         with split.part({"forward": "rows"}.get(name, name)), lap(name):
             yield
 
-    def x_start(*args: Any) -> Tensor:                  # the rows have been taken
+    def x_start(*args: Any) -> Tensor:  # the rows have been taken
         split.becomes("forward")
         return to_x_start(*args)
 
     t.recorder.lap, module.to_x_start = split_lap, x_start
     split.watch(t, "run_periodic_tasks", "telemetry")
     zero = t.engine._zero
-    split.watch(zero, "process_gradients", "reduce")    # a parameter's gradient is there, in the midst of backward
+    split.watch(
+        zero, "process_gradients", "reduce"
+    )  # a parameter's gradient is there, in the midst of backward
     split.watch(zero, "independent_gradient_partition_epilogue", "reduce")
-    base = type(zero.optimizer).__mro__[1]              # AdamW's step, without the EMA
+    base = type(zero.optimizer).__mro__[1]  # AdamW's step, without the EMA
     split.watch(base, "step", "AdamW")
     split.watch(zero.optimizer, "step", "EMA")
 
@@ -230,13 +258,17 @@ def serve(job: Job, step: Step, split: Split | None = None) -> None:
             found = [step()]
             if gpu:
                 torch.cuda.synchronize()
-            first_s = time.perf_counter() - begin       # whatever the clock: also compiling, which other processes do
+            first_s = (
+                time.perf_counter() - begin
+            )  # whatever the clock: also compiling, which other processes do
             found += [step() for _ in range(GIVEN - 1)]
-            losses, mses = ([None if value is None else float(value) for value in values]
-                            for values in zip(*found, strict=True))
+            losses, mses = (
+                [None if value is None else float(value) for value in values]
+                for values in zip(*found, strict=True)
+            )
             answer(first_s=first_s, losses=losses, mses=mses, **idle)
         else:
-            step()                                      # caches are cold, the GPU's memory was given back
+            step()  # caches are cold, the GPU's memory was given back
             if gpu:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
@@ -251,7 +283,8 @@ def serve(job: Job, step: Step, split: Split | None = None) -> None:
 
 
 def resident() -> int:
-    """The most this process has had, in bytes. (For getrusage, what its parent had when it forked counts too.)"""
+    """The most this process has had, in bytes. (For getrusage, what its parent had when it forked
+    counts too.)"""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 

@@ -1,9 +1,9 @@
-"""What benchmarks/train_step.py compares ours with: `PEERS[kind](job)` builds one and returns the function that takes
-its step.
+"""What benchmarks/train_step.py compares ours with: `PEERS[kind](job)` builds one and returns the
+function that takes its step.
 
-Each takes images that lie in memory, with labels: it has nothing to read. Its weights are ours; in its first steps it
-is given our t, noise and dropped labels too, in all others it draws them as it does. Each reads its loss after every
-step where its own program does.
+Each takes images that lie in memory, with labels: it has nothing to read. Its weights are ours; in
+its first steps it is given our t, noise and dropped labels too, in all others it draws them as it
+does. Each reads its loss after every step where its own program does.
 """
 
 import contextlib
@@ -30,9 +30,11 @@ from largescale.models.compile import what_to_compile
 from largescale.models.dit import DiT
 from largescale.randomness import step_draws
 
-GIVEN = 2                                               # first steps, which all ways take with the same draws
-Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # x_start, y; t, noise, which a peer draws where None
-Step = Callable[[], tuple[Any, Any]]                    # returns loss and mse; diffusers has the latter only
+GIVEN = 2  # first steps, which all ways take with the same draws
+Inputs = tuple[
+    Tensor, Tensor, Tensor | None, Tensor | None
+]  # x_start, y; t, noise, which a peer draws where None
+Step = Callable[[], tuple[Any, Any]]  # returns loss and mse; diffusers has the latter only
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ class Job:
 
     def autocast(self) -> Any:
         half = self.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16) if half else contextlib.nullcontext()
+        return (
+            torch.autocast(self.device.type, torch.bfloat16) if half else contextlib.nullcontext()
+        )
 
     def accelerator(self) -> Any:
         try:
@@ -61,30 +65,60 @@ class Job:
     def adamw(self, model: nn.Module, **more: Any) -> torch.optim.Optimizer:
         """DiT's, for the settings of DiT's."""
         o = self.config.optimizer
-        return torch.optim.AdamW(model.parameters(), lr=o.lr, betas=o.betas, eps=o.eps,
-                                 weight_decay=o.weight_decay, **more)
+        return torch.optim.AdamW(
+            model.parameters(),
+            lr=o.lr,
+            betas=o.betas,
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+            **more,
+        )
 
     def inputs(self) -> Iterator[Inputs]:
-        """Those of our first steps; then the same images in turn, with labels, t and noise for the peer to draw."""
+        """Those of our first steps; then the same images in turn, with labels, t and noise for the
+        peer to draw."""
         c, dataset, batches = self.config, ShardDataset(self.config.data.path), []
         objective, active = build_objective(c), make_curriculum(c).active
         size, shape = c.train.global_batch_size, latent_shape(c.model)
-        with Loader(dataset, seed=c.train.seed, global_batch_size=size, micro_batch_size=size, rank=0, world_size=1,
-                    flip=c.data.horizontal_flip) as loader:
+        with Loader(
+            dataset,
+            seed=c.train.seed,
+            global_batch_size=size,
+            micro_batch_size=size,
+            rank=0,
+            world_size=1,
+            flip=c.data.horizontal_flip,
+        ) as loader:
             for step in range(GIVEN):
-                rows = {name: values[0].to(self.device) for name, values in loader.batch(step).items()}
-                draws = step_draws(c.train.seed, step, size, shape, dropout_prob=c.model.class_dropout_prob,
-                                   posterior=True, device=self.device)
-                x = to_x_start(rows["latent"], dataset.info.kind, dataset.info.scale_factor, draws.posterior)
+                rows = {
+                    name: values[0].to(self.device) for name, values in loader.batch(step).items()
+                }
+                draws = step_draws(
+                    c.train.seed,
+                    step,
+                    size,
+                    shape,
+                    dropout_prob=c.model.class_dropout_prob,
+                    posterior=True,
+                    device=self.device,
+                )
+                x = to_x_start(
+                    rows["latent"], dataset.info.kind, dataset.info.scale_factor, draws.posterior
+                )
                 batches.append((x, rows["label"]))
-                yield (x, drop(rows["label"], draws.dropout, c.model.num_classes),
-                       objective.draw(draws.v, *active), draws.noise)
+                yield (
+                    x,
+                    drop(rows["label"], draws.dropout, c.model.num_classes),
+                    objective.draw(draws.v, *active),
+                    draws.noise,
+                )
         for i in count():
             yield *batches[i % GIVEN], None, None
 
 
 def same_weights(config: ModelConfig) -> DiT:
-    """Normal: adaLN-Zero starts as a function that is 0 everywhere, and a wrong one would not be noticed."""
+    """Normal: adaLN-Zero starts as a function that is 0 everywhere, and a wrong one would not be
+    noticed."""
     model, generator = build_model(config), torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -100,15 +134,26 @@ def drop_labels(model: nn.Module, probability: float) -> None:
 
 
 def dit(job: Job, fast: bool = False) -> Step:
-    """The body of the loop of facebookresearch/DiT's train.py, or of fast-DiT's, which differs by accelerate and, in
-    its model, checkpointing. Without DDP; its train.py has no autocast, so bf16 is not its own. Sets TF32."""
+    """The body of the loop of facebookresearch/DiT's train.py, or of fast-DiT's, which differs by
+    accelerate and, in its model, checkpointing. Without DDP; its train.py has no autocast, so bf16
+    is not its own. Sets TF32."""
     sys.path.insert(0, str(job.checkout))
     import diffusion as its_diffusion
     import models as its_models
     import train as its_train
 
-    names = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio",
-             "class_dropout_prob", "num_classes", "learn_sigma")
+    names = (
+        "input_size",
+        "patch_size",
+        "in_channels",
+        "hidden_size",
+        "depth",
+        "num_heads",
+        "mlp_ratio",
+        "class_dropout_prob",
+        "num_classes",
+        "learn_sigma",
+    )
     model = its_models.DiT(**{name: getattr(job.config.model, name) for name in names})
     model.load_state_dict(same_weights(job.config.model).state_dict())
     model.to(job.device)
@@ -156,10 +201,18 @@ def hugging_face(job: Job) -> Step:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     m = job.config.model
     model = DiTTransformer2DModel(
-        num_attention_heads=m.num_heads, attention_head_dim=m.hidden_size // m.num_heads, in_channels=m.in_channels,
-        out_channels=2 * m.in_channels, num_layers=m.depth, sample_size=m.input_size, patch_size=m.patch_size,
-        num_embeds_ada_norm=m.num_classes)
-    model.load_state_dict(renamed(same_weights(m).state_dict(), m.depth), strict=False)  # but for the fixed pos_embed
+        num_attention_heads=m.num_heads,
+        attention_head_dim=m.hidden_size // m.num_heads,
+        in_channels=m.in_channels,
+        out_channels=2 * m.in_channels,
+        num_layers=m.depth,
+        sample_size=m.input_size,
+        patch_size=m.patch_size,
+        num_embeds_ada_norm=m.num_classes,
+    )
+    model.load_state_dict(
+        renamed(same_weights(m).state_dict(), m.depth), strict=False
+    )  # but for the fixed pos_embed
     model.to(job.device).train()
     ema = EMAModel(model.parameters(), decay=job.config.optimizer.ema_decay, foreach=True)
     ema.to(job.device)
@@ -172,7 +225,9 @@ def hugging_face(job: Job) -> Step:
         if t is None or noise is None:
             noise = torch.randn_like(x)
             t = torch.randint(0, scheduler.config.num_train_timesteps, (len(x),), device=x.device)
-        predicted = model(scheduler.add_noise(x, noise, t), timestep=t, class_labels=y).sample[:, :x.shape[1]]
+        predicted = model(scheduler.add_noise(x, noise, t), timestep=t, class_labels=y).sample[
+            :, : x.shape[1]
+        ]
         loss = F.mse_loss(predicted.float(), noise.float())
         accelerator.backward(loss)
         opt.step()
@@ -186,26 +241,39 @@ def hugging_face(job: Job) -> Step:
 
 def renamed(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
     """DiT's weights by diffusers' names; each of its blocks embeds t and y anew."""
-    new = {f"pos_embed.{name}": state[f"x_embedder.{name}"] for name in ("proj.weight", "proj.bias")}
+    new = {
+        f"pos_embed.{name}": state[f"x_embedder.{name}"] for name in ("proj.weight", "proj.bias")
+    }
     for kind in ("weight", "bias"):
         new[f"proj_out_1.{kind}"] = state[f"final_layer.adaLN_modulation.1.{kind}"]
         new[f"proj_out_2.{kind}"] = state[f"final_layer.linear.{kind}"]
     for i in range(depth):
         its, mine = f"transformer_blocks.{i}", f"blocks.{i}"
-        new[f"{its}.norm1.emb.class_embedder.embedding_table.weight"] = state["y_embedder.embedding_table.weight"]
+        new[f"{its}.norm1.emb.class_embedder.embedding_table.weight"] = state[
+            "y_embedder.embedding_table.weight"
+        ]
         for kind in ("weight", "bias"):
-            new |= {f"{its}.attn1.to_{name}.{kind}": part for name, part in
-                    zip("qkv", state[f"{mine}.attn.qkv.{kind}"].chunk(3), strict=True)}
-            new |= {f"{its}.{theirs}.{kind}": state[f"{name}.{kind}"] for theirs, name in {
-                "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
-                "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
-                "norm1.linear": f"{mine}.adaLN_modulation.1", "attn1.to_out.0": f"{mine}.attn.proj",
-                "ff.net.0.proj": f"{mine}.mlp.fc1", "ff.net.2": f"{mine}.mlp.fc2"}.items()}
+            new |= {
+                f"{its}.attn1.to_{name}.{kind}": part
+                for name, part in zip("qkv", state[f"{mine}.attn.qkv.{kind}"].chunk(3), strict=True)
+            }
+            new |= {
+                f"{its}.{theirs}.{kind}": state[f"{name}.{kind}"]
+                for theirs, name in {
+                    "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+                    "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+                    "norm1.linear": f"{mine}.adaLN_modulation.1",
+                    "attn1.to_out.0": f"{mine}.attn.proj",
+                    "ff.net.0.proj": f"{mine}.mlp.fc1",
+                    "ff.net.2": f"{mine}.mlp.fc2",
+                }.items()
+            }
     return new
 
 
 def ddp(job: Job) -> Step:
-    """Our model and loss in PyTorch's DistributedDataParallel, one rank, with its fastest AdamW and EMA."""
+    """Our model and loss in PyTorch's DistributedDataParallel, one rank, with its fastest AdamW and
+    EMA."""
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
@@ -228,8 +296,15 @@ def ddp(job: Job) -> Step:
     def step() -> tuple[Tensor, Tensor]:
         x, y, t, noise = next(inputs)
         if t is None or noise is None:
-            t, noise = torch.randint(0, c.diffusion.timesteps, (len(x),), device=x.device), torch.randn_like(x)
-            y = drop(y, torch.rand(len(x), device=x.device) < c.model.class_dropout_prob, c.model.num_classes)
+            t, noise = (
+                torch.randint(0, c.diffusion.timesteps, (len(x),), device=x.device),
+                torch.randn_like(x),
+            )
+            y = drop(
+                y,
+                torch.rand(len(x), device=x.device) < c.model.class_dropout_prob,
+                c.model.num_classes,
+            )
         with job.autocast():
             losses = objective.training_losses(model, x, t, noise, y)
         losses.loss.mean().backward()
@@ -243,4 +318,8 @@ def ddp(job: Job) -> Step:
 
 
 PEERS: dict[str, Callable[[Job], Step]] = {
-    "dit": dit, "fast-dit": partial(dit, fast=True), "diffusers": hugging_face, "ddp": ddp}
+    "dit": dit,
+    "fast-dit": partial(dit, fast=True),
+    "diffusers": hugging_face,
+    "ddp": ddp,
+}

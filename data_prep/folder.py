@@ -1,6 +1,6 @@
 """Packs a folder of images, such as FFHQ, for unconditional training.
 
-    python -m data_prep.folder --images ffhq --vae stabilityai/sd-vae-ft-ema --out data/ffhq256
+python -m data_prep.folder --images ffhq --vae stabilityai/sd-vae-ft-ema --out data/ffhq256
 """
 
 import sys
@@ -21,12 +21,20 @@ class Folder(packing.Packing):
 
 
 def read(images: Path) -> ListSource:
-    """All images below the folder, sorted by path. Raises DataError where there are none, or several splits."""
+    """All images below the folder, sorted by path. Raises DataError where there are none, or
+    several splits."""
     files, others = list_images(images)
-    refuse_splits(images, {top for file in files if SPLIT.fullmatch(top := file.partition("/")[0].lower())},
-                  "give one with --images, or a folder of links to both")
-    facts = {"program": "data_prep.folder", "images": str(images.resolve()), "images_listed": len(files),
-             "other_files": others}
+    refuse_splits(
+        images,
+        {top for file in files if SPLIT.fullmatch(top := file.partition("/")[0].lower())},
+        "give one with --images, or a folder of links to both",
+    )
+    facts = {
+        "program": "data_prep.folder",
+        "images": str(images.resolve()),
+        "images_listed": len(files),
+        "other_files": others,
+    }
     return ListSource(f"folder-{name_of(images)}", images, files, facts=facts)
 
 

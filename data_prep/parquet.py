@@ -1,6 +1,7 @@
 """Packs Parquet files that hold encoded images in a column, such as Hugging Face's data sets.
 
-    python -m data_prep.parquet --files train.parquet --label-column label --vae none --resolution 32 --out data/cifar10
+python -m data_prep.parquet --files train.parquet --label-column label --vae none --resolution 32
+--out data/cifar10
 """
 
 import sys
@@ -36,43 +37,62 @@ from data_prep.sources import (
 from largescale.errors import DataError
 from largescale.host.files import from_json
 
-ROWS_READ = 64                                          # at a time: images are large
-BYTES_READ = 2**28                                      # at a time, were every value as large as its column chunk
-MOST_BYTES = 2**30                                      # of a column chunk that is a hundredth of it when compressed
+ROWS_READ = 64  # at a time: images are large
+BYTES_READ = 2**28  # at a time, were every value as large as its column chunk
+MOST_BYTES = 2**30  # of a column chunk that is a hundredth of it when compressed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parquet(packing.Packing):
     files: tuple[Path, ...]
-    """Parquet files, or folders of them; a folder with several splits (train-*, test-*) is refused."""
+    """Parquet files, or folders of them; a folder with several splits (train-*, test-*) is
+    refused."""
     image_column: str = "image"
     """Of encoded images: bytes, or Hugging Face's struct of bytes and path."""
     label_column: str | None = None
-    """Of whole numbers, with the names of the classes from the schema where it has them; or of names, which are
-    numbered in sorted order."""
+    """Of whole numbers, with the names of the classes from the schema where it has them; or of
+    names, which are numbered in sorted order."""
     caption_column: str | None = None
     """Of strings, or lists of strings."""
     id_column: str | None = None
     """By default rows are numbered."""
 
     def source(self) -> "ParquetSource":
-        return ParquetSource(self.files, self.image_column, self.label_column, self.caption_column, self.id_column)
+        return ParquetSource(
+            self.files, self.image_column, self.label_column, self.caption_column, self.id_column
+        )
 
 
 class ParquetSource:
-    """Rows of all files, one after the other; a part is `rows_per_shard` rows, and reads only their row groups.
+    """Rows of all files, one after the other; a part is `rows_per_shard` rows, and reads only their
+    row groups.
 
-    Raises DataError for files that cannot be read or are given twice, splits in one folder, a missing or unfit column,
-    labels outside the classes, and ids that are given twice.
+    Raises DataError for files that cannot be read or are given twice, splits in one folder, a
+    missing or unfit column, labels outside the classes, and ids that are given twice.
     """
 
-    def __init__(self, files: Sequence[Path], image_column: str = "image", label_column: str | None = None,
-                 caption_column: str | None = None, id_column: str | None = None) -> None:
-        self._files = [file for given_ in files for file in (_in_folder(given_) if given_.is_dir() else [given_])]
+    def __init__(
+        self,
+        files: Sequence[Path],
+        image_column: str = "image",
+        label_column: str | None = None,
+        caption_column: str | None = None,
+        id_column: str | None = None,
+    ) -> None:
+        self._files = [
+            file
+            for given_ in files
+            for file in (_in_folder(given_) if given_.is_dir() else [given_])
+        ]
         if not self._files:
             raise DataError(f"there are no *.parquet in {first_three(files)}; correct --files")
         refuse_twice("--files", self._files)
-        self._columns = {"image": image_column, "label": label_column, "caption": caption_column, "id": id_column}
+        self._columns = {
+            "image": image_column,
+            "label": label_column,
+            "caption": caption_column,
+            "id": id_column,
+        }
         rows = [self._check(file) for file in self._files]
         self._starts = [0, *accumulate(rows)]
         self.size: int | None = self._starts[-1]
@@ -88,13 +108,21 @@ class ParquetSource:
         self._labels = self._read_labels() if label_column else None
         self._ids = self._read_ids() if id_column else None
         self.facts: dict[str, Any] = {
-            "program": "data_prep.parquet", "files": [str(file) for file in self._files], "rows": self.size,
-            "bytes": sum(file.stat().st_size for file in self._files), "columns": self._columns,
-            "num_classes": self.num_classes}
+            "program": "data_prep.parquet",
+            "files": [str(file) for file in self._files],
+            "rows": self.size,
+            "bytes": sum(file.stat().st_size for file in self._files),
+            "columns": self._columns,
+            "num_classes": self.num_classes,
+        }
         self.fingerprint = fingerprint(
-            (name or "" for name in self._columns.values()), self.class_names, map(str, rows),
+            (name or "" for name in self._columns.values()),
+            self.class_names,
+            map(str, rows),
             b"" if self._labels is None else self._labels.astype("<i4").tobytes(),
-            () if self._ids is None else (_text(id)[0] for id in self._ids), *map(_footer, self._files))
+            () if self._ids is None else (_text(id)[0] for id in self._ids),
+            *map(_footer, self._files),
+        )
 
     def parts(self, rows_per_shard: int) -> int:
         return -(-self._starts[-1] // rows_per_shard)
@@ -115,7 +143,12 @@ class ParquetSource:
                 count = file.metadata.row_group(group).num_rows
                 if row < stop and start < row + count:
                     at = row
-                    rows = min(ROWS_READ, max(1, BYTES_READ // _largest(path, file.metadata.row_group(group), columns)))
+                    rows = min(
+                        ROWS_READ,
+                        max(
+                            1, BYTES_READ // _largest(path, file.metadata.row_group(group), columns)
+                        ),
+                    )
                     for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
                         for i in range(max(start - at, 0), min(stop - at, len(batch))):
                             yield self._item(at + i, batch, i)
@@ -132,7 +165,11 @@ class ParquetSource:
                 raise Unusable("its id is not UTF-8")
             captions = self._captions(batch, i)
             image = batch.column(self._columns["image"])[i]
-            image = image["bytes"].as_py() if pa.types.is_struct(image.type) and image.is_valid else image.as_py()
+            image = (
+                image["bytes"].as_py()
+                if pa.types.is_struct(image.type) and image.is_valid
+                else image.as_py()
+            )
             if image is None:
                 raise Unusable("it has no image bytes")
         except Unusable as error:
@@ -146,19 +183,30 @@ class ParquetSource:
             value = batch.column(self._columns["caption"])[i].as_py()
         except UnicodeDecodeError as error:
             raise Unusable(f"its caption is not UTF-8 ({error.reason})") from error
-        if captions := clean(text for text in ([value] if isinstance(value, str) else value or ()) if text):
+        if captions := clean(
+            text for text in ([value] if isinstance(value, str) else value or ()) if text
+        ):
             return captions
         raise Unusable("it has no caption")
 
     def _check(self, path: Path) -> int:
-        """Raises DataError for a column that is missing, or of a type that does not fit; returns the number of rows."""
+        """Raises DataError for a column that is missing, or of a type that does not fit; returns
+        the number of rows."""
         with _reading(path), pq.ParquetFile(path) as file:
             schema, rows = file.schema_arrow, file.metadata.num_rows
         for key, name in self._columns.items():
-            if name is not None and (name not in schema.names or not _fits(key, schema.field(name).type)):
-                what = f"is {schema.field(name).type}, not {NEEDED[key]}" if name in schema.names else "does not exist"
+            if name is not None and (
+                name not in schema.names or not _fits(key, schema.field(name).type)
+            ):
+                what = (
+                    f"is {schema.field(name).type}, not {NEEDED[key]}"
+                    if name in schema.names
+                    else "does not exist"
+                )
                 has = ", ".join(f"{field.name} ({field.type})" for field in schema)
-                raise DataError(f"{path}: column {name} {what}; it has {has}: give one with --{key}-column")
+                raise DataError(
+                    f"{path}: column {name} {what}; it has {has}: give one with --{key}-column"
+                )
         return int(rows)
 
     def _read(self, key: str, type: pa.DataType) -> pa.ChunkedArray:
@@ -172,8 +220,10 @@ class ParquetSource:
         column = pa.chunked_array(chunks, type).combine_chunks()
         if column.null_count:
             first = self._where(int(np.argmax(column.is_null().to_numpy(zero_copy_only=False))))
-            raise DataError(f"{first}: column {name} has no value ({column.null_count:,} such rows in all); complete "
-                            f"them, or leave out --{key}-column")
+            raise DataError(
+                f"{first}: column {name} has no value ({column.null_count:,} such rows in all); "
+                f"complete them, or leave out --{key}-column"
+            )
         return column
 
     def _where(self, row: int) -> str:
@@ -183,9 +233,13 @@ class ParquetSource:
     def _not_packed(self) -> list[str]:
         """Of columns that look like labels or captions and were not asked for."""
         schema = pq.read_schema(self._files[0])
-        return [f"column {field.name} ({field.type}) is not packed (--{key}-column {field.name})"
-                for key, names in LIKELY.items() if self._columns[key] is None
-                for field in schema if field.name.lower() in names and _fits(key, field.type)]
+        return [
+            f"column {field.name} ({field.type}) is not packed (--{key}-column {field.name})"
+            for key, names in LIKELY.items()
+            if self._columns[key] is None
+            for field in schema
+            if field.name.lower() in names and _fits(key, field.type)
+        ]
 
     def _read_labels(self) -> npt.NDArray[np.int32]:
         """Sets num_classes and class_names too."""
@@ -194,15 +248,24 @@ class ParquetSource:
         of_files = [_class_names(file, name) for file in self._files]
         for file, names in zip(self._files, of_files, strict=True):
             if names != of_files[0]:
-                raise DataError(f"{file} has other names of classes than {self._files[0]}; pack them each on its own")
+                raise DataError(
+                    f"{file} has other names of classes than {self._files[0]}; pack them each on "
+                    "its own"
+                )
         found, index = [_text(value) for value in column.dictionary], column.indices.to_numpy()
         if odd := [text for text, sound in found if not sound]:
-            raise DataError(f"column {name}: {odd[0]!r} is not UTF-8; correct it, or leave out --label-column")
+            raise DataError(
+                f"column {name}: {odd[0]!r} is not UTF-8; correct it, or leave out --label-column"
+            )
         counts = dict(zip([text for text, _ in found], np.bincount(index).tolist(), strict=True))
         numbers = not any(_is_text(pq.read_schema(file).field(name).type) for file in self._files)
         labels, self.class_names, self.num_classes = class_labels(
-            counts, of_files[0], lambda label: self._where(int(np.argmax(index == list(counts).index(label)))),
-            "correct the column, or leave out --label-column", numbers)
+            counts,
+            of_files[0],
+            lambda label: self._where(int(np.argmax(index == list(counts).index(label)))),
+            "correct the column, or leave out --label-column",
+            numbers,
+        )
         if self.class_names and not of_files[0]:
             self.notes.append("classes numbered in the sorted order of their names")
         return np.array(list(labels.values()), np.int32)[index]
@@ -211,15 +274,23 @@ class ParquetSource:
         ids = self._read("id", pa.large_string())
         if len(counts := pc.value_counts(ids)) < len(ids):
             twice = [_text(count["values"])[0] for count in counts if count["counts"].as_py() > 1]
-            raise DataError(f"column {self._columns['id']}: {len(twice):,} ids are given more than once: "
-                            f"{first_three(twice)}; give another --id-column, or none to number the rows")
+            raise DataError(
+                f"column {self._columns['id']}: {len(twice):,} ids are given more than once: "
+                f"{first_three(twice)}; give another --id-column, or none to number the rows"
+            )
         return ids
 
 
-NEEDED = {"image": "binary", "label": "numbers or strings", "caption": "a string, or a list of them",
-          "id": "a string or an integer"}
-LIKELY = {"label": ("label", "labels", "class", "class_id", "cls", "target", "fine_label"),
-          "caption": ("caption", "captions", "text", "txt", "prompt")}
+NEEDED = {
+    "image": "binary",
+    "label": "numbers or strings",
+    "caption": "a string, or a list of them",
+    "id": "a string or an integer",
+}
+LIKELY = {
+    "label": ("label", "labels", "class", "class_id", "cls", "target", "fine_label"),
+    "caption": ("caption", "captions", "text", "txt", "prompt"),
+}
 
 
 def _in_folder(folder: Path) -> list[Path]:
@@ -231,7 +302,9 @@ def _in_folder(folder: Path) -> list[Path]:
 def _is_text(type: pa.DataType) -> bool:
     if pa.types.is_dictionary(type):
         type = type.value_type
-    return bool(pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_string_view(type))
+    return bool(
+        pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_string_view(type)
+    )
 
 
 def _fits(key: str, type: pa.DataType) -> bool:
@@ -240,11 +313,23 @@ def _fits(key: str, type: pa.DataType) -> bool:
     if key == "image":
         if pa.types.is_struct(type) and type.get_field_index("bytes") >= 0:
             type = type.field("bytes").type
-        return bool(pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_binary_view(type))
+        return bool(
+            pa.types.is_binary(type)
+            or pa.types.is_large_binary(type)
+            or pa.types.is_binary_view(type)
+        )
     if key == "caption":
-        lists = pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
+        lists = (
+            pa.types.is_list(type)
+            or pa.types.is_large_list(type)
+            or pa.types.is_fixed_size_list(type)
+        )
         return _is_text(type.value_type if lists else type)
-    return bool(_is_text(type) or pa.types.is_integer(type) or (key == "label" and pa.types.is_floating(type)))
+    return bool(
+        _is_text(type)
+        or pa.types.is_integer(type)
+        or (key == "label" and pa.types.is_floating(type))
+    )
 
 
 def _text(value: pa.Scalar) -> tuple[str, bool]:
@@ -257,15 +342,19 @@ def _text(value: pa.Scalar) -> tuple[str, bool]:
 
 
 def _largest(path: Path, group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
-    """Bytes of the largest chunk of these columns that shrinks to a quarter when compressed, as images never do: a
-    dictionary may repeat one of its values in every row. At least 1. Raises DataError for one that is made huge so."""
+    """Bytes of the largest chunk of these columns that shrinks to a quarter when compressed, as
+    images never do: a dictionary may repeat one of its values in every row. At least 1. Raises
+    DataError for one that is made huge so."""
     largest = 1
     for column in (group.column(i) for i in range(group.num_columns)):
         if column.path_in_schema.split(".")[0] in columns:
             size, stored = column.total_uncompressed_size, column.total_compressed_size
             if size > MOST_BYTES and size > 100 * stored:
-                raise DataError(f"{path}: column {column.path_in_schema} expands from {stored:,} bytes to {size:,}, "
-                                f"more than {MOST_BYTES:,}; write smaller row groups, or leave it out of --files")
+                raise DataError(
+                    f"{path}: column {column.path_in_schema} expands from {stored:,} bytes to "
+                    f"{size:,}, more than {MOST_BYTES:,}; write smaller row groups, or leave it out "
+                    "of --files"
+                )
             largest = max(largest, size if size > 4 * stored else 1)
     return largest
 
@@ -275,26 +364,34 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read as Parquet ({error}); restore it, or leave it out of --files") \
-            from error
+        raise DataError(
+            f"{path} cannot be read as Parquet ({error}); restore it, or leave it out of --files"
+        ) from error
 
 
 def _class_names(path: Path, label_column: str) -> tuple[str, ...]:
-    """From the schema's own `classes`, or Hugging Face's description of the column; () where it has neither."""
+    """From the schema's own `classes`, or Hugging Face's description of the column; () where it has
+    neither."""
     metadata = pq.read_schema(path).metadata or {}
     try:
         if b"classes" in metadata:
             text = metadata[b"classes"].decode()
-            return tuple(map(str, from_json(text) if text.lstrip().startswith("[") else text.split(",")))
-        features = from_json(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+            return tuple(
+                map(str, from_json(text) if text.lstrip().startswith("[") else text.split(","))
+            )
+        features = (
+            from_json(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        )
         return tuple(map(str, features.get(label_column, {}).get("names") or ()))
     except (AttributeError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: the names of classes in its schema cannot be read ({error!r}); write it anew") \
-            from error
+        raise DataError(
+            f"{path}: the names of classes in its schema cannot be read ({error!r}); write it anew"
+        ) from error
 
 
 def _footer(path: Path) -> bytes:
-    """What Parquet says of its columns at the file's end: places, sizes and statistics, which tell contents apart."""
+    """What Parquet says of its columns at the file's end: places, sizes and statistics, which tell
+    contents apart."""
     with path.open("rb") as file:
         file.seek(-8, 2)
         length = int.from_bytes(file.read(4), "little")

@@ -1,10 +1,11 @@
 """Packs tar files in WebDataset's format, as img2dataset writes them: CC3M, CC12M, LAION.
 
-    python -m data_prep.webdataset --shards 'cc3m/{00000..00331}.tar' --vae stabilityai/sd-vae-ft-ema \\
+    python -m data_prep.webdataset --shards 'cc3m/{00000..00331}.tar' --vae
+      stabilityai/sd-vae-ft-ema \\
         --text-encoder open_clip:ViT-L-14/openai --out data/cc3m
 
-A sample is the files KEY.jpg (or jpeg, png, webp), KEY.txt (its caption) or KEY.json (with the field caption), and
-KEY.cls (its label). Each tar file is packed by one rank.
+A sample is the files KEY.jpg (or jpeg, png, webp), KEY.txt (its caption) or KEY.json (with the
+field caption), and KEY.cls (its label). Each tar file is packed by one rank.
 """
 
 import glob
@@ -45,7 +46,7 @@ from largescale.errors import DataError
 from largescale.host.files import from_json
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
-MOST_BYTES = 2**28                                      # of a file in an archive, which may be compressed
+MOST_BYTES = 2**28  # of a file in an archive, which may be compressed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,34 +54,56 @@ class WebDataset(packing.Packing):
     shards: tuple[str, ...]
     """Tar files: paths, globs, or braces such as cc3m/{00000..00331}.tar."""
     caption_key: str | None = None
-    """txt, or json for its field caption, or none; by default txt, or json where there is no txt, or none where
-    --num-classes is given."""
+    """txt, or json for its field caption, or none; by default txt, or json where there is no txt,
+    or none where --num-classes is given."""
     num_classes: int = 0
     """How many classes the labels are of; 0: no labels are read."""
     label_key: str = "cls"
     allow_remote: bool = False
-    """Allow addresses that run shell commands (pipe:, https:, s3: ...), as webdataset opens them."""
+    """Allow addresses that run shell commands (pipe:, https:, s3: ...), as webdataset opens
+    them."""
 
     def source(self) -> "TarSource":
-        return read(self.shards, self.caption_key, self.num_classes, self.label_key, self.allow_remote)
+        return read(
+            self.shards, self.caption_key, self.num_classes, self.label_key, self.allow_remote
+        )
 
 
-def read(shards: Iterable[str], caption_key: str | None = None, num_classes: int = 0, label_key: str = "cls",
-         allow_remote: bool = False) -> "TarSource":
+def read(
+    shards: Iterable[str],
+    caption_key: str | None = None,
+    num_classes: int = 0,
+    label_key: str = "cls",
+    allow_remote: bool = False,
+) -> "TarSource":
     if caption_key is None:
         caption_key = "none" if num_classes else "txt"
-    return TarSource(list(shards), "" if caption_key == "none" else caption_key, num_classes, label_key, allow_remote)
+    return TarSource(
+        list(shards),
+        "" if caption_key == "none" else caption_key,
+        num_classes,
+        label_key,
+        allow_remote,
+    )
 
 
 class TarSource:
-    """Tar files; each is a part. What lacks an image, caption or label becomes an item that cannot be read.
+    """Tar files; each is a part. What lacks an image, caption or label becomes an item that cannot
+    be read.
 
-    Raises DataError for shards that are missing, given twice, or not local files; and while reading, for one that is
-    cut short or damaged, keys given twice, and labels outside [0, num_classes).
+    Raises DataError for shards that are missing, given twice, or not local files; and while
+    reading, for one that is cut short or damaged, keys given twice, and labels outside [0,
+    num_classes).
     """
 
-    def __init__(self, patterns: list[str], caption_key: str, num_classes: int, label_key: str,
-                 allow_remote: bool) -> None:
+    def __init__(
+        self,
+        patterns: list[str],
+        caption_key: str,
+        num_classes: int,
+        label_key: str,
+        allow_remote: bool,
+    ) -> None:
         self._shards = expand(patterns, allow_remote)
         self._caption_key, self._label_key = caption_key, label_key
         self.captioned, self.num_classes = bool(caption_key), num_classes
@@ -89,19 +112,36 @@ class TarSource:
         self.notes: list[str] = []
         self.size: int | None = None
         self._stems = [shard.rsplit("/", 1)[-1].split(".tar")[0] for shard in self._shards]
-        if len(set(self._stems)) < len(self._stems):    # a/000.tar b/000.tar: ids must differ all the same
+        if len(set(self._stems)) < len(
+            self._stems
+        ):  # a/000.tar b/000.tar: ids must differ all the same
             self._stems = [f"{number:05d}-{stem}" for number, stem in enumerate(self._stems)]
         local = [shard for shard in self._shards if os.path.isfile(shard)]
         sizes = [os.path.getsize(shard) for shard in local]
-        folder = os.path.basename(os.path.dirname(os.path.abspath(local[0]))) if local else self._stems[0]
+        folder = (
+            os.path.basename(os.path.dirname(os.path.abspath(local[0])))
+            if local
+            else self._stems[0]
+        )
         self.name = f"webdataset-{folder}"
         self.facts: dict[str, Any] = {
-            "program": "data_prep.webdataset", "shards": patterns, "shard_files": len(self._shards),
-            "shard_bytes": sum(sizes), "remote_shards": len(self._shards) - len(local), "num_classes": num_classes,
-            "caption_key": caption_key or None, "label_key": label_key if num_classes else None}
-        here = set(local)                               # by name, as a folder may move
-        names = [stem if shard in here else shard for stem, shard in zip(self._stems, self._shards, strict=True)]
-        self.fingerprint = fingerprint(names, map(str, sizes), [caption_key, str(num_classes), label_key])
+            "program": "data_prep.webdataset",
+            "shards": patterns,
+            "shard_files": len(self._shards),
+            "shard_bytes": sum(sizes),
+            "remote_shards": len(self._shards) - len(local),
+            "num_classes": num_classes,
+            "caption_key": caption_key or None,
+            "label_key": label_key if num_classes else None,
+        }
+        here = set(local)  # by name, as a folder may move
+        names = [
+            stem if shard in here else shard
+            for stem, shard in zip(self._stems, self._shards, strict=True)
+        ]
+        self.fingerprint = fingerprint(
+            names, map(str, sizes), [caption_key, str(num_classes), label_key]
+        )
 
     def parts(self, rows_per_shard: int) -> int:
         return len(self._shards)
@@ -115,22 +155,31 @@ class TarSource:
                 for sample in group_by_keys(_files(stream, shard)):
                     key = sample["__key__"]
                     if key in seen:
-                        raise ValueError(f"the key {key} comes twice; the files of a sample must follow each other")
+                        raise ValueError(
+                            f"the key {key} comes twice; the files of a sample must follow each "
+                            "other"
+                        )
                     seen.add(key)
                     yield from self._items(f"{self._stems[number]}/{key}", sample, shard)
         except DataError:
             raise
         except (OSError, EOFError, ValueError, TarError, zlib.error, LZMAError) as error:
             reason = error.args[0] if isinstance(error, ValueError) and error.args else error
-            raise DataError(f"{shard} cannot be read to its end: {reason}; restore or download it again, or leave it "
-                            "out of --shards") from error
+            raise DataError(
+                f"{shard} cannot be read to its end: {reason}; restore or download it again, or "
+                "leave it out of --shards"
+            ) from error
 
     def _items(self, id: str, sample: dict[str, Any], shard: str) -> Iterator[Item]:
-        """Of a sample; of one without an image several, where dots in file names put images together."""
+        """Of a sample; of one without an image several, where dots in file names put images
+        together."""
         dotted = [key for key in sample if key.rpartition(".")[2] in IMAGES]
         if dotted and not set(dotted) & set(IMAGES):
             for key in dotted:
-                yield Item(f"{id}.{key}", unusable("its name has dots: a sample's name ends at the first; rename it"))
+                yield Item(
+                    f"{id}.{key}",
+                    unusable("its name has dots: a sample's name ends at the first; rename it"),
+                )
         else:
             yield self._item(id, sample, shard)
 
@@ -160,8 +209,10 @@ class TarSource:
         except ValueError:
             label = None
         if label is None or not 0 <= label < self.num_classes:
-            raise DataError(f"{shard}: label {text!r} of {id} is not an integer in [0, {self.num_classes}); correct "
-                            "--num-classes, or give the key of the labels with --label-key")
+            raise DataError(
+                f"{shard}: label {text!r} of {id} is not an integer in [0, {self.num_classes}); "
+                "correct --num-classes, or give the key of the labels with --label-key"
+            )
         return label
 
 
@@ -188,17 +239,20 @@ def _content(sample: dict[str, Any], key: str) -> bytes:
 
 
 class _Strict(TarInfo):
-    """tarfile takes a member that begins with garbage, or the file's sudden end, for the archive's end."""
+    """tarfile takes a member that begins with garbage, or the file's sudden end, for the archive's
+    end."""
 
     @classmethod
     def fromtarfile(cls, tarfile: TarFile) -> Self:
         try:
             return super().fromtarfile(tarfile)
-        except EOFHeaderError:                          # the mark that ends an archive
+        except EOFHeaderError:  # the mark that ends an archive
             raise
         except HeaderError as error:
-            raise ReadError(f"at byte {tarfile.offset:,} there is neither a file nor the mark that ends an archive "
-                            f"({error})") from error
+            raise ReadError(
+                f"at byte {tarfile.offset:,} there is neither a file nor the mark that ends an "
+                f"archive ({error})"
+            ) from error
 
 
 def _files(stream: IO[bytes], shard: str) -> Iterator[dict[str, Any]]:
@@ -210,15 +264,17 @@ def _files(stream: IO[bytes], shard: str) -> Iterator[dict[str, Any]]:
                 assert file is not None
                 data = file.read() if member.size <= MOST_BYTES else None
                 yield {"fname": member.name, "data": data, "__url__": shard}
-            tar.members = []                            # type: ignore[attr-defined] # else the list of them grows
-        while rest := tar.fileobj.read(1 << 20):        # type: ignore[union-attr]
+            tar.members = []  # type: ignore[attr-defined] # else the list of them grows
+        while rest := tar.fileobj.read(1 << 20):  # type: ignore[union-attr]
             if rest.strip(b"\0"):
-                raise ReadError("something follows the mark that ends the archive, such as a second archive")
+                raise ReadError(
+                    "something follows the mark that ends the archive, such as a second archive"
+                )
 
 
 def _open(shard: str) -> IO[bytes]:
     if os.path.isfile(shard):
-        return open(shard, "rb")                        # not gopen, which may rewrite the name
+        return open(shard, "rb")  # not gopen, which may rewrite the name
     from webdataset.gopen import gopen
 
     stream: IO[bytes] = gopen(shard)
@@ -226,25 +282,35 @@ def _open(shard: str) -> IO[bytes]:
 
 
 def expand(patterns: list[str], allow_remote: bool) -> list[str]:
-    """Shards in the order given. Raises DataError for what is no local file, and addresses unless allowed."""
+    """Shards in the order given. Raises DataError for what is no local file, and addresses unless
+    allowed."""
     try:
         from webdataset.shardlists import expand_urls
     except ImportError as error:
-        raise DataError("tar files are read with webdataset; in the clone: pip install -e '.[prep]'") from error
+        raise DataError(
+            "tar files are read with webdataset; in the clone: pip install -e '.[prep]'"
+        ) from error
     shards: list[str] = []
     missing: list[str] = []
     for pattern in patterns:
         try:
             names = [pattern] if os.path.isfile(pattern) else expand_urls(pattern)
-        except (AssertionError, ValueError) as error:   # a variable that is not set, braces that do not close
-            raise DataError(f"--shards {pattern} cannot be expanded: {error}; correct it") from error
+        except (
+            AssertionError,
+            ValueError,
+        ) as error:  # a variable that is not set, braces that do not close
+            raise DataError(
+                f"--shards {pattern} cannot be expanded: {error}; correct it"
+            ) from error
         for name in names:
             if os.path.isfile(name):
                 shards.append(name)
-            elif urlparse(name).scheme:                 # what webdataset would open other than as a local path
+            elif urlparse(name).scheme:  # what webdataset would open other than as a local path
                 if not allow_remote:
-                    raise DataError(f"--shards {name} is not a local file, and webdataset opens such addresses by "
-                                    "running commands; correct the path, or allow them with --allow-remote")
+                    raise DataError(
+                        f"--shards {name} is not a local file, and webdataset opens such addresses "
+                        "by running commands; correct the path, or allow them with --allow-remote"
+                    )
                 shards.append(name)
             else:
                 found = sorted(glob.glob(name)) if glob.has_magic(name) else []
@@ -254,8 +320,10 @@ def expand(patterns: list[str], allow_remote: bool) -> list[str]:
     if not patterns:
         raise DataError("--shards names no tar file; give at least one")
     if missing:
-        raise DataError(f"{len(missing):,} shards are missing: {first_three(missing)}; correct --shards, or complete "
-                        "the folder")
+        raise DataError(
+            f"{len(missing):,} shards are missing: {first_three(missing)}; correct --shards, or "
+            "complete the folder"
+        )
     refuse_twice("--shards", shards)
     return shards
 

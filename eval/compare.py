@@ -1,22 +1,29 @@
-"""python -m eval.compare --preset PRESET [--methods vanilla,naive,curriculum] [--seeds 3] [-- TRAINING OPTIONS]
+"""python -m eval.compare --preset PRESET [--methods vanilla,naive,curriculum] [--seeds 3] [--
+TRAINING OPTIONS]
 
-Trains a preset in several ways, with the same data, draws, initial weights and steps, and says how they compare: by the
-validation loss, on a fixed set of (image, u, noise) per noise cluster that is the same for all, and by a Frechet
-distance. The first method is what the others are measured against, seed by seed.
+Trains a preset in several ways, with the same data, draws, initial weights and steps, and says how
+they compare: by the validation loss, on a fixed set of (image, u, noise) per noise cluster that is
+the same for all, and by a Frechet distance. The first method is what the others are measured
+against, seed by seed.
 
-    OUT/METHOD/seed_S/          the runs: checkpoints, and loss/ and curve/ with a row for each that was scored
-    OUT/table.md                final and best figures, paired differences, steps to the first method's best
+    OUT/METHOD/seed_S/          the runs: checkpoints, and loss/ and curve/ with a row for each that
+      was scored
+    OUT/table.md                final and best figures, paired differences, steps to the first
+      method's best
     OUT/results.json            every number, the commands, versions and machine
-    OUT/curves.png              the validation loss (EMA) per cluster; relative.png: against the first method
+    OUT/curves.png              the validation loss (EMA) per cluster; relative.png: against the
+      first method
     OUT/frechet.png, samples.png
 
-METHODS: vanilla, curriculum (the paper's, with the preset's patience), naive (fixed intervals), anti (hard first),
-separate (stages that do not accumulate), min_snr, p2, logit_normal, loss_second_moment, speed; joined by +, as
-curriculum+p2; with settings, as curriculum@patience=50,n_clusters=10 or logit_normal@noise.logit_std=0.5 (fields of
-curriculum, noise and optimizer). Those that set no pacing have no curriculum.
+METHODS: vanilla, curriculum (the paper's, with the preset's patience), naive (fixed intervals),
+anti (hard first), separate (stages that do not accumulate), min_snr, p2, logit_normal,
+loss_second_moment, speed; joined by +, as curriculum+p2; with settings, as
+curriculum@patience=50,n_clusters=10 or logit_normal@noise.logit_std=0.5 (fields of curriculum,
+noise and optimizer). Those that set no pacing have no curriculum.
 
-Stopped or killed, it goes on when the same command is run again; what is trained and scored is left alone. The tasks of
-an array job take a run each (--run); the same command without --run then writes the report.
+Stopped or killed, it goes on when the same command is run again; what is trained and scored is left
+alone. The tasks of an array job take a run each (--run); the same command without --run then writes
+the report.
 """
 
 import shlex
@@ -52,7 +59,7 @@ from largescale.host.launch import arguments, env_world_size, leave, print_error
 from largescale.host.signals import serve_stop_signals
 from largescale.models.build import latent_shape
 
-GRID_IMAGES = 40                                        # of samples.png, of each method
+GRID_IMAGES = 40  # of samples.png, of each method
 
 
 @dataclass(frozen=True)
@@ -66,19 +73,23 @@ class Compare:
     only: str | None = None
     """Train and score the runs of this method only, and write no report."""
     run: int | None = None
-    """Or the run of this number only, from 0: those of the first seed in the order of methods, then of the next."""
+    """Or the run of this number only, from 0: those of the first seed in the order of methods, then
+    of the next."""
     nproc: int = 1
     """Processes that train a run; with more than one by torchrun."""
     naive_interval: int | None = None
     """Steps of a stage of naive; by default its N stages take half of the run: steps / (2 N)."""
     every: int | None = None
-    """Steps between the checkpoints that are scored, and the grain of "steps to"; by default a tenth of the run."""
+    """Steps between the checkpoints that are scored, and the grain of "steps to"; by default a
+    tenth of the run."""
     frechet_every: int | None = None
-    """Steps between those of them that samples are drawn of, which takes longest; by default all."""
+    """Steps between those of them that samples are drawn of, which takes longest; by default
+    all."""
     discard: bool = False
     """Remove a run's checkpoints but the last once they are scored."""
     validation: Path | None = None
-    """A packed data set that is not trained on; without one, the loss is that on images of the training set."""
+    """A packed data set that is not trained on; without one, the loss is that on images of the
+    training set."""
     clusters: int | None = None
     """Of the validation loss; by default as many as the preset trains with."""
     loss_images: int = 256
@@ -86,8 +97,8 @@ class Compare:
     reference: Path | None = None
     """Of the Frechet distance: real images, or statistics of them; by default the training set."""
     extractor: str = "auto"
-    """As for eval.score; auto: inception where its weights are given, else efficientnet-lite0, whose distance is no
-    FID."""
+    """As for eval.score; auto: inception where its weights are given, else efficientnet-lite0,
+    whose distance is no FID."""
     inception_weights: Path | None = None
     num_samples: int = 5_000
     """For the Frechet distance, at each checkpoint; 0: no samples, no distance."""
@@ -105,19 +116,36 @@ class Compare:
     """Likewise."""
 
     def check(self) -> None:
-        counts = ("seeds", "nproc", "naive_interval", "every", "frechet_every", "clusters", "loss_images", "batch_size")
+        counts = (
+            "seeds",
+            "nproc",
+            "naive_interval",
+            "every",
+            "frechet_every",
+            "clusters",
+            "loss_images",
+            "batch_size",
+        )
         for key in counts:
             if (value := getattr(self, key)) is not None and value < 1:
-                raise ConfigError(f"{key}={value} must be at least 1; set --{key.replace('_', '-')}")
+                raise ConfigError(
+                    f"{key}={value} must be at least 1; set --{key.replace('_', '-')}"
+                )
         if self.num_samples and self.num_samples < 10:
-            raise ConfigError(f"num_samples={self.num_samples} must be 10 or more, or 0 for no Frechet distance")
+            raise ConfigError(
+                f"num_samples={self.num_samples} must be 10 or more, or 0 for no Frechet distance"
+            )
         if self.only is not None and self.run is not None:
             raise ConfigError("--only and --run both choose; give one of them")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device=cuda, but torch sees no CUDA device; to score here: --device cpu")
+            raise ConfigError(
+                "device=cuda, but torch sees no CUDA device; to score here: --device cpu"
+            )
         if env_world_size() > 1:
-            raise ConfigError(f"a comparison is one process, not {env_world_size()}; start it without torchrun or srun,"
-                              " or with one task, and give --nproc for the training")
+            raise ConfigError(
+                f"a comparison is one process, not {env_world_size()}; start it without torchrun or "
+                "srun, or with one task, and give --nproc for the training"
+            )
 
 
 class Comparison:
@@ -131,29 +159,50 @@ class Comparison:
         self.options, self.extra, self.command = o, list(extra), command
         self.methods = [method.name for method in methods]
         self.out = o.out or Path("runs/compare") / o.preset
-        self.runs = plan(o.preset, methods, seeds=o.seeds, out=self.out, every=o.every,
-                         naive_interval=o.naive_interval, extra=self.extra)
+        self.runs = plan(
+            o.preset,
+            methods,
+            seeds=o.seeds,
+            out=self.out,
+            every=o.every,
+            naive_interval=o.naive_interval,
+            extra=self.extra,
+        )
         for run in self.runs:
             try:
                 validate(run.config, o.nproc)
             except ConfigError as error:
-                raise ConfigError(f"method {run.method!r}: {error} (of one method: NAME@FIELD=VALUE)") from None
-        if o.naive_interval and not any(run.config.curriculum.pacing == "fixed" for run in self.runs):
-            raise ConfigError(f"naive_interval={o.naive_interval} has no effect, none of --methods {o.methods} is "
-                              "naive; leave it out")
+                raise ConfigError(
+                    f"method {run.method!r}: {error} (of one method: NAME@FIELD=VALUE)"
+                ) from None
+        if o.naive_interval and not any(
+            run.config.curriculum.pacing == "fixed" for run in self.runs
+        ):
+            raise ConfigError(
+                f"naive_interval={o.naive_interval} has no effect, none of --methods {o.methods} is "
+                "naive; leave it out"
+            )
         self.chosen = self.choose()
         self.config = self.runs[0].config
         if o.frechet_every and o.frechet_every % self.config.checkpoint.every:
-            raise ConfigError(f"frechet_every={o.frechet_every} must be a multiple of the "
-                              f"{self.config.checkpoint.every} steps between checkpoints; set --frechet-every "
-                              "or --every")
+            raise ConfigError(
+                f"frechet_every={o.frechet_every} must be a multiple of the "
+                f"{self.config.checkpoint.every} steps between checkpoints; set --frechet-every "
+                "or --every"
+            )
         self.data, validation = self.open(self.config)
         for run in self.runs:
             check_same(run, o.nproc, self.data.fingerprint)
         self.curve = self.protocol() if o.num_samples else None
         self.held_out = validation.fingerprint != self.data.fingerprint
-        self.loss = ValidationLoss(validation, self.config, self.edges(), o.loss_images, o.batch_size or 128,
-                                   local_device(o.device))
+        self.loss = ValidationLoss(
+            validation,
+            self.config,
+            self.edges(),
+            o.loss_images,
+            o.batch_size or 128,
+            local_device(o.device),
+        )
         self._scorer: Scorer | None = None
 
     def choose(self) -> list[Run]:
@@ -162,17 +211,25 @@ class Comparison:
         if only is not None and only not in self.methods:
             raise ConfigError(f"--only {only} is none of --methods {','.join(self.methods)}")
         if number is not None and not 0 <= number < len(self.runs):
-            raise ConfigError(f"--run {number} must lie in 0..{len(self.runs) - 1}: {len(self.methods)} methods times "
-                              f"{self.options.seeds} seeds")
-        return [run for i, run in enumerate(self.runs) if number in (None, i) and only in (None, run.method)]
+            raise ConfigError(
+                f"--run {number} must lie in 0..{len(self.runs) - 1}: {len(self.methods)} methods "
+                f"times {self.options.seeds} seeds"
+            )
+        return [
+            run
+            for i, run in enumerate(self.runs)
+            if number in (None, i) and only in (None, run.method)
+        ]
 
     def open(self, config: Config) -> tuple[ShardDataset, ShardDataset]:
         """To train on, and for the validation loss."""
         data = ShardDataset(config.data.path)
         if data.info.x_shape != latent_shape(config.model):
-            raise DataError(f"{data.path} holds {data.info.kind} of shape {data.info.x_shape}, the model takes "
-                            f"{latent_shape(config.model)}; choose another -- --data.path, or set --model.in-channels "
-                            "and --model.input-size")
+            raise DataError(
+                f"{data.path} holds {data.info.kind} of shape {data.info.x_shape}, the model takes "
+                f"{latent_shape(config.model)}; choose another -- --data.path, or set "
+                "--model.in-channels and --model.input-size"
+            )
         validation = ShardDataset(self.options.validation) if self.options.validation else data
         check_like(validation, data)
         return data, validation
@@ -187,34 +244,54 @@ class Comparison:
         """How samples are drawn and scored, for eval.curve; of no run yet."""
         o, objective = self.options, build_objective(self.config)
         if self.data.info.kind != "pixels" and not (o.reference and o.vae):
-            raise ConfigError(f"{self.data.path} holds {self.data.info.kind}: for a Frechet distance give --reference, "
-                              "real images or statistics of them, and --vae; or take --num-samples 0")
+            raise ConfigError(
+                f"{self.data.path} holds {self.data.info.kind}: for a Frechet distance give "
+                "--reference, real images or statistics of them, and --vae; or take --num-samples "
+                "0"
+            )
         sampler, steps = quick_sampler(objective, o.sampler, o.sampler_steps)
         check_sampler(objective, sampler, steps, eta=0.0)
         if o.cfg_scale != 1 and not self.config.model.class_dropout_prob:
-            raise ConfigError(f"cfg_scale={o.cfg_scale} needs a null label, which no model trained with "
-                              "class_dropout_prob=0 knows; leave out --cfg-scale")
+            raise ConfigError(
+                f"cfg_scale={o.cfg_scale} needs a null label, which no model trained with "
+                "class_dropout_prob=0 knows; leave out --cfg-scale"
+            )
         automatic = "inception" if o.inception_weights else "efficientnet-lite0"
         return Curve(
-            runs=(), reference=o.reference or self.data.path, num_samples=o.num_samples, cfg_scale=o.cfg_scale,
-            sampler=sampler, steps=steps, seed=o.sample_seed, vae=o.vae, batch_size=o.batch_size, device=o.device,
-            extractor=automatic if o.extractor == "auto" else o.extractor, inception_weights=o.inception_weights,
+            runs=(),
+            reference=o.reference or self.data.path,
+            num_samples=o.num_samples,
+            cfg_scale=o.cfg_scale,
+            sampler=sampler,
+            steps=steps,
+            seed=o.sample_seed,
+            vae=o.vae,
+            batch_size=o.batch_size,
+            device=o.device,
+            extractor=automatic if o.extractor == "auto" else o.extractor,
+            inception_weights=o.inception_weights,
             every=o.frechet_every or self.config.checkpoint.every,
-            captions=self.data.path if self.config.model.caption_tokens else None)
+            captions=self.data.path if self.config.model.caption_tokens else None,
+        )
 
     # ---- the work
 
     def __call__(self) -> None:
         todo, took = [run for run in self.chosen if not self.complete(run)], list[float]()
         if todo and self.curve:
-            self._scorer = make_scorer(self.curve)      # what is wrong with the reference is said before training
+            self._scorer = make_scorer(
+                self.curve
+            )  # what is wrong with the reference is said before training
         if todo and (note := ema_note(self.config)):
             print(note, flush=True)
         reports, reported = self.chosen == self.runs, self.whole_seeds()
         for i, run in enumerate(todo):
             left = f", about {sum(took) / len(took) * (len(todo) - i) / 60:.0f} min" if took else ""
-            print(f"run {self.runs.index(run) + 1} of {len(self.runs)}: {run.method}, seed {run.seed}; {len(todo) - i} "
-                  f"to do{left}", flush=True)
+            print(
+                f"run {self.runs.index(run) + 1} of {len(self.runs)}: {run.method}, seed "
+                f"{run.seed}; {len(todo) - i} to do{left}",
+                flush=True,
+            )
             start = time.perf_counter()
             if not run.finished:
                 run.train(self.options.nproc)
@@ -227,18 +304,31 @@ class Comparison:
             self.report(reported)
         if not reports:
             missing = sum(not self.complete(run) for run in self.runs)
-            print(f"done; of all {len(self.runs)} runs {missing} are not. The same command without --only and --run "
-                  "does what is missing, and writes the report", flush=True)
+            print(
+                f"done; of all {len(self.runs)} runs {missing} are not. The same command without "
+                "--only and --run does what is missing, and writes the report",
+                flush=True,
+            )
 
     def complete(self, run: Run) -> bool:
-        return run.finished and not self.unscored(run) and not (self.curve and self.curves(run).missing(run.folder))
+        return (
+            run.finished
+            and not self.unscored(run)
+            and not (self.curve and self.curves(run).missing(run.folder))
+        )
 
     def unscored(self, run: Run) -> list[int]:
         """Steps of checkpoints without a validation loss."""
         known = {row["step"] for row in self.loss.rows(run.folder)}
-        steps, every = [folder.step for folder in checkpoints(run.folder)], run.config.checkpoint.every
-        return [step for step in sorted(steps)
-                if step > 0 and step not in known and (step % every == 0 or step == max(steps))]
+        steps, every = (
+            [folder.step for folder in checkpoints(run.folder)],
+            run.config.checkpoint.every,
+        )
+        return [
+            step
+            for step in sorted(steps)
+            if step > 0 and step not in known and (step % every == 0 or step == max(steps))
+        ]
 
     def curves(self, run: Run) -> Curves:
         assert self.curve
@@ -263,37 +353,70 @@ class Comparison:
 
     def report(self, seeds: Sequence[int]) -> None:
         runs = [run for run in self.runs if run.seed in seeds]
-        write_report(Findings(
-            out=self.out, runs=runs, nproc=self.options.nproc, seeds=self.options.seeds, held_out=self.held_out,
-            loss={run.folder: self.loss.rows(run.folder) for run in runs}, loss_protocol=self.loss.protocol,
-            frechet={run.folder: self.curves(run).rows(run.folder) for run in runs} if self.curve else {},
-            frechet_protocol=self.curve.protocol() if self.curve else {},
-            grids={run.method: self.grid(run) for run in runs if run.seed == seeds[0]} if self.curve else {},
-            command=self.command))
+        write_report(
+            Findings(
+                out=self.out,
+                runs=runs,
+                nproc=self.options.nproc,
+                seeds=self.options.seeds,
+                held_out=self.held_out,
+                loss={run.folder: self.loss.rows(run.folder) for run in runs},
+                loss_protocol=self.loss.protocol,
+                frechet={run.folder: self.curves(run).rows(run.folder) for run in runs}
+                if self.curve
+                else {},
+                frechet_protocol=self.curve.protocol() if self.curve else {},
+                grids={run.method: self.grid(run) for run in runs if run.seed == seeds[0]}
+                if self.curve
+                else {},
+                command=self.command,
+            )
+        )
 
     def grid(self, run: Run) -> Path:
         """A picture of the first samples of the last checkpoint."""
         c, out = self.curve, run.folder / "grid"
         assert c
-        Sampler(Sample(
-            run.folder, out, num_samples=GRID_IMAGES, cfg_scale=(c.cfg_scale,), sampler=c.sampler, steps=c.steps,
-            seed=c.seed, captions=c.captions, vae=c.vae, batch_size=c.batch_size, step=run.config.train.steps,
-            device=c.device, replace=True))()
+        Sampler(
+            Sample(
+                run.folder,
+                out,
+                num_samples=GRID_IMAGES,
+                cfg_scale=(c.cfg_scale,),
+                sampler=c.sampler,
+                steps=c.steps,
+                seed=c.seed,
+                captions=c.captions,
+                vae=c.vae,
+                batch_size=c.batch_size,
+                step=run.config.train.steps,
+                device=c.device,
+                replace=True,
+            )
+        )()
         return folder_of(out, c.cfg_scale) / "grid.png"
 
 
 def main(args: Sequence[str] | None = None) -> int:
     given = arguments(args)
     cut = given.index("--") if "--" in given else len(given)
-    options = tyro.cli(Compare, args=given[:cut], description=__doc__, prog="python -m eval.compare")
+    options = tyro.cli(
+        Compare, args=given[:cut], description=__doc__, prog="python -m eval.compare"
+    )
     serve_stop_signals()
     try:
-        Comparison(options, given[cut + 1 :], shlex.join(["python", "-m", "eval.compare", *given]))()
+        Comparison(
+            options, given[cut + 1 :], shlex.join(["python", "-m", "eval.compare", *given])
+        )()
     except LargescaleError as error:
         print_error(error)
         return error.exit_status
     except OSError as error:
-        print_error(DataError(f"{error}; what is done stays: correct the cause, and run the same command again"))
+        print_error(
+            DataError(
+                f"{error}; what is done stays: correct the cause, and run the same command again"
+            )
+        )
         return 2
     return 0
 

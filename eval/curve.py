@@ -1,14 +1,16 @@
-"""python -m eval.curve RUN ... --reference REFERENCE: a score for every kept checkpoint, against steps and images.
+"""python -m eval.curve RUN ... --reference REFERENCE: a score for every kept checkpoint, against
+steps and images.
 
     RUN/curve/results.jsonl     a row a checkpoint; it stays when the checkpoint goes
-    RUN/curve/1a2b3c4d/         while drawing only (or with --keep-samples): samples; named by the protocol
+    RUN/curve/1a2b3c4d/         while drawing only (or with --keep-samples): samples; named by the
+      protocol
     curve.png, curve.json       of all runs in one: the curves, with the transitions of their stages
 
 Of a RUN that one may only read, OUT/RUN-5e6f/ takes the place of RUN/curve.
 
-A small protocol, the same for all: 10,000 samples by DDIM in 50 steps (SiT and EDM: Heun, 18). A checkpoint that has a
-row of this protocol is left alone: run it again while training goes on, and it adds what is new. Under torchrun or srun
-the ranks share the drawing, and rank 0 scores.
+A small protocol, the same for all: 10,000 samples by DDIM in 50 steps (SiT and EDM: Heun, 18). A
+checkpoint that has a row of this protocol is left alone: run it again while training goes on, and
+it adds what is new. Under torchrun or srun the ranks share the drawing, and rank 0 scores.
 """
 
 import hashlib
@@ -34,7 +36,14 @@ from largescale.config.validation import ema_note
 from largescale.diffusion.build import build_objective
 from largescale.diffusion.objective import SamplerName
 from largescale.diffusion.samplers import quick_sampler
-from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, StorageError, usable
+from largescale.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LargescaleError,
+    StorageError,
+    usable,
+)
 from largescale.host.files import append_line, from_json, require_writable, write_atomically
 from largescale.host.launch import arguments, env_rank, leave, print_error
 from largescale.host.signals import serve_stop_signals
@@ -50,7 +59,8 @@ class Curve:
     reference: Path
     """Real images, or statistics of them (eval.score --save-reference)."""
     out: Path | None = None
-    """Gets curve.png and curve.json, and all else of a run to be read only; by default RUN/curve, of the first run."""
+    """Gets curve.png and curve.json, and all else of a run to be read only; by default RUN/curve,
+    of the first run."""
     num_samples: int = 10_000
     cfg_scale: float = 1.0
     sampler: SamplerName | None = None
@@ -84,18 +94,37 @@ class Curve:
             raise ConfigError("a run is named twice; name each once")
         for run in self.runs:
             if not checkpoints(run):
-                raise CheckpointError(f"{run} holds no checkpoint; give the folders of runs, such as runs/digits")
+                raise CheckpointError(
+                    f"{run} holds no checkpoint; give the folders of runs, such as runs/digits"
+                )
         if self.num_samples < GROUPS:
-            raise ConfigError(f"num_samples={self.num_samples} are too few for any figure; set --num-samples {GROUPS} "
-                              "or more")
+            raise ConfigError(
+                f"num_samples={self.num_samples} are too few for any figure; set --num-samples "
+                f"{GROUPS} or more"
+            )
         if self.device == "cpu" and self.precision != "auto":
             check_on_cpu(self.precision, "--precision {}")
 
     def protocol(self) -> Row:
         """What rows must share to lie on one curve."""
-        words = ("reference", "num_samples", "cfg_scale", "guidance_interval", "sampler", "steps", "seed", "extractor",
-                 "inception_weights", "prompts_file", "captions", "precision", "device")
-        known: Row = json.loads(json.dumps({word: getattr(self, word) for word in words}, default=str))
+        words = (
+            "reference",
+            "num_samples",
+            "cfg_scale",
+            "guidance_interval",
+            "sampler",
+            "steps",
+            "seed",
+            "extractor",
+            "inception_weights",
+            "prompts_file",
+            "captions",
+            "precision",
+            "device",
+        )
+        known: Row = json.loads(
+            json.dumps({word: getattr(self, word) for word in words}, default=str)
+        )
         return known
 
 
@@ -107,16 +136,23 @@ class Curves:
         self.homes = {run: self.home(run, options.out) for run in options.runs}
         if options.runs:
             out = options.out or options.runs[0] / "curve"
-            require_writable(*(out / name for name in ("curve.json", "curve.png")), remedy="choose another --out")
-            sampler, steps = quick_sampler(build_objective(config_of(options.runs[0])), sampler, steps)
+            require_writable(
+                *(out / name for name in ("curve.json", "curve.png")), remedy="choose another --out"
+            )
+            sampler, steps = quick_sampler(
+                build_objective(config_of(options.runs[0])), sampler, steps
+            )
         self.options, self.rank = replace(options, sampler=sampler, steps=steps), env_rank()
         self._scorer, self._ready = scorer, dict[tuple[Path, int], Sampler]()
 
     @staticmethod
     def home(run: Path, out: Path | None) -> Path:
-        """Where a run's rows and samples lie. Raises CheckpointError for a run to be read only, without `out`."""
+        """Where a run's rows and samples lie. Raises CheckpointError for a run to be read only,
+        without `out`."""
         try:
-            require_writable(run / "curve" / RESULTS, run / "curve/new", remedy="give --out DIR, which is enough")
+            require_writable(
+                run / "curve" / RESULTS, run / "curve/new", remedy="give --out DIR, which is enough"
+            )
         except (CheckpointError, StorageError):
             if not out:
                 raise
@@ -126,23 +162,37 @@ class Curves:
     def __call__(self) -> None:
         missing = [(run, step) for run in self.options.runs for step in self.missing(run)]
         if first := next((at for at in missing if CheckpointDir.at(*at).exists), None):
-            self._ready[first] = self.sampler(*first)   # what is wrong with it is said before the work
+            self._ready[first] = self.sampler(
+                *first
+            )  # what is wrong with it is said before the work
         if self.rank == 0:
             self.remove_scored()
             if first:
-                self.scorer()                           # and with the reference
+                self.scorer()  # and with the reference
         for run, step in missing:
             if CheckpointDir.at(run, step).exists:
                 self.add(run, step)
             elif self.rank == 0:
-                print(f"{run} at step {step:,}: left out, training has removed the checkpoint meanwhile", flush=True)
+                print(
+                    f"{run} at step {step:,}: left out, training has removed the checkpoint "
+                    "meanwhile",
+                    flush=True,
+                )
         if self.rank == 0:
             self.draw({run: self.rows(run) for run in self.options.runs})
 
     def notes(self) -> list[str]:
         """Of the EMA, at the earliest step of each run that is to be scored; of rank 0."""
-        earliest = {run: steps[0] for run in self.options.runs if self.rank == 0 and (steps := self.missing(run))}
-        return [f"{run}: {note}" for run, step in earliest.items() if (note := ema_note(config_of(run), step))]
+        earliest = {
+            run: steps[0]
+            for run in self.options.runs
+            if self.rank == 0 and (steps := self.missing(run))
+        }
+        return [
+            f"{run}: {note}"
+            for run, step in earliest.items()
+            if (note := ema_note(config_of(run), step))
+        ]
 
     def remove_scored(self) -> None:
         """Samples that a kill between their row and their removal has left."""
@@ -165,16 +215,37 @@ class Curves:
     def missing(self, run: Path) -> list[int]:
         steps = sorted(folder.step for folder in checkpoints(run))
         known = {row["step"] for row in self.rows(run)}
-        return [step for step in steps
-                if step > 0 and step not in known and (step % self.options.every == 0 or step == steps[-1])]
+        return [
+            step
+            for step in steps
+            if step > 0
+            and step not in known
+            and (step % self.options.every == 0 or step == steps[-1])
+        ]
 
     def sampler(self, run: Path, step: int) -> Sampler:
         o = self.options
-        sampler = Sampler(Sample(
-            run, self.folder(run, step), num_samples=o.num_samples, cfg_scale=(o.cfg_scale,), sampler=o.sampler,
-            steps=o.steps, seed=o.seed, prompts_file=o.prompts_file, captions=o.captions, precision=o.precision,
-            compile=o.compile, batch_size=o.batch_size, step=step, device=o.device, vae=o.vae,
-            text_encoder=o.text_encoder, guidance_interval=o.guidance_interval))
+        sampler = Sampler(
+            Sample(
+                run,
+                self.folder(run, step),
+                num_samples=o.num_samples,
+                cfg_scale=(o.cfg_scale,),
+                sampler=o.sampler,
+                steps=o.steps,
+                seed=o.seed,
+                prompts_file=o.prompts_file,
+                captions=o.captions,
+                precision=o.precision,
+                compile=o.compile,
+                batch_size=o.batch_size,
+                step=step,
+                device=o.device,
+                vae=o.vae,
+                text_encoder=o.text_encoder,
+                guidance_interval=o.guidance_interval,
+            )
+        )
         if sampler.info().kind == "latents":
             raise ConfigError(f"{run} draws latents, and its VAE is not known; give --vae")
         return sampler
@@ -187,22 +258,33 @@ class Curves:
             return
         scored = self.scorer()(folder_of(out, o.cfg_scale))
         info = sampler.trained.info
-        row = {"run": str(run), "step": step, "images": info.get("samples_seen"), "protocol": o.protocol(),
-               "transitions": (info.get("curriculum") or {}).get("transitions", []),
-               **{key: scored[key] for key in ("figures", "notes", "extractor", "n")}, "reference": scored["reference"]}
+        row = {
+            "run": str(run),
+            "step": step,
+            "images": info.get("samples_seen"),
+            "protocol": o.protocol(),
+            "transitions": (info.get("curriculum") or {}).get("transitions", []),
+            **{key: scored[key] for key in ("figures", "notes", "extractor", "n")},
+            "reference": scored["reference"],
+        }
         append_line(self.homes[run] / RESULTS, json.dumps(row))
-        said = (f"{name} {figure['value']:.5g} +- {figure['error']:.2g}" for name, figure in row["figures"].items())
+        said = (
+            f"{name} {figure['value']:.5g} +- {figure['error']:.2g}"
+            for name, figure in row["figures"].items()
+        )
         print(f"{run} at step {step:,}: {', '.join(said)}", flush=True)
         if not o.keep_samples:
             shutil.rmtree(out)
-            with suppress(OSError):                     # not empty: another step's
+            with suppress(OSError):  # not empty: another step's
                 out.parent.rmdir()
 
     def scorer(self) -> Scorer:
         """One for all: the reference is looked at once."""
         if self._scorer is None:
             shapes = [sampler.info().shape for sampler in self._ready.values()]
-            self._scorer = make_scorer(self.options, [(height, width) for _, height, width in shapes])
+            self._scorer = make_scorer(
+                self.options, [(height, width) for _, height, width in shapes]
+            )
         return self._scorer
 
     def draw(self, of_runs: dict[Path, list[Row]]) -> None:
@@ -215,7 +297,10 @@ class Curves:
         plot(of_runs, out / "curve.png")
         for line in summary(of_runs):
             print(line, flush=True)
-        print(f"{sum(map(len, of_runs.values()))} checkpoints on the curve: {out / 'curve.png'}", flush=True)
+        print(
+            f"{sum(map(len, of_runs.values()))} checkpoints on the curve: {out / 'curve.png'}",
+            flush=True,
+        )
 
 
 def config_of(run: Path) -> Config:
@@ -225,16 +310,25 @@ def config_of(run: Path) -> Config:
 
 
 def make_scorer(o: Curve, sizes: Sequence[tuple[int, int]] = ()) -> Scorer:
-    """For samples of these sizes. Raises DataError for what is wrong with the reference or the extractor."""
-    return Scorer(Score(samples=(), reference=o.reference, extractor=o.extractor,
-                        inception_weights=o.inception_weights, device=o.device), sizes)
+    """For samples of these sizes. Raises DataError for what is wrong with the reference or the
+    extractor."""
+    return Scorer(
+        Score(
+            samples=(),
+            reference=o.reference,
+            extractor=o.extractor,
+            inception_weights=o.inception_weights,
+            device=o.device,
+        ),
+        sizes,
+    )
 
 
 def lines(path: Path) -> list[Row]:
     """What is whole of a file of JSON lines."""
     found = []
     for line in path.read_text().splitlines() if path.is_file() else []:
-        with suppress(ValueError):                      # cut short by a crash
+        with suppress(ValueError):  # cut short by a crash
             row = from_json(line)
             if isinstance(row, dict):
                 found.append(row)
@@ -247,10 +341,15 @@ def main_figure(rows: Sequence[Row]) -> str:
 
 
 def steps_to_match_best_of(one: Sequence[Row], other: Sequence[Row]) -> tuple[int, int] | None:
-    """(first step at which `one` is at least as good as `other` ever was, the step of that best of the other)."""
+    """(first step at which `one` is at least as good as `other` ever was, the step of that best of
+    the other)."""
     name = main_figure(other)
     best = min(other, key=lambda row: row["figures"][name]["value"])
-    reached = [row["step"] for row in one if row["figures"][name]["value"] <= best["figures"][name]["value"]]
+    reached = [
+        row["step"]
+        for row in one
+        if row["figures"][name]["value"] <= best["figures"][name]["value"]
+    ]
     return (reached[0], best["step"]) if reached else None
 
 
@@ -266,33 +365,55 @@ def summary(of_runs: dict[Path, list[Row]]) -> list[str]:
         name = main_figure(rows)
         best = min(rows, key=lambda row: row["figures"][name]["value"])
         figure = best["figures"][name]
-        said.append(f"{run}: best {name} {figure['value']:.5g} +- {figure['error']:.2g} at step {best['step']:,}")
-        if alike := [row["step"] for row in rows if row is not best and overlap(figure, row["figures"][name])]:
-            said[-1] += f", not told apart from step {', '.join(f'{step:,}' for step in alike)}: errors overlap"
+        said.append(
+            f"{run}: best {name} {figure['value']:.5g} +- {figure['error']:.2g} at step "
+            f"{best['step']:,}"
+        )
+        if alike := [
+            row["step"] for row in rows if row is not best and overlap(figure, row["figures"][name])
+        ]:
+            said[-1] += (
+                f", not told apart from step {', '.join(f'{step:,}' for step in alike)}: errors "
+                "overlap"
+            )
     for one, rows in scored.items():
         for other, others in scored.items():
-            if one == other or main_figure(rows) != main_figure(others) or not (found := steps_to_match_best_of(rows, others)):
+            if (
+                one == other
+                or main_figure(rows) != main_figure(others)
+                or not (found := steps_to_match_best_of(rows, others))
+            ):
                 continue
             reached, at = found
             if reached < at:
-                said.append(f"{one} reaches the best of {other} at step {reached:,}, {at - reached:,} steps earlier "
-                            f"({1 - reached / at:.0%})")
+                said.append(
+                    f"{one} reaches the best of {other} at step {reached:,}, {at - reached:,} steps "
+                    f"earlier ({1 - reached / at:.0%})"
+                )
             else:
-                said.append(f"{one} reaches the best of {other} at step {reached:,}, {reached - at:,} steps later")
+                said.append(
+                    f"{one} reaches the best of {other} at step {reached:,}, {reached - at:,} steps "
+                    "later"
+                )
     return said
 
 
 def plot(of_runs: dict[Path, list[Row]], path: Path) -> None:
-    """One picture for each figure, three in a row; dotted lines are transitions of a run's stages, in its colour."""
+    """One picture for each figure, three in a row; dotted lines are transitions of a run's stages,
+    in its colour."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = list(dict.fromkeys(name for rows in of_runs.values() for row in rows for name in row["figures"]))
+    names = list(
+        dict.fromkeys(name for rows in of_runs.values() for row in rows for name in row["figures"])
+    )
     columns = min(3, len(names))
     down = -(-len(names) // columns)
-    plots, axes = plt.subplots(down, columns, figsize=(5 * columns, 4 * down), squeeze=False, layout="constrained")
+    plots, axes = plt.subplots(
+        down, columns, figsize=(5 * columns, 4 * down), squeeze=False, layout="constrained"
+    )
     for unused in axes.flat[len(names) :]:
         unused.set_axis_off()
     for name, axis in zip(names, axes.flat, strict=False):
@@ -300,15 +421,29 @@ def plot(of_runs: dict[Path, list[Row]], path: Path) -> None:
             points = [(row["step"], row["figures"][name]) for row in rows if name in row["figures"]]
             if not points:
                 continue
-            steps, values, errors = zip(*((step, f["value"], f["error"]) for step, f in points), strict=True)
-            line = axis.errorbar(steps, values, errors, marker="o", markersize=3, capsize=2, label=str(run))
+            steps, values, errors = zip(
+                *((step, f["value"], f["error"]) for step, f in points), strict=True
+            )
+            line = axis.errorbar(
+                steps, values, errors, marker="o", markersize=3, capsize=2, label=str(run)
+            )
             for step, _index in rows[-1]["transitions"]:
                 axis.axvline(step, color=line[0].get_color(), linestyle=":", linewidth=0.6)
         axis.set(xlabel="step", ylabel=name)
-        of_images = [row["images"] / row["step"] for rows in of_runs.values() for row in rows if row["images"]]
-        if of_images and max(of_images) == min(of_images):  # one batch size: one scale of images for all
+        of_images = [
+            row["images"] / row["step"]
+            for rows in of_runs.values()
+            for row in rows
+            if row["images"]
+        ]
+        if of_images and max(of_images) == min(
+            of_images
+        ):  # one batch size: one scale of images for all
             batch = of_images[0]
-            scales = (lambda step, batch=batch: step * batch, lambda images, batch=batch: images / batch)
+            scales = (
+                lambda step, batch=batch: step * batch,
+                lambda images, batch=batch: images / batch,
+            )
             axis.secondary_xaxis("top", functions=scales).set_xlabel("images")
         axis.legend(fontsize="small")
     temporary = path.with_name("curve.tmp.png")
@@ -318,7 +453,9 @@ def plot(of_runs: dict[Path, list[Row]], path: Path) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    options = tyro.cli(Curve, args=arguments(args), description=__doc__, prog="python -m eval.curve")
+    options = tyro.cli(
+        Curve, args=arguments(args), description=__doc__, prog="python -m eval.curve"
+    )
     serve_stop_signals()
     try:
         curves = Curves(options)
@@ -329,7 +466,11 @@ def main(args: Sequence[str] | None = None) -> int:
         print_error(error)
         return error.exit_status
     except OSError as error:
-        print_error(DataError(f"{error}; what is scored stays: correct the cause, and run the same command again"))
+        print_error(
+            DataError(
+                f"{error}; what is scored stays: correct the cause, and run the same command again"
+            )
+        )
         return 2
     return 0
 

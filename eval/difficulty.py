@@ -1,20 +1,27 @@
-"""python -m eval.difficulty STUDY [--option VALUE ...] [-- TRAINING OPTION ...]: which noise levels are hard?
+"""python -m eval.difficulty STUDY [--option VALUE ...] [-- TRAINING OPTION ...]: which noise levels
+are hard?
 
-The measurements of section 4 of arXiv:2403.10348. STUDY: paper (DiT-B/2 on FFHQ), paper_sit, paper_edm (DDPM++ on FFHQ
-64x64); digits, digits_sit, digits_edm for minutes on two CPU cores. Its stages:
+The measurements of section 4 of arXiv:2403.10348. STUDY: paper (DiT-B/2 on FFHQ), paper_sit,
+paper_edm (DDPM++ on FFHQ 64x64); digits, digits_sit, digits_edm for minutes on two CPU cores. Its
+stages:
 
-    train      N models, each on one interval of the noise axis, and interval 0: a full model, on all of it
-    denoise    samples of each inside its interval and of the full model elsewhere, by their Frechet distance
+    train      N models, each on one interval of the noise axis, and interval 0: a full model, on
+      all of it
+    denoise    samples of each inside its interval and of the full model elsewhere, by their Frechet
+      distance
     entropy    the relative entropy of neighbouring noise levels of the data, D_KL(p_{t-1} || p_t)
-    report     OUT/report.html, with losses.png, denoising.png, relative_entropy.png, and report.json
+    report     OUT/report.html, with losses.png, denoising.png, relative_entropy.png, and
+      report.json
 
     OUT/interval_03/            the run of M_3; of the full model interval_00
-    OUT/denoising.jsonl         a row for each that was scored; OUT/denoising/ holds a picture of its samples
+    OUT/denoising.jsonl         a row for each that was scored; OUT/denoising/ holds a picture of
+      its samples
     OUT/relative_entropy.json   for each timestep
 
-Stopped or killed, it goes on when the same command is run again; what is there, and was made with the same settings, is
-left alone. The tasks of an array job (slurm/difficulty.sh) take an interval each; under torchrun the ranks share the
-drawing of `denoise`, and --nproc is the number of processes that train a run.
+Stopped or killed, it goes on when the same command is run again; what is there, and was made with
+the same settings, is left alone. The tasks of an array job (slurm/difficulty.sh) take an interval
+each; under torchrun the ranks share the drawing of `denoise`, and --nproc is the number of
+processes that train a run.
 """
 
 import contextlib
@@ -55,7 +62,12 @@ from largescale.host.signals import serve_stop_signals, stop_requested
 
 class Difficulty(Plan):
     def __call__(self) -> None:
-        stages = {"train": self.train, "denoise": self.denoise, "entropy": self.entropy, "report": self.report}
+        stages = {
+            "train": self.train,
+            "denoise": self.denoise,
+            "entropy": self.entropy,
+            "report": self.report,
+        }
         for stage in STAGES:
             if stage in self.options.stages and (stage == "denoise" or self.rank == 0):
                 stages[stage]()
@@ -68,7 +80,10 @@ class Difficulty(Plan):
 
     def train(self) -> None:
         todo = self.untrained(self.chosen)
-        self.say(f"train: {len(todo)} of {len(self.chosen)} models to train to step {self.options.steps:,}")
+        self.say(
+            f"train: {len(todo)} of {len(self.chosen)} models to train to step "
+            f"{self.options.steps:,}"
+        )
         start = time.perf_counter()
         for done, i in enumerate(todo):
             each = (time.perf_counter() - start) / max(done, 1)
@@ -83,15 +98,25 @@ class Difficulty(Plan):
         if todo and (note := ema_note(self.config)):
             self.say(note)
         if todo and self.rank == 0:
-            self.scorer                                 # noqa: B018  what is wrong with the reference is said now
+            self.scorer  # noqa: B018  what is wrong with the reference is said now
         for i in todo:
             self.sample_and_score(i)
 
     def sample_and_score(self, i: int) -> None:
         o, folder = self.options, self.options.out / "denoising" / f"interval_{i:02}"
-        how = Sample(self.full, folder, num_samples=o.num_samples, cfg_scale=(o.cfg_scale,), sampler=o.sampler,
-                     steps=o.sampler_steps, seed=o.seed, vae=o.vae, batch_size=o.batch_size, device=o.device,
-                     replace=True)
+        how = Sample(
+            self.full,
+            folder,
+            num_samples=o.num_samples,
+            cfg_scale=(o.cfg_scale,),
+            sampler=o.sampler,
+            steps=o.sampler_steps,
+            seed=o.seed,
+            vae=o.vae,
+            batch_size=o.batch_size,
+            device=o.device,
+            replace=True,
+        )
         low, high = bounds(*(self.edges[i - 1 : i + 1] if i else (0, 1)))
         sampler = SplicedSampler(how, self.runs[i].folder, (low, high)) if i else Sampler(how)
         if sampler.info().kind == "latents":
@@ -103,14 +128,29 @@ class Difficulty(Plan):
         scored = self.scorer(made)
         levels = asked_levels(sampler.trained, sampler.configs[0])
         inside = sum(low <= u < high for u in levels)
-        (name, figure), = scored["figures"].items()
-        append_line(self.rows_file, json.dumps({
-            "interval": i, "protocol": self.options.protocol(), "figure": name, "value": figure["value"],
-            "error": figure["error"], "evaluations": len(levels), "evaluations_inside": inside,
-            "drawn": scored["drawn"], "notes": scored["notes"], "extractor": scored["extractor"],
-            "reference": scored["reference"]}))
-        self.say(f"denoise: {self.title(i)}: {name} {number(figure['value'])} +- {figure['error']:.2g}, "
-                 f"{inside} of {len(levels)} evaluations inside")
+        ((name, figure),) = scored["figures"].items()
+        append_line(
+            self.rows_file,
+            json.dumps(
+                {
+                    "interval": i,
+                    "protocol": self.options.protocol(),
+                    "figure": name,
+                    "value": figure["value"],
+                    "error": figure["error"],
+                    "evaluations": len(levels),
+                    "evaluations_inside": inside,
+                    "drawn": scored["drawn"],
+                    "notes": scored["notes"],
+                    "extractor": scored["extractor"],
+                    "reference": scored["reference"],
+                }
+            ),
+        )
+        self.say(
+            f"denoise: {self.title(i)}: {name} {number(figure['value'])} +- {figure['error']:.2g}, "
+            f"{inside} of {len(levels)} evaluations inside"
+        )
         shutil.copyfile(made / GRID, folder.with_suffix(".png"))
         if not o.keep_samples:
             shutil.rmtree(folder)
@@ -121,11 +161,16 @@ class Difficulty(Plan):
 
     def scored(self) -> dict[int, Row]:
         """By interval."""
-        return {row["interval"]: row for row in lines(self.rows_file) if row.get("protocol") == self.options.protocol()}
+        return {
+            row["interval"]: row
+            for row in lines(self.rows_file)
+            if row.get("protocol") == self.options.protocol()
+        }
 
     @cached_property
     def scorer(self) -> Scorer:
-        """Of the data set the statistics are kept: the tasks of an array job look at it once each at most."""
+        """Of the data set the statistics are kept: the tasks of an array job look at it once each
+        at most."""
         o = self.options
         if o.reference:
             return self._scorer(o.reference)
@@ -133,15 +178,24 @@ class Difficulty(Plan):
         kept = o.out / f"reference_{hashlib.sha256(what.encode()).hexdigest()[:8]}.npz"
         if kept.exists():
             return self._scorer(kept)
-        own = kept.with_suffix(f".{os.getpid()}.npz")   # others may be at it
+        own = kept.with_suffix(f".{os.getpid()}.npz")  # others may be at it
         scorer = self._scorer(self.data.path, save_reference=own)
         own.replace(kept)
         return scorer
 
     def _scorer(self, reference: Path, save_reference: Path | None = None) -> Scorer:
         o = self.options
-        return Scorer(Score(reference=reference, save_reference=save_reference, extractor=o.extractor,
-                            inception_weights=o.inception_weights, metrics=("frechet",), keep=2, device=o.device))
+        return Scorer(
+            Score(
+                reference=reference,
+                save_reference=save_reference,
+                extractor=o.extractor,
+                inception_weights=o.inception_weights,
+                metrics=("frechet",),
+                keep=2,
+                device=o.device,
+            )
+        )
 
     @property
     def entropy_file(self) -> Path:
@@ -149,50 +203,94 @@ class Difficulty(Plan):
 
     def entropy(self) -> None:
         o = self.options
-        settings: Row = json.loads(json.dumps({
-            "dataset": self.data.fingerprint, "images": o.entropy_images, "samples": o.entropy_samples, "seed": o.seed,
-            "diffusion": asdict(self.config.diffusion)}))
+        settings: Row = json.loads(
+            json.dumps(
+                {
+                    "dataset": self.data.fingerprint,
+                    "images": o.entropy_images,
+                    "samples": o.entropy_samples,
+                    "seed": o.seed,
+                    "diffusion": asdict(self.config.diffusion),
+                }
+            )
+        )
         if (read_json(self.entropy_file) or {}).get("settings") == settings:
             self.say(f"entropy: {self.entropy_file} is there, left alone")
             return
         levels = noise_levels(self.config.diffusion)
         images = self.images().to(local_device(o.device))
-        with tqdm(total=len(levels) - 1, desc="relative entropy", unit=" timesteps", dynamic_ncols=True,
-                  mininterval=0.5 if sys.stderr.isatty() else 20,
-                  bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total}{unit} [{elapsed}<{remaining}]") as bar:
+        with tqdm(
+            total=len(levels) - 1,
+            desc="relative entropy",
+            unit=" timesteps",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 20,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total}{unit} [{elapsed}<{remaining}]",
+        ) as bar:
             found = relative_entropy(
-                images, levels[:-1], levels[1:], samples=o.entropy_samples, seed=o.seed, stop=stop_requested,
-                progress=lambda share: bar.update(share * (len(levels) - 1)))
+                images,
+                levels[:-1],
+                levels[1:],
+                samples=o.entropy_samples,
+                seed=o.seed,
+                stop=stop_requested,
+                progress=lambda share: bar.update(share * (len(levels) - 1)),
+            )
         u = (np.arange(1, len(levels)) + 0.5) / len(levels)
-        rows = {"t": list(range(1, len(levels))), "u": u.tolist(),
-                **{key: values.tolist() for key, values in vars(found).items()},
-                "biased": found.biased.tolist(), "degenerate": found.degenerate.tolist()}
+        rows = {
+            "t": list(range(1, len(levels))),
+            "u": u.tolist(),
+            **{key: values.tolist() for key, values in vars(found).items()},
+            "biased": found.biased.tolist(),
+            "degenerate": found.degenerate.tolist(),
+        }
         o.out.mkdir(parents=True, exist_ok=True)
         write_atomically(self.entropy_file, json.dumps({"settings": settings, **rows}) + "\n")
-        self.say(f"entropy: {self.entropy_file}, {len(levels) - 1} timesteps; {found.degenerate.sum()} have one "
-                 f"kernel, {found.biased.sum()} few")
+        self.say(
+            f"entropy: {self.entropy_file}, {len(levels) - 1} timesteps; {found.degenerate.sum()} "
+            f"have one kernel, {found.biased.sum()} few"
+        )
 
     def images(self) -> torch.Tensor:
-        """(L, C, H, W) float32 in the model's space: random ones, and of moments one latent each."""
+        """(L, C, H, W) float32 in the model's space: random ones, and of moments one latent
+        each."""
         o, info = self.options, self.data.info
-        chosen = np.sort(np.random.default_rng(o.seed).choice(len(self.data), o.entropy_images, replace=False))
+        chosen = np.sort(
+            np.random.default_rng(o.seed).choice(len(self.data), o.entropy_images, replace=False)
+        )
         parts, generator = [], torch.Generator().manual_seed(o.seed)
         for some in np.array_split(chosen, -(-len(chosen) // 256)):
             stored = torch.from_numpy(self.data.gather(some)["latent"])
-            noise = torch.randn(len(some), *info.x_shape, generator=generator) if info.kind == "moments" else None
+            noise = (
+                torch.randn(len(some), *info.x_shape, generator=generator)
+                if info.kind == "moments"
+                else None
+            )
             parts.append(to_x_start(stored, info.kind, info.scale_factor, noise))
         return torch.cat(parts)
 
     def report(self) -> None:
         o = self.options
-        found = Findings(self.name, self.edges, {i: run.folder for i, run in enumerate(self.runs)}, o.steps,
-                       o.patience, self.scored(), read_json(self.entropy_file))
+        found = Findings(
+            self.name,
+            self.edges,
+            {i: run.folder for i, run in enumerate(self.runs)},
+            o.steps,
+            o.patience,
+            self.scored(),
+            read_json(self.entropy_file),
+        )
         for stage, intervals in found.missing.items():
             what = names(intervals) if intervals else "the relative entropy is"
-            self.say(f"missing: {what} not there from the stage {stage}; run {self.command(stage, intervals)}")
+            self.say(
+                f"missing: {what} not there from the stage {stage}; run "
+                f"{self.command(stage, intervals)}"
+            )
         if not (found.curves or found.scored or found.entropy):
             raise DataError(f"{o.out} holds nothing to report yet")
-        settings = json.loads(json.dumps({**asdict(o), "training options": self.extra}, default=str))
+        settings = json.loads(
+            json.dumps({**asdict(o), "training options": self.extra}, default=str)
+        )
         self.say(write_report(found, o.out, settings))
 
 
@@ -215,15 +313,26 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if name not in STUDIES:
             near = difflib.get_close_matches(name, STUDIES, n=1, cutoff=0)
-            raise ConfigError(f"unknown study {name!r}; did you mean {near[0]!r}? There are: {', '.join(STUDIES)}")
-        options = tyro.cli(Study, default=STUDIES[name], args=own, prog=f"python -m eval.difficulty {name}",
-                           console_outputs=env_rank() == 0)
+            raise ConfigError(
+                f"unknown study {name!r}; did you mean {near[0]!r}? There are: {', '.join(STUDIES)}"
+            )
+        options = tyro.cli(
+            Study,
+            default=STUDIES[name],
+            args=own,
+            prog=f"python -m eval.difficulty {name}",
+            console_outputs=env_rank() == 0,
+        )
         Difficulty(name, options, given[cut + 1 :])()
     except LargescaleError as error:
         print_error(error)
         return error.exit_status
     except OSError as error:
-        print_error(DataError(f"{error}; what is done stays: correct the cause, and run the same command again"))
+        print_error(
+            DataError(
+                f"{error}; what is done stays: correct the cause, and run the same command again"
+            )
+        )
         return 2
     return 0
 

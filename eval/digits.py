@@ -1,7 +1,9 @@
-"""python -m eval.digits SAMPLE_DIR ... --data data/digits: are the demo's samples the digits that were asked for?
+"""python -m eval.digits SAMPLE_DIR ... --data data/digits: are the demo's samples the digits that
+were asked for?
 
-Trains a small CNN on 4,000 of the real digits, checks it on the other 1,000, and lets it read the samples. A test of
-the demo only: it is not FID, not comparable with anything published, and blind to a lack of variety.
+Trains a small CNN on 4,000 of the real digits, checks it on the other 1,000, and lets it read the
+samples. A test of the demo only: it is not FID, not comparable with anything published, and blind
+to a lack of variety.
 """
 
 import contextlib
@@ -36,7 +38,8 @@ class Digits:
     data: Path = Path("data/digits")
     """The real digits, as data_prep.digits packed them."""
     out: Path | None = None
-    """A JSON file for the results. If it holds those of the same images, nothing is trained again."""
+    """A JSON file for the results. If it holds those of the same images, nothing is trained
+    again."""
 
 
 def to_input(images: npt.NDArray[np.uint8]) -> Tensor:
@@ -48,20 +51,28 @@ def load_real(path: Path) -> tuple[Tensor, Tensor, str]:
     """Images (N, 1, H, W), labels (N,), and the data set's fingerprint. Raises DataError."""
     data = ShardDataset(path)
     if data.info.kind != "pixels" or data.info.shape[0] != 1:
-        raise DataError(f"{path} holds {data.info.kind} of shape {data.info.shape}, not grey digits; "
-                        "give --data the folder that data_prep.digits wrote")
+        raise DataError(
+            f"{path} holds {data.info.kind} of shape {data.info.shape}, not grey digits; "
+            "give --data the folder that data_prep.digits wrote"
+        )
     rows = data.gather(np.arange(len(data)))
     return to_input(rows["latent"]), torch.from_numpy(rows["label"]), data.fingerprint
 
 
 def load_samples(folder: Path, shape: torch.Size) -> tuple[Tensor, Tensor, str]:
-    """Images (N, 1, H, W), the labels asked for, and the set's fingerprint. Raises DataError where there are none."""
+    """Images (N, 1, H, W), the labels asked for, and the set's fingerprint. Raises DataError where
+    there are none."""
     if not (folder / "provenance.json").is_file():
-        raise DataError(f"{folder} holds no samples; give a folder that eval.sample wrote, such as samples/cfg1.5")
+        raise DataError(
+            f"{folder} holds no samples; give a folder that eval.sample wrote, such as "
+            "samples/cfg1.5"
+        )
     data = ShardDataset(folder, verify=True)
     if data.info.shape != tuple(shape[1:]):
-        raise DataError(f"{folder} holds images of shape {data.info.shape}, the real digits have {tuple(shape[1:])}; "
-                        "give samples of a model that was trained on them")
+        raise DataError(
+            f"{folder} holds images of shape {data.info.shape}, the real digits have "
+            f"{tuple(shape[1:])}; give samples of a model that was trained on them"
+        )
     rows = data.gather(np.arange(len(data)))
     return to_input(rows["latent"]), torch.from_numpy(rows["label"]), data.fingerprint
 
@@ -72,7 +83,11 @@ def split(labels: Tensor) -> tuple[Tensor, Tensor]:
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
-        held_out[members[torch.randperm(len(members), generator=generator)[: round(HELD_OUT * len(members))]]] = True
+        held_out[
+            members[
+                torch.randperm(len(members), generator=generator)[: round(HELD_OUT * len(members))]
+            ]
+        ] = True
     return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
 
 
@@ -80,9 +95,17 @@ def train(images: Tensor, labels: Tensor) -> nn.Module:
     """A classifier (N, 1, H, W) -> (N, classes); the same one for the same data."""
     torch.manual_seed(SEED)
     model = nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Dropout(0.3), nn.LazyLinear(int(labels.max()) + 1),
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.LazyLinear(int(labels.max()) + 1),
     )
     model(images[:2])  # lets the last layer find its size
     optimizer = torch.optim.AdamW(model.parameters())
@@ -90,7 +113,9 @@ def train(images: Tensor, labels: Tensor) -> nn.Module:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
     for _ in trange(EPOCHS, desc="classifier", unit="epoch", dynamic_ncols=True):
         for batch in torch.randperm(len(images)).split(BATCH_SIZE):
-            shift = torch.randint(-1, 2, (2,)).tolist()  # into an empty margin: no ink comes back at the far side
+            shift = torch.randint(
+                -1, 2, (2,)
+            ).tolist()  # into an empty margin: no ink comes back at the far side
             loss = F.cross_entropy(model(images[batch].roll(shift, (2, 3))), labels[batch])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -103,28 +128,41 @@ def train(images: Tensor, labels: Tensor) -> nn.Module:
 def recognised(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
     """The share of images that are read as their label, over all and for each class."""
     right = torch.cat([model(part).argmax(1) for part in images.split(500)]) == labels
-    per_class = {int(label): right[labels == label].float().mean().item() for label in labels.unique()}
+    per_class = {
+        int(label): right[labels == label].float().mean().item() for label in labels.unique()
+    }
     return {"n": len(labels), "recognised": right.float().mean().item(), "per_class": per_class}
 
 
 def score(sample_dirs: tuple[Path, ...], data: Path, earlier: Path | None = None) -> dict[str, Any]:
-    """`earlier`: results of a start before this, which stand where they are of the same images and settings."""
+    """`earlier`: results of a start before this, which stand where they are of the same images and
+    settings."""
     images, labels, fingerprint = load_real(data)
-    sets = {str(folder): load_samples(folder, images.shape) for folder in sample_dirs}  # errors come before the work
-    of = {"classifier": [EPOCHS, BATCH_SIZE, LR, HELD_OUT, SEED], "data": fingerprint,
-          "samples": {name: drawn for name, (*_, drawn) in sets.items()}}
+    sets = {
+        str(folder): load_samples(folder, images.shape) for folder in sample_dirs
+    }  # errors come before the work
+    of = {
+        "classifier": [EPOCHS, BATCH_SIZE, LR, HELD_OUT, SEED],
+        "data": fingerprint,
+        "samples": {name: drawn for name, (*_, drawn) in sets.items()},
+    }
     with contextlib.suppress(OSError, ValueError, AttributeError):
         if earlier and (results := json.loads(earlier.read_text())).get("of") == of:
             return dict(results)
     kept, held_out = split(labels)
     start = time.perf_counter()
     model = train(images[kept], labels[kept])
-    print(f"classifier: trained on {len(kept)} real digits in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    print(
+        f"classifier: trained on {len(kept)} real digits in {time.perf_counter() - start:.1f} s",
+        file=sys.stderr,
+    )
     return {
         "of": of,
         "trained_on": len(kept),
         "held_out": recognised(model, images[held_out], labels[held_out]),
-        "samples": {name: recognised(model, images, labels) for name, (images, labels, _) in sets.items()},
+        "samples": {
+            name: recognised(model, images, labels) for name, (images, labels, _) in sets.items()
+        },
     }
 
 
@@ -137,13 +175,19 @@ def in_plain_words(results: dict[str, Any]) -> str:
     """A sentence for somebody who does not know the scores."""
     folder, best = max(results["samples"].items(), key=lambda item: item[1]["recognised"])
     right, real = (f"{result['recognised']:.0%}" for result in (best, results["held_out"]))
-    return (f"In plain words: of {best['n']:,} digits drawn ({folder}), {right} are read as the one asked for, by "
-            f"a network that reads {real} of real ones rightly.")
+    return (
+        f"In plain words: of {best['n']:,} digits drawn ({folder}), {right} are read as the one "
+        f"asked for, by a network that reads {real} of real ones rightly."
+    )
 
 
 def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(Digits, args=arguments(args), description=__doc__, prog="python -m eval.digits")
-    torch.set_num_threads(1)  # more gain nothing on so small a network, and lose ten times the time on a busy machine
+    options = tyro.cli(
+        Digits, args=arguments(args), description=__doc__, prog="python -m eval.digits"
+    )
+    torch.set_num_threads(
+        1
+    )  # more gain nothing on so small a network, and lose ten times the time on a busy machine
     try:
         require_writable(*filter(None, [options.out]), remedy="choose another --out")
         results = score(options.samples, options.data, options.out)

@@ -1,8 +1,10 @@
-"""python -m eval.prompts --captions captions_val2014.json --num 30000 --out prompts/coco_30k.json: FID-30K's prompts.
+"""python -m eval.prompts --captions captions_val2014.json --num 30000 --out prompts/coco_30k.json:
+FID-30K's prompts.
 
-One caption of each of `num` distinct images of COCO, frozen with their hash: runs are then compared on the same ones.
-Which, and in which order, follows from hashes of (seed, id): the first 1,000 of the file are what --num 1000 gives, and
-no version of Python or NumPy matters. Wherever prompts are read, a text file with one prompt a line will do too.
+One caption of each of `num` distinct images of COCO, frozen with their hash: runs are then compared
+on the same ones. Which, and in which order, follows from hashes of (seed, id): the first 1,000 of
+the file are what --num 1000 gives, and no version of Python or NumPy matters. Wherever prompts are
+read, a text file with one prompt a line will do too.
 """
 
 import hashlib
@@ -28,7 +30,8 @@ class Freeze:
     captions: Path
     """COCO's captions file; that of FID-30K is annotations/captions_val2014.json."""
     out: Path
-    """The file to write, such as prompts/coco_30k.json; one that holds other prompts is not replaced."""
+    """The file to write, such as prompts/coco_30k.json; one that holds other prompts is not
+    replaced."""
     num: int = 30_000
     """How many images."""
     seed: int = 0
@@ -38,10 +41,10 @@ class Freeze:
 class Prompts:
     """A list of prompts, in order."""
 
-    texts: list[str]                                    # n >= 1, none empty
-    sha256: str                                         # of the rows, or of a text file's prompts
-    source: dict[str, Any]                              # where they are from: name, and of a frozen list its head
-    images: list[str] | None                            # (n,) file name of the image of each, of a frozen list
+    texts: list[str]  # n >= 1, none empty
+    sha256: str  # of the rows, or of a text file's prompts
+    source: dict[str, Any]  # where they are from: name, and of a frozen list its head
+    images: list[str] | None  # (n,) file name of the image of each, of a frozen list
 
 
 class _Caption(NamedTuple):
@@ -54,8 +57,8 @@ class _Caption(NamedTuple):
 def read_prompts(path: Path) -> Prompts:
     """A list that this program froze (.json), or a text file, one prompt a line.
 
-    Raises DataError for a file that is neither, or cannot be read; a frozen list that was altered; a prompt that is
-    empty.
+    Raises DataError for a file that is neither, or cannot be read; a frozen list that was altered;
+    a prompt that is empty.
     """
     if path.suffix.lower() in TABLES:
         raise DataError(f"{path} is a table; give its prompts as a .txt file, one a line")
@@ -66,25 +69,33 @@ def read_prompts(path: Path) -> Prompts:
     if not any(lines):
         raise DataError(f"{path} holds no prompts; give one a line")
     if "" in lines:
-        raise DataError(f"{path}: line {lines.index('') + 1} is empty; delete it, or write a prompt there")
+        raise DataError(
+            f"{path}: line {lines.index('') + 1} is empty; delete it, or write a prompt there"
+        )
     return Prompts(lines, _sha256_of(lines), {"name": path.name}, None)
 
 
 def freeze(captions: Path, num: int, seed: int) -> str:
-    """The content of the file, a function of the captions file, num and seed. Raises DataError, or ConfigError for a
-    number of images that the file does not have."""
+    """The content of the file, a function of the captions file, num and seed. Raises DataError, or
+    ConfigError for a number of images that the file does not have."""
     if num < 1:
         raise ConfigError(f"num={num} must be at least 1; set --num")
     content = _content(captions)
-    of_image: dict[int, _Caption] = {}                  # the caption of lowest rank of each image
+    of_image: dict[int, _Caption] = {}  # the caption of lowest rank of each image
     for row in _parse(captions, _decoded(captions, content)):
         best = of_image.setdefault(row.image_id, row)
         if _rank(seed, "caption", row.caption_id) < _rank(seed, "caption", best.caption_id):
             of_image[row.image_id] = row
     if num > len(of_image):
-        raise ConfigError(f"num={num}: {captions} has captions of {len(of_image)} images; set --num {len(of_image)} "
-                          "or less, or give another --captions (captions_val2014.json has 40,504 images)")
-    rows = [of_image[number]._asdict() for number in sorted(of_image, key=lambda i: _rank(seed, "image", i))[:num]]
+        raise ConfigError(
+            f"num={num}: {captions} has captions of {len(of_image)} images; set --num "
+            f"{len(of_image)} or less, or give another --captions (captions_val2014.json has 40,504 "
+            "images)"
+        )
+    rows = [
+        of_image[number]._asdict()
+        for number in sorted(of_image, key=lambda i: _rank(seed, "image", i))[:num]
+    ]
     head = {
         "name": f"{captions.stem}-{num}-seed{seed}",
         "source": captions.name,
@@ -92,7 +103,7 @@ def freeze(captions: Path, num: int, seed: int) -> str:
         "seed": seed,
         "sha256": _sha256_of(rows),
     }
-    lines = ",\n".join(json.dumps(row) for row in rows)     # one a line, to be read and compared
+    lines = ",\n".join(json.dumps(row) for row in rows)  # one a line, to be read and compared
     return f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n'
 
 
@@ -103,7 +114,9 @@ def _rank(seed: int, what: str, number: int) -> tuple[bytes, int]:
 
 def _sha256_of(value: Any) -> str:
     """Of plain JSON in one spelling, ASCII."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def _content(path: Path) -> bytes:
@@ -118,32 +131,47 @@ def _decoded(path: Path, content: bytes) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}: line {line} is not UTF-8 ({error.reason}); save it as UTF-8") from error
+        raise DataError(
+            f"{path}: line {line} is not UTF-8 ({error.reason}); save it as UTF-8"
+        ) from error
 
 
 def _json(path: Path, text: str, remedy: str) -> Any:
     try:
         return from_json(text)
-    except ValueError as error:                         # says line and column
+    except ValueError as error:  # says line and column
         raise DataError(f"{path} is not JSON ({error}); {remedy}") from error
 
 
 def _frozen(path: Path, text: str) -> Prompts:
-    document = _json(path, text, "write it again with eval.prompts, or name a list of one prompt a line *.txt")
+    document = _json(
+        path, text, "write it again with eval.prompts, or name a list of one prompt a line *.txt"
+    )
     if not isinstance(document, dict) or not {"name", "sha256", "rows"} <= document.keys():
-        raise DataError(f"{path} is no list of prompts; make one of COCO's captions with python -m eval.prompts "
-                        f"--captions {path} --out FILE, or give a .txt file, one prompt a line")
+        raise DataError(
+            f"{path} is no list of prompts; make one of COCO's captions with python -m eval.prompts "
+            f"--captions {path} --out FILE, or give a .txt file, one prompt a line"
+        )
     rows = document.pop("rows")
     expected, found = document.pop("sha256"), _sha256_of(rows)
     if found != expected:
-        raise DataError(f"{path} was altered: its rows have the sha256 {found}, not {expected}; write it again with "
-                        "eval.prompts, or give other prompts as a .txt file, one a line")
+        raise DataError(
+            f"{path} was altered: its rows have the sha256 {found}, not {expected}; write it again "
+            "with eval.prompts, or give other prompts as a .txt file, one a line"
+        )
     try:
-        texts, images = [row["caption"].strip() for row in rows], [str(row["file_name"]) for row in rows]
+        texts, images = (
+            [row["caption"].strip() for row in rows],
+            [str(row["file_name"]) for row in rows],
+        )
     except (AttributeError, LookupError, TypeError) as error:
-        raise DataError(f"{path} has rows that are no prompts ({error!r}); write it again with eval.prompts") from error
+        raise DataError(
+            f"{path} has rows that are no prompts ({error!r}); write it again with eval.prompts"
+        ) from error
     if odd := [i for i, text in enumerate(texts) if not is_unicode(text)]:
-        raise DataError(f"{path}: row {odd[0] + 1} is not Unicode; write it again with eval.prompts")
+        raise DataError(
+            f"{path}: row {odd[0] + 1} is not Unicode; write it again with eval.prompts"
+        )
     if not all(texts) or not texts:
         what = f"row {texts.index('') + 1} is empty" if texts else "it holds no prompts"
         raise DataError(f"{path}: {what}; write it again with eval.prompts")
@@ -156,18 +184,35 @@ def _parse(path: Path, text: str) -> list[_Caption]:
     try:
         files = [(int(image["id"]), str(image["file_name"])) for image in document["images"]]
         file_of = dict(files)
-        captions = [(int(a["image_id"]), int(a["id"]), a["caption"]) for a in document["annotations"]]
+        captions = [
+            (int(a["image_id"]), int(a["id"]), a["caption"]) for a in document["annotations"]
+        ]
     except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{path} is not COCO captions ({error!r}): images need id and file_name, annotations id, "
-                        "image_id and caption; give a file such as captions_val2014.json") from error
+        raise DataError(
+            f"{path} is not COCO captions ({error!r}): images need id and file_name, annotations "
+            "id, image_id and caption; give a file such as captions_val2014.json"
+        ) from error
     _refuse(path, "image ids that are given twice", _twice(number for number, _ in files))
     _refuse(path, "caption ids that are given twice", _twice(number for _, number, _ in captions))
-    _refuse(path, "captions of images that it does not list, by image id",
-            [number for number, _, _ in captions if number not in file_of])
-    _refuse(path, "captions that are not Unicode text, by caption id",
-            [number for _, number, caption in captions if not isinstance(caption, str) or not is_unicode(caption)])
-    return [_Caption(image, file_of[image], number, text) for image, number, caption in captions
-            if (text := caption.strip())]
+    _refuse(
+        path,
+        "captions of images that it does not list, by image id",
+        [number for number, _, _ in captions if number not in file_of],
+    )
+    _refuse(
+        path,
+        "captions that are not Unicode text, by caption id",
+        [
+            number
+            for _, number, caption in captions
+            if not isinstance(caption, str) or not is_unicode(caption)
+        ],
+    )
+    return [
+        _Caption(image, file_of[image], number, text)
+        for image, number, caption in captions
+        if (text := caption.strip())
+    ]
 
 
 def _twice(values: Iterable[Hashable]) -> list[Hashable]:
@@ -176,30 +221,43 @@ def _twice(values: Iterable[Hashable]) -> list[Hashable]:
 
 def _refuse(path: Path, what: str, found: list[Any]) -> None:
     if found:
-        raise DataError(f"{path} has {len(found):,} {what}, such as {found[0]}; correct it, or take the original")
+        raise DataError(
+            f"{path} has {len(found):,} {what}, such as {found[0]}; correct it, or take the "
+            "original"
+        )
 
 
 def run(options: Freeze) -> str:
-    """Write the file, unless it is there; returns a line to say. Raises ConfigError where it holds something else."""
+    """Write the file, unless it is there; returns a line to say. Raises ConfigError where it holds
+    something else."""
     if options.out.suffix.lower() != ".json":
-        raise ConfigError(f"--out {options.out} must end in .json, by which the list is told from a text file")
+        raise ConfigError(
+            f"--out {options.out} must end in .json, by which the list is told from a text file"
+        )
     text = freeze(options.captions, options.num, options.seed)
     done = "written"
     try:
         if options.out.exists():
             if options.out.read_bytes() != text.encode():
-                raise ConfigError(f"{options.out} is there and holds something else; give another --out, or delete it")
+                raise ConfigError(
+                    f"{options.out} is there and holds something else; give another --out, or "
+                    "delete it"
+                )
             done = "already there, left alone"
         else:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(options.out, text)
     except OSError as error:
         raise DataError(f"{options.out} cannot be written ({error}); give another --out") from error
-    return f"{options.out}: {options.num:,} prompts, sha256 {read_prompts(options.out).sha256}; {done}"
+    return (
+        f"{options.out}: {options.num:,} prompts, sha256 {read_prompts(options.out).sha256}; {done}"
+    )
 
 
 def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(Freeze, args=arguments(args), description=__doc__, prog="python -m eval.prompts")
+    options = tyro.cli(
+        Freeze, args=arguments(args), description=__doc__, prog="python -m eval.prompts"
+    )
     try:
         print(run(options), flush=True)
     except LargescaleError as error:

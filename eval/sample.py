@@ -1,13 +1,15 @@
-"""python -m eval.sample RUN_OR_EXPORT --out DIR: samples, as many of each class, or of captions or prompts.
+"""python -m eval.sample RUN_OR_EXPORT --out DIR: samples, as many of each class, or of captions or
+prompts.
 
-DIR gets a folder for each scale, such as DIR/cfg1.5: Arrow shards, a picture of the first samples and provenance.json,
-with all that the samples depend on (eval/drawing/sample_set.py lists the files). Killed or stopped, it goes on where it
-was when the same command is run again; a whole set is left alone. Under torchrun or srun the ranks share the samples;
-they meet in the file system only, and need not be as many as before.
+DIR gets a folder for each scale, such as DIR/cfg1.5: Arrow shards, a picture of the first samples
+and provenance.json, with all that the samples depend on (eval/drawing/sample_set.py lists the
+files). Killed or stopped, it goes on where it was when the same command is run again; a whole set
+is left alone. Under torchrun or srun the ranks share the samples; they meet in the file system
+only, and need not be as many as before.
 
-Sample i depends on (seed, i) alone: it is bitwise the same on one type of device at the same batch size and shard size,
-whatever the number of ranks and restarts, and the same up to rounding at others, or where one start compiles the model
-and another does not.
+Sample i depends on (seed, i) alone: it is bitwise the same on one type of device at the same batch
+size and shard size, whatever the number of ranks and restarts, and the same up to rounding at
+others, or where one start compiles the model and another does not.
 """
 
 import hashlib
@@ -41,14 +43,21 @@ from largescale.diffusion.samplers import evaluations
 from largescale.diffusion.sampling import SamplingConfig, draw_batches
 from largescale.distributed.ranks import local_device
 from largescale.encoders.vae import Vae, load_vae
-from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, Stopped, usable
+from largescale.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LargescaleError,
+    Stopped,
+    usable,
+)
 from largescale.host.launch import arguments, env_rank, env_world_size, leave, print_error
 from largescale.host.signals import serve_stop_signals, stop_requested
 from largescale.models.build import latent_shape
 from largescale.models.half_precision import check_on_cpu
 from largescale.models.inference import compile_pays, prepare
 
-DECODED_AT_ONCE = 16                                    # latents; the decoder needs far more memory than the model
+DECODED_AT_ONCE = 16  # latents; the decoder needs far more memory than the model
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,8 @@ class Sample:
     captions: Path | None = None
     """Or a packed data set: sample i has a caption of its row i % n."""
     text_encoder: str | None = None
-    """For prompts: where the encoder that the data were packed with lies now; by default where it was then."""
+    """For prompts: where the encoder that the data were packed with lies now; by default where it
+    was then."""
     vae: str | None = None
     """Of a latent model: likewise the VAE, to decode the samples with; none: keep latents."""
     also: tuple[Format, ...] = ()
@@ -95,7 +105,8 @@ class Sample:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: where it is expected to pay."""
     batch_size: int | None = None
-    """Images drawn at a time by each rank: a matter of speed and memory. By default 128 on a GPU, 32 on the CPU."""
+    """Images drawn at a time by each rank: a matter of speed and memory. By default 128 on a GPU,
+    32 on the CPU."""
     shard_size: int = 128
     """Images in a shard. A rank that is stopped loses what it drew of its last one."""
     step: int | None = None
@@ -104,17 +115,28 @@ class Sample:
 
     def check(self) -> None:
         """Raises ConfigError before any work is done, not after the first of several scales."""
-        for key, value in {"num_samples": self.num_samples, "batch_size": self.batch_size,
-                           "shard_size": self.shard_size}.items():
+        for key, value in {
+            "num_samples": self.num_samples,
+            "batch_size": self.batch_size,
+            "shard_size": self.shard_size,
+        }.items():
             if value is not None and value < 1:
-                raise ConfigError(f"{key}={value} must be at least 1; set --{key.replace('_', '-')}")
+                raise ConfigError(
+                    f"{key}={value} must be at least 1; set --{key.replace('_', '-')}"
+                )
         for scale in self.cfg_scale:
             if not 0 <= scale < math.inf:
-                raise ConfigError(f"cfg_scale={scale} must be 0 or more; 1 is no guidance, the paper uses 1.5")
+                raise ConfigError(
+                    f"cfg_scale={scale} must be 0 or more; 1 is no guidance, the paper uses 1.5"
+                )
         if not self.cfg_scale:
-            raise ConfigError("--cfg-scale names no scale; give one or more, such as --cfg-scale 1.5 2.0")
+            raise ConfigError(
+                "--cfg-scale names no scale; give one or more, such as --cfg-scale 1.5 2.0"
+            )
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device=cuda, but torch sees no CUDA device; to sample here: --device cpu")
+            raise ConfigError(
+                "device=cuda, but torch sees no CUDA device; to sample here: --device cpu"
+            )
         if self.device == "cpu" and self.precision != "auto":
             check_on_cpu(self.precision, "--precision {}")
 
@@ -126,29 +148,54 @@ class Sampler:
         options.check()
         self.options, self.rank, self.world_size = options, env_rank(), env_world_size()
         self.device = local_device(options.device)
-        self.trained = load_trained(options.source, self.checkpoint_of_unfinished_samples() if options.step is None else options.step)
+        self.trained = load_trained(
+            options.source,
+            self.checkpoint_of_unfinished_samples() if options.step is None else options.step,
+        )
         self.sampler = options.sampler or self.trained.objective.samplers[0]
-        self.steps = self.trained.objective.default_steps if options.steps is None else options.steps
+        self.steps = (
+            self.trained.objective.default_steps if options.steps is None else options.steps
+        )
         model, info = self.trained.config.model, self.trained.info
         if not model.class_dropout_prob and set(options.cfg_scale) != {1.0}:
-            raise ConfigError("the model was trained with class_dropout_prob=0 and knows no null label to guide with; "
-                              "set --cfg-scale 1")
+            raise ConfigError(
+                "the model was trained with class_dropout_prob=0 and knows no null label to guide "
+                "with; set --cfg-scale 1"
+            )
         self.weights_sha256 = weights_sha256(self.trained.model)
         self.pixels = info["data_info"]["kind"] == "pixels"
         made_with = info.get("made_with", {})
         self.conditions = make_conditions(
-            self.trained, n=options.num_samples, seed=options.seed, labels=options.labels, classes=options.classes,
-            prompts=options.prompts, prompts_file=options.prompts_file, captions=options.captions,
-            text_encoder=options.text_encoder or made_with.get("text_encoder"), device=self.device)
+            self.trained,
+            n=options.num_samples,
+            seed=options.seed,
+            labels=options.labels,
+            classes=options.classes,
+            prompts=options.prompts,
+            prompts_file=options.prompts_file,
+            captions=options.captions,
+            text_encoder=options.text_encoder or made_with.get("text_encoder"),
+            device=self.device,
+        )
         self.conditions.prepare()
         vae = options.vae or made_with.get("vae") or "none"
         self.vae = None if vae == "none" else self.decoder(vae)
-        self.batch_size = min(options.batch_size or (128 if self.device.type == "cuda" else 32), options.shard_size)
-        self.configs = [self.config(scale) for scale in options.cfg_scale]  # what is wrong with them is said now
+        self.batch_size = min(
+            options.batch_size or (128 if self.device.type == "cuda" else 32), options.shard_size
+        )
+        self.configs = [
+            self.config(scale) for scale in options.cfg_scale
+        ]  # what is wrong with them is said now
         # Once for all scales, by the whole of the work, not by what is left of it here.
-        self.compile = options.compile == "on" or (options.compile == "auto" and compile_pays(
-            self.trained.model, device=self.device, precision=self.configs[0].precision,
-            evaluations=sum(map(self.evaluations, self.configs))))
+        self.compile = options.compile == "on" or (
+            options.compile == "auto"
+            and compile_pays(
+                self.trained.model,
+                device=self.device,
+                precision=self.configs[0].precision,
+                evaluations=sum(map(self.evaluations, self.configs)),
+            )
+        )
         self._model: Model | None = None
 
     def evaluations(self, config: SamplingConfig) -> int:
@@ -157,29 +204,54 @@ class Sampler:
         return self.options.num_samples * rounds * (1 if config.cfg_scale == 1 else 2)
 
     def checkpoint_of_unfinished_samples(self) -> int | None:
-        """The checkpoint of these very samples, where they are half drawn, or whole and not to be replaced: a run that
-        goes on has a newer one by now."""
+        """The checkpoint of these very samples, where they are half drawn, or whole and not to be
+        replaced: a run that goes on has a newer one by now."""
         o = self.options
         for scale in o.cfg_scale:
-            wanted = {"cfg_scale": scale, "eta": o.eta, "seed": o.seed,
-                      "guidance_interval": list(o.guidance_interval), "cfg_channels": o.cfg_channels}
-            wanted |= {key: value for key, value in {"sampler": o.sampler, "steps": o.steps}.items() if value}
+            wanted = {
+                "cfg_scale": scale,
+                "eta": o.eta,
+                "seed": o.seed,
+                "guidance_interval": list(o.guidance_interval),
+                "cfg_channels": o.cfg_channels,
+            }
+            wanted |= {
+                key: value
+                for key, value in {"sampler": o.sampler, "steps": o.steps}.items()
+                if value
+            }
             for name in (JOB, *([] if o.replace else [MANIFEST])):
                 with suppress(OSError, CheckpointError), usable(name):
                     found = json.loads((folder_of(o.out, scale) / name).read_text())
                     job = found if name == JOB else found["job"]
                     checkpoint = CheckpointDir.at(o.source, int(job["step"]))
-                    if (checkpoint.exists and checkpoint.manifest()["state"]["config"]["name"] == job["run"]
-                            and job["num_samples"] == o.num_samples and wanted.items() <= job["sampling"].items()):
+                    if (
+                        checkpoint.exists
+                        and checkpoint.manifest()["state"]["config"]["name"] == job["run"]
+                        and job["num_samples"] == o.num_samples
+                        and wanted.items() <= job["sampling"].items()
+                    ):
                         return checkpoint.step
         return None
 
     def config(self, cfg_scale: float) -> SamplingConfig:
         o, trained_in = self.options, self.trained.info.get("precision", "fp32")
-        precision = (trained_in if self.device.type == "cuda" else "fp32") if o.precision == "auto" else o.precision
+        precision = (
+            (trained_in if self.device.type == "cuda" else "fp32")
+            if o.precision == "auto"
+            else o.precision
+        )
         config = SamplingConfig(
-            self.sampler, self.steps, cfg_scale, o.guidance_interval, o.cfg_channels, o.eta, seed=o.seed,
-            clip_denoised=self.pixels and self.trained.config.diffusion.objective == "gaussian", precision=precision)
+            self.sampler,
+            self.steps,
+            cfg_scale,
+            o.guidance_interval,
+            o.cfg_channels,
+            o.eta,
+            seed=o.seed,
+            clip_denoised=self.pixels and self.trained.config.diffusion.objective == "gaussian",
+            precision=precision,
+        )
         config.check(self.trained.objective)
         return config
 
@@ -187,24 +259,38 @@ class Sampler:
         """Raises ConfigError for a VAE that is not the one that made the model's latents."""
         encoder = self.trained.info["data_info"].get("encoders", {}).get("vae")
         if encoder is None:
-            raise ConfigError("the model draws pixels, or latents of no VAE that its data name; leave out --vae")
+            raise ConfigError(
+                "the model draws pixels, or latents of no VAE that its data name; leave out --vae"
+            )
         vae = load_vae(spec, self.device)
         if vae.identity != encoder:
-            raise ConfigError(f"--vae {spec} is {vae.identity}, the model was trained with {encoder}")
+            raise ConfigError(
+                f"--vae {spec} is {vae.identity}, the model was trained with {encoder}"
+            )
         return vae
 
     def __call__(self) -> None:
         """A sample set for each scale."""
-        sets = [SampleSet(folder_of(self.options.out, config.cfg_scale), self.info(), self.job(config),
-                          self.options.num_samples, self.options.shard_size, self.rank, self.world_size)
-                for config in self.configs]
+        sets = [
+            SampleSet(
+                folder_of(self.options.out, config.cfg_scale),
+                self.info(),
+                self.job(config),
+                self.options.num_samples,
+                self.options.shard_size,
+                self.rank,
+                self.world_size,
+            )
+            for config in self.configs
+        ]
         for made in sets if self.options.replace else ():
-            made.parts.make_room()                      # of all scales at once: ranks are apart by hours later
+            made.parts.make_room()  # of all scales at once: ranks are apart by hours later
         for config, made in zip(self.configs, sets, strict=True):
             self.make(config, made)
 
     def make(self, config: SamplingConfig, made: SampleSet) -> None:
-        """One sample set: left alone where it is whole already, else drawn, and by rank 0 completed."""
+        """One sample set: left alone where it is whole already, else drawn, and by rank 0
+        completed."""
         o, start, done = self.options, time.perf_counter(), "already drawn, left alone"
         try:
             if made.parts.claim():
@@ -216,7 +302,7 @@ class Sampler:
                 new = o.num_samples - before
                 done = f"{new:,} drawn now in {seconds:.1f} s, {new / seconds:.1f} images/s"
         except Stopped:
-            raise                                       # no failure: the same ranks go on later
+            raise  # no failure: the same ranks go on later
         except BaseException as error:
             made.parts.failed(error)
             raise
@@ -224,43 +310,67 @@ class Sampler:
             made.parts.close()
         if self.rank == 0:
             make_of(made.folder, o.also)
-            print(f"{made.folder}: {o.num_samples:,} images, {config.sampler} {config.steps} steps, cfg_scale "
-                  f"{config.cfg_scale}, seed {config.seed}, checkpoint step {self.trained.info['step']}; {done}",
-                  flush=True)
+            print(
+                f"{made.folder}: {o.num_samples:,} images, {config.sampler} {config.steps} steps, "
+                f"cfg_scale {config.cfg_scale}, seed {config.seed}, checkpoint step "
+                f"{self.trained.info['step']}; {done}",
+                flush=True,
+            )
 
     def draw(self, config: SamplingConfig, made: SampleSet, before: int) -> None:
         """This rank's shards."""
         n, c = made.n, self.trained.config.model
-        bar = tqdm(total=n, initial=before, desc=made.folder.name, unit=" images", dynamic_ncols=True,
-                   disable=self.rank != 0, mininterval=0.5 if sys.stderr.isatty() else 20, smoothing=0.05,
-                   bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f}{unit} "
-                              "[{elapsed}<{remaining}, {rate_fmt}]")
+        bar = tqdm(
+            total=n,
+            initial=before,
+            desc=made.folder.name,
+            unit=" images",
+            dynamic_ncols=True,
+            disable=self.rank != 0,
+            mininterval=0.5 if sys.stderr.isatty() else 20,
+            smoothing=0.05,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f}{unit} "
+            "[{elapsed}<{remaining}, {rate_fmt}]",
+        )
         with bar, Worker(self.use_device) as finish:
             for part in made.todo():
                 numbers = made.numbers(part)
                 latents = np.empty((len(numbers), *made.info.shape), KINDS[made.info.kind])
                 batches = draw_batches(
-                    self.model(config), self.trained.objective, config, index=numbers, condition=self.conditions.of,
-                    shape=latent_shape(c), num_classes=c.num_classes, batch_size=self.batch_size, device=self.device,
+                    self.model(config),
+                    self.trained.objective,
+                    config,
+                    index=numbers,
+                    condition=self.conditions.of,
+                    shape=latent_shape(c),
+                    num_classes=c.num_classes,
+                    batch_size=self.batch_size,
+                    device=self.device,
                     # the other ranks keep pace
-                    progress=lambda images: bar.update(min(images * self.world_size, n - bar.n)), stop=stop_requested)
+                    progress=lambda images: bar.update(min(images * self.world_size, n - bar.n)),
+                    stop=stop_requested,
+                )
                 for drawn, x in batches:
                     into = latents[drawn[0] - numbers[0] :][: len(drawn)]
                     finish(self.finish_batch, x, drawn, self.ready(), config.precision, into)
                 finish(self.save, made, part, latents)
 
     @torch.inference_mode()
-    def finish_batch(self, x: Tensor, numbers: Sequence[int], ready: Any, precision: str,
-                     into: npt.NDArray[Any]) -> None:
-        """Samples (B, C, H, W) to what is stored; in the worker's thread, on a GPU in a stream of its own."""
+    def finish_batch(
+        self, x: Tensor, numbers: Sequence[int], ready: Any, precision: str, into: npt.NDArray[Any]
+    ) -> None:
+        """Samples (B, C, H, W) to what is stored; in the worker's thread, on a GPU in a stream of
+        its own."""
         with torch.cuda.stream(self._stream) if ready else nullcontext():
             if ready:
                 torch.cuda.current_stream().wait_event(ready)
-            into[...] = self.stored(x)                  # ends in copies to the host, which are waited for here
+            into[...] = self.stored(x)  # ends in copies to the host, which are waited for here
             finite = x.isfinite().flatten(1).all(1).cpu()
         if not finite.all():
-            raise DataError(f"sample {numbers[int(finite.int().argmin())]} is not finite, drawn in {precision}; try "
-                            "--precision fp32, or another checkpoint")
+            raise DataError(
+                f"sample {numbers[int(finite.int().argmin())]} is not finite, drawn in {precision}; "
+                "try --precision fp32, or another checkpoint"
+            )
 
     def stored(self, x: Tensor) -> npt.NDArray[Any]:
         if self.vae:
@@ -281,28 +391,45 @@ class Sampler:
             torch.cuda.set_device(self.device)
             self._stream = torch.cuda.Stream()
         else:
-            torch.set_num_threads(1)                    # beside the thread that draws
+            torch.set_num_threads(1)  # beside the thread that draws
 
     def save(self, made: SampleSet, part: int, latents: npt.NDArray[Any]) -> None:
         numbers = made.numbers(part)
-        made.save(part, latents, self.conditions.labels(numbers), self.conditions.texts(numbers), self.drawn_with())
+        made.save(
+            part,
+            latents,
+            self.conditions.labels(numbers),
+            self.conditions.texts(numbers),
+            self.drawn_with(),
+        )
 
     def model(self, config: SamplingConfig) -> Model:
         """Made ready when it is first needed: a whole set needs none."""
         if self._model is None:
-            self._model = prepare(self.trained.model, device=self.device, precision=config.precision,
-                                  compile=self.compile)
+            self._model = prepare(
+                self.trained.model,
+                device=self.device,
+                precision=config.precision,
+                compile=self.compile,
+            )
         return self._model
 
     def info(self) -> DatasetInfo:
-        side, encoders = self.trained.config.model.input_size, self.trained.info["data_info"].get("encoders", {})
+        side, encoders = (
+            self.trained.config.model.input_size,
+            self.trained.info["data_info"].get("encoders", {}),
+        )
         shape = latent_shape(self.trained.config.model)
         if self.vae:
             shape = (3, side * self.vae.downsampling, side * self.vae.downsampling)
         kept = {key: value for key, value in encoders.items() if key == "vae"}
         return DatasetInfo(
-            name=f"samples of {self.trained.config.name}", kind="pixels" if self.pixels or self.vae else "latents",
-            shape=shape, num_classes=self.conditions.num_classes, encoders=kept)
+            name=f"samples of {self.trained.config.name}",
+            kind="pixels" if self.pixels or self.vae else "latents",
+            shape=shape,
+            num_classes=self.conditions.num_classes,
+            encoders=kept,
+        )
 
     def job(self, config: SamplingConfig) -> dict[str, Any]:
         """All that the samples depend on but for rounding, as plain JSON values."""
@@ -312,12 +439,12 @@ class Sampler:
             "num_samples": self.options.num_samples,
             **self.conditions.facts,
             **({"decoder": self.vae.identity} if self.vae else {}),
-            "device": self.device.type,                 # torch draws other noise on each type
+            "device": self.device.type,  # torch draws other noise on each type
             "run": c.name,
             "model": asdict(c.model),
             "diffusion": asdict(c.diffusion),
             "weights": "ema",
-            "weights_sha256": self.weights_sha256,      # two runs can agree in all of the rest
+            "weights_sha256": self.weights_sha256,  # two runs can agree in all of the rest
             **self.trained.info,
         }
         plain: dict[str, Any] = json.loads(json.dumps(facts))
@@ -326,8 +453,14 @@ class Sampler:
     def drawn_with(self) -> dict[str, Any]:
         """What changes the rounding only."""
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
-        return {"batch_size": self.batch_size, "world_size": self.world_size, "compiled": self.compile,
-                "gpu": gpu, "torch": str(torch.__version__), "largescale": largescale.__version__}
+        return {
+            "batch_size": self.batch_size,
+            "world_size": self.world_size,
+            "compiled": self.compile,
+            "gpu": gpu,
+            "torch": str(torch.__version__),
+            "largescale": largescale.__version__,
+        }
 
 
 def folder_of(out: Path, cfg_scale: float) -> Path:
@@ -343,7 +476,9 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(Sample, args=arguments(args), description=__doc__, prog="python -m eval.sample")
+    options = tyro.cli(
+        Sample, args=arguments(args), description=__doc__, prog="python -m eval.sample"
+    )
     serve_stop_signals()
     try:
         sampler = Sampler(options)
@@ -355,7 +490,11 @@ def main(args: list[str] | None = None) -> int:
         print_error(error)
         return error.exit_status
     except OSError as error:
-        print_error(DataError(f"{error}; what is drawn stays: correct the cause, and run the same command again"))
+        print_error(
+            DataError(
+                f"{error}; what is drawn stays: correct the cause, and run the same command again"
+            )
+        )
         return 2
     return 0
 

@@ -1,10 +1,13 @@
-"""python -m eval.score SAMPLES ... --reference REFERENCE: FID, sFID, IS, KID, Precision, Recall, CLIP score.
+"""python -m eval.score SAMPLES ... --reference REFERENCE: FID, sFID, IS, KID, Precision, Recall,
+CLIP score.
 
-SAMPLES: folders that eval.sample wrote, folders of PNGs, or ADM's .npz. REFERENCE: the same, a packed data set of
-pixels, or statistics: those that --save-reference wrote, or ADM's .npz. Only Inception's Frechet distance is called
-FID; that of another network is FD with its name, and comparable with nothing but itself.
+SAMPLES: folders that eval.sample wrote, folders of PNGs, or ADM's .npz. REFERENCE: the same, a
+packed data set of pixels, or statistics: those that --save-reference wrote, or ADM's .npz. Only
+Inception's Frechet distance is called FID; that of another network is FD with its name, and
+comparable with nothing but itself.
 
-Each set gets a row in its own results.jsonl. One process, on one device: 50,000 images are a matter of minutes.
+Each set gets a row in its own results.jsonl. One process, on one device: 50,000 images are a matter
+of minutes.
 """
 
 import json
@@ -37,7 +40,15 @@ from eval.scoring.figures import (
 from eval.scoring.image_sets import ImageSet, open_images
 from eval.scoring.reference_statistics import write_statistics
 from largescale.distributed.ranks import local_device
-from largescale.errors import CheckpointError, ConfigError, DataError, LargescaleError, Stopped, StorageError, usable
+from largescale.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LargescaleError,
+    Stopped,
+    StorageError,
+    usable,
+)
 from largescale.host.files import append_line, require_writable
 from largescale.host.launch import arguments, env_world_size, leave, print_error
 from largescale.host.signals import serve_stop_signals
@@ -52,9 +63,11 @@ class Score:
     reference: Path | None = None
     """Real images, or statistics of them."""
     extractor: str = "inception"
-    """inception, efficientnet-lite0 (in pip), clip:MODEL/WEIGHTS (open_clip) or dino:MODEL (timm)."""
+    """inception, efficientnet-lite0 (in pip), clip:MODEL/WEIGHTS (open_clip) or dino:MODEL
+    (timm)."""
     inception_weights: Path | None = None
-    """torch-fidelity's weights-inception-2015-12-05-6726825d.pth, where there is no network to fetch it."""
+    """torch-fidelity's weights-inception-2015-12-05-6726825d.pth, where there is no network to
+    fetch it."""
     clip: str | None = None
     """Also the CLIP score of text-to-image samples, by this model: ViT-B-32/openai."""
     metrics: tuple[Metric, ...] = METRICS
@@ -74,41 +87,55 @@ class Score:
     def check(self) -> None:
         for key, value in {"num_samples": self.num_samples, "batch_size": self.batch_size}.items():
             if value is not None and value < 1:
-                raise ConfigError(f"{key}={value} must be at least 1; set --{key.replace('_', '-')}")
+                raise ConfigError(
+                    f"{key}={value} must be at least 1; set --{key.replace('_', '-')}"
+                )
         if self.keep < 2:
             raise ConfigError(f"keep={self.keep} must be at least 2; 10,000 serve most ends")
         if bool(self.clip) != ("clip" in self.metrics) and (self.clip or self.metrics == ("clip",)):
-            raise ConfigError("the CLIP score needs both --clip MODEL/WEIGHTS and clip among --metrics, where it is by "
-                              "default")
+            raise ConfigError(
+                "the CLIP score needs both --clip MODEL/WEIGHTS and clip among --metrics, where it "
+                "is by default"
+            )
         if not self.metrics:
-            raise ConfigError(f"--metrics names none; choose of {', '.join(METRICS)}, or leave it out for all")
+            raise ConfigError(
+                f"--metrics names none; choose of {', '.join(METRICS)}, or leave it out for all"
+            )
         if self.reference is None and (self.save_reference or not self.clip):
             raise ConfigError("no reference; give --reference, real images or statistics of them")
         if self.save_reference and self.save_reference.suffix != ".npz":
             raise ConfigError(f"--save-reference {self.save_reference} must end in .npz")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device=cuda, but torch sees no CUDA device; to score here: --device cpu")
+            raise ConfigError(
+                "device=cuda, but torch sees no CUDA device; to score here: --device cpu"
+            )
 
 
 class Scorer:
-    """One extractor and one reference, for any number of sets; `options.samples` are looked at before any work."""
+    """One extractor and one reference, for any number of sets; `options.samples` are looked at
+    before any work."""
 
     def __init__(self, options: Score, sizes: Sequence[tuple[int, int]] = ()) -> None:
         """`sizes`: (height, width) of sets that are not there yet."""
         options.check()
         self.options, self.device = options, local_device(options.device)
-        require_writable(*filter(None, [options.out, options.save_reference]), remedy="choose another")
+        require_writable(
+            *filter(None, [options.out, options.save_reference]), remedy="choose another"
+        )
         self.results = {path: self._results(path) for path in options.samples}
         self.sets = {path: self._open(path) for path in options.samples}
         self.clip: Clip | None = load_clip(options.clip, self.device) if options.clip else None
         self.reference: Reference | None = None
         if options.reference:
-            extractor = load_extractor(options.extractor, self.device, inception_weights=options.inception_weights)
+            extractor = load_extractor(
+                options.extractor, self.device, inception_weights=options.inception_weights
+            )
             sizes = [*sizes, *(images.resolution for images in self.sets.values())]
             self.reference = self._open_reference(options.reference, extractor, sizes)
 
     def _results(self, path: Path) -> list[Path]:
-        """What gets a set's row: a file beside it, and --out, which is enough where nobody may write beside it."""
+        """What gets a set's row: a file beside it, and --out, which is enough where nobody may
+        write beside it."""
         beside, out = folder_of(path) / RESULTS, list(filter(None, [self.options.out]))
         try:
             require_writable(beside, remedy="or give --out FILE, which is enough")
@@ -119,45 +146,85 @@ class Scorer:
         return [beside, *out]
 
     def _open(self, path: Path) -> ImageSet:
-        images, n = open_images(path, verify=True, resize=self.options.resize), self.options.num_samples
+        images, n = (
+            open_images(path, verify=True, resize=self.options.resize),
+            self.options.num_samples,
+        )
         if self.options.clip and images.texts(np.arange(1)) is None:
-            raise ConfigError(f"{path} has no texts that its samples were asked for, so no CLIP score; leave out "
-                              "--clip")
+            raise ConfigError(
+                f"{path} has no texts that its samples were asked for, so no CLIP score; leave out "
+                "--clip"
+            )
         if (n or len(images)) < GROUPS:
-            raise ConfigError(f"{path}: {n or len(images)} samples are too few for any figure; score {GROUPS} or more")
+            raise ConfigError(
+                f"{path}: {n or len(images)} samples are too few for any figure; score {GROUPS} or "
+                "more"
+            )
         if n and n > len(images):
-            raise ConfigError(f"{path} holds {len(images):,} samples, not --num-samples {n:,}; draw more, or ask for "
-                              "fewer")
+            raise ConfigError(
+                f"{path} holds {len(images):,} samples, not --num-samples {n:,}; draw more, or ask "
+                "for fewer"
+            )
         return images
 
-    def _open_reference(self, path: Path, extractor: Extractor, sizes: Sequence[tuple[int, int]]) -> Reference:
+    def _open_reference(
+        self, path: Path, extractor: Extractor, sizes: Sequence[tuple[int, int]]
+    ) -> Reference:
         o = self.options
-        reference = open_reference(path, extractor, sizes=sizes, resize=o.resize, keep=o.keep,
-                                   batch_size=o.batch_size, device=self.device)
+        reference = open_reference(
+            path,
+            extractor,
+            sizes=sizes,
+            resize=o.resize,
+            keep=o.keep,
+            batch_size=o.batch_size,
+            device=self.device,
+        )
         if o.save_reference:
             write_statistics(o.save_reference, reference.statistics)
         return reference
 
     def __call__(self, path: Path) -> dict[str, Any]:
         """The row of one set."""
-        o, images, start = self.options, self.sets.get(path) or self._open(path), time.perf_counter()
+        o, images, start = (
+            self.options,
+            self.sets.get(path) or self._open(path),
+            time.perf_counter(),
+        )
         n = o.num_samples or len(images)
         found: list[Figure] = []
         notes: list[str] = []
         if self.reference:
-            check_resolution(o.reference or path, self.reference.statistics.resolution, [images.resolution])
+            check_resolution(
+                o.reference or path, self.reference.statistics.resolution, [images.resolution]
+            )
             keep = o.keep if {"kid", "neighbours"} & set(o.metrics) else 0
-            seen = extract_features(images, self.reference.extractor, n=n, keep=keep, batch_size=o.batch_size, device=self.device,
-                        what=path.name, logits_too="class" in o.metrics)
+            seen = extract_features(
+                images,
+                self.reference.extractor,
+                n=n,
+                keep=keep,
+                batch_size=o.batch_size,
+                device=self.device,
+                what=path.name,
+                logits_too="class" in o.metrics,
+            )
             found, notes = figures(seen, self.reference, o.metrics, self.device)
         if self.clip and "clip" in o.metrics:
-            found.append(text_figure(images, self.clip, n=n, batch_size=o.batch_size, device=self.device))
+            found.append(
+                text_figure(images, self.clip, n=n, batch_size=o.batch_size, device=self.device)
+            )
         return {
-            "samples": str(path), "fingerprint": images.fingerprint, "n": n, "drawn": drawn(path),
-            "figures": {figure.name: plain(figure) for figure in found}, "notes": notes,
+            "samples": str(path),
+            "fingerprint": images.fingerprint,
+            "n": n,
+            "drawn": drawn(path),
+            "figures": {figure.name: plain(figure) for figure in found},
+            "notes": notes,
             "reference": self.reference and self.reference.facts,
             "extractor": self.reference and self.reference.extractor.identity,
-            "seconds": round(time.perf_counter() - start, 1), "unix_s": round(time.time()),
+            "seconds": round(time.perf_counter() - start, 1),
+            "unix_s": round(time.time()),
             "versions": {"torch": str(torch.__version__), "largescale": largescale.__version__},
         }
 
@@ -173,7 +240,8 @@ def folder_of(path: Path) -> Path:
 
 
 def drawn(path: Path) -> dict[str, Any] | None:
-    """How the samples were made, where eval.sample says it: what a score must always be read with."""
+    """How the samples were made, where eval.sample says it: what a score must always be read
+    with."""
     with suppress(OSError, CheckpointError), usable(path):
         known = json.loads((folder_of(path) / "provenance.json").read_text())
         return {"run": known["run"], "step": int(known["step"]), **known["sampling"]}
@@ -184,27 +252,41 @@ def text(row: dict[str, Any]) -> str:
     """One set's figures as a table."""
     d = row["drawn"]
     usual = {"eta": 0.0, "guidance_interval": [0.0, 1.0], "cfg_channels": None}
-    how = "" if d is None else (
-        f"; {d['run']} at step {d['step']:,}, {d['sampler']} {d['steps']} steps, cfg_scale {d['cfg_scale']}, seed "
-        f"{d['seed']}, {d['precision']}" + "".join(f", {key} {d[key]}" for key in usual if d.get(key) != usual[key]))
+    how = (
+        ""
+        if d is None
+        else (
+            f"; {d['run']} at step {d['step']:,}, {d['sampler']} {d['steps']} steps, cfg_scale "
+            f"{d['cfg_scale']}, seed {d['seed']}, {d['precision']}"
+            + "".join(f", {key} {d[key]}" for key in usual if d.get(key) != usual[key])
+        )
+    )
     lines = [f"{row['samples']}: {row['n']:,} images{how}"]
     width = max(map(len, row["figures"]), default=0)
     for name, figure in row["figures"].items():
-        lines.append(f"  {name:<{width}}  {figure['value']:>10.5g} +- {figure['error']:.2g} ({figure['error_is']}; "
-                     f"{figure['better']} is better)")
+        lines.append(
+            f"  {name:<{width}}  {figure['value']:>10.5g} +- {figure['error']:.2g} "
+            f"({figure['error_is']}; {figure['better']} is better)"
+        )
     return "\n".join([*lines, *(f"  note: {note}" for note in row["notes"])])
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    options = tyro.cli(Score, args=arguments(args), description=__doc__, prog="python -m eval.score")
+    options = tyro.cli(
+        Score, args=arguments(args), description=__doc__, prog="python -m eval.score"
+    )
     serve_stop_signals()
     try:
         if env_world_size() > 1:
-            raise ConfigError(f"scoring is one process, not {env_world_size()}; start it without torchrun or srun, or "
-                              "with one task")
+            raise ConfigError(
+                f"scoring is one process, not {env_world_size()}; start it without torchrun or "
+                "srun, or with one task"
+            )
         if not options.samples and not options.save_reference:
-            raise ConfigError("no samples; give the folders that eval.sample wrote, or --save-reference FILE to keep "
-                              "the reference's statistics only")
+            raise ConfigError(
+                "no samples; give the folders that eval.sample wrote, or --save-reference FILE to "
+                "keep the reference's statistics only"
+            )
         scorer = Scorer(options)
         for path in options.samples:
             row = scorer(path)
@@ -212,10 +294,19 @@ def main(args: Sequence[str] | None = None) -> int:
             scorer.keep(path, row)
         if options.save_reference and scorer.reference:
             facts = scorer.reference.facts
-            print(f"{options.save_reference}: statistics of {facts['count']:,} images of {facts['path']}", flush=True)
+            print(
+                f"{options.save_reference}: statistics of {facts['count']:,} images of "
+                f"{facts['path']}",
+                flush=True,
+            )
     except Stopped as error:
-        print_error(Stopped("asked to stop; sets whose figures are printed are done, everything else begins anew: name "
-                            "the others only; what takes long of a reference is kept by --save-reference FILE.npz"))
+        print_error(
+            Stopped(
+                "asked to stop; sets whose figures are printed are done, everything else begins "
+                "anew: name the others only; what takes long of a reference is kept by "
+                "--save-reference FILE.npz"
+            )
+        )
         return error.exit_status
     except LargescaleError as error:
         print_error(error)

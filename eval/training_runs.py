@@ -19,8 +19,8 @@ from largescale.config.serialise import FREE_ON_RESUME, flatten, from_dict, to_d
 from largescale.errors import CheckpointError, LargescaleError, Stopped
 from largescale.host.signals import EXIT_REQUEUE, stop_requested
 
-# What two runs of a comparison may differ in. Of what a resumed run may change, not the schedule of checkpoints, which
-# are what is compared, nor the type of device, on which the draws depend.
+# What two runs of a comparison may differ in. Of what a resumed run may change, not the schedule of
+# checkpoints, which are what is compared, nor the type of device, on which the draws depend.
 _FREE = tuple(key for key in FREE_ON_RESUME if key not in ("checkpoint.", "train.device"))
 _POLL_S = 0.5
 
@@ -37,8 +37,8 @@ class TrainingFailed(LargescaleError, RuntimeError):
 class Run:
     method: str
     seed: int
-    config: Config                                      # what the training program makes of ...
-    arguments: tuple[str, ...]                          # ... its arguments
+    config: Config  # what the training program makes of ...
+    arguments: tuple[str, ...]  # ... its arguments
 
     @property
     def folder(self) -> Path:
@@ -52,12 +52,26 @@ class Run:
     def command(self, nproc: int) -> list[str]:
         """With torchrun for more than one process."""
         # By address: the machine's own name may not resolve.
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
-                    "--nproc-per-node", str(nproc)]
-        return [sys.executable, *(launcher if nproc > 1 else []), "-m", "largescale.train", *self.arguments]
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--local-addr",
+            "127.0.0.1",
+            "--nproc-per-node",
+            str(nproc),
+        ]
+        return [
+            sys.executable,
+            *(launcher if nproc > 1 else []),
+            "-m",
+            "largescale.train",
+            *self.arguments,
+        ]
 
     def train(self, nproc: int) -> None:
-        """To the end, from where it is. Stop signals are passed on. Raises Stopped, TrainingFailed."""
+        """To the end, from where it is. Stop signals are passed on. Raises Stopped,
+        TrainingFailed."""
         # torchrun gives its ranks 30 s to save, unless told
         env = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600", **os.environ}
         process = subprocess.Popen(self.command(nproc), env=env)
@@ -73,36 +87,62 @@ class Run:
         if stop_requested():
             raise Stopped
         if status:
-            raise TrainingFailed(f"training {self.folder} ended with status {status}; correct what it said above, and "
-                                 "run the same command again to go on", status)
+            raise TrainingFailed(
+                f"training {self.folder} ended with status {status}; correct what it said above, "
+                "and run the same command again to go on",
+                status,
+            )
 
     def discard(self) -> None:
         """Remove all checkpoints but the newest."""
         for checkpoint in checkpoints(self.folder)[1:]:
-            (checkpoint.path / MANIFEST).unlink(missing_ok=True)    # first: from here on it does not exist
+            (checkpoint.path / MANIFEST).unlink(
+                missing_ok=True
+            )  # first: from here on it does not exist
             shutil.rmtree(checkpoint.path)
 
 
 def configure(preset: str, arguments: Sequence[str]) -> Config:
-    """As the training program reads them. Raises ConfigError for an unknown preset, exits for other arguments."""
-    return tyro.cli(Config, default=find_preset(preset), args=list(arguments), config=(tyro.conf.AvoidSubcommands,),
-                    prog=f"python -m largescale.train {preset}")
+    """As the training program reads them. Raises ConfigError for an unknown preset, exits for other
+    arguments."""
+    return tyro.cli(
+        Config,
+        default=find_preset(preset),
+        args=list(arguments),
+        config=(tyro.conf.AvoidSubcommands,),
+        prog=f"python -m largescale.train {preset}",
+    )
 
 
 def differences(wanted: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """As 'key: found -> wanted', but for what makes no difference to a comparison."""
     now, before = dict(flatten(wanted)), dict(flatten(found))
-    return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in sorted(now.keys() | before.keys())
-            if now.get(key) not in (before.get(key), "auto") and not key.startswith(_FREE)]
+    return [
+        f"{key}: {before.get(key)} -> {now.get(key)}"
+        for key in sorted(now.keys() | before.keys())
+        if now.get(key) not in (before.get(key), "auto") and not key.startswith(_FREE)
+    ]
 
 
 def check_same(run: Run, nproc: int, dataset: str) -> None:
-    """Refuse to compare, or to go on with, a run that lies in the folder and is another one. Raises CheckpointError."""
+    """Refuse to compare, or to go on with, a run that lies in the folder and is another one. Raises
+    CheckpointError."""
     if not (found := checkpoints(run.folder)):
         return
     state = found[0].manifest()["state"]
-    saved = {**to_dict(from_dict(state["config"])), "precision": state["precision"], "dataset": state["dataset"]}
-    wanted = {**to_dict(run.config), "precision": precision(final_ds_config(run.config, nproc)), "dataset": dataset}
+    saved = {
+        **to_dict(from_dict(state["config"])),
+        "precision": state["precision"],
+        "dataset": state["dataset"],
+    }
+    wanted = {
+        **to_dict(run.config),
+        "precision": precision(final_ds_config(run.config, nproc)),
+        "dataset": dataset,
+    }
     if changed := differences(wanted, saved):
-        raise CheckpointError(f"{run.folder} was begun with other settings, and does not compare:\n  "
-                              + "\n  ".join(changed) + "\ngive the settings it was begun with, or choose another --out")
+        raise CheckpointError(
+            f"{run.folder} was begun with other settings, and does not compare:\n  "
+            + "\n  ".join(changed)
+            + "\ngive the settings it was begun with, or choose another --out"
+        )

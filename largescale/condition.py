@@ -12,10 +12,12 @@ class Captions(NamedTuple):
     tokens: Tensor  # (N, L, width) of any float type; what stands in the padding does not matter
     length: Tensor  # (N,) int64, real tokens of each, 1 .. L
     pooled: Tensor  # (N, pooled_width) of any float type
-    null: Tensor    # (N,) bool: the caption is dropped, the null caption stands in its place
+    null: Tensor  # (N,) bool: the caption is dropped, the null caption stands in its place
 
 
-Condition = Tensor | Captions  # labels (N,) int64, which an unconditional model ignores, or captions
+Condition = (
+    Tensor | Captions
+)  # labels (N,) int64, which an unconditional model ignores, or captions
 
 
 def drop(y: Condition, dropped: Tensor, null_label: int) -> Condition:

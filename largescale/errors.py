@@ -1,4 +1,5 @@
-"""What can go wrong by a user's hand. The programs print these as one line; anything else keeps its traceback."""
+"""What can go wrong by a user's hand. The programs print these as one line; anything else keeps its
+traceback."""
 
 import pickle
 from collections.abc import Iterator
@@ -33,7 +34,8 @@ class CheckpointError(LargescaleError, RuntimeError):
 
 
 class NewerVersionError(CheckpointError):
-    """What a newer version of largescale wrote. That is no damage, and nothing older makes up for it."""
+    """What a newer version of largescale wrote. That is no damage, and nothing older makes up for
+    it."""
 
 
 class StorageError(LargescaleError, OSError):
@@ -54,7 +56,8 @@ class Stopped(LargescaleError):
 
 
 class LostRankError(LargescaleError, RuntimeError):
-    """A rank that is gone or does not move: a crash, after which the same command goes on from the last checkpoint."""
+    """A rank that is gone or does not move: a crash, after which the same command goes on from the
+    last checkpoint."""
 
     exit_status = 1
 
@@ -65,14 +68,24 @@ class NonFiniteError(LargescaleError, RuntimeError):
     agreed = True
 
 
-_FOREIGN = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError,
-            pickle.UnpicklingError)
+_FOREIGN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
 
 
 @contextmanager
 def usable(what: object) -> Iterator[None]:
-    """While the content of `what`, a path, is looked at: whatever goes wrong because it is not what our programs write
-    (another type, a key that is not there, a pickle of something else) is one CheckpointError that names it."""
+    """While the content of `what`, a path, is looked at: whatever goes wrong because it is not what
+    our programs write (another type, a key that is not there, a pickle of something else) is one
+    CheckpointError that names it."""
     try:
         yield
     except LargescaleError:
@@ -81,5 +94,7 @@ def usable(what: object) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError":  # torch's
             raise
         reason = (str(error).splitlines() or [""])[0]
-        raise CheckpointError(f"{what} cannot be used, its content is not what largescale writes "
-                              f"({type(error).__name__}: {reason})") from error
+        raise CheckpointError(
+            f"{what} cannot be used, its content is not what largescale writes "
+            f"({type(error).__name__}: {reason})"
+        ) from error

@@ -1,4 +1,5 @@
-"""python -m largescale.export RUN: the EMA weights as safetensors with their config. Needs no DeepSpeed."""
+"""python -m largescale.export RUN: the EMA weights as safetensors with their config. Needs no
+DeepSpeed."""
 
 import json
 import shutil
@@ -42,12 +43,16 @@ def export(run: Path, out: Path | None = None, step: int | None = None) -> Path:
     (out / EXPORT_CONFIG).unlink(missing_ok=True)
     save_file(weights, out / EXPORT_WEIGHTS, metadata={"format": "pt", "weights": "ema"})
     write_atomically(out / EXPORT_CONFIG, json.dumps(description, indent=1))
-    shutil.copymode(out / EXPORT_CONFIG, out / EXPORT_WEIGHTS)  # which safetensors makes for its owner alone
+    shutil.copymode(
+        out / EXPORT_CONFIG, out / EXPORT_WEIGHTS
+    )  # which safetensors makes for its owner alone
     return out
 
 
 def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(Export, args=arguments(args), description=__doc__, prog="python -m largescale.export")
+    options = tyro.cli(
+        Export, args=arguments(args), description=__doc__, prog="python -m largescale.export"
+    )
     try:
         out = export(options.run, options.out, options.step)
     except LargescaleError as error:

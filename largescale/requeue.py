@@ -1,8 +1,10 @@
-"""python -m largescale.requeue RUN --status S: whether a batch script shall have Slurm start its job again.
+"""python -m largescale.requeue RUN --status S: whether a batch script shall have Slurm start its
+job again.
 
-Exit status 0: yes; 1: no; the reason is one line on stderr. Crashed or stopped in good order, a job goes on for as long
-as its starts get further. How many there were is known from SLURM_RESTART_COUNT, what they reached from RUN. Without
-SLURM_JOB_ID there is no job to start again: no.
+Exit status 0: yes; 1: no; the reason is one line on stderr. Crashed or stopped in good order, a job
+goes on for as long as its starts get further. How many there were is known from
+SLURM_RESTART_COUNT, what they reached from RUN. Without SLURM_JOB_ID there is no job to start
+again: no.
 """
 
 import itertools
@@ -27,34 +29,55 @@ PATIENCE_WITH_STOPS = 4
 @dataclass(frozen=True)
 class Requeue:
     run: Annotated[Path, tyro.conf.Positional]
-    """The run directory, such as runs/dit_l2_imagenet256. One that is missing brought no checkpoint."""
+    """The run directory, such as runs/dit_l2_imagenet256. One that is missing brought no
+    checkpoint."""
     status: int
     """With which the training program ended."""
     max_restarts: int = 5
-    """Starts in a row without a new checkpoint, after which a person must look; four times as many where the last one
-    was asked to stop, as a preemption during the start-up is."""
+    """Starts in a row without a new checkpoint, after which a person must look; four times as many
+    where the last one was asked to stop, as a preemption during the start-up is."""
 
 
-def decide(run_dir: Path, status: int, max_restarts: int, job: str | None, restart: int) -> tuple[bool, str]:
-    """(whether to start `job` again, why). `restart`: how often Slurm has done so before. Raises OSError."""
+def decide(
+    run_dir: Path, status: int, max_restarts: int, job: str | None, restart: int
+) -> tuple[bool, str]:
+    """(whether to start `job` again, why). `restart`: how often Slurm has done so before. Raises
+    OSError."""
     if status == 0:
         return False, "the run is finished"
     if status == 2:
-        return False, "status 2 is an error that another start would meet again; what to correct is said above"
+        return (
+            False,
+            "status 2 is an error that another start would meet again; what to correct is said "
+            "above",
+        )
     if job is None:
-        return False, "SLURM_JOB_ID is not set, so this is no job of Slurm's; run the same command again to go on"
+        return (
+            False,
+            "SLURM_JOB_ID is not set, so this is no job of Slurm's; run the same command again to "
+            "go on",
+        )
     starts_without_progress = restart - last_start_with_progress(run_dir, job)
     ends = [start.ended or out_of_memory(start) or "" for start in read_starts(run_dir)[-1:]]
     killed = "".join(f"; {end}" for end in ends if KILL in end)
     if status == EXIT_REQUEUE:
         max_restarts *= PATIENCE_WITH_STOPS
     if starts_without_progress >= max_restarts:
-        row = "a start" if starts_without_progress == 1 else f"{starts_without_progress} starts in a row"
-        return False, (f"{row} of job {job} ended without a new checkpoint (the last with status {status}); "
-                       f"look at the log above, correct the cause, and sbatch again{killed}")
+        row = (
+            "a start"
+            if starts_without_progress == 1
+            else f"{starts_without_progress} starts in a row"
+        )
+        return False, (
+            f"{row} of job {job} ended without a new checkpoint (the last with status {status}); "
+            f"look at the log above, correct the cause, and sbatch again{killed}"
+        )
     how = "stopped in good order" if status == EXIT_REQUEUE else f"ended with status {status}"
-    brought = (f"{starts_without_progress} in a row without a new checkpoint, {max_restarts} are too many" if starts_without_progress
-               else "with a new checkpoint")
+    brought = (
+        f"{starts_without_progress} in a row without a new checkpoint, {max_restarts} are too many"
+        if starts_without_progress
+        else "with a new checkpoint"
+    )
     return True, f"this one of job {job} {how}, {brought}{killed}"
 
 
@@ -71,10 +94,12 @@ def last_start_with_progress(run_dir: Path, job: str) -> int:
 
 
 def _has_saved(run_dir: Path, start: Start) -> bool:
-    # A kill can come after the checkpoint and before the record. A later step that is older than the start was passed
-    # over as damaged, and is nobody's progress: else a run that never gets beyond it would be started for ever.
+    # A kill can come after the checkpoint and before the record. A later step that is older than
+    # the start was passed over as damaged, and is nobody's progress: else a run that never gets
+    # beyond it would be started for ever.
     return start.made_progress or any(
-        checkpoint.step > start.from_step and _written_unix_s(checkpoint) >= start.began_unix_s - 1  # s, rounded
+        checkpoint.step > start.from_step
+        and _written_unix_s(checkpoint) >= start.began_unix_s - 1  # s, rounded
         for checkpoint in checkpoints(run_dir)
     )
 
@@ -88,11 +113,18 @@ def _written_unix_s(checkpoint: CheckpointDir) -> float:
 
 
 def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(Requeue, args=arguments(args), description=__doc__, prog="python -m largescale.requeue")
+    options = tyro.cli(
+        Requeue, args=arguments(args), description=__doc__, prog="python -m largescale.requeue"
+    )
     try:
         if options.max_restarts < 1:
-            raise ConfigError(f"max_restarts={options.max_restarts} must be at least 1; set --max-restarts")
-        job, restart = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+            raise ConfigError(
+                f"max_restarts={options.max_restarts} must be at least 1; set --max-restarts"
+            )
+        job, restart = (
+            os.environ.get("SLURM_JOB_ID"),
+            int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        )
         again, why = decide(options.run, options.status, options.max_restarts, job, restart)
     except LargescaleError as error:
         print_error(error)

@@ -1,4 +1,5 @@
-"""python -m largescale.status RUN: how a run stands, from what lies in its folder. Needs no torch, disturbs nothing.
+"""python -m largescale.status RUN: how a run stands, from what lies in its folder. Needs no torch,
+disturbs nothing.
 
 Exit status: 0; 1 where a checkpoint is damaged; 2 where RUN is not a run.
 """
@@ -21,9 +22,22 @@ from tqdm import tqdm
 
 from largescale.checkpoint.files import CheckpointDir, step_folders
 from largescale.curriculum import active_levels, stage
-from largescale.errors import CheckpointError, LargescaleError, NewerVersionError, StorageError, usable
+from largescale.errors import (
+    CheckpointError,
+    LargescaleError,
+    NewerVersionError,
+    StorageError,
+    usable,
+)
 from largescale.host.launch import arguments, print_error, printable_lines
-from largescale.monitoring.run_record import Account, Start, account, duration, out_of_memory, read_starts
+from largescale.monitoring.run_record import (
+    Account,
+    Start,
+    account,
+    duration,
+    out_of_memory,
+    read_starts,
+)
 from largescale.monitoring.telemetry import read_metrics
 
 SILENT_S = 900.0  # a run that steps gives a sign of life every few seconds; one that evaluates or starts up does not
@@ -36,40 +50,66 @@ class Inspect:
     run: Annotated[Path, tyro.conf.Positional]
     """The run directory, such as runs/digits."""
     verify: bool = True
-    """Read every checkpoint and compare its hashes; otherwise only see whether all files are there in their sizes."""
+    """Read every checkpoint and compare its hashes; otherwise only see whether all files are there
+    in their sizes."""
     json: bool = False
     """Print everything, unrounded, as one JSON object; times are seconds since 1970."""
 
 
 def facts(run_dir: Path, verify: bool = True) -> Facts:
-    """What `describe` puts in words, as plain values. Raises CheckpointError where there is no run."""
+    """What `describe` puts in words, as plain values. Raises CheckpointError where there is no
+    run."""
     _require_run(run_dir)
     now, starts = time.time(), read_starts(run_dir)
     last = starts[-1] if starts else None
     rows, problems = _metrics(run_dir)
     if unread := len(list((run_dir / "starts").glob("start_*.json"))) - len(starts):
-        problems.append(f"records in {run_dir / 'starts'} that cannot be read, and are left out: {unread}")
+        problems.append(
+            f"records in {run_dir / 'starts'} that cannot be read, and are left out: {unread}"
+        )
     found, manifest = _checkpoints(run_dir, verify, last)
     config, whole = _at(manifest, "state", "config"), account(starts)
     logged = [row for row in rows if "loss" in row]
-    # The greatest: a kill can come after a checkpoint, and before the log and the record of its step.
-    heard = [last.step if last else 0, *(row["step"] for row in rows[-1:]), *(c["step"] for c in found if c["usable"])]
-    step, steps, batch = max(heard), _at(config, "train", "steps"), _at(config, "train", "global_batch_size", default=0)
+    # The greatest: a kill can come after a checkpoint, and before the log and the record of its
+    # step.
+    heard = [
+        last.step if last else 0,
+        *(row["step"] for row in rows[-1:]),
+        *(c["step"] for c in found if c["usable"]),
+    ]
+    step, steps, batch = (
+        max(heard),
+        _at(config, "train", "steps"),
+        _at(config, "train", "global_batch_size", default=0),
+    )
     images, speed = ((steps or 0) - step) * batch, _at((logged or [{}])[-1], "images_per_s")
     seen_unix_s = last.seen_unix_s if last else _last_change(run_dir)
     patience_s = max(SILENT_S, _at(config, "train", "timeout_s", default=0.0))
     return {
-        "run": str(run_dir), "name": _at(config, "name"), "step": step, "steps": steps, "problems": problems,
-        "standing": _standing(last, now - seen_unix_s, patience_s, finished=step >= (steps or step + 1)),
-        "now_unix_s": now, "seen_unix_s": seen_unix_s, "to_go_s": images / speed if speed and images > 0 else None,
-        "precision": _at(manifest, "state", "precision"), "global_batch_size": batch or None,
+        "run": str(run_dir),
+        "name": _at(config, "name"),
+        "step": step,
+        "steps": steps,
+        "problems": problems,
+        "standing": _standing(
+            last, now - seen_unix_s, patience_s, finished=step >= (steps or step + 1)
+        ),
+        "now_unix_s": now,
+        "seen_unix_s": seen_unix_s,
+        "to_go_s": images / speed if speed and images > 0 else None,
+        "precision": _at(manifest, "state", "precision"),
+        "global_batch_size": batch or None,
         "model": _at(config, "model"),
         "world_size": last.world_size if last else _at(manifest, "world_size"),
         "device": last.device if last else _at(config, "train", "device"),
         "curriculum": _curriculum(manifest, rows, logged[-1:]),
         "log": logged if len(logged) <= 6 else [logged[0], *logged[-5:]],
-        "reference": [[row["step"], row["reference/loss"]] for row in rows if "reference/loss" in row],
-        "verified": verify, "checkpoints": found, "damaged": [c["step"] for c in found if c["problem"]],
+        "reference": [
+            [row["step"], row["reference/loss"]] for row in rows if "reference/loss" in row
+        ],
+        "verified": verify,
+        "checkpoints": found,
+        "damaged": [c["step"] for c in found if c["problem"]],
         "skips": _at(manifest, "state", "skips", default=[]),
         "events": [row for row in rows if row.get("event", "transition") != "transition"],
         "starts": [dataclasses.asdict(start) for start in starts],
@@ -78,11 +118,15 @@ def facts(run_dir: Path, verify: bool = True) -> Facts:
 
 
 def _require_run(run_dir: Path) -> None:
-    if step_folders(run_dir) or any((run_dir / name).exists() for name in ("metrics.jsonl", "starts")):
+    if step_folders(run_dir) or any(
+        (run_dir / name).exists() for name in ("metrics.jsonl", "starts")
+    ):
         return
     runs = ", ".join(str(path.parent) for path in sorted(run_dir.glob("*/metrics.jsonl")))
-    raise CheckpointError(f"{run_dir} {'is not a run' if run_dir.is_dir() else 'does not exist'}; give the folder "
-                          + (f"of one, such as {runs}" if runs else "that training wrote to, its --output"))
+    raise CheckpointError(
+        f"{run_dir} {'is not a run' if run_dir.is_dir() else 'does not exist'}; give the folder "
+        + (f"of one, such as {runs}" if runs else "that training wrote to, its --output")
+    )
 
 
 def _at(tree: Any, *keys: str, default: Any = None) -> Any:
@@ -116,15 +160,28 @@ def _checkpoints(run_dir: Path, verify: bool, last: Start | None) -> tuple[list[
         finished, written = manifest is not None, _at(manifest, "written_unix_s", default=0)
         if finished and not folder.exists:
             continue  # the run, which goes on meanwhile, has removed it
-        passed_over = finished and last is not None and folder.step > last.from_step and written < last.began_unix_s - 1
+        passed_over = (
+            finished
+            and last is not None
+            and folder.step > last.from_step
+            and written < last.began_unix_s - 1
+        )
         usable = finished and folder not in problems and not passed_over
         known.append((usable, _at(manifest, "state") is not None, folder.step, manifest or {}))
-        found.append({
-            "step": folder.step, "written_unix_s": written or None, "bytes": sum(size for _, size in _files(manifest)),
-            "world_size": _at(manifest, "world_size"), "reason": _at(manifest, "reason", default=""),
-            "index": _at(manifest, "state", "curriculum", "pacing", "index"),
-            "finished": finished, "problem": problems.get(folder), "passed_over": passed_over, "usable": usable,
-        })
+        found.append(
+            {
+                "step": folder.step,
+                "written_unix_s": written or None,
+                "bytes": sum(size for _, size in _files(manifest)),
+                "world_size": _at(manifest, "world_size"),
+                "reason": _at(manifest, "reason", default=""),
+                "index": _at(manifest, "state", "curriculum", "pacing", "index"),
+                "finished": finished,
+                "problem": problems.get(folder),
+                "passed_over": passed_over,
+                "usable": usable,
+            }
+        )
     return found, max(known, key=lambda entry: entry[:3], default=({},))[-1]
 
 
@@ -139,16 +196,32 @@ def _manifest(folder: CheckpointDir) -> Facts | None:
 def _files(manifest: Facts | None) -> list[tuple[str, int]]:
     """Names and bytes, in the order in which `problem` counts them."""
     files = _at(manifest, "files")
-    return sorted((name, _at(file, "bytes", default=0)) for name, file in files.items()) if type(files) is dict else []
+    return (
+        sorted((name, _at(file, "bytes", default=0)) for name, file in files.items())
+        if type(files) is dict
+        else []
+    )
 
 
 def _problems(manifests: dict[CheckpointDir, Facts], verify: bool) -> dict[CheckpointDir, str]:
     problems = {folder: problem for folder in manifests if (problem := _problem(folder, slice(0)))}
     sound = [folder for folder in manifests if verify and folder not in problems]
-    files = [(folder, i, size) for folder in sound for i, (_, size) in enumerate(_files(manifests[folder]))]
+    files = [
+        (folder, i, size)
+        for folder in sound
+        for i, (_, size) in enumerate(_files(manifests[folder]))
+    ]
     terminal, pool = sys.stderr.isatty(), ThreadPoolExecutor(4)
-    bar = tqdm(total=sum(size for *_, size in files), desc="hashing", unit="B", unit_scale=True, leave=False,
-               delay=0 if terminal else 3, mininterval=0.1 if terminal else 20, ascii=not terminal)
+    bar = tqdm(
+        total=sum(size for *_, size in files),
+        desc="hashing",
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        delay=0 if terminal else 3,
+        mininterval=0.1 if terminal else 20,
+        ascii=not terminal,
+    )
     try:
         hashed = pool.map(lambda file: _problem(file[0], slice(file[1], file[1] + 1)), files)
         for (folder, _, size), problem in zip(files, hashed, strict=True):
@@ -181,23 +254,44 @@ def _standing(last: Start | None, silence_s: float, patience_s: float, *, finish
 
 def _curriculum(manifest: Facts, rows: list[Facts], last: list[Facts]) -> Facts:
     """As it was when it was last heard of: in the log, the checkpoint or a transition."""
-    state, config = _at(manifest, "state", "curriculum"), _at(manifest, "state", "config", "curriculum")
-    edges, saved_step, index = _at(state, "edges"), _at(manifest, "step", default=-1), _at(state, "pacing", "index")
+    state, config = (
+        _at(manifest, "state", "curriculum"),
+        _at(manifest, "state", "config", "curriculum"),
+    )
+    edges, saved_step, index = (
+        _at(state, "edges"),
+        _at(manifest, "step", default=-1),
+        _at(state, "pacing", "index"),
+    )
     ways = {key: state[key] for key in ("order", "stages", "only_cluster") if key in (state or {})}
-    lowest, highest = active_levels(edges, index, **ways) if edges and index is not None else (None, None)
+    lowest, highest = (
+        active_levels(edges, index, **ways) if edges and index is not None else (None, None)
+    )
     later = [row for row in rows if row.get("event") == "transition" and row["step"] > saved_step]
     keys = ("index", "lowest", "highest", "patience", "best_loss")
     pacing = _at(state, "pacing", default={})
     known = [
         *((row["step"], [row.get(f"curriculum/{key}") for key in keys]) for row in last),
-        (saved_step, [index, lowest, highest, pacing.get("patience_count"), pacing.get("best_loss")]),
-        *((row["step"], [row.get("index"), row.get("lowest"), row.get("highest", 1), 0, None]) for row in later[-1:]),
+        (
+            saved_step,
+            [index, lowest, highest, pacing.get("patience_count"), pacing.get("best_loss")],
+        ),
+        *(
+            (row["step"], [row.get("index"), row.get("lowest"), row.get("highest", 1), 0, None])
+            for row in later[-1:]
+        ),
     ]
     return {
-        **dict(zip(keys, max(known, key=lambda entry: entry[0])[1], strict=True)),  # of the same step, the first
+        **dict(
+            zip(keys, max(known, key=lambda entry: entry[0])[1], strict=True)
+        ),  # of the same step, the first
         "n_clusters": len(edges) - 1 if edges else None,
-        "pacing": _at(config, "pacing"), "max_patience": _at(config, "patience"),
-        "transitions": [*_at(state, "transitions", default=[]), *([row["step"], row.get("index")] for row in later)],
+        "pacing": _at(config, "pacing"),
+        "max_patience": _at(config, "patience"),
+        "transitions": [
+            *_at(state, "transitions", default=[]),
+            *([row["step"], row.get("index")] for row in later),
+        ],
     }
 
 
@@ -205,36 +299,102 @@ def describe(f: Facts) -> str:
     """Tables for a person who looks once in the morning, and a line of summary."""
     m, whole = f["model"], Account(f["account"]["wall_s"], f["account"]["seconds"])
     now, *more = _curriculum_lines(f["curriculum"])
-    to_go = f"; {duration(f['to_go_s'])} to go at the speed of the last lines" if f["to_go_s"] else ""
+    to_go = (
+        f"; {duration(f['to_go_s'])} to go at the speed of the last lines" if f["to_go_s"] else ""
+    )
     lines = [
         f"run          {f['name'] or 'of unknown settings'}, in {f['run']}: {f['standing']}",
-        f"last seen    {_date(f['seen_unix_s'])}, {duration(max(0.0, f['now_unix_s'] - f['seen_unix_s']))} ago",
+        f"last seen    {_date(f['seen_unix_s'])}, "
+        f"{duration(max(0.0, f['now_unix_s'] - f['seen_unix_s']))} ago",
         f"progress     {_progress(f)}{to_go}",
-        *([f"model        {_model(m)}, on ({m['in_channels']}, {m['input_size']}, {m['input_size']})"] if m else []),
-        f"training     {f['precision']}, batch {f['global_batch_size']}, on {f['world_size']} x {f['device']}",
-        f"curriculum   {now}", *(f"             {line}" for line in more),
+        *(
+            [
+                f"model        {_model(m)}, on ({m['in_channels']}, {m['input_size']}, "
+                f"{m['input_size']})"
+            ]
+            if m
+            else []
+        ),
+        f"training     {f['precision']}, batch {f['global_batch_size']}, on {f['world_size']} x "
+        f"{f['device']}",
+        f"curriculum   {now}",
+        *(f"             {line}" for line in more),
         *(f"trouble      {problem}" for problem in f["problems"]),
     ]
-    lines += _section("losses", "step images/s index loss mse vb grad_norm", (
-        (f"{row['step']:,}", _number(row.get("images_per_s"), ",.1f"), _number(row.get("curriculum/index"), "d"),
-         *(_number(row.get(key)) for key in ("loss", "mse", "vb", "optimizer/grad_norm"))) for row in f["log"]))
-    lines += _section("loss on the reference set", "step loss", (
-        (f"{step:,}", _number(loss)) for step, loss in [*f["reference"][:1], *f["reference"][1:][-5:]]))
-    lines += _section("checkpoints", "step written size ranks why index state", (
-        (f"{c['step']:,}", _date(c["written_unix_s"]), _size(c["bytes"]), _number(c["world_size"], "d"), c["reason"],
-         _number(c["index"], "d"), _state(c, f)) for c in f["checkpoints"]))
-    lines += _section("data that were left out", "from_step inputs_of why", (
-        (f"{skip['at']:,}", _n(skip["count"], "step"), skip["why"]) for skip in f["skips"]))
-    lines += _section("events", "step what", (
-        (f"{row['step']:,}", row.get("text", row["event"])) for row in f["events"][-10:]))
+    lines += _section(
+        "losses",
+        "step images/s index loss mse vb grad_norm",
+        (
+            (
+                f"{row['step']:,}",
+                _number(row.get("images_per_s"), ",.1f"),
+                _number(row.get("curriculum/index"), "d"),
+                *(_number(row.get(key)) for key in ("loss", "mse", "vb", "optimizer/grad_norm")),
+            )
+            for row in f["log"]
+        ),
+    )
+    lines += _section(
+        "loss on the reference set",
+        "step loss",
+        (
+            (f"{step:,}", _number(loss))
+            for step, loss in [*f["reference"][:1], *f["reference"][1:][-5:]]
+        ),
+    )
+    lines += _section(
+        "checkpoints",
+        "step written size ranks why index state",
+        (
+            (
+                f"{c['step']:,}",
+                _date(c["written_unix_s"]),
+                _size(c["bytes"]),
+                _number(c["world_size"], "d"),
+                c["reason"],
+                _number(c["index"], "d"),
+                _state(c, f),
+            )
+            for c in f["checkpoints"]
+        ),
+    )
+    lines += _section(
+        "data that were left out",
+        "from_step inputs_of why",
+        ((f"{skip['at']:,}", _n(skip["count"], "step"), skip["why"]) for skip in f["skips"]),
+    )
+    lines += _section(
+        "events",
+        "step what",
+        ((f"{row['step']:,}", row.get("text", row["event"])) for row in f["events"][-10:]),
+    )
     newest = f["starts"][-1:]
-    lines += _section("starts", "no. began job ranks from to lasted ended", (
-        (str(s["number"]), _date(s["began_unix_s"]), f"{s['job']}/{s['restart']}" if s["job"] else "-",
-         str(s["world_size"]), f"{s['from_step']:,}", f"{s['step']:,}",
-         duration(max(0.0, s["seen_unix_s"] - s["began_unix_s"])),
-         s["ended"] or (f["standing"] if s in newest else "killed")) for s in f["starts"][-20:]))
-    lines += _section(str(whole), "share time for", (
-        (f"{s / whole.wall_s:.1%}", duration(s), kind) for kind, s in whole.seconds.items() if whole.wall_s > 0))
+    lines += _section(
+        "starts",
+        "no. began job ranks from to lasted ended",
+        (
+            (
+                str(s["number"]),
+                _date(s["began_unix_s"]),
+                f"{s['job']}/{s['restart']}" if s["job"] else "-",
+                str(s["world_size"]),
+                f"{s['from_step']:,}",
+                f"{s['step']:,}",
+                duration(max(0.0, s["seen_unix_s"] - s["began_unix_s"])),
+                s["ended"] or (f["standing"] if s in newest else "killed"),
+            )
+            for s in f["starts"][-20:]
+        ),
+    )
+    lines += _section(
+        str(whole),
+        "share time for",
+        (
+            (f"{s / whole.wall_s:.1%}", duration(s), kind)
+            for kind, s in whole.seconds.items()
+            if whole.wall_s > 0
+        ),
+    )
     return "\n".join([*lines, "", _summary(f)])
 
 
@@ -258,7 +418,10 @@ def _curriculum_lines(c: Facts) -> list[str]:
     if c["index"] and c["pacing"] == "patience":
         now += f", patience {_number(c['patience'], 'd')} of {c['max_patience']}, best loss {_number(c['best_loss'])}"
     history = ", ".join(f"{index} at {step:,}" for step, index in c["transitions"])
-    return [now, *textwrap.wrap(f"transitions: {history}" if history else "no transition so far", 105)]
+    return [
+        now,
+        *textwrap.wrap(f"transitions: {history}" if history else "no transition so far", 105),
+    ]
 
 
 def _state(c: Facts, f: Facts) -> str:
@@ -267,11 +430,17 @@ def _state(c: Facts, f: Facts) -> str:
     if c["problem"]:
         return "DAMAGED: " + c["problem"].replace(f"{Path(f['run'], 'checkpoints')}/", "")
     sound = "valid" if f["verified"] else "sizes right, hashes not checked"
-    return f"{sound}, but start {f['starts'][-1]['number']} passed it over" if c["passed_over"] else sound
+    return (
+        f"{sound}, but start {f['starts'][-1]['number']} passed it over"
+        if c["passed_over"]
+        else sound
+    )
 
 
 def _progress(f: Facts) -> str:
-    return f"step {f['step']:,}" + (f" of {f['steps']:,} ({100 * f['step'] / f['steps']:.1f} %)" if f["steps"] else "")
+    return f"step {f['step']:,}" + (
+        f" of {f['steps']:,} ({100 * f['step'] / f['steps']:.1f} %)" if f["steps"] else ""
+    )
 
 
 def _summary(f: Facts) -> str:
@@ -279,16 +448,20 @@ def _summary(f: Facts) -> str:
     sound = "all valid" if f["verified"] else "sizes right, hashes not checked"
     what = f"damaged: {', '.join(f'{step:,}' for step in f['damaged'])}" if f["damaged"] else sound
     newest = next((f"newest {c['step']:,}" for c in done if c["usable"]), "none can be used")
-    return ", ".join([
-        f"{f['run']}: {_progress(f)}", *([f"curriculum index {index}"] if index is not None else []),
-        _n(len(f["starts"]), "start") if f["starts"] else "starts not recorded",
-        f"{_n(len(done), 'checkpoint')} ({what}; {newest})" if done else "no checkpoint yet",
-        *([f"goodput {f['account']['goodput']:.0%}"] if f["starts"] else []),
-    ])
+    return ", ".join(
+        [
+            f"{f['run']}: {_progress(f)}",
+            *([f"curriculum index {index}"] if index is not None else []),
+            _n(len(f["starts"]), "start") if f["starts"] else "starts not recorded",
+            f"{_n(len(done), 'checkpoint')} ({what}; {newest})" if done else "no checkpoint yet",
+            *([f"goodput {f['account']['goodput']:.0%}"] if f["starts"] else []),
+        ]
+    )
 
 
 def _section(title: str, header: str, rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """A table, each row on one line, the last column to the left; nothing where there are no rows."""
+    """A table, each row on one line, the last column to the left; nothing where there are no
+    rows."""
     table = [[name.replace("_", " ") for name in header.split()]]
     table += ([" ".join(cell.split()) for cell in row] for row in rows)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -315,13 +488,17 @@ def _date(unix_s: float | None) -> str:
 
 
 def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(Inspect, args=arguments(args), description=__doc__, prog="python -m largescale.status")
+    options = tyro.cli(
+        Inspect, args=arguments(args), description=__doc__, prog="python -m largescale.status"
+    )
     try:
         with usable(options.run):
             found = facts(options.run, options.verify)
             # JSON has neither NaN nor infinity: these become words
             strict = json.loads(json.dumps(found), parse_constant=str)
-            text = json.dumps(strict, indent=1) if options.json else printable_lines(describe(found))
+            text = (
+                json.dumps(strict, indent=1) if options.json else printable_lines(describe(found))
+            )
     except LargescaleError as error:
         print_error(error)
         return 2

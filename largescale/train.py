@@ -16,21 +16,29 @@ from largescale.host.machine import check_process_memory
 from largescale.host.signals import serve_stop_signals
 
 LOCAL_RANK_ARGUMENT = r"--local[-_]rank=\d+"
-"""What DeepSpeed's launcher and torch.distributed.launch put first. They set the variable LOCAL_RANK too."""
+"""What DeepSpeed's launcher and torch.distributed.launch put first. They set the variable
+LOCAL_RANK too."""
 
 
 def parse(args: list[str]) -> Config:
-    """Typed overrides of a preset. Exits with a message for an unknown key, naming the nearest one, or a wrong type."""
+    """Typed overrides of a preset. Exits with a message for an unknown key, naming the nearest one,
+    or a wrong type."""
     import tyro
 
-    name, *overrides = [arg for arg in args if not re.fullmatch(LOCAL_RANK_ARGUMENT, arg)] or ["--help"]
+    name, *overrides = [arg for arg in args if not re.fullmatch(LOCAL_RANK_ARGUMENT, arg)] or [
+        "--help"
+    ]
     if name in ("-h", "--help"):
         print(__doc__ + "\nPresets:\n  " + "\n  ".join(PRESETS) + "\n\nIts settings: PRESET --help")
         sys.exit(0)
     # One rank speaks for all.
     return tyro.cli(
-        Config, default=find_preset(name), args=overrides, prog=f"python -m largescale.train {name}",
-        config=(tyro.conf.AvoidSubcommands,), console_outputs=env_rank() == 0,
+        Config,
+        default=find_preset(name),
+        args=overrides,
+        prog=f"python -m largescale.train {name}",
+        config=(tyro.conf.AvoidSubcommands,),
+        console_outputs=env_rank() == 0,
     )
 
 

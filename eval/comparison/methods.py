@@ -13,8 +13,8 @@ PACING = "curriculum.pacing"
 
 METHODS: dict[str, dict[str, str]] = {
     "vanilla": {PACING: "none"},
-    "curriculum": {PACING: "patience"},                          # the paper's
-    "naive": {PACING: "fixed"},                                  # its NaiveCL; the interval is the comparison's
+    "curriculum": {PACING: "patience"},  # the paper's
+    "naive": {PACING: "fixed"},  # its NaiveCL; the interval is the comparison's
     "anti": {"curriculum.order": "hard_first"},
     "separate": {"curriculum.stages": "separate"},
     "min_snr": {"noise.weighting": "min_snr"},
@@ -37,7 +37,7 @@ _READ_BY = {
 @dataclass(frozen=True)
 class Method:
     name: str
-    options: Mapping[str, str]                          # section.field -> value
+    options: Mapping[str, str]  # section.field -> value
 
     @property
     def arguments(self) -> list[str]:
@@ -46,11 +46,12 @@ class Method:
 
 
 def read_methods(text: str) -> list[Method]:
-    """NAME[+NAME...][@FIELD=VALUE,...],...: FIELD is section.field, or a field of `curriculum`. Raises ConfigError."""
+    """NAME[+NAME...][@FIELD=VALUE,...],...: FIELD is section.field, or a field of `curriculum`.
+    Raises ConfigError."""
     names: list[str] = []
     for part in text.split(","):
         if "=" in part and "@" not in part and names and "@" in names[-1]:
-            names[-1] += f",{part.strip()}"             # one more setting of the method before
+            names[-1] += f",{part.strip()}"  # one more setting of the method before
         else:
             names.append(part.strip())
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
@@ -71,22 +72,28 @@ def read_method(name: str) -> Method:
         for key, value in chosen.items():
             if options.setdefault(key, value) != value:
                 other = next(word for word, of in parts.items() if of.get(key, value) != value)
-                raise ConfigError(f"method {name!r}: {other} sets {key}={options[key]} and {part} {key}={value}; "
-                                  "leave out one of the two")
+                raise ConfigError(
+                    f"method {name!r}: {other} sets {key}={options[key]} and {part} {key}={value}; "
+                    "leave out one of the two"
+                )
     staged = {"curriculum.order", "curriculum.stages"} & options.keys()
     options.setdefault(PACING, "patience" if staged else "none")
     for key in options:
         if options[PACING] not in _READ_BY.get(key, (options[PACING],)):
-            raise ConfigError(f"method {name!r}: {key} has no effect with {PACING}={options[PACING]}; leave it out, or "
-                              f"name a method whose pacing is {' or '.join(_READ_BY[key])}")
+            raise ConfigError(
+                f"method {name!r}: {key} has no effect with {PACING}={options[PACING]}; leave it "
+                f"out, or name a method whose pacing is {' or '.join(_READ_BY[key])}"
+            )
     return Method(name, options)
 
 
 def known(word: str) -> dict[str, str]:
     if word not in METHODS:
         near = difflib.get_close_matches(word, METHODS, n=1, cutoff=0)
-        raise ConfigError(f"unknown method {word!r}; did you mean {near[0]!r}? There are: {', '.join(METHODS)}, and "
-                          "those joined by +")
+        raise ConfigError(
+            f"unknown method {word!r}; did you mean {near[0]!r}? There are: {', '.join(METHODS)}, "
+            "and those joined by +"
+        )
     return METHODS[word]
 
 
@@ -98,6 +105,8 @@ def setting(name: str, text: str) -> tuple[str, str]:
         field = key.rpartition(".")[2]
         same = [other for other in possible if other.rpartition(".")[2] == field]
         near = same or difflib.get_close_matches(key, possible, n=1, cutoff=0)
-        raise ConfigError(f"method {name!r}: {text!r} is no setting of a method; write FIELD=VALUE, such as "
-                          f"{near[0]}=..., with a field of {', '.join(section.rstrip('.') for section in OWN)}")
+        raise ConfigError(
+            f"method {name!r}: {text!r} is no setting of a method; write FIELD=VALUE, such as "
+            f"{near[0]}=..., with a field of {', '.join(section.rstrip('.') for section in OWN)}"
+        )
     return key, value

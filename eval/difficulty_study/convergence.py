@@ -1,8 +1,10 @@
-"""How fast a model that is trained on one interval converges, read off its loss (section 4 of arXiv:2403.10348).
+"""How fast a model that is trained on one interval converges, read off its loss (section 4 of
+arXiv:2403.10348).
 
-The paper calls those tasks easy whose loss stops falling, and oscillates, early, and counts how often the loss rises
-after step 100. Losses of single steps rise at nearly every other step from the start, whatever the interval: the noise
-of a batch is larger than what a step gains. So that count is given, and beside it two numbers of the smoothed loss.
+The paper calls those tasks easy whose loss stops falling, and oscillates, early, and counts how
+often the loss rises after step 100. Losses of single steps rise at nearly every other step from the
+start, whatever the interval: the noise of a batch is larger than what a step gains. So that count
+is given, and beside it two numbers of the smoothed loss.
 """
 
 from dataclasses import asdict, dataclass
@@ -14,15 +16,16 @@ import numpy.typing as npt
 
 from largescale.monitoring.telemetry import read_metrics
 
-AFTER = 100                                             # rises are counted after this step
-WINDOW = 100                                            # steps that the smoothed loss is the mean of, at most
+AFTER = 100  # rises are counted after this step
+WINDOW = 100  # steps that the smoothed loss is the mean of, at most
 Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Convergence:
-    """Of a loss L_s at steps s = 1 .. S. The smoothed loss at s is the mean of the last W steps up to s, W the smaller
-    of 100 and S / 20; normalised, it is 1 where it is largest and 0 where it is least."""
+    """Of a loss L_s at steps s = 1 .. S. The smoothed loss at s is the mean of the last W steps up
+    to s, W the smaller of 100 and S / 20; normalised, it is 1 where it is largest and 0 where it is
+    least."""
 
     steps: int
     """S."""
@@ -33,11 +36,12 @@ class Convergence:
     smoothed_rises: int
     """The same of the smoothed loss: the fewer, the longer it goes on falling."""
     oscillates_from: int | None
-    """The first step from W on whose smoothed loss is not undercut within the next `patience` steps, much as the
-    curriculum would end a stage there. None: there is none, it falls to the end."""
+    """The first step from W on whose smoothed loss is not undercut within the next `patience`
+    steps, much as the curriculum would end a stage there. None: there is none, it falls to the
+    end."""
     falls_until: int
-    """The first step after the largest smoothed loss at which the normalised one is below 0.1. Hardly hinges on the
-    noise of the loss, but on how far it has come in S steps."""
+    """The first step after the largest smoothed loss at which the normalised one is below 0.1.
+    Hardly hinges on the noise of the loss, but on how far it has come in S steps."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,17 @@ class LossCurve:
 
 
 def read_losses(run: Path) -> LossCurve:
-    """What the run's metrics.jsonl holds; of two rows of one step the later. A run that logs every k-th step has means
-    over k steps there, which count as observations."""
-    found = {int(row["step"]): float(row["loss"]) for row in read_metrics(run) if "loss" in row and "event" not in row}
+    """What the run's metrics.jsonl holds; of two rows of one step the later. A run that logs every
+    k-th step has means over k steps there, which count as observations."""
+    found = {
+        int(row["step"]): float(row["loss"])
+        for row in read_metrics(run)
+        if "loss" in row and "event" not in row
+    }
     steps = sorted(found)
-    return LossCurve(np.array(steps, np.int64), np.array([found[step] for step in steps], np.float64))
+    return LossCurve(
+        np.array(steps, np.int64), np.array([found[step] for step in steps], np.float64)
+    )
 
 
 def converge(curve: LossCurve, patience: int) -> Convergence:
@@ -98,12 +108,14 @@ def _oscillates_from(curve: LossCurve, patience: int) -> int | None:
 
 
 def rank_correlation(values: list[float | None]) -> float | None:
-    """Spearman's, of values with their place in the list; None counts as the largest of all. None where there are fewer
-    than three values, or all are the same."""
+    """Spearman's, of values with their place in the list; None counts as the largest of all. None
+    where there are fewer than three values, or all are the same."""
     known = np.array([np.inf if value is None else value for value in values])
     if len(known) < 3 or (known == known[0]).all():
         return None
-    ranks = (known[:, None] > known).sum(1) + ((known[:, None] == known).sum(1) - 1) / 2    # ties: the mean rank
+    ranks = (known[:, None] > known).sum(1) + (
+        (known[:, None] == known).sum(1) - 1
+    ) / 2  # ties: the mean rank
     return float(np.corrcoef(ranks, np.arange(len(known)))[0, 1])
 
 

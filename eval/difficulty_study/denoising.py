@@ -22,20 +22,29 @@ from largescale.models.inference import prepare
 
 
 def own_time(diffusion: DiffusionConfig, t: Tensor) -> Tensor:
-    """The objective's time of what its network is given: the same, but for EDM, whose network is given
-    ln(sigma) / 4."""
+    """The objective's time of what its network is given: the same, but for EDM, whose network is
+    given ln(sigma) / 4."""
     return (4 * t.double()).exp() if diffusion.objective == "edm" else t
 
 
 def bounds(low: float, high: float) -> tuple[float, float]:
-    """[low, high) without the further end where it is an end of the noise axis: samplers ask at both."""
+    """[low, high) without the further end where it is an end of the noise axis: samplers ask at
+    both."""
     return low if low > 0 else -math.inf, high if high < 1 else math.inf
 
 
 class Spliced:
-    """A model (x_t, t, y) -> output: `inside` where the noise level lies in [low, high), `outside` elsewhere."""
+    """A model (x_t, t, y) -> output: `inside` where the noise level lies in [low, high), `outside`
+    elsewhere."""
 
-    def __init__(self, inside: Model, outside: Model, noise_level: Callable[[Tensor], Tensor], low: float, high: float):
+    def __init__(
+        self,
+        inside: Model,
+        outside: Model,
+        noise_level: Callable[[Tensor], Tensor],
+        low: float,
+        high: float,
+    ):
         """`noise_level`: u (N,) of t (N,), as the network is given it."""
         self.inside, self.outside, self._noise_level = inside, outside, noise_level
         self._low, self._high = bounds(low, high)
@@ -47,7 +56,9 @@ class Spliced:
             return self.inside(x_t, t, y)
         if not chosen.any():
             return self.outside(x_t, t, y)
-        return torch.where(chosen[:, None, None, None], self.inside(x_t, t, y), self.outside(x_t, t, y))
+        return torch.where(
+            chosen[:, None, None, None], self.inside(x_t, t, y), self.outside(x_t, t, y)
+        )
 
 
 class SplicedSampler(Sampler):
@@ -62,13 +73,21 @@ class SplicedSampler(Sampler):
     def model(self, config: SamplingConfig) -> Model:
         if self._spliced is None:
             outside = super().model(config)
-            inside = prepare(self.part.model, device=self.device, precision=config.precision, compile=self.compile)
+            inside = prepare(
+                self.part.model,
+                device=self.device,
+                precision=config.precision,
+                compile=self.compile,
+            )
             self._spliced = Spliced(inside, outside, noise_level_of(self.trained), *self.interval)
         return self._spliced
 
     def job(self, config: SamplingConfig) -> dict[str, Any]:
-        spliced = {"interval": list(self.interval), "step": self.part.info["step"],
-                   "weights_sha256": weights_sha256(self.part.model)}
+        spliced = {
+            "interval": list(self.interval),
+            "step": self.part.info["step"],
+            "weights_sha256": weights_sha256(self.part.model),
+        }
         return {**super().job(config), "spliced": spliced}
 
 
@@ -84,18 +103,25 @@ def check_fits(part: Trained, full: Trained, part_path: Path, full_path: Path) -
         "shape": (latent_shape(a.model), latent_shape(b.model)),
         "num_classes": (a.model.num_classes, b.model.num_classes),
         "learn_sigma": (a.model.learn_sigma, b.model.learn_sigma),
-        **{f"{name} of the data": (part.info["data_info"].get(name), full.info["data_info"].get(name))
-           for name in ("kind", "shape", "scale_factor", "encoders")},
+        **{
+            f"{name} of the data": (
+                part.info["data_info"].get(name),
+                full.info["data_info"].get(name),
+            )
+            for name in ("kind", "shape", "scale_factor", "encoders")
+        },
     }
     for name, (one, other) in facts.items():
         if one != other:
-            raise CheckpointError(f"{part_path} and {full_path} cannot be sampled together: {name} is {one} in one, "
-                                  f"{other} in the other; give --full a model of the same data and objective")
+            raise CheckpointError(
+                f"{part_path} and {full_path} cannot be sampled together: {name} is {one} in one, "
+                f"{other} in the other; give --full a model of the same data and objective"
+            )
 
 
 def asked_levels(trained: Trained, config: SamplingConfig) -> list[float]:
-    """The noise levels at which sampling asks the network, in the order asked. Of no network: what it answers does not
-    change them."""
+    """The noise levels at which sampling asks the network, in the order asked. Of no network: what
+    it answers does not change them."""
     objective: AnyObjective = trained.objective
     noise_level, shape = noise_level_of(trained), latent_shape(trained.config.model)
     channels = shape[0] * (2 if trained.config.model.learn_sigma else 1)
@@ -105,7 +131,16 @@ def asked_levels(trained: Trained, config: SamplingConfig) -> list[float]:
         asked.extend(noise_level(t[:1]).tolist())
         return x_t.new_zeros(len(x_t), channels, *x_t.shape[2:])
 
-    one = draw_batches(note, objective, replace(config, cfg_scale=1.0), index=[0], shape=shape, num_classes=0,
-                       condition=lambda index: torch.zeros(1).long(), batch_size=1, device=torch.device("cpu"))
+    one = draw_batches(
+        note,
+        objective,
+        replace(config, cfg_scale=1.0),
+        index=[0],
+        shape=shape,
+        num_classes=0,
+        condition=lambda index: torch.zeros(1).long(),
+        batch_size=1,
+        device=torch.device("cpu"),
+    )
     assert len(list(one)) == 1
     return asked

@@ -6,7 +6,14 @@ from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
-from eval.difficulty_study.convergence import Convergence, LossCurve, converge, plain, rank_correlation, read_losses
+from eval.difficulty_study.convergence import (
+    Convergence,
+    LossCurve,
+    converge,
+    plain,
+    rank_correlation,
+    read_losses,
+)
 from eval.difficulty_study.study import Row, Stage
 
 
@@ -31,7 +38,11 @@ class Findings:
     def curves(self) -> dict[int, LossCurve]:
         """Of the intervals that are trained to the end."""
         read = {i: read_losses(self.folders[i]) for i in self.intervals}
-        return {i: curve for i, curve in read.items() if len(curve.step) and curve.step[-1] >= self.steps}
+        return {
+            i: curve
+            for i, curve in read.items()
+            if len(curve.step) and curve.step[-1] >= self.steps
+        }
 
     @cached_property
     def convergence(self) -> dict[int, Convergence]:
@@ -56,31 +67,48 @@ class Findings:
         at = [k for k, u in enumerate(self.entropy["u"]) if self.edges[i - 1] <= u < self.edges[i]]
         if not at:
             return None
-        return {"value": fmean(self.entropy["value"][k] for k in at),
-                "kernels": [min(self.entropy["kernels"][k] for k in at), max(self.entropy["kernels"][k] for k in at)],
-                "degenerate": fmean(self.entropy["degenerate"][k] for k in at),
-                "biased": fmean(self.entropy["biased"][k] for k in at)}
+        return {
+            "value": fmean(self.entropy["value"][k] for k in at),
+            "kernels": [
+                min(self.entropy["kernels"][k] for k in at),
+                max(self.entropy["kernels"][k] for k in at),
+            ],
+            "degenerate": fmean(self.entropy["degenerate"][k] for k in at),
+            "biased": fmean(self.entropy["biased"][k] for k in at),
+        }
 
     @cached_property
     def rows(self) -> list[Row]:
         """One an interval, JSON; None is what is missing."""
         wanted = ("figure", "value", "error", "evaluations", "evaluations_inside")
-        return [{
-            "interval": i, "u": [self.edges[i - 1], self.edges[i]], "run": str(self.folders[i]),
-            "convergence": plain(self.convergence[i]) if i in self.convergence else None,
-            "denoising": {key: self.scored[i][key] for key in wanted} if i in self.scored else None,
-            "relative_entropy": self.entropy_of(i),
-        } for i in self.intervals]
+        return [
+            {
+                "interval": i,
+                "u": [self.edges[i - 1], self.edges[i]],
+                "run": str(self.folders[i]),
+                "convergence": plain(self.convergence[i]) if i in self.convergence else None,
+                "denoising": {key: self.scored[i][key] for key in wanted}
+                if i in self.scored
+                else None,
+                "relative_entropy": self.entropy_of(i),
+            }
+            for i in self.intervals
+        ]
 
     @cached_property
     def correlations(self) -> dict[str, float]:
-        """With the interval's number, of what is there for all: where harder tasks are those of less noise, near -1 for
-        the steps, the distance and the relative entropy, near 1 for the smoothed rises."""
+        """With the interval's number, of what is there for all: where harder tasks are those of
+        less noise, near -1 for the steps, the distance and the relative entropy, near 1 for the
+        smoothed rises."""
         columns: dict[str, list[float | None]] = {}
         if len(self.convergence) == len(self.intervals):
             of = [self.convergence[i] for i in self.intervals]
-            columns |= {"oscillates from": [c.oscillates_from for c in of], "falls until": [c.falls_until for c in of],
-                        "rises": [c.rises for c in of], "rises, smoothed": [c.smoothed_rises for c in of]}
+            columns |= {
+                "oscillates from": [c.oscillates_from for c in of],
+                "falls until": [c.falls_until for c in of],
+                "rises": [c.rises for c in of],
+                "rises, smoothed": [c.smoothed_rises for c in of],
+            }
         if all(i in self.scored for i in self.intervals):
             columns["distance"] = [self.scored[i]["value"] for i in self.intervals]
         if self.entropy and all(row["relative_entropy"] for row in self.rows):

@@ -10,7 +10,7 @@ from eval.difficulty_study.relative_entropy import FEW_KERNELS, ONE_KERNEL
 if TYPE_CHECKING:
     from eval.difficulty_study.findings import Findings
 
-SHOWN = 1000                                            # points of a loss curve
+SHOWN = 1000  # points of a loss curve
 
 
 def draw(found: "Findings") -> dict[str, bytes]:
@@ -39,21 +39,42 @@ def _losses(found: "Findings") -> bytes:
     from matplotlib import pyplot as plt
 
     colours = _colours(found)
-    plots, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained", width_ratios=(2, 1, 1))
+    plots, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(15, 4.2), layout="constrained", width_ratios=(2, 1, 1)
+    )
     for i, curve in found.curves.items():
         some = slice(None, None, max(1, len(curve.step) // SHOWN))
-        left.plot(curve.step[some], curve.normalised[some], color=colours[i], linewidth=1, label=f"C_{i}")
+        left.plot(
+            curve.step[some], curve.normalised[some], color=colours[i], linewidth=1, label=f"C_{i}"
+        )
     left.set(xlabel="step", ylabel="loss, smoothed, scaled to its range", ylim=(-0.02, 1.02))
     left.legend(fontsize="x-small", ncols=2, title="least noise: C_1", title_fontsize="x-small")
     for i, c in found.convergence.items():
         at = found.steps if c.oscillates_from is None else c.oscillates_from
-        middle.bar(i, at, color=colours[i], hatch="//" if c.oscillates_from is None else None, edgecolor="white")
+        middle.bar(
+            i,
+            at,
+            color=colours[i],
+            hatch="//" if c.oscillates_from is None else None,
+            edgecolor="white",
+        )
         right.bar(i, c.smoothed_rises, color=colours[i])
     fallen = {i: c.falls_until for i, c in found.convergence.items()}
-    middle.plot(list(fallen), list(fallen.values()), "D-", color="black", markersize=4, linewidth=0.7,
-                label="90 % of the fall are done")
+    middle.plot(
+        list(fallen),
+        list(fallen.values()),
+        "D-",
+        color="black",
+        markersize=4,
+        linewidth=0.7,
+        label="90 % of the fall are done",
+    )
     middle.legend(fontsize="x-small")
-    middle.set(xlabel="interval", ylabel="step from which the loss oscillates", ylim=(0, 1.15 * found.steps))
+    middle.set(
+        xlabel="interval",
+        ylabel="step from which the loss oscillates",
+        ylim=(0, 1.15 * found.steps),
+    )
     right.set(xlabel="interval", ylabel="rises of the smoothed loss after step 100")
     for axis in (middle, right):
         _intervals(axis, found)
@@ -74,7 +95,15 @@ def _denoising(found: "Findings") -> bytes:
             axis.axhspan(low, high, color="black", alpha=0.1, linewidth=0)
             continue
         face = colours[i] if row["evaluations_inside"] else "none"
-        axis.errorbar(i, row["value"], row["error"], fmt="o", color=colours[i], markerfacecolor=face, capsize=3)
+        axis.errorbar(
+            i,
+            row["value"],
+            row["error"],
+            fmt="o",
+            color=colours[i],
+            markerfacecolor=face,
+            capsize=3,
+        )
     axis.set(xlabel="interval of M_i", ylabel=next(iter(found.scored.values()))["figure"])
     _intervals(axis, found)
     if 0 in found.scored:
@@ -87,9 +116,12 @@ def _relative_entropy(found: "Findings") -> bytes:
 
     assert found.entropy
     t, value, error, single, kernels = (
-        np.array(found.entropy[key], float) for key in ("t", "value", "error", "single", "kernels"))
+        np.array(found.entropy[key], float) for key in ("t", "value", "error", "single", "kernels")
+    )
     plots, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
-    left.plot(t, single, color="grey", linestyle="--", linewidth=1, label="of one kernel: an upper bound")
+    left.plot(
+        t, single, color="grey", linestyle="--", linewidth=1, label="of one kernel: an upper bound"
+    )
     kinds = {
         "one kernel explains a sample: an artefact": (kernels < ONE_KERNEL, "tab:red"),
         "few kernels: biased": ((kernels >= ONE_KERNEL) & (kernels < FEW_KERNELS), "tab:orange"),
@@ -100,7 +132,9 @@ def _relative_entropy(found: "Findings") -> bytes:
         if chosen.any():
             left.plot(t[chosen], value[chosen], ".", markersize=3, color=colour, label=name)
             low = np.maximum(value - error, 0.1 * value)
-            left.fill_between(t, low, value + error, where=chosen, color=colour, alpha=0.2, linewidth=0)
+            left.fill_between(
+                t, low, value + error, where=chosen, color=colour, alpha=0.2, linewidth=0
+            )
         right.plot(t[chosen], kernels[chosen], ".", markersize=3, color=colour)
     left.set(xlabel="t", ylabel=r"$D_{KL}(p_{t-1} \| p_t)$, nats", yscale="log")
     left.legend(fontsize="small")

@@ -1,13 +1,14 @@
-"""The relative entropy between neighbouring noise levels of a data set (appendix C of arXiv:2403.10348).
+"""The relative entropy between neighbouring noise levels of a data set (appendix C of
+arXiv:2403.10348).
 
-The marginal at a noise level, x_t = alpha x_start + sigma noise, is taken to be the mean of a Gaussian kernel around
-each of L data points: p_t(x) = 1/L sum_l N(x; alpha x_l, sigma^2 I). D_KL(p || q) = E_p[ln p - ln q] is a mean over M
-samples, each a random data point with noise.
+The marginal at a noise level, x_t = alpha x_start + sigma noise, is taken to be the mean of a
+Gaussian kernel around each of L data points: p_t(x) = 1/L sum_l N(x; alpha x_l, sigma^2 I). D_KL(p
+|| q) = E_p[ln p - ln q] is a mean over M samples, each a random data point with noise.
 
-p and q are mixtures with the same weights, so by the chain rule D_KL(p || q) is at most the relative entropy of one
-kernel, D_KL(N(alpha x_l, sigma^2 I) || N(alpha' x_l, sigma'^2 I)), in the mean over the data. Where kernels no longer
-overlap it is equal to that, and explodes as sigma falls: an artefact of there being finitely many points, which
-`RelativeEntropy.degenerate` marks.
+p and q are mixtures with the same weights, so by the chain rule D_KL(p || q) is at most the
+relative entropy of one kernel, D_KL(N(alpha x_l, sigma^2 I) || N(alpha' x_l, sigma'^2 I)), in the
+mean over the data. Where kernels no longer overlap it is equal to that, and explodes as sigma
+falls: an artefact of there being finitely many points, which `RelativeEntropy.degenerate` marks.
 """
 
 import math
@@ -25,9 +26,9 @@ from largescale.errors import DataError, Stopped
 from largescale.noise_schedule import alphas_cumprod, make_betas
 from largescale.randomness import stream_seed
 
-MIN_POINTS = 1000                                       # data points, of which a density may be estimated
-ONE_KERNEL, FEW_KERNELS = 2.0, 100.0                    # of `RelativeEntropy.kernels`
-CHUNK = 2**20                                           # of samples times data points at once: 8 MB for each array
+MIN_POINTS = 1000  # data points, of which a density may be estimated
+ONE_KERNEL, FEW_KERNELS = 2.0, 100.0  # of `RelativeEntropy.kernels`
+CHUNK = 2**20  # of samples times data points at once: 8 MB for each array
 Array = npt.NDArray[np.float64]
 
 
@@ -38,28 +39,30 @@ class RelativeEntropy:
     value: Array
     """D_KL(p || q), with one kernel's log ratio, whose mean is known, as a control variate."""
     error: Array
-    """The standard error of `value`, over the M samples; the data count as given. Not independent between pairs, which
-    share their draws."""
+    """The standard error of `value`, over the M samples; the data count as given. Not independent
+    between pairs, which share their draws."""
     plain: Array
     """The plain mean of ln p - ln q, as the paper has it: the same expectation, a larger error."""
     plain_error: Array
     kernels: Array
-    """How many kernels explain a sample of p: exp of the mean entropy of their responsibilities for it, from 1 to L."""
+    """How many kernels explain a sample of p: exp of the mean entropy of their responsibilities for
+    it, from 1 to L."""
     single: Array
-    """One kernel's relative entropy in closed form, in the mean over the data: an upper bound of D_KL(p || q), also for
-    the distribution that the data are drawn from."""
+    """One kernel's relative entropy in closed form, in the mean over the data: an upper bound of
+    D_KL(p || q), also for the distribution that the data are drawn from."""
 
     @property
     def degenerate(self) -> npt.NDArray[np.bool_]:
-        """Where hardly more than one kernel explains a sample: p is a mixture of points, `value` is `single` and says
-        nothing about the data but their dimensions and mean square."""
+        """Where hardly more than one kernel explains a sample: p is a mixture of points, `value` is
+        `single` and says nothing about the data but their dimensions and mean square."""
         return self.kernels < ONE_KERNEL
 
     @property
     def biased(self) -> npt.NDArray[np.bool_]:
-        """Where few kernels do, degenerate or not: more data would give another value, a smaller one as a rule. With
-        1,000 or 5,000 points of a Gaussian in 2, 8 or 32 dimensions and EDM's noise, `value` was 1.04 to 2 times the
-        truth at some 130 kernels, 1.3 to 260 times it at some 18."""
+        """Where few kernels do, degenerate or not: more data would give another value, a smaller
+        one as a rule. With 1,000 or 5,000 points of a Gaussian in 2, 8 or 32 dimensions and EDM's
+        noise, `value` was 1.04 to 2 times the truth at some 130 kernels, 1.3 to 260 times it at
+        some 18."""
         return self.kernels < FEW_KERNELS
 
 
@@ -82,67 +85,95 @@ def noise_levels(diffusion: DiffusionConfig) -> Array:
 
 @torch.inference_mode()
 def relative_entropy(
-    data: Tensor, p: Array, q: Array, *, samples: int, seed: int = 0, chunk: int = CHUNK,
-    progress: Callable[[float], Any] = lambda share: None, stop: Callable[[], bool] = lambda: False,
+    data: Tensor,
+    p: Array,
+    q: Array,
+    *,
+    samples: int,
+    seed: int = 0,
+    chunk: int = CHUNK,
+    progress: Callable[[float], Any] = lambda share: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> RelativeEntropy:
-    """`data`: (L, ...) float, on any device, where the work is done. `p`, `q`: (K, 2), alpha and sigma of each pair.
-    `samples`: M, the same draws for all pairs. `chunk` bounds the memory, and changes rounding only. `progress` is told
-    of shares of the work, in all 1.
+    """`data`: (L, ...) float, on any device, where the work is done. `p`, `q`: (K, 2), alpha and
+    sigma of each pair. `samples`: M, the same draws for all pairs. `chunk` bounds the memory, and
+    changes rounding only. `progress` is told of shares of the work, in all 1.
 
-    Everything is float64: squared distances of 10^4 pixels are divided by variances down to 10^-5, and in float32 would
-    be wrong by some hundreds. All pairs share two matrix products, x_l x_j and noise x_j.
+    Everything is float64: squared distances of 10^4 pixels are divided by variances down to 10^-5,
+    and in float32 would be wrong by some hundreds. All pairs share two matrix products, x_l x_j and
+    noise x_j.
 
-    Raises DataError for fewer than 2 points or samples, values that are not finite, or sigma that is not positive;
-    Stopped.
+    Raises DataError for fewer than 2 points or samples, values that are not finite, or sigma that
+    is not positive; Stopped.
     """
     data = data.flatten(1)
     points, width = data.shape
     check(data, np.concatenate([p, q]), samples)
-    block = max(1, min(points, CHUNK // width))         # rows of data that are float64 at a time
-    square = torch.cat([part.double().square().sum(1) for part in data.split(block)])           # (L,), |x_j|^2
-    chosen = torch.randint(points, (samples,), generator=torch.Generator().manual_seed(stream_seed(seed, "point", 0)))
+    block = max(1, min(points, CHUNK // width))  # rows of data that are float64 at a time
+    square = torch.cat(
+        [part.double().square().sum(1) for part in data.split(block)]
+    )  # (L,), |x_j|^2
+    chosen = torch.randint(
+        points, (samples,), generator=torch.Generator().manual_seed(stream_seed(seed, "point", 0))
+    )
     found = torch.zeros(3, len(p), samples, dtype=torch.float64, device=data.device)
     rows = max(1, min(samples, chunk // points))
     for first in range(0, samples, rows):
         own = chosen[first : first + rows].to(data.device)
-        noise = torch.stack([_noise(seed, i, width) for i in range(first, first + len(own))]).to(data.device)
+        noise = torch.stack([_noise(seed, i, width) for i in range(first, first + len(own))]).to(
+            data.device
+        )
         x_start = data[own].double()
         with_points, with_noise = (
-            torch.cat([left @ part.double().T for part in data.split(block)], dim=1) for left in (x_start, noise))
+            torch.cat([left @ part.double().T for part in data.split(block)], dim=1)
+            for left in (x_start, noise)
+        )
         # of x_j - x_l, so that what a sample has with its own point is exactly 0
-        with_points = with_points - with_points.gather(1, own[:, None])                         # (m, L)
+        with_points = with_points - with_points.gather(1, own[:, None])  # (m, L)
         with_noise = with_noise - with_noise.gather(1, own[:, None])
         longer = square - square[own, None]
-        inner, energy = (noise * x_start).sum(1), noise.square().sum(1)                         # (m,)
+        inner, energy = (noise * x_start).sum(1), noise.square().sum(1)  # (m,)
         for k, (level, other) in enumerate(zip(p.tolist(), q.tolist(), strict=True)):
             if stop():
                 raise Stopped
             (alpha, sigma), (alpha_q, sigma_q) = level, other
-            along = alpha * with_points + sigma * with_noise                                    # x . (x_j - x_l)
+            along = alpha * with_points + sigma * with_noise  # x . (x_j - x_l)
             under_p, under_q = (a / s**2 * (along - a / 2 * longer) for a, s in (level, other))
-            off = ((alpha - alpha_q) ** 2 * square[own] + 2 * (alpha - alpha_q) * sigma * inner
-                   + sigma**2 * energy)                                                         # |x - alpha_q x_l|^2
+            off = (
+                (alpha - alpha_q) ** 2 * square[own]
+                + 2 * (alpha - alpha_q) * sigma * inner
+                + sigma**2 * energy
+            )  # |x - alpha_q x_l|^2
             found[0, k, first : first + rows] = (
-                width * math.log(sigma_q / sigma) - energy / 2 + off / (2 * sigma_q**2))
+                width * math.log(sigma_q / sigma) - energy / 2 + off / (2 * sigma_q**2)
+            )
             most = under_p.amax(1, keepdim=True)
             weights = (under_p - most).exp_()
             sum_of = weights.sum(1)
-            total = most[:, 0] + sum_of.log()           # ln of all kernels over the own one, 0 or more
+            total = most[:, 0] + sum_of.log()  # ln of all kernels over the own one, 0 or more
             found[1, k, first : first + rows] = total - under_q.logsumexp(1)
-            found[2, k, first : first + rows] = total - weights.mul_(under_p).sum(1) / sum_of   # entropy
+            found[2, k, first : first + rows] = (
+                total - weights.mul_(under_p).sum(1) / sum_of
+            )  # entropy
             progress(len(own) / samples / len(p))
     single, rest, entropy = found.cpu().numpy()
     bound = one_kernel(p, q, width, square.mean().item())
     log_ratio = single + rest
-    return RelativeEntropy(*_controlled(log_ratio, single - bound[:, None]), *_mean(log_ratio), np.exp(entropy.mean(1)),
-                           bound)
+    return RelativeEntropy(
+        *_controlled(log_ratio, single - bound[:, None]),
+        *_mean(log_ratio),
+        np.exp(entropy.mean(1)),
+        bound,
+    )
 
 
 def one_kernel(p: Array, q: Array, width: int, square: float) -> Array:
     """(K,): the mean over data points of mean squared norm `square` of
     D_KL(N(alpha x_l, sigma^2 I) || N(alpha' x_l, sigma'^2 I)), in `width` dimensions."""
     ratio = (p[:, 1] / q[:, 1]) ** 2
-    return width / 2 * (ratio - 1 - np.log(ratio)) + (p[:, 0] - q[:, 0]) ** 2 * square / (2 * q[:, 1] ** 2)
+    return width / 2 * (ratio - 1 - np.log(ratio)) + (p[:, 0] - q[:, 0]) ** 2 * square / (
+        2 * q[:, 1] ** 2
+    )
 
 
 def _mean(values: Array) -> tuple[Array, Array]:
@@ -151,13 +182,14 @@ def _mean(values: Array) -> tuple[Array, Array]:
 
 
 def _controlled(log_ratio: Array, single: Array) -> tuple[Array, Array]:
-    """As `_mean` of ln p - ln q, (K, M), less what two quantities of mean 0 explain of it: one kernel's log ratio less
-    its mean, `single`, and q / p - 1, as E_p[q / p] = 1. Where the kernels are apart, the former leaves no error; where
-    p and q are close, the latter turns an error of order sqrt(D_KL / M) into one of order D_KL / sqrt(M)."""
+    """As `_mean` of ln p - ln q, (K, M), less what two quantities of mean 0 explain of it: one
+    kernel's log ratio less its mean, `single`, and q / p - 1, as E_p[q / p] = 1. Where the kernels
+    are apart, the former leaves no error; where p and q are close, the latter turns an error of
+    order sqrt(D_KL / M) into one of order D_KL / sqrt(M)."""
     rows = []
     for values, of_one in zip(log_ratio, single, strict=True):
         controls = [np.ones_like(values), of_one]
-        if values.std() < 1:                            # else q / p has too long a tail
+        if values.std() < 1:  # else q / p has too long a tail
             controls.append(np.expm1(-values))
         design = np.stack([c / (np.abs(c).max() or 1) for c in controls], axis=1)
         weights = np.linalg.lstsq(design, values, rcond=None)[0]
@@ -173,8 +205,13 @@ def _noise(seed: int, sample: int, width: int) -> Tensor:
 
 def check(data: Tensor, levels: Array, samples: int) -> None:
     if len(data) < 2 or samples < 2:
-        raise DataError(f"a relative entropy of {len(data)} images by {samples} samples; give 2 or more of both")
+        raise DataError(
+            f"a relative entropy of {len(data)} images by {samples} samples; give 2 or more of both"
+        )
     if not data.isfinite().all():
         raise DataError("the images have values that are not finite; pack them anew")
     if not np.isfinite(levels).all() or levels[:, 1].min() <= 0:
-        raise DataError(f"sigma is {levels[:, 1].min()} at a noise level: a kernel needs a width; leave that level out")
+        raise DataError(
+            f"sigma is {levels[:, 1].min()} at a noise level: a kernel needs a width; leave that "
+            "level out"
+        )

@@ -1,4 +1,5 @@
-"""What each sample is told: classes, captions of a packed data set, prompts, or nothing; found when it is asked for."""
+"""What each sample is told: classes, captions of a packed data set, prompts, or nothing; found when
+it is asked for."""
 
 import sys
 from abc import ABC, abstractmethod
@@ -31,12 +32,13 @@ Numbers = npt.NDArray[np.int64]
 
 
 class Conditions(ABC):
-    """Of samples 0 .. n - 1, a function of their numbers. Raises IndexError for any other number."""
+    """Of samples 0 .. n - 1, a function of their numbers. Raises IndexError for any other
+    number."""
 
     def __init__(self, n: int, facts: dict[str, Any], num_classes: int = 0) -> None:
         self.n = n
-        self.facts = facts                              # all that they depend on, plain JSON: for the provenance
-        self.num_classes = num_classes                  # of a data set of the samples; 0 without labels
+        self.facts = facts  # all that they depend on, plain JSON: for the provenance
+        self.num_classes = num_classes  # of a data set of the samples; 0 without labels
 
     @abstractmethod
     def of(self, index: Sequence[int]) -> Condition:
@@ -56,70 +58,112 @@ class Conditions(ABC):
     def _numbers(self, index: Sequence[int]) -> Numbers:
         numbers = np.asarray(index, np.int64)
         if not 0 <= numbers.min(initial=0) <= numbers.max(initial=0) < self.n:
-            raise IndexError(f"samples {numbers.min()} to {numbers.max()} do not lie in [0, {self.n})")
+            raise IndexError(
+                f"samples {numbers.min()} to {numbers.max()} do not lie in [0, {self.n})"
+            )
         return numbers
 
 
 def make_conditions(
-        trained: Trained, *, n: int, seed: int = 0, labels: Literal["balanced", "drawn"] = "balanced",
-        classes: Sequence[int] = (), prompts: Sequence[str] = (), prompts_file: Path | None = None,
-        captions: Path | None = None, text_encoder: str | None = None, device: torch.device) -> Conditions:
+    trained: Trained,
+    *,
+    n: int,
+    seed: int = 0,
+    labels: Literal["balanced", "drawn"] = "balanced",
+    classes: Sequence[int] = (),
+    prompts: Sequence[str] = (),
+    prompts_file: Path | None = None,
+    captions: Path | None = None,
+    text_encoder: str | None = None,
+    device: torch.device,
+) -> Conditions:
     """Of samples 0 .. n - 1: balanced labels, unless something else is given.
 
-    seed: of drawn labels. text_encoder: encodes prompts on `device`; loaded when the first of them is asked for, and
-    not looked at otherwise. Raises ConfigError for a model that is told something else than it was trained on, and
-    DataError for a file of prompts or a data set that cannot be used.
+    seed: of drawn labels. text_encoder: encodes prompts on `device`; loaded when the first of them
+    is asked for, and not looked at otherwise. Raises ConfigError for a model that is told something
+    else than it was trained on, and DataError for a file of prompts or a data set that cannot be
+    used.
     """
     model = trained.config.model
     texts = {"--prompts": prompts, "--prompts-file": prompts_file, "--captions": captions}
     given = [option for option, value in texts.items() if value]
-    of_labels = [*(["--labels drawn"] if labels == "drawn" else []), *(["--classes"] if classes else [])]
+    of_labels = [
+        *(["--labels drawn"] if labels == "drawn" else []),
+        *(["--classes"] if classes else []),
+    ]
     if not model.caption_tokens:
         if given:
-            raise ConfigError(f"the model was not trained on captions; leave out {' and '.join(given)}")
+            raise ConfigError(
+                f"the model was not trained on captions; leave out {' and '.join(given)}"
+            )
         return _of_labels(trained.num_classes, n, seed, of_labels, classes)
     if of_labels:
-        raise ConfigError(f"the model was trained on captions, not on labels; leave out {' and '.join(of_labels)}")
+        raise ConfigError(
+            f"the model was trained on captions, not on labels; leave out {' and '.join(of_labels)}"
+        )
     if len(given) != 1:
-        raise ConfigError("the model was trained on captions: give --prompts TEXT ..., or --captions DIR, a packed "
-                          "data set whose captions to use, or --prompts-file FILE"
-                          + (f"; one of them, not {' and '.join(given)}" if given else ""))
+        raise ConfigError(
+            "the model was trained on captions: give --prompts TEXT ..., or --captions DIR, a "
+            "packed data set whose captions to use, or --prompts-file FILE"
+            + (f"; one of them, not {' and '.join(given)}" if given else "")
+        )
     trained_with = trained.info["data_info"].get("encoders", {}).get("text")
     if captions:
         return OfData(n, ShardDataset(captions), trained_with)
     if text_encoder is None:
-        raise ConfigError(f"{given[0]} needs --text-encoder, the one that the model was trained with: {trained_with}")
+        raise ConfigError(
+            f"{given[0]} needs --text-encoder, the one that the model was trained with: "
+            f"{trained_with}"
+        )
     if trained_with is None:
-        raise ConfigError(f"{given[0]}: the model's data do not say which text encoder made their captions; give "
-                          "--captions, a packed data set whose captions to use")
+        raise ConfigError(
+            f"{given[0]}: the model's data do not say which text encoder made their captions; give "
+            "--captions, a packed data set whose captions to use"
+        )
 
     def load() -> TextEncoder:
         encoder = load_text_encoder(text_encoder, device, max_tokens=model.caption_tokens)
         if encoder.identity != trained_with:
-            raise ConfigError(f"--text-encoder {text_encoder} is {encoder.identity}, the model was trained with "
-                              f"{trained_with}")
+            raise ConfigError(
+                f"--text-encoder {text_encoder} is {encoder.identity}, the model was trained with "
+                f"{trained_with}"
+            )
         return encoder
 
     if prompts_file:
         read = read_prompts(prompts_file)
-        list_of, fact = read.texts, {"name": read.source["name"], "sha256": read.sha256, "count": len(read.texts)}
+        list_of, fact = (
+            read.texts,
+            {"name": read.source["name"], "sha256": read.sha256, "count": len(read.texts)},
+        )
         facts: dict[str, Any] = {"prompts_file": fact}
     else:
         list_of = list(prompts)
         facts = {"prompts": list_of}
         if odd := [i for i, prompt in enumerate(list_of) if not is_unicode(prompt)]:
-            raise ConfigError(f"prompt {odd[0]} of --prompts is not UTF-8: {list_of[odd[0]]!r}; give it in UTF-8, or "
-                              "with --prompts-file")
+            raise ConfigError(
+                f"prompt {odd[0]} of --prompts is not UTF-8: {list_of[odd[0]]!r}; give it in UTF-8, "
+                "or with --prompts-file"
+            )
         if empty := [i for i, prompt in enumerate(list_of) if not prompt.strip()]:
-            raise ConfigError(f"prompt {empty[0]} of --prompts is empty; give a text, or --cfg-scale 0 to sample "
-                              "without")
+            raise ConfigError(
+                f"prompt {empty[0]} of --prompts is empty; give a text, or --cfg-scale 0 to sample "
+                "without"
+            )
     return OfPrompts(n, list_of, EncodingCache(load), model, facts | {"text_encoder": trained_with})
 
 
 class OfLabels(Conditions):
-    """`label_of`: sample numbers -> their labels; for an unconditional model 0, which it ignores."""
+    """`label_of`: sample numbers -> their labels; for an unconditional model 0, which it
+    ignores."""
 
-    def __init__(self, n: int, num_classes: int, label_of: Callable[[Numbers], Numbers], facts: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        n: int,
+        num_classes: int,
+        label_of: Callable[[Numbers], Numbers],
+        facts: dict[str, Any],
+    ) -> None:
         super().__init__(n, facts, num_classes)
         self._label_of = label_of
 
@@ -130,35 +174,58 @@ class OfLabels(Conditions):
         return self._label_of(self._numbers(index))
 
 
-def _of_labels(num_classes: int, n: int, seed: int, given: list[str], classes: Sequence[int]) -> OfLabels:
+def _of_labels(
+    num_classes: int, n: int, seed: int, given: list[str], classes: Sequence[int]
+) -> OfLabels:
     if not num_classes:
         if given:
-            raise ConfigError(f"the model was trained without labels; leave out {' and '.join(given)}")
+            raise ConfigError(
+                f"the model was trained without labels; leave out {' and '.join(given)}"
+            )
         return OfLabels(n, 0, np.zeros_like, {"labels": "none"})
     if len(given) > 1:
         raise ConfigError("--classes says which label each sample has; leave out --labels drawn")
     if classes:
         if outside := [label for label in classes if not 0 <= label < num_classes]:
-            raise ConfigError(f"--classes: label {outside[0]} lies outside the classes 0..{num_classes - 1} that the "
-                              "model was trained on; leave it out")
+            raise ConfigError(
+                f"--classes: label {outside[0]} lies outside the classes 0..{num_classes - 1} that "
+                "the model was trained on; leave it out"
+            )
         each = np.array(classes, np.int64)
-        return OfLabels(n, num_classes, lambda i: each[i % len(each)],
-                        {"labels": f"sample i has classes[i % {len(each)}]", "classes": each.tolist()})
+        return OfLabels(
+            n,
+            num_classes,
+            lambda i: each[i % len(each)],
+            {"labels": f"sample i has classes[i % {len(each)}]", "classes": each.tolist()},
+        )
     if given:
-        return OfLabels(n, num_classes, _drawn(seed, num_classes),
-                        {"labels": f"sample i has a class drawn uniformly of {num_classes}, by (seed, i)",
-                         "labels_seed": seed})
-    return OfLabels(n, num_classes, lambda i: i % num_classes, {"labels": f"sample i has class i % {num_classes}"})
+        return OfLabels(
+            n,
+            num_classes,
+            _drawn(seed, num_classes),
+            {
+                "labels": f"sample i has a class drawn uniformly of {num_classes}, by (seed, i)",
+                "labels_seed": seed,
+            },
+        )
+    return OfLabels(
+        n,
+        num_classes,
+        lambda i: i % num_classes,
+        {"labels": f"sample i has class i % {num_classes}"},
+    )
 
 
 def _drawn(seed: int, num_classes: int) -> Callable[[Numbers], Numbers]:
     """Labels by (seed, i). Golden values in the tests pin them."""
 
-    @lru_cache(maxsize=64)                              # a generator a sample would take 10 us each
+    @lru_cache(maxsize=64)  # a generator a sample would take 10 us each
     def block(number: int) -> Numbers:
         generator = torch.Generator().manual_seed(stream_seed(seed, "label", number))
         u = torch.rand(_LABELS_A_BLOCK, dtype=torch.float64, generator=generator)
-        drawn: Numbers = (u * num_classes).long().numpy()   # u <= 1 - 2**-53: rounds to below num_classes
+        drawn: Numbers = (
+            (u * num_classes).long().numpy()
+        )  # u <= 1 - 2**-53: rounds to below num_classes
         return drawn
 
     def label_of(index: Numbers) -> Numbers:
@@ -173,15 +240,23 @@ def _drawn(seed: int, num_classes: int) -> Callable[[Numbers], Numbers]:
 
 
 class OfData(Conditions):
-    """Sample i has a caption of row i % len(data): the first, the next time round the second, and so on."""
+    """Sample i has a caption of row i % len(data): the first, the next time round the second, and
+    so on."""
 
     def __init__(self, n: int, data: ShardDataset, trained_with: str | None) -> None:
         found = data.info.encoders.get("text")
         if data.info.captions is None or found != trained_with:
-            raise ConfigError(f"{data.path} has captions encoded by {found}, the model was trained with "
-                              f"{trained_with}; pack them with that one")
-        super().__init__(n, {"captions": f"sample i has row i % {len(data)}'s, in turn",
-                             "captions_of": data.fingerprint})
+            raise ConfigError(
+                f"{data.path} has captions encoded by {found}, the model was trained with "
+                f"{trained_with}; pack them with that one"
+            )
+        super().__init__(
+            n,
+            {
+                "captions": f"sample i has row i % {len(data)}'s, in turn",
+                "captions_of": data.fingerprint,
+            },
+        )
         self._data = data
 
     def of(self, index: Sequence[int]) -> Condition:
@@ -198,15 +273,20 @@ class OfData(Conditions):
         """The row of each sample, all captions of it, and which of them is the sample's."""
         rounds, rows = np.divmod(self._numbers(index), len(self._data))
         captions = self._data.texts(rows)
-        return rows, captions, [k % len(of_row) for k, of_row in zip(rounds.tolist(), captions, strict=True)]
+        return (
+            rows,
+            captions,
+            [k % len(of_row) for k, of_row in zip(rounds.tolist(), captions, strict=True)],
+        )
 
 
 class EncodingCache:
-    """Encodings of texts, each made once while it is kept: the last used, of `limit` bytes at most."""
+    """Encodings of texts, each made once while it is kept: the last used, of `limit` bytes at
+    most."""
 
     def __init__(self, load: Callable[[], TextEncoder], limit: int = CACHE_BYTES) -> None:
         self._load, self._limit = load, limit
-        self._kept: OrderedDict[str, EncodedCaption] = OrderedDict()    # the last used at the end
+        self._kept: OrderedDict[str, EncodedCaption] = OrderedDict()  # the last used at the end
         self.nbytes = 0
 
     @cached_property
@@ -220,7 +300,7 @@ class EncodingCache:
             for text, encoded in zip(missing, self.encoder(missing), strict=True):
                 self._kept[text] = encoded
                 self.nbytes += _nbytes(encoded)
-        found = [self._kept[text] for text in texts]    # before any of them may have to go
+        found = [self._kept[text] for text in texts]  # before any of them may have to go
         for text in texts:
             self._kept.move_to_end(text)
         while self.nbytes > self._limit:
@@ -236,27 +316,46 @@ def _nbytes(encoded: EncodedCaption) -> int:
 class OfPrompts(Conditions):
     """Sample i has prompt i % len(prompts)."""
 
-    def __init__(self, n: int, prompts: Sequence[str], encodings: EncodingCache, model: ModelConfig,
-                 facts: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        n: int,
+        prompts: Sequence[str],
+        encodings: EncodingCache,
+        model: ModelConfig,
+        facts: dict[str, Any],
+    ) -> None:
         super().__init__(n, facts)
         self._prompts, self._encodings, self._model = prompts, encodings, model
 
     def prepare(self) -> None:
-        """Load the encoder; rank 0 names prompts that it cuts, as two that begin alike would be drawn as one."""
+        """Load the encoder; rank 0 names prompts that it cuts, as two that begin alike would be
+        drawn as one."""
         encoder = self._encodings.encoder
         if env_rank() == 0 and (cut := encoder.cut(self._prompts)):
-            some = "".join(f"\n  {printable(text[:100])}" for text in cut[:20]) + "\n  ..." * (len(cut) > 20)
-            print(f"{len(cut):,} of {len(self._prompts):,} prompts are cut, as they are longer than "
-                  f"{encoder.max_tokens} tokens:{some}", file=sys.stderr, flush=True)
+            some = "".join(f"\n  {printable(text[:100])}" for text in cut[:20]) + "\n  ..." * (
+                len(cut) > 20
+            )
+            print(
+                f"{len(cut):,} of {len(self._prompts):,} prompts are cut, as they are longer than "
+                f"{encoder.max_tokens} tokens:{some}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def of(self, index: Sequence[int]) -> Condition:
         m, each = self._model, self._encodings(self.texts(index))
         rows = {
-            "caption_tokens": torch.zeros(len(each), m.caption_tokens, m.caption_width, dtype=torch.float16),
-            "caption_length": torch.tensor([len(encoded.tokens) for encoded in each], dtype=torch.int64),
+            "caption_tokens": torch.zeros(
+                len(each), m.caption_tokens, m.caption_width, dtype=torch.float16
+            ),
+            "caption_length": torch.tensor(
+                [len(encoded.tokens) for encoded in each], dtype=torch.int64
+            ),
             "caption_pooled": torch.zeros(len(each), m.caption_pooled_width, dtype=torch.float16),
         }
-        for tokens, pooled, encoded in zip(rows["caption_tokens"], rows["caption_pooled"], each, strict=True):
+        for tokens, pooled, encoded in zip(
+            rows["caption_tokens"], rows["caption_pooled"], each, strict=True
+        ):
             tokens[: len(encoded.tokens)] = torch.from_numpy(encoded.tokens)
             pooled[:] = torch.from_numpy(encoded.pooled)
         return to_condition(rows)

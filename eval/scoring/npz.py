@@ -17,7 +17,7 @@ import numpy.typing as npt
 from largescale.errors import DataError
 
 Array = npt.NDArray[Any]
-MOST_BYTES = 2**30                                      # of an array that is a hundredth of it when compressed
+MOST_BYTES = 2**30  # of an array that is a hundredth of it when compressed
 
 
 def names(path: Path) -> set[str]:
@@ -33,16 +33,22 @@ def load(archive: zipfile.ZipFile, name: str) -> Array:
     """Raises ValueError for what a small file makes huge; images compress threefold at best."""
     info = archive.getinfo(name)
     if info.file_size > MOST_BYTES and info.file_size > 100 * info.compress_size:
-        raise ValueError(f"{name} expands from {info.compress_size:,} bytes to {info.file_size:,}, more than "
-                         f"{MOST_BYTES:,}")
+        raise ValueError(
+            f"{name} expands from {info.compress_size:,} bytes to {info.file_size:,}, more than "
+            f"{MOST_BYTES:,}"
+        )
     return np.lib.format.read_array(io.BytesIO(archive.read(name)), allow_pickle=False)
 
 
 def header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """Of an array in an npz: its shape, whether the first index runs fastest, its type, and the header's bytes."""
+    """Of an array in an npz: its shape, whether the first index runs fastest, its type, and the
+    header's bytes."""
     with archive.open(name) as member:
         version = np.lib.format.read_magic(member)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
         shape, fortran, dtype = read(member)
         return shape, fortran, dtype, member.tell()
 
@@ -51,13 +57,18 @@ def mapped(path: Path, archive: zipfile.ZipFile, name: str) -> Array:
     """An array in an npz, not loaded but mapped, unless it is compressed."""
     info, (shape, fortran, dtype, length) = archive.getinfo(name), header(archive, name)
     if info.file_size != length + math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{name} has {info.file_size} bytes, which are not an array of shape {shape}")
+        raise ValueError(
+            f"{name} has {info.file_size} bytes, which are not an array of shape {shape}"
+        )
     if info.compress_type != zipfile.ZIP_STORED:
-        print(f"{path}: {name} is compressed, so all of its {info.file_size / 1e9:.1f} GB are read into memory",
-              file=sys.stderr)
+        print(
+            f"{path}: {name} is compressed, so all of its {info.file_size / 1e9:.1f} GB are read "
+            "into memory",
+            file=sys.stderr,
+        )
         return load(archive, name)
     with path.open("rb") as file:
-        file.seek(info.header_offset + 26)              # in zip's local header: the lengths of what ends it
+        file.seek(info.header_offset + 26)  # in zip's local header: the lengths of what ends it
         start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))) + length
     return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
 
@@ -68,5 +79,15 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, LookupError, NotImplementedError) as error:
-        raise DataError(f"{path} cannot be used ({error}); make it anew, or restore it from where it came") from error
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        OSError,
+        EOFError,
+        ValueError,
+        LookupError,
+        NotImplementedError,
+    ) as error:
+        raise DataError(
+            f"{path} cannot be used ({error}); make it anew, or restore it from where it came"
+        ) from error

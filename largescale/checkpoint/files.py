@@ -1,10 +1,13 @@
 """What lies in a run directory, read without DeepSpeed (and, but for tensors, without torch).
 
-    RUN/checkpoints/step_00001000/           one checkpoint; it exists once it holds a manifest, which is written last
-        manifest.json                        step, world size, files with sizes and hashes, and a copy of our state:
-                                             config, curriculum, counters
-        mp_rank_00_model_states.pt           DeepSpeed's: weights in the compute dtype, and client_state
-        [bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt   DeepSpeed's: rank R's fp32 master weights, moments and EMA
+RUN/checkpoints/step_00001000/           one checkpoint; it exists once it holds a manifest, which
+is written last
+    manifest.json                        step, world size, files with sizes and hashes, and a copy
+      of our state:
+                                         config, curriculum, counters
+    mp_rank_00_model_states.pt           DeepSpeed's: weights in the compute dtype, and client_state
+    [bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt   DeepSpeed's: rank R's fp32 master weights,
+      moments and EMA
 """
 
 import contextlib
@@ -17,7 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from largescale.errors import CheckpointError, LargescaleError, NewerVersionError, StorageError, usable
+from largescale.errors import (
+    CheckpointError,
+    LargescaleError,
+    NewerVersionError,
+    StorageError,
+    usable,
+)
 from largescale.host.files import from_json, sha256
 
 if TYPE_CHECKING:
@@ -32,7 +41,8 @@ FORMAT = 2  # in 1 the manifest had no hash of itself; every later one is sealed
 
 
 class UnseenError(CheckpointError):
-    """A file that is missing, or of another size; or it is new, and a network file system does not show it here yet."""
+    """A file that is missing, or of another size; or it is new, and a network file system does not
+    show it here yet."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +60,8 @@ class CheckpointDir:
         return (self.path / MANIFEST).exists()
 
     def manifest(self) -> dict[str, Any]:
-        """Raises CheckpointError where it is missing or damaged, or a newer version's (NewerVersionError); StorageError
-        where it cannot be read at present."""
+        """Raises CheckpointError where it is missing or damaged, or a newer version's
+        (NewerVersionError); StorageError where it cannot be read at present."""
         path = self.path / MANIFEST
         try:
             content = path.read_bytes()
@@ -59,13 +69,17 @@ class CheckpointDir:
             if (manifest["format"] != 1 or "sha256" in manifest) and not _is_sealed(content):
                 raise CheckpointError(f"{path} does not have the content that was written")
             if manifest["format"] > FORMAT:
-                raise NewerVersionError(f"{path} has format {manifest['format']}, this version reads 1 to {FORMAT}: it "
-                                        "was made by a newer version; update largescale, or start another run with "
-                                        "--output DIR")
+                raise NewerVersionError(
+                    f"{path} has format {manifest['format']}, this version reads 1 to {FORMAT}: it "
+                    "was made by a newer version; update largescale, or start another run with "
+                    "--output DIR"
+                )
             if manifest["format"] not in (1, FORMAT):
                 raise CheckpointError(f"{path} has format {manifest['format']}, which there is not")
             if manifest.get("step", self.step) != self.step:
-                raise CheckpointError(f"{path} is that of step {manifest['step']}; give the folder its name back")
+                raise CheckpointError(
+                    f"{path} is that of step {manifest['step']}; give the folder its name back"
+                )
             return manifest
         except FileNotFoundError as error:
             raise UnseenError(f"{path} is missing") from error
@@ -84,9 +98,11 @@ class CheckpointDir:
             return state
 
     def problem(self, part: slice = slice(None)) -> str | None:
-        """What is wrong with the files, or None. Hashes `part` of them, so that ranks can share the work.
+        """What is wrong with the files, or None. Hashes `part` of them, so that ranks can share the
+        work.
 
-        Raises StorageError where they cannot be read, which does not say that they are damaged, and NewerVersionError.
+        Raises StorageError where they cannot be read, which does not say that they are damaged, and
+        NewerVersionError.
         """
         error = self.check(part)
         if isinstance(error, StorageError | NewerVersionError):
@@ -118,14 +134,19 @@ class CheckpointDir:
             if not path.exists():
                 raise UnseenError(f"{path} is missing")
             if path.stat().st_size != expected["bytes"]:
-                raise UnseenError(f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}")
+                raise UnseenError(
+                    f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}"
+                )
         for name, expected in files[part]:
             if sha256(self.path / name) != expected["sha256"]:
-                raise CheckpointError(f"{self.path / name} does not have the content that was written")
+                raise CheckpointError(
+                    f"{self.path / name} does not have the content that was written"
+                )
 
 
 def seal(manifest: dict[str, Any]) -> str:
-    """A manifest as text, whose last line is the hash of those before: it tells what to expect of every other file."""
+    """A manifest as text, whose last line is the hash of those before: it tells what to expect of
+    every other file."""
     lines = json.dumps(manifest, indent=1, allow_nan=False).removesuffix("\n}")
     return f'{lines}{_SEAL}"{hashlib.sha256(lines.encode()).hexdigest()}"\n}}'
 
@@ -136,7 +157,8 @@ def _is_sealed(content: bytes) -> bool:
 
 
 def step_folders(run_dir: Path) -> list[CheckpointDir]:
-    """Newest first, those too whose writing did not finish. Whatever else lies there is not ours."""
+    """Newest first, those too whose writing did not finish. Whatever else lies there is not
+    ours."""
     found = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in (run_dir / "checkpoints").iterdir():
@@ -156,11 +178,12 @@ def newest_valid(
     report: Callable[[str], None],
     check: Callable[[CheckpointDir], LargescaleError | None] = CheckpointDir.check,
 ) -> tuple[CheckpointDir | None, set[int]]:
-    """The newest of `found` in which `check` finds no error, and the steps of those passed over, which are reported.
+    """The newest of `found` in which `check` finds no error, and the steps of those passed over,
+    which are reported.
 
-    None where nothing was found. Raises NewerVersionError at the first of a newer version, so that nothing of it is
-    trained again or overwritten; where there are checkpoints and none can be used, StorageError if some may be later,
-    else CheckpointError.
+    None where nothing was found. Raises NewerVersionError at the first of a newer version, so that
+    nothing of it is trained again or overwritten; where there are checkpoints and none can be used,
+    StorageError if some may be later, else CheckpointError.
     """
     errors: dict[int, LargescaleError] = {}
     for checkpoint in found:
@@ -171,13 +194,17 @@ def newest_valid(
             error.agreed = True
             raise error
         errors[checkpoint.step] = error
-        report(f"passing over a {'checkpoint' if isinstance(error, StorageError) else 'damaged checkpoint'}: {error}")
+        report(
+            "passing over a "
+            f"{'checkpoint' if isinstance(error, StorageError) else 'damaged checkpoint'}: {error}"
+        )
     if errors:
         later = any(isinstance(error, StorageError) for error in errors.values())
         remedy = "try again later, restore one from a copy" if later else "restore one from a copy"
         none = (StorageError if later else CheckpointError)(
             f"none of the {len(errors)} checkpoints in {run_dir} can be used:\n  "
-            + "\n  ".join(map(str, errors.values())) + f"\n{remedy}, or start again in another folder with --output DIR"
+            + "\n  ".join(map(str, errors.values()))
+            + f"\n{remedy}, or start again in another folder with --output DIR"
         )
         none.agreed = True
         raise none
@@ -185,7 +212,8 @@ def newest_valid(
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Tensors and plain values only: a file from elsewhere cannot run code. Raises CheckpointError for other things."""
+    """Tensors and plain values only: a file from elsewhere cannot run code. Raises CheckpointError
+    for other things."""
     import torch
 
     with usable(path):
@@ -199,11 +227,14 @@ def client_state(checkpoint: CheckpointDir) -> dict[str, Any]:
         return state
 
 
-def flat_state(checkpoint: CheckpointDir, kind: str, group: int, world_size: int) -> Iterator["Tensor"]:
-    """The flat fp32 pieces of one state tensor ('master', 'exp_avg', 'exp_avg_sq', 'ema') in rank order.
+def flat_state(
+    checkpoint: CheckpointDir, kind: str, group: int, world_size: int
+) -> Iterator["Tensor"]:
+    """The flat fp32 pieces of one state tensor ('master', 'exp_avg', 'exp_avg_sq', 'ema') in rank
+    order.
 
-    Joined and cut to the parameters' size they are whole: DeepSpeed stores master weights without the padding at the
-    end, the optimizer's tensors with it. One rank's file is mapped at a time.
+    Joined and cut to the parameters' size they are whole: DeepSpeed stores master weights without
+    the padding at the end, the optimizer's tensors with it. One rank's file is mapped at a time.
     """
     for rank in range(world_size):
         state = checkpoint.optimizer_state(rank)
@@ -214,7 +245,8 @@ def flat_state(checkpoint: CheckpointDir, kind: str, group: int, world_size: int
 
 
 def named_weights(checkpoint: CheckpointDir, kind: str = "ema") -> dict[str, "Tensor"]:
-    """The model's weights by name, in fp32: the EMA, or the 'master' weights, which the EMA is at step 0."""
+    """The model's weights by name, in fp32: the EMA, or the 'master' weights, which the EMA is at
+    step 0."""
     with usable(checkpoint.path):
         return _named_weights(checkpoint, "master" if checkpoint.step == 0 else kind)
 
@@ -226,7 +258,9 @@ def _named_weights(checkpoint: CheckpointDir, kind: str) -> dict[str, "Tensor"]:
     world_size = checkpoint.manifest()["world_size"]
     weights: dict[str, Tensor] = {}
     for group, shapes in enumerate(model["param_shapes"]):
-        flat = torch.cat([piece.reshape(-1) for piece in flat_state(checkpoint, kind, group, world_size)])
+        flat = torch.cat(
+            [piece.reshape(-1) for piece in flat_state(checkpoint, kind, group, world_size)]
+        )
         offset = 0
         for name, shape in shapes.items():
             count = int(torch.Size(shape).numel())

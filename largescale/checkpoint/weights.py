@@ -30,7 +30,8 @@ class Trained:
 
     @property
     def num_classes(self) -> int:
-        """Classes of the data, the only ones that were trained: the model may have more. 0 without labels."""
+        """Classes of the data, the only ones that were trained: the model may have more. 0 without
+        labels."""
         model = self.config.model.num_classes
         return min(model, self.info.get("data_info", {}).get("num_classes", model))
 
@@ -43,16 +44,23 @@ def find_checkpoint(run_dir: Path, step: int | None) -> CheckpointDir:
             steps = ", ".join(str(found.step) for found in checkpoints(run_dir)) or "none"
             raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; there are: {steps}")
         if problem := checkpoint.problem():
-            raise CheckpointError(f"{problem}; choose another --step, or leave it out for the newest valid one")
+            raise CheckpointError(
+                f"{problem}; choose another --step, or leave it out for the newest valid one"
+            )
         return checkpoint
-    newest, _ = newest_valid(run_dir, checkpoints(run_dir), report=lambda text: print(text, file=sys.stderr))
+    newest, _ = newest_valid(
+        run_dir, checkpoints(run_dir), report=lambda text: print(text, file=sys.stderr)
+    )
     if newest is None:
-        raise CheckpointError(f"{run_dir} holds no checkpoint; give the folder of a run, such as runs/digits")
+        raise CheckpointError(
+            f"{run_dir} holds no checkpoint; give the folder of a run, such as runs/digits"
+        )
     return newest
 
 
 def load_trained(path: Path, step: int | None = None) -> Trained:
-    """From an export's folder or a run's. Raises CheckpointError for a folder that is neither, or another model's."""
+    """From an export's folder or a run's. Raises CheckpointError for a folder that is neither, or
+    another model's."""
     if (path / EXPORT_CONFIG).exists():
         description, weights = _read_export(path, step)
     else:
@@ -65,7 +73,9 @@ def load_trained(path: Path, step: int | None = None) -> Trained:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f"the weights in {path} are not those of its config: {error}") from error
+        raise CheckpointError(
+            f"the weights in {path} are not those of its config: {error}"
+        ) from error
     info = {key: value for key, value in description.items() if key != "config"}
     return Trained(model.eval(), objective, config, info)
 
@@ -76,28 +86,51 @@ def _read_export(path: Path, step: int | None) -> tuple[dict[str, Any], dict[str
 
     try:
         description = from_json((path / EXPORT_CONFIG).read_text())
-        if not isinstance(description, dict) or not {"config", "step", "data_info"} <= description.keys():
-            raise CheckpointError(f"{path} is no export, {_what(description)}; give a run, or the folder that "
-                                  "largescale.export wrote")
+        if (
+            not isinstance(description, dict)
+            or not {"config", "step", "data_info"} <= description.keys()
+        ):
+            raise CheckpointError(
+                f"{path} is no export, {_what(description)}; give a run, or the folder that "
+                "largescale.export wrote"
+            )
         weights = load_file(path / EXPORT_WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"the export {path} cannot be read: {error}; export the run again") from error
+        raise CheckpointError(
+            f"the export {path} cannot be read: {error}; export the run again"
+        ) from error
     if step not in (None, description["step"]):
-        raise CheckpointError(f"{path} is an export of step {description['step']}, not of {step}; give the run")
+        raise CheckpointError(
+            f"{path} is an export of step {description['step']}, not of {step}; give the run"
+        )
     return description, weights
 
 
 def _what(description: Any) -> str:
     """What another library's config.json says that it is of."""
-    for key in ("_class_name", "architectures", "model_type"):  # of diffusers, and twice of transformers
+    for key in (
+        "_class_name",
+        "architectures",
+        "model_type",
+    ):  # of diffusers, and twice of transformers
         if isinstance(description, dict) and description.get(key):
             return f"its {EXPORT_CONFIG} is another library's, of {description[key]}"
     return f"its {EXPORT_CONFIG} lacks config, step or data_info"
 
 
 def describe(checkpoint: CheckpointDir) -> dict[str, Any]:
-    """Config and provenance of a checkpoint, as an export carries them. Raises CheckpointError where they are none."""
-    carried = ("config", "step", "samples_seen", "dataset", "data_info", "made_with", "precision", "curriculum")
+    """Config and provenance of a checkpoint, as an export carries them. Raises CheckpointError
+    where they are none."""
+    carried = (
+        "config",
+        "step",
+        "samples_seen",
+        "dataset",
+        "data_info",
+        "made_with",
+        "precision",
+        "curriculum",
+    )
     with usable(checkpoint.path):
         state = checkpoint.manifest()["state"]
         from_dict(state["config"])

@@ -17,9 +17,9 @@ from largescale.errors import ConfigError
 
 
 def batch_layout(config: Config, world_size: int) -> tuple[int, int]:
-    """(micro_batch_size, grad_accum_steps), with
-    global_batch_size = micro_batch_size * grad_accum_steps * world_size. "auto", until `fit` has found a number for it,
-    stands for the largest: a rank's whole share."""
+    """(micro_batch_size, grad_accum_steps), with global_batch_size = micro_batch_size *
+    grad_accum_steps * world_size. "auto", until `fit` has found a number for it, stands for the
+    largest: a rank's whole share."""
     total = config.train.global_batch_size
     if total < 1:
         raise ConfigError(f"global_batch_size={total} must be at least 1; the paper uses 256")
@@ -38,8 +38,9 @@ def batch_layout(config: Config, world_size: int) -> tuple[int, int]:
         share = total // world_size
         fits = max((n for n in range(1, max(micro, 1) + 1) if share % n == 0), default=1)
         raise ConfigError(
-            f"global_batch_size={total} is not a multiple of micro_batch_size*world_size={micro * world_size} "
-            f"({micro}*{world_size}); try --train.micro-batch-size {fits}"
+            f"global_batch_size={total} is not a multiple of "
+            f"micro_batch_size*world_size={micro * world_size} ({micro}*{world_size}); try "
+            f"--train.micro-batch-size {fits}"
         )
     return micro, total // (micro * world_size)
 
@@ -47,7 +48,12 @@ def batch_layout(config: Config, world_size: int) -> tuple[int, int]:
 def make_curriculum(config: Config) -> Curriculum:
     c = config.curriculum
     return Curriculum(
-        cluster_edges(config), pacing(config), order=c.order, stages=c.stages, only_cluster=c.only_cluster)
+        cluster_edges(config),
+        pacing(config),
+        order=c.order,
+        stages=c.stages,
+        only_cluster=c.only_cluster,
+    )
 
 
 def least_steps(config: Config) -> int:

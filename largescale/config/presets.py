@@ -1,4 +1,5 @@
-"""Recipes by name. `python -m largescale.train NAME` starts one; every field can be overridden there."""
+"""Recipes by name. `python -m largescale.train NAME` starts one; every field can be overridden
+there."""
 
 import dataclasses
 import difflib
@@ -26,7 +27,12 @@ DIT_SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (
 # What a model is told, by data set. CLIP ViT-L/14 has 77 tokens of 768 channels, and 768 pooled.
 CONDITIONS: dict[str, dict[str, Any]] = {
     "imagenet256": {"num_classes": 1000},
-    "coco256": {"num_classes": 0, "caption_tokens": 77, "caption_width": 768, "caption_pooled_width": 768},
+    "coco256": {
+        "num_classes": 0,
+        "caption_tokens": 77,
+        "caption_width": 768,
+        "caption_pooled_width": 768,
+    },
     "ffhq256": {"num_classes": 0, "class_dropout_prob": 0.0},
 }
 
@@ -36,15 +42,20 @@ STEPS = {"imagenet256": 400_000, "coco256": 400_000, "ffhq256": 100_000}
 
 
 def dit(size: str, patch_size: int, data: str, steps: int | None = None) -> Config:
-    """DiT on 256x256 latents (4, 32, 32) with the hyper-parameters of arXiv:2403.10348: AdamW at 1e-4 without decay,
-    EMA 0.9999, batch 256, 20 clusters, tau_max 200 (400 for DiT-L), cosine schedule. Not the paper's: bf16 (it trained
-    in fp32), and DiT-XL, which it does not train and which gets DiT-L's tau_max."""
+    """DiT on 256x256 latents (4, 32, 32) with the hyper-parameters of arXiv:2403.10348: AdamW at
+    1e-4 without decay, EMA 0.9999, batch 256, 20 clusters, tau_max 200 (400 for DiT-L), cosine
+    schedule. Not the paper's: bf16 (it trained in fp32), and DiT-XL, which it does not train and
+    which gets DiT-L's tau_max."""
     hidden_size, depth, num_heads = DIT_SIZES[size]
     unconditional = data == "ffhq256"  # nothing to guide a preview with
     return Config(
         name=f"dit_{size}{patch_size}_{data}",
         model=ModelConfig(
-            patch_size=patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads, **CONDITIONS[data]
+            patch_size=patch_size,
+            hidden_size=hidden_size,
+            depth=depth,
+            num_heads=num_heads,
+            **CONDITIONS[data],
         ),
         curriculum=CurriculumConfig(patience=400 if size in ("l", "xl") else 200),
         data=DataConfig(path=f"data/{data}"),
@@ -54,38 +65,53 @@ def dit(size: str, patch_size: int, data: str, steps: int | None = None) -> Conf
 
 
 def linear(size: str, data: str, steps: int | None = None) -> Config:
-    """The paper's linear variant: betas from 1e-4 to 0.02, and clusters at the SNRs of the cosine schedule's."""
+    """The paper's linear variant: betas from 1e-4 to 0.02, and clusters at the SNRs of the cosine
+    schedule's."""
     cosine = dit(size, 2, data, steps)
     return dataclasses.replace(
-        cosine, name=f"{cosine.name}_linear", diffusion=DiffusionConfig(schedule="linear"),
+        cosine,
+        name=f"{cosine.name}_linear",
+        diffusion=DiffusionConfig(schedule="linear"),
         curriculum=dataclasses.replace(cosine.curriculum, clusters="snr"),
     )
 
 
 def sit(size: str, data: str) -> Config:
-    """SiT (arXiv:2401.08740): DiT's backbone and hyper-parameters, linear interpolant, velocity prediction; with the
-    unused output channels of released SiT (`learn_sigma`)."""
+    """SiT (arXiv:2401.08740): DiT's backbone and hyper-parameters, linear interpolant, velocity
+    prediction; with the unused output channels of released SiT (`learn_sigma`)."""
     config = dit(size, 2, data)
-    return dataclasses.replace(config, name=f"sit_{size}2_{data}", diffusion=DiffusionConfig(objective="flow"))
+    return dataclasses.replace(
+        config, name=f"sit_{size}2_{data}", diffusion=DiffusionConfig(objective="flow")
+    )
 
 
 def edm(data: str) -> Config:
-    """EDM's DDPM++ (arXiv:2206.00364), 55.7 M parameters on CIFAR-10, labels as its `--cond=1`; FFHQ without. Network,
-    noise levels, dropout, augmentation and 200 million images are EDM's; learning rate, EMA, batch, clusters, patience
-    and fp16 are those of arXiv:2403.10348, which guides CIFAR-10 at 1.5, so labels are dropped. EDM itself drops none,
-    and has learning rates of 1e-3 and 2e-4 after a warm-up, an EMA of half a million images, and 512 images a batch on
+    """EDM's DDPM++ (arXiv:2206.00364), 55.7 M parameters on CIFAR-10, labels as its `--cond=1`;
+    FFHQ without. Network, noise levels, dropout, augmentation and 200 million images are EDM's;
+    learning rate, EMA, batch, clusters, patience and fp16 are those of arXiv:2403.10348, which
+    guides CIFAR-10 at 1.5, so labels are dropped. EDM itself drops none, and has learning rates of
+    1e-3 and 2e-4 after a warm-up, an EMA of half a million images, and 512 images a batch on
     CIFAR-10."""
     faces = data == "ffhq64"
     return Config(
         name=f"edm_ddpmpp_{data}",
         model=ModelConfig(
-            architecture="ddpmpp", input_size=64 if faces else 32, in_channels=3, num_classes=0 if faces else 10,
-            class_dropout_prob=0.0 if faces else 0.1, learn_sigma=False,
+            architecture="ddpmpp",
+            input_size=64 if faces else 32,
+            in_channels=3,
+            num_classes=0 if faces else 10,
+            class_dropout_prob=0.0 if faces else 0.1,
+            learn_sigma=False,
             unet=UNetConfig(
-                channel_mult=(1, 2, 2, 2) if faces else (2, 2, 2), dropout=0.05 if faces else 0.13, augment_dim=9),
+                channel_mult=(1, 2, 2, 2) if faces else (2, 2, 2),
+                dropout=0.05 if faces else 0.13,
+                augment_dim=9,
+            ),
         ),
         diffusion=DiffusionConfig(objective="edm"),
-        data=DataConfig(path=f"data/{data}", horizontal_flip=False, augment=0.15 if faces else 0.12),
+        data=DataConfig(
+            path=f"data/{data}", horizontal_flip=False, augment=0.15 if faces else 0.12
+        ),
         train=TrainConfig(steps=200_000_000 // 256, ds_config="ds_configs/zero2_fp16.json"),
         telemetry=TelemetryConfig(preview_steps=18, preview_cfg_scale=1.0 if faces else 1.5),
     )
@@ -96,24 +122,38 @@ def digits() -> Config:
     return Config(
         name="digits",
         model=ModelConfig(
-            input_size=16, in_channels=1, patch_size=4, hidden_size=128, depth=4, num_heads=4, num_classes=10
+            input_size=16,
+            in_channels=1,
+            patch_size=4,
+            hidden_size=128,
+            depth=4,
+            num_heads=4,
+            num_classes=10,
         ),
         curriculum=CurriculumConfig(n_clusters=5, patience=10),
         data=DataConfig(path="data/digits", horizontal_flip=False),
-        # An EMA of 0.999 would still hold 9 % of the untrained weights after these steps (0.997: 0.07 %).
+        # An EMA of 0.999 would still hold 9 % of the untrained weights after these steps (0.997:
+        # 0.07 %).
         optimizer=OptimizerConfig(lr=2e-3, ema_decay=0.997),
-        train=TrainConfig(steps=2_400, global_batch_size=128, ds_config="ds_configs/zero2_fp32.json", device="cpu"),
+        train=TrainConfig(
+            steps=2_400, global_batch_size=128, ds_config="ds_configs/zero2_fp32.json", device="cpu"
+        ),
         checkpoint=CheckpointConfig(every=200, keep_every=0),
         telemetry=TelemetryConfig(
-            log_every=20, reference_every=400, reference_images=32, preview_every=800, preview_images=40,
+            log_every=20,
+            reference_every=400,
+            reference_images=32,
+            preview_every=800,
+            preview_images=40,
             preview_cfg_scale=2.0,
         ),
     )
 
 
 def demo() -> Config:
-    """What `make demo` trains: `digits` as a flow (SiT) with half the batch, which draws digits as good after a third
-    of the images. Noise prediction learns late what a digit is, which is decided at high noise levels."""
+    """What `make demo` trains: `digits` as a flow (SiT) with half the batch, which draws digits as
+    good after a third of the images. Noise prediction learns late what a digit is, which is decided
+    at high noise levels."""
     base = as_sit(digits())
     return dataclasses.replace(
         base,
@@ -125,13 +165,19 @@ def demo() -> Config:
 
 
 def emoji() -> Config:
-    """What `make demo-text` trains: 32x32 pixels and the captions of a small encoder, a small DiT on CPU cores."""
+    """What `make demo-text` trains: 32x32 pixels and the captions of a small encoder, a small DiT
+    on CPU cores."""
     base = digits()
     return dataclasses.replace(
         base,
         name="emoji",
         model=dataclasses.replace(
-            base.model, input_size=32, in_channels=3, num_classes=0, caption_tokens=16, caption_width=384,
+            base.model,
+            input_size=32,
+            in_channels=3,
+            num_classes=0,
+            caption_tokens=16,
+            caption_width=384,
             caption_pooled_width=384,
         ),
         data=DataConfig(path="data/emoji", horizontal_flip=False),
@@ -146,29 +192,51 @@ def debug() -> Config:
     return Config(
         name="debug",
         model=ModelConfig(
-            input_size=16, in_channels=1, patch_size=4, hidden_size=32, depth=2, num_heads=2, num_classes=10
+            input_size=16,
+            in_channels=1,
+            patch_size=4,
+            hidden_size=32,
+            depth=2,
+            num_heads=2,
+            num_classes=10,
         ),
         curriculum=CurriculumConfig(n_clusters=5, patience=1),
         data=DataConfig(path="data/digits", horizontal_flip=False),
         optimizer=OptimizerConfig(lr=1e-3, ema_decay=0.99),
-        train=TrainConfig(steps=20, global_batch_size=16, ds_config="ds_configs/zero2_fp32.json", device="cpu"),
+        train=TrainConfig(
+            steps=20, global_batch_size=16, ds_config="ds_configs/zero2_fp32.json", device="cpu"
+        ),
         checkpoint=CheckpointConfig(every=5, keep_every=0),
         telemetry=TelemetryConfig(
-            log_every=1, reference_every=10, reference_images=4, preview_every=20, preview_images=4, preview_steps=5
+            log_every=1,
+            reference_every=10,
+            reference_images=4,
+            preview_every=20,
+            preview_images=4,
+            preview_steps=5,
         ),
     )
 
 
 def as_sit(config: Config) -> Config:
-    return dataclasses.replace(config, name=f"{config.name}_sit", diffusion=DiffusionConfig(objective="flow"))
+    return dataclasses.replace(
+        config, name=f"{config.name}_sit", diffusion=DiffusionConfig(objective="flow")
+    )
 
 
 def as_edm(config: Config, unet: UNetConfig) -> Config:
     m = config.model
-    model = ModelConfig(architecture="ddpmpp", input_size=m.input_size, in_channels=m.in_channels,
-                        num_classes=m.num_classes, learn_sigma=False, unet=unet)
+    model = ModelConfig(
+        architecture="ddpmpp",
+        input_size=m.input_size,
+        in_channels=m.in_channels,
+        num_classes=m.num_classes,
+        learn_sigma=False,
+        unet=unet,
+    )
     return dataclasses.replace(
-        config, name=f"{config.name}_edm", model=model, diffusion=DiffusionConfig(objective="edm"))
+        config, name=f"{config.name}_edm", model=model, diffusion=DiffusionConfig(objective="edm")
+    )
 
 
 PRESETS: dict[str, Callable[[], Config]] = {
@@ -177,10 +245,18 @@ PRESETS: dict[str, Callable[[], Config]] = {
         for size in DIT_SIZES
         for patch_size in (2, 4, 8)
     },
-    **{f"dit_{size}2_{data}": partial(dit, size, 2, data) for size in "sbl" for data in ("coco256", "ffhq256")},
+    **{
+        f"dit_{size}2_{data}": partial(dit, size, 2, data)
+        for size in "sbl"
+        for data in ("coco256", "ffhq256")
+    },
     "dit_l2_imagenet256": partial(dit, "l", 2, "imagenet256", 2_000_000),  # the headline run
     "dit_l2_coco256": partial(dit, "l", 2, "coco256", 2_000_000),
-    **{f"dit_{size}2_{data}_linear": partial(linear, size, data) for size in "sbl" for data in STEPS},
+    **{
+        f"dit_{size}2_{data}_linear": partial(linear, size, data)
+        for size in "sbl"
+        for data in STEPS
+    },
     "dit_l2_imagenet256_linear": partial(linear, "l", "imagenet256", 2_000_000),
     "dit_l2_coco256_linear": partial(linear, "l", "coco256", 2_000_000),
     **{f"sit_b2_{data}": partial(sit, "b", data) for data in ("imagenet256", "ffhq256")},
@@ -197,14 +273,19 @@ PRESETS: dict[str, Callable[[], Config]] = {
 
 
 def find_preset(name: str) -> Config:
-    """Raises ConfigError with the preset that the name may stand for: one with all of its parts, or one spelt alike."""
+    """Raises ConfigError with the preset that the name may stand for: one with all of its parts, or
+    one spelt alike."""
     if name in PRESETS:
         return PRESETS[name]()
 
     def has(known: str, part: str) -> bool:
         return any(word.startswith(part) for word in known.split("_"))
 
-    whole = [known for known in PRESETS if all(has(known, part) for part in name.lower().split("_"))]
+    whole = [
+        known for known in PRESETS if all(has(known, part) for part in name.lower().split("_"))
+    ]
     near = whole or difflib.get_close_matches(name.lower(), PRESETS, n=1)
     meant = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"unknown preset {name!r}; {meant}python -m largescale.train --help lists them")
+    raise ConfigError(
+        f"unknown preset {name!r}; {meant}python -m largescale.train --help lists them"
+    )

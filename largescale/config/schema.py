@@ -1,4 +1,5 @@
-"""What a run is: frozen dataclasses, and what follows from them alone. What they may hold: `validation`. No torch."""
+"""What a run is: frozen dataclasses, and what follows from them alone. What they may hold:
+`validation`. No torch."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,16 +17,16 @@ class UNetConfig:
     """Residual blocks per resolution."""
     attn_resolutions: tuple[int, ...] = (16,)
     dropout: float = 0.13
-    """Masks follow from (seed, step, rank, micro step): with another micro batch or number of ranks a run goes on with
-    others."""
+    """Masks follow from (seed, step, rank, micro step): with another micro batch or number of ranks
+    a run goes on with others."""
     augment_dim: int = 0
     """9: the network is told how its image was augmented (data.augment); 0: it is not."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Images or latents are (in_channels, input_size, input_size). The fields from patch_size to mlp_ratio, the
-    captions' and learn_sigma are DiT's (arXiv:2212.09748)."""
+    """Images or latents are (in_channels, input_size, input_size). The fields from patch_size to
+    mlp_ratio, the captions' and learn_sigma are DiT's (arXiv:2212.09748)."""
 
     architecture: Literal["dit", "ddpmpp"] = "dit"
     input_size: int = 32
@@ -46,17 +47,19 @@ class ModelConfig:
     null_caption: Literal["encoded", "learned"] = "encoded"
     """What stands for a dropped caption: the encoding of the empty one, or learned values."""
     class_dropout_prob: float = 0.1
-    """Probability that a label or caption is replaced by the null one, for classifier-free guidance."""
+    """Probability that a label or caption is replaced by the null one, for classifier-free
+    guidance."""
     learn_sigma: bool = True
-    """Learn the variance too, between the bounds of arXiv:2102.09672 (adds the vb term to the loss). A flow has none:
-    the channels are there, as in released SiT, and unused."""
+    """Learn the variance too, between the bounds of arXiv:2102.09672 (adds the vb term to the
+    loss). A flow has none: the channels are there, as in released SiT, and unused."""
     unet: UNetConfig = field(default_factory=UNetConfig)
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
     objective: Literal["gaussian", "flow", "edm"] = "gaussian"
-    """gaussian: noise prediction (DDPM). flow: velocity prediction (SiT). edm: preconditioned denoising (EDM)."""
+    """gaussian: noise prediction (DDPM). flow: velocity prediction (SiT). edm: preconditioned
+    denoising (EDM)."""
     schedule: Literal["linear", "cosine"] = "cosine"
     """Of gaussian: the betas."""
     timesteps: int = 1000
@@ -75,21 +78,21 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class NoiseConfig:
-    """Which noise levels are drawn, among those that the curriculum has active, and how much each counts in the loss:
-    what the curriculum is compared with, and can be combined with."""
+    """Which noise levels are drawn, among those that the curriculum has active, and how much each
+    counts in the loss: what the curriculum is compared with, and can be combined with."""
 
     sampling: Literal["uniform", "logit_normal", "loss_second_moment", "speed"] = "uniform"
-    """logit_normal: arXiv:2403.03206. loss_second_moment: resampling by the loss, arXiv:2102.09672; uniform until each
-    active one of diffusion.timesteps has been drawn 10 times. speed: fewer where noise hardly grows, arXiv:2405.17403
-    (its weights are weighting=p2)."""
+    """logit_normal: arXiv:2403.03206. loss_second_moment: resampling by the loss, arXiv:2102.09672;
+    uniform until each active one of diffusion.timesteps has been drawn 10 times. speed: fewer where
+    noise hardly grows, arXiv:2405.17403 (its weights are weighting=p2)."""
     logit_mean: float = 0.0
     """Of logit(u)."""
     logit_std: float = 1.0
     speed_ratio: float = 5.0
     """Of speed: how much more often levels are drawn at which noise grows fast."""
     weighting: Literal["none", "min_snr", "p2"] = "none"
-    """min_snr: arXiv:2303.09556, min(SNR, gamma) times the error of x_start, whatever is predicted. p2:
-    arXiv:2204.00227, the loss times 1 / (k + SNR) ** gamma, whatever is predicted."""
+    """min_snr: arXiv:2303.09556, min(SNR, gamma) times the error of x_start, whatever is predicted.
+    p2: arXiv:2204.00227, the loss times 1 / (k + SNR) ** gamma, whatever is predicted."""
     min_snr_gamma: float = 5.0
     """Where the SNR is cut."""
     p2_gamma: float = 1.0
@@ -100,20 +103,24 @@ class NoiseConfig:
 @dataclass(frozen=True)
 class CurriculumConfig:
     clusters: Literal["uniform", "snr"] = "uniform"
-    """uniform: equal shares of the timesteps. snr: edges at the SNR that these have under the cosine schedule."""
+    """uniform: equal shares of the timesteps. snr: edges at the SNR that these have under the
+    cosine schedule."""
     n_clusters: int = 20
     pacing: Literal["patience", "fixed", "none"] = "patience"
-    """patience: the paper's. fixed: NaiveCL, a stage every `interval` steps. none: vanilla training."""
+    """patience: the paper's. fixed: NaiveCL, a stage every `interval` steps. none: vanilla
+    training."""
     patience: int = 200
-    """tau_max: steps in a row without a new best loss that a stage may take. It watches the loss that is trained on:
-    mse and vb, averaged over the global batch, and weighted where noise.weighting is set."""
+    """tau_max: steps in a row without a new best loss that a stage may take. It watches the loss
+    that is trained on: mse and vb, averaged over the global batch, and weighted where
+    noise.weighting is set."""
     interval: int = 10_000
     order: Literal["easy_first", "hard_first"] = "easy_first"
     """hard_first: the anti-curriculum, from the least noise."""
     stages: Literal["accumulating", "separate"] = "accumulating"
     """separate: a stage trains on its own cluster only; when all are through, on everything."""
     only_cluster: int = 0
-    """Train on this cluster alone from start to end, as the difficulty study does; 0: on those that are active."""
+    """Train on this cluster alone from start to end, as the difficulty study does; 0: on those that
+    are active."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,8 @@ class DataConfig:
     """A folder of Arrow shards, made by one of the programs in data_prep."""
     horizontal_flip: bool = True
     augment: float = 0.0
-    """Probability of each of EDM's augmentations, of which the network is told (model.unet.augment_dim=9); 0: none."""
+    """Probability of each of EDM's augmentations, of which the network is told
+    (model.unet.augment_dim=9); 0: none."""
     prefetch: int = 4
     """Steps whose data are read ahead by a thread."""
     verify: bool = False
@@ -132,8 +140,8 @@ class DataConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     kernel: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
-    """torch: torch.optim.AdamW, fused. apex: NVIDIA apex's FusedAdam. deepspeed: DeepSpeed's own, which it compiles at
-    the first start. auto: apex on a GPU where it is installed, else torch."""
+    """torch: torch.optim.AdamW, fused. apex: NVIDIA apex's FusedAdam. deepspeed: DeepSpeed's own,
+    which it compiles at the first start. auto: apex on a GPU where it is installed, else torch."""
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -148,21 +156,24 @@ class TrainConfig:
     steps: int = 400_000
     global_batch_size: int = 256
     micro_batch_size: int | Literal["auto"] | None = None
-    """Images a rank takes through one forward and backward pass; by default its whole share of the global batch. auto:
-    the largest part of it for which there is memory."""
+    """Images a rank takes through one forward and backward pass; by default its whole share of the
+    global batch. auto: the largest part of it for which there is memory."""
     activation_checkpointing: bool = False
-    """Keep each block's input only, and compute the rest again in the backward pass: less memory, a third more work."""
+    """Keep each block's input only, and compute the rest again in the backward pass: less memory, a
+    third more work."""
     compile: Literal["auto", "off", "blocks", "model"] = "auto"
-    """torch.compile, of each block or of the whole model. auto: blocks on a GPU with a compiler, off on a CPU."""
+    """torch.compile, of each block or of the whole model. auto: blocks on a GPU with a compiler,
+    off on a CPU."""
     threads: int | None = None
-    """Of each rank on a CPU; by default $OMP_NUM_THREADS, or this machine's cores shared among its ranks."""
+    """Of each rank on a CPU; by default $OMP_NUM_THREADS, or this machine's cores shared among its
+    ranks."""
     ds_config: str = "ds_configs/zero2_bf16.json"
     """DeepSpeed's settings: memory, precision, communication."""
     device: Literal["cuda", "cpu"] = "cuda"
     seed: int = 0
     timeout_s: float = 600.0
-    """Seconds without a sign of life after which a run that hangs is ended, saying which rank is missing; a minute more
-    before the first step."""
+    """Seconds without a sign of life after which a run that hangs is ended, saying which rank is
+    missing; a minute more before the first step."""
 
 
 @dataclass(frozen=True)
@@ -170,15 +181,16 @@ class CheckpointConfig:
     every: int = 5_000
     """Steps between checkpoints. One more is written when a run is asked to stop."""
     keep_last: int = 3
-    """How many of the newest of these are kept, besides the newest one that was written on a stop."""
+    """How many of the newest of these are kept, besides the newest one that was written on a
+    stop."""
     keep_every: int = 50_000
     """Checkpoints at multiples of this are kept for ever; 0 keeps none."""
 
 
 @dataclass(frozen=True)
 class AnomalyConfig:
-    """What is done when numbers go bad. `skip` goes back to the last good checkpoint and leaves out the inputs from
-    there to here; the run's saved state says which."""
+    """What is done when numbers go bad. `skip` goes back to the last good checkpoint and leaves out
+    the inputs from there to here; the run's saved state says which."""
 
     not_finite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite, or an fp16 loss scale that cannot fall further."""
@@ -195,12 +207,13 @@ class TelemetryConfig:
     log_every: int = 100
     tensorboard: bool = True
     reference_every: int = 5_000
-    """Steps between evaluations of the loss on a fixed set of (image, u, noise) per cluster; 0 never."""
+    """Steps between evaluations of the loss on a fixed set of (image, u, noise) per cluster; 0
+    never."""
     reference_images: int = 16
     """Images of that set, per cluster."""
     preview_every: int = 50_000
-    """Steps between sample grids; 0 never. Latents are decoded where the VAE that the data were packed with lies on
-    this machine, else the grid says that they are not."""
+    """Steps between sample grids; 0 never. Latents are decoded where the VAE that the data were
+    packed with lies on this machine, else the grid says that they are not."""
     preview_images: int = 32
     preview_steps: int = 50
     preview_cfg_scale: float = 1.5
@@ -226,7 +239,8 @@ class Config:
     verbose: bool = False
     """With dry_run: all settings too, and DeepSpeed's, as JSON."""
     profile: bool = False
-    """Write a torch-profiler trace of a few steps, for Perfetto and TensorBoard, to the run directory."""
+    """Write a torch-profiler trace of a few steps, for Perfetto and TensorBoard, to the run
+    directory."""
 
     @property
     def run_dir(self) -> Path:

@@ -10,17 +10,42 @@ from largescale.errors import ConfigError, NewerVersionError
 
 # A resumed run may not differ in these: its state, or its random draws, would not be this run's.
 FIXED_ON_RESUME = (
-    "model.", "diffusion.", "noise.", "curriculum.clusters", "curriculum.n_clusters", "curriculum.pacing",
-    "curriculum.order", "curriculum.stages", "curriculum.only_cluster", "data.horizontal_flip", "data.augment",
-    "train.global_batch_size", "train.seed", "precision", "dataset",
+    "model.",
+    "diffusion.",
+    "noise.",
+    "curriculum.clusters",
+    "curriculum.n_clusters",
+    "curriculum.pacing",
+    "curriculum.order",
+    "curriculum.stages",
+    "curriculum.only_cluster",
+    "data.horizontal_flip",
+    "data.augment",
+    "train.global_batch_size",
+    "train.seed",
+    "precision",
+    "dataset",
 )
 
 
 # These change how a run is carried out or watched, not what it computes: not worth a word.
 FREE_ON_RESUME = (
-    "name", "output", "dry_run", "verbose", "profile", "data.path", "data.prefetch", "data.verify",
-    "train.micro_batch_size", "train.activation_checkpointing", "train.threads", "train.ds_config", "train.device",
-    "train.timeout_s", "checkpoint.", "telemetry.",
+    "name",
+    "output",
+    "dry_run",
+    "verbose",
+    "profile",
+    "data.path",
+    "data.prefetch",
+    "data.verify",
+    "train.micro_batch_size",
+    "train.activation_checkpointing",
+    "train.threads",
+    "train.ds_config",
+    "train.device",
+    "train.timeout_s",
+    "checkpoint.",
+    "telemetry.",
 )
 
 
@@ -39,19 +64,26 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(tree: dict[str, Any]) -> Config:
-    """The inverse of `to_dict`. Raises NewerVersionError for a field that this version does not know, ConfigError for
-    what is no config."""
+    """The inverse of `to_dict`. Raises NewerVersionError for a field that this version does not
+    know, ConfigError for what is no config."""
 
     def build(cls: Any, values: dict[str, Any]) -> Any:
         fields = {f.name: f for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - set(fields)):
-            raise NewerVersionError(f"{cls.__name__} has no field {unknown[0]!r}: this config was made by a newer "
-                                    "version; update largescale, or start another run with --output DIR")
-        return cls(**{
-            key: build(fields[key].type, value) if dataclasses.is_dataclass(fields[key].type)
-            else tuple(value) if isinstance(value, list) else value
-            for key, value in values.items()
-        })
+            raise NewerVersionError(
+                f"{cls.__name__} has no field {unknown[0]!r}: this config was made by a newer "
+                "version; update largescale, or start another run with --output DIR"
+            )
+        return cls(
+            **{
+                key: build(fields[key].type, value)
+                if dataclasses.is_dataclass(fields[key].type)
+                else tuple(value)
+                if isinstance(value, list)
+                else value
+                for key, value in values.items()
+            }
+        )
 
     try:
         config: Config = build(Config, tree)
@@ -61,7 +93,8 @@ def from_dict(tree: dict[str, Any]) -> Config:
 
 
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What a resumed run would change: (not allowed, allowed but worth saying), each as 'key: old -> new'."""
+    """What a resumed run would change: (not allowed, allowed but worth saying), each as 'key: old
+    -> new'."""
     old, new = dict(flatten(saved)), dict(flatten(current))
     refused: list[str] = []
     said: list[str] = []

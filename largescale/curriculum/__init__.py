@@ -1,4 +1,5 @@
-"""The denoising-difficulty curriculum of arXiv:2403.10348. Pure: numpy only, usable in any training loop."""
+"""The denoising-difficulty curriculum of arXiv:2403.10348. Pure: numpy only, usable in any training
+loop."""
 
 from largescale.curriculum.clusters import snr_clusters, uniform_clusters
 from largescale.curriculum.curriculum import Curriculum, active_levels, stage

@@ -14,8 +14,13 @@ Stages = Literal["accumulating", "separate"]
 _PAPER = {"order": "easy_first", "stages": "accumulating", "only_cluster": 0}
 
 
-def active_levels(edges: Sequence[float], index: int, order: str = "easy_first", stages: str = "accumulating",
-                  only_cluster: int = 0) -> tuple[float, float]:
+def active_levels(
+    edges: Sequence[float],
+    index: int,
+    order: str = "easy_first",
+    stages: str = "accumulating",
+    only_cluster: int = 0,
+) -> tuple[float, float]:
     """See `Curriculum.active`."""
     n_clusters = len(edges) - 1
     first, last = 1, n_clusters
@@ -38,34 +43,52 @@ def stage(index: int, n_clusters: int) -> str:
 class Curriculum:
     """Which noise levels training draws from, and when that changes.
 
-    A loop draws `u` uniformly from `active`, [low, high), and calls `observe(loss)` once per optimizer step that was
-    applied.
+    A loop draws `u` uniformly from `active`, [low, high), and calls `observe(loss)` once per
+    optimizer step that was applied.
     """
 
-    def __init__(self, edges: Sequence[float], pacing: Pacing, order: Order = "easy_first",
-                 stages: Stages = "accumulating", only_cluster: int = 0):
+    def __init__(
+        self,
+        edges: Sequence[float],
+        pacing: Pacing,
+        order: Order = "easy_first",
+        stages: Stages = "accumulating",
+        only_cluster: int = 0,
+    ):
         """`edges`: N + 1 increasing noise levels from 0 to 1, see `largescale.curriculum.clusters`.
-        `order`: the paper's, from the most noise, or its reverse. `stages`: a stage keeps the clusters of those before
-        it, as in the paper, or has its own cluster only. `only_cluster`: k trains on C_k alone, with NoPacing.
+        `order`: the paper's, from the most noise, or its reverse. `stages`: a stage keeps the
+        clusters of those before it, as in the paper, or has its own cluster only. `only_cluster`: k
+        trains on C_k alone, with NoPacing.
         """
         edges = tuple(float(edge) for edge in edges)
-        if len(edges) < 2 or edges[0] != 0 or edges[-1] != 1 or any(a >= b for a, b in itertools.pairwise(edges)):
+        if (
+            len(edges) < 2
+            or edges[0] != 0
+            or edges[-1] != 1
+            or any(a >= b for a, b in itertools.pairwise(edges))
+        ):
             raise ConfigError(f"cluster edges must rise from 0 to 1, got {edges}")
         if order not in ("easy_first", "hard_first"):
             raise ConfigError(f"unknown order {order!r}; choose easy_first or hard_first")
         if stages not in ("accumulating", "separate"):
             raise ConfigError(f"unknown stages {stages!r}; choose accumulating or separate")
         if only_cluster not in range(len(edges)):
-            raise ConfigError(f"only_cluster={only_cluster} must be one of the clusters 1..{len(edges) - 1}, or 0 for "
-                              "those that pacing activates")
+            raise ConfigError(
+                f"only_cluster={only_cluster} must be one of the clusters 1..{len(edges) - 1}, or 0 "
+                "for those that pacing activates"
+            )
         self.edges, self.pacing = edges, pacing
         self.order, self.stages, self.only_cluster = order, stages, only_cluster
         self.state: PacingState = pacing.start(self.n_clusters)
         if only_cluster and self.index > 0:
-            raise ConfigError(f"only_cluster={only_cluster} stays on that cluster, and {pacing} would move on; "
-                              "set --curriculum.pacing none")
+            raise ConfigError(
+                f"only_cluster={only_cluster} stays on that cluster, and {pacing} would move on; "
+                "set --curriculum.pacing none"
+            )
         self.observations = 0
-        self.transitions: list[tuple[int, int]] = []  # (observations so far, index from then on), at most N of them
+        self.transitions: list[
+            tuple[int, int]
+        ] = []  # (observations so far, index from then on), at most N of them
 
     @property
     def n_clusters(self) -> int:
@@ -78,19 +101,25 @@ class Curriculum:
 
     @property
     def active(self) -> tuple[float, float]:
-        """The active noise levels, [low, high). Easy first, stage n brings C_{N-n+1}: the paper's stages are the unions
-        C_{N-n+1} .. C_N. Hard first it brings C_n. At index 0 all levels are active."""
+        """The active noise levels, [low, high). Easy first, stage n brings C_{N-n+1}: the paper's
+        stages are the unions C_{N-n+1} .. C_N. Hard first it brings C_n. At index 0 all levels are
+        active."""
         return active_levels(self.edges, self.index, self.order, self.stages, self.only_cluster)
 
     @property
     def lowest(self) -> float:
-        """The lowest active noise level. In the paper's order it says all: the highest is always 1."""
+        """The lowest active noise level. In the paper's order it says all: the highest is always
+        1."""
         return self.active[0]
 
     def observe(self, loss: float) -> bool:
-        """Take the loss of one applied step, averaged over the global batch; True if a transition followed."""
+        """Take the loss of one applied step, averaged over the global batch; True if a transition
+        followed."""
         if not math.isfinite(loss):
-            raise ValueError(f"the pacing was shown loss={loss}; only finite losses of applied steps may reach it")
+            raise ValueError(
+                f"the pacing was shown loss={loss}; only finite losses of applied steps may reach "
+                "it"
+            )
         before = self.index
         self.state = self.pacing.advance(self.state, loss)
         self.observations += 1
@@ -104,7 +133,10 @@ class Curriculum:
         return {
             "edges": list(self.edges),
             **{name: getattr(self, name) for name in _PAPER},
-            "pacing": {**pacing, "best_loss": pacing["best_loss"] if math.isfinite(pacing["best_loss"]) else None},
+            "pacing": {
+                **pacing,
+                "best_loss": pacing["best_loss"] if math.isfinite(pacing["best_loss"]) else None,
+            },
             "observations": self.observations,
             "transitions": [list(transition) for transition in self.transitions],
         }
@@ -112,15 +144,23 @@ class Curriculum:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if tuple(state["edges"]) != self.edges:
             raise CheckpointError(
-                f"this curriculum has {self.n_clusters} clusters with edges {self.edges}, the saved state has "
-                f"{len(state['edges']) - 1} with {tuple(state['edges'])}; go on with the clusters of the saved run"
+                f"this curriculum has {self.n_clusters} clusters with edges {self.edges}, the saved "
+                f"state has {len(state['edges']) - 1} with {tuple(state['edges'])}; go on with the "
+                "clusters of the saved run"
             )
         for name, paper in _PAPER.items():
-            mine, saved = getattr(self, name), state.get(name, paper)  # absent: saved when there was only the paper's
+            mine, saved = (
+                getattr(self, name),
+                state.get(name, paper),
+            )  # absent: saved when there was only the paper's
             if mine != saved:
-                raise CheckpointError(f"this curriculum has {name}={mine}, the saved state has {name}={saved}; go on "
-                                      f"with --curriculum.{name.replace('_', '-')} {saved}")
+                raise CheckpointError(
+                    f"this curriculum has {name}={mine}, the saved state has {name}={saved}; go on "
+                    f"with --curriculum.{name.replace('_', '-')} {saved}"
+                )
         best = state["pacing"]["best_loss"]
-        self.state = PacingState(**{**state["pacing"], "best_loss": math.inf if best is None else best})
+        self.state = PacingState(
+            **{**state["pacing"], "best_loss": math.inf if best is None else best}
+        )
         self.observations = state["observations"]
         self.transitions = [(observations, index) for observations, index in state["transitions"]]

@@ -7,12 +7,13 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class PacingState:
-    """`index` counts N down to 0; at 0 the curriculum is complete and training covers all noise levels."""
+    """`index` counts N down to 0; at 0 the curriculum is complete and training covers all noise
+    levels."""
 
     index: int
     best_loss: float = math.inf  # L_best, of this stage
-    patience_count: int = 0      # tau: observations in a row without improvement
-    observations: int = 0        # in this stage
+    patience_count: int = 0  # tau: observations in a row without improvement
+    observations: int = 0  # in this stage
 
     def next_stage(self) -> "PacingState":
         return PacingState(index=self.index - 1)
@@ -26,8 +27,8 @@ class Pacing(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PatiencePacing:
-    """Algorithms 1 and 2 of arXiv:2403.10348: a stage ends at the (patience + 1)-th observation in a row that does not
-    improve on the stage's best loss."""
+    """Algorithms 1 and 2 of arXiv:2403.10348: a stage ends at the (patience + 1)-th observation in
+    a row that does not improve on the stage's best loss."""
 
     patience: int  # tau_max
 
@@ -38,15 +39,20 @@ class PatiencePacing:
         if state.index == 0:
             return state
         if loss < state.best_loss:
-            return replace(state, best_loss=loss, patience_count=0, observations=state.observations + 1)
+            return replace(
+                state, best_loss=loss, patience_count=0, observations=state.observations + 1
+            )
         if state.patience_count + 1 > self.patience:
             return state.next_stage()
-        return replace(state, patience_count=state.patience_count + 1, observations=state.observations + 1)
+        return replace(
+            state, patience_count=state.patience_count + 1, observations=state.observations + 1
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class FixedPacing:
-    """NaiveCL, the paper's baseline: every stage lasts `interval` observations, whatever the loss."""
+    """NaiveCL, the paper's baseline: every stage lasts `interval` observations, whatever the
+    loss."""
 
     interval: int
 
@@ -58,7 +64,9 @@ class FixedPacing:
             return state
         if state.observations + 1 >= self.interval:
             return state.next_stage()
-        return replace(state, best_loss=min(loss, state.best_loss), observations=state.observations + 1)
+        return replace(
+            state, best_loss=min(loss, state.best_loss), observations=state.observations + 1
+        )
 
 
 @dataclass(frozen=True, slots=True)

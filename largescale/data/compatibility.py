@@ -13,15 +13,18 @@ def open_dataset(config: Config, rank: int = 0, world_size: int = 1) -> ShardDat
     dataset = ShardDataset(config.data.path, config.data.verify, slice(rank, None, world_size))
     if dataset.info.x_shape != latent_shape(config.model):
         raise DataError(
-            f"{config.data.path} holds {dataset.info.kind} of shape {dataset.info.x_shape}, the model takes "
-            f"{latent_shape(config.model)}; set --model.in-channels and --model.input-size, or choose other data"
+            f"{config.data.path} holds {dataset.info.kind} of shape {dataset.info.x_shape}, the "
+            f"model takes {latent_shape(config.model)}; set --model.in-channels and "
+            "--model.input-size, or choose other data"
         )
     check_condition(dataset, config)
     if config.data.horizontal_flip:
         check_flip(dataset.info, dataset.has_mirror)
     if config.data.augment and dataset.info.kind != "pixels":
         raise DataError(
-            f"{config.data.path} holds {dataset.info.kind}, and augmentation is of pixels; set --data.augment 0")
+            f"{config.data.path} holds {dataset.info.kind}, and augmentation is of pixels; set "
+            "--data.augment 0"
+        )
     return dataset
 
 
@@ -29,18 +32,25 @@ def check_condition(dataset: ShardDataset, config: Config) -> None:
     """Raises DataError for data that cannot tell the model what it wants to be told."""
     model, info, path = config.model, dataset.info, config.data.path
     if model.num_classes and not info.num_classes:
-        raise DataError(f"{path} has no labels, the model wants {model.num_classes} classes; choose other data, or "
-                        "train without: --model.num-classes 0 --model.class-dropout-prob 0")
+        raise DataError(
+            f"{path} has no labels, the model wants {model.num_classes} classes; choose other data, "
+            "or train without: --model.num-classes 0 --model.class-dropout-prob 0"
+        )
     if 0 < model.num_classes < info.num_classes:
-        raise DataError(f"{path} has labels up to {info.num_classes - 1}, the model's classes end at "
-                        f"{model.num_classes - 1}; set --model.num-classes {info.num_classes}")
+        raise DataError(
+            f"{path} has labels up to {info.num_classes - 1}, the model's classes end at "
+            f"{model.num_classes - 1}; set --model.num-classes {info.num_classes}"
+        )
     if not model.caption_tokens:
         return
     if info.captions is None:
-        raise DataError(f"{path} has no encoded captions; pack it with --text-encoder, or choose other data")
+        raise DataError(
+            f"{path} has no encoded captions; pack it with --text-encoder, or choose other data"
+        )
     wanted = (model.caption_tokens, model.caption_width, model.caption_pooled_width)
     if (found := dataclasses.astuple(info.captions)) != wanted:
         raise DataError(
-            f"{path} has captions of (tokens, width, pooled width) {found}, the model takes {wanted}; "
-            f"set --model.caption-tokens {found[0]} --model.caption-width {found[1]} "
-            f"--model.caption-pooled-width {found[2]}")
+            f"{path} has captions of (tokens, width, pooled width) {found}, the model takes "
+            f"{wanted}; set --model.caption-tokens {found[0]} --model.caption-width {found[1]} "
+            f"--model.caption-pooled-width {found[2]}"
+        )

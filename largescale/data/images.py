@@ -13,25 +13,29 @@ LINEAR = "latents by a linear map to colours, not decoded: blurred and noisy"
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
-    """(N, C, H, W) in [-1, 1] -> (N, H, W, 3) uint8. One channel becomes grey; of more than three, the first three show
-    (latents, seen without their decoder)."""
+    """(N, C, H, W) in [-1, 1] -> (N, H, W, 3) uint8. One channel becomes grey; of more than three,
+    the first three show (latents, seen without their decoder)."""
     x = x.detach().float().cpu()
     x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x[:, :3]
     return ((x + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
 def linear_rgb(x: Tensor, matrix: Sequence[Sequence[float]]) -> Tensor:
-    """(N, C, H, W) -> (N, 3, H, W): each latent's channels, and 1, times the (C + 1, 3) of `Vae.fit_rgb`."""
+    """(N, C, H, W) -> (N, 3, H, W): each latent's channels, and 1, times the (C + 1, 3) of
+    `Vae.fit_rgb`."""
     m = torch.tensor(matrix, dtype=x.dtype, device=x.device)
     return torch.einsum("nchw,cd->ndhw", x, m[:-1]) + m[-1][:, None, None]
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """ADM's: halve with a box filter while twice too large, bicubic to the short side, cut out the centre."""
+    """ADM's: halve with a box filter while twice too large, bicubic to the short side, cut out the
+    centre."""
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    image = image.resize(
+        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
+    )
     left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
     return image.crop((left, top, left + resolution, top + resolution))
 
@@ -58,8 +62,11 @@ def headed(sheet: np.ndarray, text: str) -> np.ndarray:
     return np.concatenate([np.asarray(strip), sheet])
 
 
-def titled(images: np.ndarray, titles: Sequence[str], columns: int, scale: int = 1, lines: int = 3) -> np.ndarray:
-    """(N, H, W, 3) uint8 -> one picture, with the title of each image below it, wrapped, cut after so many lines."""
+def titled(
+    images: np.ndarray, titles: Sequence[str], columns: int, scale: int = 1, lines: int = 3
+) -> np.ndarray:
+    """(N, H, W, 3) uint8 -> one picture, with the title of each image below it, wrapped, cut after
+    so many lines."""
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     width, line = images.shape[2], 12
     below = []
@@ -78,7 +85,11 @@ def _wrapped(text: str, draw: ImageDraw.ImageDraw, width: int) -> list[str]:
     lines = [""]
     for word in plain.split():
         longer = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], longer] if draw.textlength(longer) <= width or not lines[-1] else [*lines, word]
+        lines = (
+            [*lines[:-1], longer]
+            if draw.textlength(longer) <= width or not lines[-1]
+            else [*lines, word]
+        )
     return lines
 
 

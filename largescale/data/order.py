@@ -1,7 +1,9 @@
-"""The order of the data: a function of (seed, epoch) that can be entered at any position at the same cost.
+"""The order of the data: a function of (seed, epoch) that can be entered at any position at the
+same cost.
 
-A shuffled list of indices would need memory for every row and a replay on every resume. Here each index is computed
-by itself, by a keyed permutation of [0, n_rows), so nothing about the order is ever saved.
+A shuffled list of indices would need memory for every row and a replay on every resume. Here each
+index is computed by itself, by a keyed permutation of [0, n_rows), so nothing about the order is
+ever saved.
 """
 
 import math
@@ -9,30 +11,43 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-_ROUNDS = 6                                             # 4 give a pseudorandom permutation (Luby and Rackoff, 1988)
+_ROUNDS = 6  # 4 give a pseudorandom permutation (Luby and Rackoff, 1988)
 
 
-def sample_indices(positions: npt.NDArray[np.int64], n_rows: int, seed: int) -> npt.NDArray[np.int64]:
-    """Rows to read at these positions of the run; each epoch (n_rows positions) visits every row exactly once.
+def sample_indices(
+    positions: npt.NDArray[np.int64], n_rows: int, seed: int
+) -> npt.NDArray[np.int64]:
+    """Rows to read at these positions of the run; each epoch (n_rows positions) visits every row
+    exactly once.
 
     positions: int64 of any shape, `step * global_batch_size + row`; one call may straddle epochs.
-    Returns int64 in [0, n_rows), shaped as positions. Raises ValueError for a negative position or no rows.
-    Golden values in the tests pin the order: to change it would change the inputs of every run that resumes.
+    Returns int64 in [0, n_rows), shaped as positions. Raises ValueError for a negative position or
+    no rows. Golden values in the tests pin the order: to change it would change the inputs of every
+    run that resumes.
     """
     if n_rows < 1 or positions.min(initial=0) < 0:
-        raise ValueError(f"n_rows={n_rows} must be at least 1 and positions at least 0; "
-                         f"the lowest is {positions.min(initial=0)}")
+        raise ValueError(
+            f"n_rows={n_rows} must be at least 1 and positions at least 0; "
+            f"the lowest is {positions.min(initial=0)}"
+        )
     epoch, index = np.divmod(positions.astype(np.uint64), np.uint64(n_rows))
     key = _mix(_mix(np.full_like(epoch, seed)) ^ epoch)
-    side = np.uint64(math.isqrt(n_rows - 1) + 1)       # the smallest square that holds [0, n_rows)
+    side = np.uint64(math.isqrt(n_rows - 1) + 1)  # the smallest square that holds [0, n_rows)
     index = _feistel(index, key, side)
-    while (outside := index >= n_rows).any():           # cycle walking: on along the cycle until back inside; rare, as
-        index[outside] = _feistel(index[outside], key[outside], side)   # the square has < 2 sqrt(n_rows) + 1 too many
+    while (
+        outside := index >= n_rows
+    ).any():  # cycle walking: on along the cycle until back inside; rare, as
+        index[outside] = _feistel(
+            index[outside], key[outside], side
+        )  # the square has < 2 sqrt(n_rows) + 1 too many
     return index.astype(np.int64)
 
 
-def _feistel(index: npt.NDArray[np.uint64], key: npt.NDArray[np.uint64], side: np.uint64) -> npt.NDArray[np.uint64]:
-    """A permutation of [0, side ** 2) for each key: a Feistel network whose halves are digits in base `side`."""
+def _feistel(
+    index: npt.NDArray[np.uint64], key: npt.NDArray[np.uint64], side: np.uint64
+) -> npt.NDArray[np.uint64]:
+    """A permutation of [0, side ** 2) for each key: a Feistel network whose halves are digits in
+    base `side`."""
     left, right = np.divmod(index, side)
     for i in range(_ROUNDS):
         left, right = right, (left + _mix(_mix(key + np.uint64(i)) ^ right) % side) % side

@@ -1,4 +1,5 @@
-"""Writes packed data sets (see format.py): files are whole or absent, and the same rows give the same bytes."""
+"""Writes packed data sets (see format.py): files are whole or absent, and the same rows give the
+same bytes."""
 
 import json
 import os
@@ -37,66 +38,107 @@ class Shard:
 
     def __init__(self, info: DatasetInfo) -> None:
         self.info = info
-        self.columns: list[str] = []                    # as the first row has them
+        self.columns: list[str] = []  # as the first row has them
         self._rows: list[dict[str, Any]] = []
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def add(self, *, id: str, latent: Array, label: int = 0, latent_mirror: Array | None = None,
-            captions: Sequence[str] | None = None, caption_tokens: Sequence[Array] | None = None,
-            caption_pooled: Sequence[Array] | None = None) -> None:
-        """latent, latent_mirror: `info.shape`, uint8 for pixels, else float16. caption_tokens: (n, width) each,
-        caption_pooled: (pooled_width,) each, float16. Every row gives the same of these; DataError for one that does
-        not fit `info`."""
+    def add(
+        self,
+        *,
+        id: str,
+        latent: Array,
+        label: int = 0,
+        latent_mirror: Array | None = None,
+        captions: Sequence[str] | None = None,
+        caption_tokens: Sequence[Array] | None = None,
+        caption_pooled: Sequence[Array] | None = None,
+    ) -> None:
+        """latent, latent_mirror: `info.shape`, uint8 for pixels, else float16. caption_tokens: (n,
+        width) each, caption_pooled: (pooled_width,) each, float16. Every row gives the same of
+        these; DataError for one that does not fit `info`."""
         given: dict[str, Any] = {
-            "id": id, "label": label, "latent": latent, "latent_mirror": latent_mirror, "captions": captions,
-            "caption_tokens": caption_tokens, "caption_pooled": caption_pooled,
+            "id": id,
+            "label": label,
+            "latent": latent,
+            "latent_mirror": latent_mirror,
+            "captions": captions,
+            "caption_tokens": caption_tokens,
+            "caption_pooled": caption_pooled,
         }
         row = {name: value for name, value in given.items() if value is not None}
         self.columns = self.columns or list(row)
         if list(row) != self.columns:
-            raise DataError(f"row {id!r} has the columns {list(row)}, the first row {self.columns}; "
-                            f"every row must give the same, of {list(given)}")
+            raise DataError(
+                f"row {id!r} has the columns {list(row)}, the first row {self.columns}; "
+                f"every row must give the same, of {list(given)}"
+            )
         for name in set(row) & set(IMAGES):
             row[name] = self._image(id, name, row[name])
         if self.info.captions or set(row) & set(EMBEDDINGS):
             self._check_captions(id, row)
-        if not isinstance(label, (int, np.integer)) or not 0 <= label < max(self.info.num_classes, 1):
-            raise DataError(f"row {id!r}: label={label!r} is not an integer in [0, {max(self.info.num_classes, 1)}); "
-                            "correct the label, or num_classes")
+        if not isinstance(label, (int, np.integer)) or not 0 <= label < max(
+            self.info.num_classes, 1
+        ):
+            raise DataError(
+                f"row {id!r}: label={label!r} is not an integer in [0, "
+                f"{max(self.info.num_classes, 1)}); correct the label, or num_classes"
+            )
         self._rows.append(row)
 
     def _image(self, id: str, name: str, image: Array) -> Array:
         shape, dtype = self.info.shape, np.dtype(KINDS[self.info.kind])
         if image.shape != shape or image.dtype != dtype:
-            raise DataError(f"row {id!r}: {name} is {image.dtype} {image.shape}, but {self.info.kind} "
-                            f"of {self.info.name!r} are {dtype} {shape}; convert it before writing")
+            raise DataError(
+                f"row {id!r}: {name} is {image.dtype} {image.shape}, but {self.info.kind} "
+                f"of {self.info.name!r} are {dtype} {shape}; convert it before writing"
+            )
         if not np.isfinite(image).all():
-            raise DataError(f"row {id!r}: {name} is not finite; encode in fp32 and look for values above fp16's 65504")
-        return image.copy()                             # the caller may fill its array anew
+            raise DataError(
+                f"row {id!r}: {name} is not finite; encode in fp32 and look for values above fp16's "
+                "65504"
+            )
+        return image.copy()  # the caller may fill its array anew
 
     def _check_captions(self, id: str, row: dict[str, Any]) -> None:
         expected = self.info.captions
         captions, tokens, pooled = (row.get(name, ()) for name in ("captions", *EMBEDDINGS))
         if expected is None or not len(captions) == len(tokens) == len(pooled) > 0:
-            raise DataError(f"row {id!r} has {len(captions)} captions, {len(tokens)} token lists and {len(pooled)} "
-                            f"pooled vectors, info.captions is {expected}; give one of each a caption, at least one")
+            raise DataError(
+                f"row {id!r} has {len(captions)} captions, {len(tokens)} token lists and "
+                f"{len(pooled)} pooled vectors, info.captions is {expected}; give one of each a "
+                "caption, at least one"
+            )
         for of_tokens, of_pooled in zip(tokens, pooled, strict=True):
-            if (of_tokens.ndim != 2 or not 1 <= len(of_tokens) <= expected.tokens
-                    or of_tokens.shape[1] != expected.width or of_pooled.shape != (expected.pooled_width,)
-                    or not of_tokens.dtype == of_pooled.dtype == np.float16):
-                raise DataError(f"row {id!r}: caption embeddings are {of_tokens.dtype} {of_tokens.shape} and "
-                                f"{of_pooled.dtype} {of_pooled.shape}, not float16 of {expected}; encode them again")
+            if (
+                of_tokens.ndim != 2
+                or not 1 <= len(of_tokens) <= expected.tokens
+                or of_tokens.shape[1] != expected.width
+                or of_pooled.shape != (expected.pooled_width,)
+                or not of_tokens.dtype == of_pooled.dtype == np.float16
+            ):
+                raise DataError(
+                    f"row {id!r}: caption embeddings are {of_tokens.dtype} {of_tokens.shape} and "
+                    f"{of_pooled.dtype} {of_pooled.shape}, not float16 of {expected}; encode them "
+                    "again"
+                )
             if not (np.isfinite(of_tokens).all() and np.isfinite(of_pooled).all()):
-                raise DataError(f"row {id!r}: a caption's embedding is not finite in float16; encode in fp32")
+                raise DataError(
+                    f"row {id!r}: a caption's embedding is not finite in float16; encode in fp32"
+                )
 
     def write(self, path: Path) -> dict[str, Any]:
-        """Writes the file whole or not at all; returns its entry for the manifest. Raises DataError for a full disk."""
+        """Writes the file whole or not at all; returns its entry for the manifest. Raises DataError
+        for a full disk."""
         batch = pa.record_batch({name: self._column(name) for name in self.columns})
         labels = [int(row["label"]) for row in self._rows]
-        facts = {"rows": len(labels), "label_min": min(labels), "label_max": max(labels),
-                 "content_sha256": content_sha256(batch)}
+        facts = {
+            "rows": len(labels),
+            "label_min": min(labels),
+            "label_max": max(labels),
+            "content_sha256": content_sha256(batch),
+        }
         return _write_file(path, batch, {**self.info.plain(), **facts}, facts)
 
     def _column(self, name: str) -> pa.Array:
@@ -113,18 +155,28 @@ def _lists_of_embeddings(rows: Sequence[Sequence[Array]]) -> pa.Array:
     each = [embedding.reshape(-1) for row in rows for embedding in row]
     inner = pa.array(list(accumulate(map(len, each), initial=0)), pa.int64())
     outer = pa.array(list(accumulate(map(len, rows), initial=0)), pa.int32())
-    return pa.ListArray.from_arrays(outer, pa.LargeListArray.from_arrays(inner, pa.array(np.concatenate(each))))
+    return pa.ListArray.from_arrays(
+        outer, pa.LargeListArray.from_arrays(inner, pa.array(np.concatenate(each)))
+    )
 
 
-def write_empty_caption(path: Path, info: DatasetInfo, tokens: Array, pooled: Array) -> dict[str, Any]:
-    """tokens (n, width), pooled (pooled_width,) float16; returns the file's entry for the manifest."""
-    columns = {name: _lists_of_embeddings([[value]]) for name, value in zip(EMBEDDINGS, (tokens, pooled), strict=True)}
+def write_empty_caption(
+    path: Path, info: DatasetInfo, tokens: Array, pooled: Array
+) -> dict[str, Any]:
+    """tokens (n, width), pooled (pooled_width,) float16; returns the file's entry for the
+    manifest."""
+    columns = {
+        name: _lists_of_embeddings([[value]])
+        for name, value in zip(EMBEDDINGS, (tokens, pooled), strict=True)
+    }
     batch = pa.record_batch(columns)
     facts = {"content_sha256": content_sha256(batch)}
     return _write_file(path / EMPTY_CAPTION, batch, {**info.plain(), **facts}, facts)
 
 
-def _write_file(path: Path, batch: pa.RecordBatch, metadata: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+def _write_file(
+    path: Path, batch: pa.RecordBatch, metadata: dict[str, Any], facts: dict[str, Any]
+) -> dict[str, Any]:
     schema = batch.schema.with_metadata({METADATA_KEY: json.dumps({"format": FORMAT, **metadata})})
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -132,46 +184,71 @@ def _write_file(path: Path, batch: pa.RecordBatch, metadata: dict[str, Any], fac
             writer.write_batch(batch)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        entry = {"file": path.name, "bytes": temporary.stat().st_size, "sha256": sha256(temporary), **facts}
+        entry = {
+            "file": path.name,
+            "bytes": temporary.stat().st_size,
+            "sha256": sha256(temporary),
+            **facts,
+        }
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise DataError(f"cannot write {path}: {error}; what is packed stays: free space, and run again") from error
+        raise DataError(
+            f"cannot write {path}: {error}; what is packed stays: free space, and run again"
+        ) from error
     return entry
 
 
-def write_manifest(out_dir: Path, info: DatasetInfo, columns: list[str], shards: list[dict[str, Any]],
-                   empty_caption: dict[str, Any] | None = None, **about: Any) -> None:
-    """The data set exists from here on. `about`: what the packer has to say, such as its source; plain JSON."""
+def write_manifest(
+    out_dir: Path,
+    info: DatasetInfo,
+    columns: list[str],
+    shards: list[dict[str, Any]],
+    empty_caption: dict[str, Any] | None = None,
+    **about: Any,
+) -> None:
+    """The data set exists from here on. `about`: what the packer has to say, such as its source;
+    plain JSON."""
     if not shards:
         raise DataError(f"no rows were written to {out_dir}; check what the packer read")
     fsync_dir(out_dir)
-    manifest = {"format": FORMAT, "info": info.plain(), "columns": columns,
-                "fingerprint": fingerprint(info, shards, empty_caption),
-                "rows": sum(shard["rows"] for shard in shards), **about, "shards": shards}
+    manifest = {
+        "format": FORMAT,
+        "info": info.plain(),
+        "columns": columns,
+        "fingerprint": fingerprint(info, shards, empty_caption),
+        "rows": sum(shard["rows"] for shard in shards),
+        **about,
+        "shards": shards,
+    }
     if empty_caption:
         manifest["empty_caption"] = empty_caption
     write_atomically(out_dir / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 class ShardWriter(AbstractContextManager["ShardWriter"]):
-    """Packs rows into shards, and writes the manifest when its `with` block ends well; killed before, it leaves none.
+    """Packs rows into shards, and writes the manifest when its `with` block ends well; killed
+    before, it leaves none.
 
-    Packing the same data set into its folder again replaces it.
-    Raises DataError for a folder that holds another data set, and for a row that does not fit `info`.
+    Packing the same data set into its folder again replaces it. Raises DataError for a folder that
+    holds another data set, and for a row that does not fit `info`.
     """
 
     def __init__(self, out_dir: str | Path, info: DatasetInfo, rows_per_shard: int = 4096) -> None:
         self.dir, self.info, self.rows_per_shard = Path(out_dir), info, rows_per_shard
-        self._shard = Shard(info)                       # the one being filled
+        self._shard = Shard(info)  # the one being filled
         self._shards: list[dict[str, Any]] = []
         self._empty_caption: dict[str, Any] | None = None
         self.dir.mkdir(parents=True, exist_ok=True)
         if (self.dir / MANIFEST).exists():
             if (found := read_manifest(self.dir)["info"]) != info:
-                raise DataError(f"{self.dir} already holds another data set, {found}; "
-                                f"give another --out, or delete the folder to pack {info} there")
-            (self.dir / MANIFEST).unlink()              # first: half of the old set and half of the new is neither
+                raise DataError(
+                    f"{self.dir} already holds another data set, {found}; "
+                    f"give another --out, or delete the folder to pack {info} there"
+                )
+            (
+                self.dir / MANIFEST
+            ).unlink()  # first: half of the old set and half of the new is neither
             fsync_dir(self.dir)
 
     def write(self, **row: Any) -> None:
@@ -181,7 +258,8 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
             self._write_shard()
 
     def write_empty_caption(self, tokens: Array, pooled: Array) -> None:
-        """tokens (n, width), pooled (pooled_width,) float16. Needed once, of a captioned data set."""
+        """tokens (n, width), pooled (pooled_width,) float16. Needed once, of a captioned data
+        set."""
         self._empty_caption = write_empty_caption(self.dir, self.info, tokens, pooled)
 
     def _write_shard(self) -> None:
@@ -195,6 +273,8 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         if len(self._shard):
             self._write_shard()
         if self.info.captions and not self._empty_caption:
-            raise DataError(f"{self.dir}: a captioned data set needs the encoding of the empty caption; "
-                            "call write_empty_caption")
+            raise DataError(
+                f"{self.dir}: a captioned data set needs the encoding of the empty caption; "
+                "call write_empty_caption"
+            )
         write_manifest(self.dir, self.info, self._shard.columns, self._shards, self._empty_caption)

@@ -19,7 +19,9 @@ def build_objective(config: Config) -> AnyObjective:
     if d.objective == "edm":
         return Edm(d.p_mean, d.p_std, d.sigma_data)
     betas = noise_schedule.make_betas(d.schedule, d.timesteps)
-    return GaussianDiffusion(betas, learn_sigma=config.model.learn_sigma, fixed_variance=d.fixed_variance)
+    return GaussianDiffusion(
+        betas, learn_sigma=config.model.learn_sigma, fixed_variance=d.fixed_variance
+    )
 
 
 def build_noise_sampler(config: Config, objective: AnyObjective) -> NoiseSampler:

@@ -1,4 +1,5 @@
-"""EDM: a denoiser behind preconditioning, at noise levels sigma (Karras et al., arXiv:2206.00364)."""
+"""EDM: a denoiser behind preconditioning, at noise levels sigma (Karras et al.,
+arXiv:2206.00364)."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +10,13 @@ from torch import Tensor
 
 from largescale.condition import Condition
 from largescale.diffusion.guidance import at
-from largescale.diffusion.objective import Losses, Model, SamplerName, check_draw, clamp_to_open_interval
+from largescale.diffusion.objective import (
+    Losses,
+    Model,
+    SamplerName,
+    check_draw,
+    clamp_to_open_interval,
+)
 from largescale.diffusion.ode import edm_sigmas, euler, heun
 from largescale.errors import ConfigError
 
@@ -17,10 +24,12 @@ SIGMA_MAX = 80.0  # where sampling starts; also edm_sigmas' default
 
 
 class Edm:
-    """Images (N, C, H, W) of standard deviation `sigma_data`; t (N,) float64 is sigma. x_t = x_start + sigma noise.
+    """Images (N, C, H, W) of standard deviation `sigma_data`; t (N,) float64 is sigma. x_t =
+    x_start + sigma noise.
 
-    ln(sigma) is normal in training, with `p_mean` and `p_std`, so ln(sigma) = p_mean + p_std Phi^-1(u). The model F is
-    given c_in x_t and c_noise = ln(sigma) / 4, and D = c_skip x_t + c_out F (eq. 7, table 1).
+    ln(sigma) is normal in training, with `p_mean` and `p_std`, so ln(sigma) = p_mean + p_std
+    Phi^-1(u). The model F is given c_in x_t and c_noise = ln(sigma) / 4, and D = c_skip x_t + c_out
+    F (eq. 7, table 1).
     """
 
     samplers: ClassVar[tuple[SamplerName, ...]] = ("heun", "euler")
@@ -28,8 +37,10 @@ class Edm:
 
     def __init__(self, p_mean: float = -1.2, p_std: float = 1.2, sigma_data: float = 0.5):
         if not (math.isfinite(p_mean) and 0 < p_std < math.inf and 0 < sigma_data < math.inf):
-            raise ConfigError(f"p_mean={p_mean}, p_std={p_std}, sigma_data={sigma_data} make no noise levels; the last "
-                              "two must be positive, the paper has -1.2, 1.2 and 0.5")
+            raise ConfigError(
+                f"p_mean={p_mean}, p_std={p_std}, sigma_data={sigma_data} make no noise levels; the "
+                "last two must be positive, the paper has -1.2, 1.2 and 0.5"
+            )
         self.p_mean, self.p_std, self.sigma_data = p_mean, p_std, sigma_data
 
     # ---- the noise axis
@@ -61,8 +72,10 @@ class Edm:
         c_in = (sigma.square() + self.sigma_data**2).rsqrt()
         output = model(c_in.float()[:, None, None, None] * x_t, sigma.log() / 4, y).float()
         if output.shape != x_t.shape:
-            raise ConfigError(f"the model returned {output.shape[1]} channels for {x_t.shape[1]}-channel images; EDM "
-                              "learns no variance, build the model with learn_sigma=False")
+            raise ConfigError(
+                f"the model returned {output.shape[1]} channels for {x_t.shape[1]}-channel images; "
+                "EDM learns no variance, build the model with learn_sigma=False"
+            )
         return output
 
     def denoised(self, model: Model, x_t: Tensor, sigma: Tensor, y: Condition) -> Tensor:
@@ -73,15 +86,23 @@ class Edm:
         skipped = c_skip.float()[:, None, None, None] * x_t
         return skipped + c_out.float()[:, None, None, None] * self.network(model, x_t, sigma, y)
 
-    def training_losses(self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, y: Condition) -> Losses:
-        """The mean of lambda |D - x_start|^2 (eq. 8), as |F - target|^2 with target = (x_start - c_skip x_t) / c_out:
-        written out, since for small sigma that difference would cancel."""
+    def training_losses(
+        self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, y: Condition
+    ) -> Losses:
+        """The mean of lambda |D - x_start|^2 (eq. 8), as |F - target|^2 with target = (x_start -
+        c_skip x_t) / c_out: written out, since for small sigma that difference would cancel."""
         x_start, noise = x_start.float(), noise.float()
         scale = 1 / (self.sigma_data * (t.square() + self.sigma_data**2).sqrt())
-        of_x_start, of_noise, sigma = (c.float()[:, None, None, None] for c in
-                                       (t * scale, self.sigma_data**2 * scale, t))
+        of_x_start, of_noise, sigma = (
+            c.float()[:, None, None, None] for c in (t * scale, self.sigma_data**2 * scale, t)
+        )
         target = of_x_start * x_start - of_noise * noise
-        mse = (self.network(model, x_start + sigma * noise, t, y) - target).square().flatten(1).mean(1)
+        mse = (
+            (self.network(model, x_start + sigma * noise, t, y) - target)
+            .square()
+            .flatten(1)
+            .mean(1)
+        )
         return Losses(mse, mse, torch.zeros_like(mse))
 
     # ---- sampling
@@ -89,9 +110,20 @@ class Edm:
     def evaluations(self, sampler: str, steps: int) -> int:
         return 2 * steps - 1 if sampler == "heun" else steps
 
-    def sample(self, model: Model, x_T: Tensor, y: Condition, *, sampler: str, steps: int,
-               noise: Callable[[int], Tensor], tick: Callable[[], object]) -> Tensor:
-        """Algorithm 1 from sigma_max x_T, over `steps` noise levels and 0. `noise` is not asked for."""
+    def sample(
+        self,
+        model: Model,
+        x_T: Tensor,
+        y: Condition,
+        *,
+        sampler: str,
+        steps: int,
+        noise: Callable[[int], Tensor],
+        tick: Callable[[], object],
+    ) -> Tensor:
+        """Algorithm 1 from sigma_max x_T, over `steps` noise levels and 0. `noise` is not asked
+        for."""
+
         def derivative(x: Tensor, sigma: float) -> Tensor:
             each = torch.full((len(x),), sigma, dtype=torch.float64, device=x.device)
             u = 0.5 * math.erfc((self.p_mean - math.log(sigma)) / (self.p_std * math.sqrt(2)))

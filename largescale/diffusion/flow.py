@@ -1,6 +1,8 @@
-"""Flow matching with a stochastic interpolant: velocity prediction as in SiT (Ma et al., arXiv:2401.08740).
+"""Flow matching with a stochastic interpolant: velocity prediction as in SiT (Ma et al.,
+arXiv:2401.08740).
 
-SiT's time falls with the noise: t = 1 is data and t = 0 noise, so t = 1 - u. x_t = alpha(t) x_start + sigma(t) noise.
+SiT's time falls with the noise: t = 1 is data and t = 0 noise, so t = 1 - u. x_t = alpha(t) x_start
++ sigma(t) noise.
 """
 
 import math
@@ -12,7 +14,13 @@ from torch import Tensor
 
 from largescale.condition import Condition
 from largescale.diffusion.guidance import at
-from largescale.diffusion.objective import Losses, Model, SamplerName, check_draw, clamp_to_open_interval
+from largescale.diffusion.objective import (
+    Losses,
+    Model,
+    SamplerName,
+    check_draw,
+    clamp_to_open_interval,
+)
 from largescale.diffusion.ode import euler, heun, heun3
 from largescale.errors import ConfigError
 
@@ -20,7 +28,8 @@ LAST_STEP = 0.04  # SiT's: where noise is not added any more
 
 
 class Flow:
-    """Images (N, C, H, W), t (N,) float64 in the open (0, 1), 1 = data. The model is given this t, as released SiT is.
+    """Images (N, C, H, W), t (N,) float64 in the open (0, 1), 1 = data. The model is given this t,
+    as released SiT is.
 
     linear: alpha = t, sigma = 1 - t. gvp: alpha = sin(pi t / 2), sigma = cos(pi t / 2).
     """
@@ -28,8 +37,11 @@ class Flow:
     samplers: ClassVar[tuple[SamplerName, ...]] = ("sde", "euler", "heun", "heun3")
     default_steps: ClassVar[int] = 250
 
-    def __init__(self, interpolant: Literal["linear", "gvp"] = "linear", *, learn_sigma: bool = False):
-        """`learn_sigma`: the model's output has 2C channels, of which the last C are not used (released SiT's)."""
+    def __init__(
+        self, interpolant: Literal["linear", "gvp"] = "linear", *, learn_sigma: bool = False
+    ):
+        """`learn_sigma`: the model's output has 2C channels, of which the last C are not used
+        (released SiT's)."""
         if interpolant not in ("linear", "gvp"):
             raise ConfigError(f"unknown interpolant {interpolant!r}; choose linear or gvp")
         self.interpolant, self.learn_sigma = interpolant, learn_sigma
@@ -60,14 +72,17 @@ class Flow:
         return 2 * (alpha.log() - sigma.log())
 
     def x_start_weight(self, t: Tensor) -> Tensor:
-        """Where x_t is given, an error e of x_start is an error of the velocity of |determinant| / sigma e."""
+        """Where x_t is given, an error e of x_start is an error of the velocity of |determinant| /
+        sigma e."""
         return (self.determinant / self.coefficients(t.double())[1]).square()
 
     # ---- training
 
     def interpolate(self, x_start: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """(x_t, velocity dx_t/dt), float32."""
-        alpha, sigma, d_alpha, d_sigma = (c.float()[:, None, None, None] for c in self.coefficients(t))
+        alpha, sigma, d_alpha, d_sigma = (
+            c.float()[:, None, None, None] for c in self.coefficients(t)
+        )
         x_start, noise = x_start.float(), noise.float()
         return alpha * x_start + sigma * noise, d_alpha * x_start + d_sigma * noise
 
@@ -75,11 +90,15 @@ class Flow:
         """What the model says, float32."""
         output, channels = model(x_t, t, y).float(), x_t.shape[1]
         if output.shape[1] != channels * (2 if self.learn_sigma else 1):
-            raise ConfigError(f"the model returned {output.shape[1]} channels for {channels}-channel images with "
-                              f"learn_sigma={self.learn_sigma}; give model and diffusion the same learn_sigma")
+            raise ConfigError(
+                f"the model returned {output.shape[1]} channels for {channels}-channel images with "
+                f"learn_sigma={self.learn_sigma}; give model and diffusion the same learn_sigma"
+            )
         return output[:, :channels]
 
-    def training_losses(self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, y: Condition) -> Losses:
+    def training_losses(
+        self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, y: Condition
+    ) -> Losses:
         x_t, target = self.interpolate(x_start, t, noise)
         mse = (self.velocity(model, x_t, t, y) - target).square().flatten(1).mean(1)
         return Losses(mse, mse, torch.zeros_like(mse))
@@ -94,10 +113,20 @@ class Flow:
     def evaluations(self, sampler: str, steps: int) -> int:
         return {"heun": 2, "heun3": 3}.get(sampler, 1) * steps
 
-    def sample(self, model: Model, x_T: Tensor, y: Condition, *, sampler: str, steps: int,
-               noise: Callable[[int], Tensor], tick: Callable[[], object]) -> Tensor:
-        """x at t = 1 from noise x_T at t = 0. sde: Euler-Maruyama with SiT's diffusion coefficient, sigma, over `steps`
-        times; the others: that many steps of the probability flow ODE."""
+    def sample(
+        self,
+        model: Model,
+        x_T: Tensor,
+        y: Condition,
+        *,
+        sampler: str,
+        steps: int,
+        noise: Callable[[int], Tensor],
+        tick: Callable[[], object],
+    ) -> Tensor:
+        """x at t = 1 from noise x_T at t = 0. sde: Euler-Maruyama with SiT's diffusion coefficient,
+        sigma, over `steps` times; the others: that many steps of the probability flow ODE."""
+
         def velocity(x: Tensor, time: float) -> tuple[Tensor, Tensor]:
             t = torch.full((len(x),), time, dtype=torch.float64, device=x.device)
             output = self.velocity(at(model, 1 - time), x, t, y)
@@ -106,13 +135,16 @@ class Flow:
 
         if sampler != "sde":
             times = [i / steps for i in range(steps + 1)]
-            return {"euler": euler, "heun": heun, "heun3": heun3}[sampler](lambda x, time: velocity(x, time)[0], x_T,
-                                                                             times)
+            return {"euler": euler, "heun": heun, "heun3": heun3}[sampler](
+                lambda x, time: velocity(x, time)[0], x_T, times
+            )
         x, h = x_T, (1 - LAST_STEP) / (steps - 1)
         for i in range(steps):
             time = h * i
             v, t = velocity(x, time)
-            drift = v - self.noise_of(v, x, t)                  # velocity + w / 2 score, with w = 2 sigma (SiT, eq. 4)
+            drift = v - self.noise_of(
+                v, x, t
+            )  # velocity + w / 2 score, with w = 2 sigma (SiT, eq. 4)
             if i == steps - 1:
                 return x + LAST_STEP * drift
             sigma = 1 - time if self.interpolant == "linear" else math.cos(math.pi / 2 * time)

@@ -1,4 +1,5 @@
-"""Gaussian diffusion: epsilon prediction, with fixed variances (DDPM) or learned ones (Improved DDPM).
+"""Gaussian diffusion: epsilon prediction, with fixed variances (DDPM) or learned ones (Improved
+DDPM).
 
 Equations: Ho et al., arXiv:2006.11239 (DDPM); Nichol and Dhariwal, arXiv:2102.09672 (IDDPM).
 """
@@ -26,21 +27,32 @@ class Prediction(NamedTuple):
 
 
 class GaussianDiffusion:
-    """Images (N, C, H, W), timesteps t (N,) int64 in 0 .. T - 1, 0 = least noise. Arithmetic is float32 throughout."""
+    """Images (N, C, H, W), timesteps t (N,) int64 in 0 .. T - 1, 0 = least noise. Arithmetic is
+    float32 throughout."""
 
     samplers: ClassVar[tuple[SamplerName, ...]] = ("ddpm", "ddim", "dpm++2m", "euler", "heun")
     default_steps: ClassVar[int] = 250
 
-    def __init__(self, betas: np.ndarray, *, learn_sigma: bool, fixed_variance: Literal["small", "large"] = "small",
-                 timestep_map: np.ndarray | None = None):
-        """`betas`: (T,), see `schedule`. `learn_sigma`: the model's output has 2C channels, noise and variance.
-        `fixed_variance`: without `learn_sigma`, beta~_t ("small") or beta_t ("large").
-        `timestep_map`: (T,), the timestep that the model is given for each t; set by `respaced`.
+    def __init__(
+        self,
+        betas: np.ndarray,
+        *,
+        learn_sigma: bool,
+        fixed_variance: Literal["small", "large"] = "small",
+        timestep_map: np.ndarray | None = None,
+    ):
+        """`betas`: (T,), see `schedule`. `learn_sigma`: the model's output has 2C channels, noise
+        and variance. `fixed_variance`: without `learn_sigma`, beta~_t ("small") or beta_t
+        ("large"). `timestep_map`: (T,), the timestep that the model is given for each t; set by
+        `respaced`.
         """
         betas = np.asarray(betas, dtype=np.float64)
         if betas.ndim != 1 or len(betas) < 2 or not (0 < betas.min() <= betas.max() < 1):
-            raise ConfigError(f"betas must be 2 or more numbers inside (0, 1), got shape {betas.shape} from "
-                              f"{betas.min(initial=np.inf)} to {betas.max(initial=-np.inf)}; make them with make_betas")
+            raise ConfigError(
+                f"betas must be 2 or more numbers inside (0, 1), got shape {betas.shape} from "
+                f"{betas.min(initial=np.inf)} to {betas.max(initial=-np.inf)}; make them with "
+                "make_betas"
+            )
         if fixed_variance not in ("small", "large"):
             raise ConfigError(f"unknown fixed_variance {fixed_variance!r}; choose small or large")
         self.betas, self.learn_sigma, self.fixed_variance = betas, learn_sigma, fixed_variance
@@ -48,8 +60,8 @@ class GaussianDiffusion:
 
         alpha_bar = alphas_cumprod(betas)
         previous = np.append(1.0, alpha_bar[:-1])
-        posterior_variance = betas * (1 - previous) / (1 - alpha_bar)                       # DDPM eq. 7, beta~_t
-        small = np.append(posterior_variance[1], posterior_variance[1:])                    # beta~_0 = 0 has no log
+        posterior_variance = betas * (1 - previous) / (1 - alpha_bar)  # DDPM eq. 7, beta~_t
+        small = np.append(posterior_variance[1], posterior_variance[1:])  # beta~_0 = 0 has no log
         large = np.append(posterior_variance[1], betas[1:])
         self.tables = {
             "alphas_cumprod": alpha_bar,
@@ -59,26 +71,41 @@ class GaussianDiffusion:
             "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alpha_bar),
             "sqrt_recip_alphas_cumprod": np.sqrt(1 / alpha_bar),
             "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alpha_bar - 1),
-            "posterior_mean_coef1": betas * np.sqrt(previous) / (1 - alpha_bar),            # DDPM eq. 7, of x_start
-            "posterior_mean_coef2": (1 - previous) * np.sqrt(1 - betas) / (1 - alpha_bar),  # DDPM eq. 7, of x_t
+            "posterior_mean_coef1": betas
+            * np.sqrt(previous)
+            / (1 - alpha_bar),  # DDPM eq. 7, of x_start
+            "posterior_mean_coef2": (1 - previous)
+            * np.sqrt(1 - betas)
+            / (1 - alpha_bar),  # DDPM eq. 7, of x_t
             "posterior_variance": posterior_variance,
             "fixed_variance": large if fixed_variance == "large" else posterior_variance,
             "fixed_log_variance": np.log(large if fixed_variance == "large" else small),
             "min_log_variance": np.log(small),
             "max_log_variance": np.log(betas),
         }
-        self.timestep_map = np.arange(len(betas)) if timestep_map is None else np.asarray(timestep_map, dtype=np.int64)
+        self.timestep_map = (
+            np.arange(len(betas))
+            if timestep_map is None
+            else np.asarray(timestep_map, dtype=np.int64)
+        )
         self._on_device: dict[torch.device, dict[str, Tensor]] = {}
 
     def respaced(self, kept: np.ndarray) -> "GaussianDiffusion":
         """The shorter process over the `kept` timesteps; the model still sees the original ones."""
-        return GaussianDiffusion(respaced_betas(self.betas, kept), learn_sigma=self.learn_sigma,
-                                 fixed_variance=self.fixed_variance, timestep_map=self.timestep_map[kept])
+        return GaussianDiffusion(
+            respaced_betas(self.betas, kept),
+            learn_sigma=self.learn_sigma,
+            fixed_variance=self.fixed_variance,
+            timestep_map=self.timestep_map[kept],
+        )
 
     def _table(self, name: str, t: Tensor) -> Tensor:
-        if t.device not in self._on_device:                    # once a device: no host-to-device copy in a step
-            tables = {key: torch.from_numpy(table).float().to(t.device) for key, table in self.tables.items()}
-            tables["log_snr"] = torch.from_numpy(log_snr(self.betas)).to(t.device)              # float64
+        if t.device not in self._on_device:  # once a device: no host-to-device copy in a step
+            tables = {
+                key: torch.from_numpy(table).float().to(t.device)
+                for key, table in self.tables.items()
+            }
+            tables["log_snr"] = torch.from_numpy(log_snr(self.betas)).to(t.device)  # float64
             tables["timestep_map"] = torch.from_numpy(self.timestep_map).to(t.device)
             self._on_device[t.device] = tables
         return self._on_device[t.device][name][t]
@@ -88,7 +115,8 @@ class GaussianDiffusion:
         return self._table(name, t)[:, None, None, None]
 
     def _integers(self, low: float, high: float) -> tuple[int, int]:
-        """First and last of the timesteps whose noise level lies in [low, high); the nearest one where none does."""
+        """First and last of the timesteps whose noise level lies in [low, high); the nearest one
+        where none does."""
         first, end = (math.ceil(u * self.timesteps_total - 0.5) for u in (low, high))
         first = min(first, self.timesteps_total - 1)
         return first, max(first, end - 1)
@@ -111,13 +139,16 @@ class GaussianDiffusion:
         return self._table("log_snr", t)
 
     def x_start_weight(self, t: Tensor) -> Tensor:
-        """x_start = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar), so |eps error|^2 = SNR |x_start error|^2."""
+        """x_start = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar), so |eps error|^2 = SNR
+        |x_start error|^2."""
         return self.log_snr(t).exp()
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t given x_start, DDPM eq. 4."""
-        return (self.at("sqrt_alphas_cumprod", t) * x_start.float()
-                + self.at("sqrt_one_minus_alphas_cumprod", t) * noise.float())
+        return (
+            self.at("sqrt_alphas_cumprod", t) * x_start.float()
+            + self.at("sqrt_one_minus_alphas_cumprod", t) * noise.float()
+        )
 
     def model_output(self, model: Model, x_t: Tensor, t: Tensor, y: Condition) -> Tensor:
         """What the model says, float32, at the original timesteps."""
@@ -126,35 +157,51 @@ class GaussianDiffusion:
     def _split(self, model_output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
         expected = 2 * channels if self.learn_sigma else channels
         if model_output.shape[1] != expected:
-            raise ConfigError(f"the model returned {model_output.shape[1]} channels for {channels}-channel images, "
-                              f"learn_sigma={self.learn_sigma} needs {expected}; give model and diffusion the same "
-                              "learn_sigma")
+            raise ConfigError(
+                f"the model returned {model_output.shape[1]} channels for {channels}-channel "
+                f"images, learn_sigma={self.learn_sigma} needs {expected}; give model and diffusion "
+                "the same learn_sigma"
+            )
         if not self.learn_sigma:
             return model_output, None
         eps, fraction = model_output.chunk(2, dim=1)
         return eps, fraction
 
-    def p_mean_variance(self, model_output: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool = False) -> Prediction:
-        """`clip_denoised` holds the predicted image in [-1, 1]; latents are not bounded, so not for them."""
+    def p_mean_variance(
+        self, model_output: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool = False
+    ) -> Prediction:
+        """`clip_denoised` holds the predicted image in [-1, 1]; latents are not bounded, so not for
+        them."""
         model_output, x_t = model_output.float(), x_t.float()
         eps, fraction = self._split(model_output, x_t.shape[1])
         if fraction is None:
             variance = self.at("fixed_variance", t).expand_as(x_t)
             log_variance = self.at("fixed_log_variance", t).expand_as(x_t)
         else:
-            log_variance = torch.lerp(self.at("min_log_variance", t), self.at("max_log_variance", t),
-                                      (fraction + 1) / 2)      # IDDPM eq. 15
+            log_variance = torch.lerp(
+                self.at("min_log_variance", t), self.at("max_log_variance", t), (fraction + 1) / 2
+            )  # IDDPM eq. 15
             variance = log_variance.exp()
-        pred_x_start = self.at("sqrt_recip_alphas_cumprod", t) * x_t - self.at("sqrt_recipm1_alphas_cumprod", t) * eps
+        pred_x_start = (
+            self.at("sqrt_recip_alphas_cumprod", t) * x_t
+            - self.at("sqrt_recipm1_alphas_cumprod", t) * eps
+        )
         if clip_denoised:
             pred_x_start = pred_x_start.clamp(-1, 1)
-        return Prediction(self._posterior_mean(pred_x_start, x_t, t), variance, log_variance, pred_x_start)
+        return Prediction(
+            self._posterior_mean(pred_x_start, x_t, t), variance, log_variance, pred_x_start
+        )
 
     def _posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        return self.at("posterior_mean_coef1", t) * x_start + self.at("posterior_mean_coef2", t) * x_t
+        return (
+            self.at("posterior_mean_coef1", t) * x_start + self.at("posterior_mean_coef2", t) * x_t
+        )
 
-    def training_losses(self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, y: Condition) -> Losses:
-        """`x_start`, `noise`: (N, C, H, W). `model(x_t, t, y)`: (N, 2C or C, H, W) of any float type."""
+    def training_losses(
+        self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, y: Condition
+    ) -> Losses:
+        """`x_start`, `noise`: (N, C, H, W). `model(x_t, t, y)`: (N, 2C or C, H, W) of any float
+        type."""
         x_start, noise = x_start.float(), noise.float()
         x_t = self.q_sample(x_start, t, noise)
         model_output = self.model_output(model, x_t, t, y)
@@ -162,23 +209,37 @@ class GaussianDiffusion:
         mse = (noise - eps).square().flatten(1).mean(1)
         if fraction is None:
             return Losses(mse, mse, torch.zeros_like(mse))
-        frozen_mean = torch.cat([eps.detach(), fraction], dim=1)  # IDDPM section 3.1: vb moves the variance only
+        frozen_mean = torch.cat(
+            [eps.detach(), fraction], dim=1
+        )  # IDDPM section 3.1: vb moves the variance only
         vb = self._variational_bound(frozen_mean, x_start, x_t, t)
         return Losses(mse + vb, mse, vb)
 
-    def _variational_bound(self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """One term of the bound in bits per element, (N,): L_{t-1} of DDPM eq. 5, at t = 0 the decoder's L_0."""
+    def _variational_bound(
+        self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor
+    ) -> Tensor:
+        """One term of the bound in bits per element, (N,): L_{t-1} of DDPM eq. 5, at t = 0 the
+        decoder's L_0."""
         p = self.p_mean_variance(model_output, x_t, t)
-        true_mean, true_log_variance = self._posterior_mean(x_start, x_t, t), self.at("min_log_variance", t)
-        kl = 0.5 * (p.log_variance - true_log_variance - 1 + (true_log_variance - p.log_variance).exp()
-                    + (true_mean - p.mean).square() * (-p.log_variance).exp())
+        true_mean, true_log_variance = (
+            self._posterior_mean(x_start, x_t, t),
+            self.at("min_log_variance", t),
+        )
+        kl = 0.5 * (
+            p.log_variance
+            - true_log_variance
+            - 1
+            + (true_log_variance - p.log_variance).exp()
+            + (true_mean - p.mean).square() * (-p.log_variance).exp()
+        )
         nll = -discretized_log_likelihood(x_start, p.mean, 0.5 * p.log_variance)
         bits = torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1))
         return bits / math.log(2)
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """ln of the Gaussian's mass in the bin of width 2/255 around x, open at -1 and 1 (DDPM eq. 13)."""
+    """ln of the Gaussian's mass in the bin of width 2/255 around x, open at -1 and 1 (DDPM eq.
+    13)."""
     upper = standard_normal_cdf((x - mean + 1 / 255) * (-log_std).exp())
     lower = standard_normal_cdf((x - mean - 1 / 255) * (-log_std).exp())
     mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
@@ -186,5 +247,6 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tens
 
 
 def standard_normal_cdf(x: Tensor) -> Tensor:
-    """The tanh approximation with which guided-diffusion's losses, and so published ones, were computed."""
+    """The tanh approximation with which guided-diffusion's losses, and so published ones, were
+    computed."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

@@ -11,7 +11,8 @@ from largescale.diffusion.objective import Losses
 from largescale.errors import ConfigError
 
 Weighting = Callable[[Tensor, Tensor], Tensor]
-"""(log_snr, x_start_weight), (N,) float64 each, see `Objective` -> factors on the mse, (N,) float32."""
+"""(log_snr, x_start_weight), (N,) float64 each, see `Objective` -> factors on the mse, (N,)
+float32."""
 
 
 def make_weighting(config: NoiseConfig) -> Weighting:
@@ -25,25 +26,33 @@ def make_weighting(config: NoiseConfig) -> Weighting:
 
 
 def min_snr(gamma: float) -> Weighting:
-    """arXiv:2303.09556: min(SNR, gamma) times the squared error of the predicted x_start, whatever is predicted. So
-    min(SNR, gamma) / SNR for noise prediction."""
+    """arXiv:2303.09556: min(SNR, gamma) times the squared error of the predicted x_start, whatever
+    is predicted. So min(SNR, gamma) / SNR for noise prediction."""
     if not 0 < gamma < math.inf:
-        raise ConfigError(f"min_snr_gamma={gamma} must be positive; set --noise.min-snr-gamma (5 in the paper)")
+        raise ConfigError(
+            f"min_snr_gamma={gamma} must be positive; set --noise.min-snr-gamma (5 in the paper)"
+        )
     log_gamma = math.log(gamma)
-    return lambda log_snr, x_start_weight: (log_snr.clamp(max=log_gamma) - x_start_weight.log()).exp().float()
+    return lambda log_snr, x_start_weight: (
+        (log_snr.clamp(max=log_gamma) - x_start_weight.log()).exp().float()
+    )
 
 
 def p2(k: float, gamma: float) -> Weighting:
-    """Eq. 8 of arXiv:2204.00227: 1 / (k + SNR) ** gamma times the mse; there of noise prediction, here of any."""
+    """Eq. 8 of arXiv:2204.00227: 1 / (k + SNR) ** gamma times the mse; there of noise prediction,
+    here of any."""
     if not (0 <= k < math.inf and 0 <= gamma < math.inf):
-        raise ConfigError(f"p2_k={k} and p2_gamma={gamma} must be 0 or more; set --noise.p2-k and --noise.p2-gamma "
-                          "(1 and 1, or 0.5, in the paper)")
+        raise ConfigError(
+            f"p2_k={k} and p2_gamma={gamma} must be 0 or more; set --noise.p2-k and "
+            "--noise.p2-gamma (1 and 1, or 0.5, in the paper)"
+        )
     log_k = math.log(k) if k else -math.inf
     return lambda log_snr, x_start_weight: (
-        -gamma * torch.logaddexp(log_snr, torch.full_like(log_snr, log_k))).exp().float()
+        (-gamma * torch.logaddexp(log_snr, torch.full_like(log_snr, log_k))).exp().float()
+    )
 
 
 def weighted(losses: Losses, weight: Tensor, importance: Tensor) -> Tensor:
-    """The loss that is optimised, per sample, (N,) float32. As in the papers' codes a weighting is of the mse alone,
-    and resampling's `importance` of the whole loss."""
+    """The loss that is optimised, per sample, (N,) float32. As in the papers' codes a weighting is
+    of the mse alone, and resampling's `importance` of the whole loss."""
     return importance * (weight * losses.mse + losses.vb)

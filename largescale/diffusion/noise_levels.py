@@ -1,7 +1,8 @@
 """Which noise levels are drawn, among those that the curriculum has active.
 
-A sampler bends v, uniform in the open (0, 1), so that u = low + v (high - low) has the sampler's density, restricted to
-the active [low, high) and renormalised. All that is random stays in v, so a resumed run draws as it would have.
+A sampler bends v, uniform in the open (0, 1), so that u = low + v (high - low) has the sampler's
+density, restricted to the active [low, high) and renormalised. All that is random stays in v, so a
+resumed run draws as it would have.
 """
 
 import functools
@@ -22,13 +23,15 @@ class NoiseSampler:
     needs_losses = False
 
     def warp(self, v: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-        """`v`: (N,) float64 in the open (0, 1); `low`, `high`: the active noise levels, from `Objective.active`.
-        Returns v bent, (N,) float64 in the open (0, 1), and (N,) float32 factors on the samples' losses."""
+        """`v`: (N,) float64 in the open (0, 1); `low`, `high`: the active noise levels, from
+        `Objective.active`. Returns v bent, (N,) float64 in the open (0, 1), and (N,) float32
+        factors on the samples' losses."""
         raise NotImplementedError
 
     def observe(self, bins: list[int], losses: list[float]) -> None:
-        """Once per applied step, the same on every rank: of each row of the global batch, in order, floor(u n_bins)
-        and the loss before the factor of `warp`. Without effect unless `needs_losses`."""
+        """Once per applied step, the same on every rank: of each row of the global batch, in order,
+        floor(u n_bins) and the loss before the factor of `warp`. Without effect unless
+        `needs_losses`."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values only: strict JSON and weights-only torch files both take it."""
@@ -36,8 +39,10 @@ class NoiseSampler:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["sampling"] != self.name:
-            raise CheckpointError(f"this run draws noise levels by {self.name}, the saved state is of "
-                                  f"{state['sampling']}; go on with --noise.sampling {state['sampling']}")
+            raise CheckpointError(
+                f"this run draws noise levels by {self.name}, the saved state is of "
+                f"{state['sampling']}; go on with --noise.sampling {state['sampling']}"
+            )
 
 
 class Uniform(NoiseSampler):
@@ -55,8 +60,10 @@ class LogitNormal(NoiseSampler):
 
     def __init__(self, mean: float, std: float):
         if not (math.isfinite(mean) and 0 < std < math.inf):
-            raise ConfigError(f"logit-normal noise levels need a finite mean and a positive std, got {mean} and {std}; "
-                              "set --noise.logit-mean and --noise.logit-std (0 and 1 in the paper)")
+            raise ConfigError(
+                f"logit-normal noise levels need a finite mean and a positive std, got {mean} and "
+                f"{std}; set --noise.logit-mean and --noise.logit-std (0 and 1 in the paper)"
+            )
         self.mean, self.std = mean, std
 
     def warp(self, v: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
@@ -79,13 +86,14 @@ def _log_cdf(z: float) -> float:
 
 
 def _truncated_normal(v: Tensor, a: float, b: float) -> Tensor:
-    """z of the standard normal within (a, b), at the share v of its mass there; accurate where a + b <= 0."""
+    """z of the standard normal within (a, b), at the share v of its mass there; accurate where a +
+    b <= 0."""
     log_a, log_b = _log_cdf(a), _log_cdf(b)
-    below = v + (1 - v) * math.exp(log_a - log_b)            # Phi(z) / Phi(b)
+    below = v + (1 - v) * math.exp(log_a - log_b)  # Phi(z) / Phi(b)
     if b > -30:
         return torch.special.ndtri(below * math.exp(log_b))
-    # Phi(b) nears the smallest float64: solve ln Phi(z) = ln(below) + ln Phi(b), from the tail's leading term, by
-    # Newton's method with d/dz ln Phi(z) = -z (1 + O(z ** -2))
+    # Phi(b) nears the smallest float64: solve ln Phi(z) = ln(below) + ln Phi(b), from the tail's
+    # leading term, by Newton's method with d/dz ln Phi(z) = -z (1 + O(z ** -2))
     z = -(b * b - 2 * below.log()).sqrt()
     for _ in range(3):
         z = z + (torch.special.log_ndtr(z) - log_b - below.log()) / z
@@ -105,16 +113,20 @@ class _Binned(NoiseSampler):
         self._tables: dict[tuple[float, float, torch.device], Tensor] = {}
 
     def density(self, bins: np.ndarray, width: np.ndarray) -> np.ndarray:
-        """Of the active `bins`, (K,), relative to the uniform one. `width`: (K,), the share of the active noise levels
-        that each bin covers, less at the ends where an edge of the interval cuts a bin."""
+        """Of the active `bins`, (K,), relative to the uniform one. `width`: (K,), the share of the
+        active noise levels that each bin covers, less at the ends where an edge of the interval
+        cuts a bin."""
         raise NotImplementedError
 
     def _table(self, low: float, high: float, device: torch.device) -> Tensor:
-        """(3, K): each active bin's lower end as a share of [low, high), the CDF there, its density."""
+        """(3, K): each active bin's lower end as a share of [low, high), the CDF there, its
+        density."""
         key = low, high, device
         if key not in self._tables:
             edges = np.arange(self.n_bins + 1) / self.n_bins
-            inside = edges[(edges > low + 1e-9) & (edges < high - 1e-9)]  # no bin that only rounding makes active
+            inside = edges[
+                (edges > low + 1e-9) & (edges < high - 1e-9)
+            ]  # no bin that only rounding makes active
             edges = np.concatenate([[low], inside, [high]])
             bins = np.floor((edges[:-1] + edges[1:]) / 2 * self.n_bins).astype(int)
             start = (edges - low) / (high - low)
@@ -122,7 +134,7 @@ class _Binned(NoiseSampler):
             cdf = np.cumsum(density * np.diff(start)) - density * np.diff(start)
             table = torch.from_numpy(np.stack([start[:-1], cdf, density]))
             if device.type == "cuda":
-                table = table.pin_memory()                                # a copy that nobody waits for
+                table = table.pin_memory()  # a copy that nobody waits for
             self._tables[key] = table.to(device, non_blocking=True)
         return self._tables[key]
 
@@ -135,18 +147,19 @@ class _Binned(NoiseSampler):
 
 
 class LossSecondMoment(_Binned):
-    """Section 3.3 of arXiv:2102.09672: p proportional to sqrt(E[L ** 2]), and losses divided by it, so that their mean
-    is that of uniform sampling. E is over a bin's last 10 losses. Under a curriculum, p is over the active bins, and
-    uniform until each of these, not each of all, has its 10."""
+    """Section 3.3 of arXiv:2102.09672: p proportional to sqrt(E[L ** 2]), and losses divided by it,
+    so that their mean is that of uniform sampling. E is over a bin's last 10 losses. Under a
+    curriculum, p is over the active bins, and uniform until each of these, not each of all, has its
+    10."""
 
     name = "loss_second_moment"
     needs_losses = True
     history = 10
-    uniform_prob = 0.001                                     # of guided-diffusion: no bin is forgotten
+    uniform_prob = 0.001  # of guided-diffusion: no bin is forgotten
 
     def __init__(self, n_bins: int):
         super().__init__(n_bins)
-        self._losses = np.zeros((n_bins, self.history))      # oldest first
+        self._losses = np.zeros((n_bins, self.history))  # oldest first
         self._counts = np.zeros(n_bins, dtype=int)
 
     def warp(self, v: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
@@ -161,8 +174,10 @@ class LossSecondMoment(_Binned):
 
     def observe(self, bins: list[int], losses: list[float]) -> None:
         if not np.isfinite(losses).all():
-            raise ValueError("loss-second-moment sampling was shown a loss that is not finite; only those of applied "
-                             "steps may reach it")
+            raise ValueError(
+                "loss-second-moment sampling was shown a loss that is not finite; only those of "
+                "applied steps may reach it"
+            )
         for i, loss in zip(bins, losses, strict=True):
             if self._counts[i] == self.history:
                 self._losses[i, :-1] = self._losses[i, 1:]
@@ -178,8 +193,10 @@ class LossSecondMoment(_Binned):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         if len(state["losses"]) != self.n_bins:
-            raise CheckpointError(f"this run counts losses in {self.n_bins} bins, the saved state in "
-                                  f"{len(state['losses'])}; go on with --diffusion.timesteps {len(state['losses'])}")
+            raise CheckpointError(
+                f"this run counts losses in {self.n_bins} bins, the saved state in "
+                f"{len(state['losses'])}; go on with --diffusion.timesteps {len(state['losses'])}"
+            )
         for i, row in enumerate(state["losses"]):
             self._counts[i] = len(row)
             self._losses[i, : len(row)] = row
@@ -187,10 +204,10 @@ class LossSecondMoment(_Binned):
 
 
 class SpeeD(_Binned):
-    """arXiv:2405.17403: noise levels are `ratio` times as likely where the noise's share of x_t, s = sqrt(noise power),
-    grows by 1e-4 a step of 1000 or more, ds/du >= 0.1, as where it hardly grows. Its weights are weighting=p2 with
-    k = gamma = 1. Left out is its code's pairing, which mirrors half of a batch's timesteps, those of the suppressed
-    part out of it."""
+    """arXiv:2405.17403: noise levels are `ratio` times as likely where the noise's share of x_t, s
+    = sqrt(noise power), grows by 1e-4 a step of 1000 or more, ds/du >= 0.1, as where it hardly
+    grows. Its weights are weighting=p2 with k = gamma = 1. Left out is its code's pairing, which
+    mirrors half of a batch's timesteps, those of the suppressed part out of it."""
 
     name = "speed"
     least_growth = 0.1
@@ -198,9 +215,11 @@ class SpeeD(_Binned):
     def __init__(self, log_snr: np.ndarray, ratio: float):
         """`log_snr`: (n_bins,), at the middle of the bins."""
         if not 0 < ratio < math.inf:
-            raise ConfigError(f"speed_ratio={ratio} must be positive; set --noise.speed-ratio (5 in the paper)")
+            raise ConfigError(
+                f"speed_ratio={ratio} must be positive; set --noise.speed-ratio (5 in the paper)"
+            )
         super().__init__(len(log_snr))
-        s = np.exp(-0.5 * np.logaddexp(0, log_snr))                       # sqrt(1 - alpha_bar): 1 / sqrt(1 + SNR)
+        s = np.exp(-0.5 * np.logaddexp(0, log_snr))  # sqrt(1 - alpha_bar): 1 / sqrt(1 + SNR)
         self._relative = np.where(np.gradient(s) * self.n_bins < self.least_growth, 1.0, ratio)
 
     def warp(self, v: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
@@ -213,7 +232,8 @@ class SpeeD(_Binned):
 
 
 def make_noise_sampler(config: NoiseConfig, n_bins: int, log_snr: np.ndarray) -> NoiseSampler:
-    """`log_snr`: (n_bins,) float64, of the objective at the middle of n_bins equal shares of the noise axis."""
+    """`log_snr`: (n_bins,) float64, of the objective at the middle of n_bins equal shares of the
+    noise axis."""
     if config.sampling == "uniform":
         return Uniform()
     if config.sampling == "logit_normal":
@@ -222,5 +242,7 @@ def make_noise_sampler(config: NoiseConfig, n_bins: int, log_snr: np.ndarray) ->
         return LossSecondMoment(n_bins)
     if config.sampling == "speed":
         return SpeeD(log_snr, config.speed_ratio)
-    raise ConfigError(f"unknown noise sampling {config.sampling!r}; choose uniform, logit_normal, loss_second_moment "
-                      "or speed")
+    raise ConfigError(
+        f"unknown noise sampling {config.sampling!r}; choose uniform, logit_normal, "
+        "loss_second_moment or speed"
+    )

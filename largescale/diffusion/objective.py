@@ -1,8 +1,9 @@
-"""What the trainer, the evaluations and the samplers ask of a training objective. Three answer: `gaussian` (DDPM),
-`flow` (SiT) and `edm`.
+"""What the trainer, the evaluations and the samplers ask of a training objective. Three answer:
+`gaussian` (DDPM), `flow` (SiT) and `edm`.
 
-Each has its own idea of time: integer timesteps 0 .. T - 1 rising with the noise; SiT's t, falling from 1, data, to 0;
-EDM's sigma. They meet in one noise axis: u in the open (0, 1), 0 towards no noise, uniform in ordinary training.
+Each has its own idea of time: integer timesteps 0 .. T - 1 rising with the noise; SiT's t, falling
+from 1, data, to 0; EDM's sigma. They meet in one noise axis: u in the open (0, 1), 0 towards no
+noise, uniform in ordinary training.
 """
 
 import math
@@ -21,8 +22,8 @@ SamplerName = Literal["ddpm", "ddim", "dpm++2m", "euler", "heun", "heun3", "sde"
 
 
 class Losses(NamedTuple):
-    """Per sample, (N,) float32: loss = mse + vb, before any weighting. mse per element; vb in bits per element, 0
-    without `learn_sigma`."""
+    """Per sample, (N,) float32: loss = mse + vb, before any weighting. mse per element; vb in bits
+    per element, 0 without `learn_sigma`."""
 
     loss: Tensor
     mse: Tensor
@@ -38,12 +39,13 @@ class Objective(Protocol):
     """... with so many steps."""
 
     def snap_to_timesteps(self, low: float, high: float) -> tuple[float, float]:
-        """The part of the noise axis that times between two noise levels stand for: wider or narrower than they where
-        times are integers."""
+        """The part of the noise axis that times between two noise levels stand for: wider or
+        narrower than they where times are integers."""
         ...
 
     def draw(self, v: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """t from v, (N,) float64 uniform in the open (0, 1): uniform over the noise levels in [low, high)."""
+        """t from v, (N,) float64 uniform in the open (0, 1): uniform over the noise levels in [low,
+        high)."""
         ...
 
     def noise_level(self, t: Tensor) -> Tensor:
@@ -51,14 +53,17 @@ class Objective(Protocol):
         ...
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """ln(signal power / noise power), (N,) float64, for data of unit variance; it falls as u rises."""
+        """ln(signal power / noise power), (N,) float64, for data of unit variance; it falls as u
+        rises."""
         ...
 
     def x_start_weight(self, t: Tensor) -> Tensor:
         """How many times the squared error of the predicted x_start the mse is, (N,) float64."""
         ...
 
-    def training_losses(self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, y: Condition) -> Losses:
+    def training_losses(
+        self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, y: Condition
+    ) -> Losses:
         """`x_start`, `noise`: (N, C, H, W)."""
         ...
 
@@ -71,5 +76,7 @@ def clamp_to_open_interval(u: Tensor, low: float, high: float) -> Tensor:
 def check_draw(v: Tensor, low: float, high: float) -> None:
     """Raises ConfigError for what no noise level can be drawn from."""
     if v.dtype != torch.float64 or not 0 <= low < high <= 1:
-        raise ConfigError(f"noise levels are drawn from float64 v and 0 <= low < high <= 1, got {v.dtype} and "
-                          f"[{low}, {high}); draw v in float64, take the others from Curriculum.active")
+        raise ConfigError(
+            f"noise levels are drawn from float64 v and 0 <= low < high <= 1, got {v.dtype} and "
+            f"[{low}, {high}); draw v in float64, take the others from Curriculum.active"
+        )

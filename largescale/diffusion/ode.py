@@ -1,7 +1,9 @@
-"""Solvers of dx/dtime = derivative(x, time) over times that the caller chooses, and EDM's choice of them.
+"""Solvers of dx/dtime = derivative(x, time) over times that the caller chooses, and EDM's choice of
+them.
 
-`times`: n + 1 points in the order taken, rising or falling, for n steps; `derivative` is given them unchanged, as
-floats. `x` keeps its type, so a float32 state stays float32 where the derivative is half precision.
+`times`: n + 1 points in the order taken, rising or falling, for n steps; `derivative` is given them
+unchanged, as floats. `x` keeps its type, so a float32 state stays float32 where the derivative is
+half precision.
 """
 
 import math
@@ -25,9 +27,11 @@ def euler(derivative: Derivative, x: Tensor, times: Times) -> Tensor:
 
 
 def heun(derivative: Derivative, x: Tensor, times: Times, *, euler_last: bool = False) -> Tensor:
-    """x at the last time: Heun's second-order method, as in EDM (arXiv:2206.00364, algorithm 1); 2n evaluations.
+    """x at the last time: Heun's second-order method, as in EDM (arXiv:2206.00364, algorithm 1); 2n
+    evaluations.
 
-    `euler_last`: where no derivative exists at the last time (EDM: sigma = 0), the last step is Euler's; 2n - 1.
+    `euler_last`: where no derivative exists at the last time (EDM: sigma = 0), the last step is
+    Euler's; 2n - 1.
     """
     steps = len(times) - 1
     for i, (time, following) in enumerate(pairwise(map(float, times))):
@@ -40,7 +44,8 @@ def heun(derivative: Derivative, x: Tensor, times: Times, *, euler_last: bool = 
 
 
 def heun3(derivative: Derivative, x: Tensor, times: Times) -> Tensor:
-    """x at the last time: Heun's third-order method, torchdiffeq's and so SiT's `heun3`; 3n evaluations."""
+    """x at the last time: Heun's third-order method, torchdiffeq's and so SiT's `heun3`; 3n
+    evaluations."""
     for time, following in pairwise(map(float, times)):
         third = (following - time) / 3
         slope = derivative(x, time)
@@ -49,15 +54,24 @@ def heun3(derivative: Derivative, x: Tensor, times: Times) -> Tensor:
     return x
 
 
-def edm_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80, rho: float = 7) -> np.ndarray:
-    """EDM's noise levels (arXiv:2206.00364, eq. 5): (steps,) float64, falling from sigma_max to sigma_min.
+def edm_sigmas(
+    steps: int, sigma_min: float = 0.002, sigma_max: float = 80, rho: float = 7
+) -> np.ndarray:
+    """EDM's noise levels (arXiv:2206.00364, eq. 5): (steps,) float64, falling from sigma_max to
+    sigma_min.
 
     The 0 that ends eq. 5 is the caller's to append: `[*edm_sigmas(18), 0.0]` makes 18 steps.
     """
     if steps < 1:
-        raise ConfigError(f"steps={steps} leaves no noise level; use 1 or more, the paper uses 18 to 256")
+        raise ConfigError(
+            f"steps={steps} leaves no noise level; use 1 or more, the paper uses 18 to 256"
+        )
     if not 0 < sigma_min < sigma_max < math.inf or not 0 < rho < math.inf:
-        raise ConfigError(f"sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho} make no noise levels; they need "
-                          "0 < sigma_min < sigma_max and rho > 0, the paper uses 0.002, 80 and 7")
+        raise ConfigError(
+            f"sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho} make no noise levels; they "
+            "need 0 < sigma_min < sigma_max and rho > 0, the paper uses 0.002, 80 and 7"
+        )
     share = np.arange(steps, dtype=np.float64) / max(steps - 1, 1)
-    return (sigma_max ** (1 / rho) + share * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    return (
+        sigma_max ** (1 / rho) + share * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))
+    ) ** rho

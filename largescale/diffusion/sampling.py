@@ -1,4 +1,5 @@
-"""Samples from a model: sample i depends on (seed, i), not on the batch it is drawn in or the number of ranks."""
+"""Samples from a model: sample i depends on (seed, i), not on the batch it is drawn in or the
+number of ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ class SamplingConfig:
     steps: int = 250
     cfg_scale: float = 1.5
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Guide at these noise levels u only (arXiv:2404.07724); elsewhere the conditional model alone is asked."""
+    """Guide at these noise levels u only (arXiv:2404.07724); elsewhere the conditional model alone
+    is asked."""
     cfg_channels: int | None = None
     """Guide the first k channels only; by default all of the image's."""
     eta: float = 0.0
@@ -41,19 +43,27 @@ class SamplingConfig:
         self.guided(lambda x_t, t, y: x_t, null_label=0)
 
     def guided(self, model: Model, null_label: int) -> ClassifierFreeGuidance:
-        return ClassifierFreeGuidance(model, self.cfg_scale, null_label, self.cfg_channels, self.guidance_interval)
+        return ClassifierFreeGuidance(
+            model, self.cfg_scale, null_label, self.cfg_channels, self.guidance_interval
+        )
 
 
 class SampleNoise:
     """The noise of samples `index`, each from a generator of its own."""
 
-    def __init__(self, seed: int, index: Sequence[int], shape: tuple[int, ...], device: torch.device):
+    def __init__(
+        self, seed: int, index: Sequence[int], shape: tuple[int, ...], device: torch.device
+    ):
         self._shape, self._device = shape, device
-        self._generators = [torch.Generator(device).manual_seed(stream_seed(seed, "sample", i)) for i in index]
+        self._generators = [
+            torch.Generator(device).manual_seed(stream_seed(seed, "sample", i)) for i in index
+        ]
 
     def __call__(self, step: int = 0) -> Tensor:
         """The next draw, (N, C, H, W); `step` only names it."""
-        return torch.stack([torch.randn(self._shape, device=self._device, generator=g) for g in self._generators])
+        return torch.stack(
+            [torch.randn(self._shape, device=self._device, generator=g) for g in self._generators]
+        )
 
 
 def draw_batches(
@@ -70,12 +80,15 @@ def draw_batches(
     progress: Callable[[float], Any] = lambda images: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """(numbers, samples (N, C, H, W) float32 on the device, in the model's space), batch after batch of `index`.
+    """(numbers, samples (N, C, H, W) float32 on the device, in the model's space), batch after
+    batch of `index`.
 
-    `condition`: what the model is told of these sample numbers, on the CPU; asked for batch by batch.
-    `progress` is told of the work done, in images, after each evaluation of the model. Raises ConfigError for a label
-    outside the classes, and Stopped within one evaluation after `stop()` has become true.
+    `condition`: what the model is told of these sample numbers, on the CPU; asked for batch by
+    batch. `progress` is told of the work done, in images, after each evaluation of the model.
+    Raises ConfigError for a label outside the classes, and Stopped within one evaluation after
+    `stop()` has become true.
     """
+
     def unless_stopped(*inputs: Any) -> Tensor:
         if stop():
             raise Stopped
@@ -86,19 +99,43 @@ def draw_batches(
     for start in range(0, len(index), batch_size):
         part = index[start : start + batch_size]
         y = condition(part)
-        if isinstance(y, Tensor) and num_classes and (outside := (y < 0) | (y >= num_classes)).any():
-            raise ConfigError(f"label {y[outside][0]} lies outside the model's classes 0..{num_classes - 1}")
+        if (
+            isinstance(y, Tensor)
+            and num_classes
+            and (outside := (y < 0) | (y >= num_classes)).any()
+        ):
+            raise ConfigError(
+                f"label {y[outside][0]} lies outside the model's classes 0..{num_classes - 1}"
+            )
         noise = SampleNoise(config.seed, part, shape, device)
-        yield part, sample(
-            objective, guided, noise(), to_device(y, device), sampler=config.sampler, steps=config.steps, noise=noise,
-            eta=config.eta, clip_denoised=config.clip_denoised, tick=partial(progress, len(part) / rounds),
+        yield (
+            part,
+            sample(
+                objective,
+                guided,
+                noise(),
+                to_device(y, device),
+                sampler=config.sampler,
+                steps=config.steps,
+                noise=noise,
+                eta=config.eta,
+                clip_denoised=config.clip_denoised,
+                tick=partial(progress, len(part) / rounds),
+            ),
         )
 
 
 def draw_samples(
-    model: Model, objective: AnyObjective, config: SamplingConfig, *, index: Sequence[int],
-    shape: tuple[int, int, int], **how: Any,
+    model: Model,
+    objective: AnyObjective,
+    config: SamplingConfig,
+    *,
+    index: Sequence[int],
+    shape: tuple[int, int, int],
+    **how: Any,
 ) -> Tensor:
     """All samples of `draw_batches` at once: (N, C, H, W), on the CPU."""
-    drawn = [x.cpu() for _, x in draw_batches(model, objective, config, index=index, shape=shape, **how)]
+    drawn = [
+        x.cpu() for _, x in draw_batches(model, objective, config, index=index, shape=shape, **how)
+    ]
     return torch.cat(drawn) if drawn else torch.empty(0, *shape)

@@ -1,4 +1,5 @@
-"""The only file that imports torch.distributed: ranks, the agreed vector, and small exchanges between hosts."""
+"""The only file that imports torch.distributed: ranks, the agreed vector, and small exchanges
+between hosts."""
 
 import contextlib
 import datetime
@@ -27,20 +28,25 @@ SAID_AFTER_S = 20.0
 
 
 NEVER = datetime.timedelta(days=365)
-"""Collectives on CPUs have no time limit of their own. The watch ends a run that stands still; a run that the cluster
-suspends for hours, in the middle of a collective, goes on."""
+"""Collectives on CPUs have no time limit of their own. The watch ends a run that stands still; a
+run that the cluster suspends for hours, in the middle of a collective, goes on."""
 
 
 class Ranks:
-    """The process group of a run: training collectives over NCCL or gloo, exchanges of plain values over gloo."""
+    """The process group of a run: training collectives over NCCL or gloo, exchanges of plain values
+    over gloo."""
 
     def __init__(self, device: str, timeout_s: float = 600):
-        """`timeout_s`: how long ranks wait for each other to start, and a collective of GPUs for its end. Raises
-        LostRankError where not all ranks come."""
+        """`timeout_s`: how long ranks wait for each other to start, and a collective of GPUs for
+        its end. Raises LostRankError where not all ranks come."""
         self.rank, self.world_size, self.device = env_rank(), env_world_size(), local_device(device)
         index = env_local_rank() if self.device.index is None else self.device.index
         # DeepSpeed reads these too; srun sets none of them.
-        os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.world_size), "LOCAL_RANK": str(index)}
+        os.environ |= {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(index),
+        }
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
         timeout = datetime.timedelta(seconds=timeout_s)
@@ -52,9 +58,16 @@ class Ranks:
         waiting.start()
         try:
             store = _make_store(self.rank, self.world_size, timeout)
-            where = {} if store is None else {"store": store, "rank": self.rank, "world_size": self.world_size}
-            dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout, **where)
-            # Groups of their own: the agreed vector does not queue behind gradients, plain values need no GPU.
+            where = (
+                {}
+                if store is None
+                else {"store": store, "rank": self.rank, "world_size": self.world_size}
+            )
+            dist.init_process_group(
+                "nccl" if device == "cuda" else "gloo", timeout=timeout, **where
+            )
+            # Groups of their own: the agreed vector does not queue behind gradients, plain values
+            # need no GPU.
             self._vectors: Any = dist.new_group(timeout=timeout if device == "cuda" else NEVER)
             self._plain: Any = dist.new_group(backend="gloo", timeout=NEVER)
             self._roll: Any = _connect_to_store() if self.world_size > 1 else None
@@ -70,24 +83,36 @@ class Ranks:
     def _say_waiting(self, timeout_s: float) -> None:
         if env_local_rank() == 0:  # one of each machine
             who = "the other ranks" if self.rank == 0 else "rank 0"
-            print(f"rank {self.rank} of {self.world_size} has waited {SAID_AFTER_S:g} s for {who}, to meet at "
-                  f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT), and waits for "
-                  f"{timeout_s:g} s in all; are all of them started, and is that rank 0's address?",
-                  file=sys.stderr, flush=True)
+            print(
+                f"rank {self.rank} of {self.world_size} has waited {SAID_AFTER_S:g} s for {who}, to "
+                f"meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, "
+                f"MASTER_PORT), and waits for {timeout_s:g} s in all; are all of them started, and "
+                "is that rank 0's address?",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def all_gather_bytes(self, value: bytes) -> list[bytes]:
-        """Every rank's `value`, in rank order. Blocks; for start-up and checkpoints, never for a step."""
-        mine = torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else torch.empty(0, dtype=torch.uint8)
+        """Every rank's `value`, in rank order. Blocks; for start-up and checkpoints, never for a
+        step."""
+        mine = (
+            torch.frombuffer(bytearray(value), dtype=torch.uint8)
+            if value
+            else torch.empty(0, dtype=torch.uint8)
+        )
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(sizes, torch.tensor([len(mine)]), group=self._plain)
         longest = int(max(sizes))
         parts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
         dist.all_gather(parts, F.pad(mine, (0, longest - len(mine))), group=self._plain)
         heartbeat()
-        return [part[:size].numpy().tobytes() for part, size in zip(parts, map(int, sizes), strict=True)]
+        return [
+            part[:size].numpy().tobytes() for part, size in zip(parts, map(int, sizes), strict=True)
+        ]
 
     def all_gather_json(self, value: Any) -> list[Any]:
-        """The same of plain values, tuples becoming lists. Not pickled: what another process says is never run."""
+        """The same of plain values, tuples becoming lists. Not pickled: what another process says
+        is never run."""
         return [json.loads(text) for text in self.all_gather_bytes(json.dumps(value).encode())]
 
     def all_gather_flat(self, tensor: Tensor) -> Tensor:
@@ -101,11 +126,13 @@ class Ranks:
         return tensor
 
     def launch(self, vector: Tensor) -> "PendingVector":
-        """Start the sum of a small float64 vector over ranks; nobody waits until `PendingVector.read`."""
+        """Start the sum of a small float64 vector over ranks; nobody waits until
+        `PendingVector.read`."""
         return PendingVector.launch(vector, self._vectors)
 
     def raise_on_all_ranks(self, action: Callable[[], T]) -> T:
-        """Do something, not collective itself, that can fail on one rank alone: if it does, every rank raises.
+        """Do something, not collective itself, that can fail on one rank alone: if it does, every
+        rank raises.
 
         Otherwise the others would wait for that rank in their next collective."""
         result: Any = None
@@ -114,14 +141,18 @@ class Ranks:
             result = action()
         except Exception as error:
             problem = error
-        failures = [p for p in self.all_gather_json(problem and (type(problem).__name__, str(problem))) if p]
+        failures = [
+            p for p in self.all_gather_json(problem and (type(problem).__name__, str(problem))) if p
+        ]
         if not failures:
             return result  # type: ignore[no-any-return]
         if problem is not None and not isinstance(problem, LargescaleError):
             raise problem
         name, text = failures[0] if problem is None else (type(problem).__name__, str(problem))
         kind = errors_by_name().get(name)
-        known = kind(text) if kind else LostRankError(f"another rank failed: {name}: {text}")  # and says so itself
+        known = (
+            kind(text) if kind else LostRankError(f"another rank failed: {name}: {text}")
+        )  # and says so itself
         known.agreed = True
         raise known
 
@@ -130,17 +161,22 @@ class Ranks:
         return any(self.all_gather_json(flag))
 
     def roll_call(self, here: str, wait_s: float = 10.0) -> dict[int, str] | None:
-        """What each rank that answers is doing, by rank; not collective: for when collectives no longer work.
+        """What each rank that answers is doing, by rank; not collective: for when collectives no
+        longer work.
 
-        Says `here` for this rank, by way of the launcher's key-value store, and waits for what the others say.
-        None where the store does not answer: rank 0 kept it. (A `monitored_barrier` would not do: for a rank that has
-        died it says that a connection was closed, and without rank 0 it says nothing.)
+        Says `here` for this rank, by way of the launcher's key-value store, and waits for what the
+        others say. None where the store does not answer: rank 0 kept it. (A `monitored_barrier`
+        would not do: for a rank that has died it says that a connection was closed, and without
+        rank 0 it says nothing.)
         """
         if self._roll is None:
             return {0: here}
         answers: list[dict[int, str]] = []
-        # A store whose process is stopped keeps the connection and never answers, without a time limit.
-        asking = threading.Thread(target=lambda: answers.extend(self._ask_all(here, wait_s)), daemon=True)
+        # A store whose process is stopped keeps the connection and never answers, without a time
+        # limit.
+        asking = threading.Thread(
+            target=lambda: answers.extend(self._ask_all(here, wait_s)), daemon=True
+        )
         asking.start()
         asking.join(wait_s + 5)
         return dict(sorted(answers[0].items())) if answers else None
@@ -157,7 +193,9 @@ class Ranks:
             yield found
             self._roll.set(f"read/{self.rank}", "")
             heard = [f"read/{rank}" for rank in found]
-            while self.rank == 0 and not self._roll.check(heard) and time.monotonic() < deadline + 3:
+            while (
+                self.rank == 0 and not self._roll.check(heard) and time.monotonic() < deadline + 3
+            ):
                 time.sleep(0.1)  # the store may be this rank's, and ends with it
 
     def barrier(self) -> None:
@@ -168,14 +206,18 @@ class Ranks:
 
 
 def stay_on_this_machine(env: MutableMapping[str, str]) -> None:
-    """Ranks that meet at a loopback address are all here: gloo takes the loopback interface then, and looks for no
-    address of the machine's own name, which may not resolve. What the user has set stays."""
-    if env["MASTER_ADDR"] in ("127.0.0.1", "localhost", "::1") and "lo" in (name for _, name in socket.if_nameindex()):
+    """Ranks that meet at a loopback address are all here: gloo takes the loopback interface then,
+    and looks for no address of the machine's own name, which may not resolve. What the user has set
+    stays."""
+    if env["MASTER_ADDR"] in ("127.0.0.1", "localhost", "::1") and "lo" in (
+        name for _, name in socket.if_nameindex()
+    ):
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def require_resolvable(address: str, patience_s: float = 40.0) -> None:
-    """Raises LostRankError for a name without an address; one of a machine that starts may come late."""
+    """Raises LostRankError for a name without an address; one of a machine that starts may come
+    late."""
     end = time.monotonic() + patience_s
     while True:
         try:
@@ -183,9 +225,11 @@ def require_resolvable(address: str, patience_s: float = 40.0) -> None:
             return
         except OSError as error:
             if time.monotonic() > end:
-                raise LostRankError(f"MASTER_ADDR={address} has no address that this machine knows ({error}); set it "
-                                    "to rank 0's IP address, or on one machine to 127.0.0.1 (torchrun: --local-addr "
-                                    "127.0.0.1)") from error
+                raise LostRankError(
+                    f"MASTER_ADDR={address} has no address that this machine knows ({error}); set "
+                    "it to rank 0's IP address, or on one machine to 127.0.0.1 (torchrun: "
+                    "--local-addr 127.0.0.1)"
+                ) from error
             time.sleep(1)
 
 
@@ -196,11 +240,15 @@ def never_time_out(group: Any = None) -> None:
 
 def not_met(world_size: int, timeout_s: float, why: str = "") -> LostRankError:
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} (MASTER_ADDR, MASTER_PORT)"
-    return LostRankError(f"the {world_size} ranks did not find each other at {where} within {timeout_s:g} s"
-                         + f": {why}" * bool(why))
+    return LostRankError(
+        f"the {world_size} ranks did not find each other at {where} within {timeout_s:g} s"
+        + f": {why}" * bool(why)
+    )
 
 
-def errors_by_name(base: type[LargescaleError] = LargescaleError) -> dict[str, type[LargescaleError]]:
+def errors_by_name(
+    base: type[LargescaleError] = LargescaleError,
+) -> dict[str, type[LargescaleError]]:
     found = {base.__name__: base}
     for error in base.__subclasses__():
         found |= errors_by_name(error)
@@ -210,7 +258,8 @@ def errors_by_name(base: type[LargescaleError] = LargescaleError) -> dict[str, t
 def _make_store(rank: int, world_size: int, timeout: datetime.timedelta) -> Any:
     """Where ranks find each other. None under torchrun, whose agent keeps the store.
 
-    torch's own listens on every address of the machine, to anybody: this one on MASTER_ADDR alone."""
+    torch's own listens on every address of the machine, to anybody: this one on MASTER_ADDR
+    alone."""
     module: Any = dist  # whose stubs leave the stores out
     if world_size == 1:
         return module.HashStore()
@@ -222,8 +271,9 @@ def _make_store(rank: int, world_size: int, timeout: datetime.timedelta) -> Any:
 
 
 def _listen(address: str, port: int) -> socket.socket:
-    """Where MASTER_ADDR is reached; on every address where that is none of this machine's, or is 127.0.1.1, which is
-    what Debian takes a machine's own name for and no other machine does. Raises LostRankError for a port in use."""
+    """Where MASTER_ADDR is reached; on every address where that is none of this machine's, or is
+    127.0.1.1, which is what Debian takes a machine's own name for and no other machine does. Raises
+    LostRankError for a port in use."""
     family, *_, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     for host in ("" if place[0] == "127.0.1.1" else place[0], ""):
         try:
@@ -231,14 +281,18 @@ def _listen(address: str, port: int) -> socket.socket:
         except OSError as error:
             if error.errno != errno.EADDRNOTAVAIL or not host:
                 why = os.strerror(error.errno or 0)
-                raise LostRankError(f"rank 0 cannot listen at {address}:{port} ({why}); set MASTER_PORT to a free one, "
-                                    "the same for all ranks") from error
+                raise LostRankError(
+                    f"rank 0 cannot listen at {address}:{port} ({why}); set MASTER_PORT to a free "
+                    "one, the same for all ranks"
+                ) from error
     raise AssertionError
 
 
 def is_lost_contact(error: BaseException) -> bool:
     """Whether it says that another rank could not be reached, or did not answer in time."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    )
 
 
 def _first_line(error: BaseException) -> str:
@@ -249,19 +303,26 @@ def _connect_to_store() -> Any:
     """A connection of its own: the process group's may be held by a collective that hangs."""
     module: Any = dist  # whose stubs leave the stores out
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return module.PrefixStore("largescale", module.TCPStore(address, port, timeout=datetime.timedelta(seconds=30)))
+    return module.PrefixStore(
+        "largescale", module.TCPStore(address, port, timeout=datetime.timedelta(seconds=30))
+    )
 
 
 def local_device(device: str) -> torch.device:
-    """This rank's; of GPUs the one of its own number, or the only one where the launcher shows it no other. A GPU
-    becomes torch's current one. Raises DeviceError where there is none for it."""
+    """This rank's; of GPUs the one of its own number, or the only one where the launcher shows it
+    no other. A GPU becomes torch's current one. Raises DeviceError where there is none for it."""
     if device != "cuda":
         return torch.device(device)
     if not torch.cuda.is_available():
-        raise DeviceError("device=cuda, but torch sees no CUDA device; to run on the CPU: --train.device cpu")
+        raise DeviceError(
+            "device=cuda, but torch sees no CUDA device; to run on the CPU: --train.device cpu"
+        )
     local_rank, visible = env_local_rank(), torch.cuda.device_count()
     if visible > 1 and local_rank >= visible:
-        raise DeviceError(f"local rank {local_rank} has no GPU of its own, {visible} are visible; start {visible} here")
+        raise DeviceError(
+            f"local rank {local_rank} has no GPU of its own, {visible} are visible; start {visible} "
+            "here"
+        )
     index = 0 if visible == 1 else local_rank
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
@@ -277,8 +338,8 @@ class PendingVector:
     def launch(cls, vector: Tensor, group: Any) -> "PendingVector":
         if vector.device.type == "cpu":
             return cls(dist.all_reduce(vector, group=group, async_op=True), vector)
-        # On a GPU the sum and its copy to pinned memory run on a side stream: reading waits for these two only,
-        # where `.item()` would wait for everything queued since.
+        # On a GPU the sum and its copy to pinned memory run on a side stream: reading waits for
+        # these two only, where `.item()` would wait for everything queued since.
         side = _side_stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

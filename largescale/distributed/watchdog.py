@@ -15,10 +15,11 @@ START_S = 60
 
 
 class Watchdog:
-    """While it is entered, a thread looks whether the main thread still moves, and ends the process if it does not.
+    """While it is entered, a thread looks whether the main thread still moves, and ends the process
+    if it does not.
 
-    A collective that hangs on a GPU cannot be interrupted from the thread that waits for it, nor can a file system that
-    does not answer. `ranks` is set when they have met.
+    A collective that hangs on a GPU cannot be interrupted from the thread that waits for it, nor
+    can a file system that does not answer. `ranks` is set when they have met.
     """
 
     def __init__(self, timeout_s: float):
@@ -33,17 +34,20 @@ class Watchdog:
         self.heartbeat("start-up")
 
     def heartbeat(self, where: str | None = None) -> None:
-        """The main thread's sign of life. `where`: what it does now; by default it still does what it did."""
+        """The main thread's sign of life. `where`: what it does now; by default it still does what
+        it did."""
         self.where = where or self.where
         self._moved = time.monotonic()
 
     def _heartbeat_of_any_thread(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # not the one that writes checkpoints
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # not the one that writes checkpoints
             self._moved = time.monotonic()
 
     def wait_if_ending(self) -> None:
-        """For the main thread's errors: once the watch is about to end the process, the other ranks end too, and what
-        it meets of that is not the cause."""
+        """For the main thread's errors: once the watch is about to end the process, the other ranks
+        end too, and what it meets of that is not the cause."""
         if self._ending.is_set():
             self._thread.join()
 
@@ -66,7 +70,9 @@ class Watchdog:
         looked = time.monotonic()
         while not self._done.wait(pause := min(self.limit_s / 10, 1.0)):
             late, looked = time.monotonic() - looked - pause, time.monotonic()
-            if late > pause:  # the whole process stood still, as when the cluster suspends a job: that is no hang
+            if (
+                late > pause
+            ):  # the whole process stood still, as when the cluster suspends a job: that is no hang
                 self._moved += late
             if looked - self._moved > self.limit_s:
                 self._ending.set()
@@ -75,11 +81,14 @@ class Watchdog:
     def _stuck(self) -> LostRankError:
         if self.ranks is None:
             return not_met(env_world_size(), self.limit_s)
-        return lost_rank(self.ranks, self.where, f"no progress for {self.limit_s:g} s", self.killed())
+        return lost_rank(
+            self.ranks, self.where, f"no progress for {self.limit_s:g} s", self.killed()
+        )
 
 
 def lost_rank(ranks: Ranks, where: str, what: str, killed: str | None = None) -> LostRankError:
-    """The error to end with, after a roll call in which the ranks that are left say `where` they are.
+    """The error to end with, after a roll call in which the ranks that are left say `where` they
+    are.
 
     Only the lowest of these is to print it.
     """
@@ -91,8 +100,14 @@ def lost_rank(ranks: Ranks, where: str, what: str, killed: str | None = None) ->
         places: dict[str, list[int]] = {}
         for rank, place in found.items():
             places.setdefault(place, []).append(rank)
-        gone = [f"{_named(missing)} {'does' if len(missing) == 1 else 'do'} not answer"] if missing else []
-        text = f"{what}: " + "; ".join([*gone, *(f"{_named(ranks)} in {place}" for place, ranks in places.items())])
+        gone = (
+            [f"{_named(missing)} {'does' if len(missing) == 1 else 'do'} not answer"]
+            if missing
+            else []
+        )
+        text = f"{what}: " + "; ".join(
+            [*gone, *(f"{_named(ranks)} in {place}" for place, ranks in places.items())]
+        )
     if killed:
         text += f"; {killed}"
     error = LostRankError(text + "; the same command goes on from the last checkpoint")
@@ -102,11 +117,14 @@ def lost_rank(ranks: Ranks, where: str, what: str, killed: str | None = None) ->
 
 
 def end_at_once(error: LargescaleError) -> NoReturn:
-    """The usual way out would wait for a process group whose other ranks are gone, or wait for this one."""
+    """The usual way out would wait for a process group whose other ranks are gone, or wait for this
+    one."""
     print_error(error)
     leave(error.exit_status)
 
 
 def _named(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    shown = ", ".join(map(str, ranks[:8])) + (
+        f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    )
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}"

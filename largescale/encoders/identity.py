@@ -23,7 +23,8 @@ SAID_AFTER_S = 5.0
 
 
 def weights_identity(module: nn.Module) -> str:
-    """"sha256:" and 16 hex digits over names and float32 bytes of the parameters: the same wherever the files lie."""
+    """ "sha256:" and 16 hex digits over names and float32 bytes of the parameters: the same wherever
+    the files lie."""
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
         digest.update(name.encode())
@@ -37,23 +38,32 @@ def library(name: str, extra: str = "prep") -> Any:
         with silence():
             return importlib.import_module(name)
     except ImportError as error:
-        raise DataError(f"{name} is not installed; in the clone: pip install -e '.[{extra}]'") from error
+        raise DataError(
+            f"{name} is not installed; in the clone: pip install -e '.[{extra}]'"
+        ) from error
 
 
 def locate(name: str, option: str) -> tuple[str, str]:
-    """A folder's path, or `name` taken as the hub's; and what to do where it cannot be loaded. Raises DataError."""
+    """A folder's path, or `name` taken as the hub's; and what to do where it cannot be loaded.
+    Raises DataError."""
     folder, download = Path(name).expanduser(), "`hf download NAME --local-dir DIR`"
     if folder.is_dir():
         return str(folder), f"fetch the folder anew, as {download} makes it"
     if folder.exists() or name.startswith((".", "/", "~")):
-        raise DataError(f"{name} is not a folder; give one: {option}, as {download} makes it, or a name on the hub")
-    return name, (f"without a network give a local folder: {option} with config.json and the weights, as {download} "
-                  "makes it")
+        raise DataError(
+            f"{name} is not a folder; give one: {option}, as {download} makes it, or a name on the "
+            "hub"
+        )
+    return name, (
+        f"without a network give a local folder: {option} with config.json and the weights, as "
+        f"{download} makes it"
+    )
 
 
 @contextmanager
 def loading(what: str, remedy: str) -> Iterator[None]:
-    """Only calls of the libraries go inside: whatever they raise is a DataError about `what`, with the first cause."""
+    """Only calls of the libraries go inside: whatever they raise is a DataError about `what`, with
+    the first cause."""
     waiting = threading.Timer(SAID_AFTER_S, _say_loading, (what,))
     waiting.daemon = True
     waiting.start()
@@ -75,8 +85,8 @@ def loading(what: str, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """The hub is not asked, which without a network takes a minute: what it has left here before is there. Raises
-    DataError."""
+    """The hub is not asked, which without a network takes a minute: what it has left here before is
+    there. Raises DataError."""
     constants = library("huggingface_hub.constants")
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
@@ -87,15 +97,21 @@ def offline() -> Iterator[None]:
 
 def _say_loading(what: str) -> None:
     if env_rank() == 0:
-        print(f"still loading {what}: it may be downloaded, which without a network takes a minute to fail",
-              file=sys.stderr, flush=True)
+        print(
+            f"still loading {what}: it may be downloaded, which without a network takes a minute to "
+            "fail",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 @contextmanager
 def silence() -> Iterator[None]:
     """No notes, bars or warnings. What matters is raised."""
     root, level, handler = logging.getLogger(), logging.root.manager.disable, logging.NullHandler()
-    root.addHandler(handler)  # without any, open_clip's logging.info() would give it one that prints, for good
+    root.addHandler(
+        handler
+    )  # without any, open_clip's logging.info() would give it one that prints, for good
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():

@@ -1,4 +1,5 @@
-"""Captions to the hidden states that a denoiser attends to, by a text encoder of open_clip or transformers."""
+"""Captions to the hidden states that a denoiser attends to, by a text encoder of open_clip or
+transformers."""
 
 import difflib
 import json
@@ -26,18 +27,21 @@ Count = Callable[[list[str], int], list[int]]
 """captions, limit -> tokens of each, its start and end included, as far as the limit"""
 
 Loaded = tuple[str, Any, int | None, Callable[[int, torch.device], Encode], Count]
-"""name without a path, model in float32 on the CPU, most tokens it takes, (max_tokens, the model's device) -> Encode"""
+"""name without a path, model in float32 on the CPU, most tokens it takes, (max_tokens, the model's
+device) -> Encode"""
 
 
 class EncodedCaption(NamedTuple):
-    tokens: npt.NDArray[np.float16]         # (n, width), last hidden states of the real tokens, start and end included
-    pooled: npt.NDArray[np.float16]         # (pooled_width,)
+    tokens: npt.NDArray[
+        np.float16
+    ]  # (n, width), last hidden states of the real tokens, start and end included
+    pooled: npt.NDArray[np.float16]  # (pooled_width,)
 
 
 @dataclass(frozen=True, slots=True)
 class TextEncoder:
-    identity: str                           # library, model and hash of the weights, wherever they came from
-    max_tokens: int                         # longer captions are cut there; their end token stays
+    identity: str  # library, model and hash of the weights, wherever they came from
+    max_tokens: int  # longer captions are cut there; their end token stays
     width: int
     pooled_width: int
     encode: Encode = field(repr=False)
@@ -47,15 +51,20 @@ class TextEncoder:
 
     @torch.inference_mode()
     def __call__(self, captions: Sequence[str]) -> list[EncodedCaption]:
-        """Each caption's result is independent of the others', but for rounding. Raises DataError if not finite."""
+        """Each caption's result is independent of the others', but for rounding. Raises DataError
+        if not finite."""
         encoded: list[EncodedCaption] = []
         for first in range(0, len(captions), BATCH):
             with self.lock:
                 tokens, pooled, lengths = self.encode(list(captions[first : first + BATCH]))
-            for t, p, n in zip(tokens.half().cpu(), pooled.half().cpu(), lengths.tolist(), strict=True):
+            for t, p, n in zip(
+                tokens.half().cpu(), pooled.half().cpu(), lengths.tolist(), strict=True
+            ):
                 if not (t[:n].isfinite().all() and p.isfinite().all()):
-                    raise DataError(f"{self.identity} is not finite in float16 for the caption "
-                                    f"{captions[len(encoded)]!r}; try computing in bfloat16 or float32")
+                    raise DataError(
+                        f"{self.identity} is not finite in float16 for the caption "
+                        f"{captions[len(encoded)]!r}; try computing in bfloat16 or float32"
+                    )
                 encoded.append(EncodedCaption(t[:n].numpy().copy(), p.numpy().copy()))
         return encoded
 
@@ -67,27 +76,37 @@ class TextEncoder:
 
 
 def load_text_encoder(
-        spec: str, device: torch.device, dtype: torch.dtype = torch.float32,
-        max_tokens: int | None = None) -> TextEncoder:
-    """The text encoder that `spec` names; max_tokens is its own limit unless given. Raises DataError.
+    spec: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    max_tokens: int | None = None,
+) -> TextEncoder:
+    """The text encoder that `spec` names; max_tokens is its own limit unless given. Raises
+    DataError.
 
     open_clip:MODEL/TAG         a model and a tag of its pretrained weights, e.g. ViT-L-14/openai
-    open_clip:MODEL/PATH        local weights; ViT-L-14//weights/clip.bin is the file /weights/clip.bin. OpenAI's, DFN's
+    open_clip:MODEL/PATH        local weights; ViT-L-14//weights/clip.bin is the file
+    /weights/clip.bin. OpenAI's, DFN's
                                 and MetaCLIP's need MODEL-quickgelu here; a tag knows its activation
-    open_clip:local-dir:DIR     a folder with open_clip_config.json and weights; on the hub, hf-hub:NAME
-    hf:NAME_OR_DIR              CLIP, T5 and BERT-like encoders of transformers, from the hub or a folder
+    open_clip:local-dir:DIR     a folder with open_clip_config.json and weights; on the hub,
+    hf-hub:NAME hf:NAME_OR_DIR              CLIP, T5 and BERT-like encoders of transformers, from
+    the hub or a folder
     """
     scheme, _, source = spec.partition(":")
     loaders = {"open_clip": _load_open_clip, "hf": _load_hf}
     if scheme not in loaders or not source:
-        raise DataError(f"a text encoder is open_clip:MODEL/WEIGHTS or hf:NAME_OR_DIR, not {spec!r}; "
-                        "try open_clip:ViT-L-14/openai")
+        raise DataError(
+            f"a text encoder is open_clip:MODEL/WEIGHTS or hf:NAME_OR_DIR, not {spec!r}; "
+            "try open_clip:ViT-L-14/openai"
+        )
     name, model, limit, bind, count = loaders[scheme](source)
     kept = limit if max_tokens is None else max_tokens
     if kept is None:
         raise DataError(f"{spec} says nowhere how many tokens it takes; give a maximum, e.g. 128")
     if not 2 <= kept <= (limit or kept):
-        raise DataError(f"max_tokens={kept}: {spec} takes from 2 to {limit or 'any number of'} tokens")
+        raise DataError(
+            f"max_tokens={kept}: {spec} takes from 2 to {limit or 'any number of'} tokens"
+        )
     identity = f"{scheme}:{name} {weights_identity(model)}"
     with silence():
         model.eval().requires_grad_(False).to(device, dtype)
@@ -95,12 +114,13 @@ def load_text_encoder(
     try:
         with torch.inference_mode():
             tokens, pooled, _ = encode([""])
-            encode(["a " * kept])                       # or a long caption would be the first to find out
+            encode(["a " * kept])  # or a long caption would be the first to find out
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
     except (IndexError, RuntimeError) as error:
-        raise DataError(f"{spec} cannot encode a text of {kept} tokens ({error}); give a smaller --max-tokens") \
-            from error
+        raise DataError(
+            f"{spec} cannot encode a text of {kept} tokens ({error}); give a smaller --max-tokens"
+        ) from error
     return TextEncoder(identity, kept, tokens.shape[-1], pooled.shape[-1], encode, count)
 
 
@@ -110,14 +130,21 @@ def _load_open_clip(source: str) -> Loaded:
         name, weights, quick_gelu = source, None, False
     else:
         name, weights, quick_gelu = open_clip_weights(open_clip, source)
-    with loading(f"open_clip:{source}",
-                 "without a network give the file of the weights: --text-encoder open_clip:MODEL/FILE"):
+    with loading(
+        f"open_clip:{source}",
+        "without a network give the file of the weights: --text-encoder open_clip:MODEL/FILE",
+    ):
         text_cfg = open_clip.get_model_config(name)["text_cfg"]
-        if any(text_cfg.get(key) for key in ("hf_model_name", "hf_tokenizer_name", "embed_cls")) or (
-                text_cfg.get("pool_type", "argmax") != "argmax"):
-            raise DataError(f"open_clip:{name} has another text encoder than CLIP's; try hf:DIR with that encoder")
+        if any(
+            text_cfg.get(key) for key in ("hf_model_name", "hf_tokenizer_name", "embed_cls")
+        ) or (text_cfg.get("pool_type", "argmax") != "argmax"):
+            raise DataError(
+                f"open_clip:{name} has another text encoder than CLIP's; try hf:DIR with that "
+                "encoder"
+            )
         model = open_clip.create_model(
-            name, weights, force_quick_gelu=quick_gelu, weights_only=True, require_pretrained=True)
+            name, weights, force_quick_gelu=quick_gelu, weights_only=True, require_pretrained=True
+        )
         tokenizer = open_clip.get_tokenizer(name)
     del model.visual
     tower = getattr(model, "text", model)
@@ -127,9 +154,15 @@ def _load_open_clip(source: str) -> Loaded:
     def bind(max_tokens: int, device: torch.device) -> Encode:
         def encode(captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
             ids = tokenizer(captions, context_length=max_tokens)
-            ids = F.pad(ids, (0, tower.context_length - max_tokens)).to(device)     # positions are added to all 77
+            ids = F.pad(ids, (0, tower.context_length - max_tokens)).to(
+                device
+            )  # positions are added to all 77
             pooled = model.encode_text(ids)
-            return hidden.pop(), pooled, ids.argmax(dim=1) + 1          # the end token has the highest number
+            return (
+                hidden.pop(),
+                pooled,
+                ids.argmax(dim=1) + 1,
+            )  # the end token has the highest number
 
         return encode
 
@@ -139,31 +172,43 @@ def _load_open_clip(source: str) -> Loaded:
 
     shown = type(model).__name__ if weights is None else name.removesuffix("-quickgelu")
     if any(type(m).__name__ == "QuickGELU" for m in tower.modules()):
-        shown += "-quickgelu"   # part of what the numbers depend on, and not of the weights
+        shown += "-quickgelu"  # part of what the numbers depend on, and not of the weights
     return shown, model, tower.context_length, bind, count
 
 
 def open_clip_weights(open_clip: Any, source: str) -> tuple[str, str, bool]:
-    """MODEL/TAG or MODEL/PATH -> model, tag or file, and whether the tag's weights were trained with QuickGELU."""
+    """MODEL/TAG or MODEL/PATH -> model, tag or file, and whether the tag's weights were trained
+    with QuickGELU."""
     name, _, weights = source.partition("/")
     models = open_clip.list_models()
     if name not in models:
         near = difflib.get_close_matches(name, models, n=3, cutoff=0.3)
-        raise DataError(f"open_clip has no model {name!r}; the nearest are {', '.join(near) or ', '.join(models[:3])}")
+        raise DataError(
+            f"open_clip has no model {name!r}; the nearest are "
+            f"{', '.join(near) or ', '.join(models[:3])}"
+        )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if weights.lower().replace("-", "_") in tags:
         return name, weights, bool(open_clip.get_pretrained_cfg(name, weights).get("quick_gelu"))
     path = Path(weights).expanduser()
     if not weights or not path.exists():
-        raise DataError(f"open_clip:{source}: {weights!r} is neither a tag of {name} ({', '.join(tags)}) nor a path "
-                        f"(a path from the root has two slashes: open_clip:{name}//weights/FILE)")
+        raise DataError(
+            f"open_clip:{source}: {weights!r} is neither a tag of {name} ({', '.join(tags)}) nor a "
+            f"path (a path from the root has two slashes: open_clip:{name}//weights/FILE)"
+        )
     if path.is_dir():
-        files = [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".bin", ".pt", ".pth")]
-        own = [p for p in files if p.name.startswith("open_clip")]      # the hub's folders have transformers' files too
+        files = [
+            p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".bin", ".pt", ".pth")
+        ]
+        own = [
+            p for p in files if p.name.startswith("open_clip")
+        ]  # the hub's folders have transformers' files too
         files = [p for p in own if p.suffix == ".safetensors"] or own or files
         if len(files) != 1:
-            raise DataError(f"{path} has {len(files)} files that may be the weights; "
-                            f"name one: open_clip:{name}/{path}/FILE")
+            raise DataError(
+                f"{path} has {len(files)} files that may be the weights; "
+                f"name one: open_clip:{name}/{path}/FILE"
+            )
         path = files[0]
     return name, str(path), False
 
@@ -175,36 +220,65 @@ def _load_hf(source: str) -> Loaded:
         transformers.utils.logging.disable_progress_bar()
         model, missing = _hf_model(transformers, source)
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            source, padding_side="right", truncation_side="right", trust_remote_code=False)
-        limits = [tokenizer.model_max_length, _positions(model), _sentence_limit(transformers, source)]
+            source, padding_side="right", truncation_side="right", trust_remote_code=False
+        )
+        limits = [
+            tokenizer.model_max_length,
+            _positions(model),
+            _sentence_limit(transformers, source),
+        ]
     if missing:
-        advice = "give the whole CLIP" if missing == ["text_projection.weight"] else "fetch the folder anew"
-        raise DataError(f"hf:{source} lacks {len(missing)} weights of a {type(model).__name__}, the first is "
-                        f"{missing[0]}; {advice}")
+        advice = (
+            "give the whole CLIP"
+            if missing == ["text_projection.weight"]
+            else "fetch the folder anew"
+        )
+        raise DataError(
+            f"hf:{source} lacks {len(missing)} weights of a {type(model).__name__}, the first is "
+            f"{missing[0]}; {advice}"
+        )
     if tokenizer.pad_token is None:
-        raise DataError(f"hf:{source} has no padding token; CLIP, T5 and BERT-like text encoders work")
+        raise DataError(
+            f"hf:{source} has no padding token; CLIP, T5 and BERT-like text encoders work"
+        )
     if len({tuple(tokenizer(words)["input_ids"]) for words in ("a cat", "two dogs")}) == 1:
-        raise DataError(f"hf:{source} has no tokenizer.json or other vocabulary: all words would be one; {remedy}")
+        raise DataError(
+            f"hf:{source} has no tokenizer.json or other vocabulary: all words would be one; "
+            f"{remedy}"
+        )
     clip = isinstance(model, transformers.CLIPTextModelWithProjection)
 
     def bind(max_tokens: int, device: torch.device) -> Encode:
         def encode(captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-            batch = tokenizer(captions, truncation=True, max_length=max_tokens,
-                              padding="max_length" if clip else "longest", return_tensors="pt").to(device)
-            mask = batch["attention_mask"]                                              # (B, T)
+            batch = tokenizer(
+                captions,
+                truncation=True,
+                max_length=max_tokens,
+                padding="max_length" if clip else "longest",
+                return_tensors="pt",
+            ).to(device)
+            mask = batch["attention_mask"]  # (B, T)
             output = model(input_ids=batch["input_ids"], attention_mask=mask)
-            tokens = output.last_hidden_state                                           # (B, T, width)
+            tokens = output.last_hidden_state  # (B, T, width)
             if clip:
                 return tokens, output.text_embeds, mask.sum(dim=1)
             weights = mask[..., None].float()
-            return tokens, (tokens.float() * weights).sum(dim=1) / weights.sum(dim=1), mask.sum(dim=1)
+            return (
+                tokens,
+                (tokens.float() * weights).sum(dim=1) / weights.sum(dim=1),
+                mask.sum(dim=1),
+            )
 
         return encode
 
     def count(captions: list[str], limit: int) -> list[int]:
-        return [len(ids) for ids in tokenizer(captions, truncation=True, max_length=limit)["input_ids"]]
+        return [
+            len(ids) for ids in tokenizer(captions, truncation=True, max_length=limit)["input_ids"]
+        ]
 
-    limit = min((n for n in limits if n and 0 < n < 10**6), default=None)       # "none" is 10^30 in tokenizers
+    limit = min(
+        (n for n in limits if n and 0 < n < 10**6), default=None
+    )  # "none" is 10^30 in tokenizers
     return type(model).__name__, model, limit, bind, count
 
 
@@ -212,29 +286,45 @@ def _hf_model(transformers: Any, source: str) -> tuple[Any, list[str]]:
     """The encoder in float32, and which of its weights are missing."""
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.model_type in ("clip", "clip_text_model"):
-        if config.model_type == "clip":     # both towers; text_config's own projection_dim is wrong in some (laion's)
+        if (
+            config.model_type == "clip"
+        ):  # both towers; text_config's own projection_dim is wrong in some (laion's)
             config.text_config.projection_dim = config.projection_dim
             config = config.text_config
         loader = transformers.CLIPTextModelWithProjection
     elif hasattr(config, "text_config"):
-        raise DataError(f"hf:{source} is a {config.model_type}; CLIP, T5 and BERT-like text encoders work")
+        raise DataError(
+            f"hf:{source} is a {config.model_type}; CLIP, T5 and BERT-like text encoders work"
+        )
     elif type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING:
-        loader = transformers.AutoModelForTextEncoding      # of T5, the encoder only
+        loader = transformers.AutoModelForTextEncoding  # of T5, the encoder only
     else:
         loader = transformers.AutoModel
     model, report = loader.from_pretrained(
-        source, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
+        source,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        trust_remote_code=False,
+    )
     if hasattr(model, "pooler"):
-        model.pooler = None     # not used; some folders lack it, and random weights would give an identity at random
+        model.pooler = None  # not used; some folders lack it, and random weights would give an identity at random
     return model, sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
 
 
 def _positions(model: Any) -> int | None:
     """How many tokens have a position; RoBERTa's kind counts them from behind the padding's."""
     positions: int | None = getattr(model.config, "max_position_embeddings", None)
-    paddings = [module.padding_idx for name, module in model.named_modules()
-                if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding)]
-    return positions - paddings[0] - 1 if positions and paddings and paddings[0] is not None else positions
+    paddings = [
+        module.padding_idx
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding)
+    ]
+    return (
+        positions - paddings[0] - 1
+        if positions and paddings and paddings[0] is not None
+        else positions
+    )
 
 
 def _sentence_limit(transformers: Any, source: str) -> int | None:

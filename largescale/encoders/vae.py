@@ -16,38 +16,47 @@ CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
 @dataclass(frozen=True, slots=True)
 class Vae:
-    identity: str                           # class and hash of the weights, wherever they came from
-    kind: Literal["latents", "moments"]     # moments: mean, then log-variance (AutoencoderKL)
+    identity: str  # class and hash of the weights, wherever they came from
+    kind: Literal["latents", "moments"]  # moments: mean, then log-variance (AutoencoderKL)
     latent_channels: int
-    downsampling: int                       # image side / latent side
-    scale_factor: float                     # x_start = latent * scale_factor
-    shift_factor: float                     # already subtracted from what encode returns
+    downsampling: int  # image side / latent side
+    scale_factor: float  # x_start = latent * scale_factor
+    shift_factor: float  # already subtracted from what encode returns
     device: torch.device
-    dtype: torch.dtype                      # of the computation
+    dtype: torch.dtype  # of the computation
     module: Any = field(repr=False)
 
     def stored_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, H, W) of one encoded image: C is twice latent_channels for moments. Raises DataError."""
+        """(C, H, W) of one encoded image: C is twice latent_channels for moments. Raises
+        DataError."""
         if resolution < 1 or resolution % self.downsampling:
             below = resolution // self.downsampling * self.downsampling
-            raise DataError(f"resolution {resolution} is not a multiple of {self.downsampling}, by which the VAE "
-                            f"scales down; try {max(below, self.downsampling)} or {below + self.downsampling}")
+            raise DataError(
+                f"resolution {resolution} is not a multiple of {self.downsampling}, by which the "
+                f"VAE scales down; try {max(below, self.downsampling)} or "
+                f"{below + self.downsampling}"
+            )
         side = resolution // self.downsampling
         return self.latent_channels * (2 if self.kind == "moments" else 1), side, side
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, R, R) uint8 on any device -> (B, C or 2 C, H, W) float16 on the VAE's. DataError if not finite."""
+        """(B, 3, R, R) uint8 on any device -> (B, C or 2 C, H, W) float16 on the VAE's. DataError
+        if not finite."""
         x = images.to(self.device).float() / 127.5 - 1
-        encoded = self.module.encode(x.to(self.dtype, memory_format=_memory_format(self.device)), return_dict=False)[0]
+        encoded = self.module.encode(
+            x.to(self.dtype, memory_format=_memory_format(self.device)), return_dict=False
+        )[0]
         if self.kind == "moments":
-            encoded = encoded.parameters                                # (B, 2 C, H, W)
+            encoded = encoded.parameters  # (B, 2 C, H, W)
         encoded = encoded.float()
         encoded[:, : self.latent_channels] -= self.shift_factor
         encoded = encoded.half().contiguous()
         if not encoded.isfinite().all():
-            raise DataError(f"this VAE's latents are not finite when computed in {self.dtype} and stored in float16"
-                            + ("" if self.dtype == torch.float32 else "; try float32"))
+            raise DataError(
+                f"this VAE's latents are not finite when computed in {self.dtype} and stored in "
+                "float16" + ("" if self.dtype == torch.float32 else "; try float32")
+            )
         return encoded
 
     @torch.inference_mode()
@@ -58,11 +67,11 @@ class Vae:
         images = self.module.decode(latent, return_dict=False)[0].float()
         return ((images + 1) * 127.5).round().clamp(0, 255).byte().cpu().contiguous()
 
-
     @torch.inference_mode()
     def fit_rgb(self, x_start: Tensor) -> list[list[float]]:
-        """(B, C, H, W) -> (C + 1, 3): least squares from a latent's channels, and 1, to the mean colour, in [-1, 1], of
-        the pixels that it becomes. Pictures without the VAE: `images.linear_rgb`."""
+        """(B, C, H, W) -> (C + 1, 3): least squares from a latent's channels, and 1, to the mean
+        colour, in [-1, 1], of the pixels that it becomes. Pictures without the VAE:
+        `images.linear_rgb`."""
         pictures = torch.cat([self.decode(x) for x in x_start.split(1)])
         colours = F.avg_pool2d(pictures.double() / 127.5 - 1, self.downsampling)
         channels = F.pad(x_start.cpu().double(), (0, 0, 0, 0, 0, 1), value=1.0)
@@ -75,30 +84,46 @@ class Vae:
         return sum(p.numel() * p.element_size() for p in self.module.parameters())
 
     def decoding_bytes(self, side: int) -> int:
-        """About: what decoding one image of so many pixels a side takes beside the weights, in float32. With the VAE of
-        Stable Diffusion at 256 pixels it was 0.43 GB on a CPU."""
+        """About: what decoding one image of so many pixels a side takes beside the weights, in
+        float32. With the VAE of Stable Diffusion at 256 pixels it was 0.43 GB on a CPU."""
         config = self.module.config
-        widths = config.block_out_channels if self.kind == "moments" else config.decoder_block_out_channels
-        return 6 * max(widths[:2]) * side**2 * 4            # feature maps of the full resolution
+        widths = (
+            config.block_out_channels
+            if self.kind == "moments"
+            else config.decoder_block_out_channels
+        )
+        return 6 * max(widths[:2]) * side**2 * 4  # feature maps of the full resolution
 
     def moved(self, device: torch.device) -> "Vae":
         """On that device, and no longer where it was."""
-        return replace(self, device=device, module=self.module.to(device, memory_format=_memory_format(device)))
+        return replace(
+            self, device=device, module=self.module.to(device, memory_format=_memory_format(device))
+        )
 
 
 def load_vae(spec: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Vae:
     """The VAE that `spec` names. Raises DataError.
 
-    spec: a hub name or a folder in diffusers' layout, of the VAE or of a pipeline with a subfolder `vae`; or a folder
-    with one pair NAME_encoder.pth, NAME_decoder.pth of github madebyollin/taesd (taesd, taesdxl, taesd3, taef1, taef2).
+    spec: a hub name or a folder in diffusers' layout, of the VAE or of a pipeline with a subfolder
+    `vae`; or a folder with one pair NAME_encoder.pth, NAME_decoder.pth of github madebyollin/taesd
+    (taesd, taesdxl, taesd3, taef1, taef2).
     """
     folder = Path(spec).expanduser()
-    pairs = sorted({p.name.removesuffix(f"_{part}.pth") for part in ("encoder", "decoder")
-                    for p in folder.glob(f"*_{part}.pth")})
+    pairs = sorted(
+        {
+            p.name.removesuffix(f"_{part}.pth")
+            for part in ("encoder", "decoder")
+            for p in folder.glob(f"*_{part}.pth")
+        }
+    )
     module = _load_taesd(folder, pairs) if pairs else _load_diffusers(spec)
     identity = f"{type(module).__name__} {weights_identity(module)}"
     with silence():  # diffusers would say that none of its modules need to stay in float32
-        module = module.eval().requires_grad_(False).to(device, dtype, memory_format=_memory_format(device))
+        module = (
+            module.eval()
+            .requires_grad_(False)
+            .to(device, dtype, memory_format=_memory_format(device))
+        )
     config = module.config
     moments = type(module).__name__ == "AutoencoderKL"
     blocks = config.block_out_channels if moments else config.encoder_block_out_channels
@@ -111,7 +136,8 @@ def load_vae(spec: str, device: torch.device, dtype: torch.dtype = torch.float32
         shift_factor=config.shift_factor or 0.0,
         device=device,
         dtype=dtype,
-        module=module)
+        module=module,
+    )
 
 
 def _memory_format(device: torch.device) -> torch.memory_format:
@@ -125,28 +151,38 @@ def _load_diffusers(spec: str) -> Any:
     if Path(source).is_dir():
         subfolders = [s for s in subfolders if (Path(source) / s / "config.json").is_file()]
         if not subfolders:
-            raise DataError(f"{spec} has neither config.json and weights as diffusers saves a VAE (also in a subfolder "
-                            "vae), nor NAME_encoder.pth and NAME_decoder.pth as TAESD has them")
+            raise DataError(
+                f"{spec} has neither config.json and weights as diffusers saves a VAE (also in a "
+                "subfolder vae), nor NAME_encoder.pth and NAME_decoder.pth as TAESD has them"
+            )
     diffusers = library("diffusers")
     with loading(spec, remedy):
         diffusers.utils.logging.disable_progress_bar()
         subfolder, class_name = _find_config(diffusers, source, subfolders)
         if class_name not in CLASSES:
-            raise DataError(f"{spec} is of class {class_name}; the VAEs that work are {' and '.join(CLASSES)}")
+            raise DataError(
+                f"{spec} is of class {class_name}; the VAEs that work are {' and '.join(CLASSES)}"
+            )
         module, report = getattr(diffusers, class_name).from_pretrained(
-            source, subfolder=subfolder, torch_dtype=torch.float32, output_loading_info=True)
+            source, subfolder=subfolder, torch_dtype=torch.float32, output_loading_info=True
+        )
     if unfit := [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]:
-        raise DataError(f"the weights in {spec} do not fit its config.json: {len(unfit)} are missing or too many, the "
-                        f"first is {unfit[0]}; fetch both anew")
+        raise DataError(
+            f"the weights in {spec} do not fit its config.json: {len(unfit)} are missing or too "
+            f"many, the first is {unfit[0]}; fetch both anew"
+        )
     return module
 
 
 def _find_config(diffusers: Any, spec: str, subfolders: list[str]) -> tuple[str, str | None]:
-    """The subfolder that holds a VAE, and its class name; a pipeline's own config comes before its `vae`'s."""
+    """The subfolder that holds a VAE, and its class name; a pipeline's own config comes before its
+    `vae`'s."""
     found, failure = None, None
     for subfolder in subfolders:
         try:
-            class_name = diffusers.AutoencoderKL.load_config(spec, subfolder=subfolder).get("_class_name")
+            class_name = diffusers.AutoencoderKL.load_config(spec, subfolder=subfolder).get(
+                "_class_name"
+            )
         except OSError as error:
             failure = failure or error
             continue
@@ -159,14 +195,19 @@ def _find_config(diffusers: Any, spec: str, subfolders: list[str]) -> tuple[str,
 
 
 class _NormedBlock(nn.Module):
-    """A block of AutoencoderTiny after a residual group norm, which TAEF2 has at its lowest resolution."""
+    """A block of AutoencoderTiny after a residual group norm, which TAEF2 has at its lowest
+    resolution."""
 
     def __init__(self, block: Any):
         super().__init__()
         self.conv, self.skip, self.fuse = block.conv, block.skip, block.fuse
         n = block.conv[0].in_channels
         self.pool = nn.Sequential(
-            nn.Conv2d(n, 4 * n, 1, bias=False), nn.GroupNorm(4, 4 * n), nn.ReLU(), nn.Conv2d(4 * n, n, 1, bias=False))
+            nn.Conv2d(n, 4 * n, 1, bias=False),
+            nn.GroupNorm(4, 4 * n),
+            nn.ReLU(),
+            nn.Conv2d(4 * n, n, 1, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.pool(x)
@@ -176,25 +217,39 @@ class _NormedBlock(nn.Module):
 def _load_taesd(folder: Path, pairs: list[str]) -> Any:
     """AutoencoderTiny with the weights of the one pair of files in `folder`."""
     if len(pairs) > 1:
-        raise DataError(f"{folder} holds several of TAESD's family ({', '.join(pairs)}); give a folder with one pair")
+        raise DataError(
+            f"{folder} holds several of TAESD's family ({', '.join(pairs)}); give a folder with one "
+            "pair"
+        )
     encoder, decoder = (folder / f"{pairs[0]}_{part}.pth" for part in ("encoder", "decoder"))
     for path in (encoder, decoder):
         if not path.is_file():
-            raise DataError(f"{path} is missing; encoder and decoder are needed, from github.com/madebyollin/taesd")
+            raise DataError(
+                f"{path} is missing; encoder and decoder are needed, from "
+                "github.com/madebyollin/taesd"
+            )
     diffusers = library("diffusers")
-    with loading(str(folder), "members of TAESD's family that scale down by 8 work, from github.com/madebyollin/taesd"):
+    with loading(
+        str(folder),
+        "members of TAESD's family that scale down by 8 work, from github.com/madebyollin/taesd",
+    ):
         encoder_weights = torch.load(encoder, map_location="cpu", weights_only=True)
         decoder_weights = torch.load(decoder, map_location="cpu", weights_only=True)
         last = max(encoder_weights, key=lambda name: int(name.split(".")[0]))
         module = diffusers.AutoencoderTiny(latent_channels=encoder_weights[last].shape[0])
         _fill(module.encoder.layers, encoder_weights, first=0)
-        _fill(module.decoder.layers, decoder_weights, first=1)      # 0 is a clamp, in diffusers a part of forward()
+        _fill(
+            module.decoder.layers, decoder_weights, first=1
+        )  # 0 is a clamp, in diffusers a part of forward()
     return module
 
 
 def _fill(layers: nn.Sequential, weights: dict[str, Tensor], first: int) -> None:
     """Loads weights whose names count the layers from `first`."""
-    weights = {f"{int(name.split('.')[0]) - first}.{name.split('.', 1)[1]}": tensor for name, tensor in weights.items()}
+    weights = {
+        f"{int(name.split('.')[0]) - first}.{name.split('.', 1)[1]}": tensor
+        for name, tensor in weights.items()
+    }
     for i in {int(name.split(".")[0]) for name in weights if ".pool." in name}:
         layers[i] = _NormedBlock(layers[i])
     layers.load_state_dict(weights)

@@ -1,4 +1,5 @@
-"""The only file that imports deepspeed: a ZeRO-2 engine whose state can be written and read by us, whole."""
+"""The only file that imports deepspeed: a ZeRO-2 engine whose state can be written and read by us,
+whole."""
 
 import enum
 import logging
@@ -32,17 +33,26 @@ _STATE_KINDS = ("exp_avg", "exp_avg_sq", "ema")
 
 
 class Engine:
-    """One optimizer step is `forward`, `backward` and `advance`, each as often as there are accumulation steps."""
+    """One optimizer step is `forward`, `backward` and `advance`, each as often as there are
+    accumulation steps."""
 
-    def __init__(self, model: nn.Module, build_optimizer: Callable[[Any], torch.optim.Optimizer], ds: dict[str, Any]):
+    def __init__(
+        self,
+        model: nn.Module,
+        build_optimizer: Callable[[Any], torch.optim.Optimizer],
+        ds: dict[str, Any],
+    ):
         """`model` in fp32, equal on every rank; `ds` the final DeepSpeed config."""
         deepspeed.utils.logger.setLevel(logging.ERROR)
-        # Built at start with a C++ compiler, 25 s, for collectives between CPU ranks that gloo does as well.
+        # Built at start with a C++ compiler, 25 s, for collectives between CPU ranks that gloo does
+        # as well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # Its first gradient imports Muon, whatever the optimizer, whose kernels load torch's compiler for 2 s.
+        # Its first gradient imports Muon, whatever the optimizer, whose kernels load torch's
+        # compiler for 2 s.
         compiler.compile = lambda: lambda function: function
         if (accelerator := deepspeed.get_accelerator()).device_name() == "cpu":
-            # It asks whether the CPU has instructions for fp16; torch computes without them, which half.py has tried.
+            # It asks whether the CPU has instructions for fp16; torch computes without them, which
+            # half.py has tried.
             accelerator.is_fp16_supported = lambda: True
         initial = {name: p.detach().clone() for name, p in model.named_parameters()}
         trainable = [p for p in model.parameters() if p.requires_grad]
@@ -53,22 +63,35 @@ class Engine:
             never_time_out(self._zero.dp_process_group)
         # A scale that cannot fall any more is the trainer's to report, with the step and the rank.
         self._zero.loss_scaler.raise_error_at_min_scale = False
-        self._unscale, self._zero.unscale_and_clip_grads = self._zero.unscale_and_clip_grads, self._unscale_as_scaled
+        self._unscale, self._zero.unscale_and_clip_grads = (
+            self._zero.unscale_and_clip_grads,
+            self._unscale_as_scaled,
+        )
         self._scale = self.loss_scale  # that this step's loss was multiplied by
-        # The norm tells what is not finite as well: one pass over the gradient and one wait for the device, not two.
-        self._zero.check_overflow, self._zero.scaled_global_norm = lambda **_: None, self._global_norm
+        # The norm tells what is not finite as well: one pass over the gradient and one wait for the
+        # device, not two.
+        self._zero.check_overflow, self._zero.scaled_global_norm = (
+            lambda **_: None,
+            self._global_norm,
+        )
         if self._engine.dp_world_size == 1:
             UnreducedGradient(self._zero, self._master.numel())
         if self._master.device.type == "cpu":
             stage_1_and_2.all_gather_dp_groups = _broadcast_parts
-        self._engine._copy_recovery_script = lambda *_: None  # its zero_to_fp32.py does not know our files
+        self._engine._copy_recovery_script = lambda *_: (
+            None
+        )  # its zero_to_fp32.py does not know our files
         self.module: nn.Module = self._engine.module
         self._rank = int(self._engine.global_rank)
-        # DeepSpeed casts the module first and copies its master weights from that: put back what the cast rounded away.
+        # DeepSpeed casts the module first and copies its master weights from that: put back what
+        # the cast rounded away.
         for name, p in self.module.named_parameters():
             if not p.requires_grad:
                 p.data = initial[name].to(p.device)
-        self._fill(self._master, (initial[n].reshape(-1) for n, p in self.module.named_parameters() if p.requires_grad))
+        self._fill(
+            self._master,
+            (initial[n].reshape(-1) for n, p in self.module.named_parameters() if p.requires_grad),
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return cast(Tensor, self._engine(*args, **kwargs))
@@ -80,25 +103,29 @@ class Engine:
         self._engine.backward(loss)
 
     def _global_norm(self) -> Tensor:
-        """Of the scaled gradient, before clipping, on the host, which DeepSpeed asks whether it is finite; if not, it
-        skips the step. This is where a step waits for the GPU."""
+        """Of the scaled gradient, before clipping, on the host, which DeepSpeed asks whether it is
+        finite; if not, it skips the step. This is where a step waits for the GPU."""
         pieces = self._zero.averaged_gradients[0]
         flat = getattr(pieces, "flat_partition", None)  # None in fp32 on several ranks
-        norms = torch._foreach_norm(pieces if flat is None else [flat], dtype=torch.float32)  # they may be in half
+        norms = torch._foreach_norm(
+            pieces if flat is None else [flat], dtype=torch.float32
+        )  # they may be in half
         square = torch.linalg.vector_norm(torch.stack(norms)).square()
         deepspeed.comm.all_reduce(square, group=self._zero.dp_process_group)
         return square.sqrt().cpu()
 
     def _unscale_as_scaled(self, *args: Any) -> None:
-        """DeepSpeed 0.19.8 has moved the loss scale on when it unscales; where it grew, that halves the gradient."""
+        """DeepSpeed 0.19.8 has moved the loss scale on when it unscales; where it grew, that halves
+        the gradient."""
         scaler = self._zero.loss_scaler
         moved, scaler.cur_scale = scaler.cur_scale, self._scale
         self._unscale(*args)
         scaler.cur_scale = moved
 
     def advance(self) -> bool:
-        """After each `backward`. At the end of an accumulation: True if the optimizer step was applied, False if it was
-        skipped for a gradient that is not finite (in fp16 the loss scale falls with it)."""
+        """After each `backward`. At the end of an accumulation: True if the optimizer step was
+        applied, False if it was skipped for a gradient that is not finite (in fp16 the loss scale
+        falls with it)."""
         self._engine.step()
         return bool(self._engine.was_step_applied())
 
@@ -142,28 +169,40 @@ class Engine:
         return float(self._zero.optimizer.param_groups[0]["lr"])
 
     def ema_partition(self) -> Tensor:
-        """This rank's flat fp32 piece of the EMA; the master weights where no step was applied yet."""
-        return cast(Tensor, self._zero.optimizer.state[self._master].get("ema", self._master.detach()))
+        """This rank's flat fp32 piece of the EMA; the master weights where no step was applied
+        yet."""
+        return cast(
+            Tensor, self._zero.optimizer.state[self._master].get("ema", self._master.detach())
+        )
 
     def weights_checksum(self) -> int:
-        """Of this rank's copy of the weights, in the compute dtype: the same on every rank, or one is broken."""
+        """Of this rank's copy of the weights, in the compute dtype: the same on every rank, or one
+        is broken."""
         integers = {2: torch.int16, 4: torch.int32}
-        sums = [p.detach().view(integers[p.element_size()]).sum(dtype=torch.int64) for p in self.module.parameters()]
+        sums = [
+            p.detach().view(integers[p.element_size()]).sum(dtype=torch.int64)
+            for p in self.module.parameters()
+        ]
         return int(torch.stack(sums).sum())
 
     def save(self, checkpoint: CheckpointDir, client_state: dict[str, Any], writer: Any) -> None:
-        """Collective. Hands every file's content to `writer` (checkpointer.py), which decides when it is on disk."""
+        """Collective. Hands every file's content to `writer` (checkpointer.py), which decides when
+        it is on disk."""
         self._engine.checkpoint_engine = PlainStates(writer)
         self._engine.save_checkpoint(
-            str(checkpoint.path.parent), tag=checkpoint.path.name, save_latest=False,
+            str(checkpoint.path.parent),
+            tag=checkpoint.path.name,
+            save_latest=False,
             client_state={CLIENT_KEY: client_state},
         )
 
     def load(self, checkpoint: CheckpointDir, saved_world_size: int) -> None:
-        """Read this rank's part of a state saved by any number of ranks; hyper-parameters stay as configured.
+        """Read this rank's part of a state saved by any number of ranks; hyper-parameters stay as
+        configured.
 
-        Not collective, and to be followed by `gather_weights`, which is. Not DeepSpeed's own loading: that refuses
-        another number of ranks, unpickles, and brings back the old lr. Raises CheckpointError for a state too short.
+        Not collective, and to be followed by `gather_weights`, which is. Not DeepSpeed's own
+        loading: that refuses another number of ranks, unpickles, and brings back the old lr. Raises
+        CheckpointError for a state too short.
         """
         self._fill(self._master, flat_state(checkpoint, "master", 0, saved_world_size))
         saved = checkpoint.optimizer_state(0)  # what is not sharded is the same on every rank
@@ -185,7 +224,8 @@ class Engine:
 
     @torch.no_grad()
     def _fill(self, partition: Tensor, pieces: Iterable[Tensor]) -> None:
-        """Copy this rank's part of a flat state, given whole in consecutive pieces, into `partition`."""
+        """Copy this rank's part of a flat state, given whole in consecutive pieces, into
+        `partition`."""
         start = self._rank * partition.numel()
         end = min(start + partition.numel(), self.numel)
         partition.zero_()
@@ -196,23 +236,35 @@ class Engine:
                 partition[low - start : high - start].copy_(piece[low - offset : high - offset])
             offset += piece.numel()
         if offset < self.numel:
-            raise CheckpointError(f"the saved state has {offset} of the model's {self.numel} parameters")
+            raise CheckpointError(
+                f"the saved state has {offset} of the model's {self.numel} parameters"
+            )
 
 
-def _broadcast_parts(groups_flat: Any, partitioned_param_groups: list[list[Tensor]], dp_process_group: list[Any],
-                     **_: Any) -> None:
-    """Every rank's part of the weights to all others: over gloo in a quarter of the time of its all-gather."""
+def _broadcast_parts(
+    groups_flat: Any,
+    partitioned_param_groups: list[list[Tensor]],
+    dp_process_group: list[Any],
+    **_: Any,
+) -> None:
+    """Every rank's part of the weights to all others: over gloo in a quarter of the time of its
+    all-gather."""
     for parts, group in zip(partitioned_param_groups, dp_process_group, strict=True):
-        pending = [deepspeed.comm.broadcast(part, rank, group, async_op=True) for rank, part in enumerate(parts)]
+        pending = [
+            deepspeed.comm.broadcast(part, rank, group, async_op=True)
+            for rank, part in enumerate(parts)
+        ]
         for work in filter(None, pending):
             work.wait()
 
 
 class UnreducedGradient:
-    """One rank reduces nothing: its gradients go straight into the flat fp32 buffer that the optimizer reads.
+    """One rank reduces nothing: its gradients go straight into the flat fp32 buffer that the
+    optimizer reads.
 
-    DeepSpeed 0.19.8 would copy them into a bucket, divide them by one, and copy them twice more, through memory that it
-    allocates at every step: 5 % of a step of DiT-S/2 on a CPU in fp32, 12 % in bf16."""
+    DeepSpeed 0.19.8 would copy them into a bucket, divide them by one, and copy them twice more,
+    through memory that it allocates at every step: 5 % of a step of DiT-S/2 on a CPU in fp32, 12 %
+    in bf16."""
 
     def __init__(self, zero: Any, numel: int):
         """`numel`: of the partition, padded at the end."""
@@ -222,7 +274,10 @@ class UnreducedGradient:
         sizes = [p.numel() for p in parameters]
         pieces = self._flat[: sum(sizes)].split(sizes)
         self._pieces = {p: piece.view_as(p) for p, piece in zip(parameters, pieces, strict=True)}
-        zero.process_gradients, zero.independent_gradient_partition_epilogue = self._keep, self._end_of_backward
+        zero.process_gradients, zero.independent_gradient_partition_epilogue = (
+            self._keep,
+            self._end_of_backward,
+        )
 
     def _keep(self, parameter: nn.Parameter, group: int) -> None:
         """Called as soon as its gradient is there."""
@@ -240,7 +295,9 @@ class UnreducedGradient:
             for parameter in self._pieces.keys() - self._written:
                 self._pieces[parameter].zero_()
             self._written.clear()
-            self._zero.averaged_gradients[0] = GradPartitionBufferGroup(list(self._pieces.values()), self._flat)
+            self._zero.averaged_gradients[0] = GradPartitionBufferGroup(
+                list(self._pieces.values()), self._flat
+            )
 
 
 def adam() -> type[torch.optim.Optimizer]:
@@ -252,17 +309,21 @@ def adam() -> type[torch.optim.Optimizer]:
 
 
 def check_ds_config(ds: dict[str, Any]) -> None:
-    """Let DeepSpeed read its settings, before anything is built. Raises ConfigError for what it does not take."""
+    """Let DeepSpeed read its settings, before anything is built. Raises ConfigError for what it
+    does not take."""
     one_each = "train_micro_batch_size_per_gpu"  # which goes with any number of ranks
     batch = {"train_batch_size", one_each, "gradient_accumulation_steps"}
     try:
-        DeepSpeedConfig({key: value for key, value in ds.items() if key not in batch} | {one_each: 1})
+        DeepSpeedConfig(
+            {key: value for key, value in ds.items() if key not in batch} | {one_each: 1}
+        )
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"DeepSpeed does not take these settings: {error}") from error
 
 
 class PlainStates:
-    """Stands before a writer of checkpoints: what DeepSpeed hands it becomes tensors and plain values."""
+    """Stands before a writer of checkpoints: what DeepSpeed hands it becomes tensors and plain
+    values."""
 
     def __init__(self, writer: Any):
         self._writer = writer
@@ -275,13 +336,16 @@ class PlainStates:
 
 
 def plain(value: Any) -> Any:
-    """A copy in host memory, of tensors and plain values only, so that the file loads with weights_only=True."""
+    """A copy in host memory, of tensors and plain values only, so that the file loads with
+    weights_only=True."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {plain(key): plain(item) for key, item in value.items()}
     if isinstance(value, LossScalerBase):
-        return {key: item for key, item in vars(value).items() if isinstance(item, bool | int | float)}
+        return {
+            key: item for key, item in vars(value).items() if isinstance(item, bool | int | float)
+        }
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, torch.Size) or (is_dataclass(value) and not isinstance(value, type)):

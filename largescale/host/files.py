@@ -27,7 +27,8 @@ def sha256(path: Path) -> str:
 
 
 def from_json(text: str | bytes) -> Any:
-    """As json.loads; JSON that is nested too deeply for Python is a ValueError too, like all that cannot be read."""
+    """As json.loads; JSON that is nested too deeply for Python is a ValueError too, like all that
+    cannot be read."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -35,8 +36,8 @@ def from_json(text: str | bytes) -> Any:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can hold it: not half of a surrogate pair, as which JSON can spell half an emoji, and Python bytes
-    of file names and arguments that are not UTF-8."""
+    """Whether UTF-8 can hold it: not half of a surrogate pair, as which JSON can spell half an
+    emoji, and Python bytes of file names and arguments that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -75,8 +76,9 @@ def try_lock(path: Path) -> IO[str] | None:
 
 
 def require_writable(*files: Path, remedy: str) -> None:
-    """Proves, before any work, that files can be written, or made with the folders above them; makes nothing. Raises
-    CheckpointError that says what is in the way and whose it is, StorageError for what may go away."""
+    """Proves, before any work, that files can be written, or made with the folders above them;
+    makes nothing. Raises CheckpointError that says what is in the way and whose it is, StorageError
+    for what may go away."""
     for file in files:
         there = next(path for path in (file, *file.parents) if os.path.lexists(path))
         try:
@@ -86,7 +88,9 @@ def require_writable(*files: Path, remedy: str) -> None:
                 with tempfile.TemporaryFile(dir=there):
                     pass
         except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
-            raise CheckpointError(f"cannot write to {file}: {error.strerror}; {_whose(there)}; {remedy}") from error
+            raise CheckpointError(
+                f"cannot write to {file}: {error.strerror}; {_whose(there)}; {remedy}"
+            ) from error
         except OSError as error:
             raise StorageError(f"cannot write to {file} at present: {error}") from error
 
@@ -102,8 +106,8 @@ def _whose(path: Path) -> str:
 
 
 def located(path: Path, descriptor: int) -> Path:
-    """Where a file or folder lies now that was opened as `path`: it, or one above, may have been renamed meanwhile.
-    `path` where it was deleted, or nobody can tell."""
+    """Where a file or folder lies now that was opened as `path`: it, or one above, may have been
+    renamed meanwhile. `path` where it was deleted, or nobody can tell."""
     held = os.fstat(descriptor)
     with contextlib.suppress(OSError):
         if os.path.samestat(os.stat(path), held):

@@ -1,12 +1,19 @@
-"""A polite stop: TERM, INT, HUP (a terminal that is closed) and what schedulers send before they kill, USR1, USR2 and
-XCPU, ask a program to save and leave, however often they come."""
+"""A polite stop: TERM, INT, HUP (a terminal that is closed) and what schedulers send before they
+kill, USR1, USR2 and XCPU, ask a program to save and leave, however often they come."""
 
 import os
 import signal
 from types import FrameType
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped in good order, start the same command again to go on
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
 
 _requested = False
 _terminals: list[int] = []
@@ -16,7 +23,9 @@ def _request(number: int, frame: FrameType | None) -> None:
     global _requested
     _requested = True
     for descriptor in _terminals:
-        if not os.isatty(descriptor):  # closed: to write there would be an error, in the middle of the last save
+        if not os.isatty(
+            descriptor
+        ):  # closed: to write there would be an error, in the middle of the last save
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, descriptor)
             os.close(nowhere)

@@ -13,7 +13,9 @@ Network = DiT | DDPMpp
 
 def build_model(config: ModelConfig) -> Network:
     """Initialised from torch's global seed."""
-    fields = {key: value for key, value in vars(config).items() if key not in ("architecture", "unet")}
+    fields = {
+        key: value for key, value in vars(config).items() if key not in ("architecture", "unet")
+    }
     if config.architecture == "dit":
         return DiT(**fields)
     common = ("input_size", "in_channels", "num_classes")
@@ -21,12 +23,14 @@ def build_model(config: ModelConfig) -> Network:
 
 
 def flops_per_image(model: Network) -> int:
-    """Floating-point operations of one forward pass per image: two per multiply-add, matrix products only."""
+    """Floating-point operations of one forward pass per image: two per multiply-add, matrix
+    products only."""
     return dit.flops_per_image(model) if isinstance(model, DiT) else unet.flops_per_image(model)
 
 
 def blank_condition(model: ModelConfig, n: int) -> Condition:
-    """Of the right shapes for n images, on torch's default device: for counting, and for models that need none."""
+    """Of the right shapes for n images, on torch's default device: for counting, and for models
+    that need none."""
     zeros = torch.zeros(n, dtype=torch.long)
     if not model.caption_tokens:
         return zeros

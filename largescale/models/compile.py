@@ -1,4 +1,5 @@
-"""torch.compile: where it is used, what it is given, and where what it made is kept for the next start."""
+"""torch.compile: where it is used, what it is given, and where what it made is kept for the next
+start."""
 
 import contextlib
 import hashlib
@@ -22,8 +23,8 @@ What = Literal["off", "blocks", "model"]
 
 
 class Gelu(nn.Module):
-    """GELU's tanh approximation by 1 + tanh z = 2 sigmoid(2 z): the same up to rounding, and on a CPU generated code
-    computes exp several times faster than tanh."""
+    """GELU's tanh approximation by 1 + tanh z = 2 sigmoid(2 z): the same up to rounding, and on a
+    CPU generated code computes exp several times faster than tanh."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
@@ -34,27 +35,42 @@ def has_compiler() -> bool:
     return shutil.which(os.environ.get("CXX") or "g++") is not None
 
 
-def what_to_compile(wanted: Literal["auto", "off", "blocks", "model"], device: str, architecture: str = "dit") -> What:
+def what_to_compile(
+    wanted: Literal["auto", "off", "blocks", "model"], device: str, architecture: str = "dit"
+) -> What:
     """Raises ConfigError where it is wanted and there is no compiler."""
     if wanted == "auto":
-        return ("blocks" if architecture == "dit" else "model") if device == "cuda" and has_compiler() else "off"
+        return (
+            ("blocks" if architecture == "dit" else "model")
+            if device == "cuda" and has_compiler()
+            else "off"
+        )
     if wanted != "off" and not has_compiler():
-        raise ConfigError(f"compiling needs a C++ compiler, and $CXX, by default g++, is not found on PATH; install "
-                          f"it, or train without it: --train.compile off (now {wanted})")
+        raise ConfigError(
+            "compiling needs a C++ compiler, and $CXX, by default g++, is not found on PATH; "
+            f"install it, or train without it: --train.compile off (now {wanted})"
+        )
     return wanted
 
 
 def use_private_cache(env: MutableMapping[str, str] = os.environ) -> None:
-    """Have torch.compile and Triton cache in a folder that this user alone can write, unless `env` names one.
+    """Have torch.compile and Triton cache in a folder that this user alone can write, unless `env`
+    names one.
 
-    What lies in such a cache is run. torch's own default, /tmp/torchinductor_USER, can be made by anybody before us. A
-    folder for each kind of CPU: a home directory is shared by machines, and code is generated for the one it runs on.
+    What lies in such a cache is run. torch's own default, /tmp/torchinductor_USER, can be made by
+    anybody before us. A folder for each kind of CPU: a home directory is shared by machines, and
+    code is generated for the one it runs on.
     """
-    usual = Path(tempfile.gettempdir()) / "torchinductor_"  # set by torch itself, when parts of it are imported
+    usual = (
+        Path(tempfile.gettempdir()) / "torchinductor_"
+    )  # set by torch itself, when parts of it are imported
     if not env.get("TORCHINDUCTOR_CACHE_DIR", str(usual)).startswith(str(usual)):
         return
     cache = env.get("XDG_CACHE_HOME") or os.path.join(env.get("HOME", "/"), ".cache")
-    for folder in (Path(cache) / "largescale", Path(tempfile.gettempdir()) / f"largescale_{os.getuid()}"):
+    for folder in (
+        Path(cache) / "largescale",
+        Path(tempfile.gettempdir()) / f"largescale_{os.getuid()}",
+    ):
         if _is_private(folder):
             break
     else:
@@ -77,7 +93,9 @@ def _cpu_kind() -> str:
     """A short name that machines with the same instruction set share."""
     kind = os.uname().machine
     with contextlib.suppress(OSError):
-        kind += "".join(re.findall(r"(?m)^(?:flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text())[:1])
+        kind += "".join(
+            re.findall(r"(?m)^(?:flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text())[:1]
+        )
     return hashlib.sha256(kind.encode()).hexdigest()[:12]
 
 
@@ -100,7 +118,11 @@ class Compiled:
 
     def eager(self) -> contextlib.AbstractContextManager[None]:
         """Here nothing runs compiled: other shapes, once in a while, are not worth compiling."""
-        return contextlib.nullcontext() if self.what == "off" else torch.compiler.set_stance("force_eager")
+        return (
+            contextlib.nullcontext()
+            if self.what == "off"
+            else torch.compiler.set_stance("force_eager")
+        )
 
 
 def failure(error: BaseException) -> str | None:

@@ -1,9 +1,10 @@
-"""DiT, Peebles and Xie, arXiv:2212.09748, with the parameter names of its released checkpoints. With captions, each
-block also attends to their tokens, as in PixArt-alpha, arXiv:2310.00426.
+"""DiT, Peebles and Xie, arXiv:2212.09748, with the parameter names of its released checkpoints.
+With captions, each block also attends to their tokens, as in PixArt-alpha, arXiv:2310.00426.
 
-In half precision the large matrix products run in the weights' type. The residual stream, layer norms, modulation, the
-embeddings and the last projection stay float32; where the weights are float32 every cast here does nothing. Parts
-whose weights are float32 among those in half precision (`inference.prepare`) compute in float32.
+In half precision the large matrix products run in the weights' type. The residual stream, layer
+norms, modulation, the embeddings and the last projection stay float32; where the weights are
+float32 every cast here does nothing. Parts whose weights are float32 among those in half precision
+(`inference.prepare`) compute in float32.
 """
 
 from collections import OrderedDict
@@ -20,7 +21,8 @@ from largescale.models.embedders import CaptionEmbedder, LabelEmbedder, LinearFp
 
 
 def sincos_position(hidden_size: int, grid: int) -> Tensor:
-    """(1, grid ** 2, hidden_size) float32: half of the channels for the column, half for the row."""
+    """(1, grid ** 2, hidden_size) float32: half of the channels for the column, half for the
+    row."""
     quarter = hidden_size // 4
     position = torch.arange(grid, dtype=torch.float64)
     angles = position[:, None] / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
@@ -39,7 +41,8 @@ def adaln(hidden_size: int, chunks: int) -> nn.Sequential:
 
 
 class PatchEmbed(nn.Module):
-    """The strided convolution of ViT as one matrix product; `proj` holds its weights in the convolution's shape."""
+    """The strided convolution of ViT as one matrix product; `proj` holds its weights in the
+    convolution's shape."""
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
         super().__init__()
@@ -99,8 +102,8 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer block with adaLN-Zero: x (N, T, D) float32, c (N, D) in the weights' type -> (N, T, D) float32.
-    With `captions`: tokens (N, L, D) in the weights' type and their mask."""
+    """Transformer block with adaLN-Zero: x (N, T, D) float32, c (N, D) in the weights' type -> (N,
+    T, D) float32. With `captions`: tokens (N, L, D) in the weights' type and their mask."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, captions: bool):
         super().__init__()
@@ -132,8 +135,9 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Predicts what its objective asks for, as the noise in x_t, and with `learn_sigma` where its variance lies, from t
-    and the condition y: captions with `caption_tokens`, labels with `num_classes`, nothing with neither."""
+    """Predicts what its objective asks for, as the noise in x_t, and with `learn_sigma` where its
+    variance lies, from t and the condition y: captions with `caption_tokens`, labels with
+    `num_classes`, nothing with neither."""
 
     checkpoint_blocks: bool = False
     """Keep each block's input only, and compute the block again in the backward pass."""
@@ -143,20 +147,23 @@ class DiT(nn.Module):
                  class_dropout_prob: float = 0.1, learn_sigma: bool = True, caption_tokens: int = 0,
                  caption_width: int = 768, caption_pooled_width: int = 768,
                  null_caption: Literal["encoded", "learned"] = "encoded"):
-        """`input_size`: height and width of the (latent) image. `caption_*`: L and the widths of `Captions`.
-        Weights are drawn from torch's global generator."""
+        """`input_size`: height and width of the (latent) image. `caption_*`: L and the widths of
+        `Captions`. Weights are drawn from torch's global generator."""
         super().__init__()
         if input_size % patch_size:
-            raise ConfigError(f"input_size={input_size} is not a multiple of patch_size={patch_size}; "
-                              f"try input_size {max(input_size // patch_size, 1) * patch_size}")
+            raise ConfigError(f"input_size={input_size} is not a multiple of "
+                              f"patch_size={patch_size}; try input_size "
+                              f"{max(input_size // patch_size, 1) * patch_size}")
         if hidden_size % num_heads or hidden_size % 4:
-            raise ConfigError(f"hidden_size={hidden_size} is not a multiple of num_heads={num_heads} and of 4 (the "
-                              "position embedding); try 64 channels a head")
+            raise ConfigError(f"hidden_size={hidden_size} is not a multiple of "
+                              f"num_heads={num_heads} and of 4 (the position embedding); try 64 "
+                              "channels a head")
         if not 0 <= class_dropout_prob < 1:
-            raise ConfigError(f"class_dropout_prob={class_dropout_prob} is not in [0, 1); DiT uses 0.1")
+            raise ConfigError(f"class_dropout_prob={class_dropout_prob} is not in [0, 1); DiT uses "
+                              "0.1")
         if num_classes and caption_tokens:
-            raise ConfigError(f"num_classes={num_classes} and caption_tokens={caption_tokens} exclude each other; "
-                              "set one of them to 0")
+            raise ConfigError(f"num_classes={num_classes} and caption_tokens={caption_tokens} "
+                              "exclude each other; set one of them to 0")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.hidden_size, self.mlp_ratio, self.num_classes = hidden_size, mlp_ratio, num_classes
         self.learn_sigma, self.out_channels = learn_sigma, in_channels * (2 if learn_sigma else 1)
@@ -194,10 +201,12 @@ class DiT(nn.Module):
         return next(self.blocks.parameters()).dtype
 
     def forward(self, x: Tensor, t: Tensor, y: Condition) -> Tensor:
-        """x (N, C, H, W) of any float type, t (N,) of any type, y for N images -> (N, C or 2C, H, W) float32."""
+        """x (N, C, H, W) of any float type, t (N,) of any type, y for N images -> (N, C or 2C, H,
+        W) float32."""
         if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
-            raise ConfigError(f"this model takes (N, {self.in_channels}, {self.input_size}, {self.input_size}), got "
-                              f"{tuple(x.shape)}; set input_size and in_channels to the data's")
+            raise ConfigError(f"this model takes (N, {self.in_channels}, {self.input_size}, "
+                              f"{self.input_size}), got {tuple(x.shape)}; set input_size and "
+                              "in_channels to the data's")
         x = self.x_embedder(x) + self.pos_embed.float()                  # (N, T, D), T = (H / patch_size) ** 2
         c, captions = self.t_embedder(t), None                           # (N, D)
         if isinstance(self.y_embedder, CaptionEmbedder):
@@ -217,7 +226,8 @@ class DiT(nn.Module):
 
 
 def flops_per_image(model: DiT) -> int:
-    """Floating-point operations of one forward pass per image: two per multiply-add, matrix products only."""
+    """Floating-point operations of one forward pass per image: two per multiply-add, matrix
+    products only."""
     tokens, d, depth = model.grid**2, model.hidden_size, len(model.blocks)
     patch = model.patch_size**2
     per_token = d * patch * (model.in_channels + model.out_channels)

@@ -16,28 +16,38 @@ _SUPPORTED = {"bf16": "_is_mkldnn_bf16_supported", "fp16": "_is_mkldnn_fp16_supp
 
 
 def has_instructions(precision: Precision) -> bool:
-    """Whether this CPU multiplies matrices in `precision` itself. Where it does not, torch still does, slower
-    than in fp32: a step of `digits` in fp16 took 650 ms with AVX512-BF16 and 38 with AVX512-FP16 (torch 2.15)."""
+    """Whether this CPU multiplies matrices in `precision` itself. Where it does not, torch still
+    does, slower than in fp32: a step of `digits` in fp16 took 650 ms with AVX512-BF16 and 38 with
+    AVX512-FP16 (torch 2.15)."""
     if precision == "fp32":
         return True
-    return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, _SUPPORTED[precision])())
+    return torch.backends.mkldnn.is_available() and bool(
+        getattr(torch.ops.mkldnn, _SUPPORTED[precision])()
+    )
 
 
 @functools.cache  # said once
 def check_on_cpu(precision: Precision, option: str) -> None:
-    """Say, on rank 0, that `precision` is slow on this CPU, where it is. `option`: what sets another one, with {} for
-    its name. Raises ConfigError where torch does not compute in it at all."""
+    """Say, on rank 0, that `precision` is slow on this CPU, where it is. `option`: what sets
+    another one, with {} for its name. Raises ConfigError where torch does not compute in it at
+    all."""
     if has_instructions(precision):
         return
     try:
         _compute(DTYPES[precision])
     except RuntimeError as error:
         why, remedy = str(error).partition("\n")[0], option.format("fp32")
-        raise ConfigError(f"torch does not compute in {precision} on this CPU ({why}); set {remedy}") from error
+        raise ConfigError(
+            f"torch does not compute in {precision} on this CPU ({why}); set {remedy}"
+        ) from error
     faster: Precision = "bf16" if has_instructions("bf16") else "fp32"
     if env_rank() == 0:
-        print(f"{precision} is slow on this CPU, which has no instructions for it: {faster} is faster, set "
-              f"{option.format(faster)}", file=sys.stderr, flush=True)
+        print(
+            f"{precision} is slow on this CPU, which has no instructions for it: {faster} is "
+            f"faster, set {option.format(faster)}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _compute(dtype: torch.dtype) -> None:

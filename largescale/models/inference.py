@@ -1,4 +1,5 @@
-"""A network made ready to sample from. Nothing global is set, and the model that is given stays as it is."""
+"""A network made ready to sample from. Nothing global is set, and the model that is given stays as
+it is."""
 
 import copy
 
@@ -17,29 +18,36 @@ CPU_ROWS = 8  # images that the model sees at once on a CPU, where larger activa
 
 
 class Packed(nn.Module):
-    """A linear layer, and the GELU after it, as the operation of oneDNN that torch.compile uses, with the weights in
-    its order. Eager, the bias is copied into place before, and GELU reads and writes everything again."""
+    """A linear layer, and the GELU after it, as the operation of oneDNN that torch.compile uses,
+    with the weights in its order. Eager, the bias is copied into place before, and GELU reads and
+    writes everything again."""
 
     def __init__(self, linear: nn.Linear, gelu: bool):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), CPU_ROWS * 256)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(
+            linear.weight.detach(), CPU_ROWS * 256
+        )
         self.bias, self.gelu = linear.bias, gelu
 
     def forward(self, x: Tensor) -> Tensor:
         after, kind = ("gelu", "tanh") if self.gelu else ("none", "")
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, after, [], kind)
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self.weight, self.bias, after, [], kind
+        )
         return output
 
 
 class Linear(nn.Linear):
-    """Adds the bias in an operation of its own, which a compiler fuses with the next; addmm copies it into place."""
+    """Adds the bias in an operation of its own, which a compiler fuses with the next; addmm copies
+    it into place."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.t() + self.bias
 
 
 class Prepared(nn.Module):
-    """(x, t, y) -> output as DiT's, from `run` in parts of `rows` images. `pad`: also the last part is of that size."""
+    """(x, t, y) -> output as DiT's, from `run` in parts of `rows` images. `pad`: also the last part
+    is of that size."""
 
     def __init__(self, run: nn.Module, rows: int | None, pad: bool):
         super().__init__()
@@ -53,8 +61,10 @@ class Prepared(nn.Module):
         # Copies: tensors made inside and outside inference mode would have a graph each.
         x, t, y = x[index], t[index], select(y, index)
         try:
-            parts = [self.run(x[i : i + rows], t[i : i + rows], select(y, slice(i, i + rows)))
-                     for i in range(0, len(x), rows)]
+            parts = [
+                self.run(x[i : i + rows], t[i : i + rows], select(y, slice(i, i + rows)))
+                for i in range(0, len(x), rows)
+            ]
         except RuntimeError as error:
             if not (why := failure(error)):
                 raise
@@ -62,21 +72,29 @@ class Prepared(nn.Module):
         return torch.cat(parts)[:n]
 
 
-def prepare(model: Network, *, device: torch.device, precision: Precision, compile: bool) -> Prepared:
-    """A copy of `model` in eval mode on `device`: (x, t, y) -> (N, C or 2C, H, W) float32, without gradients.
+def prepare(
+    model: Network, *, device: torch.device, precision: Precision, compile: bool
+) -> Prepared:
+    """A copy of `model` in eval mode on `device`: (x, t, y) -> (N, C or 2C, H, W) float32, without
+    gradients.
 
-    In half precision only the weights of the large matrix products, and of a U-Net's blocks, are cast: the embeddings,
-    the patches, the null caption and the last projection stay float32. Compiled, the first call takes up to a minute
-    (`compile_pays`), on a GPU that of each new batch size; `use_private_cache` keeps it for the next process. Raises
-    ConfigError where there is no C++ compiler.
+    In half precision only the weights of the large matrix products, and of a U-Net's blocks, are
+    cast: the embeddings, the patches, the null caption and the last projection stay float32.
+    Compiled, the first call takes up to a minute (`compile_pays`), on a GPU that of each new batch
+    size; `use_private_cache` keeps it for the next process. Raises ConfigError where there is no
+    C++ compiler.
     """
     if compile and not has_compiler():
-        raise ConfigError("compiling needs a C++ compiler, and $CXX, by default g++, is not found on PATH; "
-                          "install it, or sample without it: --compile off")
+        raise ConfigError(
+            "compiling needs a C++ compiler, and $CXX, by default g++, is not found on PATH; "
+            "install it, or sample without it: --compile off"
+        )
     model = copy.deepcopy(model).eval().requires_grad_(False).to(device)
     in_blocks = {module for block in model.blocks for module in block.modules()}
     for module in model.modules():
-        if type(module) is nn.Linear or (isinstance(module, nn.Conv2d) and module in in_blocks):  # not LinearFp32
+        if type(module) is nn.Linear or (
+            isinstance(module, nn.Conv2d) and module in in_blocks
+        ):  # not LinearFp32
             module.to(DTYPES[precision])
     on_cpu = device.type == "cpu"
     if on_cpu and isinstance(model, DiT):
@@ -114,11 +132,15 @@ def packs(precision: Precision) -> bool:
     return there and has_instructions(precision)
 
 
-def compile_pays(model: Network, *, device: torch.device, precision: Precision, evaluations: int) -> bool:
-    """Whether compiling saves more time than it takes. `evaluations`: images that this process shows to the model in
-    all, which is images times evaluations of the sampler, twice that while guided.
+def compile_pays(
+    model: Network, *, device: torch.device, precision: Precision, evaluations: int
+) -> bool:
+    """Whether compiling saves more time than it takes. `evaluations`: images that this process
+    shows to the model in all, which is images times evaluations of the sampler, twice that while
+    guided.
 
-    CPU: as measured, docs/benchmarks.md. CUDA: assumed, not measured: 150 TFLOP/s before, a third of the time saved.
+    CPU: as measured, docs/benchmarks.md. CUDA: assumed, not measured: 150 TFLOP/s before, a third
+    of the time saved.
     """
     flops = evaluations * flops_per_image(model)
     if not has_compiler():
@@ -127,5 +149,7 @@ def compile_pays(model: Network, *, device: torch.device, precision: Precision, 
         return False  # oneDNN's convolutions are what they are
     if device.type == "cuda":
         return flops / 150e12 / 3 > 30 + 2 * len(model.blocks)
-    flops_per_s, saved = (145e9, 0.03) if precision == "fp32" else (500e9, 0.17)  # a thread's, eager
+    flops_per_s, saved = (
+        (145e9, 0.03) if precision == "fp32" else (500e9, 0.17)
+    )  # a thread's, eager
     return flops / (flops_per_s * torch.get_num_threads()) * saved > 20 + 0.7 * len(model.blocks)

@@ -1,9 +1,10 @@
-"""DDPM++, the U-Net of Song et al., arXiv:2011.13456, as Karras et al. train it, arXiv:2206.00364 (EDM), with the
-parameter names of EDM's released networks below their prefix `model.` (`from_edm`).
+"""DDPM++, the U-Net of Song et al., arXiv:2011.13456, as Karras et al. train it, arXiv:2206.00364
+(EDM), with the parameter names of EDM's released networks below their prefix `model.` (`from_edm`).
 
-In half precision the blocks run in the weights' type, but for the softmax of their attention. The embeddings, the first
-convolution, which must not round away the little noise of a small sigma, and the last norm and convolution compute in
-float32; where the weights are float32 every cast here does nothing.
+In half precision the blocks run in the weights' type, but for the softmax of their attention. The
+embeddings, the first convolution, which must not round away the little noise of a small sigma, and
+the last norm and convolution compute in float32; where the weights are float32 every cast here does
+nothing.
 """
 
 import math
@@ -23,7 +24,8 @@ HALF_POWER = math.sqrt(0.5)  # of a sum of two branches: the variance stays
 
 
 def positional_embedding(c_noise: Tensor, dim: int) -> Tensor:
-    """(N,) -> (N, dim) float32: sines, then cosines, at wavelengths from 2 pi to 20000 pi, both included."""
+    """(N,) -> (N, dim) float32: sines, then cosines, at wavelengths from 2 pi to 20000 pi, both
+    included."""
     exponents = torch.arange(dim // 2, dtype=torch.float32, device=c_noise.device) / (dim // 2 - 1)
     angles = c_noise.float()[:, None] * (1 / 10000) ** exponents
     return torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -36,7 +38,9 @@ class Conv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return self._conv_forward(
+            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        )
 
 
 class GroupNorm(nn.GroupNorm):
@@ -45,21 +49,34 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, channels: int):
         groups = min(32, channels // 4)
         if groups == 0 or channels % groups:
-            raise ConfigError(f"a group norm of {channels} channels cannot have {max(groups, 1)} groups of equal size, "
-                              "4 channels or more; choose model_channels a multiple of 32, or of 4 with fewer than 128 "
-                              "channels everywhere")
+            raise ConfigError(
+                f"a group norm of {channels} channels cannot have {max(groups, 1)} groups of equal "
+                "size, 4 channels or more; choose model_channels a multiple of 32, or of 4 with "
+                "fewer than 128 channels everywhere"
+            )
         super().__init__(groups, channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return F.group_norm(
+            x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
+        )
 
 
 class UNetBlock(nn.Module):
-    """x (N, C, H, W) and emb (N, E) float32 -> (N, out_channels, H', W') in x's type, H' = H, H / 2 or 2 H. In the
-    decoder x is joined with `encoded`, (N, in_channels - C, H, W). Dropout draws from torch's global generator."""
+    """x (N, C, H, W) and emb (N, E) float32 -> (N, out_channels, H', W') in x's type, H' = H, H / 2
+    or 2 H. In the decoder x is joined with `encoded`, (N, in_channels - C, H, W). Dropout draws
+    from torch's global generator."""
 
-    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, dropout: float, *,
-                 attention: bool = False, resample: Literal["up", "down"] | None = None):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        dropout: float,
+        *,
+        attention: bool = False,
+        resample: Literal["up", "down"] | None = None,
+    ):
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.dropout, self.attention, self.resample = dropout, attention, resample
@@ -68,7 +85,11 @@ class UNetBlock(nn.Module):
         self.affine = LinearFp32(emb_channels, out_channels)
         self.norm1 = GroupNorm(out_channels)
         self.conv1 = Conv2d(out_channels, out_channels, 3)
-        self.skip = Conv2d(in_channels, out_channels, 1) if resample or in_channels != out_channels else None
+        self.skip = (
+            Conv2d(in_channels, out_channels, 1)
+            if resample or in_channels != out_channels
+            else None
+        )
         if attention:
             self.norm2 = GroupNorm(out_channels)
             self.qkv = Conv2d(out_channels, 3 * out_channels, 1)
@@ -92,10 +113,13 @@ class UNetBlock(nn.Module):
         return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
 
     def _attend(self, qkv: Tensor) -> Tensor:
-        """One head over all channels: (N, 3 C, H, W), q, k and v of a channel side by side, -> (N, C, H, W)."""
+        """One head over all channels: (N, 3 C, H, W), q, k and v of a channel side by side, -> (N,
+        C, H, W)."""
         n, _, height, width = qkv.shape
-        qkv = qkv.reshape(n, 1, -1, 3, height * width).permute(3, 0, 1, 4, 2)      # (3, N, 1, T, C), T = H * W
-        q, k, v = qkv.contiguous()                                       # fused kernels want the channels dense
+        qkv = qkv.reshape(n, 1, -1, 3, height * width).permute(
+            3, 0, 1, 4, 2
+        )  # (3, N, 1, T, C), T = H * W
+        q, k, v = qkv.contiguous()  # fused kernels want the channels dense
         return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, -1, height, width)
 
 
@@ -107,26 +131,45 @@ class DDPMpp(nn.Module):
     learn_sigma = False
     y_embedder = None
 
-    def __init__(self, *, input_size: int, in_channels: int, num_classes: int, model_channels: int = 128,
-                 channel_mult: tuple[int, ...] = (2, 2, 2), num_blocks: int = 4,
-                 attn_resolutions: tuple[int, ...] = (16,), dropout: float = 0.13, augment_dim: int = 0):
-        """`input_size`: height and width of the image. `num_classes` and `augment_dim`: 0 for none. Dropping labels is
-        the caller's, who passes the null label `num_classes`. Weights are drawn from torch's global generator."""
+    def __init__(
+        self,
+        *,
+        input_size: int,
+        in_channels: int,
+        num_classes: int,
+        model_channels: int = 128,
+        channel_mult: tuple[int, ...] = (2, 2, 2),
+        num_blocks: int = 4,
+        attn_resolutions: tuple[int, ...] = (16,),
+        dropout: float = 0.13,
+        augment_dim: int = 0,
+    ):
+        """`input_size`: height and width of the image. `num_classes` and `augment_dim`: 0 for none.
+        Dropping labels is the caller's, who passes the null label `num_classes`. Weights are drawn
+        from torch's global generator."""
         super().__init__()
-        resolutions = check_sizes(input_size, model_channels, channel_mult, num_blocks, attn_resolutions)
+        resolutions = check_sizes(
+            input_size, model_channels, channel_mult, num_blocks, attn_resolutions
+        )
         check_ranges(num_classes, augment_dim, dropout)
         self.input_size, self.in_channels, self.out_channels = input_size, in_channels, in_channels
-        self.num_classes, self.model_channels, self.augment_dim = num_classes, model_channels, augment_dim
+        self.num_classes, self.model_channels, self.augment_dim = (
+            num_classes,
+            model_channels,
+            augment_dim,
+        )
 
         emb = 4 * model_channels
         self.map_label = LinearFp32(num_classes, model_channels) if num_classes else None
-        self.map_augment = nn.Linear(augment_dim, model_channels, bias=False) if augment_dim else None
+        self.map_augment = (
+            nn.Linear(augment_dim, model_channels, bias=False) if augment_dim else None
+        )
         self.map_layer0 = LinearFp32(model_channels, emb)
         self.map_layer1 = LinearFp32(emb, emb)
 
         size, width = f"{input_size}x{input_size}", model_channels
         self.enc = nn.ModuleDict({f"{size}_conv": Conv2d(in_channels, width, 3)})
-        widths = [width]                                                 # of what the decoder takes from the encoder
+        widths = [width]  # of what the decoder takes from the encoder
         for resolution, mult in zip(resolutions, channel_mult, strict=True):
             size, attention = f"{resolution}x{resolution}", resolution in attn_resolutions
             if resolution != input_size:
@@ -134,14 +177,17 @@ class DDPMpp(nn.Module):
                 widths.append(width)
             for i in range(num_blocks):
                 self.enc[f"{size}_block{i}"] = UNetBlock(
-                    width, mult * model_channels, emb, dropout, attention=attention)
+                    width, mult * model_channels, emb, dropout, attention=attention
+                )
                 width = mult * model_channels
                 widths.append(width)
 
-        self.dec = nn.ModuleDict({
-            f"{size}_in0": UNetBlock(width, width, emb, dropout, attention=True),
-            f"{size}_in1": UNetBlock(width, width, emb, dropout),
-        })
+        self.dec = nn.ModuleDict(
+            {
+                f"{size}_in0": UNetBlock(width, width, emb, dropout, attention=True),
+                f"{size}_in1": UNetBlock(width, width, emb, dropout),
+            }
+        )
         for resolution, mult in reversed(list(zip(resolutions, channel_mult, strict=True))):
             size = f"{resolution}x{resolution}"
             if resolution != resolutions[-1]:
@@ -149,19 +195,23 @@ class DDPMpp(nn.Module):
             for i in range(num_blocks + 1):
                 attention = i == num_blocks and resolution in attn_resolutions
                 self.dec[f"{size}_block{i}"] = UNetBlock(
-                    width + widths.pop(), mult * model_channels, emb, dropout, attention=attention)
+                    width + widths.pop(), mult * model_channels, emb, dropout, attention=attention
+                )
                 width = mult * model_channels
         self.dec[f"{size}_aux_norm"] = GroupNorm(width)
         self.dec[f"{size}_aux_conv"] = Conv2d(width, self.out_channels, 3)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """As in EDM: xavier_uniform, with a block's last convolution, its attention and the output close to 0."""
+        """As in EDM: xavier_uniform, with a block's last convolution, its attention and the output
+        close to 0."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 last = name.rpartition(".")[2]
                 small = last in ("conv1", "proj") or last.endswith("aux_conv")
-                nn.init.xavier_uniform_(module.weight, gain=1e-5 if small else math.sqrt(0.2) if last == "qkv" else 1.0)
+                nn.init.xavier_uniform_(
+                    module.weight, gain=1e-5 if small else math.sqrt(0.2) if last == "qkv" else 1.0
+                )
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
@@ -175,13 +225,18 @@ class DDPMpp(nn.Module):
         """Of the blocks' convolutions."""
         return next(p for p in self.dec.parameters() if p.ndim == 4).dtype
 
-    def forward(self, x: Tensor, t: Tensor, y: Condition, augment_labels: Tensor | None = None) -> Tensor:
-        """x (N, C, H, W) of any float type; t (N,), EDM's c_noise = ln(sigma) / 4; y (N,) int64, ignored without
-        classes; augment_labels (N, augment_dim), None for images as they are -> (N, C, H, W) float32."""
+    def forward(
+        self, x: Tensor, t: Tensor, y: Condition, augment_labels: Tensor | None = None
+    ) -> Tensor:
+        """x (N, C, H, W) of any float type; t (N,), EDM's c_noise = ln(sigma) / 4; y (N,) int64,
+        ignored without classes; augment_labels (N, augment_dim), None for images as they are -> (N,
+        C, H, W) float32."""
         if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
-            raise ConfigError(f"this model takes (N, {self.in_channels}, {self.input_size}, {self.input_size}), got "
-                              f"{tuple(x.shape)}; set input_size and in_channels to the data's")
-        emb = self.embedding(t, y, augment_labels)                       # (N, 4 * model_channels)
+            raise ConfigError(
+                f"this model takes (N, {self.in_channels}, {self.input_size}, {self.input_size}), "
+                f"got {tuple(x.shape)}; set input_size and in_channels to the data's"
+            )
+        emb = self.embedding(t, y, augment_labels)  # (N, 4 * model_channels)
         first, *encoder = self.enc.values()
         *decoder, last_norm, last_conv = self.dec.values()
         x = first(x.float()).to(self.compute_type)
@@ -195,45 +250,63 @@ class DDPMpp(nn.Module):
         return last_conv(F.silu(last_norm(x.float())))
 
     def embedding(self, t: Tensor, y: Condition, augment_labels: Tensor | None) -> Tensor:
-        """(N, 4 * model_channels) float32. The null label is the zero vector where others are one-hot."""
+        """(N, 4 * model_channels) float32. The null label is the zero vector where others are
+        one-hot."""
         if isinstance(y, Captions):
-            raise ConfigError("this model takes labels and was given captions; choose data with labels, or "
-                              "architecture=dit")
+            raise ConfigError(
+                "this model takes labels and was given captions; choose data with labels, or "
+                "architecture=dit"
+            )
         emb = positional_embedding(t, self.model_channels)
         if self.map_label is not None:
-            one_hot = F.embedding(y, torch.eye(self.num_classes + 1, self.num_classes, device=y.device))
-            emb = emb + self.map_label(one_hot * math.sqrt(self.num_classes))    # (N, num_classes)
+            one_hot = F.embedding(
+                y, torch.eye(self.num_classes + 1, self.num_classes, device=y.device)
+            )
+            emb = emb + self.map_label(one_hot * math.sqrt(self.num_classes))  # (N, num_classes)
         if augment_labels is not None:
             if self.map_augment is None or augment_labels.shape != (len(t), self.augment_dim):
-                raise ConfigError(f"this model takes augment labels ({len(t)}, {self.augment_dim}), got "
-                                  f"{tuple(augment_labels.shape)}; set augment_dim to their number, or pass None")
+                raise ConfigError(
+                    f"this model takes augment labels ({len(t)}, {self.augment_dim}), got "
+                    f"{tuple(augment_labels.shape)}; set augment_dim to their number, or pass None"
+                )
             emb = emb + F.linear(augment_labels.float(), self.map_augment.weight.float())
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
     def _run(self, block: nn.Module, x: Tensor, emb: Tensor, encoded: Tensor | None) -> Tensor:
-        if self.checkpoint_blocks and torch.is_grad_enabled():           # again with the same dropout
+        if self.checkpoint_blocks and torch.is_grad_enabled():  # again with the same dropout
             return checkpoint(block, x, emb, encoded, use_reentrant=False, preserve_rng_state=True)
         return block(x, emb, encoded)
 
 
-def check_sizes(input_size: int, model_channels: int, channel_mult: tuple[int, ...], num_blocks: int,
-                attn_resolutions: Iterable[int]) -> list[int]:
-    """The resolution of each level, from the image's down. Raises ConfigError for a network that cannot be built;
-    the widths of its group norms are their own to check."""
+def check_sizes(
+    input_size: int,
+    model_channels: int,
+    channel_mult: tuple[int, ...],
+    num_blocks: int,
+    attn_resolutions: Iterable[int],
+) -> list[int]:
+    """The resolution of each level, from the image's down. Raises ConfigError for a network that
+    cannot be built; the widths of its group norms are their own to check."""
     if not channel_mult or min(channel_mult) < 1 or num_blocks < 1:
-        raise ConfigError(f"channel_mult={channel_mult} and num_blocks={num_blocks} must be one or more numbers from 1 "
-                          "up; EDM's are (2, 2, 2) and 4 for CIFAR-10")
+        raise ConfigError(
+            f"channel_mult={channel_mult} and num_blocks={num_blocks} must be one or more numbers "
+            "from 1 up; EDM's are (2, 2, 2) and 4 for CIFAR-10"
+        )
     if model_channels < 4 or model_channels % 4:
         raise ConfigError(f"model_channels={model_channels} is not a multiple of 4; EDM uses 128")
     step = 2 ** (len(channel_mult) - 1)
     if input_size < 1 or input_size % step:
-        raise ConfigError(f"input_size={input_size} cannot be halved {len(channel_mult) - 1} times, once a level of "
-                          f"channel_mult={channel_mult}; try input_size {max(input_size // step, 1) * step}, or fewer "
-                          "levels")
+        raise ConfigError(
+            f"input_size={input_size} cannot be halved {len(channel_mult) - 1} times, once a level "
+            f"of channel_mult={channel_mult}; try input_size {max(input_size // step, 1) * step}, "
+            "or fewer levels"
+        )
     resolutions = [input_size >> level for level in range(len(channel_mult))]
     if missing := sorted(set(attn_resolutions) - set(resolutions)):
-        raise ConfigError(f"attn_resolutions has {missing[0]}, and no level of this network has that resolution; "
-                          f"choose among {resolutions}")
+        raise ConfigError(
+            f"attn_resolutions has {missing[0]}, and no level of this network has that resolution; "
+            f"choose among {resolutions}"
+        )
     return resolutions
 
 
@@ -246,16 +319,25 @@ def check_ranges(num_classes: int, augment_dim: int, dropout: float) -> None:
 
 
 def from_edm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a released EDM network under our names, without its constant resampling filters."""
-    return {name.removeprefix("model."): value for name, value in state.items() if "resample_filter" not in name}
+    """The state dict of a released EDM network under our names, without its constant resampling
+    filters."""
+    return {
+        name.removeprefix("model."): value
+        for name, value in state.items()
+        if "resample_filter" not in name
+    }
 
 
 def flops_per_image(model: DDPMpp) -> int:
-    """Floating-point operations of one forward pass per image, with augment labels where the model takes them: two per
-    multiply-add, convolutions and matrix products only."""
-    total = sum(2 * p.numel() for name, p in model.named_parameters() if name.startswith("map_") and p.ndim == 2)
+    """Floating-point operations of one forward pass per image, with augment labels where the model
+    takes them: two per multiply-add, convolutions and matrix products only."""
+    total = sum(
+        2 * p.numel()
+        for name, p in model.named_parameters()
+        if name.startswith("map_") and p.ndim == 2
+    )
     for name, part in (*model.enc.items(), *model.dec.items()):
-        pixels = int(name.partition("x")[0]) ** 2                        # a block resamples first
+        pixels = int(name.partition("x")[0]) ** 2  # a block resamples first
         for module in part.modules():
             if isinstance(module, Conv2d):
                 total += 2 * module.weight.numel() * pixels

@@ -1,4 +1,5 @@
-"""A torch.profiler trace of a few steps, for Perfetto and TensorBoard, and a list of what took longest in them."""
+"""A torch.profiler trace of a few steps, for Perfetto and TensorBoard, and a list of what took
+longest in them."""
 
 import contextlib
 import gzip
@@ -12,19 +13,26 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from largescale.monitoring.telemetry import Telemetry
 
-SKIPPED = 5   # steps before it begins: kernels are loaded and compiled, the allocator finds its size
-WARM_UP = 1   # the profiler's own
+SKIPPED = 5  # steps before it begins: kernels are loaded and compiled, the allocator finds its size
+WARM_UP = 1  # the profiler's own
 RECORDED = 3  # a trace of more is too large for a browser
 
 
 class Profile:
-    """Around the loop, which says `step` after each one. Costs nothing where it is not wanted, nor once it is written.
+    """Around the loop, which says `step` after each one. Costs nothing where it is not wanted, nor
+    once it is written.
 
-    RUN/profile/step_00000009.pt.trace.json.gz shows the steps up to 9, with the parts of a step as named ranges, and
-    step_00000009.txt the ten largest operations."""
+    RUN/profile/step_00000009.pt.trace.json.gz shows the steps up to 9, with the parts of a step as
+    named ranges, and step_00000009.txt the ten largest operations."""
 
-    def __init__(self, lap: Callable[[str], AbstractContextManager[None]], telemetry: Telemetry, *, wanted: bool,
-                 cuda: bool):
+    def __init__(
+        self,
+        lap: Callable[[str], AbstractContextManager[None]],
+        telemetry: Telemetry,
+        *,
+        wanted: bool,
+        cuda: bool,
+    ):
         """`lap` times what the profiler itself takes."""
         self._lap, self._telemetry, self._cuda = lap, telemetry, cuda
         self._wanted = wanted and telemetry.active  # on rank 0
@@ -69,7 +77,9 @@ class Profile:
             folder = self._telemetry.run_dir / "profile"
             folder.mkdir(exist_ok=True)
             name = f"step_{self._step:08d}"
-            packed, listed, unfinished = (folder / (name + end) for end in (".pt.trace.json.gz", ".txt", ".unfinished"))
+            packed, listed, unfinished = (
+                folder / (name + end) for end in (".pt.trace.json.gz", ".txt", ".unfinished")
+            )
             try:
                 profiler.export_chrome_trace(str(unfinished))  # says nothing where it fails
                 trace = unfinished.read_bytes() if unfinished.exists() else b""
@@ -82,8 +92,9 @@ class Profile:
                     left.unlink()
             listed.write_text(self._largest(profiler))
             self._telemetry.message(
-                f"profiled the steps up to {self._step}: open {packed} at https://ui.perfetto.dev, or the folder with "
-                f"tensorboard --logdir {folder} (and pip install torch-tb-profiler); the largest operations: {listed}"
+                f"profiled the steps up to {self._step}: open {packed} at https://ui.perfetto.dev, "
+                f"or the folder with tensorboard --logdir {folder} (and pip install "
+                f"torch-tb-profiler); the largest operations: {listed}"
             )
 
     def _largest(self, profiler: Any) -> str:
@@ -91,7 +102,9 @@ class Profile:
             (event for event in profiler.key_averages() if not event.is_user_annotation),
             use_device="cuda" if self._cuda else None,
         )
-        table: str = operations.table(sort_by=f"self_{'device' if self._cuda else 'cpu'}_time_total", row_limit=10)
+        table: str = operations.table(
+            sort_by=f"self_{'device' if self._cuda else 'cpu'}_time_total", row_limit=10
+        )
         return table
 
     def __enter__(self) -> Self:
@@ -99,7 +112,11 @@ class Profile:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None and self._wanted and self._taken <= SKIPPED + WARM_UP:
-            self._telemetry.message(f"too few steps for a profile, which begins after {SKIPPED + WARM_UP}")
+            self._telemetry.message(
+                f"too few steps for a profile, which begins after {SKIPPED + WARM_UP}"
+            )
         if self._profiler is not None:
-            with contextlib.suppress(RuntimeError) if kind else contextlib.nullcontext():  # that error is the news
+            with (
+                contextlib.suppress(RuntimeError) if kind else contextlib.nullcontext()
+            ):  # that error is the news
                 self._end()

@@ -1,4 +1,5 @@
-"""Losses and times between two lines of the log. Times are the host's: on a GPU, where it waited."""
+"""Losses and times between two lines of the log. Times are the host's: on a GPU, where it
+waited."""
 
 import contextlib
 import resource
@@ -14,24 +15,37 @@ from largescale.monitoring.telemetry import peak_flops
 
 _COMPUTE = ("forward", "backward", "optimizer")
 _ASIDE = {  # not part of a step
-    "checkpoint": "checkpoint", "reference": "evaluation", "preview": "evaluation", "profile": "evaluation",
+    "checkpoint": "checkpoint",
+    "reference": "evaluation",
+    "preview": "evaluation",
+    "profile": "evaluation",
 }
 _KIND = {**_ASIDE, "data": "data"}  # of starts.KINDS; all else is training
 
 
 class StepTimer:
-    def __init__(self, images_per_step: int, flops_per_step: float, ranks: Ranks, precision: str, n_clusters: int):
+    def __init__(
+        self,
+        images_per_step: int,
+        flops_per_step: float,
+        ranks: Ranks,
+        precision: str,
+        n_clusters: int,
+    ):
         self._images, self._flops = images_per_step, flops_per_step
         self._device, self._n_clusters = ranks.device, n_clusters
         name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
         peak = peak_flops(name, precision)
         self._peak = peak and peak * ranks.world_size
-        self.lifetime: dict[str, float] = defaultdict(float)  # seconds by starts.KINDS, since this start began
+        self.lifetime: dict[str, float] = defaultdict(
+            float
+        )  # seconds by starts.KINDS, since this start began
         self._first_step = True
         self.restart()
 
     def begin(self, start_time: float) -> None:
-        """The first step is about to be taken. `start_time`: when the program was started, in seconds since 1970."""
+        """The first step is about to be taken. `start_time`: when the program was started, in
+        seconds since 1970."""
         self.lifetime["start-up"] = max(0.0, time.time() - start_time - sum(self.lifetime.values()))
         self.restart()
 
@@ -56,7 +70,9 @@ class StepTimer:
         self._steps += 1
         for i, value in enumerate((report.loss, report.mse, report.vb)):
             self._losses[i] += value
-        for i, (loss, count) in enumerate(zip(report.cluster_loss, report.cluster_count, strict=True)):
+        for i, (loss, count) in enumerate(
+            zip(report.cluster_loss, report.cluster_count, strict=True)
+        ):
             self._cluster_loss[i] += loss
             self._cluster_count[i] += count
 
@@ -74,11 +90,14 @@ class StepTimer:
             "mfu": steps * self._flops / elapsed / self._peak if self._peak else None,
             "memory_gib": self._memory() / 2**30,
             "time/data_wait_share": self._seconds.get("data", 0.0) / elapsed,
-            "time/overhead_share": (stepping - compute) / stepping,  # of a step, outside forward, backward, optimizer
+            "time/overhead_share": (stepping - compute)
+            / stepping,  # of a step, outside forward, backward, optimizer
             **{f"time/{name}_ms": 1e3 * s / max(steps, 1) for name, s in self._seconds.items()},
             **{
                 f"cluster/C{i + 1}": loss / count
-                for i, (loss, count) in enumerate(zip(self._cluster_loss, self._cluster_count, strict=True))
+                for i, (loss, count) in enumerate(
+                    zip(self._cluster_loss, self._cluster_count, strict=True)
+                )
                 if count
             },
         }

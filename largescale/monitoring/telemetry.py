@@ -16,7 +16,14 @@ from largescale.host.files import from_json, located
 from largescale.host.launch import printable_lines
 
 # Dense half-precision peaks in FLOP/s, from the makers' data sheets; elsewhere MFU is not reported.
-_PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+_PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "B200": 2250e12,
+}
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
@@ -42,8 +49,8 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def _end_of_step(path: Path, step: int) -> int:
-    """The length of the file up to the first row of a later step, or the first half line at its end: to cut it there
-    takes no space on a full disk."""
+    """The length of the file up to the first row of a later step, or the first half line at its
+    end: to cut it there takes no space on a full disk."""
     end = 0
     with path.open("rb") as file:
         for line in file:
@@ -59,7 +66,8 @@ class Telemetry:
     """On ranks other than 0 every method does nothing."""
 
     def __init__(self, run_dir: Path, *, active: bool, tensorboard: bool, step: int, steps: int):
-        """`step`: where the run stands. Rows of later steps, written before an interruption, are dropped."""
+        """`step`: where the run stands. Rows of later steps, written before an interruption, are
+        dropped."""
         self.active = active
         if not active:
             return
@@ -73,7 +81,11 @@ class Telemetry:
         self._open_board(step)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=steps, initial=step, unit="step", dynamic_ncols=True, ascii=not terminal,
+            total=steps,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            ascii=not terminal,
             mininterval=0.5 if terminal else 20,
         )
 
@@ -82,7 +94,10 @@ class Telemetry:
         """Under its name of now: it is renamed at times while the run goes on."""
         run_dir = located(self._run_dir, self._folder)
         if run_dir != self._run_dir:
-            self.message(f"{self._run_dir} was moved: going on in {run_dir}; a later start needs --output {run_dir}")
+            self.message(
+                f"{self._run_dir} was moved: going on in {run_dir}; a later start needs --output "
+                f"{run_dir}"
+            )
             self._run_dir = run_dir
         return run_dir
 
@@ -131,6 +146,7 @@ class Telemetry:
             return
         known = {key: value for key, value in metrics.items() if value is not None}
         self._write({"step": step, **known})
+
         def add(board: Any) -> None:
             for key, value in known.items():
                 board.add_scalar(key, value, step)

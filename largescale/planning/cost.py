@@ -1,16 +1,21 @@
-"""What a step, a checkpoint and a whole run cost on n GPUs: arithmetic on data sheets, to be checked by measuring.
+"""What a step, a checkpoint and a whole run cost on n GPUs: arithmetic on data sheets, to be
+checked by measuring.
 
 What DeepSpeed 0.19.8 does in stage 2 (runtime/zero/stage_1_and_2.py), which decides the bytes:
 
-- Gradients are reduced at every micro step, not once a step (`reduce_ready_partitions_and_remove_grads`).
-- `reduce_scatter: true` reduces each bucket by an all-reduce, of which a rank keeps its own part (`average_tensor`
+- Gradients are reduced at every micro step, not once a step
+  (`reduce_ready_partitions_and_remove_grads`).
+- `reduce_scatter: true` reduces each bucket by an all-reduce, of which a rank keeps its own part
+  (`average_tensor`
   with `use_multi_rank_bucket_allreduce`, its default): twice the bytes of a reduce-scatter.
-- With `overlap_comm` the backward pass waits, when a bucket is full, for the one before; the last is waited for at the
+- With `overlap_comm` the backward pass waits, when a bucket is full, for the one before; the last
+  is waited for at the
   end of each micro step (`independent_gradient_partition_epilogue` synchronises).
-- The weights are gathered in one message after the update, before the next forward pass (`all_gather_dp_groups`).
+- The weights are gathered in one message after the update, before the next forward pass
+  (`all_gather_dp_groups`).
 
-Left out: the latency of collectives, other jobs on the network, stragglers, what reduction takes from the kernels that
-run beside it, evaluation and previews.
+Left out: the latency of collectives, other jobs on the network, stragglers, what reduction takes
+from the kernels that run beside it, evaluation and previews.
 """
 
 import math
@@ -22,8 +27,8 @@ PUBLISHED_MFU = (0.25, 0.12)  # what trainers of this kind are said to reach
 
 @dataclass(frozen=True)
 class Hardware:
-    """A node of GPUs and what it hangs on. Bandwidths in bytes/s; links per direction. From data sheets, but for what
-    is marked as assumed."""
+    """A node of GPUs and what it hangs on. Bandwidths in bytes/s; links per direction. From data
+    sheets, but for what is marked as assumed."""
 
     name: str
     peak_flops: float
@@ -44,12 +49,13 @@ class Hardware:
     host_bandwidth: float = 5e9
     """Assumed: from a GPU to host memory that is not pinned."""
     write_bandwidth: float = 0.5e9
-    """Of a rank's thread, which writes and then hashes; so much on the 2-core machine of docs/benchmarks.md."""
+    """Of a rank's thread, which writes and then hashes; so much on the 2-core machine of
+    docs/benchmarks.md."""
     storage_bandwidth: float = 10e9
     """Assumed: of the file system, for all nodes together."""
     node_mtbf_hours: float = 6300.0
-    """Between failures of a node: 419 in 54 days of 2,048 nodes (Llama 3, arXiv:2407.21783, section 3.3.4). Preemption
-    that is announced costs no work, since the trainer saves."""
+    """Between failures of a node: 419 in 54 days of 2,048 nodes (Llama 3, arXiv:2407.21783, section
+    3.3.4). Preemption that is announced costs no work, since the trainer saves."""
     restart_s: float = 300.0
     """Assumed: from a failure to the first step: queueing, starting, loading, compiling."""
 
@@ -62,15 +68,20 @@ class Hardware:
         return math.ceil(gpus / self.gpus_per_node)
 
     def link(self, gpus: int) -> float:
-        """Bytes/s of a ring. It leaves a node once, over the cards of all its GPUs: 8 of 50 GB/s are 400 GB/s."""
+        """Bytes/s of a ring. It leaves a node once, over the cards of all its GPUs: 8 of 50 GB/s
+        are 400 GB/s."""
         if gpus <= self.gpus_per_node:
             return self.intra_bandwidth
         return min(self.intra_bandwidth, self.inter_bandwidth * self.gpus_per_node)
 
 
 HARDWARE = {
-    "h100": Hardware("H100", 989e12, 79.1 * 2**30, 3.35e12, 450e9, 50e9),  # SXM, NVLink 4, a 400 Gb/s card a GPU
-    "a100": Hardware("A100", 312e12, 79.1 * 2**30, 2.04e12, 300e9, 25e9),  # SXM 80 GB, NVLink 3, 200 Gb/s
+    "h100": Hardware(
+        "H100", 989e12, 79.1 * 2**30, 3.35e12, 450e9, 50e9
+    ),  # SXM, NVLink 4, a 400 Gb/s card a GPU
+    "a100": Hardware(
+        "A100", 312e12, 79.1 * 2**30, 2.04e12, 300e9, 25e9
+    ),  # SXM 80 GB, NVLink 3, 200 Gb/s
 }
 
 
@@ -95,7 +106,8 @@ class Workload:
     image_bytes: float
     """Of the data set, read for one image."""
     flops_again: float = 0.0
-    """Per image, with activation checkpointing: the blocks' forward pass once more, in the backward pass."""
+    """Per image, with activation checkpointing: the blocks' forward pass once more, in the backward
+    pass."""
     overlap: bool = True
     """Whether reduction runs beside the backward pass; never on a CPU."""
     all_reduce: bool = True
@@ -104,7 +116,9 @@ class Workload:
     @property
     def backward_share(self) -> float:
         """Of the operations, in the backward pass, beside which reduction can run."""
-        return (self.flops_per_image * 2 / 3 + self.flops_again) / (self.flops_per_image + self.flops_again)
+        return (self.flops_per_image * 2 / 3 + self.flops_again) / (
+            self.flops_per_image + self.flops_again
+        )
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -112,20 +126,23 @@ class Workload:
         return (16 + self.weight_bytes) * self.parameters
 
     def staging_bytes(self, gpus: int) -> int:
-        """Memory traffic of a rank's reduction beside the network's: into the bucket, divided, flattened, cast and
-        back. At each, every gradient is read and written: 24 bytes, in fp32 too, where nothing is cast. One GPU alone
-        only moves them to where the optimizer reads them (`engine.UnreducedGradient`)."""
+        """Memory traffic of a rank's reduction beside the network's: into the bucket, divided,
+        flattened, cast and back. At each, every gradient is read and written: 24 bytes, in fp32
+        too, where nothing is cast. One GPU alone only moves them to where the optimizer reads them
+        (`engine.UnreducedGradient`)."""
         return (24 if gpus > 1 else self.weight_bytes + 4) * self.parameters
 
     @property
     def update_bytes(self) -> int:
-        """Memory traffic of the update, over all ranks: the norm 4, AdamW 28, EMA 12, the copy to the weights."""
+        """Memory traffic of the update, over all ranks: the norm 4, AdamW 28, EMA 12, the copy to
+        the weights."""
         return (4 + 28 + 12 + 4 + self.weight_bytes) * self.parameters
 
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of a step by what they are spent on; what is hidden behind something else is not in it."""
+    """Seconds of a step by what they are spent on; what is hidden behind something else is not in
+    it."""
 
     parts: dict[str, float]
     images: int
@@ -159,7 +176,8 @@ def step(work: Workload, hardware: Hardware, gpus: int) -> Step:
     compute = flops / (n * hardware.peak_flops * hardware.mfu)
     launches = max(0.0, micro * work.kernels * hardware.launch_s - compute)
     backward = work.backward_share * (compute + launches) / micro
-    # An all-reduce by a ring takes 2 (n - 1) / n of its bytes over each link, a reduction to one rank all of them.
+    # An all-reduce by a ring takes 2 (n - 1) / n of its bytes over each link, a reduction to one
+    # rank all of them.
     sent = 2 * (n - 1) / n if work.all_reduce else float(n > 1)
     reduction = sent * work.parameters * work.reduce_bytes / hardware.link(n)
     reduction += work.staging_bytes(n) / hardware.memory_bandwidth
@@ -180,7 +198,8 @@ def step(work: Workload, hardware: Hardware, gpus: int) -> Step:
 
 
 def young(stall_s: float, mtbf_s: float) -> float:
-    """Seconds of training between checkpoints that lose the least (Young 1974): the first-order optimum."""
+    """Seconds of training between checkpoints that lose the least (Young 1974): the first-order
+    optimum."""
     return math.sqrt(2 * stall_s * mtbf_s)
 
 
@@ -192,12 +211,16 @@ def daly(stall_s: float, mtbf_s: float) -> float:
     return young(stall_s, mtbf_s) * (1 + math.sqrt(x) / 3 + x / 9) - stall_s
 
 
-def slowdown(interval_s: float, *, stall_s: float, write_s: float, mtbf_s: float, restart_s: float) -> float:
-    """Expected wall time over time spent on steps that last, with a checkpoint after every `interval_s` of steps and
-    failures at random (Daly 2006): to first order 1 + stall/interval + (interval/2 + write + restart)/mtbf.
+def slowdown(
+    interval_s: float, *, stall_s: float, write_s: float, mtbf_s: float, restart_s: float
+) -> float:
+    """Expected wall time over time spent on steps that last, with a checkpoint after every
+    `interval_s` of steps and failures at random (Daly 2006): to first order 1 + stall/interval +
+    (interval/2 + write + restart)/mtbf.
 
-    Our checkpoints are written while training goes on and count once they are on disk, so a failure takes back
-    `write_s` more than with one that is waited for. Infinite where no interval is ever completed."""
+    Our checkpoints are written while training goes on and count once they are on disk, so a failure
+    takes back `write_s` more than with one that is waited for. Infinite where no interval is ever
+    completed."""
     exponent = (interval_s + stall_s) / mtbf_s
     if exponent + (restart_s + write_s) / mtbf_s > 700:  # beyond the range of exp
         return math.inf
@@ -225,7 +248,8 @@ class Plan:
 
     @property
     def _rank_bytes(self) -> float:
-        """Of the checkpoint, on the rank that has the most: its part of the states, and all weights."""
+        """Of the checkpoint, on the rank that has the most: its part of the states, and all
+        weights."""
         return (16 / self.gpus + self.work.weight_bytes) * self.work.parameters
 
     @property
@@ -236,15 +260,22 @@ class Plan:
     @property
     def write_s(self) -> float:
         """From there until the checkpoint counts."""
-        return max(self._rank_bytes / self.hardware.write_bandwidth,
-                   self.work.checkpoint_bytes / self.hardware.storage_bandwidth)
+        return max(
+            self._rank_bytes / self.hardware.write_bandwidth,
+            self.work.checkpoint_bytes / self.hardware.storage_bandwidth,
+        )
 
     def slowdown(self, every: float) -> float:
         """See `slowdown`. A checkpoint waits for the one before."""
         interval = every * self.step.seconds
         stall = self.stall_s + max(0.0, self.write_s - interval)
-        return slowdown(interval, stall_s=stall, write_s=self.write_s, mtbf_s=self.mtbf_s,
-                        restart_s=self.hardware.restart_s)
+        return slowdown(
+            interval,
+            stall_s=stall,
+            write_s=self.write_s,
+            mtbf_s=self.mtbf_s,
+            restart_s=self.hardware.restart_s,
+        )
 
     def wasted(self, every: float) -> float:
         """The share of the time that is spent on checkpoints, and on steps that do not last."""

@@ -21,13 +21,16 @@ _BUCKETS = "buckets of gradients on their way"
 
 
 class _AttentionOf(TorchFunctionMode):
-    """Attention that keeps what it keeps on a device: on the meta device torch would take a kernel of its own."""
+    """Attention that keeps what it keeps on a device: on the meta device torch would take a kernel
+    of its own."""
 
     def __init__(self, fused: bool):
         super().__init__()
         self._fused = fused
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             if not self._fused and not kwargs:
@@ -37,10 +40,13 @@ class _AttentionOf(TorchFunctionMode):
 
 
 @functools.cache
-def _kept_for_backward(config: ModelConfig, dtype: torch.dtype, fused_attention: bool,
-                       ) -> tuple[int, list[int], list[int]]:
-    """Bytes that autograd keeps of one image's forward pass, counted on the meta device: in all, by each block, and of
-    each block's input, which it is the first to keep."""
+def _kept_for_backward(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    fused_attention: bool,
+) -> tuple[int, list[int], list[int]]:
+    """Bytes that autograd keeps of one image's forward pass, counted on the meta device: in all, by
+    each block, and of each block's input, which it is the first to keep."""
     kept: dict[int, int] = {}
     before: list[int] = []
     of_blocks: list[int] = []
@@ -74,10 +80,15 @@ def _kept_for_backward(config: ModelConfig, dtype: torch.dtype, fused_attention:
     return sum(kept.values()), of_blocks, inputs
 
 
-def activation_bytes(config: ModelConfig, dtype: torch.dtype, *, checkpointing: bool, fused_attention: bool = True,
-                     ) -> int:
-    """Per image, for weights of `dtype`. With checkpointing: each block's input, and all of the largest block, one of
-    which is computed again at a time."""
+def activation_bytes(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    *,
+    checkpointing: bool,
+    fused_attention: bool = True,
+) -> int:
+    """Per image, for weights of `dtype`. With checkpointing: each block's input, and all of the
+    largest block, one of which is computed again at a time."""
     in_all, of_blocks, inputs = _kept_for_backward(config, dtype, fused_attention)
     if not checkpointing:
         return in_all
@@ -85,33 +96,44 @@ def activation_bytes(config: ModelConfig, dtype: torch.dtype, *, checkpointing: 
     return in_all - sum(of_blocks) + sum(inputs) + largest - its_input
 
 
-def memory(config: Config, ds: dict[str, Any], world_size: int, micro_batch_size: int) -> dict[str, float]:
-    """Bytes per rank under ZeRO-2, by what they hold. An estimate: kernels' workspaces and fragmentation come on top,
-    and torch.compile keeps less than is counted here."""
+def memory(
+    config: Config, ds: dict[str, Any], world_size: int, micro_batch_size: int
+) -> dict[str, float]:
+    """Bytes per rank under ZeRO-2, by what they hold. An estimate: kernels' workspaces and
+    fragmentation come on top, and torch.compile keeps less than is counted here."""
     dtype, zero = DTYPES[precision(ds)], ds["zero_optimization"]
     with torch.device("meta"):
         model = build_model(config.model)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # Each bucket is allocated whole, whatever the model's size; one is flattened, and cast, to be sent.
+    # Each bucket is allocated whole, whatever the model's size; one is flattened, and cast, to be
+    # sent.
     bucket = zero.get("reduce_bucket_size", 500_000_000)
     buckets = (2 if zero.get("overlap_comm") else 1) * bucket * dtype.itemsize
     sent = DTYPES[ds.get("communication_data_type", precision(ds))]
     buckets += min(bucket, parameters) * (dtype.itemsize + (sent.itemsize if sent != dtype else 0))
     checkpointing = config.train.activation_checkpointing
     fused = config.train.device == "cuda" or dtype != torch.bfloat16  # models/dit.py: attention
-    per_image = activation_bytes(config.model, dtype, checkpointing=checkpointing, fused_attention=fused)
+    per_image = activation_bytes(
+        config.model, dtype, checkpointing=checkpointing, fused_attention=fused
+    )
     return {
         "weights": parameters * dtype.itemsize,
         "gradients (this rank's part in fp32)": 4 * parameters / world_size,
         _BUCKETS: buckets if world_size > 1 else 0,
-        "master weights, two moments, EMA (fp32, this rank's part)": 4 * 4 * parameters / world_size,
-        f"activations of {micro_batch_size} images" + (", checkpointed" if checkpointing else ""):
-            micro_batch_size * per_image,
+        "master weights, two moments, EMA (fp32, this rank's part)": 4
+        * 4
+        * parameters
+        / world_size,
+        f"activations of {micro_batch_size} images"
+        + (", checkpointed" if checkpointing else ""): micro_batch_size * per_image,
     }
 
 
-def largest_micro_batch(config: Config, ds: dict[str, Any], world_size: int, memory_bytes: float) -> int:
-    """Images of the largest equal part of a rank's share of the batch that fits by the estimate; 0 where none does."""
+def largest_micro_batch(
+    config: Config, ds: dict[str, Any], world_size: int, memory_bytes: float
+) -> int:
+    """Images of the largest equal part of a rank's share of the batch that fits by the estimate; 0
+    where none does."""
     share = config.train.global_batch_size // world_size
     none, one = (sum(memory(config, ds, world_size, n).values()) for n in (0, 1))
     room = (memory_bytes - none) / (one - none)
@@ -119,13 +141,17 @@ def largest_micro_batch(config: Config, ds: dict[str, Any], world_size: int, mem
 
 
 def check_memory(config: Config, ds: dict[str, Any], world_size: int) -> None:
-    """Warn, once on a machine, where its ranks, on CPUs, need more memory than the kernel will give them."""
+    """Warn, once on a machine, where its ranks, on CPUs, need more memory than the kernel will give
+    them."""
     bound = memory_bound()
     if config.train.device != "cpu" or bound is None:
         return
     micro = batch_layout(config, world_size)[0] if config.train.micro_batch_size != "auto" else 1
     parts = memory(config, ds, world_size, micro)
     # Of the buckets' pages only those are taken that gradients lie on.
-    taken = [min(size, 4 * parts["weights"]) if name == _BUCKETS else size for name, size in parts.items()]
+    taken = [
+        min(size, 4 * parts["weights"]) if name == _BUCKETS else size
+        for name, size in parts.items()
+    ]
     each = PROCESS_BYTES + int(sum(taken))
     warn_of_memory(launcher_bytes() + local_world_size(os.environ) * each, bound)

@@ -1,4 +1,5 @@
-"""Numbers that go bad: found, named by rank and noise cluster, and, where the config says so, left out of the run."""
+"""Numbers that go bad: found, named by rank and noise cluster, and, where the config says so, left
+out of the run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,18 +26,28 @@ class Anomaly:
     clusters: list[int]
     """1 for C_1."""
 
+
 class Anomalies:
     """Finds numbers that have gone bad, and says what the config wants done about them."""
 
-    def __init__(self, config: AnomalyConfig, train_step: TrainStep, state: TrainingState, ranks: Ranks,
-                 heartbeat: Callable[[], None]):
+    def __init__(
+        self,
+        config: AnomalyConfig,
+        train_step: TrainStep,
+        state: TrainingState,
+        ranks: Ranks,
+        heartbeat: Callable[[], None],
+    ):
         """`heartbeat` is called often while a gradient is examined."""
         self._config, self._train_step, self._state, self._ranks = config, train_step, state, ranks
         self._heartbeat = heartbeat
         self._num_rollbacks = 0  # by this process
 
-    def detect(self, report: StepReport, batch: Batch, *, applied: bool, can_retry: bool) -> Anomaly | None:
-        """Collective. `can_retry`: a step that was not applied can be tried again at a lower loss scale."""
+    def detect(
+        self, report: StepReport, batch: Batch, *, applied: bool, can_retry: bool
+    ) -> Anomaly | None:
+        """Collective. `can_retry`: a step that was not applied can be tried again at a lower loss
+        scale."""
         where = f"step {self._state.step + 1}, curriculum index {self._state.curriculum.index}"
         if report.non_finite:
             return loss_not_finite(report, where)
@@ -52,7 +63,9 @@ class Anomalies:
         loss_scale = step.engine.loss_scale
         with step.compiled.eager():
             micro_steps = step.repeated_micro_steps(batch, self._heartbeat)
-            found = self._ranks.all_gather_json(find_gradient(step.engine.module, micro_steps, loss_scale))
+            found = self._ranks.all_gather_json(
+                find_gradient(step.engine.module, micro_steps, loss_scale)
+            )
         return gradient_not_finite(report, where, loss_scale, found)
 
     def policy(self, anomaly: Anomaly) -> Literal["count", "stop", "skip"]:
@@ -79,48 +92,75 @@ def loss_not_finite(report: StepReport, where: str) -> Anomaly:
 
 def spike(report: StepReport, usual: float, where: str) -> Anomaly:
     """Of a loss that every rank has its part in: the worst rank and the worst cluster."""
-    means = [loss / count if count else 0.0
-             for loss, count in zip(report.cluster_loss, report.cluster_count, strict=True)]
-    rank, cluster = (max(range(len(values)), key=values.__getitem__) for values in (report.rank_loss, means))
-    text = (f"the loss is {report.loss:.4g} at {where}, {report.loss / usual:.1f} times the usual; highest on "
-            f"rank {rank} ({report.rank_loss[rank]:.4g}) and in C_{cluster + 1} ({means[cluster]:.4g})")
+    means = [
+        loss / count if count else 0.0
+        for loss, count in zip(report.cluster_loss, report.cluster_count, strict=True)
+    ]
+    rank, cluster = (
+        max(range(len(values)), key=values.__getitem__) for values in (report.rank_loss, means)
+    )
+    text = (
+        f"the loss is {report.loss:.4g} at {where}, {report.loss / usual:.1f} times the usual; "
+        f"highest on rank {rank} ({report.rank_loss[rank]:.4g}) and in C_{cluster + 1} "
+        f"({means[cluster]:.4g})"
+    )
     return Anomaly("spike", text, [rank], [cluster + 1])
 
 
-def gradient_not_finite(report: StepReport, where: str, loss_scale: float,
-                        found: Sequence[tuple[str, list[int]] | None]) -> Anomaly:
+def gradient_not_finite(
+    report: StepReport, where: str, loss_scale: float, found: Sequence[tuple[str, list[int]] | None]
+) -> Anomaly:
     """`found`: what `find_gradient` returned, by rank."""
     culprits = {rank: entry for rank, entry in enumerate(found) if entry}
-    told = "; ".join(f"rank {rank} in {name}, from {_named(clusters)}" for rank, (name, clusters) in culprits.items())
-    text = (f"the gradient is not finite at {where} (loss {report.loss:.6g}, loss scale {loss_scale:g}): "
-            + (told or "finite on every rank before their sum"))
+    told = "; ".join(
+        f"rank {rank} in {name}, from {_named(clusters)}"
+        for rank, (name, clusters) in culprits.items()
+    )
+    text = (
+        f"the gradient is not finite at {where} (loss {report.loss:.6g}, loss scale "
+        f"{loss_scale:g}): " + (told or "finite on every rank before their sum")
+    )
     clusters = sorted({cluster for _, clusters in culprits.values() for cluster in clusters})
     return Anomaly("not_finite", text, list(culprits), clusters)
 
 
-def find_gradient(model: nn.Module, micro_steps: Sequence[Callable[[], tuple[Tensor, Tensor]]], loss_scale: float,
-                  ) -> tuple[str, list[int]] | None:
-    """The first parameter whose gradient, from this rank's rows alone, is not finite, and the clusters of these rows.
+def find_gradient(
+    model: nn.Module,
+    micro_steps: Sequence[Callable[[], tuple[Tensor, Tensor]]],
+    loss_scale: float,
+) -> tuple[str, list[int]] | None:
+    """The first parameter whose gradient, from this rank's rows alone, is not finite, and the
+    clusters of these rows.
 
-    `micro_steps`: each gives losses (B,) and clusters (B,), 1 for C_1. What goes wrong here must not stand in the way
-    of what is done about the gradient."""
+    `micro_steps`: each gives losses (B,) and clusters (B,), 1 for C_1. What goes wrong here must
+    not stand in the way of what is done about the gradient."""
     try:
         return _find_gradient(model, micro_steps, loss_scale)
     except RuntimeError as error:  # memory, above all
         return f"a parameter unknown, for the diagnosis failed ({str(error).splitlines()[0]})", []
 
 
-def _find_gradient(model: nn.Module, micro_steps: Sequence[Callable[[], tuple[Tensor, Tensor]]], loss_scale: float,
-                   ) -> tuple[str, list[int]] | None:
+def _find_gradient(
+    model: nn.Module,
+    micro_steps: Sequence[Callable[[], tuple[Tensor, Tensor]]],
+    loss_scale: float,
+) -> tuple[str, list[int]] | None:
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for micro_step in micro_steps:
         loss, clusters = micro_step()
-        gradients = torch.autograd.grad(loss.mean() * loss_scale, [p for _, p in named], retain_graph=True)
+        gradients = torch.autograd.grad(
+            loss.mean() * loss_scale, [p for _, p in named], retain_graph=True
+        )
         for (name, p), gradient in zip(named, gradients, strict=True):
             if not torch.isfinite(gradient).all():
-                rows = (torch.autograd.grad(row * loss_scale, p, retain_graph=True)[0] for row in loss[:64])
+                rows = (
+                    torch.autograd.grad(row * loss_scale, p, retain_graph=True)[0]
+                    for row in loss[:64]
+                )
                 bad = [not torch.isfinite(of_row).all() for of_row in rows]
-                return name, sorted({int(c) for c, is_bad in zip(clusters, bad, strict=False) if is_bad})
+                return name, sorted(
+                    {int(c) for c, is_bad in zip(clusters, bad, strict=False) if is_bad}
+                )
     return None
 
 

@@ -1,4 +1,5 @@
-"""When a checkpoint is made valid, and what is done about one that cannot be written: training goes on, and says so."""
+"""When a checkpoint is made valid, and what is done about one that cannot be written: training goes
+on, and says so."""
 
 import contextlib
 import time
@@ -12,9 +13,9 @@ from largescale.errors import CheckpointError
 from largescale.host.signals import stop_requested
 from largescale.training.recorder import Recorder
 
-RETRY_S = 30.0         # between tries of the last checkpoint of a finished run
+RETRY_S = 30.0  # between tries of the last checkpoint of a finished run
 RETRY_ON_STOP_S = 5.0  # the same where the machine is about to be taken away ...
-TRIES_ON_STOP = 3      # ... and how many
+TRIES_ON_STOP = 3  # ... and how many
 
 
 class CheckpointPolicy:
@@ -42,7 +43,8 @@ class CheckpointPolicy:
                 self._checkpointer.save(step, state, self._engine, reason)
 
     def save_first(self, step: int, state: dict[str, Any]) -> None:
-        """Proves, before GPU time is spent, that the run can be saved. Raises CheckpointError where it cannot."""
+        """Proves, before GPU time is spent, that the run can be saved. Raises CheckpointError where
+        it cannot."""
         self.save(step, state, "start")
         with self._stalled(step):
             problem = self._finalize(step, report=False)
@@ -52,11 +54,14 @@ class CheckpointPolicy:
             raise error
 
     def poll(self, step: int, report: StepReport) -> None:
-        """After each step: an error is known to all at the next one; what is written is made valid."""
+        """After each step: an error is known to all at the next one; what is written is made
+        valid."""
         if report.cannot_write and not self._failure_reported:
             self._failure_reported = True
             ranks = report.cannot_write[:8]
-            self._recorder.telemetry.message(f"step {step}: a checkpoint cannot be written on ranks {ranks}")
+            self._recorder.telemetry.message(
+                f"step {step}: a checkpoint cannot be written on ranks {ranks}"
+            )
         if self._checkpointer.pending and not report.writing:
             self.finalize(step)
 
@@ -66,7 +71,8 @@ class CheckpointPolicy:
             self._finalize(step)
 
     def save_on_exit(self, step: int, state: dict[str, Any], reason: str) -> None:
-        """The last checkpoint. Where it cannot be written, it is tried again for as long as there is time."""
+        """The last checkpoint. Where it cannot be written, it is tried again for as long as there
+        is time."""
         tries, stopped = 0, reason == "stop"
         while True:
             self.save(step, state, reason)
@@ -74,13 +80,21 @@ class CheckpointPolicy:
             tries += 1
             if self.last_saved == step:
                 return
-            no_more = tries == TRIES_ON_STOP if stopped else self._checkpointer.ranks.any(stop_requested())
+            no_more = (
+                tries == TRIES_ON_STOP
+                if stopped
+                else self._checkpointer.ranks.any(stop_requested())
+            )
             if no_more:
                 self._recorder.telemetry.message(
-                    f"step {step} is not saved: all after step {self.last_saved} will be trained again")
+                    f"step {step} is not saved: all after step {self.last_saved} will be trained "
+                    "again"
+                )
                 return
             pause = RETRY_ON_STOP_S if stopped else RETRY_S
-            self._recorder.telemetry.message(f"trying again in {pause:g} s; free space, or restore the file system")
+            self._recorder.telemetry.message(
+                f"trying again in {pause:g} s; free space, or restore the file system"
+            )
             self._recorder.watchdog.heartbeat("wait for the file system")
             time.sleep(pause)
 
@@ -91,7 +105,10 @@ class CheckpointPolicy:
             yield
         self._stall_s += time.perf_counter() - start
         if self.last_saved != saved:
-            stall = {"checkpoint/stall_s": self._stall_s, "checkpoint/write_s": self._checkpointer.write_s}
+            stall = {
+                "checkpoint/stall_s": self._stall_s,
+                "checkpoint/write_s": self._checkpointer.write_s,
+            }
             self._recorder.telemetry.log(step, stall)
             self._stall_s = 0.0
 

@@ -1,4 +1,5 @@
-"""--dry-run: what would run, what it costs, and whether data and run directory fit; starts nothing."""
+"""--dry-run: what would run, what it costs, and whether data and run directory fit; starts
+nothing."""
 
 import json
 import math
@@ -30,16 +31,20 @@ _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def _kernels_per_block(config: Config) -> int:
-    """Launched forward and backward: operations on tensors that are no views, counted on the meta device less what one
-    attention kernel stands for; compiled, those of Inductor's code for a CPU."""
+    """Launched forward and backward: operations on tensors that are no views, counted on the meta
+    device less what one attention kernel stands for; compiled, those of Inductor's code for a
+    CPU."""
     compiled, captions = config.train.compile != "off", config.model.caption_tokens > 0
     if config.model.architecture == "ddpmpp":
         return 30 if compiled else 45  # compiled: assumed
-    return {(False, False): 80, (False, True): 120, (True, False): 55, (True, True): 80}[compiled, captions]
+    return {(False, False): 80, (False, True): 120, (True, False): 55, (True, True): 80}[
+        compiled, captions
+    ]
 
 
 def workload(config: Config, ds: dict[str, Any], grad_accum_steps: int) -> Workload:
     """What a step of this run has to do. `ds`: the JSON, or the final settings."""
+
     def forward(model: ModelConfig) -> int:
         with torch.device("meta"):
             return flops_per_image(build_model(model))
@@ -51,7 +56,9 @@ def workload(config: Config, ds: dict[str, Any], grad_accum_steps: int) -> Workl
         again = flops_per_image(model)  # but for a little outside of the blocks
         if c.architecture == "dit":
             again = c.depth * (forward(replace(c, depth=2)) - forward(replace(c, depth=1)))
-    caption = c.caption_tokens * c.caption_width + (c.caption_pooled_width if c.caption_tokens else 0)
+    caption = c.caption_tokens * c.caption_width + (
+        c.caption_pooled_width if c.caption_tokens else 0
+    )
     pixels = c.in_channels * c.input_size**2
     return Workload(
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -66,11 +73,14 @@ def workload(config: Config, ds: dict[str, Any], grad_accum_steps: int) -> Workl
         # uint8 for a network of pixels; else float16: moments, and a caption that is full
         image_bytes=pixels if c.architecture == "ddpmpp" else 2 * (2 * pixels + caption),
         overlap=config.train.device == "cuda" and zero.get("overlap_comm", False),
-        all_reduce=zero.get("use_multi_rank_bucket_allreduce", True) or not zero.get("reduce_scatter", True),
+        all_reduce=zero.get("use_multi_rank_bucket_allreduce", True)
+        or not zero.get("reduce_scatter", True),
     )
 
 
-def print_memory(config: Config, ds: dict[str, Any], world_size: int, micro: int, hardware: Hardware | None) -> None:
+def print_memory(
+    config: Config, ds: dict[str, Any], world_size: int, micro: int, hardware: Hardware | None
+) -> None:
     parts = memory(config, ds, world_size, micro)
     needed, on = sum(parts.values()), config.train.activation_checkpointing
     other = replace(config, train=replace(config.train, activation_checkpointing=not on))
@@ -78,14 +88,19 @@ def print_memory(config: Config, ds: dict[str, Any], world_size: int, micro: int
     print(f"memory per rank: about {needed / 2**30:.2f} GiB")
     for name, size in parts.items():
         print(f"  {size / 2**30:7.2f} GiB  {name}")
-    print(f"  {else_needed / 2**30:7.2f} GiB  in all {'without' if on else 'with --train.activation-checkpointing'}"
-          + ("" if on else ", for a third more work"))
+    print(
+        f"  {else_needed / 2**30:7.2f} GiB  in all "
+        f"{'without' if on else 'with --train.activation-checkpointing'}"
+        + ("" if on else ", for a third more work")
+    )
     if hardware and needed > hardware.usable_bytes:
         fits = largest_micro_batch(config, ds, world_size, hardware.usable_bytes)
         ways = [f"--train.micro-batch-size {fits} (or auto)"] if 0 < fits < micro else []
         ways += [] if on else ["--train.activation-checkpointing"]
-        print(f"  that is too much for the {hardware.memory_bytes / 2**30:.0f} GiB of one {hardware.name}: try "
-              + " or ".join([*ways, "more GPUs"]))
+        print(
+            f"  that is too much for the {hardware.memory_bytes / 2**30:.0f} GiB of one "
+            f"{hardware.name}: try " + " or ".join([*ways, "more GPUs"])
+        )
 
 
 def span(hours: float) -> str:
@@ -93,28 +108,36 @@ def span(hours: float) -> str:
 
 
 def print_cost(plan: Plan) -> None:
-    """The model of cost.py for a run on GPUs. What it assumes is said: nothing has been measured on one."""
+    """The model of cost.py for a run on GPUs. What it assumes is said: nothing has been measured on
+    one."""
     hardware, step = plan.hardware, plan.step
     largest, published = step.bottleneck, [plan.at(mfu) for mfu in PUBLISHED_MFU]
-    print(f"time: {span(plan.hours)} at {100 * hardware.mfu:.0f} % of the peak, "
-          f"{' to '.join(span(p.hours) for p in published)} at "
-          f"{' to '.join(f'{100 * p.hardware.mfu:.0f}' for p in published)} %, which published trainers reach, on "
-          f"{plan.gpus} x {hardware.name}; assumed, never measured on a GPU here; previews come on top")
-    print(f"      at {100 * hardware.mfu:.0f} %: {step.images_per_s:,.0f} images/s; "
-          f"compute {100 * step.share('compute'):.0f} % of a step, first bottleneck beside it: {largest}, "
-          f"{100 * step.share(largest):.1f} %; data: up to {step.data_rate / 1e6:,.0f} MB/s; "
-          f"with a failure every {plan.mtbf_s / 3600:,.0f} h "
-          f"(assumed, nodes: {hardware.nodes(plan.gpus)}), checkpoints are best every {plan.best_every:,} steps "
-          f"(Daly); configured: {plan.every:,}, which wastes {100 * plan.wasted(plan.every):.2f} % of the time (best: "
-          f"{100 * plan.wasted(plan.best_every):.2f} %)")
+    print(
+        f"time: {span(plan.hours)} at {100 * hardware.mfu:.0f} % of the peak, "
+        f"{' to '.join(span(p.hours) for p in published)} at "
+        f"{' to '.join(f'{100 * p.hardware.mfu:.0f}' for p in published)} %, which published "
+        f"trainers reach, on {plan.gpus} x {hardware.name}; assumed, never measured on a GPU here; "
+        "previews come on top"
+    )
+    print(
+        f"      at {100 * hardware.mfu:.0f} %: {step.images_per_s:,.0f} images/s; compute "
+        f"{100 * step.share('compute'):.0f} % of a step, first bottleneck beside it: {largest}, "
+        f"{100 * step.share(largest):.1f} %; data: up to {step.data_rate / 1e6:,.0f} MB/s; with a "
+        f"failure every {plan.mtbf_s / 3600:,.0f} h (assumed, nodes: {hardware.nodes(plan.gpus)}), "
+        f"checkpoints are best every {plan.best_every:,} steps (Daly); configured: {plan.every:,}, "
+        f"which wastes {100 * plan.wasted(plan.every):.2f} % of the time (best: "
+        f"{100 * plan.wasted(plan.best_every):.2f} %)"
+    )
 
 
 def print_disk(config: Config, checkpoint_bytes: float) -> None:
     c = config.checkpoint
     for_ever = config.train.steps // math.lcm(c.every, c.keep_every) if c.keep_every else 0
     kept = c.keep_last + for_ever + 1  # the last is one that was written on a stop
-    print(f"disk: {checkpoint_bytes / 1e9:.3g} GB a checkpoint, {kept * checkpoint_bytes / 1e9:,.3g} GB for the {kept} "
-          f"that are kept: the last {c.keep_last}, {for_ever} for ever, 1 of a stop")
+    print(
+        f"disk: {checkpoint_bytes / 1e9:.3g} GB a checkpoint, {kept * checkpoint_bytes / 1e9:,.3g} "
+        f"GB for the {kept} that are kept: the last {c.keep_last}, {for_ever} for ever, 1 of a stop"
+    )
 
 
 def print_data(config: Config) -> ShardDataset | None:
@@ -128,8 +151,11 @@ def print_data(config: Config) -> ShardDataset | None:
             raise
         print(f"data: {error}")
         return None
-    print(f"data: {config.data.path}, {len(dataset):,} images of {dataset.info.kind} {dataset.info.shape}"
-          + (f", {dataset.info.num_classes:,} classes" if dataset.info.num_classes else ""))
+    print(
+        f"data: {config.data.path}, {len(dataset):,} images of {dataset.info.kind} "
+        f"{dataset.info.shape}"
+        + (f", {dataset.info.num_classes:,} classes" if dataset.info.num_classes else "")
+    )
     per_epoch = len(dataset) / config.train.global_batch_size
     print(f"steps per epoch: {per_epoch:,.1f}, {config.train.steps / per_epoch:,.1f} epochs in all")
     return dataset
@@ -144,29 +170,49 @@ def print_previews(config: Config, dataset: ShardDataset) -> None:
             print(f"previews: latents, not decoded: {why}")
             return
         decoding = vae.nbytes + vae.decoding_bytes(vae.downsampling * config.model.input_size)
-        print(f"previews: decoded by {vae.identity}; rank 0 holds {(vae.nbytes + _DIFFUSERS_BYTES) / 2**30:.2f} GiB "
-              f"more of host memory, and of the device's, while it decodes, about {decoding / 2**30:.2f} GiB")
+        print(
+            f"previews: decoded by {vae.identity}; rank 0 holds "
+            f"{(vae.nbytes + _DIFFUSERS_BYTES) / 2**30:.2f} GiB more of host memory, and of the "
+            f"device's, while it decodes, about {decoding / 2**30:.2f} GiB"
+        )
 
 
 def print_run_directory(config: Config, ds: dict[str, Any], dataset: ShardDataset | None) -> None:
-    """Raises CheckpointError as a start would, for a run there that is another; hashes of files are not compared."""
-    from largescale.training.run_directory import check_checkpoints_still_exist, check_same_run, finished_message
+    """Raises CheckpointError as a start would, for a run there that is another; hashes of files are
+    not compared."""
+    from largescale.training.run_directory import (
+        check_checkpoints_still_exist,
+        check_same_run,
+        finished_message,
+    )
     from largescale.training.startup import resolve_auto
 
     def say(text: str) -> None:
         print(printable_lines(text))
 
     run_dir = config.run_dir
-    newest, _ = newest_valid(run_dir, checkpoints(run_dir), say, lambda found: found.check(slice(0)))
+    newest, _ = newest_valid(
+        run_dir, checkpoints(run_dir), say, lambda found: found.check(slice(0))
+    )
     if newest is None:
         check_checkpoints_still_exist(run_dir)
         print(f"run directory: {run_dir}, without a checkpoint")
         return
     fingerprint = dataset.fingerprint if dataset else newest.manifest()["state"]["dataset"]
-    identity = {"config": to_dict(resolve_auto(config)), "precision": precision(ds), "dataset": fingerprint}
+    identity = {
+        "config": to_dict(resolve_auto(config)),
+        "precision": precision(ds),
+        "dataset": fingerprint,
+    }
     check_same_run(newest, identity, dataset, say)
-    print("run directory: " + (finished_message(config, newest) if newest.step >= config.train.steps else
-                               f"{run_dir}, would be resumed at step {newest.step:,}"))
+    print(
+        "run directory: "
+        + (
+            finished_message(config, newest)
+            if newest.step >= config.train.steps
+            else f"{run_dir}, would be resumed at step {newest.step:,}"
+        )
+    )
 
 
 def dry_run(config: Config) -> int:
@@ -176,7 +222,9 @@ def dry_run(config: Config) -> int:
     hardware = HARDWARE["h100"] if config.train.device == "cuda" else None
     fitted = config
     if config.train.micro_batch_size == "auto" and hardware:
-        fits = largest_micro_batch(config, load_ds_config(config.train.ds_config), world_size, hardware.usable_bytes)
+        fits = largest_micro_batch(
+            config, load_ds_config(config.train.ds_config), world_size, hardware.usable_bytes
+        )
         fitted = replace(config, train=replace(config.train, micro_batch_size=max(1, fits)))
     ds = final_ds_config(fitted, world_size)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # only its settings are read
@@ -189,7 +237,10 @@ def dry_run(config: Config) -> int:
     work = workload(config, ds, accumulation)
     per_step = (work.flops_per_image + work.flops_again) * config.train.global_batch_size
     print(f"ranks: {world_size} (from WORLD_SIZE; set it to see another number)")
-    print(f"batch: {config.train.global_batch_size} = {micro} x {accumulation} accumulation steps x {world_size} ranks")
+    print(
+        f"batch: {config.train.global_batch_size} = {micro} x {accumulation} accumulation steps x "
+        f"{world_size} ranks"
+    )
     if config.train.micro_batch_size == "auto":
         by = f"by the estimate below, on one {hardware.name}" if hardware else "if all of it fits"
         print(f"       auto: {micro} {by}; a run finds the largest for which there is memory")
@@ -197,10 +248,19 @@ def dry_run(config: Config) -> int:
     if least := least_steps(config):
         print(f"curriculum: complete after {least:,} steps or more, of {config.train.steps:,}")
     print(f"parameters: {work.parameters:,} trainable")
-    print(f"compute: {work.flops_per_image / 1e9:.1f} GFLOP per image"
-          + (f", {work.flops_again / 1e9:.1f} more to compute activations again" if work.flops_again else "")
-          + f", {per_step / 1e12:.3f} TFLOP per step")
-    print(f"         {per_step * config.train.steps / 1e18:.3f} EFLOP for {config.train.steps:,} steps")
+    print(
+        f"compute: {work.flops_per_image / 1e9:.1f} GFLOP per image"
+        + (
+            f", {work.flops_again / 1e9:.1f} more to compute activations again"
+            if work.flops_again
+            else ""
+        )
+        + f", {per_step / 1e12:.3f} TFLOP per step"
+    )
+    print(
+        f"         {per_step * config.train.steps / 1e18:.3f} EFLOP for {config.train.steps:,} "
+        "steps"
+    )
     if hardware and precision(ds) != "fp32":
         print_cost(Plan(work, hardware, world_size, config.train.steps, config.checkpoint.every))
     print_disk(config, work.checkpoint_bytes)
@@ -215,5 +275,8 @@ def dry_run(config: Config) -> int:
         print("config:", json.dumps(to_dict(config), indent=2))
         print("deepspeed:", json.dumps(ds, indent=2))
     print_run_directory(config, ds, dataset)
-    print("dry run: nothing was started" + ("" if config.verbose else "; --verbose prints all settings"))
+    print(
+        "dry run: nothing was started"
+        + ("" if config.verbose else "; --verbose prints all settings")
+    )
     return 0

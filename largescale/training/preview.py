@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from largescale.condition import Condition, select
 from largescale.config.schema import Config
 from largescale.data.format import LATENT_RGB
-from largescale.data.images import LINEAR, UNDECODED, balanced_labels, grid, headed, linear_rgb, titled, to_uint8
+from largescale.data.images import (
+    LINEAR,
+    UNDECODED,
+    balanced_labels,
+    grid,
+    headed,
+    linear_rgb,
+    titled,
+    to_uint8,
+)
 from largescale.data.loader import to_condition
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset
@@ -29,7 +38,8 @@ _SAMPLER: dict[str, SamplerName] = {"gaussian": "ddim", "flow": "euler", "edm": 
 
 
 def load_decoder(dataset: ShardDataset) -> tuple[Vae | None, str]:
-    """The VAE that made the data set's latents, on the CPU, from files that lie here; or None, and why."""
+    """The VAE that made the data set's latents, on the CPU, from files that lie here; or None, and
+    why."""
     made_with, made_by = dataset.manifest.get("made_with"), dataset.info.encoders.get("vae")
     spec = made_with.get("vae") if isinstance(made_with, dict) else None
     if not spec:
@@ -39,11 +49,16 @@ def load_decoder(dataset: ShardDataset) -> tuple[Vae | None, str]:
             vae = load_vae(spec, torch.device("cpu"))
     except (DataError, OSError) as error:
         return None, str(error)
-    return (vae, "") if vae.identity == made_by else (None, f"{spec} is {vae.identity}, the data are of {made_by}")
+    return (
+        (vae, "")
+        if vae.identity == made_by
+        else (None, f"{spec} is {vae.identity}, the data are of {made_by}")
+    )
 
 
 def load_linear_rgb(dataset: ShardDataset) -> list[list[float]] | None:
-    """The map to colours that was fitted while packing; None where there is none for these latents."""
+    """The map to colours that was fitted while packing; None where there is none for these
+    latents."""
     try:
         matrix = np.array(json.loads((dataset.path / LATENT_RGB).read_text()), np.float64)
     except (OSError, ValueError, TypeError, RecursionError):
@@ -54,40 +69,67 @@ def load_linear_rgb(dataset: ShardDataset) -> list[list[float]] | None:
 
 def shows_latents(config: Config, dataset: ShardDataset) -> bool:
     """Whether there are previews that need a VAE to be pictures."""
-    return dataset.info.kind != "pixels" and 0 < config.telemetry.preview_every <= config.train.steps
+    return (
+        dataset.info.kind != "pixels" and 0 < config.telemetry.preview_every <= config.train.steps
+    )
 
 
 class Preview:
-    """The same classes, or captions of the data set, every time. Of latents pictures, where their VAE lies here."""
+    """The same classes, or captions of the data set, every time. Of latents pictures, where their
+    VAE lies here."""
 
-    def __init__(self, config: Config, objective: AnyObjective, engine: Engine, ranks: Ranks,
-                 dataset: ShardDataset, stop: Callable[[], bool] = lambda: False):
-        """`stop` is asked often; once it is true the preview is left out. `note`, if any, is better known."""
+    def __init__(
+        self,
+        config: Config,
+        objective: AnyObjective,
+        engine: Engine,
+        ranks: Ranks,
+        dataset: ShardDataset,
+        stop: Callable[[], bool] = lambda: False,
+    ):
+        """`stop` is asked often; once it is true the preview is left out. `note`, if any, is better
+        known."""
         self._config, self._objective, self._engine, self._ranks = config, objective, engine, ranks
         self._stop = stop
-        self._pixels, self._vae, self._rgb, self.note = dataset.info.kind == "pixels", None, None, ""
+        self._pixels, self._vae, self._rgb, self.note = (
+            dataset.info.kind == "pixels",
+            None,
+            None,
+            "",
+        )
         if ranks.rank == 0 and shows_latents(config, dataset):
             self._vae, why = load_decoder(dataset)
             self._rgb = load_linear_rgb(dataset)
             shown = "show latents by a linear map to colours" if self._rgb else "show latents"
-            self.note = (f"note: previews are decoded by {self._vae.identity}" if self._vae else
-                         f"note: previews {shown}, not decoded: {why}")
+            self.note = (
+                f"note: previews are decoded by {self._vae.identity}"
+                if self._vae
+                else f"note: previews {shown}, not decoded: {why}"
+            )
         n, self._titles = config.telemetry.preview_images, None
-        self._y: Condition = torch.tensor(balanced_labels(n, max(min(
-            config.model.num_classes, dataset.info.num_classes), 1)))
+        self._y: Condition = torch.tensor(
+            balanced_labels(n, max(min(config.model.num_classes, dataset.info.num_classes), 1))
+        )
         if config.model.caption_tokens and config.telemetry.preview_every:
             rows = sample_indices(np.arange(n), len(dataset), config.train.seed)
             gathered = dataset.gather(rows, choice=np.zeros(n))
-            self._y = to_condition({name: torch.from_numpy(values) for name, values in gathered.items()})
+            self._y = to_condition(
+                {name: torch.from_numpy(values) for name, values in gathered.items()}
+            )
             self._titles = [texts[0] for texts in dataset.texts(rows)]
 
     def __call__(self, step: int, telemetry: Telemetry) -> None:
-        """Collective: every rank draws its share, rank 0 lays out the grid. Raises Stopped, on every rank."""
+        """Collective: every rank draws its share, rank 0 lays out the grid. Raises Stopped, on
+        every rank."""
         n, ranks, x = self._config.telemetry.preview_images, self._ranks, self._draw()
         samples = np.empty((n, *x.shape[1:]), np.float32)
         for rank, share in enumerate(ranks.all_gather_bytes(x.numpy().tobytes())):
-            samples[rank :: ranks.world_size] = np.frombuffer(share, np.float32).reshape(-1, *x.shape[1:])
-        sheet = ranks.raise_on_all_ranks(lambda: self._sheet(torch.from_numpy(samples)) if ranks.rank == 0 else None)
+            samples[rank :: ranks.world_size] = np.frombuffer(share, np.float32).reshape(
+                -1, *x.shape[1:]
+            )
+        sheet = ranks.raise_on_all_ranks(
+            lambda: self._sheet(torch.from_numpy(samples)) if ranks.rank == 0 else None
+        )
         if sheet is not None:
             telemetry.image(step, "samples", sheet)
 
@@ -96,16 +138,27 @@ class Preview:
         c, ranks = self._config, self._ranks
         objective, look = c.diffusion.objective, c.telemetry
         sampling = SamplingConfig(
-            _SAMPLER[objective], look.preview_steps, look.preview_cfg_scale, seed=c.train.seed,
+            _SAMPLER[objective],
+            look.preview_steps,
+            look.preview_cfg_scale,
+            seed=c.train.seed,
             clip_denoised=self._pixels and objective == "gaussian",
         )
         model = self._ema_model()
-        return ranks.raise_on_all_ranks(lambda: draw_samples(
-            model, self._objective, sampling, index=range(look.preview_images)[ranks.rank :: ranks.world_size],
-            condition=lambda index: select(self._y, torch.tensor(index)),
-            shape=latent_shape(c.model), num_classes=c.model.num_classes, batch_size=64, device=ranks.device,
-            stop=self._stop,
-        ))
+        return ranks.raise_on_all_ranks(
+            lambda: draw_samples(
+                model,
+                self._objective,
+                sampling,
+                index=range(look.preview_images)[ranks.rank :: ranks.world_size],
+                condition=lambda index: select(self._y, torch.tensor(index)),
+                shape=latent_shape(c.model),
+                num_classes=c.model.num_classes,
+                batch_size=64,
+                device=ranks.device,
+                stop=self._stop,
+            )
+        )
 
     def _sheet(self, x: Tensor) -> np.ndarray:
         """Raises Stopped."""
@@ -115,11 +168,16 @@ class Preview:
             images = to_uint8(linear_rgb(x, self._rgb) if self._rgb else x)
             heading = "" if self._pixels else LINEAR if self._rgb else UNDECODED
         columns, scale = min(10, len(x)), max(1, (96 if self._titles else 64) // images.shape[1])
-        sheet = titled(images, self._titles, columns, scale) if self._titles else grid(images, columns, scale)
+        sheet = (
+            titled(images, self._titles, columns, scale)
+            if self._titles
+            else grid(images, columns, scale)
+        )
         return headed(sheet, heading) if heading else sheet
 
     def _decoded(self, x: Tensor) -> np.ndarray | None:
-        """(N, H, W, 3) uint8 of latents; None without a VAE, or memory for it, which is the device's for this only."""
+        """(N, H, W, 3) uint8 of latents; None without a VAE, or memory for it, which is the
+        device's for this only."""
         if self._vae is None:
             return None
         images = []

@@ -1,4 +1,5 @@
-"""What a run leaves behind besides checkpoints: the log, where its time went, a profile; and its heartbeat."""
+"""What a run leaves behind besides checkpoints: the log, where its time went, a profile; and its
+heartbeat."""
 
 import contextlib
 import math
@@ -21,18 +22,42 @@ from largescale.training.state import TrainingState
 
 
 class Recorder:
-    """On every rank: times and heartbeats. On rank 0 also metrics.jsonl, TensorBoard, the bar and the run record."""
+    """On every rank: times and heartbeats. On rank 0 also metrics.jsonl, TensorBoard, the bar and
+    the run record."""
 
-    def __init__(self, config: Config, ranks: Ranks, state: TrainingState, telemetry: Telemetry, watchdog: Watchdog, *,
-                 precision: str, flops_per_step: float, start_time: float):
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        state: TrainingState,
+        telemetry: Telemetry,
+        watchdog: Watchdog,
+        *,
+        precision: str,
+        flops_per_step: float,
+        start_time: float,
+    ):
         """`start_time`: when the program was started, in seconds since 1970."""
         self.telemetry, self.watchdog = telemetry, watchdog
         self._state, self._start_time = state, start_time
         self.timer = StepTimer(
-            config.train.global_batch_size, flops_per_step, ranks, precision, state.curriculum.n_clusters)
-        self.goodput = Goodput(telemetry, self.timer, start_time=start_time, device=config.train.device,
-                               world_size=ranks.world_size, from_step=state.step)
-        self.profile = Profile(self.lap, telemetry, wanted=config.profile, cuda=config.train.device == "cuda")
+            config.train.global_batch_size,
+            flops_per_step,
+            ranks,
+            precision,
+            state.curriculum.n_clusters,
+        )
+        self.goodput = Goodput(
+            telemetry,
+            self.timer,
+            start_time=start_time,
+            device=config.train.device,
+            world_size=ranks.world_size,
+            from_step=state.step,
+        )
+        self.profile = Profile(
+            self.lap, telemetry, wanted=config.profile, cuda=config.train.device == "cuda"
+        )
 
     def begin(self) -> None:
         """The first step is about to be taken."""
@@ -40,7 +65,8 @@ class Recorder:
 
     @contextlib.contextmanager
     def lap(self, name: str) -> Iterator[None]:
-        """A named part of a step, or of what is done beside it: timed, a range of the profile, and a heartbeat."""
+        """A named part of a step, or of what is done beside it: timed, a range of the profile, and
+        a heartbeat."""
         self.watchdog.heartbeat(f"{name} of step {self._state.step + 1}")
         with self.profile.annotate(name), self.timer.lap(name):
             yield
@@ -59,12 +85,17 @@ class Recorder:
     def _log_transition(self) -> None:
         state, curriculum = self._state, self._state.curriculum
         index, (lowest, highest) = curriculum.index, curriculum.active
-        now = f"{stage(index, curriculum.n_clusters)}, training on u in [{lowest:.3g}, {highest:.3g})"
+        now = (
+            f"{stage(index, curriculum.n_clusters)}, training on u in [{lowest:.3g}, {highest:.3g})"
+        )
         self.telemetry.event(
-            state.step, "transition",
+            state.step,
+            "transition",
             f"step {state.step}: curriculum index {index + 1} -> {index}, "
             + ("the curriculum is complete" if index == 0 else now),
-            index=index, lowest=lowest, highest=highest,
+            index=index,
+            lowest=lowest,
+            highest=highest,
         )
 
     def log_metrics(self, engine: Engine, last_saved: int) -> None:
@@ -94,7 +125,9 @@ class Recorder:
 
     def log_anomaly(self, anomaly: Anomaly, text: str) -> None:
         kind = anomaly.kind.replace("_", " ")
-        self.telemetry.event(self._state.step, kind, text, ranks=anomaly.ranks, clusters=anomaly.clusters)
+        self.telemetry.event(
+            self._state.step, kind, text, ranks=anomaly.ranks, clusters=anomaly.clusters
+        )
 
     def rolled_back(self) -> None:
         """The run stands at an earlier step now: what was logged of later ones is dropped."""

@@ -1,4 +1,5 @@
-"""One start of a run: its newest checkpoint, the model and the engine, the loop, and what is said at the end.
+"""One start of a run: its newest checkpoint, the model and the engine, the loop, and what is said
+at the end.
 
 Importing this loads DeepSpeed: DS_ACCELERATOR must be set to the run's device before.
 """
@@ -40,18 +41,27 @@ from largescale.training.trainer import Trainer
 Log = Callable[[str], None]  # prints on rank 0
 
 
-def train_run(config: Config, ds: dict[str, Any], ranks: Ranks, dataset: ShardDataset, watchdog: Watchdog,
-              lock: IO[str] | None, start_time: float, log: Log) -> int:
+def train_run(
+    config: Config,
+    ds: dict[str, Any],
+    ranks: Ranks,
+    dataset: ShardDataset,
+    watchdog: Watchdog,
+    lock: IO[str] | None,
+    start_time: float,
+    log: Log,
+) -> int:
     """Train, from the newest checkpoint if there is one; the process's exit status.
 
-    `ds`: DeepSpeed's settings. `lock`: held on the run directory by rank 0. `start_time`: when the program was started,
-    in seconds since 1970.
+    `ds`: DeepSpeed's settings. `lock`: held on the run directory by rank 0. `start_time`: when the
+    program was started, in seconds since 1970.
     """
     check_ds_config(ds)
     identity = run_identity(config, ds, dataset)
     watchdog.heartbeat("start-up: checkpoints")
     checkpointer = Checkpointer(
-        config.run_dir, config.checkpoint, ranks, patience_s=config.train.timeout_s / 2, lock=lock)
+        config.run_dir, config.checkpoint, ranks, patience_s=config.train.timeout_s / 2, lock=lock
+    )
     checkpoint = find_checkpoint(config, identity, checkpointer, ranks, dataset, log)
     if checkpoint is not None and checkpoint.step >= config.train.steps:
         log(finished_message(config, checkpoint))
@@ -73,14 +83,28 @@ def train_run(config: Config, ds: dict[str, Any], ranks: Ranks, dataset: ShardDa
             resume(checkpoint, train_step, state, log)
         log(first_line(train_step, state, dataset, precision(ds)))
         watchdog.heartbeat("start-up: telemetry")
-        with ranks.raise_on_all_ranks(lambda: Telemetry(
-            config.run_dir, active=ranks.rank == 0, tensorboard=config.telemetry.tensorboard,
-            step=state.step, steps=config.train.steps,
-        )) as telemetry:
+        with ranks.raise_on_all_ranks(
+            lambda: Telemetry(
+                config.run_dir,
+                active=ranks.rank == 0,
+                tensorboard=config.telemetry.tensorboard,
+                step=state.step,
+                steps=config.train.steps,
+            )
+        ) as telemetry:
             recorder = Recorder(
-                config, ranks, state, telemetry, watchdog, precision=precision(ds), flops_per_step=train_step.flops,
-                start_time=start_time)
-            trainer = Trainer(config, ranks, dataset, train_step, state, checkpointer, recorder, identity)
+                config,
+                ranks,
+                state,
+                telemetry,
+                watchdog,
+                precision=precision(ds),
+                flops_per_step=train_step.flops,
+                start_time=start_time,
+            )
+            trainer = Trainer(
+                config, ranks, dataset, train_step, state, checkpointer, recorder, identity
+            )
             finished = trainer.run()
 
     text = last_line(state, checkpointer.run_dir, recorder.goodput, finished)
@@ -93,19 +117,29 @@ def train_run(config: Config, ds: dict[str, Any], ranks: Ranks, dataset: ShardDa
 
 
 def run_identity(config: Config, ds: dict[str, Any], dataset: ShardDataset) -> dict[str, Any]:
-    """What a checkpoint says about its run besides the progress: a resumed run is compared with it."""
+    """What a checkpoint says about its run besides the progress: a resumed run is compared with
+    it."""
     return {
-        "config": to_dict(config), "precision": precision(ds),
-        "dataset": dataset.fingerprint, "data_info": dataset.info.plain(),
+        "config": to_dict(config),
+        "precision": precision(ds),
+        "dataset": dataset.fingerprint,
+        "data_info": dataset.info.plain(),
         "made_with": dataset.manifest.get("made_with", {}),  # where the encoders were, for sampling
     }
 
 
-def find_checkpoint(config: Config, identity: dict[str, Any], checkpointer: Checkpointer, ranks: Ranks,
-                    dataset: ShardDataset, log: Log) -> CheckpointDir | None:
+def find_checkpoint(
+    config: Config,
+    identity: dict[str, Any],
+    checkpointer: Checkpointer,
+    ranks: Ranks,
+    dataset: ShardDataset,
+    log: Log,
+) -> CheckpointDir | None:
     """Collective. The newest one that is whole; None in a new run.
 
-    Raises CheckpointError where it is another run's, or where there were checkpoints and none is left.
+    Raises CheckpointError where it is another run's, or where there were checkpoints and none is
+    left.
     """
     checkpoint = checkpointer.newest(log)
     if checkpoint is None:
@@ -115,29 +149,39 @@ def find_checkpoint(config: Config, identity: dict[str, Any], checkpointer: Chec
     return checkpoint
 
 
-def resume(checkpoint: CheckpointDir, train_step: TrainStep, state: TrainingState, log: Log) -> None:
-    """Collective. Load the checkpoint, and say what makes the rest of the run differ in rounding."""
+def resume(
+    checkpoint: CheckpointDir, train_step: TrainStep, state: TrainingState, log: Log
+) -> None:
+    """Collective. Load the checkpoint, and say what makes the rest of the run differ in
+    rounding."""
     config, ranks = train_step.config, train_step.ranks
     load_checkpoint(checkpoint, ranks, train_step.engine, state)
-    for change in rounding_changes(checkpoint.manifest(), config, ranks.world_size, train_step.micro_batch_size):
+    for change in rounding_changes(
+        checkpoint.manifest(), config, ranks.world_size, train_step.micro_batch_size
+    ):
         log(f"changed on resume, so the same up to rounding, not bitwise: {change}")
     log(f"resumed {config.run_dir} at step {state.step}, curriculum index {state.curriculum.index}")
 
 
-def first_line(train_step: TrainStep, state: TrainingState, dataset: ShardDataset, precision: str) -> str:
+def first_line(
+    train_step: TrainStep, state: TrainingState, dataset: ShardDataset, precision: str
+) -> str:
     config, ranks = train_step.config, train_step.ranks
     n = torch.get_num_threads()
     threads = f" with {n} thread{'s' if n > 1 else ''}" if config.train.device == "cpu" else ""
     return (
-        f"training {config.run_dir} to step {config.train.steps}: {train_step.engine.numel:,} parameters, "
-        f"{len(dataset):,} rows, {ranks.world_size} x {config.train.device}{threads}, {precision}, "
-        f"batch {config.train.global_batch_size} = {train_step.micro_batch_size} x {train_step.grad_accum_steps} x "
-        f"{ranks.world_size}, AdamW of {config.optimizer.kernel}, compiled: {config.train.compile}"
+        f"training {config.run_dir} to step {config.train.steps}: {train_step.engine.numel:,} "
+        f"parameters, {len(dataset):,} rows, {ranks.world_size} x {config.train.device}{threads}, "
+        f"{precision}, batch {config.train.global_batch_size} = {train_step.micro_batch_size} x "
+        f"{train_step.grad_accum_steps} x {ranks.world_size}, AdamW of {config.optimizer.kernel}, "
+        f"compiled: {config.train.compile}"
         + (", activations computed again" if config.train.activation_checkpointing else "")
     )
 
 
 def last_line(state: TrainingState, run_dir: Path, goodput: Goodput, finished: bool) -> str:
-    return (f"{'finished' if finished else 'stopped'} {run_dir} at step {state.step}, "
-            f"curriculum index {state.curriculum.index}, {state.skipped_steps} skipped steps; "
-            f"{goodput.account()}" + ("" if finished else "; run again to go on"))
+    return (
+        f"{'finished' if finished else 'stopped'} {run_dir} at step {state.step}, "
+        f"curriculum index {state.curriculum.index}, {state.skipped_steps} skipped steps; "
+        f"{goodput.account()}" + ("" if finished else "; run again to go on")
+    )

@@ -5,9 +5,12 @@ from typing import Any
 
 
 class SpikeDetector:
-    """A loss above `factor` times the usual one of its stage is a spike; stages differ too much to be compared."""
+    """A loss above `factor` times the usual one of its stage is a spike; stages differ too much to
+    be compared."""
 
-    WINDOW = 100  # observations: its memory, and how many it takes before anything is called a spike
+    WINDOW = (
+        100  # observations: its memory, and how many it takes before anything is called a spike
+    )
 
     def __init__(self, factor: float):
         self.factor, self.mean_log, self.count, self.spikes = factor, 0.0, 0, 0

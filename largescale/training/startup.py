@@ -1,4 +1,5 @@
-"""What is checked and opened before DeepSpeed is loaded, and what becomes of an error that ends a rank."""
+"""What is checked and opened before DeepSpeed is loaded, and what becomes of an error that ends a
+rank."""
 
 import contextlib
 import dataclasses
@@ -32,18 +33,24 @@ from largescale.training.run_directory import check_writable, lock_run_dir
 
 
 def resolve_auto(config: Config) -> Config:
-    """With what `auto` stands for here: that is the run's setting, which a later start is compared with."""
+    """With what `auto` stands for here: that is the run's setting, which a later start is compared
+    with."""
     device = config.train.device
     return dataclasses.replace(
         config,
-        optimizer=dataclasses.replace(config.optimizer, kernel=choose_kernel(config.optimizer, device)),
-        train=dataclasses.replace(config.train, compile=what_to_compile(
-            config.train.compile, device, config.model.architecture)),
+        optimizer=dataclasses.replace(
+            config.optimizer, kernel=choose_kernel(config.optimizer, device)
+        ),
+        train=dataclasses.replace(
+            config.train,
+            compile=what_to_compile(config.train.compile, device, config.model.architecture),
+        ),
     )
 
 
 def run(config: Config, start_time: float, *, warned_of_memory: bool) -> int:
-    """Train; the process's exit status. `warned_of_memory`: this rank has said that memory is short."""
+    """Train; the process's exit status. `warned_of_memory`: this rank has said that memory is
+    short."""
     validate(config, env_world_size())
     config = resolve_auto(config)
     ds = final_ds_config(config, env_world_size())
@@ -51,15 +58,21 @@ def run(config: Config, start_time: float, *, warned_of_memory: bool) -> int:
         ranks = watchdog.ranks = Ranks(config.train.device, watchdog.limit_s)
         try:
             if config.train.threads or config.train.device == "cpu":
-                threads = ranks.raise_on_all_ranks(lambda: threads_per_rank(config.train.threads, os.environ, cores()))
+                threads = ranks.raise_on_all_ranks(
+                    lambda: threads_per_rank(config.train.threads, os.environ, cores())
+                )
                 torch.set_num_threads(threads)
             if config.train.device == "cpu":
                 keep_freed_memory()
                 ranks.raise_on_all_ranks(lambda: check_on_cpu(precision(ds), IN_TRAINING))
-            ranks.raise_on_all_ranks(lambda: None if warned_of_memory else check_memory(config, ds, ranks.world_size))
+            ranks.raise_on_all_ranks(
+                lambda: None if warned_of_memory else check_memory(config, ds, ranks.world_size)
+            )
             return train(config, ds, ranks, watchdog, start_time)
         except DeviceError as error:
-            end_at_once(error)  # the other ranks are in some collective, and notice as they do with a crash
+            end_at_once(
+                error
+            )  # the other ranks are in some collective, and notice as they do with a crash
         except RuntimeError as error:
             watchdog.wait_if_ending()
             if is_lost_contact(error):
@@ -77,18 +90,23 @@ def run(config: Config, start_time: float, *, warned_of_memory: bool) -> int:
 
 
 def require_one_version(ranks: Ranks) -> None:
-    """Raises ConfigError where ranks run different sources of this package, as after an upgrade on some nodes only."""
+    """Raises ConfigError where ranks run different sources of this package, as after an upgrade on
+    some nodes only."""
     folder = Path(largescale.__file__).parent
     found = ranks.all_gather_json([sources_sha256(folder), str(folder), socket.gethostname()])
     for rank, (version, where, host) in enumerate(found):
         if version != found[0][0]:
             raise ConfigError(
-                f"rank {rank} runs another version of largescale than rank 0: {where} on {host} and {found[0][1]} on "
-                f"{found[0][2]} differ; install the same on all nodes")
+                f"rank {rank} runs another version of largescale than rank 0: {where} on {host} and "
+                f"{found[0][1]} on {found[0][2]} differ; install the same on all nodes"
+            )
 
 
-def train(config: Config, ds: dict[str, Any], ranks: Ranks, watchdog: Watchdog, start_time: float) -> int:
+def train(
+    config: Config, ds: dict[str, Any], ranks: Ranks, watchdog: Watchdog, start_time: float
+) -> int:
     """Open the data set and the run directory, then train; the process's exit status."""
+
     def log(text: str) -> None:
         if ranks.rank == 0:
             print(printable_lines(text), file=sys.stderr, flush=True)
@@ -98,11 +116,14 @@ def train(config: Config, ds: dict[str, Any], ranks: Ranks, watchdog: Watchdog, 
     dataset = ranks.raise_on_all_ranks(lambda: open_dataset(config, ranks.rank, ranks.world_size))
     watchdog.heartbeat("start-up: run directory")
     ranks.raise_on_all_ranks(lambda: check_writable(config.run_dir))
-    lock = ranks.raise_on_all_ranks(lambda: lock_run_dir(config.run_dir, log) if ranks.rank == 0 else None)
+    lock = ranks.raise_on_all_ranks(
+        lambda: lock_run_dir(config.run_dir, log) if ranks.rank == 0 else None
+    )
     with lock or contextlib.nullcontext():
         if asked_to_stop(ranks, log, "before DeepSpeed was loaded"):
             return EXIT_REQUEUE
-        # DeepSpeed's import takes seconds: what is wrong with the settings or the data is said before it.
+        # DeepSpeed's import takes seconds: what is wrong with the settings or the data is said
+        # before it.
         os.environ["DS_ACCELERATOR"] = config.train.device
         from largescale.training.run import train_run
 

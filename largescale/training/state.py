@@ -1,4 +1,5 @@
-"""What moves while a run trains, besides the engine's tensors: in every checkpoint, and the same on every rank."""
+"""What moves while a run trains, besides the engine's tensors: in every checkpoint, and the same on
+every rank."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from largescale.training.spikes import SpikeDetector
 
 @dataclass(frozen=True)
 class SkippedInputs:
-    """A window of inputs that is not used: from step `at` on, a step takes the inputs of `count` steps later."""
+    """A window of inputs that is not used: from step `at` on, a step takes the inputs of `count`
+    steps later."""
 
     at: int
     count: int
@@ -27,20 +29,27 @@ class SkippedInputs:
 
 
 def input_step(step: int, skips: Sequence[SkippedInputs]) -> int:
-    """Whose inputs (order of the data and every draw) this step takes: its own, but for what was skipped."""
+    """Whose inputs (order of the data and every draw) this step takes: its own, but for what was
+    skipped."""
     return step + sum(skip.count for skip in skips if skip.at <= step)
 
 
-def skips_after_rollback(step: int, back_to: int, skips: Sequence[SkippedInputs], why: str) -> list[SkippedInputs]:
-    """The skips of a run that goes back from `step` to `back_to`, leaving out the inputs from there to here."""
+def skips_after_rollback(
+    step: int, back_to: int, skips: Sequence[SkippedInputs], why: str
+) -> list[SkippedInputs]:
+    """The skips of a run that goes back from `step` to `back_to`, leaving out the inputs from there
+    to here."""
     kept = [skip for skip in skips if skip.at <= back_to]
-    return [*kept, SkippedInputs(back_to, input_step(step, skips) + 1 - input_step(back_to, kept), why)]
+    return [
+        *kept,
+        SkippedInputs(back_to, input_step(step, skips) + 1 - input_step(back_to, kept), why),
+    ]
 
 
 class TrainingState:
     def __init__(self, config: Config, objective: AnyObjective):
         self.global_batch_size = config.train.global_batch_size
-        self.step = 0           # applied optimizer steps
+        self.step = 0  # applied optimizer steps
         self.skipped_steps = 0  # attempts whose gradient overflowed in fp16
         self.curriculum = make_curriculum(config)
         self.noise_sampler = build_noise_sampler(config, objective)
@@ -89,12 +98,17 @@ class TrainingState:
             self.spikes.load_state_dict(state["spikes"])
 
 
-def load_checkpoint(checkpoint: CheckpointDir, ranks: Ranks, engine: Engine, state: TrainingState) -> None:
+def load_checkpoint(
+    checkpoint: CheckpointDir, ranks: Ranks, engine: Engine, state: TrainingState
+) -> None:
     """Collective. Raises CheckpointError on every rank if one cannot use its part."""
+
     def read() -> dict[str, Any]:
         manifest, saved = checkpoint.manifest(), client_state(checkpoint)
         if manifest["state"] != json.loads(json.dumps(saved)):
-            raise CheckpointError(f"{checkpoint.path}: the manifest's copy of the state is not the checkpoint's")
+            raise CheckpointError(
+                f"{checkpoint.path}: the manifest's copy of the state is not the checkpoint's"
+            )
         with usable(checkpoint.path):
             engine.load(checkpoint, manifest["world_size"])
         return saved

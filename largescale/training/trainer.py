@@ -1,4 +1,5 @@
-"""The loop. Everything that a step decides follows from the vector that all ranks sum, so every rank decides alike."""
+"""The loop. Everything that a step decides follows from the vector that all ranks sum, so every
+rank decides alike."""
 
 import contextlib
 import time
@@ -25,20 +26,51 @@ READ_RETRY_S = (1.0, 5.0, 15.0)  # pauses before data that could not be read are
 
 
 class Trainer:
-    def __init__(self, config: Config, ranks: Ranks, dataset: ShardDataset, train_step: TrainStep, state: TrainingState,
-                 checkpointer: Checkpointer, recorder: Recorder, identity: dict[str, Any]):
-        """Collective. `identity`: what a checkpoint says about the run besides its progress (see startup.py)."""
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        dataset: ShardDataset,
+        train_step: TrainStep,
+        state: TrainingState,
+        checkpointer: Checkpointer,
+        recorder: Recorder,
+        identity: dict[str, Any],
+    ):
+        """Collective. `identity`: what a checkpoint says about the run besides its progress (see
+        startup.py)."""
         self.config, self.ranks, self.dataset, self.identity = config, ranks, dataset, identity
         self.train_step, self.state, self.engine = train_step, state, train_step.engine
-        self.recorder, self.telemetry, self.checkpointer = recorder, recorder.telemetry, checkpointer
+        self.recorder, self.telemetry, self.checkpointer = (
+            recorder,
+            recorder.telemetry,
+            checkpointer,
+        )
         self.checkpoints = CheckpointPolicy(checkpointer, self.engine, recorder)
         self.anomalies = Anomalies(
-            config.anomaly, train_step, state, ranks, heartbeat=lambda: recorder.watchdog.heartbeat("diagnosis"))
-        self.preview = ranks.raise_on_all_ranks(lambda: Preview(
-            config, train_step.objective, self.engine, ranks, dataset, recorder.stop_requested))
-        self.reference_loss = ranks.raise_on_all_ranks(lambda: ReferenceLoss(
-            config, dataset, train_step.objective, state.curriculum.edges, ranks, train_step.micro_batch_size,
-            train_step.shape, recorder.stop_requested))
+            config.anomaly,
+            train_step,
+            state,
+            ranks,
+            heartbeat=lambda: recorder.watchdog.heartbeat("diagnosis"),
+        )
+        self.preview = ranks.raise_on_all_ranks(
+            lambda: Preview(
+                config, train_step.objective, self.engine, ranks, dataset, recorder.stop_requested
+            )
+        )
+        self.reference_loss = ranks.raise_on_all_ranks(
+            lambda: ReferenceLoss(
+                config,
+                dataset,
+                train_step.objective,
+                state.curriculum.edges,
+                ranks,
+                train_step.micro_batch_size,
+                train_step.shape,
+                recorder.stop_requested,
+            )
+        )
         self.batch: Batch = {}
 
     def run(self) -> bool:
@@ -53,7 +85,9 @@ class Trainer:
             stopped = self.train() and state.step < steps
             if stopped:
                 self.telemetry.message(f"asked to stop: saving at step {state.step}")
-            self.checkpoints.save_on_exit(state.step, self.checkpoint_state(), "stop" if stopped else "end")
+            self.checkpoints.save_on_exit(
+                state.step, self.checkpoint_state(), "stop" if stopped else "end"
+            )
             ended = "finished" if self.checkpointer.last_saved >= steps else "stopped"
         except Exception as error:
             self.recorder.watchdog.wait_if_ending()
@@ -81,7 +115,8 @@ class Trainer:
             unread = self._read(batches)
         scaler, can_retry = self.engine.scaler_state(), self.engine.can_lower_loss_scale
         report, applied = self.train_step.forward_backward(
-            self.batch, self._status, self.recorder.lap, unread=unread is not None)
+            self.batch, self._status, self.recorder.lap, unread=unread is not None
+        )
         if report.cannot_read:
             self.engine.load_scaler_state(scaler)
             self.checkpoints.save(self.state.step, self.checkpoint_state(), "schedule")
@@ -97,7 +132,9 @@ class Trainer:
         if anomaly and policy == "stop":
             self.checkpoints.finalize(self.state.step)  # one that is being written is good
             self.recorder.log_anomaly(anomaly, anomaly.text)
-            raise NonFiniteError(f"{anomaly.text}; the last good checkpoint is step {self.checkpointer.last_saved}")
+            raise NonFiniteError(
+                f"{anomaly.text}; the last good checkpoint is step {self.checkpointer.last_saved}"
+            )
         if not applied:
             self.state.skipped_steps += 1  # the same inputs again, at a lower loss scale
             return report.stop
@@ -132,8 +169,12 @@ class Trainer:
         """To the last good checkpoint, and on without the inputs from there to here."""
         state = self.state
         self.checkpoints.finalize(state.step)
-        if self.checkpointer.pending:  # a file system that does not answer: what it writes later belongs to no run
-            raise NonFiniteError(f"{anomaly.text}; a checkpoint is still being written, so it cannot go back")
+        if (
+            self.checkpointer.pending
+        ):  # a file system that does not answer: what it writes later belongs to no run
+            raise NonFiniteError(
+                f"{anomaly.text}; a checkpoint is still being written, so it cannot go back"
+            )
         self.anomalies.count_rollback(anomaly, self.checkpointer.last_saved)
         checkpoint = self.checkpointer.newest(self.telemetry.message)
         assert checkpoint is not None  # that of step 0 at least
@@ -144,7 +185,10 @@ class Trainer:
         self.recorder.rolled_back()
         left_out = state.skips[-1].count
         self.recorder.log_anomaly(
-            anomaly, f"{anomaly.text}; went back to step {state.step}, leaving out the inputs of {left_out} steps")
+            anomaly,
+            f"{anomaly.text}; went back to step {state.step}, leaving out the inputs of {left_out} "
+            "steps",
+        )
 
     def checkpoint_state(self) -> dict[str, Any]:
         """What DeepSpeed's checkpoint holds besides tensors, equal on all ranks."""
@@ -152,19 +196,30 @@ class Trainer:
 
     def _status(self) -> RankStatus:
         return RankStatus(
-            stop=stop_requested(), writing=self.checkpointer.writing, cannot_write=self.checkpointer.failed)
+            stop=stop_requested(),
+            writing=self.checkpointer.writing,
+            cannot_write=self.checkpointer.failed,
+        )
 
     def _loader(self) -> Loader:
         config = self.config
         return Loader(
-            self.dataset, seed=config.train.seed, global_batch_size=config.train.global_batch_size,
-            micro_batch_size=self.train_step.micro_batch_size, rank=self.ranks.rank, world_size=self.ranks.world_size,
-            flip=config.data.horizontal_flip, captions=config.model.caption_tokens > 0,
-            start_step=self.state.input_step, prefetch=config.data.prefetch, pin_memory=config.train.device == "cuda",
+            self.dataset,
+            seed=config.train.seed,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=self.train_step.micro_batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            flip=config.data.horizontal_flip,
+            captions=config.model.caption_tokens > 0,
+            start_step=self.state.input_step,
+            prefetch=config.data.prefetch,
+            pin_memory=config.train.device == "cuda",
         )
 
     def _read(self, batches: DeviceBatches) -> Exception | None:
-        """Set `batch` to this step's rows. An error is returned: one rank alone must not leave the others waiting."""
+        """Set `batch` to this step's rows. An error is returned: one rank alone must not leave the
+        others waiting."""
         for pause in (*READ_RETRY_S, None):
             try:
                 self.batch = batches.batch(self.state.input_step)
@@ -186,11 +241,14 @@ class Trainer:
             fatal: LargescaleError = DataError(text)
             fatal.agreed = True
             return fatal
-        return StorageError(f"{text}; saved at step {self.checkpointer.last_saved}, the same command goes on")
+        return StorageError(
+            f"{text}; saved at step {self.checkpointer.last_saved}, the same command goes on"
+        )
 
     @contextlib.contextmanager
     def _side_task(self, name: str) -> Iterator[None]:
-        """Something to look at, which is left out when the run is asked to stop; nothing is compiled for it."""
+        """Something to look at, which is left out when the run is asked to stop; nothing is
+        compiled for it."""
         with self.recorder.lap(name), self.train_step.compiled.eager():
             try:
                 yield

@@ -14,18 +14,18 @@ from pathlib import Path
 import torch
 
 os.environ["DS_ACCELERATOR"] = "cuda" if "cuda" in sys.argv else "cpu"
-from largescale.checkpoint import checkpointer as checkpoint
-from largescale.planning import batch_size, memory
 from largescale import train
-from largescale.training import run, startup, trainer
-from largescale.distributed import watchdog
+from largescale.checkpoint import checkpointer as checkpoint
 from largescale.data.loader import Loader
+from largescale.distributed import watchdog
+from largescale.distributed.watchdog import Watchdog
 from largescale.errors import DataError
 from largescale.host.launch import leave
+from largescale.planning import batch_size, memory
+from largescale.training import run, startup, trainer
 from largescale.training.state import TrainingState
 from largescale.training.step import TrainStep
 from largescale.training.trainer import Trainer
-from largescale.distributed.watchdog import Watchdog
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--die-after", type=int, help="kill -9 this process when the step has been taken and its save begun")
@@ -144,10 +144,9 @@ if faults.leap is not None:
 
     TrainStep.micro_step_losses = leap  # type: ignore[assignment, method-assign]
 
+read_batch = Loader.batch
 for fault in ("lost_files", "damaged_data", "kill", "hang", "freeze"):
     if (where := getattr(faults, fault)) and os.environ["RANK"] == str(where[1]):
-        read_batch = Loader.batch
-
         def batch(self: Loader, step: int, fault: str = fault, at: int = where[0]) -> object:
             if step == at:
                 if fault == "lost_files":  # really: no shard is mapped any more, and none is there

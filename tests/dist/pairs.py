@@ -31,15 +31,15 @@ import torch
 from torch import Tensor
 
 os.environ["DS_ACCELERATOR"] = "cpu"
-from largescale.distributed.ranks import Ranks
-from largescale.training import run as training_run
-from largescale.training import startup
 from largescale import train
 from largescale.data.loader import Batch, Loader
 from largescale.diffusion.gaussian import GaussianDiffusion
 from largescale.diffusion.objective import Losses
-from largescale.randomness import Draws
+from largescale.distributed.ranks import Ranks
 from largescale.engine.deepspeed_engine import Engine, plain
+from largescale.randomness import Draws
+from largescale.training import run as training_run
+from largescale.training import startup
 from largescale.training.state import TrainingState
 from largescale.training.step import TrainStep
 from largescale.training.trainer import Trainer

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from largescale.distributed.ranks import Ranks
-from largescale.training import startup
 from largescale import train
+from largescale.distributed.ranks import Ranks
 from largescale.host.launch import leave
+from largescale.training import startup
 from tests.conftest import assert_same_run, cut, ds_json, trace
 
 torch.set_num_threads(1)

@@ -8,16 +8,14 @@ import sys
 import time
 from pathlib import Path
 
-
 import pytest
 
 from largescale.distributed import watchdog
-
+from largescale.distributed.watchdog import Watchdog
 from largescale.errors import LargescaleError
 from largescale.monitoring.telemetry import read_metrics
-from largescale.distributed.watchdog import Watchdog
 from tests.conftest import QUIET, Train, trace
-from tests.ranks import ROOT, free_port, ranks_of, running
+from tests.ranks import ROOT, ranks_of, running
 
 ARGS = ("--train.steps", 12, "--telemetry.log-every", 1, "--checkpoint.every", 4, "--train.micro-batch-size", 4,
         "--train.timeout-s", 3)

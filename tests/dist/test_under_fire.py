@@ -11,9 +11,16 @@ import pytest
 import torch
 
 from largescale.checkpoint import files
-from largescale.checkpoint.files import CheckpointDir, MANIFEST, MODEL_FILE, checkpoints, newest_valid, seal
-from largescale.host.files import sha256
+from largescale.checkpoint.files import (
+    MANIFEST,
+    MODEL_FILE,
+    CheckpointDir,
+    checkpoints,
+    newest_valid,
+    seal,
+)
 from largescale.checkpoint.weights import load_trained
+from largescale.host.files import sha256
 from tests.conftest import RunHere, assert_same_run
 from tests.ranks import ranks_of
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from largescale.checkpoint.files import CheckpointDir, checkpoints, flat_state, named_weights
 from largescale.engine.deepspeed_engine import Engine
-from largescale.errors import CheckpointError
 from largescale.engine.optimizer import carrying_ema
+from largescale.errors import CheckpointError
 from tests.conftest import QUIET, ds_json, trace
 from tests.ranks import ranks_of
 

@@ -32,16 +32,25 @@ from typing import Any, NoReturn
 import torch
 
 os.environ["DS_ACCELERATOR"] = "cpu"
-from largescale.checkpoint import checkpointer as product
-from largescale.host import files
 from largescale import train
-from largescale.training import run_directory
-from largescale.training import trainer  # noqa: F401 (imported once for every life)
+from largescale.checkpoint import checkpointer as product
 from largescale.checkpoint.checkpointer import Checkpointer
-from largescale.checkpoint.files import CLIENT_KEY, CheckpointDir, MANIFEST, MODEL_FILE, checkpoints, load
+from largescale.checkpoint.files import (
+    CLIENT_KEY,
+    MANIFEST,
+    MODEL_FILE,
+    CheckpointDir,
+    checkpoints,
+    load,
+)
 from largescale.config.schema import CheckpointConfig
 from largescale.errors import CheckpointError
+from largescale.host import files
 from largescale.monitoring.run_record import read_starts
+from largescale.training import (
+    run_directory,
+    trainer,  # noqa: F401 (imported once for every life)
+)
 from tests.conftest import QUIET, assert_same_run
 from tests.ranks import free_port
 

@@ -32,7 +32,15 @@ from largescale.monitoring import telemetry
 from largescale.monitoring.run_record import read_starts
 from largescale.monitoring.telemetry import read_metrics
 from largescale.training.trainer import Trainer
-from tests.conftest import CAPTIONED, Outcome, RunHere, assert_same_run, cut, final_state, make_blobs
+from tests.conftest import (
+    CAPTIONED,
+    Outcome,
+    RunHere,
+    assert_same_run,
+    cut,
+    final_state,
+    make_blobs,
+)
 
 
 def assert_refused(outcome: Outcome, *parts: str) -> None:

@@ -23,7 +23,15 @@ from eval.compare import Compare, Comparison
 from eval.comparison import report
 from eval.comparison.methods import METHODS, read_methods
 from eval.comparison.plan import plan
-from eval.comparison.statistics import Difference, cluster_table, mean, paired, standings, summary, table
+from eval.comparison.statistics import (
+    Difference,
+    cluster_table,
+    mean,
+    paired,
+    standings,
+    summary,
+    table,
+)
 from eval.comparison.validation_loss import SEED, ValidationLoss, figure
 from eval.scoring.extractors import Extractor, Features
 from eval.training_runs import Run, TrainingFailed, differences

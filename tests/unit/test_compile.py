@@ -10,7 +10,13 @@ from largescale.checkpoint.files import checkpoints
 from largescale.config.serialise import differences
 from largescale.errors import ConfigError, LargescaleError
 from largescale.models import compile
-from largescale.models.compile import Compiled, Gelu, has_compiler, use_private_cache, what_to_compile
+from largescale.models.compile import (
+    Compiled,
+    Gelu,
+    has_compiler,
+    use_private_cache,
+    what_to_compile,
+)
 from largescale.models.dit import attention
 from tests.conftest import RunHere
 

@@ -18,7 +18,14 @@ from eval import difficulty, score, training_runs
 from eval.difficulty_study import report
 from eval.difficulty_study import study as study_module
 from eval.difficulty_study.convergence import LossCurve, converge, rank_correlation, read_losses
-from eval.difficulty_study.denoising import Spliced, SplicedSampler, asked_levels, bounds, check_fits, noise_level_of
+from eval.difficulty_study.denoising import (
+    Spliced,
+    SplicedSampler,
+    asked_levels,
+    bounds,
+    check_fits,
+    noise_level_of,
+)
 from eval.difficulty_study.relative_entropy import noise_levels, one_kernel
 from eval.difficulty_study.study import STUDIES, Plan, Study
 from eval.sample import Sample

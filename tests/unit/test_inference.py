@@ -12,7 +12,16 @@ from largescale.condition import Captions, select
 from largescale.errors import ConfigError
 from largescale.models.dit import DiT
 from largescale.models.embedders import LinearFp32
-from largescale.models.inference import CPU_ROWS, Gelu, Linear, Packed, compile_pays, has_compiler, packs, prepare
+from largescale.models.inference import (
+    CPU_ROWS,
+    Gelu,
+    Linear,
+    Packed,
+    compile_pays,
+    has_compiler,
+    packs,
+    prepare,
+)
 
 CPU = torch.device("cpu")
 N = CPU_ROWS + 3                                        # a whole part and a piece

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from largescale.config.schema import NoiseConfig
-from largescale.diffusion.noise_levels import LogitNormal, LossSecondMoment, NoiseSampler, SpeeD, make_noise_sampler
+from largescale.diffusion.noise_levels import (
+    LogitNormal,
+    LossSecondMoment,
+    NoiseSampler,
+    SpeeD,
+    make_noise_sampler,
+)
 from largescale.errors import CheckpointError, ConfigError
 from largescale.noise_schedule import alphas_cumprod, log_snr, make_betas
 from tests.waits import Functions, Operations

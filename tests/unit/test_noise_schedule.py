@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from largescale.errors import ConfigError
-from largescale.noise_schedule import SCHEDULES, alphas_cumprod, log_snr, make_betas, respaced_betas, space_timesteps
+from largescale.noise_schedule import (
+    SCHEDULES,
+    alphas_cumprod,
+    log_snr,
+    make_betas,
+    respaced_betas,
+    space_timesteps,
+)
 
 REFERENCE = np.load(Path(__file__).parents[1] / "reference" / "gaussian_diffusion.npz")
 

@@ -7,7 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.difficulty_study.relative_entropy import RelativeEntropy, noise_levels, one_kernel, relative_entropy
+from eval.difficulty_study.relative_entropy import (
+    RelativeEntropy,
+    noise_levels,
+    one_kernel,
+    relative_entropy,
+)
 from largescale.config.schema import DiffusionConfig
 from largescale.errors import DataError, Stopped
 

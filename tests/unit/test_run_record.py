@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from largescale.monitoring import goodput, run_record
-from largescale.monitoring.run_record import KINDS, Account, Start, account, begin, duration, read_starts
+from largescale.monitoring.run_record import (
+    KINDS,
+    Account,
+    Start,
+    account,
+    begin,
+    duration,
+    read_starts,
+)
 from largescale.monitoring.telemetry import Telemetry
 
 

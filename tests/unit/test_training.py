@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from largescale.checkpoint.files import CheckpointDir, checkpoints, client_state, load, named_weights
+from largescale.checkpoint.files import (
+    CheckpointDir,
+    checkpoints,
+    client_state,
+    load,
+    named_weights,
+)
 from largescale.config.presets import debug
 from largescale.models.build import build_model
 from largescale.monitoring.telemetry import Telemetry
