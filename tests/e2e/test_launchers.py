@@ -90,3 +90,10 @@ def test_installed_without_the_clone(tmp_path: Path, blobs: Path) -> None:
     for program in ("eval.sample", "data_prep.describe"):
         helped = subprocess.run([sys.executable, "-m", program, "--help"], cwd=empty, env=env, text=True, capture_output=True, timeout=900)
         assert helped.returncode == 0, helped.stderr
+
+
+@pytest.mark.parametrize("program", ["largescale/train.py", "largescale/status.py", "data_prep/folder.py", "eval/sample.py"])
+def test_a_program_by_its_path_from_any_folder(program: str, tmp_path: Path) -> None:
+    helped = subprocess.run([sys.executable, ROOT / program, "--help"], cwd=tmp_path, env=ENV, text=True, capture_output=True,
+                            timeout=900)
+    assert helped.returncode == 0 and f"python -m {program.removesuffix('.py').replace('/', '.')}" in helped.stdout, helped.stderr

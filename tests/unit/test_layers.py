@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -92,6 +93,13 @@ def test_programs_use_the_library_below_the_engine() -> None:
 def test_empty_packages_are_empty() -> None:
     for name in EMPTY:
         assert not imports(modules(name.split(".")[0])[name])
+
+
+def test_no_program_lies_beside_a_module_that_hides_pythons() -> None:
+    """`python largescale/train.py` puts largescale/ first on the path, where `inspect.py` would be Python's."""
+    for package in ("largescale", *ABOVE_THE_LIBRARY):
+        names = {path.stem for path in (ROOT / package).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+        assert not names & sys.stdlib_module_names, package
 
 
 def test_one_door_each() -> None:

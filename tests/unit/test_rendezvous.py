@@ -46,7 +46,7 @@ def test_a_name_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("rank", "says"), [(0, "rank 0 of 2 has waited 0.1 s for the other ranks, to meet at 127.0.0.1:"),
                                             (1, "rank 1 of 2 has waited 0.1 s for rank 0, to meet at 127.0.0.1:")])
 def test_who_is_waited_for(rank: int, says: str) -> None:
-    program = ("from largescale import distributed\nfrom largescale.errors import LostRankError\n"
+    program = ("from largescale.distributed import ranks as distributed\nfrom largescale.errors import LostRankError\n"
                "distributed.SAID_AFTER_S = 0.1\n"
                "try: distributed.Ranks('cpu', 5)\nexcept LostRankError as error: print(error)")
     env = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

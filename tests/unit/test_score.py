@@ -145,8 +145,8 @@ def test_a_reference_is_kept(sets: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert read_statistics(file).count == 400
     looked: list[int] = []
     look = figures.extract_features
-    monkeypatch.setattr(score, "look", lambda *a, n, **more: (looked.append(n), look(*a, n=n, **more))[1])
-    monkeypatch.setattr(figures, "extract_features", score.look)
+    monkeypatch.setattr(score, "extract_features", lambda *a, n, **more: (looked.append(n), look(*a, n=n, **more))[1])
+    monkeypatch.setattr(figures, "extract_features", score.extract_features)
     assert run(*args, "--reference", sets / "reference", "--out", tmp_path / "images.jsonl") == 0
     assert run(*args, "--reference", file, "--out", tmp_path / "kept.jsonl") == 0
     assert looked == [400, 300, 300]

@@ -356,7 +356,7 @@ def test_nothing_is_written(run: Path) -> None:
 
 
 def test_no_torch(run: Path) -> None:
-    code = NO_TORCH + "from largescale import inspect; sys.exit(inspect.main(sys.argv[1:]))"
+    code = NO_TORCH + "from largescale import status; sys.exit(status.main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", code, str(run)], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0 and "all valid" in done.stdout, done.stderr
     assert done.stderr == ""  # no progress bar in a log for what takes no time
