@@ -2,10 +2,10 @@
 one run.
 
     background   as the trainer does it: a snapshot in host memory, written by a thread while steps
-      are taken
+                 are taken
     waited for   the same files and hashes, but nothing goes on until they are valid
     DeepSpeed    `engine.save_checkpoint` with its own checkpoint engine: no hashes, no fsync, not
-      whole or absent
+                 whole or absent
 
 A model of the preset's size on made-up data, ZeRO-2 fp32 on this machine's CPU, two ranks. The ways
 take turns, round by round; what is printed is the median. `stall` is time without a step; `slower`

@@ -4,9 +4,9 @@ run again.
     OUT/shard_00000.arrow ...  OUT/manifest.json     the data set (largescale/data/format.py)
     OUT/skipped.jsonl                                what was left out, and why
     OUT/latent_rgb.json                              of latents: a linear map to colours, for
-      previews without the VAE
+                                                     previews without the VAE
     OUT/packing/                                     while packing: what is done of each part
-      (parts.py)
+                                                     (parts.py)
 
 A source is cut into parts (4,096 images, or one tar file), and rank r packs the parts r, r +
 world_size, ... by itself: what comes out does not depend on the number of ranks. Ranks meet in the

@@ -7,12 +7,12 @@ the same for all, and by a Frechet distance. The first method is what the others
 against, seed by seed.
 
     OUT/METHOD/seed_S/          the runs: checkpoints, and loss/ and curve/ with a row for each that
-      was scored
+                                was scored
     OUT/table.md                final and best figures, paired differences, steps to the first
-      method's best
+                                method's best
     OUT/results.json            every number, the commands, versions and machine
     OUT/curves.png              the validation loss (EMA) per cluster; relative.png: against the
-      first method
+                                first method
     OUT/frechet.png, samples.png
 
 METHODS: vanilla, curriculum (the paper's, with the preset's patience), naive (fixed intervals),

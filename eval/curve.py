@@ -3,7 +3,7 @@ steps and images.
 
     RUN/curve/results.jsonl     a row a checkpoint; it stays when the checkpoint goes
     RUN/curve/1a2b3c4d/         while drawing only (or with --keep-samples): samples; named by the
-      protocol
+                                protocol
     curve.png, curve.json       of all runs in one: the curves, with the transitions of their stages
 
 Of a RUN that one may only read, OUT/RUN-5e6f/ takes the place of RUN/curve.

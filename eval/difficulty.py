@@ -6,16 +6,16 @@ paper_edm (DDPM++ on FFHQ 64x64); digits, digits_sit, digits_edm for minutes on 
 stages:
 
     train      N models, each on one interval of the noise axis, and interval 0: a full model, on
-      all of it
+               all of it
     denoise    samples of each inside its interval and of the full model elsewhere, by their Frechet
-      distance
+               distance
     entropy    the relative entropy of neighbouring noise levels of the data, D_KL(p_{t-1} || p_t)
     report     OUT/report.html, with losses.png, denoising.png, relative_entropy.png, and
-      report.json
+               report.json
 
     OUT/interval_03/            the run of M_3; of the full model interval_00
     OUT/denoising.jsonl         a row for each that was scored; OUT/denoising/ holds a picture of
-      its samples
+                                its samples
     OUT/relative_entropy.json   for each timestep
 
 Stopped or killed, it goes on when the same command is run again; what is there, and was made with

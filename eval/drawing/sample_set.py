@@ -1,15 +1,17 @@
 """The folder of one sample set.
 
-DIR/shard_00000.arrow ...   id, label, latent: the image, or of a latent model without a VAE the
-latent; captions DIR/manifest.json           the samples are a data set (docs/layout.md), which
-exists once this does DIR/packing/                while drawing only: which shards are done, so that
-another start goes on there DIR/grid.png                the first 100, ten columns (of latents three
-channels, not decoded, as it says) DIR/samples.npz             if asked for: arr_0 (N, H, W, 3)
-uint8 and arr_1 (N,) labels, for ADM's evaluator; of a
-                            text-to-image model arr_1 are the texts. Of latents latents.npz, (N, C,
-                              H, W) float16
-DIR/png/000000.png ...      if asked for DIR/provenance.json         all that the samples depend on,
-and what drew them; written last
+DIR/shard_00000.arrow ...   id, label, latent: the image (of a latent model without a VAE the
+                            latent); captions
+DIR/manifest.json           the samples are a data set (docs/data.md); written last, so the set
+                            exists once this does
+DIR/packing/                only while drawing: which shards are done
+DIR/grid.png                the first 100, ten columns (of latents three channels, not decoded,
+                            as it says)
+DIR/samples.npz             if asked for: arr_0 (N, H, W, 3) uint8 and arr_1 (N,) labels, for
+                            ADM's evaluator; of a text-to-image model arr_1 are the texts. Of
+                            latents latents.npz, (N, C, H, W) float16
+DIR/png/000000.png ...      if asked for
+DIR/provenance.json         all that the samples depend on, and what drew them; written last
 """
 
 import json

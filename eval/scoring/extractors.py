@@ -120,13 +120,14 @@ def load_extractor(
     """The network that `spec` names, computing in `dtype`; a Clip for clip:. Raises DataError.
 
     inception               the Inception-v3 of 2015 that defines FID, as torch-fidelity has it:
-    2048 features, 1008
-                            logits without bias, sFID's 2023 spatial features. Weights are
-                              downloaded unless given
+                            2048 features, 1008 logits without bias, sFID's 2023 spatial
+                            features. Weights are downloaded unless given
     efficientnet-lite0      a small ImageNet classifier, whose weights pip brings along: 1280
-    features, 1000 logits clip:MODEL/WEIGHTS      an image encoder of open_clip, named as for
-    --text-encoder: ViT-B-32/openai, MODEL/FILE dino:MODEL              a DINO of timm, by default
-    vit_small_patch14_dinov2; dino:MODEL/FILE has local weights
+                            features, 1000 logits
+    clip:MODEL/WEIGHTS      an image encoder of open_clip, named as for --text-encoder:
+                            ViT-B-32/openai, MODEL/FILE
+    dino:MODEL              a DINO of timm, by default vit_small_patch14_dinov2; dino:MODEL/FILE
+                            has local weights
     """
     scheme, _, source = spec.partition(":")
     if inception_weights is not None and spec != "inception":

@@ -95,13 +95,15 @@ class ImageSet(ABC):
 def open_images(path: Path, verify: bool = False, resize: int | None = None) -> ImageSet:
     """The images at `path`, of which no more than the start is read yet.
 
-    a folder with manifest.json     pixels that were packed; `verify` hashes every shard FILE.npz
-    arr_0 (N, H, W, 3) uint8, and labels or texts in arr_1, as ADM and eval.sample have
-                                    them; or the folder with samples.npz; `verify` reads it all and
-                                      checks its CRCs
-    a folder of PNG and JPEG        at any depth, sorted by path, read upright, on white where
-    transparent `resize`: ADM's centre crop to a square of that side. Raises DataError for all else,
-    and what is damaged.
+        a folder with manifest.json     pixels that were packed; `verify` hashes every shard
+        FILE.npz                        arr_0 (N, H, W, 3) uint8, and labels or texts in arr_1, as
+                                        ADM and eval.sample have them; or the folder with
+                                        samples.npz; `verify` reads it all and checks its CRCs
+        a folder of PNG and JPEG        at any depth, sorted by path, read upright, on white where
+                                        transparent
+
+    `resize`: ADM's centre crop to a square of that side. Raises DataError for all else, and what is
+    damaged.
     """
     path = Path(path).expanduser()
     if resize is not None and resize < 1:

@@ -1,13 +1,14 @@
 """What lies in a run directory, read without DeepSpeed (and, but for tensors, without torch).
 
-RUN/checkpoints/step_00001000/           one checkpoint; it exists once it holds a manifest, which
-is written last
-    manifest.json                        step, world size, files with sizes and hashes, and a copy
-      of our state:
-                                         config, curriculum, counters
-    mp_rank_00_model_states.pt           DeepSpeed's: weights in the compute dtype, and client_state
-    [bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt   DeepSpeed's: rank R's fp32 master weights,
-      moments and EMA
+RUN/checkpoints/step_00001000/           a checkpoint, once it holds a manifest, which is written
+                                         last
+    manifest.json                        step, world size, files with sizes and hashes, and a
+                                         copy of our state: config, curriculum, counters
+    mp_rank_00_model_states.pt           DeepSpeed's: weights in the compute dtype, and
+                                         client_state
+    [bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt
+                                         DeepSpeed's: rank R's fp32 master weights, moments and
+                                         EMA
 """
 
 import contextlib

@@ -1,11 +1,11 @@
 """What a packed data set is: one schema for pixels, latents and moments, and a manifest.
 
     DIR/shard_00000.arrow ...   one record batch each, so that a column is one zero-copy NumPy view
-      of the mapped file
+                                of the mapped file
     DIR/empty_caption.arrow     of a captioned set: the encoding of the empty caption, for
-      classifier-free guidance
+                                classifier-free guidance
     DIR/manifest.json           what the data set is, and each file's size and hashes; a set exists
-      once this does
+                                once this does
 
 Columns: id, label, latent, and where the packer has them latent_mirror (of the mirrored image) and
 the caption columns.

@@ -1,9 +1,10 @@
 """What is done of a data set that several ranks make, kept in the file system, where they meet.
 
-OUT/packing/job.json             what is being made; the first rank writes it, the others must want
-the same OUT/packing/part_00000.json ...  what is done of each part OUT/packing/rank_0.lock ...
-held while a rank works: two processes must not be the same rank OUT/packing/failed_1 ...
-why a rank failed, so that rank 0 does not wait for it
+OUT/packing/job.json             what is being made; the first rank writes it, the others must
+                                 want the same
+OUT/packing/part_00000.json ...  what is done of each part
+OUT/packing/rank_0.lock ...      held while a rank works: two processes must not be the same rank
+OUT/packing/failed_1 ...         why a rank failed, so that rank 0 does not wait for it
 """
 
 import hashlib

@@ -84,13 +84,14 @@ def load_text_encoder(
     """The text encoder that `spec` names; max_tokens is its own limit unless given. Raises
     DataError.
 
-    open_clip:MODEL/TAG         a model and a tag of its pretrained weights, e.g. ViT-L-14/openai
-    open_clip:MODEL/PATH        local weights; ViT-L-14//weights/clip.bin is the file
-    /weights/clip.bin. OpenAI's, DFN's
-                                and MetaCLIP's need MODEL-quickgelu here; a tag knows its activation
-    open_clip:local-dir:DIR     a folder with open_clip_config.json and weights; on the hub,
-    hf-hub:NAME hf:NAME_OR_DIR              CLIP, T5 and BERT-like encoders of transformers, from
-    the hub or a folder
+        open_clip:MODEL/TAG         a model and a tag of its pretrained weights, e.g. ViT-L-14/openai
+        open_clip:MODEL/PATH        local weights; ViT-L-14//weights/clip.bin is the file
+                                    /weights/clip.bin. OpenAI's, DFN's and MetaCLIP's need
+                                    MODEL-quickgelu here; a tag knows its activation
+        open_clip:local-dir:DIR     a folder with open_clip_config.json and weights; on the hub,
+                                    hf-hub:NAME
+        hf:NAME_OR_DIR              CLIP, T5 and BERT-like encoders of transformers, from the hub or
+                                    a folder
     """
     scheme, _, source = spec.partition(":")
     loaders = {"open_clip": _load_open_clip, "hf": _load_hf}

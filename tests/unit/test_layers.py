@@ -1,4 +1,4 @@
-"""Who may import whom (the table in docs/layout.md): imports only go down, and two libraries have one door each."""
+"""Who may import whom (the table in docs/architecture.md): imports only go down, and two libraries have one door each."""
 
 import ast
 import graphlib
