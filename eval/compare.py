@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
 from eval.comparison.methods import read_methods
 from eval.comparison.plan import plan
@@ -52,10 +51,11 @@ from largescale.data.shards import ShardDataset
 from largescale.diffusion.build import build_objective
 from largescale.diffusion.objective import SamplerName
 from largescale.diffusion.samplers import check_sampler, quick_sampler
-from largescale.distributed.ranks import local_device
+from largescale.distributed.ranks import check_cuda, local_device
 from largescale.encoders.identity import library
-from largescale.errors import ConfigError, DataError, LargescaleError
-from largescale.host.launch import arguments, env_world_size, leave, print_error
+from largescale.errors import ConfigError, DataError
+from largescale.host.launch import arguments, env_world_size, leave
+from largescale.host.program import check_counts, parse_options, run_program, split_at_dashes
 from largescale.host.signals import serve_stop_signals
 from largescale.models.build import latent_shape
 
@@ -116,31 +116,15 @@ class Compare:
     """Likewise."""
 
     def check(self) -> None:
-        counts = (
-            "seeds",
-            "nproc",
-            "naive_interval",
-            "every",
-            "frechet_every",
-            "clusters",
-            "loss_images",
-            "batch_size",
-        )
-        for key in counts:
-            if (value := getattr(self, key)) is not None and value < 1:
-                raise ConfigError(
-                    f"{key}={value} must be at least 1; set --{key.replace('_', '-')}"
-                )
+        check_counts(self, "seeds", "nproc", "naive_interval", "every", "frechet_every", "clusters")
+        check_counts(self, "loss_images", "batch_size")
         if self.num_samples and self.num_samples < 10:
             raise ConfigError(
                 f"num_samples={self.num_samples} must be 10 or more, or 0 for no Frechet distance"
             )
         if self.only is not None and self.run is not None:
             raise ConfigError("--only and --run both choose; give one of them")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(
-                "device=cuda, but torch sees no CUDA device; to score here: --device cpu"
-            )
+        check_cuda(self.device)
         if env_world_size() > 1:
             raise ConfigError(
                 f"a comparison is one process, not {env_world_size()}; start it without torchrun or "
@@ -398,27 +382,12 @@ class Comparison:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    given = arguments(args)
-    cut = given.index("--") if "--" in given else len(given)
-    options = tyro.cli(
-        Compare, args=given[:cut], description=__doc__, prog="python -m eval.compare"
-    )
+    own, training = split_at_dashes(args)
+    options = parse_options(Compare, own, program="eval.compare", description=__doc__)
     serve_stop_signals()
-    try:
-        Comparison(
-            options, given[cut + 1 :], shlex.join(["python", "-m", "eval.compare", *given])
-        )()
-    except LargescaleError as error:
-        print_error(error)
-        return error.exit_status
-    except OSError as error:
-        print_error(
-            DataError(
-                f"{error}; what is done stays: correct the cause, and run the same command again"
-            )
-        )
-        return 2
-    return 0
+    command = shlex.join(["python", "-m", "eval.compare", *arguments(args)])
+    remedy = "what is done stays: correct the cause, and run the same command again"
+    return run_program(lambda: Comparison(options, training, command)(), remedy)
 
 
 if __name__ == "__main__":

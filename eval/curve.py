@@ -40,12 +40,12 @@ from largescale.errors import (
     CheckpointError,
     ConfigError,
     DataError,
-    LargescaleError,
     StorageError,
     usable,
 )
 from largescale.host.files import append_line, from_json, require_writable, write_atomically
-from largescale.host.launch import arguments, env_rank, leave, print_error
+from largescale.host.launch import env_rank, leave
+from largescale.host.program import parse_options, run_program
 from largescale.host.signals import serve_stop_signals
 from largescale.models.half_precision import check_on_cpu
 
@@ -453,26 +453,17 @@ def plot(of_runs: dict[Path, list[Row]], path: Path) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    options = tyro.cli(
-        Curve, args=arguments(args), description=__doc__, prog="python -m eval.curve"
-    )
+    options = parse_options(Curve, args, program="eval.curve", description=__doc__)
     serve_stop_signals()
-    try:
+
+    def score() -> None:
         curves = Curves(options)
         for note in curves.notes():
             print(f"note: {note}", file=sys.stderr, flush=True)
         curves()
-    except LargescaleError as error:
-        print_error(error)
-        return error.exit_status
-    except OSError as error:
-        print_error(
-            DataError(
-                f"{error}; what is scored stays: correct the cause, and run the same command again"
-            )
-        )
-        return 2
-    return 0
+
+    remedy = "what is scored stays: correct the cause, and run the same command again"
+    return run_program(score, remedy)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from tqdm import tqdm
 
 from eval.curve import lines
@@ -54,9 +53,10 @@ from eval.score import Score, Scorer
 from largescale.config.validation import ema_note
 from largescale.data.loader import to_x_start
 from largescale.distributed.ranks import local_device
-from largescale.errors import ConfigError, DataError, LargescaleError
+from largescale.errors import ConfigError, DataError
 from largescale.host.files import append_line, from_json, write_atomically
-from largescale.host.launch import arguments, env_rank, leave, print_error
+from largescale.host.launch import leave
+from largescale.host.program import parse_options, run_program, split_at_dashes
 from largescale.host.signals import serve_stop_signals, stop_requested
 
 
@@ -303,38 +303,32 @@ def read_json(path: Path) -> Row | None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    given = arguments(args)
-    cut = given.index("--") if "--" in given else len(given)
-    name, *own = given[:cut] or ["--help"]
+    given, training = split_at_dashes(args)
+    name, *own = given or ["--help"]
     if name in ("-h", "--help"):
         print(__doc__ + "\nStudies:\n  " + "\n  ".join(STUDIES) + "\n\nIts options: STUDY --help")
         return 0
     serve_stop_signals()
-    try:
-        if name not in STUDIES:
-            near = difflib.get_close_matches(name, STUDIES, n=1, cutoff=0)
-            raise ConfigError(
-                f"unknown study {name!r}; did you mean {near[0]!r}? There are: {', '.join(STUDIES)}"
-            )
-        options = tyro.cli(
-            Study,
-            default=STUDIES[name],
-            args=own,
-            prog=f"python -m eval.difficulty {name}",
-            console_outputs=env_rank() == 0,
+
+    def study() -> None:
+        default = choose_study(name)
+        options = parse_options(
+            Study, own, program=f"eval.difficulty {name}", description=None, default=default
         )
-        Difficulty(name, options, given[cut + 1 :])()
-    except LargescaleError as error:
-        print_error(error)
-        return error.exit_status
-    except OSError as error:
-        print_error(
-            DataError(
-                f"{error}; what is done stays: correct the cause, and run the same command again"
-            )
+        Difficulty(name, options, training)()
+
+    remedy = "what is done stays: correct the cause, and run the same command again"
+    return run_program(study, remedy)
+
+
+def choose_study(name: str) -> Study:
+    """Raises ConfigError for an unknown name, with the nearest one."""
+    if name not in STUDIES:
+        near = difflib.get_close_matches(name, STUDIES, n=1, cutoff=0)
+        raise ConfigError(
+            f"unknown study {name!r}; did you mean {near[0]!r}? There are: {', '.join(STUDIES)}"
         )
-        return 2
-    return 0
+    return STUDIES[name]
 
 
 if __name__ == "__main__":

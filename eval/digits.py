@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,9 +25,9 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from largescale.data.shards import ShardDataset
-from largescale.errors import DataError, LargescaleError
+from largescale.errors import DataError
 from largescale.host.files import require_writable, write_atomically
-from largescale.host.launch import arguments, print_error
+from largescale.host.program import parse_options, run_program
 
 EPOCHS, BATCH_SIZE, LR, HELD_OUT, SEED = 8, 100, 8e-3, 0.2, 0
 
@@ -181,19 +182,16 @@ def in_plain_words(results: dict[str, Any]) -> str:
     )
 
 
-def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(
-        Digits, args=arguments(args), description=__doc__, prog="python -m eval.digits"
-    )
-    torch.set_num_threads(
-        1
-    )  # more gain nothing on so small a network, and lose ten times the time on a busy machine
-    try:
-        require_writable(*filter(None, [options.out]), remedy="choose another --out")
-        results = score(options.samples, options.data, options.out)
-    except LargescaleError as error:
-        print_error(error)
-        return 2
+def main(args: Sequence[str] | None = None) -> int:
+    options = parse_options(Digits, args, program="eval.digits", description=__doc__)
+    # More threads gain nothing on so small a network, and lose ten times the time on a busy machine.
+    torch.set_num_threads(1)
+    return run_program(lambda: run(options), "correct the cause, and run again")
+
+
+def run(options: Digits) -> None:
+    require_writable(*filter(None, [options.out]), remedy="choose another --out")
+    results = score(options.samples, options.data, options.out)
     print(line("held-out real digits", results["held_out"]))
     for name, result in results["samples"].items():
         print(line(name, result))
@@ -201,7 +199,6 @@ def main(args: list[str] | None = None) -> int:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(options.out, json.dumps(results, indent=1) + "\n")
-    return 0
 
 
 if __name__ == "__main__":

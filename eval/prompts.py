@@ -11,16 +11,14 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tyro
-
-from largescale.errors import ConfigError, DataError, LargescaleError
+from largescale.errors import ConfigError, DataError
 from largescale.host.files import from_json, is_unicode, write_atomically
-from largescale.host.launch import arguments, print_error
+from largescale.host.program import parse_options, run_program
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 
@@ -254,16 +252,9 @@ def run(options: Freeze) -> str:
     )
 
 
-def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(
-        Freeze, args=arguments(args), description=__doc__, prog="python -m eval.prompts"
-    )
-    try:
-        print(run(options), flush=True)
-    except LargescaleError as error:
-        print_error(error)
-        return error.exit_status
-    return 0
+def main(args: Sequence[str] | None = None) -> int:
+    options = parse_options(Freeze, args, program="eval.prompts", description=__doc__)
+    return run_program(lambda: print(run(options), flush=True), "correct the cause, and run again")
 
 
 if __name__ == "__main__":

@@ -41,17 +41,17 @@ from largescale.data.parts import JOB
 from largescale.diffusion.objective import Model, SamplerName
 from largescale.diffusion.samplers import evaluations
 from largescale.diffusion.sampling import SamplingConfig, draw_batches
-from largescale.distributed.ranks import local_device
+from largescale.distributed.ranks import check_cuda, local_device
 from largescale.encoders.vae import Vae, load_vae
 from largescale.errors import (
     CheckpointError,
     ConfigError,
     DataError,
-    LargescaleError,
     Stopped,
     usable,
 )
-from largescale.host.launch import arguments, env_rank, env_world_size, leave, print_error
+from largescale.host.launch import env_rank, env_world_size, leave
+from largescale.host.program import check_counts, parse_options, run_program
 from largescale.host.signals import serve_stop_signals, stop_requested
 from largescale.models.build import latent_shape
 from largescale.models.half_precision import check_on_cpu
@@ -115,15 +115,7 @@ class Sample:
 
     def check(self) -> None:
         """Raises ConfigError before any work is done, not after the first of several scales."""
-        for key, value in {
-            "num_samples": self.num_samples,
-            "batch_size": self.batch_size,
-            "shard_size": self.shard_size,
-        }.items():
-            if value is not None and value < 1:
-                raise ConfigError(
-                    f"{key}={value} must be at least 1; set --{key.replace('_', '-')}"
-                )
+        check_counts(self, "num_samples", "batch_size", "shard_size")
         for scale in self.cfg_scale:
             if not 0 <= scale < math.inf:
                 raise ConfigError(
@@ -133,10 +125,7 @@ class Sample:
             raise ConfigError(
                 "--cfg-scale names no scale; give one or more, such as --cfg-scale 1.5 2.0"
             )
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(
-                "device=cuda, but torch sees no CUDA device; to sample here: --device cpu"
-            )
+        check_cuda(self.device)
         if self.device == "cpu" and self.precision != "auto":
             check_on_cpu(self.precision, "--precision {}")
 
@@ -475,28 +464,19 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(
-        Sample, args=arguments(args), description=__doc__, prog="python -m eval.sample"
-    )
+def main(args: Sequence[str] | None = None) -> int:
+    options = parse_options(Sample, args, program="eval.sample", description=__doc__)
     serve_stop_signals()
-    try:
+
+    def draw() -> None:
         sampler = Sampler(options)
         note = ema_note(sampler.trained.config, sampler.trained.info["step"])
         if note and sampler.rank == 0:
             print(f"note: {note}", file=sys.stderr, flush=True)
         sampler()
-    except LargescaleError as error:
-        print_error(error)
-        return error.exit_status
-    except OSError as error:
-        print_error(
-            DataError(
-                f"{error}; what is drawn stays: correct the cause, and run the same command again"
-            )
-        )
-        return 2
-    return 0
+
+    remedy = "what is drawn stays: correct the cause, and run the same command again"
+    return run_program(draw, remedy)
 
 
 if __name__ == "__main__":

@@ -39,18 +39,17 @@ from eval.scoring.figures import (
 )
 from eval.scoring.image_sets import ImageSet, open_images
 from eval.scoring.reference_statistics import write_statistics
-from largescale.distributed.ranks import local_device
+from largescale.distributed.ranks import check_cuda, local_device
 from largescale.errors import (
     CheckpointError,
     ConfigError,
-    DataError,
-    LargescaleError,
     Stopped,
     StorageError,
     usable,
 )
 from largescale.host.files import append_line, require_writable
-from largescale.host.launch import arguments, env_world_size, leave, print_error
+from largescale.host.launch import env_world_size, leave
+from largescale.host.program import check_counts, parse_options, run_program
 from largescale.host.signals import serve_stop_signals
 
 RESULTS = "results.jsonl"
@@ -85,11 +84,7 @@ class Score:
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
 
     def check(self) -> None:
-        for key, value in {"num_samples": self.num_samples, "batch_size": self.batch_size}.items():
-            if value is not None and value < 1:
-                raise ConfigError(
-                    f"{key}={value} must be at least 1; set --{key.replace('_', '-')}"
-                )
+        check_counts(self, "num_samples", "batch_size")
         if self.keep < 2:
             raise ConfigError(f"keep={self.keep} must be at least 2; 10,000 serve most ends")
         if bool(self.clip) != ("clip" in self.metrics) and (self.clip or self.metrics == ("clip",)):
@@ -105,10 +100,7 @@ class Score:
             raise ConfigError("no reference; give --reference, real images or statistics of them")
         if self.save_reference and self.save_reference.suffix != ".npz":
             raise ConfigError(f"--save-reference {self.save_reference} must end in .npz")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(
-                "device=cuda, but torch sees no CUDA device; to score here: --device cpu"
-            )
+        check_cuda(self.device)
 
 
 class Scorer:
@@ -272,49 +264,41 @@ def text(row: dict[str, Any]) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    options = tyro.cli(
-        Score, args=arguments(args), description=__doc__, prog="python -m eval.score"
-    )
+    options = parse_options(Score, args, program="eval.score", description=__doc__)
     serve_stop_signals()
+    return run_program(lambda: run(options), "correct the cause, and run again")
+
+
+def run(options: Score) -> None:
+    """Score each set in turn. Raises Stopped with what is done and what is not."""
+    if env_world_size() > 1:
+        raise ConfigError(
+            f"scoring is one process, not {env_world_size()}; start it without torchrun or "
+            "srun, or with one task"
+        )
+    if not options.samples and not options.save_reference:
+        raise ConfigError(
+            "no samples; give the folders that eval.sample wrote, or --save-reference FILE to "
+            "keep the reference's statistics only"
+        )
     try:
-        if env_world_size() > 1:
-            raise ConfigError(
-                f"scoring is one process, not {env_world_size()}; start it without torchrun or "
-                "srun, or with one task"
-            )
-        if not options.samples and not options.save_reference:
-            raise ConfigError(
-                "no samples; give the folders that eval.sample wrote, or --save-reference FILE to "
-                "keep the reference's statistics only"
-            )
         scorer = Scorer(options)
         for path in options.samples:
             row = scorer(path)
             print(text(row), flush=True)
             scorer.keep(path, row)
-        if options.save_reference and scorer.reference:
-            facts = scorer.reference.facts
-            print(
-                f"{options.save_reference}: statistics of {facts['count']:,} images of "
-                f"{facts['path']}",
-                flush=True,
-            )
-    except Stopped as error:
-        print_error(
-            Stopped(
-                "asked to stop; sets whose figures are printed are done, everything else begins "
-                "anew: name the others only; what takes long of a reference is kept by "
-                "--save-reference FILE.npz"
-            )
+    except Stopped:
+        raise Stopped(
+            "asked to stop; sets whose figures are printed are done, everything else begins "
+            "anew: name the others only; what takes long of a reference is kept by "
+            "--save-reference FILE.npz"
+        ) from None
+    if options.save_reference and scorer.reference:
+        facts = scorer.reference.facts
+        print(
+            f"{options.save_reference}: statistics of {facts['count']:,} images of {facts['path']}",
+            flush=True,
         )
-        return error.exit_status
-    except LargescaleError as error:
-        print_error(error)
-        return error.exit_status
-    except OSError as error:
-        print_error(DataError(f"{error}; correct the cause, and run again"))
-        return 2
-    return 0
 
 
 if __name__ == "__main__":

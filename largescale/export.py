@@ -4,6 +4,7 @@ DeepSpeed."""
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,9 +15,8 @@ from largescale.checkpoint.files import checkpoints, named_weights
 from largescale.checkpoint.weights import EXPORT_CONFIG, EXPORT_WEIGHTS, describe, find_checkpoint
 from largescale.config.serialise import from_dict
 from largescale.config.validation import ema_note
-from largescale.errors import LargescaleError, StorageError
 from largescale.host.files import require_writable, write_atomically
-from largescale.host.launch import arguments, print_error
+from largescale.host.program import parse_options, run_program
 
 
 @dataclass(frozen=True)
@@ -49,23 +49,17 @@ def export(run: Path, out: Path | None = None, step: int | None = None) -> Path:
     return out
 
 
-def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(
-        Export, args=arguments(args), description=__doc__, prog="python -m largescale.export"
-    )
-    try:
-        out = export(options.run, options.out, options.step)
-    except LargescaleError as error:
-        print_error(error)
-        return 2
-    except OSError as error:
-        print_error(StorageError(f"{error}; correct the cause, and run again"))
-        return 2
+def main(args: Sequence[str] | None = None) -> int:
+    options = parse_options(Export, args, program="largescale.export", description=__doc__)
+    return run_program(lambda: run(options), "correct the cause, and run again")
+
+
+def run(options: Export) -> None:
+    out = export(options.run, options.out, options.step)
     description = json.loads((out / EXPORT_CONFIG).read_text())
     if note := ema_note(from_dict(description["config"]), description["step"]):
         print(f"note: {note}", file=sys.stderr)
     print(f"EMA weights: {out / EXPORT_WEIGHTS}, config: {out / EXPORT_CONFIG}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ again: no.
 import itertools
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,9 +18,9 @@ from typing import Annotated
 import tyro
 
 from largescale.checkpoint.files import CheckpointDir, checkpoints
-from largescale.errors import CheckpointError, ConfigError, LargescaleError, StorageError
-from largescale.host.launch import arguments, print_error
+from largescale.errors import CheckpointError, StorageError
 from largescale.host.machine import KILL
+from largescale.host.program import check_counts, parse_options, run_program
 from largescale.host.signals import EXIT_REQUEUE
 from largescale.monitoring.run_record import Start, out_of_memory, read_starts
 
@@ -112,23 +113,18 @@ def _written_unix_s(checkpoint: CheckpointDir) -> float:
         return 0.0
 
 
-def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(
-        Requeue, args=arguments(args), description=__doc__, prog="python -m largescale.requeue"
-    )
+def main(args: Sequence[str] | None = None) -> int:
+    options = parse_options(Requeue, args, program="largescale.requeue", description=__doc__)
+    return run_program(lambda: run(options), "when it can be read, sbatch again")
+
+
+def run(options: Requeue) -> int:
+    """1 if no other start is wanted."""
+    check_counts(options, "max_restarts")
+    job = os.environ.get("SLURM_JOB_ID")
+    restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     try:
-        if options.max_restarts < 1:
-            raise ConfigError(
-                f"max_restarts={options.max_restarts} must be at least 1; set --max-restarts"
-            )
-        job, restart = (
-            os.environ.get("SLURM_JOB_ID"),
-            int(os.environ.get("SLURM_RESTART_COUNT") or 0),
-        )
         again, why = decide(options.run, options.status, options.max_restarts, job, restart)
-    except LargescaleError as error:
-        print_error(error)
-        return 2
     except OSError as error:
         again, why = False, f"{options.run} cannot be read: {error}; when it can, sbatch again"
     print(f"{'asking' if again else 'not asking'} for another start: {why}", file=sys.stderr)

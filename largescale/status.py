@@ -10,7 +10,7 @@ import json
 import sys
 import textwrap
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,12 +24,12 @@ from largescale.checkpoint.files import CheckpointDir, step_folders
 from largescale.curriculum import active_levels, stage
 from largescale.errors import (
     CheckpointError,
-    LargescaleError,
     NewerVersionError,
     StorageError,
     usable,
 )
-from largescale.host.launch import arguments, print_error, printable_lines
+from largescale.host.launch import printable_lines
+from largescale.host.program import parse_options, run_program
 from largescale.monitoring.run_record import (
     Account,
     Start,
@@ -46,7 +46,7 @@ Facts = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Inspect:
+class Status:
     run: Annotated[Path, tyro.conf.Positional]
     """The run directory, such as runs/digits."""
     verify: bool = True
@@ -487,24 +487,21 @@ def _date(unix_s: float | None) -> str:
     return "-"
 
 
-def main(args: list[str] | None = None) -> int:
-    options = tyro.cli(
-        Inspect, args=arguments(args), description=__doc__, prog="python -m largescale.status"
-    )
-    try:
-        with usable(options.run):
-            found = facts(options.run, options.verify)
+def main(args: Sequence[str] | None = None) -> int:
+    options = parse_options(Status, args, program="largescale.status", description=__doc__)
+    return run_program(lambda: run(options), "when it can be read, run again")
+
+
+def run(options: Status) -> int:
+    """1 if a checkpoint is damaged."""
+    with usable(options.run):
+        found = facts(options.run, options.verify)
+        if options.json:
             # JSON has neither NaN nor infinity: these become words
             strict = json.loads(json.dumps(found), parse_constant=str)
-            text = (
-                json.dumps(strict, indent=1) if options.json else printable_lines(describe(found))
-            )
-    except LargescaleError as error:
-        print_error(error)
-        return 2
-    except OSError as error:
-        print_error(StorageError(f"{options.run} cannot be read: {error}"))
-        return 2
+            text = json.dumps(strict, indent=1)
+        else:
+            text = printable_lines(describe(found))
     print(text)
     return 1 if found["damaged"] else 0
 

@@ -7,12 +7,14 @@ import faulthandler
 import re
 import sys
 import time
+from collections.abc import Sequence
 
 from largescale.config.presets import PRESETS, find_preset
 from largescale.config.schema import Config
 from largescale.errors import LargescaleError
 from largescale.host.launch import arguments, env_rank, leave, print_error
 from largescale.host.machine import check_process_memory
+from largescale.host.program import parse_options
 from largescale.host.signals import serve_stop_signals
 
 LOCAL_RANK_ARGUMENT = r"--local[-_]rank=\d+"
@@ -20,33 +22,24 @@ LOCAL_RANK_ARGUMENT = r"--local[-_]rank=\d+"
 LOCAL_RANK too."""
 
 
-def parse(args: list[str]) -> Config:
-    """Typed overrides of a preset. Exits with a message for an unknown key, naming the nearest one,
-    or a wrong type."""
-    import tyro
-
-    name, *overrides = [arg for arg in args if not re.fullmatch(LOCAL_RANK_ARGUMENT, arg)] or [
-        "--help"
-    ]
+def parse(args: Sequence[str] | None) -> Config:
+    """A preset with typed overrides. Exits with a message for an unknown key, naming the nearest
+    one, or a wrong type."""
+    given = [arg for arg in arguments(args) if not re.fullmatch(LOCAL_RANK_ARGUMENT, arg)]
+    name, *overrides = given or ["--help"]
     if name in ("-h", "--help"):
-        print(__doc__ + "\nPresets:\n  " + "\n  ".join(PRESETS) + "\n\nIts settings: PRESET --help")
+        presets = "\n  ".join(PRESETS)
+        print(f"{__doc__}\nPresets:\n  {presets}\n\nIts settings: PRESET --help")
         sys.exit(0)
-    # One rank speaks for all.
-    return tyro.cli(
-        Config,
-        default=find_preset(name),
-        args=overrides,
-        prog=f"python -m largescale.train {name}",
-        config=(tyro.conf.AvoidSubcommands,),
-        console_outputs=env_rank() == 0,
-    )
+    program, default = f"largescale.train {name}", find_preset(name)
+    return parse_options(Config, overrides, program=program, description=None, default=default)
 
 
-def main(args: list[str] | None = None) -> int:
-    began_unix_s = time.time()
+def main(args: Sequence[str] | None = None) -> int:
+    start_time = time.time()
     serve_stop_signals()
     try:
-        config = parse(arguments(args))
+        config = parse(args)
         if config.dry_run:
             from largescale.training.dry_run import dry_run
 
@@ -54,7 +47,7 @@ def main(args: list[str] | None = None) -> int:
         warned = check_process_memory(config.train.device)
         from largescale.training.startup import run  # loads torch
 
-        return run(config, began_unix_s, warned_of_memory=warned)
+        return run(config, start_time, warned_of_memory=warned)
     except LargescaleError as error:
         print_error(error)
         return error.exit_status

@@ -19,8 +19,10 @@ from largescale.config.serialise import flatten, to_dict
 from largescale.config.validation import cli_flag, validate
 from largescale.data.shards import ShardDataset
 from largescale.diffusion.objective import SamplerName
+from largescale.distributed.ranks import check_cuda
 from largescale.errors import CheckpointError, ConfigError, DataError
 from largescale.host.launch import env_rank, env_world_size
+from largescale.host.program import check_counts
 from largescale.models.build import latent_shape
 
 Stage = Literal["train", "denoise", "entropy", "report"]
@@ -78,11 +80,7 @@ class Study:
     """Of sampling, scoring and the relative entropy; training has --train.device."""
 
     def check(self) -> None:
-        for key in ("intervals", "steps", "patience", "nproc", "sampler_steps", "batch_size"):
-            if (value := getattr(self, key)) is not None and value < 1:
-                raise ConfigError(
-                    f"{key}={value} must be at least 1; set --{key.replace('_', '-')}"
-                )
+        check_counts(self, "intervals", "steps", "patience", "nproc", "sampler_steps", "batch_size")
         if self.interval is not None and not 0 <= self.interval <= self.intervals:
             raise ConfigError(
                 f"interval={self.interval} must be one of the intervals 1..{self.intervals}, or 0, "
@@ -107,8 +105,7 @@ class Study:
                 f"the stage train is one process, not {env_world_size()}; start it without torchrun "
                 "or with one task, and give --nproc for the training"
             )
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device=cuda, but torch sees no CUDA device; without: --device cpu")
+        check_cuda(self.device)
 
     def protocol(self) -> Row:
         """What scores must share to be compared."""

@@ -308,15 +308,20 @@ def _connect_to_store() -> Any:
     )
 
 
+def check_cuda(device: str, remedy: str = "--device cpu") -> None:
+    """Raises DeviceError for "cuda" where torch sees no GPU."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"device=cuda, but torch sees no CUDA device; to run on the CPU: {remedy}"
+        )
+
+
 def local_device(device: str) -> torch.device:
     """This rank's; of GPUs the one of its own number, or the only one where the launcher shows it
     no other. A GPU becomes torch's current one. Raises DeviceError where there is none for it."""
     if device != "cuda":
         return torch.device(device)
-    if not torch.cuda.is_available():
-        raise DeviceError(
-            "device=cuda, but torch sees no CUDA device; to run on the CPU: --train.device cpu"
-        )
+    check_cuda(device, "--train.device cpu")
     local_rank, visible = env_local_rank(), torch.cuda.device_count()
     if visible > 1 and local_rank >= visible:
         raise DeviceError(

@@ -1,0 +1,66 @@
+"""The shell of every program: options from the command line, errors as one line, an exit status."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from largescale.errors import ConfigError, LargescaleError, StorageError
+from largescale.host.launch import arguments, env_rank, print_error
+
+Options = TypeVar("Options")
+
+
+def parse_options(
+    kind: type[Options],
+    args: Sequence[str] | None,
+    *,
+    program: str,
+    description: str | None,
+    default: Options | None = None,
+) -> Options:
+    """The fields of the dataclass `kind` as options. Exits with a message for an unknown option,
+    naming the nearest one, or a wrong type.
+
+    `args`: the command line's by default. `program`: such as "eval.sample". `description`: the
+    head of --help.
+    """
+    import tyro
+
+    return tyro.cli(
+        kind,
+        default=tyro.MISSING_NONPROP if default is None else default,
+        args=arguments(args),
+        prog=f"python -m {program}",
+        description=description,
+        config=(tyro.conf.AvoidSubcommands,),
+        console_outputs=env_rank() == 0,  # one rank speaks for all
+    )
+
+
+def split_at_dashes(args: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """The program's own arguments, and those after `--`, which are training's."""
+    given = arguments(args)
+    cut = given.index("--") if "--" in given else len(given)
+    return given[:cut], given[cut + 1 :]
+
+
+def run_program(action: Callable[[], int | None], remedy: str) -> int:
+    """The exit status: what `action` returns (None is 0), or that of its error, which is printed.
+
+    `remedy`: what to do when files cannot be read or written.
+    """
+    try:
+        return action() or 0
+    except LargescaleError as error:
+        print_error(error)
+        return error.exit_status
+    except OSError as error:
+        print_error(StorageError(f"{error}; {remedy}"))
+        return 2
+
+
+def check_counts(options: Any, *names: str) -> None:
+    """Raises ConfigError unless each of these fields is None or at least 1."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value} must be at least 1; set --{name.replace('_', '-')}")
