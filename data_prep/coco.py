@@ -50,7 +50,8 @@ class Coco(packing.Packing):
     splits: tuple[str, ...] = ()
     """Which of Karpathy's splits, such as train restval; needed where the file holds several."""
     skip_missing: bool = False
-    """Pack what is there where images that the captions file names are missing."""
+    """Pack what is there when images that the captions file names are missing; without this they
+    are an error."""
 
     def source(self) -> ListSource:
         return read(self.images, self.captions, self.skip_missing, self.splits)

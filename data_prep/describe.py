@@ -33,10 +33,12 @@ class Describe:
     verify: bool = False
     """Read every shard and compare its hash."""
     picture: Path | None = None
-    """A PNG of images drawn at random, decoded, with their first captions or their labels."""
+    """Write a picture of images drawn at random, decoded, with their first captions or their
+    labels."""
     images: int = 20
-    """How many."""
+    """How many images the picture shows."""
     seed: int = 0
+    """Seed of the choice of images."""
     vae: str | None = None
     """Where the VAE of the latents lies now; by default where it was when they were packed."""
 

@@ -45,9 +45,13 @@ def _text_encoder() -> str:
 @dataclass(frozen=True, kw_only=True)
 class Emoji(packing.Packing):
     resolution: int = 32
+    """Height and width of the images, in pixels."""
     vae: str | None = "none"
+    """none: pack pixels; or a VAE, as in the other packing programs."""
     text_encoder: str | None = field(default_factory=_text_encoder)
+    """The text encoder of captions; by default the small one that pip carries."""
     max_tokens: int | None = 16
+    """Cut captions after so many tokens."""
 
     def source(self) -> ListSource:
         if self.text_encoder == _text_encoder() and _package(ENCODER) is None:

@@ -44,13 +44,14 @@ class ImageNet(packing.Packing):
     images: Path
     """The folder of class folders, or the one that the files of --labels lie in."""
     labels: Path | None = None
-    """CSV with a header that has file (relative to --images) and label: indices (3 or 3.0), or
+    """A CSV file with a header that has file (relative to --images) and label: whole numbers, or
     class names, which are numbered in sorted order without --classes."""
     classes: Path | None = None
-    """One class name a line, such as n01440764; the line's number, from 0, is the label. Folders
-    without images that it does not name are passed over."""
+    """A file with one class name a line, such as n01440764; the line's number, from 0, is the
+    label. Folders without images that it does not name are ignored."""
     skip_missing: bool = False
-    """Pack what is there where images that the CSV names are missing."""
+    """Pack what is there when images that the CSV file names are missing; without this they are an
+    error."""
 
     def source(self) -> ListSource:
         return read(self.images, self.labels, self.classes, self.skip_missing)

@@ -68,32 +68,33 @@ Image = npt.NDArray[np.uint8]  # (3, R, R)
 @dataclass(frozen=True, kw_only=True)
 class Packing:
     out: Path
-    """Folder for the shards. Run again after an interruption, packing goes on there."""
+    """The folder for the shards. Run again after an interruption, packing goes on there."""
     vae: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(required)")] = None
-    """A VAE's folder or hub name (stabilityai/sd-vae-ft-ema), to store latents; none: pixels."""
+    """The VAE that makes latents: a folder, or a name on the hub (stabilityai/sd-vae-ft-ema); none:
+    pack pixels."""
     text_encoder: Annotated[
         str | None, tyro.conf.arg(help_behavior_hint="(required where there are captions)")
     ] = None
-    """Of captions: open_clip:ViT-L-14/openai, or hf: and a folder or hub name
-    (hf:openai/clip-vit-large-patch14); none: the texts only."""
+    """The text encoder of captions: open_clip:ViT-L-14/openai, or hf: and a folder or a name on the
+    hub (hf:openai/clip-vit-large-patch14); none: pack the texts only."""
     max_tokens: int | None = None
-    """Longer captions are cut there; by default the text encoder's own limit."""
+    """Cut captions after so many tokens; by default the text encoder's own limit."""
     resolution: int = 256
-    """Height and width after ADM's centre crop."""
+    """Height and width of the images, in pixels, after ADM's centre crop."""
     mirror: bool = True
-    """Store the latents of the mirrored image too, for horizontal flips."""
+    """Pack the latents of the mirrored image too, for horizontal flips."""
     min_side: int | None = None
-    """Images with a shorter side are left out; by default a quarter of the resolution."""
+    """Leave out images with a shorter side than this; by default a quarter of the resolution."""
     max_pixels: int = images.MAX_PIXELS
-    """Images with more are left out, undecoded."""
+    """Leave out images with more pixels than this, without decoding them."""
     rows_per_shard: int = 4096
-    """Images in a shard. A rank keeps one in memory; an interruption loses at most that."""
+    """Images in a shard. A rank keeps one shard in memory; an interruption loses at most that."""
     batch_size: int = 64
-    """Images encoded at a time."""
+    """Images that are encoded at a time."""
     workers: int | None = None
-    """Threads that decode; by default one a core, shared among the ranks of a machine."""
+    """Threads that decode images; by default one per core, shared among the ranks of a machine."""
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    """What the encoders run on."""
+    """What the encoders run on; by default a GPU if there is one."""
     precision: Literal["fp32", "bf16"] | None = None
     """What the encoders compute in; by default bf16 on a GPU, fp32 on a CPU."""
 

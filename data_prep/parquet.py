@@ -48,14 +48,14 @@ class Parquet(packing.Packing):
     """Parquet files, or folders of them; a folder with several splits (train-*, test-*) is
     refused."""
     image_column: str = "image"
-    """Of encoded images: bytes, or Hugging Face's struct of bytes and path."""
+    """The column of encoded images: bytes, or Hugging Face's struct of bytes and path."""
     label_column: str | None = None
-    """Of whole numbers, with the names of the classes from the schema where it has them; or of
-    names, which are numbered in sorted order."""
+    """The column of labels: whole numbers, with the names of the classes from the schema where it
+    has them; or names, which are numbered in sorted order."""
     caption_column: str | None = None
-    """Of strings, or lists of strings."""
+    """The column of captions: strings, or lists of strings."""
     id_column: str | None = None
-    """By default rows are numbered."""
+    """The column of unique ids; by default rows are numbered."""
 
     def source(self) -> "ParquetSource":
         return ParquetSource(

@@ -54,11 +54,12 @@ class WebDataset(packing.Packing):
     shards: tuple[str, ...]
     """Tar files: paths, globs, or braces such as cc3m/{00000..00331}.tar."""
     caption_key: str | None = None
-    """txt, or json for its field caption, or none; by default txt, or json where there is no txt,
-    or none where --num-classes is given."""
+    """Where a sample's caption is: txt, json (its field caption), or none. By default txt, or json
+    where there is no txt; none where --num-classes is given."""
     num_classes: int = 0
-    """How many classes the labels are of; 0: no labels are read."""
+    """How many classes there are; 0: no labels are read."""
     label_key: str = "cls"
+    """The extension of the file that holds a sample's label."""
     allow_remote: bool = False
     """Allow addresses that run shell commands (pipe:, https:, s3: ...), as webdataset opens
     them."""

@@ -65,55 +65,65 @@ GRID_IMAGES = 40  # of samples.png, of each method
 @dataclass(frozen=True)
 class Compare:
     preset: str
+    """The preset to train, as in largescale.train."""
     methods: str = "vanilla,naive,curriculum"
+    """Methods to compare, separated by commas: vanilla, naive, curriculum and others joined by +;
+    the first is what the others are compared with."""
     seeds: int = 3
-    """From the preset's train.seed on."""
+    """How many seeds to train each method with, from the preset's train.seed on."""
     out: Path | None = None
-    """By default runs/compare/PRESET."""
+    """The folder to write to; by default runs/compare/PRESET."""
     only: str | None = None
-    """Train and score the runs of this method only, and write no report."""
+    """Train and score only the runs of this method, and write no report."""
     run: int | None = None
-    """Or the run of this number only, from 0: those of the first seed in the order of methods, then
-    of the next."""
+    """Train and score only the run of this number, from 0: the first seed's in the order of the
+    methods, then the next seed's."""
     nproc: int = 1
-    """Processes that train a run; with more than one by torchrun."""
+    """Processes that train a run; more than one are started by torchrun."""
     naive_interval: int | None = None
-    """Steps of a stage of naive; by default its N stages take half of the run: steps / (2 N)."""
+    """Steps of a stage of the method naive; by default its N stages take half of the run: steps /
+    (2 N)."""
     every: int | None = None
-    """Steps between the checkpoints that are scored, and the grain of "steps to"; by default a
+    """Steps between the checkpoints that are scored, so also the grain of "steps to"; by default a
     tenth of the run."""
     frechet_every: int | None = None
-    """Steps between those of them that samples are drawn of, which takes longest; by default
-    all."""
+    """Steps between the checkpoints that samples are drawn of, which takes longest; by default all
+    that are scored."""
     discard: bool = False
-    """Remove a run's checkpoints but the last once they are scored."""
+    """Remove the checkpoints of a run, but for the last, once they are scored."""
     validation: Path | None = None
-    """A packed data set that is not trained on; without one, the loss is that on images of the
-    training set."""
+    """A packed data set that is not trained on, for the validation loss; without one the loss is
+    that on images of the training set."""
     clusters: int | None = None
-    """Of the validation loss; by default as many as the preset trains with."""
+    """Noise clusters of the validation loss; by default as many as the preset trains with."""
     loss_images: int = 256
-    """Of the validation loss, per cluster."""
+    """Images of the validation loss, per cluster."""
     reference: Path | None = None
-    """Of the Frechet distance: real images, or statistics of them; by default the training set."""
+    """Real images, or statistics of them, for the Frechet distance; by default the training set."""
     extractor: str = "auto"
-    """As for eval.score; auto: inception where its weights are given, else efficientnet-lite0,
-    whose distance is no FID."""
+    """The network of the Frechet distance, as in eval.score; auto: inception where its weights are
+    given, else efficientnet-lite0, whose distance is no FID."""
     inception_weights: Path | None = None
+    """A file with Inception's weights (torch-fidelity's weights-inception-2015-12-05-6726825d.pth),
+    where there is no network to download them."""
     num_samples: int = 5_000
-    """For the Frechet distance, at each checkpoint; 0: no samples, no distance."""
+    """Samples drawn of each checkpoint for the Frechet distance; 0: no samples, no distance."""
     sampler: SamplerName | None = None
-    """By default ddim, or heun where the objective has no ddim."""
+    """The sampler; by default ddim, or heun where the objective has no ddim."""
     sampler_steps: int | None = None
-    """By default 50 for ddim, 18 for heun."""
+    """Sampling steps; by default 50 for ddim, 18 for heun."""
     cfg_scale: float = 1.0
+    """Guidance scale; 1 is no guidance."""
     sample_seed: int = 0
+    """Seed of the samples."""
     vae: str | None = None
-    """Of a latent model, as for eval.sample."""
+    """Where the VAE of a latent model lies now; by default where it was when the data were packed.
+    It decodes the samples."""
     batch_size: int | None = None
-    """Of the evaluations."""
+    """Images at a time when sampling and evaluating the loss."""
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    """Likewise."""
+    """What sampling and evaluation run on; by default a GPU if there is one. Training has
+    --train.device, after --."""
 
     def check(self) -> None:
         check_counts(self, "seeds", "nproc", "naive_interval", "every", "frechet_every", "clusters")

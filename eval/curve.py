@@ -59,33 +59,49 @@ class Curve:
     reference: Path
     """Real images, or statistics of them (eval.score --save-reference)."""
     out: Path | None = None
-    """Gets curve.png and curve.json, and all else of a run to be read only; by default RUN/curve,
-    of the first run."""
+    """The folder for curve.png and curve.json, and for everything of a run that may only be read;
+    by default RUN/curve of the first run."""
     num_samples: int = 10_000
+    """Samples drawn of each checkpoint."""
     cfg_scale: float = 1.0
+    """Guidance scale; 1 is no guidance."""
     sampler: SamplerName | None = None
-    """By default ddim, or heun where the objective has no ddim."""
+    """The sampler; by default ddim, or heun where the objective has no ddim."""
     steps: int | None = None
-    """By default 50 for ddim, 18 for heun."""
+    """Sampling steps; by default 50 for ddim, 18 for heun."""
     seed: int = 0
+    """Seed of the samples."""
     extractor: str = "inception"
+    """The network whose features are compared: inception (FID), efficientnet-lite0 (comes with
+    pip), clip:MODEL/WEIGHTS (open_clip) or dino:MODEL (timm)."""
     inception_weights: Path | None = None
+    """A file with Inception's weights (torch-fidelity's weights-inception-2015-12-05-6726825d.pth),
+    where there is no network to download them."""
     prompts_file: Path | None = None
-    """Of text-to-image models: the prompts, as eval.prompts froze them."""
+    """Prompts of text-to-image models, as eval.prompts froze them."""
     captions: Path | None = None
-    """Or a packed data set whose captions to use."""
+    """A packed data set whose captions are the prompts of text-to-image models."""
     every: int = 1
-    """Steps: of the checkpoints, those at multiples of this, and the newest."""
+    """Score only the checkpoints at multiples of this step, and the newest."""
     text_encoder: str | None = None
-    """For prompts: where it lies now; by default where it was when the data were packed."""
+    """Where the text encoder of the data lies now, for prompts; by default where it was when the
+    data were packed."""
     vae: str | None = None
-    """Likewise of a latent model."""
+    """Where the VAE of a latent model lies now; by default where it was when the data were packed.
+    It decodes the samples."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Guide only at noise levels between these two; 0 is no noise, 1 pure noise."""
     keep_samples: bool = False
+    """Keep the samples; by default they are removed once they are scored."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What matrix products are computed in; auto: on a GPU the precision of the training, else
+    fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
+    """Whether to use torch.compile; auto: where it is expected to pay."""
     batch_size: int | None = None
+    """Images that each rank draws at a time; by default 128 on a GPU, 32 on a CPU."""
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    """What this runs on; by default a GPU if there is one."""
 
     def check(self) -> None:
         if self.every < 1:

@@ -31,8 +31,9 @@ class Freeze:
     """The file to write, such as prompts/coco_30k.json; one that holds other prompts is not
     replaced."""
     num: int = 30_000
-    """How many images."""
+    """How many images to choose, each with one of its captions."""
     seed: int = 0
+    """Seed of the choice."""
 
 
 @dataclass(frozen=True)

@@ -65,53 +65,59 @@ class Sample:
     source: Annotated[Path, tyro.conf.Positional]
     """A run directory, such as runs/digits, or an export."""
     out: Path
-    """Gets a folder for each cfg_scale."""
+    """The folder to write to; it gets a folder for each guidance scale, such as cfg1.5."""
     num_samples: int = 1000
-    """Papers score 50,000."""
+    """How many samples to draw at each guidance scale; papers score 50,000."""
     cfg_scale: tuple[float, ...] = (1.5,)
-    """One or more; 1 is no guidance."""
+    """Guidance scales, one or more; 1 is no guidance."""
     sampler: SamplerName | None = None
-    """By default ddpm; sde for a flow, heun for EDM."""
+    """The sampler; by default ddpm, for SiT sde, for EDM heun."""
     steps: int | None = None
-    """By default 250; 18 for EDM."""
+    """Sampling steps; by default 250, for EDM 18."""
     eta: float = 0.0
-    """DDIM's noise: 0 is deterministic."""
+    """How much noise DDIM adds in each step: 0 is deterministic, 1 is DDPM's."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Guide at these noise levels only; 0 is no noise, 1 pure noise."""
+    """Guide only at noise levels between these two; 0 is no noise, 1 pure noise."""
     cfg_channels: int | None = None
-    """Guide the first k channels only (facebookresearch/DiT: 3); by default all of the image's."""
+    """Guide only the first k channels, as facebookresearch/DiT does with 3; by default all of
+    them."""
     seed: int = 0
+    """Seed of the samples: sample i depends on (seed, i) alone."""
     labels: Literal["balanced", "drawn"] = "balanced"
-    """Of a class-conditional model: as many of each class, or classes drawn at random."""
+    """Labels of a class-conditional model: balanced, the same number of each class; or drawn at
+    random."""
     classes: tuple[int, ...] = ()
-    """Or these classes in turn."""
+    """Classes to draw in turn, instead of --labels."""
     prompts: tuple[str, ...] = ()
-    """Of a text-to-image model: sample i has prompt i % n."""
+    """Prompts of a text-to-image model; sample i gets prompt i % n."""
     prompts_file: Path | None = None
-    """Or a list that eval.prompts froze, or a text file with a prompt a line."""
+    """A file of prompts: a list that eval.prompts froze, or a text file with one prompt a line."""
     captions: Path | None = None
-    """Or a packed data set: sample i has a caption of its row i % n."""
+    """A packed data set whose captions are the prompts; sample i gets a caption of row i % n."""
     text_encoder: str | None = None
-    """For prompts: where the encoder that the data were packed with lies now; by default where it
-    was then."""
+    """Where the text encoder of the data lies now, for prompts; by default where it was when the
+    data were packed."""
     vae: str | None = None
-    """Of a latent model: likewise the VAE, to decode the samples with; none: keep latents."""
+    """Where the VAE of a latent model lies now; by default where it was when the data were packed.
+    It decodes the samples. none: keep latents."""
     also: tuple[Format, ...] = ()
-    """Besides the shards: npz for ADM's evaluator, png for a folder of pictures."""
+    """Formats besides Arrow shards: npz for ADM's evaluator, png for a folder of images."""
     replace: bool = False
-    """Other samples that lie in the folder are removed; otherwise they are an error."""
+    """Remove other samples that lie in the folder; without this they are an error."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the matrix products; auto: on a GPU the one that the model was trained in, else fp32."""
+    """What matrix products are computed in; auto: on a GPU the precision of the training, else
+    fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: where it is expected to pay."""
+    """Whether to use torch.compile; auto: where it is expected to pay."""
     batch_size: int | None = None
-    """Images drawn at a time by each rank: a matter of speed and memory. By default 128 on a GPU,
-    32 on the CPU."""
+    """Images that each rank draws at a time, which decides speed and memory; by default 128 on a
+    GPU, 32 on a CPU."""
     shard_size: int = 128
     """Images in a shard. A rank that is stopped loses what it drew of its last one."""
     step: int | None = None
-    """Which checkpoint of a run; the newest valid one by default."""
+    """The step of the checkpoint to use; by default the newest valid one."""
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    """What this runs on; by default a GPU if there is one."""
 
     def check(self) -> None:
         """Raises ConfigError before any work is done, not after the first of several scales."""

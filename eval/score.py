@@ -58,30 +58,35 @@ RESULTS = "results.jsonl"
 @dataclass(frozen=True)
 class Score:
     samples: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Sets of samples, each scored by itself; none, to make a reference only."""
+    """Sets of samples, each scored by itself. Without any, only a reference is made."""
     reference: Path | None = None
-    """Real images, or statistics of them."""
+    """Real images (a folder, or a packed data set), or statistics of them (.npz)."""
     extractor: str = "inception"
-    """inception, efficientnet-lite0 (in pip), clip:MODEL/WEIGHTS (open_clip) or dino:MODEL
-    (timm)."""
+    """The network whose features are compared: inception (FID), efficientnet-lite0 (comes with
+    pip), clip:MODEL/WEIGHTS (open_clip) or dino:MODEL (timm)."""
     inception_weights: Path | None = None
-    """torch-fidelity's weights-inception-2015-12-05-6726825d.pth, where there is no network to
-    fetch it."""
+    """A file with Inception's weights (torch-fidelity's weights-inception-2015-12-05-6726825d.pth),
+    where there is no network to download them."""
     clip: str | None = None
-    """Also the CLIP score of text-to-image samples, by this model: ViT-B-32/openai."""
+    """Also compute the CLIP score of text-to-image samples, with this model, such as
+    ViT-B-32/openai."""
     metrics: tuple[Metric, ...] = METRICS
+    """The metrics to compute."""
     num_samples: int | None = None
-    """The first so many of each set; by default all."""
+    """Score only the first so many images of each set; by default all."""
     resize: int | None = None
-    """Crop and scale images of a folder to this side, as ADM does."""
+    """Crop and scale the images of a folder to this side, as ADM does."""
     keep: int = 50_000
     """Features kept for KID, Precision and Recall, of evenly spaced images of each set."""
     save_reference: Path | None = None
-    """Write the reference's statistics here (.npz), to be used again; with --keep features."""
+    """Write the reference's statistics to this .npz, to be used again; with --keep features."""
     out: Path | None = None
-    """Append all rows here too; enough by itself for sets that nobody may write to."""
+    """A file that all rows are appended to, besides results.jsonl in each set; enough for sets that
+    may only be read."""
     batch_size: int = 64
+    """Images shown to the network at a time."""
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    """What this runs on; by default a GPU if there is one."""
 
     def check(self) -> None:
         check_counts(self, "num_samples", "batch_size")

@@ -24,9 +24,9 @@ class Export:
     run: Annotated[Path, tyro.conf.Positional]
     """The run directory, such as runs/digits."""
     out: Path | None = None
-    """RUN/export by default."""
+    """The folder to write to; by default RUN/export."""
     step: int | None = None
-    """Which checkpoint; the newest valid one by default."""
+    """The step of the checkpoint to export; by default the newest valid one."""
 
 
 def export(run: Path, out: Path | None = None, step: int | None = None) -> Path:

@@ -30,13 +30,13 @@ PATIENCE_WITH_STOPS = 4
 @dataclass(frozen=True)
 class Requeue:
     run: Annotated[Path, tyro.conf.Positional]
-    """The run directory, such as runs/dit_l2_imagenet256. One that is missing brought no
-    checkpoint."""
+    """The run directory, such as runs/dit_l2_imagenet256. One that is missing counts as one without
+    checkpoints."""
     status: int
-    """With which the training program ended."""
+    """The exit status of the training program."""
     max_restarts: int = 5
-    """Starts in a row without a new checkpoint, after which a person must look; four times as many
-    where the last one was asked to stop, as a preemption during the start-up is."""
+    """How many starts in a row may bring no new checkpoint before a human must look; four times as
+    many where the last one was asked to stop, as when it is preempted while it starts."""
 
 
 def decide(

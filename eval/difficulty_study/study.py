@@ -34,50 +34,59 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Study:
     preset: str
-    """What is trained, as of largescale.train."""
+    """The preset to train, as in largescale.train."""
     out: Path
+    """The folder to write to."""
     stages: tuple[Stage, ...] = STAGES
+    """Which stages to run: train, denoise, entropy, report."""
     interval: int | None = None
-    """Train or sample this one only, 1 .. N, or 0, the full model."""
+    """Train or sample only this interval: 1 .. N, or 0 for the full model."""
     intervals: int = 20
-    """N: how many parts of the noise axis, of equal size, a model each."""
+    """N: how many parts of equal size the noise axis is cut into, a model each."""
     steps: int = 20_000
-    """Of each model."""
+    """Training steps of each model."""
     patience: int = 200
-    """Steps without a new best of the smoothed loss, from which on it counts as oscillating; the
+    """Steps without a new best of the smoothed loss after which a model counts as oscillating; the
     paper's tau_max."""
     data: Path | None = None
     """A packed data set; by default the preset's."""
     full: Path | None = None
-    """The full model, where there is one already: a run or an export. By default it is trained like
-    the others."""
+    """A run or an export of the full model, where there is one already; by default it is trained
+    like the others."""
     nproc: int = 1
-    """Processes that train a run."""
+    """Processes that train a run; more than one are started by torchrun."""
     num_samples: int = 10_000
-    """For the Frechet distance of each interval."""
+    """Samples drawn for the Frechet distance of each interval."""
     sampler: SamplerName | None = None
-    """By default ddpm; sde for a flow, heun for EDM."""
+    """The sampler; by default ddpm, for SiT sde, for EDM heun."""
     sampler_steps: int | None = None
-    """By default 250; 18 for EDM."""
+    """Sampling steps; by default 250, for EDM 18."""
     cfg_scale: float = 1.0
+    """Guidance scale; 1 is no guidance."""
     seed: int = 0
-    """Of samples, and of the draws of the relative entropy."""
+    """Seed of the samples, and of the draws of the relative entropy."""
     reference: Path | None = None
-    """Real images, or statistics of them; by default the data set, if it is one of pixels."""
+    """Real images, or statistics of them; by default the data set, if it holds pixels."""
     extractor: str = "inception"
-    """As of eval.score; efficientnet-lite0 is in pip, where Inception's weights are missing."""
+    """The network whose features are compared: inception (FID), efficientnet-lite0 (comes with
+    pip), clip:MODEL/WEIGHTS (open_clip) or dino:MODEL (timm)."""
     inception_weights: Path | None = None
+    """A file with Inception's weights (torch-fidelity's weights-inception-2015-12-05-6726825d.pth),
+    where there is no network to download them."""
     vae: str | None = None
-    """Of a latent model, as of eval.sample."""
+    """Where the VAE of a latent model lies now; by default where it was when the data were packed.
+    It decodes the samples."""
     keep_samples: bool = False
+    """Keep the samples; by default they are removed once they are scored."""
     entropy_images: int = 5_000
-    """L: data points, a Gaussian kernel around each."""
+    """L: data points, each the centre of a Gaussian kernel."""
     entropy_samples: int = 1_000
     """M: Monte-Carlo samples of each timestep."""
     batch_size: int | None = None
-    """Of sampling."""
+    """Images that are drawn at a time."""
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    """Of sampling, scoring and the relative entropy; training has --train.device."""
+    """What sampling, scoring and the relative entropy run on; by default a GPU if there is one.
+    Training has --train.device, after --."""
 
     def check(self) -> None:
         check_counts(self, "intervals", "steps", "patience", "nproc", "sampler_steps", "batch_size")
