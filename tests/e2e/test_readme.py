@@ -1,5 +1,6 @@
-"""The README's commands run as they are printed there."""
+"""The commands of the README and of the pages in docs/ run as they are printed there."""
 
+import importlib
 import json
 import os
 import re
@@ -7,10 +8,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from largescale.host.program import parse_options
 from tests.ranks import ROOT, Forked
 
 SHORT = {"digits": ["--train.steps", "20", "--telemetry.preview-every", "0"]}  # appended: minutes become seconds
@@ -22,23 +25,63 @@ CAPTIONS = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"id": 
 OFFLINE = {"stabilityai/sd-vae-ft-ema": "none", "open_clip:ViT-L-14/openai": "none"}
 
 
+PAGES = ("README.md", "docs/data.md", "docs/train.md", "docs/evaluate.md", "docs/cluster.md")
+PROGRAMS = ("python", "torchrun", "make", "sbatch", "pip", "tensorboard")
+
+
 def commands() -> list[str]:
-    text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)  # test_curriculum.py runs that
-    blocks = re.findall(r"(?m)(?:^    .+\n)+", text.replace("\\\n", ""))
-    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    """In the order of the pages, each once. Listings of files and folders are no commands."""
+    found: dict[str, None] = {}
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)  # test_curriculum.py runs that
+        for block in re.findall(r"(?m)(?:^    .+\n)+", text.replace("\\\n", "")):
+            for line in block.splitlines():
+                command = line.split("  #")[0].strip()
+                words = [word for word in command.split() if not re.match(r"[A-Z_]+=", word)]
+                if words[0] in PROGRAMS:
+                    found[command] = None
+    return [*found]
+
+
+def in_the_table() -> list[str]:
+    """The README's "I want to ..." table: what to type."""
+    rows = re.findall(r"(?m)^\| [^|]+ \| `([^`]+)` \|", (ROOT / "README.md").read_text())
+    assert len(rows) > 10
+    return rows
 
 
 def runs_here(command: str) -> bool:
     return command.startswith(("python -m", "torchrun", "OMP_NUM_THREADS=1 torchrun"))
 
 
-def test_what_the_readme_offers() -> None:
+def test_what_the_pages_offer() -> None:
     """A command added there is either run below or named here with what runs it."""
-    others = {"make demo", "make demo-text", "make test", "tensorboard --logdir runs", "sbatch slurm/dit_l2_2m.sh",
+    others = {"make demo", "make test", "tensorboard --logdir runs", "sbatch slurm/dit_l2_2m.sh",
               "sbatch slurm/dit_l2_coco_2m.sh", "sbatch slurm/pack_imagenet.sh", "sbatch slurm/pack_coco.sh",  # tests/slurm
               "sbatch slurm/sample_eval.sh", "sbatch slurm/curve.sh", "STUDY=paper DATA=data/ffhq256 sbatch slurm/difficulty.sh",
               "pip install -e '.[prep]'", "pip install -e '.[eval]'"}
     assert {c for c in commands() if not runs_here(c)} == others
+
+
+@pytest.mark.parametrize("command", in_the_table())
+def test_the_table_of_the_readme(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not run below is at least a command that its program takes."""
+    if command in commands() or command.startswith("docker build"):  # tests/unit/test_dockerfile.py
+        return
+    (python, dash_m, module, *args) = shlex.split(command)
+    assert (python, dash_m) == ("python", "-m")
+    program = importlib.import_module(module)
+
+    def parsed(*args: Any, **more: Any) -> Any:
+        raise Parsed(parse_options(*args, **more))
+
+    monkeypatch.setattr(program, "parse_options", parsed)
+    with pytest.raises(Parsed):
+        program.main(args)
+
+
+class Parsed(Exception):
+    pass
 
 
 def test_the_commands_in_order(tmp_path: Path) -> None:
@@ -84,3 +127,17 @@ def test_the_help_names_presets_and_settings() -> None:
     assert "dit_l2_imagenet256" in done.stdout
     done = subprocess.run([sys.executable, "-m", "largescale.train", "digits", "--help"], capture_output=True, text=True, check=True)
     assert "--curriculum.patience" in done.stdout and "tau_max" in done.stdout
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "ds_configs/README.md"]:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if target.startswith(("http://", "https://")):
+                continue
+            name, _, anchor = target.partition("#")
+            path = page.parent / name if name else page
+            assert path.exists(), f"{page.name} links to {target}"
+            if anchor:
+                titles = re.findall(r"(?m)^#+ (.+)$", path.read_text())
+                anchors = {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+                assert anchor in anchors, f"{page.name} links to {target}"
