@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from largescale.errors import ConfigError
+from largescale.registry import look_up
 
 
 def _linear(timesteps: int) -> np.ndarray:
@@ -29,15 +30,12 @@ SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {"linear": _linear, "cosine"
 def make_betas(schedule: str, timesteps: int) -> np.ndarray:
     """beta_t, (T,), in (0, 1). Raises ConfigError for an unknown schedule, or for too few
     timesteps."""
-    if schedule not in SCHEDULES:
-        raise ConfigError(
-            f"unknown noise schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}"
-        )
+    make = look_up(SCHEDULES, schedule, "diffusion.schedule")
     if timesteps < 2:
         raise ConfigError(
             f"a schedule needs at least 2 timesteps, got {timesteps}; the paper uses 1000"
         )
-    betas = SCHEDULES[schedule](timesteps)
+    betas = make(timesteps)
     if betas.max() >= 1:
         raise ConfigError(
             f"the {schedule} schedule reaches beta={betas.max():.3g} with {timesteps} timesteps; "

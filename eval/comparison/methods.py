@@ -4,9 +4,11 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from largescale.config.derived import pacing_settings
 from largescale.config.schema import Config
 from largescale.config.serialise import flatten, to_dict
 from largescale.config.validation import cli_flag
+from largescale.curriculum import PACINGS
 from largescale.errors import ConfigError
 
 PACING = "curriculum.pacing"
@@ -25,13 +27,22 @@ METHODS: dict[str, dict[str, str]] = {
 }
 # What a method may change. The rest is the same for all: data, draws, weights at the start, budget.
 OWN = ("curriculum.", "noise.", "optimizer.")
-# What only some pacings read: two methods that differ in nothing else would be the same run twice.
-_READ_BY = {
-    "curriculum.patience": ("patience",),
-    "curriculum.interval": ("fixed",),
-    "curriculum.clusters": ("patience", "fixed"),
-    "curriculum.n_clusters": ("patience", "fixed"),
-}
+
+
+def _read_by() -> dict[str, list[str]]:
+    """What only some pacings read, and which: two methods that differ in nothing else would be the
+    same run twice."""
+    found: dict[str, list[str]] = {}
+    for name in PACINGS:
+        settings = pacing_settings(name)
+        if name != "none":
+            settings += ["clusters", "n_clusters"]
+        for setting in settings:
+            found.setdefault(f"curriculum.{setting}", []).append(name)
+    return found
+
+
+_READ_BY = _read_by()
 
 
 @dataclass(frozen=True)

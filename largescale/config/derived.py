@@ -1,19 +1,20 @@
 """What follows from a config alone: the batch's layout and the curriculum."""
 
+import inspect
 import math
+from collections.abc import Callable
 
 from largescale import noise_schedule
 from largescale.config.schema import Config
 from largescale.curriculum import (
+    PACINGS,
     Curriculum,
-    FixedPacing,
-    NoPacing,
     Pacing,
-    PatiencePacing,
     snr_clusters,
     uniform_clusters,
 )
 from largescale.errors import ConfigError
+from largescale.registry import look_up
 
 
 def batch_layout(config: Config, world_size: int) -> tuple[int, int]:
@@ -58,14 +59,30 @@ def make_curriculum(config: Config) -> Curriculum:
 
 def least_steps(config: Config) -> int:
     """Until the curriculum is complete: every stage at its shortest."""
+    return config.curriculum.n_clusters * pacing(config).shortest_stage
+
+
+def pacing(config: Config) -> Pacing:
     c = config.curriculum
-    # A stage's first loss is its best so far, and the (patience + 1)-th that is none ends it.
-    return c.n_clusters * {"patience": c.patience + 2, "fixed": c.interval, "none": 0}[c.pacing]
+    rule = look_up(PACINGS, c.pacing, "curriculum.pacing")
+    return rule(**{name: getattr(c, name) for name in pacing_settings(c.pacing)})
+
+
+def pacing_settings(name: str) -> list[str]:
+    """What a pacing rule is made with: fields of `CurriculumConfig`, by their own names."""
+    return list(inspect.signature(look_up(PACINGS, name, "curriculum.pacing")).parameters)
 
 
 def cluster_edges(config: Config) -> tuple[float, ...]:
-    if config.curriculum.clusters == "uniform":
-        return uniform_clusters(config.curriculum.n_clusters)
+    return look_up(CLUSTERS, config.curriculum.clusters, "curriculum.clusters")(config)
+
+
+def _uniform_edges(config: Config) -> tuple[float, ...]:
+    return uniform_clusters(config.curriculum.n_clusters)
+
+
+def _snr_edges(config: Config) -> tuple[float, ...]:
+    """Edges at the SNR that the uniform ones have under the cosine schedule."""
     own, cosine = (
         noise_schedule.log_snr(noise_schedule.make_betas(name, config.diffusion.timesteps))
         for name in (config.diffusion.schedule, "cosine")
@@ -73,9 +90,7 @@ def cluster_edges(config: Config) -> tuple[float, ...]:
     return snr_clusters(config.curriculum.n_clusters, own, cosine)
 
 
-def pacing(config: Config) -> Pacing:
-    if config.curriculum.pacing == "patience":
-        return PatiencePacing(config.curriculum.patience)
-    if config.curriculum.pacing == "fixed":
-        return FixedPacing(config.curriculum.interval)
-    return NoPacing()
+CLUSTERS: dict[str, Callable[[Config], tuple[float, ...]]] = {
+    "uniform": _uniform_edges,
+    "snr": _snr_edges,
+}

@@ -4,7 +4,7 @@ error before anything is started."""
 import math
 from typing import Any
 
-from largescale.config.derived import batch_layout, least_steps, make_curriculum
+from largescale.config.derived import batch_layout, least_steps, make_curriculum, pacing_settings
 from largescale.config.schema import Config, ModelConfig, UNetConfig
 from largescale.config.serialise import flatten, to_dict
 from largescale.errors import ConfigError
@@ -63,11 +63,13 @@ def remarks(config: Config, classes_of_data: int) -> list[str]:
             "be, --model.class-dropout-prob 0.1"
         )
     if (least := least_steps(config)) > config.train.steps:
+        settings = [
+            cli_flag(f"curriculum.{name}") for name in pacing_settings(config.curriculum.pacing)
+        ]
         said.append(
             f"train.steps={config.train.steps:,} end before the curriculum does, which takes at "
             f"least {least:,} steps: some noise levels are never trained; raise --train.steps, or "
-            "lower "
-            f"--curriculum.{'patience' if config.curriculum.pacing == 'patience' else 'interval'}"
+            f"lower {' or '.join(settings)}"
         )
     return [*said, *filter(None, [ema_note(config)])]
 

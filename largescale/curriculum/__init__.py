@@ -3,9 +3,17 @@ loop."""
 
 from largescale.curriculum.clusters import snr_clusters, uniform_clusters
 from largescale.curriculum.curriculum import Curriculum, active_levels, stage
-from largescale.curriculum.pacing import FixedPacing, NoPacing, Pacing, PacingState, PatiencePacing
+from largescale.curriculum.pacing import (
+    PACINGS,
+    FixedPacing,
+    NoPacing,
+    Pacing,
+    PacingState,
+    PatiencePacing,
+)
 
 __all__ = [
+    "PACINGS",
     "Curriculum",
     "FixedPacing",
     "NoPacing",

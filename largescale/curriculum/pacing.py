@@ -1,6 +1,7 @@
 """When the curriculum goes on to the next stage. Every rule is a pure function of (state, loss)."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -20,6 +21,11 @@ class PacingState:
 
 
 class Pacing(Protocol):
+    @property
+    def shortest_stage(self) -> int:
+        """Observations that a stage takes at least; 0 where there are no stages."""
+        ...
+
     def start(self, n_clusters: int) -> PacingState: ...
 
     def advance(self, state: PacingState, loss: float) -> PacingState: ...
@@ -31,6 +37,11 @@ class PatiencePacing:
     a row that does not improve on the stage's best loss."""
 
     patience: int  # tau_max
+
+    @property
+    def shortest_stage(self) -> int:
+        # The first loss is the best so far, and the (patience + 1)-th that is none ends the stage.
+        return self.patience + 2
 
     def start(self, n_clusters: int) -> PacingState:
         return PacingState(index=n_clusters)
@@ -56,6 +67,10 @@ class FixedPacing:
 
     interval: int
 
+    @property
+    def shortest_stage(self) -> int:
+        return self.interval
+
     def start(self, n_clusters: int) -> PacingState:
         return PacingState(index=n_clusters)
 
@@ -73,8 +88,20 @@ class FixedPacing:
 class NoPacing:
     """Vanilla training: every noise level from the first step."""
 
+    @property
+    def shortest_stage(self) -> int:
+        return 0
+
     def start(self, n_clusters: int) -> PacingState:
         return PacingState(index=0)
 
     def advance(self, state: PacingState, loss: float) -> PacingState:
         return state
+
+
+PACINGS: dict[str, Callable[..., Pacing]] = {
+    "patience": PatiencePacing,
+    "fixed": FixedPacing,
+    "none": NoPacing,
+}
+"""Every rule by its name."""

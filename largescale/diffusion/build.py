@@ -1,5 +1,7 @@
 """The objective and the draw of noise levels that a config describes."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -10,18 +12,35 @@ from largescale.diffusion.flow import Flow
 from largescale.diffusion.gaussian import GaussianDiffusion
 from largescale.diffusion.noise_levels import NoiseSampler, make_noise_sampler
 from largescale.diffusion.samplers import AnyObjective
+from largescale.registry import look_up
 
 
-def build_objective(config: Config) -> AnyObjective:
+def _gaussian(config: Config) -> GaussianDiffusion:
     d = config.diffusion
-    if d.objective == "flow":
-        return Flow(d.interpolant, learn_sigma=config.model.learn_sigma)
-    if d.objective == "edm":
-        return Edm(d.p_mean, d.p_std, d.sigma_data)
     betas = noise_schedule.make_betas(d.schedule, d.timesteps)
     return GaussianDiffusion(
         betas, learn_sigma=config.model.learn_sigma, fixed_variance=d.fixed_variance
     )
+
+
+def _flow(config: Config) -> Flow:
+    return Flow(config.diffusion.interpolant, learn_sigma=config.model.learn_sigma)
+
+
+def _edm(config: Config) -> Edm:
+    d = config.diffusion
+    return Edm(d.p_mean, d.p_std, d.sigma_data)
+
+
+OBJECTIVES: dict[str, Callable[[Config], AnyObjective]] = {
+    "gaussian": _gaussian,
+    "flow": _flow,
+    "edm": _edm,
+}
+
+
+def build_objective(config: Config) -> AnyObjective:
+    return look_up(OBJECTIVES, config.diffusion.objective, "diffusion.objective")(config)
 
 
 def build_noise_sampler(config: Config, objective: AnyObjective) -> NoiseSampler:

@@ -7,7 +7,7 @@ SiT's time falls with the noise: t = 1 is data and t = 0 noise, so t = 1 - u. x_
 
 import math
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,37 @@ from largescale.diffusion.objective import (
 )
 from largescale.diffusion.ode import euler, heun, heun3
 from largescale.errors import ConfigError
+from largescale.registry import look_up
 
 LAST_STEP = 0.04  # SiT's: where noise is not added any more
+
+Coefficients = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Interpolant(NamedTuple):
+    """How x_t = alpha(t) x_start + sigma(t) noise gets from noise at t = 0 to data at t = 1."""
+
+    coefficients: Callable[[Tensor], Coefficients]
+    """alpha, sigma and their derivatives by t, of t's shape."""
+    sigma: Callable[[float], float]
+    """The same sigma, on the host."""
+    determinant: float
+    """alpha sigma' - sigma alpha', which does not depend on t."""
+
+
+def _linear(t: Tensor) -> Coefficients:
+    return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
+
+
+def _gvp(t: Tensor) -> Coefficients:
+    angle = t * (math.pi / 2)
+    return angle.sin(), angle.cos(), math.pi / 2 * angle.cos(), -math.pi / 2 * angle.sin()
+
+
+INTERPOLANTS: dict[str, Interpolant] = {
+    "linear": Interpolant(_linear, lambda t: 1 - t, -1.0),
+    "gvp": Interpolant(_gvp, lambda t: math.cos(math.pi / 2 * t), -math.pi / 2),
+}
 
 
 class Flow:
@@ -42,18 +71,10 @@ class Flow:
     ):
         """`learn_sigma`: the model's output has 2C channels, of which the last C are not used
         (released SiT's)."""
-        if interpolant not in ("linear", "gvp"):
-            raise ConfigError(f"unknown interpolant {interpolant!r}; choose linear or gvp")
-        self.interpolant, self.learn_sigma = interpolant, learn_sigma
-        # alpha sigma' - sigma alpha', which does not depend on t
-        self.determinant = -1.0 if interpolant == "linear" else -math.pi / 2
-
-    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """alpha, sigma and their derivatives by t, of t's shape."""
-        if self.interpolant == "linear":
-            return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
-        angle = t * (math.pi / 2)
-        return angle.sin(), angle.cos(), math.pi / 2 * angle.cos(), -math.pi / 2 * angle.sin()
+        self.learn_sigma = learn_sigma
+        self.interpolant = look_up(INTERPOLANTS, interpolant, "diffusion.interpolant")
+        self.coefficients = self.interpolant.coefficients
+        self.determinant = self.interpolant.determinant
 
     # ---- the noise axis
 
@@ -147,6 +168,5 @@ class Flow:
             )  # velocity + w / 2 score, with w = 2 sigma (SiT, eq. 4)
             if i == steps - 1:
                 return x + LAST_STEP * drift
-            sigma = 1 - time if self.interpolant == "linear" else math.cos(math.pi / 2 * time)
-            x = x + h * drift + math.sqrt(2 * sigma * h) * noise(i)
+            x = x + h * drift + math.sqrt(2 * self.interpolant.sigma(time) * h) * noise(i)
         raise AssertionError

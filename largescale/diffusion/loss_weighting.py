@@ -9,20 +9,16 @@ from torch import Tensor
 from largescale.config.schema import NoiseConfig
 from largescale.diffusion.objective import Losses
 from largescale.errors import ConfigError
+from largescale.registry import look_up
 
 Weighting = Callable[[Tensor, Tensor], Tensor]
 """(log_snr, x_start_weight), (N,) float64 each, see `Objective` -> factors on the mse, (N,)
 float32."""
 
 
-def make_weighting(config: NoiseConfig) -> Weighting:
-    if config.weighting == "none":
-        return lambda log_snr, x_start_weight: torch.ones_like(log_snr, dtype=torch.float32)
-    if config.weighting == "min_snr":
-        return min_snr(config.min_snr_gamma)
-    if config.weighting == "p2":
-        return p2(config.p2_k, config.p2_gamma)
-    raise ConfigError(f"unknown noise weighting {config.weighting!r}; choose none, min_snr or p2")
+def unweighted() -> Weighting:
+    """1 at every noise level."""
+    return lambda log_snr, x_start_weight: torch.ones_like(log_snr, dtype=torch.float32)
 
 
 def min_snr(gamma: float) -> Weighting:
@@ -50,6 +46,17 @@ def p2(k: float, gamma: float) -> Weighting:
     return lambda log_snr, x_start_weight: (
         (-gamma * torch.logaddexp(log_snr, torch.full_like(log_snr, log_k))).exp().float()
     )
+
+
+WEIGHTINGS: dict[str, Callable[[NoiseConfig], Weighting]] = {
+    "none": lambda config: unweighted(),
+    "min_snr": lambda config: min_snr(config.min_snr_gamma),
+    "p2": lambda config: p2(config.p2_k, config.p2_gamma),
+}
+
+
+def make_weighting(config: NoiseConfig) -> Weighting:
+    return look_up(WEIGHTINGS, config.weighting, "noise.weighting")(config)
 
 
 def weighted(losses: Losses, weight: Tensor, importance: Tensor) -> Tensor:

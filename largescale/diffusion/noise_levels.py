@@ -7,6 +7,7 @@ resumed run draws as it would have.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from largescale.config.schema import NoiseConfig
 from largescale.diffusion.objective import check_draw
 from largescale.errors import CheckpointError, ConfigError
+from largescale.registry import look_up
 
 
 class NoiseSampler:
@@ -231,18 +233,17 @@ class SpeeD(_Binned):
         return relative / np.sum(relative * width)
 
 
+NOISE_SAMPLERS: dict[str, Callable[[NoiseConfig, int, np.ndarray], NoiseSampler]] = {
+    "uniform": lambda config, n_bins, log_snr: Uniform(),
+    "logit_normal": lambda config, n_bins, log_snr: LogitNormal(
+        config.logit_mean, config.logit_std
+    ),
+    "loss_second_moment": lambda config, n_bins, log_snr: LossSecondMoment(n_bins),
+    "speed": lambda config, n_bins, log_snr: SpeeD(log_snr, config.speed_ratio),
+}
+
+
 def make_noise_sampler(config: NoiseConfig, n_bins: int, log_snr: np.ndarray) -> NoiseSampler:
     """`log_snr`: (n_bins,) float64, of the objective at the middle of n_bins equal shares of the
     noise axis."""
-    if config.sampling == "uniform":
-        return Uniform()
-    if config.sampling == "logit_normal":
-        return LogitNormal(config.logit_mean, config.logit_std)
-    if config.sampling == "loss_second_moment":
-        return LossSecondMoment(n_bins)
-    if config.sampling == "speed":
-        return SpeeD(log_snr, config.speed_ratio)
-    raise ConfigError(
-        f"unknown noise sampling {config.sampling!r}; choose uniform, logit_normal, "
-        "loss_second_moment or speed"
-    )
+    return look_up(NOISE_SAMPLERS, config.sampling, "noise.sampling")(config, n_bins, log_snr)

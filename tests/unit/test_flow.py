@@ -205,7 +205,7 @@ def test_guides_at_the_noise_levels_in_the_interval_only(sampler: Any, interval:
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: Flow("cubic"), "'cubic'; choose linear or gvp"),  # type: ignore[arg-type]
+    (lambda: Flow("cubic"), "'cubic'; choose one of linear, gvp"),  # type: ignore[arg-type]
     (lambda: evaluations(Flow(), "ddpm", 10), "'ddpm' for Flow; choose one of sde, euler, heun, heun3"),
     (lambda: evaluations(Flow(), "sde", 1), "steps=1 must be a count of 2 or more"),
     (lambda: evaluations(Flow(), "sde", "ddim50"), "steps='ddim50' must be a count"),

@@ -88,7 +88,7 @@ def test_a_weight_is_of_the_mse_and_importance_of_the_whole() -> None:
     (NoiseConfig(weighting="min_snr", min_snr_gamma=math.nan), "min_snr_gamma=nan"),
     (NoiseConfig(weighting="p2", p2_k=-1.0), "p2_k=-1.0.*--noise.p2-k"),
     (NoiseConfig(weighting="p2", p2_gamma=math.inf), "p2_gamma=inf.*--noise.p2-gamma"),
-    (NoiseConfig(weighting="snr"), "snr.*choose none"),  # type: ignore[arg-type]
+    (NoiseConfig(weighting="snr"), "snr.*choose one of none"),  # type: ignore[arg-type]
 ])
 def test_bad_settings(config: NoiseConfig, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
