@@ -148,7 +148,8 @@ class Comparison:
     def __init__(self, options: Compare, extra: Sequence[str] = (), command: str = "") -> None:
         """`extra`: of the training program, for all runs."""
         options.check()
-        library("matplotlib", "eval")
+        for name in ("matplotlib", "scipy"):
+            library(name, "eval")
         o, methods = options, read_methods(options.methods)
         self.options, self.extra, self.command = o, list(extra), command
         self.methods = [method.name for method in methods]

@@ -14,6 +14,7 @@ from PIL import Image
 
 import largescale
 from eval.comparison.statistics import (
+    SIGNIFICANCE_LEVEL,
     OfRuns,
     Standing,
     cluster_table,
@@ -115,12 +116,14 @@ def heading(f: Findings, name: str) -> list[str]:
     seeds = f"{done} seed{'s' if done > 1 else ''}" + (
         "" if done == f.seeds else f" of {f.seeds}, so far"
     )
-    spread = (
-        "± is the standard deviation over seeds; of differences, of runs of the same seed, the standard error of "
-        'their mean, and "told apart" is with 95 % confidence.'
-        if done > 1
-        else "One seed tells nothing of the spread: a difference may be chance."
-    )
+    spread = "One seed tells nothing of the spread: a difference may be chance."
+    if done > 1:
+        spread = (
+            "± is the standard deviation over seeds; of differences, of runs of the same seed, the "
+            "standard error of their mean. Better and worse are significant at the "
+            f"{SIGNIFICANCE_LEVEL:.0%} level by the paired t-test, whose p is adjusted by Holm's "
+            "correction where several methods are compared with the first (raw: without it)."
+        )
     lines = [
         f"# {config.name}: {', '.join(dict.fromkeys(run.method for run in f.runs))}",
         "",

@@ -2,16 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
 from eval.comparison.validation_loss import figure
 from eval.curve import Row, steps_to_match_best_of
 from largescale.errors import DataError
 
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; further on, the last: wider than
-# need be
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+SIGNIFICANCE_LEVEL = 0.05
 
 OfRuns = Mapping[str, Mapping[int, Sequence[Row]]]
 """method -> seed -> rows as of eval.curve, one a checkpoint. The first method is what the others
@@ -31,31 +29,32 @@ class Mean:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean over seeds of a method's number less the first method's; `error`: its standard error,
-    None for one seed.
+    """Mean over seeds of a method's number less the first method's, and whether it is significant.
 
     Runs of one seed share data, draws and weights at the start, so much of the noise between seeds
-    is not in it."""
+    is not in it. Where several methods are compared with the first, `p_adjusted` is `p_value` with
+    Holm's correction."""
 
     value: float
-    error: float | None
+    error: float | None  # its standard error; None for one seed
     seeds: int
+    p_value: float | None  # of the paired t-test; None for one seed
+    p_adjusted: float | None
 
     @property
     def is_significant(self) -> bool:
-        """From 0, with 95 % confidence by Student's t."""
-        return (
-            self.error is not None
-            and abs(self.value) > T95[min(self.seeds - 1, len(T95)) - 1] * self.error
-        )
+        return self.p_adjusted is not None and self.p_adjusted < SIGNIFICANCE_LEVEL
 
     def __str__(self) -> str:
         if self.error is None:
             return f"{self.value:+.3g}"
-        verdict = (
-            ("better" if self.value < 0 else "worse") if self.is_significant else "not told apart"
-        )
-        return f"{self.value:+.3g} ± {self.error:.2g}, {verdict}"
+        verdict = "no significant difference"
+        if self.is_significant:
+            verdict = "better" if self.value < 0 else "worse"
+        p = f"p = {self.p_adjusted:.3g}"
+        if self.p_adjusted != self.p_value:
+            p += f", raw {self.p_value:.3g}"
+        return f"{self.value:+.3g} ± {self.error:.2g}, {verdict} ({p})"
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,45 @@ def mean(values: Sequence[float]) -> Mean:
 
 
 def paired(values: Sequence[float], others: Sequence[float]) -> Difference:
+    """The mean difference of pairs; its p-value is not corrected."""
     each = [value - other for value, other in zip(values, others, strict=True)]
-    return Difference(
-        fmean(each), stdev(each) / math.sqrt(len(each)) if len(each) > 1 else None, len(each)
-    )
+    value, seeds = fmean(each), len(each)
+    if seeds == 1:
+        return Difference(value, None, seeds, None, None)
+    error = stdev(each) / math.sqrt(seeds)
+    p_value = t_test(value, error, seeds)
+    return Difference(value, error, seeds, p_value, p_value)
+
+
+def t_test(mean: float, error: float, seeds: int) -> float:
+    """The two-sided p-value of a mean with this standard error, by Student's t."""
+    from scipy import stats  # seconds
+
+    if not error:
+        return 0.0 if mean else 1.0
+    return float(2 * stats.t.sf(abs(mean) / error, seeds - 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: the k-th smallest of n is multiplied by n - k + 1, and none
+    falls below a smaller one's."""
+    adjusted = [0.0] * len(p_values)
+    so_far = 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        so_far = max(so_far, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = so_far
+    return adjusted
+
+
+def against_first(finals: Mapping[str, Sequence[float]]) -> dict[str, Difference]:
+    """Of each method but the first, with Holm's correction over all of them."""
+    first, *others = finals
+    found = {method: paired(finals[method], finals[first]) for method in others}
+    p_values = [d.p_value for d in found.values() if d.p_value is not None]
+    if not p_values:  # one seed
+        return found
+    adjusted = zip(found.items(), holm(p_values), strict=True)
+    return {method: replace(difference, p_adjusted=p) for (method, difference), p in adjusted}
 
 
 def of_figure(rows: Sequence[Row], name: str) -> list[Row]:
@@ -101,32 +135,36 @@ def standings(runs: OfRuns, name: str) -> dict[str, Standing]:
         raise DataError(
             f"{name} was finite at no checkpoint of a run; score more samples: --num-samples"
         )
-    best_of_first = {
-        seed: min(points(rows, name), key=lambda point: point[1]) for seed, rows in of_first.items()
-    }
+    curves: dict[str, list[list[tuple[int, float]]]] = {}  # of each method, by seed
+    finals: dict[str, list[float]] = {}
+    for method, of_seed in runs.items():
+        curves[method] = [points(of_seed[seed], name) for seed in of_first]
+        finals[method] = [curve[-1][1] for curve in curves[method]]
+    differences = against_first(finals)
+    best_of_first = fmean(at_best(curve)[0] for curve in curves[first])
     found = {}
     for method, of_seed in runs.items():
-        each = [points(of_seed[seed], name) for seed in of_first]
-        best = [min(curve, key=lambda point: point[1]) for curve in each]
-        final = [curve[-1][1] for curve in each]
+        best = [at_best(curve) for curve in curves[method]]
         reached = [
             steps_to_match_best_of(of_figure(of_seed[seed], name), of_first[seed])
             for seed in of_first
         ]
         steps = [pair and pair[0] for pair in reached]
         all_reached = [step for step in steps if step is not None]
-        best_at = fmean(step for step, _ in best_of_first.values())
         found[method] = Standing(
-            final=mean(final),
+            final=mean(finals[method]),
             best=mean([value for _, value in best]),
             best_at=fmean(step for step, _ in best),
-            difference=None
-            if method == first
-            else paired(final, [points(rows, name)[-1][1] for rows in of_first.values()]),
+            difference=differences.get(method),
             reached=tuple(steps),
-            speedup=best_at / fmean(all_reached) if len(all_reached) == len(steps) else None,
+            speedup=best_of_first / fmean(all_reached) if len(all_reached) == len(steps) else None,
         )
     return found
+
+
+def at_best(curve: Sequence[tuple[int, float]]) -> tuple[int, float]:
+    """(step, value) where the value is least."""
+    return min(curve, key=lambda point: point[1])
 
 
 def table(found: Mapping[str, Standing]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -24,12 +25,14 @@ from eval.comparison import report
 from eval.comparison.methods import METHODS, read_methods
 from eval.comparison.plan import plan
 from eval.comparison.statistics import (
-    Difference,
+    against_first,
     cluster_table,
+    holm,
     mean,
     paired,
     standings,
     summary,
+    t_test,
     table,
 )
 from eval.comparison.validation_loss import SEED, ValidationLoss, figure
@@ -254,11 +257,40 @@ def test_means_and_differences() -> None:
     # Seeds spread by 10, each difference is -1 but for 0.1: pairing shows what the means hide.
     found = paired([9.0, 19.1, 28.9], [10.0, 20.0, 30.0])
     assert found.value == pytest.approx(-1.0) and found.error == pytest.approx(0.1 / math.sqrt(3)) and found.is_significant
-    assert str(found) == "-1 ± 0.058, better" and str(paired([1.0, 1.2], [0.0, 0.0])) == "+1.1 ± 0.1, not told apart"
-    assert str(paired([1.0, 1.02], [0.0, 0.0])) == "+1.01 ± 0.01, worse" and str(paired([2.0], [1.0])) == "+1"
+    assert str(found) == "-1 ± 0.058, better (p = 0.00332)"
+    assert str(paired([1.0, 1.2], [0.0, 0.0])) == "+1.1 ± 0.1, no significant difference (p = 0.0577)"
+    assert str(paired([1.0, 1.02], [0.0, 0.0])) == "+1.01 ± 0.01, worse (p = 0.0063)" and str(paired([2.0], [1.0])) == "+1"
     assert not paired([2.0], [1.0]).is_significant and not paired([1.0, 1.0], [1.0, 1.0]).is_significant
-    for seeds, quantile in ((2, 12.706), (3, 4.303), (5, 2.776), (11, 2.228), (40, 2.228)):
-        assert Difference(quantile * 1.001, 1.0, seeds).is_significant and not Difference(-quantile * 0.999, 1.0, seeds).is_significant
+    for seeds, quantile in enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228), 2):  # a table's, of 97.5 %
+        assert t_test(quantile * 1.001, 1.0, seeds) < 0.05 < t_test(-quantile * 0.999, 1.0, seeds)
+
+
+def test_p_values() -> None:
+    """Of 1 and 2 degrees of freedom in closed form; of more, as scipy has them from the values."""
+    for t in (0.3, 1.0, 4.0):
+        assert t_test(2 * t, 2.0, 2) == pytest.approx(1 - 2 / math.pi * math.atan(t))
+        assert t_test(-t, 1.0, 3) == pytest.approx(1 - t / math.sqrt(2 + t**2))
+    ours, theirs = [1.0, 2.5, 3.0, 5.5], [1.5, 2.0, 4.5, 6.0]
+    assert paired(ours, theirs).p_value == pytest.approx(scipy.stats.ttest_rel(ours, theirs).pvalue)
+    assert t_test(0.0, 0.0, 3) == 1 and t_test(0.1, 0.0, 3) == 0  # all differences alike
+
+
+def test_holms_correction() -> None:
+    """By hand: 0.01 x 4; 0.02 x 3; 0.03 x 2, as large as the one before; 0.9 x 1."""
+    assert holm([0.03, 0.01, 0.9, 0.02]) == pytest.approx([0.06, 0.04, 0.9, 0.06])
+    assert holm([0.5, 0.6]) == [1, 1] and holm([0.04]) == [0.04] and holm([]) == []
+
+
+def test_many_methods_that_do_nothing() -> None:
+    """One of twenty looks significant by chance, every other time; with the correction, at most one time of twenty."""
+    draws = np.random.default_rng(0).normal(size=(200, 21, 4))
+    raw = adjusted = 0
+    for draw in draws:
+        found = against_first({str(i): list(values) for i, values in enumerate(draw)}).values()
+        assert all(d.p_value is not None and d.p_adjusted is not None and d.p_adjusted >= d.p_value for d in found)
+        raw += any(d.p_value < 0.05 for d in found if d.p_value is not None)
+        adjusted += any(d.is_significant for d in found)
+    assert adjusted <= 0.07 * 200 < 0.3 * 200 < raw
 
 
 def test_standings() -> None:
@@ -272,15 +304,17 @@ def test_standings() -> None:
     vanilla, fast, half, never = (found[name] for name in runs)
     assert vanilla.final == mean([4.5, 3]) and vanilla.best == mean([4, 3]) and vanilla.best_at == 350
     assert vanilla.difference is None and vanilla.reached == (300, 400) and vanilla.speedup == 1
-    assert fast.difference == paired([2, 1], [4.5, 3]) and fast.reached == (200, 200) and fast.speedup == 1.75
+    assert fast.difference == replace(paired([2, 1], [4.5, 3]), p_adjusted=fast.difference.p_adjusted) and fast.reached == (200, 200) and fast.speedup == 1.75
     assert half.reached == (400, None) and half.speedup is None
     assert never.reached == (None, None) and never.best == mean([6, 7]) and never.best_at == 350
     lines = table(found)
     assert lines[2] == "| vanilla | 3.75 ± 1.1 | 3.5 ± 0.71 |  | 350 | 1.00 |"
-    assert lines[3].endswith("| -2.25 ± 0.25, not told apart | 200 | 1.75 |")
+    assert [s.difference.p_adjusted for s in (fast, half, never) if s.difference] == holm(
+        [s.difference.p_value or 0 for s in (fast, half, never) if s.difference])
+    assert lines[3].endswith("| -2.25 ± 0.25, no significant difference (p = 0.211, raw 0.0704) | 200 | 1.75 |")
     assert lines[4].endswith("| 400 (1 of 2 seeds) |  |") and lines[5].endswith("| not reached |  |")
     said = summary(found, "FD", 400)
-    assert "at step 400, FD is 3.75 ± 1.1 by vanilla; 1.5 ± 0.71 by fast (difference -2.25 ± 0.25, not told apart; reaches vanilla's best at step 200)" in said
+    assert "at step 400, FD is 3.75 ± 1.1 by vanilla; 1.5 ± 0.71 by fast (difference -2.25 ± 0.25, no significant difference (p = 0.211, raw 0.0704); reaches vanilla's best at step 200)" in said
     assert "reaches vanilla's best at step 400 (1 of 2 seeds)" in said and "reaches vanilla's best never" in said and "\n" not in said
 
 
@@ -407,6 +441,8 @@ def test_a_comparison(arguments: Arguments, trained_here: Started, tmp_path: Pat
     assert "1 seed of 2, so far" in said and "2 seeds; 9 steps of 16 images; scored every 4 steps" in (out / "table.md").read_text()
     found = json.loads((out / "results.json").read_text())
     assert list(found["standings"]) == ["FD-tiny-20", figure("EMA"), figure("raw weights")]
+    difference = found["standings"]["FD-tiny-20"]["naive"]["difference"]
+    assert 0 < difference["p_value"] == difference["p_adjusted"] < 1 and f"(p = {difference['p_value']:.3g})" in (out / "table.md").read_text()
     assert [(run["method"], run["seed"]) for run in found["runs"]] == trained_here
     for run in found["runs"]:
         assert [row["step"] for row in run["loss"]] == [row["step"] for row in run["frechet"]] == [4, 8, 9]
