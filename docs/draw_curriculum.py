@@ -1,7 +1,7 @@
 """python docs/draw_curriculum.py RUN [OUT]: a run's curriculum as a picture, from its metrics.jsonl.
 
-Above, which noise levels were trained at each step; below, the loss that the pacing watched and the patience count. The run
-must log every step (--telemetry.log-every 1). docs/curriculum.png shows the run of
+Above, which noise levels were trained at each step; below, the loss that the pacing watched and the
+patience count. The run must log every step. docs/curriculum.png shows the run of
 
     python -m largescale.train digits --telemetry.log-every 1 --curriculum.n-clusters 20 --curriculum.patience 12 \\
         --train.steps 1000
