@@ -1,6 +1,7 @@
 """Every option of every program is explained by a sentence that can be read alone."""
 
 import ast
+import importlib.util
 import re
 from pathlib import Path
 
@@ -56,3 +57,12 @@ def test_no_program_is_forgotten() -> None:
     }
     elsewhere = {"largescale/train.py", "eval/difficulty.py"}  # config/schema.py, difficulty_study/study.py
     assert programs - elsewhere <= OPTIONS.keys()
+
+
+def test_the_reference_is_current() -> None:
+    spec = importlib.util.spec_from_file_location("make_reference", ROOT / "docs/make_reference.py")
+    assert spec and spec.loader
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    assert (ROOT / "docs/reference.md").read_text() == made.reference(), "run python docs/make_reference.py"
+    assert {f"{module.replace('.', '/')}.py" for module in made.PROGRAMS} <= {*OPTIONS, "eval/difficulty.py"}
