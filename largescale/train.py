@@ -9,6 +9,7 @@ import sys
 import time
 
 from largescale.config.presets import PRESETS, find_preset
+from largescale.config.ranges import ranges_in_help
 from largescale.config.schema import Config
 from largescale.errors import LargescaleError
 from largescale.host.launch import arguments, env_rank, leave, print_error
@@ -39,6 +40,7 @@ def parse(args: list[str]) -> Config:
         prog=f"python -m largescale.train {name}",
         config=(tyro.conf.AvoidSubcommands,),
         console_outputs=env_rank() == 0,
+        registry=ranges_in_help(),
     )
 
 
