@@ -22,8 +22,6 @@ def batch_layout(config: Config, world_size: int) -> tuple[int, int]:
     grad_accum_steps * world_size. "auto", until `fit` has found a number for it, stands for the
     largest: a rank's whole share."""
     total = config.train.global_batch_size
-    if total < 1:
-        raise ConfigError(f"global_batch_size={total} must be at least 1; the paper uses 256")
     if total % world_size:
         works = [n for n in range(1, total + 1) if total % n == 0]
         near = [n for n in works if n < world_size][-1:] + [n for n in works if n > world_size][:1]
@@ -35,9 +33,9 @@ def batch_layout(config: Config, world_size: int) -> tuple[int, int]:
     micro = config.train.micro_batch_size
     if micro is None or micro == "auto":
         micro = total // world_size
-    if micro < 1 or total % (micro * world_size):
+    if total % (micro * world_size):
         share = total // world_size
-        fits = max((n for n in range(1, max(micro, 1) + 1) if share % n == 0), default=1)
+        fits = max(n for n in range(1, micro + 1) if share % n == 0)
         raise ConfigError(
             f"global_batch_size={total} is not a multiple of "
             f"micro_batch_size*world_size={micro * world_size} ({micro}*{world_size}); try "

@@ -1,25 +1,27 @@
-"""What a run is: frozen dataclasses, and what follows from them alone. What they may hold:
+"""What a run is: frozen dataclasses, each number with its range. The rules between fields:
 `validation`. No torch."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from largescale.config.ranges import ANY_NUMBER, above, at_least, between, one_of
 
 
 @dataclass(frozen=True)
 class UNetConfig:
     """DDPM++ as in EDM (arXiv:2206.00364, appendix F); only with model.architecture=ddpmpp."""
 
-    model_channels: int = 128
-    channel_mult: tuple[int, ...] = (2, 2, 2)
+    model_channels: Annotated[int, at_least(1)] = 128
+    channel_mult: Annotated[tuple[int, ...], at_least(1)] = (2, 2, 2)
     """Of model_channels, at each resolution from the image's down."""
-    num_blocks: int = 4
+    num_blocks: Annotated[int, at_least(1)] = 4
     """Residual blocks per resolution."""
-    attn_resolutions: tuple[int, ...] = (16,)
-    dropout: float = 0.13
+    attn_resolutions: Annotated[tuple[int, ...], at_least(1)] = (16,)
+    dropout: Annotated[float, between(0, 1, closed="left")] = 0.13
     """Masks follow from (seed, step, rank, micro step): with another micro batch or number of ranks
     a run goes on with others."""
-    augment_dim: int = 0
+    augment_dim: Annotated[int, one_of(0, 9)] = 0
     """9: the network is told how its image was augmented (data.augment); 0: it is not."""
 
 
@@ -29,24 +31,24 @@ class ModelConfig:
     mlp_ratio, the captions' and learn_sigma are DiT's (arXiv:2212.09748)."""
 
     architecture: Literal["dit", "ddpmpp"] = "dit"
-    input_size: int = 32
-    in_channels: int = 4
-    patch_size: int = 2
-    hidden_size: int = 1024
-    depth: int = 24
-    num_heads: int = 16
-    mlp_ratio: float = 4.0
-    num_classes: int = 1000
-    """0: no labels."""
-    caption_tokens: int = 0
-    """Tokens that a caption is padded to; 0: no captions."""
-    caption_width: int = 768
+    input_size: Annotated[int, at_least(1)] = 32
+    in_channels: Annotated[int, at_least(1)] = 4
+    patch_size: Annotated[int, at_least(1)] = 2
+    hidden_size: Annotated[int, at_least(1)] = 1024
+    depth: Annotated[int, at_least(1)] = 24
+    num_heads: Annotated[int, at_least(1)] = 16
+    mlp_ratio: Annotated[float, above(0)] = 4.0
+    num_classes: Annotated[int, at_least(0, zero_means="no labels")] = 1000
+    """Number of different labels."""
+    caption_tokens: Annotated[int, at_least(0, zero_means="no captions")] = 0
+    """Tokens that a caption is padded to."""
+    caption_width: Annotated[int, at_least(1)] = 768
     """Channels of a caption's token; of CLIP ViT-L/14."""
-    caption_pooled_width: int = 768
+    caption_pooled_width: Annotated[int, at_least(1)] = 768
     """Channels of the vector that stands for a whole caption."""
     null_caption: Literal["encoded", "learned"] = "encoded"
     """What stands for a dropped caption: the encoding of the empty one, or learned values."""
-    class_dropout_prob: float = 0.1
+    class_dropout_prob: Annotated[float, between(0, 1, closed="left")] = 0.1
     """Probability that a label or caption is replaced by the null one, for classifier-free
     guidance."""
     learn_sigma: bool = True
@@ -62,17 +64,17 @@ class DiffusionConfig:
     denoising (EDM)."""
     schedule: Literal["linear", "cosine"] = "cosine"
     """Of gaussian: the betas."""
-    timesteps: int = 1000
+    timesteps: Annotated[int, at_least(2)] = 1000
     """Diffusion steps of gaussian. For flow and edm: bins of noise.sampling's statistics."""
     fixed_variance: Literal["small", "large"] = "small"
     """Of gaussian: the sampler's variance where the model does not learn it."""
     interpolant: Literal["linear", "gvp"] = "linear"
     """Of flow: x_t = (1 - u) x_start + u noise, or by cosine and sine."""
-    p_mean: float = -1.2
+    p_mean: Annotated[float, ANY_NUMBER] = -1.2
     """Of edm: ln(sigma) is drawn with this mean ..."""
-    p_std: float = 1.2
+    p_std: Annotated[float, above(0)] = 1.2
     """... and this standard deviation."""
-    sigma_data: float = 0.5
+    sigma_data: Annotated[float, above(0)] = 0.5
     """Of edm: the standard deviation of the data."""
 
 
@@ -85,19 +87,19 @@ class NoiseConfig:
     """logit_normal: arXiv:2403.03206. loss_second_moment: resampling by the loss, arXiv:2102.09672;
     uniform until each active one of diffusion.timesteps has been drawn 10 times. speed: fewer where
     noise hardly grows, arXiv:2405.17403 (its weights are weighting=p2)."""
-    logit_mean: float = 0.0
+    logit_mean: Annotated[float, ANY_NUMBER] = 0.0
     """Of logit(u)."""
-    logit_std: float = 1.0
-    speed_ratio: float = 5.0
+    logit_std: Annotated[float, above(0)] = 1.0
+    speed_ratio: Annotated[float, above(0)] = 5.0
     """Of speed: how much more often levels are drawn at which noise grows fast."""
     weighting: Literal["none", "min_snr", "p2"] = "none"
     """min_snr: arXiv:2303.09556, min(SNR, gamma) times the error of x_start, whatever is predicted.
     p2: arXiv:2204.00227, the loss times 1 / (k + SNR) ** gamma, whatever is predicted."""
-    min_snr_gamma: float = 5.0
+    min_snr_gamma: Annotated[float, above(0)] = 5.0
     """Where the SNR is cut."""
-    p2_gamma: float = 1.0
-    """0: no weighting."""
-    p2_k: float = 1.0
+    p2_gamma: Annotated[float, at_least(0, zero_means="no weighting")] = 1.0
+    """Exponent of the weighting."""
+    p2_k: Annotated[float, at_least(0)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -105,20 +107,20 @@ class CurriculumConfig:
     clusters: Literal["uniform", "snr"] = "uniform"
     """uniform: equal shares of the timesteps. snr: edges at the SNR that these have under the
     cosine schedule."""
-    n_clusters: int = 20
+    n_clusters: Annotated[int, at_least(1)] = 20
     pacing: Literal["patience", "fixed", "none"] = "patience"
     """patience: the paper's. fixed: NaiveCL, a stage every `interval` steps. none: vanilla
     training."""
-    patience: int = 200
+    patience: Annotated[int, at_least(0)] = 200
     """tau_max: steps in a row without a new best loss that a stage may take. It watches the loss
     that is trained on: mse and vb, averaged over the global batch, and weighted where
     noise.weighting is set."""
-    interval: int = 10_000
+    interval: Annotated[int, at_least(1)] = 10_000
     order: Literal["easy_first", "hard_first"] = "easy_first"
     """hard_first: the anti-curriculum, from the least noise."""
     stages: Literal["accumulating", "separate"] = "accumulating"
     """separate: a stage trains on its own cluster only; when all are through, on everything."""
-    only_cluster: int = 0
+    only_cluster: Annotated[int, at_least(0)] = 0
     """Train on this cluster alone from start to end, as the difficulty study does; 0: on those that
     are active."""
 
@@ -128,10 +130,10 @@ class DataConfig:
     path: str = "data/imagenet256"
     """A folder of Arrow shards, made by one of the programs in data_prep."""
     horizontal_flip: bool = True
-    augment: float = 0.0
+    augment: Annotated[float, between(0, 1)] = 0.0
     """Probability of each of EDM's augmentations, of which the network is told
     (model.unet.augment_dim=9); 0: none."""
-    prefetch: int = 4
+    prefetch: Annotated[int, at_least(1)] = 4
     """Steps whose data are read ahead by a thread."""
     verify: bool = False
     """Hash every shard again before training."""
@@ -142,20 +144,20 @@ class OptimizerConfig:
     kernel: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
     """torch: torch.optim.AdamW, fused. apex: NVIDIA apex's FusedAdam. deepspeed: DeepSpeed's own,
     which it compiles at the first start. auto: apex on a GPU where it is installed, else torch."""
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_grad_norm: float = 0.0
-    """Largest norm of the gradient; 0 clips nothing."""
-    ema_decay: float = 0.9999
+    lr: Annotated[float, above(0)] = 1e-4
+    betas: Annotated[tuple[float, float], between(0, 1, closed="left")] = (0.9, 0.999)
+    eps: Annotated[float, at_least(0)] = 1e-8
+    weight_decay: Annotated[float, at_least(0)] = 0.0
+    clip_grad_norm: Annotated[float, at_least(0, zero_means="no clipping")] = 0.0
+    """Largest norm of the gradient."""
+    ema_decay: Annotated[float, between(0, 1, closed="left")] = 0.9999
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 400_000
-    global_batch_size: int = 256
-    micro_batch_size: int | Literal["auto"] | None = None
+    steps: Annotated[int, at_least(1)] = 400_000
+    global_batch_size: Annotated[int, at_least(1)] = 256
+    micro_batch_size: Annotated[int | Literal["auto"] | None, at_least(1)] = None
     """Images a rank takes through one forward and backward pass; by default its whole share of the
     global batch. auto: the largest part of it for which there is memory."""
     activation_checkpointing: bool = False
@@ -164,27 +166,27 @@ class TrainConfig:
     compile: Literal["auto", "off", "blocks", "model"] = "auto"
     """torch.compile, of each block or of the whole model. auto: blocks on a GPU with a compiler,
     off on a CPU."""
-    threads: int | None = None
+    threads: Annotated[int | None, at_least(1)] = None
     """Of each rank on a CPU; by default $OMP_NUM_THREADS, or this machine's cores shared among its
     ranks."""
     ds_config: str = "ds_configs/zero2_bf16.json"
     """DeepSpeed's settings: memory, precision, communication."""
     device: Literal["cuda", "cpu"] = "cuda"
-    seed: int = 0
-    timeout_s: float = 600.0
+    seed: Annotated[int, between(0, 2**32, closed="left")] = 0
+    timeout_s: Annotated[float, above(0)] = 600.0
     """Seconds without a sign of life after which a run that hangs is ended, saying which rank is
     missing; a minute more before the first step."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 5_000
+    every: Annotated[int, at_least(1)] = 5_000
     """Steps between checkpoints. One more is written when a run is asked to stop."""
-    keep_last: int = 3
+    keep_last: Annotated[int, at_least(1)] = 3
     """How many of the newest of these are kept, besides the newest one that was written on a
     stop."""
-    keep_every: int = 50_000
-    """Checkpoints at multiples of this are kept for ever; 0 keeps none."""
+    keep_every: Annotated[int, at_least(0, zero_means="none")] = 50_000
+    """Checkpoints at multiples of this are kept for ever."""
 
 
 @dataclass(frozen=True)
@@ -196,27 +198,26 @@ class AnomalyConfig:
     """A loss or gradient that is not finite, or an fp16 loss scale that cannot fall further."""
     spike: Literal["count", "stop", "skip"] = "count"
     """A loss that leaps."""
-    spike_factor: float = 3.0
+    spike_factor: Annotated[float, above(1)] = 3.0
     """How far: above this many times the running geometric mean of its stage."""
-    max_skips: int = 3
+    max_skips: Annotated[int, at_least(0)] = 3
     """Windows that may be left out, in the whole run, before it stops all the same."""
 
 
 @dataclass(frozen=True)
 class TelemetryConfig:
-    log_every: int = 100
+    log_every: Annotated[int, at_least(1)] = 100
     tensorboard: bool = True
-    reference_every: int = 5_000
-    """Steps between evaluations of the loss on a fixed set of (image, u, noise) per cluster; 0
-    never."""
-    reference_images: int = 16
+    reference_every: Annotated[int, at_least(0, zero_means="never")] = 5_000
+    """Steps between evaluations of the loss on a fixed set of (image, u, noise) per cluster."""
+    reference_images: Annotated[int, at_least(1)] = 16
     """Images of that set, per cluster."""
-    preview_every: int = 50_000
-    """Steps between sample grids; 0 never. Latents are decoded where the VAE that the data were
+    preview_every: Annotated[int, at_least(0, zero_means="never")] = 50_000
+    """Steps between sample grids. Latents are decoded where the VAE that the data were
     packed with lies on this machine, else the grid says that they are not."""
-    preview_images: int = 32
-    preview_steps: int = 50
-    preview_cfg_scale: float = 1.5
+    preview_images: Annotated[int, at_least(1)] = 32
+    preview_steps: Annotated[int, at_least(2)] = 50
+    preview_cfg_scale: Annotated[float, at_least(0)] = 1.5
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
-"""What a config may hold. What cannot be right, or is another architecture's or objective's, is an
-error before anything is started."""
+"""What a config may hold: numbers in the ranges that their fields state, and the rules between
+fields. What cannot be right, or is another architecture's or objective's, is an error before
+anything is started."""
 
+import dataclasses
 import math
 from typing import Any
 
 from largescale.config.derived import batch_layout, least_steps, make_curriculum, pacing_settings
+from largescale.config.ranges import range_of
 from largescale.config.schema import Config, ModelConfig, UNetConfig
 from largescale.config.serialise import flatten, to_dict
 from largescale.errors import ConfigError
@@ -93,6 +96,7 @@ def ema_note(config: Config, step: int | None = None) -> str:
 
 def validate(config: Config, world_size: int) -> None:
     """Raises ConfigError for what cannot be right."""
+    check_ranges(config)
     batch_layout(config, world_size)
     values = dict(flatten(to_dict(config)))
 
@@ -105,6 +109,16 @@ def validate(config: Config, world_size: int) -> None:
 
     for check in (check_unused, check_model, check_objective, check_curriculum, check_the_rest):
         check(config, require)
+
+
+def check_ranges(settings: Any, section: str = "") -> None:
+    """Raises ConfigError for a number outside the range that its field states."""
+    for field in dataclasses.fields(settings):
+        key, value = section + field.name, getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, f"{key}.")
+        elif (stated := range_of(field.type)) and (must := stated.violation(value)):
+            raise ConfigError(f"{key}={value} must be {must}; set {cli_flag(key)}")
 
 
 def check_unused(config: Config, require: Any) -> None:
@@ -122,11 +136,6 @@ def check_unused(config: Config, require: Any) -> None:
 
 def check_model(config: Config, require: Any) -> None:
     m = config.model
-    require(m.input_size > 0, "model.input_size", "be at least 1")
-    require(m.in_channels > 0, "model.in_channels", "be at least 1")
-    require(m.num_classes >= 0, "model.num_classes", "be 0 (no labels) or positive")
-    require(m.caption_tokens >= 0, "model.caption_tokens", "be 0 (no captions) or positive")
-    require(0 <= m.class_dropout_prob < 1, "model.class_dropout_prob", "lie in [0, 1)")
     require(
         m.class_dropout_prob == 0 or m.num_classes + m.caption_tokens > 0,
         "model.class_dropout_prob",
@@ -137,12 +146,12 @@ def check_model(config: Config, require: Any) -> None:
         check_unet(m, m.unet, require)
         return
     require(
-        m.patch_size > 0 and m.input_size % m.patch_size == 0,
+        m.input_size % m.patch_size == 0,
         "model.patch_size",
         f"divide model.input_size={m.input_size}",
     )
     require(
-        m.num_heads > 0 and m.hidden_size % m.num_heads == 0,
+        m.hidden_size % m.num_heads == 0,
         "model.num_heads",
         f"divide model.hidden_size={m.hidden_size}",
     )
@@ -152,22 +161,15 @@ def check_model(config: Config, require: Any) -> None:
             "model.num_classes",
             f"be 0 with captions (model.caption_tokens={m.caption_tokens})",
         )
-        require(m.caption_width > 0, "model.caption_width", "be at least 1")
-        require(m.caption_pooled_width > 0, "model.caption_pooled_width", "be at least 1")
 
 
 def check_unet(m: ModelConfig, u: UNetConfig, require: Any) -> None:
     levels = len(u.channel_mult)
+    require(levels > 0, "model.unet.channel_mult", "have a factor for each resolution")
+    # A norm's groups are 4 channels, or 32 groups of all.
+    narrow = 2 * u.model_channels * max(u.channel_mult) < 128
     require(
-        levels > 0 and min(u.channel_mult) > 0,
-        "model.unet.channel_mult",
-        "be one or more positive factors",
-    )
-    narrow = (
-        2 * u.model_channels * max(u.channel_mult) < 128
-    )  # a norm's groups are 4 channels, or 32 groups of all
-    require(
-        u.model_channels > 0 and u.model_channels % (4 if narrow else 32) == 0,
+        u.model_channels % (4 if narrow else 32) == 0,
         "model.unet.model_channels",
         "be a multiple of 32, or of 4 in a network of fewer than 128 channels everywhere",
     )
@@ -181,18 +183,11 @@ def check_unet(m: ModelConfig, u: UNetConfig, require: Any) -> None:
     require(
         set(u.attn_resolutions) <= set(there), "model.unet.attn_resolutions", f"be among {there}"
     )
-    require(u.num_blocks > 0, "model.unet.num_blocks", "be at least 1")
-    require(0 <= u.dropout < 1, "model.unet.dropout", "lie in [0, 1)")
-    require(
-        u.augment_dim in (0, 9),
-        "model.unet.augment_dim",
-        "be 9, or 0 for a network that is not told",
-    )
     require(not m.learn_sigma, "model.learn_sigma", "be off: this network has no such output")
 
 
 def check_objective(config: Config, require: Any) -> None:
-    m, d, n = config.model, config.diffusion, config.noise
+    m, d = config.model, config.diffusion
     if m.architecture == "ddpmpp":
         require(
             d.objective == "edm",
@@ -205,18 +200,7 @@ def check_objective(config: Config, require: Any) -> None:
             "model.learn_sigma",
             "be off with diffusion.objective=edm, which learns no variance",
         )
-    require(d.timesteps > 1, "diffusion.timesteps", "be at least 2")
-    require(math.isfinite(d.p_mean), "diffusion.p_mean", "be finite")
-    require(0 < d.p_std < math.inf, "diffusion.p_std", "be positive")
-    require(0 < d.sigma_data < math.inf, "diffusion.sigma_data", "be positive")
-    require(math.isfinite(n.logit_mean), "noise.logit_mean", "be finite")
-    require(0 < n.logit_std < math.inf, "noise.logit_std", "be positive")
-    require(0 < n.speed_ratio < math.inf, "noise.speed_ratio", "be positive")
-    require(0 < n.min_snr_gamma < math.inf, "noise.min_snr_gamma", "be positive")
-    require(0 <= n.p2_gamma < math.inf, "noise.p2_gamma", "be 0 or more")
-    require(0 <= n.p2_k < math.inf, "noise.p2_k", "be 0 or more")
     if config.data.augment:
-        require(0 < config.data.augment <= 1, "data.augment", "lie in [0, 1]")
         require(
             m.unet.augment_dim == 9,
             "data.augment",
@@ -242,8 +226,6 @@ def check_curriculum(config: Config, require: Any) -> None:
         "curriculum.n_clusters",
         f"not exceed diffusion.timesteps={d.timesteps}",
     )
-    require(c.patience >= 0, "curriculum.patience", "be 0 or more")
-    require(c.interval > 0, "curriculum.interval", "be at least 1")
     if c.pacing == "none":
         require(
             c.order == "easy_first",
@@ -259,38 +241,18 @@ def check_curriculum(config: Config, require: Any) -> None:
 
 
 def check_the_rest(config: Config, require: Any) -> None:
-    o, t, m, look = config.optimizer, config.train, config.model, config.telemetry
-    require(config.data.prefetch > 0, "data.prefetch", "be at least 1")
-    require(0 < o.lr < math.inf, "optimizer.lr", "be positive")
-    require(all(0 <= beta < 1 for beta in o.betas), "optimizer.betas", "lie in [0, 1)")
-    require(0 <= o.eps < math.inf, "optimizer.eps", "be 0 or more")
-    require(0 <= o.weight_decay < math.inf, "optimizer.weight_decay", "be 0 or more")
-    require(0 <= o.ema_decay < 1, "optimizer.ema_decay", "lie in [0, 1)")
-    require(0 <= o.clip_grad_norm < math.inf, "optimizer.clip_grad_norm", "be 0 (off) or positive")
-    require(t.steps > 0, "train.steps", "be at least 1")
-    require(t.threads is None or t.threads > 0, "train.threads", "be at least 1")
-    require(0 <= t.seed < 2**32, "train.seed", "lie in [0, 2**32)")
-    require(0 < t.timeout_s < math.inf, "train.timeout_s", "be positive")
+    m, look = config.model, config.telemetry
     require(
-        m.architecture == "dit" or t.compile != "blocks",
+        m.architecture == "dit" or config.train.compile != "blocks",
         "train.compile",
         "be model, auto or off: the blocks of a U-Net are all different",
     )
-    require(1 < config.anomaly.spike_factor < math.inf, "anomaly.spike_factor", "be above 1")
-    require(config.anomaly.max_skips >= 0, "anomaly.max_skips", "be 0 or more")
-    require(config.checkpoint.every > 0, "checkpoint.every", "be at least 1")
-    require(config.checkpoint.keep_last > 0, "checkpoint.keep_last", "be at least 1")
-    require(config.checkpoint.keep_every >= 0, "checkpoint.keep_every", "be 0 (off) or positive")
-    require(look.log_every > 0, "telemetry.log_every", "be at least 1")
-    require(look.reference_images > 0, "telemetry.reference_images", "be at least 1")
-    require(look.preview_images > 0, "telemetry.preview_images", "be at least 1")
     most = (
         config.diffusion.timesteps
         if config.diffusion.objective == "gaussian"
         else SAMPLED_STEPS_AT_MOST
     )
-    require(1 < look.preview_steps <= most, "telemetry.preview_steps", f"lie in 2..{most}")
-    require(look.preview_cfg_scale >= 0, "telemetry.preview_cfg_scale", "be 0 or more")
+    require(look.preview_steps <= most, "telemetry.preview_steps", f"not exceed {most}")
     unguided = look.preview_cfg_scale == 1 or look.preview_every == 0
     require(
         m.class_dropout_prob > 0 or unguided,

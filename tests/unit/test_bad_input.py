@@ -66,7 +66,7 @@ def test_unknown_key_and_wrong_type(run_here: RunHere, arguments: tuple[Any, ...
 
 def test_batch_that_does_not_divide(run_here: RunHere) -> None:
     assert_refused(run_here("--train.micro-batch-size", 5), "try --train.micro-batch-size 4")
-    assert_refused(run_here("--train.micro-batch-size", 0), "try --train.micro-batch-size 1")
+    assert_refused(run_here("--train.micro-batch-size", 0), "train.micro_batch_size=0 must be at least 1; set --train.micro-batch-size")
     assert_refused(run_here("--train.micro-batch-size", "most"), "most")
 
 
@@ -589,7 +589,7 @@ def test_a_manifest_that_one_rank_does_not_see_yet(run_here: RunHere, monkeypatc
 
 @pytest.mark.parametrize("setting", ["anomaly.spike-factor", "optimizer.clip-grad-norm", "optimizer.eps", "train.timeout-s"])
 def test_settings_that_are_not_finite(setting: str, run_here: RunHere) -> None:
-    assert_refused(run_here(f"--{setting}", "inf"), f"set --{setting}")
+    assert_refused(run_here(f"--{setting}", "inf"), f"=inf must be finite; set --{setting}")
 
 
 def test_a_log_that_cannot_be_written_does_not_end_the_run(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -595,7 +595,7 @@ def test_a_validation_set(arguments: Arguments, began: Path, trained_here: Start
 @pytest.mark.parametrize(("options", "extra", "message"), [
     (("--seeds", 0), (), "seeds=0 must be at least 1"),
     (("--every", 0), (), "every=0 must be at least 1"),
-    (("--methods", "vanilla,p2@noise.p2_gamma=-1"), (), "method 'p2@noise.p2_gamma=-1': noise.p2_gamma=-1.0 must be 0 or more"),
+    (("--methods", "vanilla,p2@noise.p2_gamma=-1"), (), "method 'p2@noise.p2_gamma=-1': noise.p2_gamma=-1.0 must be at least 0, 0 for no weighting; set --noise.p2-gamma"),
     (("--methods", "vanilla,p2@p2_gamma=2"), (), "write FIELD=VALUE, such as noise.p2_gamma=..."),
     (("--methods", "vanilla,p2", "--naive-interval", 2), (), "naive_interval=2 has no effect, none of --methods vanilla,p2 is naive"),
     (("--frechet-every", 6), (), "frechet_every=6 must be a multiple of the 4 steps between checkpoints"),

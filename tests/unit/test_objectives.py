@@ -99,7 +99,7 @@ MISFITS = [
     ("debug_edm", {"unet": {"model_channels": 6}}, "model.unet.model_channels=6 must be a multiple of 32, or of 4 in a network of fewer"),
     ("debug_edm", {"unet": {"model_channels": 36, "channel_mult": (1, 4)}}, "model_channels=36 must be a multiple of 32, or"),
     ("edm_ddpmpp_cifar10", {"unet": {"model_channels": 132}}, "model_channels=132 must be a multiple of 32"),
-    ("debug_edm", {"unet": {"augment_dim": 5}}, "augment_dim=5 must be 9, or 0"),
+    ("debug_edm", {"unet": {"augment_dim": 5}}, "model.unet.augment_dim=5 must be 0 or 9; set --model.unet.augment-dim"),
     ("debug_edm", {"data": {"augment": 0.1}}, "data.augment=0.1 must be 0 where the network is not told of it"),
     ("edm_ddpmpp_cifar10", {"data": {"horizontal_flip": True}}, "data.horizontal_flip=True must be off with data.augment"),
     ("edm_ddpmpp_cifar10", {"train": {"compile": "blocks"}}, "train.compile=blocks must be model, auto or off"),
@@ -112,10 +112,10 @@ MISFITS = [
     ("debug", {"curriculum": {"only_cluster": 2}}, "only_cluster"),
     ("debug", {"curriculum": {"pacing": "none", "only_cluster": 6}}, "only_cluster"),
     ("debug", {"noise": {"logit_std": 2.0}}, "noise.logit_std=2.0 must stay 1.0: only noise.sampling=logit_normal reads it, and this is uniform; leave out --noise.logit-std, or set --noise.sampling logit_normal"),
-    ("debug", {"noise": {"sampling": "logit_normal", "logit_std": 0.0}}, "noise.logit_std=0.0 must be positive"),
-    ("debug", {"noise": {"sampling": "speed", "speed_ratio": 0.0}}, "noise.speed_ratio=0.0 must be positive"),
-    ("debug", {"noise": {"weighting": "min_snr", "min_snr_gamma": 0.0}}, "min_snr_gamma=0.0 must be positive"),
-    ("debug", {"noise": {"weighting": "p2", "p2_k": -1.0}}, "p2_k=-1.0 must be 0 or more"),
+    ("debug", {"noise": {"sampling": "logit_normal", "logit_std": 0.0}}, "noise.logit_std=0.0 must be above 0; set --noise.logit-std"),
+    ("debug", {"noise": {"sampling": "speed", "speed_ratio": 0.0}}, "noise.speed_ratio=0.0 must be above 0"),
+    ("debug", {"noise": {"weighting": "min_snr", "min_snr_gamma": 0.0}}, "min_snr_gamma=0.0 must be above 0"),
+    ("debug", {"noise": {"weighting": "p2", "p2_k": -1.0}}, "p2_k=-1.0 must be at least 0"),
 ]
 
 

@@ -1,15 +1,27 @@
 """Every shipped recipe is one that can run, and is the model that it says."""
 
 import dataclasses
+import math
+from typing import Annotated, Any, get_args
 
 import pytest
 import torch
 
 from largescale.config.presets import DIT_SIZES, PRESETS, find_preset
-from largescale.config.schema import ModelConfig
+from largescale.config.ranges import (
+    ANY_NUMBER,
+    Range,
+    above,
+    at_least,
+    between,
+    one_of,
+    range_of,
+)
+from largescale.config.schema import Config, ModelConfig
 from largescale.config.validation import validate
 from largescale.errors import ConfigError
 from largescale.models.build import build_model
+from largescale.train import parse
 
 
 def parameters(m: ModelConfig) -> tuple[int, int]:
@@ -95,13 +107,13 @@ def test_recipes_of_edm(name: str, weights: int, told: int, mult: tuple[int, ...
 
 
 @pytest.mark.parametrize("name, change, message", [
-    ("digits", {"num_classes": -1}, "model.num_classes=-1 must be 0 .no labels. or positive"),
+    ("digits", {"num_classes": -1}, "model.num_classes=-1 must be at least 0, 0 for no labels; set --model.num-classes"),
     ("digits", {"caption_tokens": 5}, "model.num_classes=10 must be 0 with captions .model.caption_tokens=5."),
     ("digits", {"num_classes": 0}, "model.class_dropout_prob=0.1 must be 0 with model.num_classes=0 and model.caption_tokens=0: .*nothing to drop"),
     ("digits", {"num_classes": 0, "class_dropout_prob": 0.0}, "preview_cfg_scale=2.0 must be 1 .*no null label or caption"),
     ("emoji", {"class_dropout_prob": 0.0}, "preview_cfg_scale=2.0 must be 1"),
     ("emoji", {"caption_tokens": 0}, "model.class_dropout_prob=0.1 must be 0"),
-    ("emoji", {"caption_tokens": -1}, "model.caption_tokens=-1 must be 0 .no captions. or positive; set --model.caption-tokens"),
+    ("emoji", {"caption_tokens": -1}, "model.caption_tokens=-1 must be at least 0, 0 for no captions; set --model.caption-tokens"),
     ("emoji", {"caption_width": 0}, "model.caption_width=0 must be at least 1"),
     ("emoji", {"caption_pooled_width": 0}, "model.caption_pooled_width=0 must be at least 1"),
 ])
@@ -132,3 +144,70 @@ def test_a_name_that_is_none(name: str, meant: str | None) -> None:
         find_preset(name)
     hint = f"did you mean {meant!r}? " if meant else ""
     assert str(refused.value) == f"unknown preset {name!r}; {hint}python -m largescale.train --help lists them"
+
+
+# ---- ranges
+
+
+def numbers(settings: Any, section: str = "") -> dict[str, Any]:
+    """key -> annotation, of the fields that take a number."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        if dataclasses.is_dataclass(value := getattr(settings, field.name)):
+            found |= numbers(value, f"{section}{field.name}.")
+        elif {int, float} & set(parts(field.type)):
+            found[section + field.name] = field.type
+    return found
+
+
+def parts(annotation: Any) -> list[Any]:
+    """The types that a type is made of."""
+    inner = [part for arg in get_args(annotation) for part in parts(arg)]
+    return [annotation, *inner]
+
+
+def test_every_number_states_its_range() -> None:
+    """Or that it takes any finite number."""
+    found = numbers(Config("x"))
+    assert len(found) > 50 and {"optimizer.betas", "train.threads", "model.unet.channel_mult"} <= found.keys()
+    assert [key for key, annotation in found.items() if range_of(annotation) is None] == []
+    assert range_of(int) is None and range_of(Annotated[int, "a note"]) is None  # what would be found
+    assert {key for key, annotation in found.items() if range_of(annotation) is ANY_NUMBER} == {"diffusion.p_mean", "noise.logit_mean"}
+
+
+@pytest.mark.parametrize("stated, fine, wrong, text", [
+    (at_least(1), [1, 10**400, "auto", None, (1, 2)], [0, 0.99, (3, 0)], "at least 1"),
+    (at_least(0, zero_means="never"), [0, 5], [-1], "at least 0, 0 for never"),
+    (above(0), [1e-300, 2], [0, -1.0], "above 0"),
+    (between(0, 1), [0, 0.5, 1], [-0.1, 1.1], "in [0, 1]"),
+    (between(0, 1, closed="left"), [0, 0.999, (0.9, 0.999)], [1, -0.1, (0.9, 1.0)], "in [0, 1)"),
+    (one_of(0, 9), [0, 9], [5, -9], "0 or 9"),
+    (ANY_NUMBER, [0, -1e300], [], "finite"),
+])
+def test_ranges(stated: Range, fine: list[Any], wrong: list[Any], text: str) -> None:
+    assert stated.text == text
+    assert [stated.violation(value) for value in fine] == [""] * len(fine)
+    assert [stated.violation(value) for value in wrong] == [text] * len(wrong)
+    assert [stated.violation(value) for value in (math.inf, -math.inf, math.nan)] == ["finite"] * 3
+
+
+def test_help_says_ranges(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")  # wider, the sections stand side by side
+    with pytest.raises(SystemExit):
+        parse(["debug", "--help"])
+    help_of: dict[str, str] = {}
+    flag = ""
+    for line in capsys.readouterr().out.splitlines():
+        text = line.strip("│ ")
+        if text.startswith("--"):
+            flag = text.split()[0].strip(",")
+            help_of[flag] = ""
+        elif flag:
+            help_of[flag] = f"{help_of[flag]} {text}".strip()
+    assert help_of["--train.steps"] == "Must be at least 1. (default: 20)"
+    assert help_of["--model.num-classes"] == "Number of different labels. Must be at least 0, 0 for no labels. (default: 10)"
+    assert help_of["--optimizer.betas"] == "Must be in [0, 1). (default: 0.9 0.999)"
+    assert help_of["--train.device"] == "(default: cpu)"
+    for key, annotation in numbers(Config("x")).items():
+        stated = range_of(annotation)
+        assert stated and f"Must be {stated.text}. (default: " in help_of[f"--{key.replace('_', '-')}"]
