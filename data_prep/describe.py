@@ -15,6 +15,7 @@ import torch
 import tyro
 from PIL import Image
 
+from largescale.config.command_line import check_counts, parse_options, run_program
 from largescale.data.format import MANIFEST, DatasetInfo
 from largescale.data.images import grid, titled, to_uint8
 from largescale.data.loader import to_x_start
@@ -23,7 +24,6 @@ from largescale.data.shards import ShardDataset
 from largescale.encoders.vae import load_vae
 from largescale.errors import ConfigError, DataError
 from largescale.host.launch import printable
-from largescale.host.program import check_counts, parse_options, run_program
 
 
 @dataclass(frozen=True)

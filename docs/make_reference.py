@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from largescale.config.ranges import range_of
+
 PAGE = Path(__file__).parent / "reference.md"
 PROGRAMS = {  # program: the dataclass whose fields are its options
     "data_prep.imagenet": "data_prep.imagenet:ImageNet",
@@ -101,7 +103,8 @@ def rows(cls: type, prefix: str = "") -> Iterator[str]:
         flag = f"--{prefix}{field.name}".replace("_", "-")
         positional = typing.get_origin(hint) is typing.Annotated and "Positional" in str(hint)
         name = field.name.upper() if positional else flag
-        values = type_text(hint).replace("|", "\\|")
+        stated = range_of(hint)
+        values = type_text(hint) + (f", {stated.text}" if stated else "")
         text = texts.get(field.name, "").replace("|", "\\|")
         yield f"| `{name}` | {values} | {default_text(field)} | {text} |"
     for name, hint in nested:
@@ -121,12 +124,13 @@ def reference() -> str:
     lines = [
         "# Reference",
         "",
-        "Made by `python docs/make_reference.py` from the code; do not edit. Every program prints the same with `--help`.",
+        "Made by `python docs/make_reference.py` from the code; do not edit. Every program prints the",
+        "same with `--help`.",
         "",
         "## largescale.train",
         "",
-        "`python -m largescale.train PRESET [--section.field VALUE ...]`: the defaults below are those of the fields; a preset",
-        "sets its own, which `PRESET --help` shows.",
+        "`python -m largescale.train PRESET [--section.field VALUE ...]`: the defaults below are those",
+        "of the fields; a preset sets its own, which `PRESET --help` shows.",
         "",
         *rows(Config),
     ]

@@ -44,6 +44,7 @@ from eval.sample import Sample, Sampler, folder_of
 from eval.score import Scorer
 from eval.training_runs import Run, check_same, configure
 from largescale.checkpoint.files import checkpoints
+from largescale.config.command_line import check_counts, parse_options, run_program, split_at_dashes
 from largescale.config.derived import cluster_edges
 from largescale.config.schema import Config
 from largescale.config.validation import ema_note, validate
@@ -55,7 +56,6 @@ from largescale.distributed.ranks import check_cuda, local_device
 from largescale.encoders.identity import library
 from largescale.errors import ConfigError, DataError
 from largescale.host.launch import arguments, env_world_size, leave
-from largescale.host.program import check_counts, parse_options, run_program, split_at_dashes
 from largescale.host.signals import serve_stop_signals
 from largescale.models.build import latent_shape
 

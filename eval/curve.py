@@ -30,6 +30,7 @@ from eval.sample import Sample, Sampler, folder_of
 from eval.score import RESULTS, Score, Scorer
 from eval.scoring.figures import GROUPS
 from largescale.checkpoint.files import CheckpointDir, checkpoints
+from largescale.config.command_line import parse_options, run_program
 from largescale.config.schema import Config
 from largescale.config.serialise import from_dict
 from largescale.config.validation import ema_note
@@ -45,7 +46,6 @@ from largescale.errors import (
 )
 from largescale.host.files import append_line, from_json, require_writable, write_atomically
 from largescale.host.launch import env_rank, leave
-from largescale.host.program import parse_options, run_program
 from largescale.host.signals import serve_stop_signals
 from largescale.models.half_precision import check_on_cpu
 

@@ -50,13 +50,13 @@ from eval.difficulty_study.study import STAGES, STUDIES, Plan, Row, Study, names
 from eval.drawing.sample_set import GRID
 from eval.sample import Sample, Sampler, folder_of
 from eval.score import Score, Scorer
+from largescale.config.command_line import parse_options, run_program, split_at_dashes
 from largescale.config.validation import ema_note
 from largescale.data.loader import to_x_start
 from largescale.distributed.ranks import local_device
 from largescale.errors import ConfigError, DataError
 from largescale.host.files import append_line, from_json, write_atomically
 from largescale.host.launch import leave
-from largescale.host.program import parse_options, run_program, split_at_dashes
 from largescale.host.signals import serve_stop_signals, stop_requested
 
 

@@ -24,10 +24,10 @@ import tyro
 from torch import Tensor, nn
 from tqdm import trange
 
+from largescale.config.command_line import parse_options, run_program
 from largescale.data.shards import ShardDataset
 from largescale.errors import DataError
 from largescale.host.files import require_writable, write_atomically
-from largescale.host.program import parse_options, run_program
 
 EPOCHS, BATCH_SIZE, LR, HELD_OUT, SEED = 8, 100, 8e-3, 0.2, 0
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from largescale.config.command_line import parse_options, run_program
 from largescale.errors import ConfigError, DataError
 from largescale.host.files import from_json, is_unicode, write_atomically
-from largescale.host.program import parse_options, run_program
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 

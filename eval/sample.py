@@ -35,6 +35,7 @@ from eval.drawing.conditions import make_conditions
 from eval.drawing.sample_set import Format, SampleSet, Worker, make_of
 from largescale.checkpoint.files import CheckpointDir
 from largescale.checkpoint.weights import load_trained
+from largescale.config.command_line import check_counts, parse_options, run_program
 from largescale.config.validation import ema_note
 from largescale.data.format import KINDS, MANIFEST, DatasetInfo
 from largescale.data.parts import JOB
@@ -51,7 +52,6 @@ from largescale.errors import (
     usable,
 )
 from largescale.host.launch import env_rank, env_world_size, leave
-from largescale.host.program import check_counts, parse_options, run_program
 from largescale.host.signals import serve_stop_signals, stop_requested
 from largescale.models.build import latent_shape
 from largescale.models.half_precision import check_on_cpu

@@ -39,6 +39,7 @@ from eval.scoring.figures import (
 )
 from eval.scoring.image_sets import ImageSet, open_images
 from eval.scoring.reference_statistics import write_statistics
+from largescale.config.command_line import check_counts, parse_options, run_program
 from largescale.distributed.ranks import check_cuda, local_device
 from largescale.errors import (
     CheckpointError,
@@ -49,7 +50,6 @@ from largescale.errors import (
 )
 from largescale.host.files import append_line, require_writable
 from largescale.host.launch import env_world_size, leave
-from largescale.host.program import check_counts, parse_options, run_program
 from largescale.host.signals import serve_stop_signals
 
 RESULTS = "results.jsonl"

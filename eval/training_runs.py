@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from largescale.checkpoint.files import MANIFEST, checkpoints
+from largescale.config.command_line import parse_options
 from largescale.config.deepspeed import final_ds_config, precision
 from largescale.config.presets import find_preset
 from largescale.config.schema import Config
@@ -105,13 +104,9 @@ class Run:
 def configure(preset: str, arguments: Sequence[str]) -> Config:
     """As the training program reads them. Raises ConfigError for an unknown preset, exits for other
     arguments."""
-    return tyro.cli(
-        Config,
-        default=find_preset(preset),
-        args=list(arguments),
-        config=(tyro.conf.AvoidSubcommands,),
-        prog=f"python -m largescale.train {preset}",
-    )
+    default = find_preset(preset)
+    program = f"largescale.train {preset}"
+    return parse_options(Config, arguments, program=program, description=None, default=default)
 
 
 def differences(wanted: dict[str, Any], found: dict[str, Any]) -> list[str]:

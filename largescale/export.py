@@ -13,10 +13,10 @@ import tyro
 
 from largescale.checkpoint.files import checkpoints, named_weights
 from largescale.checkpoint.weights import EXPORT_CONFIG, EXPORT_WEIGHTS, describe, find_checkpoint
+from largescale.config.command_line import parse_options, run_program
 from largescale.config.serialise import from_dict
 from largescale.config.validation import ema_note
 from largescale.host.files import require_writable, write_atomically
-from largescale.host.program import parse_options, run_program
 
 
 @dataclass(frozen=True)

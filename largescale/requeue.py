@@ -18,9 +18,9 @@ from typing import Annotated
 import tyro
 
 from largescale.checkpoint.files import CheckpointDir, checkpoints
+from largescale.config.command_line import check_counts, parse_options, run_program
 from largescale.errors import CheckpointError, StorageError
 from largescale.host.machine import KILL
-from largescale.host.program import check_counts, parse_options, run_program
 from largescale.host.signals import EXIT_REQUEUE
 from largescale.monitoring.run_record import Start, out_of_memory, read_starts
 

@@ -21,6 +21,7 @@ import tyro
 from tqdm import tqdm
 
 from largescale.checkpoint.files import CheckpointDir, step_folders
+from largescale.config.command_line import parse_options, run_program
 from largescale.curriculum import active_levels, stage
 from largescale.errors import (
     CheckpointError,
@@ -29,7 +30,6 @@ from largescale.errors import (
     usable,
 )
 from largescale.host.launch import printable_lines
-from largescale.host.program import parse_options, run_program
 from largescale.monitoring.run_record import (
     Account,
     Start,

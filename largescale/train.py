@@ -9,12 +9,12 @@ import sys
 import time
 from collections.abc import Sequence
 
+from largescale.config.command_line import parse_options
 from largescale.config.presets import PRESETS, find_preset
 from largescale.config.schema import Config
 from largescale.errors import LargescaleError
 from largescale.host.launch import arguments, env_rank, leave, print_error
 from largescale.host.machine import check_process_memory
-from largescale.host.program import parse_options
 from largescale.host.signals import serve_stop_signals
 
 LOCAL_RANK_ARGUMENT = r"--local[-_]rank=\d+"

@@ -13,6 +13,7 @@ import torch
 
 from eval.difficulty_study.relative_entropy import MIN_POINTS
 from eval.training_runs import Run, check_same, configure
+from largescale.config.command_line import check_counts
 from largescale.config.derived import cluster_edges
 from largescale.config.presets import PRESETS
 from largescale.config.serialise import flatten, to_dict
@@ -22,7 +23,6 @@ from largescale.diffusion.objective import SamplerName
 from largescale.distributed.ranks import check_cuda
 from largescale.errors import CheckpointError, ConfigError, DataError
 from largescale.host.launch import env_rank, env_world_size
-from largescale.host.program import check_counts
 from largescale.models.build import latent_shape
 
 Stage = Literal["train", "denoise", "entropy", "report"]

@@ -5,7 +5,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from tyro.constructors import (
@@ -94,13 +94,14 @@ def ranges_in_help() -> "ConstructorRegistry":
 def with_range(field: "StructFieldSpec") -> "StructFieldSpec":
     """Its help in one paragraph, with its range after it."""
 
+    stated = range_of(field.type)
+
     def help_text() -> str:
         text = field.helptext() if callable(field.helptext) else field.helptext
-        stated = range_of(field.type)
         must = f"Must be {stated.text}." if stated else ""
         return " ".join([*(text or "").split(), must]).strip()
 
     kind: Any = field.type
-    if get_origin(kind) is Annotated:
+    if stated is not None:
         kind = get_args(kind)[0]  # without its notes tyro is faster
     return dataclasses.replace(field, type=kind, helptext=help_text)

@@ -13,16 +13,18 @@ class UNetConfig:
     """DDPM++ as in EDM (arXiv:2206.00364, appendix F); only with model.architecture=ddpmpp."""
 
     model_channels: Annotated[int, at_least(1)] = 128
+    """Channels at the highest resolution, before channel_mult."""
     channel_mult: Annotated[tuple[int, ...], at_least(1)] = (2, 2, 2)
-    """Of model_channels, at each resolution from the image's down."""
+    """Factors on model_channels, one per resolution, from the image's down."""
     num_blocks: Annotated[int, at_least(1)] = 4
     """Residual blocks per resolution."""
     attn_resolutions: Annotated[tuple[int, ...], at_least(1)] = (16,)
+    """Resolutions (sides in pixels) whose blocks have self-attention."""
     dropout: Annotated[float, between(0, 1, closed="left")] = 0.13
-    """Masks follow from (seed, step, rank, micro step): with another micro batch or number of ranks
-    a run goes on with others."""
+    """Probability that an activation is dropped. The masks follow from (seed, step, rank, micro
+    step): with another micro batch or number of ranks a run goes on with other masks."""
     augment_dim: Annotated[int, one_of(0, 9)] = 0
-    """9: the network is told how its image was augmented (data.augment); 0: it is not."""
+    """9: the network is given the nine labels of data.augment; 0: it is not."""
 
 
 @dataclass(frozen=True)
@@ -31,29 +33,38 @@ class ModelConfig:
     mlp_ratio, the captions' and learn_sigma are DiT's (arXiv:2212.09748)."""
 
     architecture: Literal["dit", "ddpmpp"] = "dit"
+    """The network: dit, a diffusion transformer, or ddpmpp, EDM's DDPM++ U-Net."""
     input_size: Annotated[int, at_least(1)] = 32
+    """Height and width of the images or latents."""
     in_channels: Annotated[int, at_least(1)] = 4
+    """Channels of the images or latents."""
     patch_size: Annotated[int, at_least(1)] = 2
+    """Side of the patches that become DiT's tokens."""
     hidden_size: Annotated[int, at_least(1)] = 1024
+    """Width of DiT's tokens."""
     depth: Annotated[int, at_least(1)] = 24
+    """Number of DiT's blocks."""
     num_heads: Annotated[int, at_least(1)] = 16
+    """Attention heads of each block."""
     mlp_ratio: Annotated[float, above(0)] = 4.0
+    """Width of a block's MLP as a multiple of hidden_size."""
     num_classes: Annotated[int, at_least(0, zero_means="no labels")] = 1000
-    """Number of different labels."""
+    """Number of class labels; 0: none."""
     caption_tokens: Annotated[int, at_least(0, zero_means="no captions")] = 0
-    """Tokens that a caption is padded to."""
+    """Tokens that captions are padded to; 0: no captions."""
     caption_width: Annotated[int, at_least(1)] = 768
-    """Channels of a caption's token; of CLIP ViT-L/14."""
+    """Channels of a caption's token; CLIP ViT-L/14 has 768."""
     caption_pooled_width: Annotated[int, at_least(1)] = 768
     """Channels of the vector that stands for a whole caption."""
     null_caption: Literal["encoded", "learned"] = "encoded"
-    """What stands for a dropped caption: the encoding of the empty one, or learned values."""
+    """What stands for a dropped caption: the encoding of the empty caption, or learned values."""
     class_dropout_prob: Annotated[float, between(0, 1, closed="left")] = 0.1
     """Probability that a label or caption is replaced by the null one, for classifier-free
     guidance."""
     learn_sigma: bool = True
-    """Learn the variance too, between the bounds of arXiv:2102.09672 (adds the vb term to the
-    loss). A flow has none: the channels are there, as in released SiT, and unused."""
+    """Whether to learn the variance too, between the bounds of arXiv:2102.09672, which adds the vb
+    term to the loss. With diffusion.objective=flow the channels exist, as in released SiT, and are
+    unused."""
     unet: UNetConfig = field(default_factory=UNetConfig)
 
 
@@ -63,19 +74,21 @@ class DiffusionConfig:
     """gaussian: noise prediction (DDPM). flow: velocity prediction (SiT). edm: preconditioned
     denoising (EDM)."""
     schedule: Literal["linear", "cosine"] = "cosine"
-    """Of gaussian: the betas."""
+    """The noise schedule (betas) of the objective gaussian."""
     timesteps: Annotated[int, at_least(2)] = 1000
-    """Diffusion steps of gaussian. For flow and edm: bins of noise.sampling's statistics."""
+    """Number of diffusion steps of the objective gaussian. For flow and edm: the bins in which
+    noise.sampling keeps its statistics."""
     fixed_variance: Literal["small", "large"] = "small"
-    """Of gaussian: the sampler's variance where the model does not learn it."""
+    """The sampler's variance of the objective gaussian, where the model does not learn it."""
     interpolant: Literal["linear", "gvp"] = "linear"
-    """Of flow: x_t = (1 - u) x_start + u noise, or by cosine and sine."""
+    """How the objective flow mixes: linear is x_t = (1 - u) x_start + u noise, gvp the same by
+    cosine and sine."""
     p_mean: Annotated[float, ANY_NUMBER] = -1.2
-    """Of edm: ln(sigma) is drawn with this mean ..."""
+    """Mean of ln(sigma) in training, for the objective edm."""
     p_std: Annotated[float, above(0)] = 1.2
-    """... and this standard deviation."""
+    """Standard deviation of ln(sigma) in training, for the objective edm."""
     sigma_data: Annotated[float, above(0)] = 0.5
-    """Of edm: the standard deviation of the data."""
+    """Standard deviation of the data, for the objective edm."""
 
 
 @dataclass(frozen=True)
@@ -84,45 +97,53 @@ class NoiseConfig:
     counts in the loss: what the curriculum is compared with, and can be combined with."""
 
     sampling: Literal["uniform", "logit_normal", "loss_second_moment", "speed"] = "uniform"
-    """logit_normal: arXiv:2403.03206. loss_second_moment: resampling by the loss, arXiv:2102.09672;
-    uniform until each active one of diffusion.timesteps has been drawn 10 times. speed: fewer where
-    noise hardly grows, arXiv:2405.17403 (its weights are weighting=p2)."""
+    """How noise levels are drawn among the active ones. logit_normal: arXiv:2403.03206.
+    loss_second_moment: resampling by the loss, arXiv:2102.09672; uniform until each active one of
+    diffusion.timesteps has been drawn 10 times. speed: fewer where noise hardly grows,
+    arXiv:2405.17403 (its weights are weighting=p2)."""
     logit_mean: Annotated[float, ANY_NUMBER] = 0.0
-    """Of logit(u)."""
+    """Mean of logit(u) with sampling=logit_normal."""
     logit_std: Annotated[float, above(0)] = 1.0
+    """Standard deviation of logit(u) with sampling=logit_normal."""
     speed_ratio: Annotated[float, above(0)] = 5.0
-    """Of speed: how much more often levels are drawn at which noise grows fast."""
+    """With sampling=speed: how much more often levels are drawn at which noise grows fast."""
     weighting: Literal["none", "min_snr", "p2"] = "none"
-    """min_snr: arXiv:2303.09556, min(SNR, gamma) times the error of x_start, whatever is predicted.
-    p2: arXiv:2204.00227, the loss times 1 / (k + SNR) ** gamma, whatever is predicted."""
+    """How much each noise level counts in the loss. min_snr: arXiv:2303.09556, min(SNR, gamma)
+    times the error of x_start, whatever is predicted. p2: arXiv:2204.00227, the loss times 1 / (k +
+    SNR) ** gamma, whatever is predicted."""
     min_snr_gamma: Annotated[float, above(0)] = 5.0
-    """Where the SNR is cut."""
+    """Where weighting=min_snr cuts the SNR."""
     p2_gamma: Annotated[float, at_least(0, zero_means="no weighting")] = 1.0
-    """Exponent of the weighting."""
+    """The exponent gamma of weighting=p2; 0 is no weighting."""
     p2_k: Annotated[float, at_least(0)] = 1.0
+    """The constant k of weighting=p2."""
 
 
 @dataclass(frozen=True)
 class CurriculumConfig:
     clusters: Literal["uniform", "snr"] = "uniform"
-    """uniform: equal shares of the timesteps. snr: edges at the SNR that these have under the
-    cosine schedule."""
+    """How the noise axis is cut. uniform: equal shares of the timesteps. snr: edges at the SNR that
+    these have under the cosine schedule."""
     n_clusters: Annotated[int, at_least(1)] = 20
+    """N: the number of noise clusters, so of stages; the paper has 20."""
     pacing: Literal["patience", "fixed", "none"] = "patience"
-    """patience: the paper's. fixed: NaiveCL, a stage every `interval` steps. none: vanilla
-    training."""
+    """The rule that ends a stage. patience: the paper's. fixed: NaiveCL, a stage every `interval`
+    steps. none: vanilla training."""
     patience: Annotated[int, at_least(0)] = 200
     """tau_max: steps in a row without a new best loss that a stage may take. It watches the loss
     that is trained on: mse and vb, averaged over the global batch, and weighted where
     noise.weighting is set."""
     interval: Annotated[int, at_least(1)] = 10_000
+    """Steps of a stage with pacing=fixed."""
     order: Literal["easy_first", "hard_first"] = "easy_first"
-    """hard_first: the anti-curriculum, from the least noise."""
+    """easy_first: from the most noise, as in the paper. hard_first: the anti-curriculum, from the
+    least noise."""
     stages: Literal["accumulating", "separate"] = "accumulating"
-    """separate: a stage trains on its own cluster only; when all are through, on everything."""
+    """accumulating: a stage keeps the clusters of those before it, as in the paper. separate: it
+    trains on its own cluster only, and after the last one on everything."""
     only_cluster: Annotated[int, at_least(0)] = 0
-    """Train on this cluster alone from start to end, as the difficulty study does; 0: on those that
-    are active."""
+    """Train on this cluster alone from start to end, as the difficulty study does; 0: on the active
+    ones."""
 
 
 @dataclass(frozen=True)
@@ -130,51 +151,62 @@ class DataConfig:
     path: str = "data/imagenet256"
     """A folder of Arrow shards, made by one of the programs in data_prep."""
     horizontal_flip: bool = True
+    """Whether to mirror images at random."""
     augment: Annotated[float, between(0, 1)] = 0.0
-    """Probability of each of EDM's augmentations, of which the network is told
+    """Probability of each of EDM's augmentations, which the network is told about
     (model.unet.augment_dim=9); 0: none."""
     prefetch: Annotated[int, at_least(1)] = 4
-    """Steps whose data are read ahead by a thread."""
+    """Steps whose data a thread reads ahead."""
     verify: bool = False
-    """Hash every shard again before training."""
+    """Whether to hash every shard again before training."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     kernel: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
-    """torch: torch.optim.AdamW, fused. apex: NVIDIA apex's FusedAdam. deepspeed: DeepSpeed's own,
-    which it compiles at the first start. auto: apex on a GPU where it is installed, else torch."""
+    """The implementation of AdamW. torch: torch.optim.AdamW, fused. apex: NVIDIA apex's FusedAdam.
+    deepspeed: DeepSpeed's own, which it compiles at the first start. auto: apex on a GPU where it
+    is installed, else torch."""
     lr: Annotated[float, above(0)] = 1e-4
+    """Learning rate, constant."""
     betas: Annotated[tuple[float, float], between(0, 1, closed="left")] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
     eps: Annotated[float, at_least(0)] = 1e-8
+    """AdamW's term that keeps the division stable."""
     weight_decay: Annotated[float, at_least(0)] = 0.0
+    """AdamW's decoupled weight decay."""
     clip_grad_norm: Annotated[float, at_least(0, zero_means="no clipping")] = 0.0
-    """Largest norm of the gradient."""
+    """Largest norm of the gradient; 0: no clipping."""
     ema_decay: Annotated[float, between(0, 1, closed="left")] = 0.9999
+    """Decay per step of the exponential moving average of the weights."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     steps: Annotated[int, at_least(1)] = 400_000
+    """Optimizer steps of the whole run."""
     global_batch_size: Annotated[int, at_least(1)] = 256
+    """Images of an optimizer step, over all ranks and accumulation steps."""
     micro_batch_size: Annotated[int | Literal["auto"] | None, at_least(1)] = None
-    """Images a rank takes through one forward and backward pass; by default its whole share of the
-    global batch. auto: the largest part of it for which there is memory."""
+    """Images that a rank takes through one forward and backward pass; by default its whole share of
+    the global batch. auto: the largest part of it for which there is memory."""
     activation_checkpointing: bool = False
-    """Keep each block's input only, and compute the rest again in the backward pass: less memory, a
+    """Keep only each block's input, and compute the rest again in the backward pass: less memory, a
     third more work."""
     compile: Literal["auto", "off", "blocks", "model"] = "auto"
-    """torch.compile, of each block or of the whole model. auto: blocks on a GPU with a compiler,
-    off on a CPU."""
+    """What torch.compile compiles: each block or the whole model. auto: blocks on a GPU with a
+    compiler, off on a CPU."""
     threads: Annotated[int | None, at_least(1)] = None
-    """Of each rank on a CPU; by default $OMP_NUM_THREADS, or this machine's cores shared among its
-    ranks."""
+    """Threads of each rank on a CPU; by default $OMP_NUM_THREADS, or this machine's cores shared
+    among its ranks."""
     ds_config: str = "ds_configs/zero2_bf16.json"
-    """DeepSpeed's settings: memory, precision, communication."""
+    """A JSON file of DeepSpeed's settings: memory, precision, communication."""
     device: Literal["cuda", "cpu"] = "cuda"
+    """What to train on."""
     seed: Annotated[int, between(0, 2**32, closed="left")] = 0
+    """Seed of the weights, the data order and every random draw."""
     timeout_s: Annotated[float, above(0)] = 600.0
-    """Seconds without a sign of life after which a run that hangs is ended, saying which rank is
+    """Seconds without a sign of life after which a run that hangs is ended, naming the rank that is
     missing; a minute more before the first step."""
 
 
@@ -183,10 +215,10 @@ class CheckpointConfig:
     every: Annotated[int, at_least(1)] = 5_000
     """Steps between checkpoints. One more is written when a run is asked to stop."""
     keep_last: Annotated[int, at_least(1)] = 3
-    """How many of the newest of these are kept, besides the newest one that was written on a
+    """How many of the newest of these to keep, besides the newest one that was written on a
     stop."""
     keep_every: Annotated[int, at_least(0, zero_means="none")] = 50_000
-    """Checkpoints at multiples of this are kept for ever."""
+    """Keep checkpoints at multiples of this for ever; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -195,34 +227,42 @@ class AnomalyConfig:
     the inputs from there to here; the run's saved state says which."""
 
     not_finite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite, or an fp16 loss scale that cannot fall further."""
+    """What to do about a loss or gradient that is not finite, or an fp16 loss scale that cannot
+    fall further."""
     spike: Literal["count", "stop", "skip"] = "count"
-    """A loss that leaps."""
+    """What to do about a loss that leaps."""
     spike_factor: Annotated[float, above(1)] = 3.0
-    """How far: above this many times the running geometric mean of its stage."""
+    """A loss leaps if it is above this many times the running geometric mean of its stage."""
     max_skips: Annotated[int, at_least(0)] = 3
-    """Windows that may be left out, in the whole run, before it stops all the same."""
+    """How many windows of inputs may be left out in the whole run before it stops after all."""
 
 
 @dataclass(frozen=True)
 class TelemetryConfig:
     log_every: Annotated[int, at_least(1)] = 100
+    """Steps between rows of the log."""
     tensorboard: bool = True
+    """Whether to write TensorBoard files too."""
     reference_every: Annotated[int, at_least(0, zero_means="never")] = 5_000
-    """Steps between evaluations of the loss on a fixed set of (image, u, noise) per cluster."""
+    """Steps between evaluations of the loss on a fixed set of (image, u, noise) per cluster; 0:
+    never."""
     reference_images: Annotated[int, at_least(1)] = 16
-    """Images of that set, per cluster."""
+    """Images of that fixed set, per cluster."""
     preview_every: Annotated[int, at_least(0, zero_means="never")] = 50_000
-    """Steps between sample grids. Latents are decoded where the VAE that the data were
-    packed with lies on this machine, else the grid says that they are not."""
+    """Steps between sample grids; 0: never. Latents are decoded where the VAE that the data were
+    packed with is on this machine; otherwise the grid says that they are not."""
     preview_images: Annotated[int, at_least(1)] = 32
+    """Images of a sample grid."""
     preview_steps: Annotated[int, at_least(2)] = 50
+    """Sampling steps of a sample grid."""
     preview_cfg_scale: Annotated[float, at_least(0)] = 1.5
+    """Guidance scale of a sample grid; 1 is no guidance."""
 
 
 @dataclass(frozen=True)
 class Config:
     name: str
+    """Name of the run; without --output its folder is runs/NAME."""
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
@@ -234,11 +274,11 @@ class Config:
     anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     output: str | None = None
-    """The run directory; runs/NAME by default."""
+    """The run directory; by default runs/NAME."""
     dry_run: bool = False
     """Print what would run and what it costs, and start nothing."""
     verbose: bool = False
-    """With dry_run: all settings too, and DeepSpeed's, as JSON."""
+    """With --dry-run: print all settings too, and DeepSpeed's, as JSON."""
     profile: bool = False
     """Write a torch-profiler trace of a few steps, for Perfetto and TensorBoard, to the run
     directory."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from largescale.host.program import parse_options
+from largescale.config.command_line import parse_options
 from tests.ranks import ROOT, Forked
 
 SHORT = {"digits": ["--train.steps", "20", "--telemetry.preview-every", "0"]}  # appended: minutes become seconds

@@ -25,6 +25,10 @@ OPTIONS = {  # file: dataclasses whose fields are options
     "eval/prompts.py": ["Freeze"],
     "eval/sample.py": ["Sample"],
     "eval/score.py": ["Score"],
+    "largescale/config/schema.py": [
+        "UNetConfig", "ModelConfig", "DiffusionConfig", "NoiseConfig", "CurriculumConfig", "DataConfig", "OptimizerConfig",
+        "TrainConfig", "CheckpointConfig", "AnomalyConfig", "TelemetryConfig", "Config",
+    ],
     "largescale/export.py": ["Export"],
     "largescale/requeue.py": ["Requeue"],
     "largescale/status.py": ["Status"],
@@ -36,7 +40,8 @@ def helps(path: Path, name: str) -> dict[str, str | None]:
     (found,) = (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef) and node.name == name)
     texts: dict[str, str | None] = {}
     for node, after in zip(found.body, [*found.body[1:], None], strict=True):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        section = isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation).endswith("Config")
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and not section:
             text = after.value if isinstance(after, ast.Expr) else None
             texts[node.target.id] = text.value if isinstance(text, ast.Constant) and isinstance(text.value, str) else None
     return texts

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from largescale.config.ranges import ranges_in_help
 from largescale.errors import ConfigError, LargescaleError, StorageError
 from largescale.host.launch import arguments, env_rank, print_error
 
@@ -33,6 +34,7 @@ def parse_options(
         description=description,
         config=(tyro.conf.AvoidSubcommands,),
         console_outputs=env_rank() == 0,  # one rank speaks for all
+        registry=ranges_in_help(),
     )
 
 
