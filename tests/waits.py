@@ -28,7 +28,7 @@ UTILS = "deepspeed/runtime/utils.py"
 WAITS: dict[Place, str] = {
     (STAGE_2, "independent_gradient_partition_epilogue", "synchronize"):
         "several ranks: after each backward pass, for the stream on which gradients are summed (overlap_comm)",
-    ("largescale/engine/deepspeed_engine.py", "_global_norm", "cpu"): "is the gradient's norm finite, and so the step applied?",
+    ("largescale/engine/deepspeed_patches.py", "_global_norm", "cpu"): "is the gradient's norm finite, and so the step applied?",
 }
 # What looks like a wait where there is no GPU.
 NO_WAITS: dict[Place, str] = {

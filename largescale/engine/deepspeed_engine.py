@@ -1,5 +1,5 @@
-"""The only file that imports deepspeed: a ZeRO-2 engine whose state can be written and read by us,
-whole."""
+"""A ZeRO-2 engine whose state can be written and read by us, whole. Beside it only
+deepspeed_patches.py imports deepspeed."""
 
 import enum
 import logging
@@ -16,14 +16,12 @@ from torch import Tensor, nn
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
-    from deepspeed.runtime import compiler
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.fp16.loss_scaler import LossScalerBase
-    from deepspeed.runtime.zero import stage_1_and_2
-    from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
 from largescale.checkpoint.files import CLIENT_KEY, CheckpointDir, flat_state
 from largescale.distributed.ranks import never_time_out
+from largescale.engine.deepspeed_patches import StepPatches, check_deepspeed, patch_before_build
 from largescale.engine.optimizer import steps_of
 from largescale.errors import CheckpointError, ConfigError
 
@@ -44,43 +42,16 @@ class Engine:
     ):
         """`model` in fp32, equal on every rank; `ds` the final DeepSpeed config."""
         deepspeed.utils.logger.setLevel(logging.ERROR)
-        # Built at start with a C++ compiler, 25 s, for collectives between CPU ranks that gloo does
-        # as well.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # Its first gradient imports Muon, whatever the optimizer, whose kernels load torch's
-        # compiler for 2 s.
-        compiler.compile = lambda: lambda function: function
-        if (accelerator := deepspeed.get_accelerator()).device_name() == "cpu":
-            # It asks whether the CPU has instructions for fp16; torch computes without them, which
-            # half.py has tried.
-            accelerator.is_fp16_supported = lambda: True
+        check_deepspeed()
+        patch_before_build()
         initial = {name: p.detach().clone() for name, p in model.named_parameters()}
         trainable = [p for p in model.parameters() if p.requires_grad]
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(trainable), config=ds, dist_init_required=False
         )
-        if accelerator.device_name() == "cpu":
-            never_time_out(self._zero.dp_process_group)
-        # A scale that cannot fall any more is the trainer's to report, with the step and the rank.
-        self._zero.loss_scaler.raise_error_at_min_scale = False
-        self._unscale, self._zero.unscale_and_clip_grads = (
-            self._zero.unscale_and_clip_grads,
-            self._unscale_as_scaled,
-        )
-        self._scale = self.loss_scale  # that this step's loss was multiplied by
-        # The norm tells what is not finite as well: one pass over the gradient and one wait for the
-        # device, not two.
-        self._zero.check_overflow, self._zero.scaled_global_norm = (
-            lambda **_: None,
-            self._global_norm,
-        )
-        if self._engine.dp_world_size == 1:
-            UnreducedGradient(self._zero, self._master.numel())
         if self._master.device.type == "cpu":
-            stage_1_and_2.all_gather_dp_groups = _broadcast_parts
-        self._engine._copy_recovery_script = lambda *_: (
-            None
-        )  # its zero_to_fp32.py does not know our files
+            never_time_out(self._zero.dp_process_group)
+        self._patches = StepPatches(self._engine, self._zero, self._master)
         self.module: nn.Module = self._engine.module
         self._rank = int(self._engine.global_rank)
         # DeepSpeed casts the module first and copies its master weights from that: put back what
@@ -99,28 +70,8 @@ class Engine:
     __call__ = forward
 
     def backward(self, loss: Tensor) -> None:
-        self._scale = self.loss_scale
+        self._patches.loss_scale = self.loss_scale
         self._engine.backward(loss)
-
-    def _global_norm(self) -> Tensor:
-        """Of the scaled gradient, before clipping, on the host, which DeepSpeed asks whether it is
-        finite; if not, it skips the step. This is where a step waits for the GPU."""
-        pieces = self._zero.averaged_gradients[0]
-        flat = getattr(pieces, "flat_partition", None)  # None in fp32 on several ranks
-        norms = torch._foreach_norm(
-            pieces if flat is None else [flat], dtype=torch.float32
-        )  # they may be in half
-        square = torch.linalg.vector_norm(torch.stack(norms)).square()
-        deepspeed.comm.all_reduce(square, group=self._zero.dp_process_group)
-        return square.sqrt().cpu()
-
-    def _unscale_as_scaled(self, *args: Any) -> None:
-        """DeepSpeed 0.19.8 has moved the loss scale on when it unscales; where it grew, that halves
-        the gradient."""
-        scaler = self._zero.loss_scaler
-        moved, scaler.cur_scale = scaler.cur_scale, self._scale
-        self._unscale(*args)
-        scaler.cur_scale = moved
 
     def advance(self) -> bool:
         """After each `backward`. At the end of an accumulation: True if the optimizer step was
@@ -241,65 +192,6 @@ class Engine:
             )
 
 
-def _broadcast_parts(
-    groups_flat: Any,
-    partitioned_param_groups: list[list[Tensor]],
-    dp_process_group: list[Any],
-    **_: Any,
-) -> None:
-    """Every rank's part of the weights to all others: over gloo in a quarter of the time of its
-    all-gather."""
-    for parts, group in zip(partitioned_param_groups, dp_process_group, strict=True):
-        pending = [
-            deepspeed.comm.broadcast(part, rank, group, async_op=True)
-            for rank, part in enumerate(parts)
-        ]
-        for work in filter(None, pending):
-            work.wait()
-
-
-class UnreducedGradient:
-    """One rank reduces nothing: its gradients go straight into the flat fp32 buffer that the
-    optimizer reads.
-
-    DeepSpeed 0.19.8 would copy them into a bucket, divide them by one, and copy them twice more,
-    through memory that it allocates at every step: 5 % of a step of DiT-S/2 on a CPU in fp32, 12 %
-    in bf16."""
-
-    def __init__(self, zero: Any, numel: int):
-        """`numel`: of the partition, padded at the end."""
-        self._zero, self._written = zero, set[nn.Parameter]()
-        (parameters,) = zero.bit16_groups
-        self._flat = torch.zeros(numel, device=parameters[0].device)
-        sizes = [p.numel() for p in parameters]
-        pieces = self._flat[: sum(sizes)].split(sizes)
-        self._pieces = {p: piece.view_as(p) for p, piece in zip(parameters, pieces, strict=True)}
-        zero.process_gradients, zero.independent_gradient_partition_epilogue = (
-            self._keep,
-            self._end_of_backward,
-        )
-
-    def _keep(self, parameter: nn.Parameter, group: int) -> None:
-        """Called as soon as its gradient is there."""
-        assert parameter.grad is not None
-        if parameter in self._written:
-            self._pieces[parameter].add_(parameter.grad)
-        else:
-            self._pieces[parameter].copy_(parameter.grad)
-        self._written.add(parameter)
-        parameter.grad = None
-
-    def _end_of_backward(self) -> None:
-        self._zero._epilogue_ran_this_backward = True
-        if self._zero.is_gradient_accumulation_boundary():
-            for parameter in self._pieces.keys() - self._written:
-                self._pieces[parameter].zero_()
-            self._written.clear()
-            self._zero.averaged_gradients[0] = GradPartitionBufferGroup(
-                list(self._pieces.values()), self._flat
-            )
-
-
 def adam() -> type[torch.optim.Optimizer]:
     """DeepSpeed's AdamW for the device that DS_ACCELERATOR names."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
@@ -311,6 +203,7 @@ def adam() -> type[torch.optim.Optimizer]:
 def check_ds_config(ds: dict[str, Any]) -> None:
     """Let DeepSpeed read its settings, before anything is built. Raises ConfigError for what it
     does not take."""
+    check_deepspeed()
     one_each = "train_micro_batch_size_per_gpu"  # which goes with any number of ranks
     batch = {"train_batch_size", one_each, "gradient_accumulation_steps"}
     try:

@@ -95,7 +95,7 @@ import os, sys
 os.environ["DS_ACCELERATOR"] = "cpu"
 from deepspeed import comm
 from deepspeed.runtime.zero import stage_1_and_2
-from largescale.engine import deepspeed_engine as engine
+from largescale.engine import deepspeed_patches as engine
 from largescale.train import main
 
 engine._broadcast_parts = stage_1_and_2.all_gather_dp_groups  # DeepSpeed's own, as on a GPU

@@ -10,7 +10,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from largescale.engine import deepspeed_engine
+from largescale.engine import deepspeed_patches
 from tests.conftest import QUIET, RunHere, ds_json, final_state, trace
 from tests.ranks import ROOT
 
@@ -23,7 +23,7 @@ def test_the_gradient_of_one_rank(precision: str, accumulation: int, run_here: R
             "--train.ds-config", ds_json(precision, tmp_path, initial_scale_power=4))
     ours = run_here(*args, output=tmp_path / "ours")
     with monkeypatch.context() as patched:
-        patched.setattr(deepspeed_engine, "UnreducedGradient", lambda zero, numel: None)
+        patched.setattr(deepspeed_patches, "UnreducedGradient", lambda zero, numel: None)
         theirs = run_here(*args, output=tmp_path / "theirs")
     assert (ours.code, theirs.code) == (0, 0), ours.err
     losses, norms = ([[row[key] for row in trace(outcome.run)] for outcome in (ours, theirs)] for key in ("loss", "optimizer/grad_norm"))
@@ -36,7 +36,7 @@ def test_the_gradient_of_one_rank(precision: str, accumulation: int, run_here: R
 def test_a_parameter_without_a_gradient_keeps_none_of_an_earlier_one(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its piece of the buffer is the last step's until it is zeroed: with beta1 = 0 the weight would go on moving."""
     moved: list[torch.Tensor] = []
-    end = deepspeed_engine.UnreducedGradient._end_of_backward
+    end = deepspeed_patches.UnreducedGradient._end_of_backward
 
     def spied(self: Any) -> None:
         bias = next(p for p in self._pieces if p.shape == (32,))
@@ -45,7 +45,7 @@ def test_a_parameter_without_a_gradient_keeps_none_of_an_earlier_one(run_here: R
         end(self)
         moved.append(self._pieces[bias].clone())
 
-    monkeypatch.setattr(deepspeed_engine.UnreducedGradient, "_end_of_backward", spied)
+    monkeypatch.setattr(deepspeed_patches.UnreducedGradient, "_end_of_backward", spied)
     assert run_here("--train.steps", 4).code == 0
     assert moved[1].any() and not moved[2].any() and moved[3].any()
 
@@ -58,14 +58,14 @@ def test_the_norm(precision: str, run_here: RunHere, tmp_path: Path, monkeypatch
 
 def norms_agree(ds: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = []
-    ours = deepspeed_engine.Engine._global_norm
+    ours = deepspeed_patches.StepPatches._global_norm
 
-    def both(self: deepspeed_engine.Engine, **kwargs: Any) -> torch.Tensor:
+    def both(self: deepspeed_patches.StepPatches, **kwargs: Any) -> torch.Tensor:
         norm = ours(self)
-        pairs.append((float(norm), float(DeepSpeedZeroOptimizer.scaled_global_norm(self._zero))))
+        pairs.append((float(norm), float(DeepSpeedZeroOptimizer.scaled_global_norm(self.zero))))
         return norm
 
-    monkeypatch.setattr(deepspeed_engine.Engine, "_global_norm", both)
+    monkeypatch.setattr(deepspeed_patches.StepPatches, "_global_norm", both)
     assert run_here("--train.steps", 5, "--train.ds-config", ds).code == 0
     assert len(pairs) == 5 and all(a == pytest.approx(b, rel=1e-5) and a > 0 for a, b in pairs)
 
@@ -73,7 +73,7 @@ def norms_agree(ds: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_the_norm_of_gradients_in_half_precision(precision: str, run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on several ranks without grad_accum_dtype: summed in fp32 all the same, where fp16 ends at 65504."""
-    monkeypatch.setattr(deepspeed_engine, "UnreducedGradient", lambda zero, numel: None)
+    monkeypatch.setattr(deepspeed_patches, "UnreducedGradient", lambda zero, numel: None)
     path = ds_json(precision, tmp_path, initial_scale_power=14)
     ds = json.loads(path.read_text())
     ds.pop("data_types", None)
@@ -84,7 +84,7 @@ def test_the_norm_of_gradients_in_half_precision(precision: str, run_here: RunHe
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_the_norm_stops_a_step_as_deepspeeds_check_did(value: float, run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
     """One bad number in one parameter: the step is not applied and the run says so."""
-    keep, seen = deepspeed_engine.UnreducedGradient._keep, [0]
+    keep, seen = deepspeed_patches.UnreducedGradient._keep, [0]
 
     def spoil(self: Any, parameter: torch.nn.Parameter, group: int) -> None:
         seen[0] += 1
@@ -93,7 +93,7 @@ def test_the_norm_stops_a_step_as_deepspeeds_check_did(value: float, run_here: R
             parameter.grad.view(-1)[0] = value
         keep(self, parameter, group)
 
-    monkeypatch.setattr(deepspeed_engine.UnreducedGradient, "_keep", spoil)
+    monkeypatch.setattr(deepspeed_patches.UnreducedGradient, "_keep", spoil)
     run = run_here("--train.steps", 6)
     assert run.code != 0 and "the gradient is not finite at step" in run.err
 
@@ -105,3 +105,29 @@ def test_a_start_loads_no_compiler_and_no_pandas(blobs: Path, tmp_path: Path) ->
     args = ["debug", "--data.path", blobs, "--output", tmp_path / "run", "--train.steps", 2, *QUIET]
     done = subprocess.run([sys.executable, "-c", program, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == "[]", done.stderr
+
+
+def test_another_deepspeed_is_refused(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the code that is overridden is not what it was: before anything is built, and with what to install."""
+    def step(self: Any, closure: Any = None) -> None:
+        """Another one."""
+
+    (code, expected) = next(entry for entry in deepspeed_patches.CODE if entry[0] is DeepSpeedZeroOptimizer.step)
+    assert deepspeed_patches.code_hash(code) == expected
+    monkeypatch.setattr(deepspeed_patches, "CODE", [(step, expected)])
+    deepspeed_patches.check_deepspeed.cache_clear()
+    try:
+        run = run_here("--train.steps", 2)
+    finally:
+        deepspeed_patches.check_deepspeed.cache_clear()
+    assert run.code == 2 and "step is not what largescale overrides" in run.err and "pip install deepspeed==0.19.8" in run.err
+    assert not (run.run / "checkpoints").exists()
+
+
+def test_a_deepspeed_without_what_is_overridden_is_refused() -> None:
+    program = ("import os; os.environ['DS_ACCELERATOR'] = 'cpu'\n"
+               "from deepspeed.runtime.zero import stage_1_and_2; del stage_1_and_2.GradPartitionBufferGroup\n"
+               "from largescale.errors import ConfigError\n"
+               "try: import largescale.engine.deepspeed_engine\nexcept ConfigError as error: print(error)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "GradPartitionBufferGroup" in done.stdout and done.stdout.endswith("pip install deepspeed==0.19.8\n"), done.stderr

@@ -393,7 +393,7 @@ def start_ranks(program: str, *args: Any, world_size: int) -> list[Forked]:
     (("--steps", "1001"), "cannot sample 1000 timesteps with 1001 steps; use a count from 1 to 1000"),
     (("--cfg-channels", "0"), "channels=0 leaves nothing to guide"),
     (("--step", "7"), "is an export of step 20, not of 7; give the run"),
-    (("--device", "cuda"), "device=cuda, but torch sees no CUDA device; to sample here: --device cpu"),
+    (("--device", "cuda"), "device=cuda, but torch sees no CUDA device; to run on the CPU: --device cpu"),
 ])
 def test_bad_settings_are_one_line_and_no_files(
     export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,

@@ -107,7 +107,7 @@ def test_one_door_each() -> None:
         everything = {**modules("largescale"), **modules("data_prep"), **modules("eval")}
         return {n for n, p in everything.items() if any(i == library or i.startswith(library + ".") for i in imports(p))}
 
-    assert users("deepspeed") == {"largescale.engine.deepspeed_engine"}
+    assert users("deepspeed") == {"largescale.engine.deepspeed_engine", "largescale.engine.deepspeed_patches"}
     assert users("torch.distributed") == {"largescale.distributed.ranks"}
 
 

@@ -430,7 +430,7 @@ def test_nothing_that_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[
     (("--resolution", 0), "resolution=0 must be at least 1"),
     (("--rows-per-shard", 0), "rows_per_shard=0"),
     (("--batch-size", -1), "batch_size=-1"),
-    (("--device", "cuda"), "torch sees no CUDA device; to pack here: --device cpu"),
+    (("--device", "cuda"), "torch sees no CUDA device; to run on the CPU: --device cpu"),
     (("--vae", "nowhere/at-all"), "nowhere/at-all"),
     (("--text-encoder", "hf:x"), "has no captions; omit it"),
     (("--max-tokens", 3), "--max-tokens 3 is a setting of --text-encoder"),
@@ -451,7 +451,7 @@ def test_the_vae_is_asked_for(images: Path, tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         folder.main(["--help"])
     asked = re.sub(r"[^\w():.-]+", " ", capsys.readouterr().out)
-    assert "none: pixels. (required)" in asked and "the texts only. (required where there are captions)" in asked
+    assert "none: pack pixels. (required)" in asked and "the texts only. (required where there are captions)" in asked
     assert folder.main(["--images", str(images), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
     assert "or --vae none to pack pixels" in capsys.readouterr().err
 
