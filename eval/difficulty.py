@@ -53,6 +53,7 @@ from eval.score import Score, Scorer
 from largescale.config.command_line import parse_options, run_program, split_at_dashes
 from largescale.config.validation import ema_note
 from largescale.data.loader import to_x_start
+from largescale.diffusion.build import build_objective
 from largescale.distributed.ranks import local_device
 from largescale.errors import ConfigError, DataError
 from largescale.host.files import append_line, from_json, write_atomically
@@ -217,7 +218,7 @@ class Difficulty(Plan):
         if (read_json(self.entropy_file) or {}).get("settings") == settings:
             self.say(f"entropy: {self.entropy_file} is there, left alone")
             return
-        levels = noise_levels(self.config.diffusion)
+        levels = noise_levels(build_objective(self.config), self.config.diffusion.timesteps)
         images = self.images().to(local_device(o.device))
         with tqdm(
             total=len(levels) - 1,

@@ -244,7 +244,7 @@ class Sampler:
             o.cfg_channels,
             o.eta,
             seed=o.seed,
-            clip_denoised=self.pixels and self.trained.config.diffusion.objective == "gaussian",
+            clip_denoised=self.pixels and self.trained.objective.clips_predictions,
             precision=precision,
         )
         config.check(self.trained.objective)

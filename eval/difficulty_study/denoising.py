@@ -12,19 +12,11 @@ from torch import Tensor
 from eval.sample import Sample, Sampler, weights_sha256
 from largescale.checkpoint.weights import Trained, load_trained
 from largescale.condition import Condition
-from largescale.config.schema import DiffusionConfig
 from largescale.diffusion.objective import Model
-from largescale.diffusion.samplers import AnyObjective
 from largescale.diffusion.sampling import SamplingConfig, draw_batches
 from largescale.errors import CheckpointError
 from largescale.models.build import latent_shape
 from largescale.models.inference import prepare
-
-
-def own_time(diffusion: DiffusionConfig, t: Tensor) -> Tensor:
-    """The objective's time of what its network is given: the same, but for EDM, whose network is
-    given ln(sigma) / 4."""
-    return (4 * t.double()).exp() if diffusion.objective == "edm" else t
 
 
 def bounds(low: float, high: float) -> tuple[float, float]:
@@ -92,7 +84,9 @@ class SplicedSampler(Sampler):
 
 
 def noise_level_of(trained: Trained) -> Callable[[Tensor], Tensor]:
-    return lambda t: trained.objective.noise_level(own_time(trained.config.diffusion, t))
+    """u (N,) of t (N,), as the network is given it."""
+    objective = trained.objective
+    return lambda t: objective.noise_level(objective.time_of_input(t))
 
 
 def check_fits(part: Trained, full: Trained, part_path: Path, full_path: Path) -> None:
@@ -122,7 +116,6 @@ def check_fits(part: Trained, full: Trained, part_path: Path, full_path: Path) -
 def asked_levels(trained: Trained, config: SamplingConfig) -> list[float]:
     """The noise levels at which sampling asks the network, in the order asked. Of no network: what
     it answers does not change them."""
-    objective: AnyObjective = trained.objective
     noise_level, shape = noise_level_of(trained), latent_shape(trained.config.model)
     channels = shape[0] * (2 if trained.config.model.learn_sigma else 1)
     asked: list[float] = []
@@ -133,7 +126,7 @@ def asked_levels(trained: Trained, config: SamplingConfig) -> list[float]:
 
     one = draw_batches(
         note,
-        objective,
+        trained.objective,
         replace(config, cfg_scale=1.0),
         index=[0],
         shape=shape,

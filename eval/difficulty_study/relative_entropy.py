@@ -21,9 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from largescale.config.schema import DiffusionConfig
+from largescale.diffusion.objective import Objective, middle_of_bins
 from largescale.errors import DataError, Stopped
-from largescale.noise_schedule import alphas_cumprod, make_betas
 from largescale.randomness import stream_seed
 
 MIN_POINTS = 1000  # data points, of which a density may be estimated
@@ -66,21 +65,10 @@ class RelativeEntropy:
         return self.kernels < FEW_KERNELS
 
 
-def noise_levels(diffusion: DiffusionConfig) -> Array:
+def noise_levels(objective: Objective, timesteps: int) -> Array:
     """(T, 2): alpha and sigma at u = (t + 0.5) / T, t = 0 .. T - 1, the least noise first."""
-    timesteps = diffusion.timesteps
-    u = (np.arange(timesteps) + 0.5) / timesteps
-    if diffusion.objective == "gaussian":
-        alpha_bar = alphas_cumprod(make_betas(diffusion.schedule, timesteps))
-        alpha, sigma = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
-    elif diffusion.objective == "edm":
-        quantile = torch.special.ndtri(torch.from_numpy(u)).numpy()
-        alpha, sigma = np.ones(timesteps), np.exp(diffusion.p_mean + diffusion.p_std * quantile)
-    elif diffusion.interpolant == "linear":
-        alpha, sigma = 1 - u, u
-    else:
-        alpha, sigma = np.cos(u * math.pi / 2), np.sin(u * math.pi / 2)
-    return np.stack([alpha, sigma], axis=1)
+    t = objective.draw(middle_of_bins(timesteps))
+    return torch.stack(objective.alpha_sigma(t), dim=1).numpy()
 
 
 @torch.inference_mode()

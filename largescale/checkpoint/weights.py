@@ -11,7 +11,7 @@ from largescale.checkpoint.files import CheckpointDir, checkpoints, named_weight
 from largescale.config.schema import Config
 from largescale.config.serialise import from_dict
 from largescale.diffusion.build import build_objective
-from largescale.diffusion.samplers import AnyObjective
+from largescale.diffusion.objective import Objective
 from largescale.errors import CheckpointError, usable
 from largescale.host.files import from_json
 from largescale.models.build import Network, build_model
@@ -23,7 +23,7 @@ EXPORT_WEIGHTS, EXPORT_CONFIG = "model.safetensors", "config.json"
 class Trained:
     model: Network
     """EMA weights, fp32, in eval mode, on the CPU."""
-    objective: AnyObjective
+    objective: Objective
     config: Config
     info: dict[str, Any]
     """Where the weights are from: step, curriculum state, data set."""

@@ -2,16 +2,13 @@
 
 from collections.abc import Callable
 
-import numpy as np
-import torch
-
 from largescale import noise_schedule
 from largescale.config.schema import Config
 from largescale.diffusion.edm import Edm
 from largescale.diffusion.flow import Flow
 from largescale.diffusion.gaussian import GaussianDiffusion
 from largescale.diffusion.noise_levels import NoiseSampler, make_noise_sampler
-from largescale.diffusion.samplers import AnyObjective
+from largescale.diffusion.objective import Objective, middle_of_bins
 from largescale.registry import look_up
 
 
@@ -32,18 +29,18 @@ def _edm(config: Config) -> Edm:
     return Edm(d.p_mean, d.p_std, d.sigma_data)
 
 
-OBJECTIVES: dict[str, Callable[[Config], AnyObjective]] = {
+OBJECTIVES: dict[str, Callable[[Config], Objective]] = {
     "gaussian": _gaussian,
     "flow": _flow,
     "edm": _edm,
 }
 
 
-def build_objective(config: Config) -> AnyObjective:
+def build_objective(config: Config) -> Objective:
     return look_up(OBJECTIVES, config.diffusion.objective, "diffusion.objective")(config)
 
 
-def build_noise_sampler(config: Config, objective: AnyObjective) -> NoiseSampler:
+def build_noise_sampler(config: Config, objective: Objective) -> NoiseSampler:
     bins = config.diffusion.timesteps
-    middle = torch.from_numpy((np.arange(bins) + 0.5) / bins)
-    return make_noise_sampler(config.noise, bins, objective.log_snr(objective.draw(middle)).numpy())
+    t = objective.draw(middle_of_bins(bins))
+    return make_noise_sampler(config.noise, bins, objective.log_snr(t).numpy())

@@ -15,6 +15,7 @@ from largescale.diffusion.objective import (
     Model,
     SamplerName,
     check_draw,
+    check_step_count,
     clamp_to_open_interval,
 )
 from largescale.diffusion.ode import edm_sigmas, euler, heun
@@ -34,6 +35,8 @@ class Edm:
 
     samplers: ClassVar[tuple[SamplerName, ...]] = ("heun", "euler")
     default_steps: ClassVar[int] = 18
+    preview_sampler: ClassVar[SamplerName] = "heun"
+    clips_predictions: ClassVar[bool] = False
 
     def __init__(self, p_mean: float = -1.2, p_std: float = 1.2, sigma_data: float = 0.5):
         if not (math.isfinite(p_mean) and 0 < p_std < math.inf and 0 < sigma_data < math.inf):
@@ -64,6 +67,14 @@ class Edm:
         """lambda(sigma) = 1 / c_out^2 (eq. 8): the error of F is that of D over c_out."""
         sigma = t.double()
         return (sigma.square() + self.sigma_data**2) / (sigma * self.sigma_data).square()
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = t.double()
+        return torch.ones_like(sigma), sigma
+
+    def time_of_input(self, t: Tensor) -> Tensor:
+        """The model is given ln(sigma) / 4."""
+        return (4 * t.double()).exp()
 
     # ---- training
 
@@ -107,8 +118,11 @@ class Edm:
 
     # ---- sampling
 
-    def evaluations(self, sampler: str, steps: int) -> int:
-        return 2 * steps - 1 if sampler == "heun" else steps
+    def check_steps(self, sampler: str, steps: int | str) -> None:
+        check_step_count(steps)
+
+    def evaluations(self, sampler: str, steps: int | str) -> int:
+        return 2 * int(steps) - 1 if sampler == "heun" else int(steps)
 
     def sample(
         self,
@@ -117,8 +131,10 @@ class Edm:
         y: Condition,
         *,
         sampler: str,
-        steps: int,
+        steps: int | str,
         noise: Callable[[int], Tensor],
+        eta: float,
+        clip_denoised: bool,
         tick: Callable[[], object],
     ) -> Tensor:
         """Algorithm 1 from sigma_max x_T, over `steps` noise levels and 0. `noise` is not asked
@@ -131,7 +147,7 @@ class Edm:
             tick()
             return output
 
-        times = [*edm_sigmas(steps, sigma_max=SIGMA_MAX), 0.0]
+        times = [*edm_sigmas(int(steps), sigma_max=SIGMA_MAX), 0.0]
         if sampler == "heun":
             return heun(derivative, SIGMA_MAX * x_T, times, euler_last=True)
         return euler(derivative, SIGMA_MAX * x_T, times)

@@ -19,6 +19,7 @@ from largescale.diffusion.objective import (
     Model,
     SamplerName,
     check_draw,
+    check_step_count,
     clamp_to_open_interval,
 )
 from largescale.diffusion.ode import euler, heun, heun3
@@ -65,6 +66,8 @@ class Flow:
 
     samplers: ClassVar[tuple[SamplerName, ...]] = ("sde", "euler", "heun", "heun3")
     default_steps: ClassVar[int] = 250
+    preview_sampler: ClassVar[SamplerName] = "euler"
+    clips_predictions: ClassVar[bool] = False
 
     def __init__(
         self, interpolant: Literal["linear", "gvp"] = "linear", *, learn_sigma: bool = False
@@ -89,13 +92,20 @@ class Flow:
         return 1 - t.double()
 
     def log_snr(self, t: Tensor) -> Tensor:
-        alpha, sigma, _, _ = self.coefficients(t.double())
+        alpha, sigma = self.alpha_sigma(t)
         return 2 * (alpha.log() - sigma.log())
 
     def x_start_weight(self, t: Tensor) -> Tensor:
         """Where x_t is given, an error e of x_start is an error of the velocity of |determinant| /
         sigma e."""
-        return (self.determinant / self.coefficients(t.double())[1]).square()
+        return (self.determinant / self.alpha_sigma(t)[1]).square()
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma, _, _ = self.coefficients(t.double())
+        return alpha, sigma
+
+    def time_of_input(self, t: Tensor) -> Tensor:
+        return t
 
     # ---- training
 
@@ -131,8 +141,11 @@ class Flow:
 
     # ---- sampling
 
-    def evaluations(self, sampler: str, steps: int) -> int:
-        return {"heun": 2, "heun3": 3}.get(sampler, 1) * steps
+    def check_steps(self, sampler: str, steps: int | str) -> None:
+        check_step_count(steps)
+
+    def evaluations(self, sampler: str, steps: int | str) -> int:
+        return {"heun": 2, "heun3": 3}.get(sampler, 1) * int(steps)
 
     def sample(
         self,
@@ -141,8 +154,10 @@ class Flow:
         y: Condition,
         *,
         sampler: str,
-        steps: int,
+        steps: int | str,
         noise: Callable[[int], Tensor],
+        eta: float,
+        clip_denoised: bool,
         tick: Callable[[], object],
     ) -> Tensor:
         """x at t = 1 from noise x_T at t = 0. sde: Euler-Maruyama with SiT's diffusion coefficient,
@@ -154,19 +169,20 @@ class Flow:
             tick()
             return output, t
 
+        count = int(steps)
         if sampler != "sde":
-            times = [i / steps for i in range(steps + 1)]
+            times = [i / count for i in range(count + 1)]
             return {"euler": euler, "heun": heun, "heun3": heun3}[sampler](
                 lambda x, time: velocity(x, time)[0], x_T, times
             )
-        x, h = x_T, (1 - LAST_STEP) / (steps - 1)
-        for i in range(steps):
+        x, h = x_T, (1 - LAST_STEP) / (count - 1)
+        for i in range(count):
             time = h * i
             v, t = velocity(x, time)
             drift = v - self.noise_of(
                 v, x, t
             )  # velocity + w / 2 score, with w = 2 sigma (SiT, eq. 4)
-            if i == steps - 1:
+            if i == count - 1:
                 return x + LAST_STEP * drift
             x = x + h * drift + math.sqrt(2 * self.interpolant.sigma(time) * h) * noise(i)
         raise AssertionError

@@ -1,118 +1,33 @@
-"""Gaussian diffusion: epsilon prediction, with fixed variances (DDPM) or learned ones (Improved
-DDPM).
+"""Gaussian diffusion as an objective: epsilon prediction, with fixed variances (DDPM) or learned
+ones (Improved DDPM).
 
 Equations: Ho et al., arXiv:2006.11239 (DDPM); Nichol and Dhariwal, arXiv:2102.09672 (IDDPM).
 """
 
 import math
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Callable
+from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from largescale.condition import Condition
+from largescale.diffusion import gaussian_samplers
+from largescale.diffusion.diffusion_process import DiffusionProcess
+from largescale.diffusion.gaussian_samplers import kept_timesteps
+from largescale.diffusion.guidance import at
 from largescale.diffusion.objective import Losses, Model, SamplerName, check_draw
-from largescale.errors import ConfigError
-from largescale.noise_schedule import alphas_cumprod, log_snr, respaced_betas
 
 
-class Prediction(NamedTuple):
-    """p(x_{t-1} | x_t) and the image that it implies, each of x_t's shape, float32."""
-
-    mean: Tensor
-    variance: Tensor
-    log_variance: Tensor
-    pred_x_start: Tensor
-
-
-class GaussianDiffusion:
-    """Images (N, C, H, W), timesteps t (N,) int64 in 0 .. T - 1, 0 = least noise. Arithmetic is
-    float32 throughout."""
+class GaussianDiffusion(DiffusionProcess):
+    """Images (N, C, H, W), timesteps t (N,) int64 in 0 .. T - 1, 0 = least noise."""
 
     samplers: ClassVar[tuple[SamplerName, ...]] = ("ddpm", "ddim", "dpm++2m", "euler", "heun")
     default_steps: ClassVar[int] = 250
+    preview_sampler: ClassVar[SamplerName] = "ddim"
+    clips_predictions: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        betas: np.ndarray,
-        *,
-        learn_sigma: bool,
-        fixed_variance: Literal["small", "large"] = "small",
-        timestep_map: np.ndarray | None = None,
-    ):
-        """`betas`: (T,), see `schedule`. `learn_sigma`: the model's output has 2C channels, noise
-        and variance. `fixed_variance`: without `learn_sigma`, beta~_t ("small") or beta_t
-        ("large"). `timestep_map`: (T,), the timestep that the model is given for each t; set by
-        `respaced`.
-        """
-        betas = np.asarray(betas, dtype=np.float64)
-        if betas.ndim != 1 or len(betas) < 2 or not (0 < betas.min() <= betas.max() < 1):
-            raise ConfigError(
-                f"betas must be 2 or more numbers inside (0, 1), got shape {betas.shape} from "
-                f"{betas.min(initial=np.inf)} to {betas.max(initial=-np.inf)}; make them with "
-                "make_betas"
-            )
-        if fixed_variance not in ("small", "large"):
-            raise ConfigError(f"unknown fixed_variance {fixed_variance!r}; choose small or large")
-        self.betas, self.learn_sigma, self.fixed_variance = betas, learn_sigma, fixed_variance
-        self.timesteps_total = len(betas)
-
-        alpha_bar = alphas_cumprod(betas)
-        previous = np.append(1.0, alpha_bar[:-1])
-        posterior_variance = betas * (1 - previous) / (1 - alpha_bar)  # DDPM eq. 7, beta~_t
-        small = np.append(posterior_variance[1], posterior_variance[1:])  # beta~_0 = 0 has no log
-        large = np.append(posterior_variance[1], betas[1:])
-        self.tables = {
-            "alphas_cumprod": alpha_bar,
-            "alphas_cumprod_prev": previous,
-            "one_minus_alphas_cumprod_prev": 1 - previous,
-            "sqrt_alphas_cumprod": np.sqrt(alpha_bar),
-            "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alpha_bar),
-            "sqrt_recip_alphas_cumprod": np.sqrt(1 / alpha_bar),
-            "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alpha_bar - 1),
-            "posterior_mean_coef1": betas
-            * np.sqrt(previous)
-            / (1 - alpha_bar),  # DDPM eq. 7, of x_start
-            "posterior_mean_coef2": (1 - previous)
-            * np.sqrt(1 - betas)
-            / (1 - alpha_bar),  # DDPM eq. 7, of x_t
-            "posterior_variance": posterior_variance,
-            "fixed_variance": large if fixed_variance == "large" else posterior_variance,
-            "fixed_log_variance": np.log(large if fixed_variance == "large" else small),
-            "min_log_variance": np.log(small),
-            "max_log_variance": np.log(betas),
-        }
-        self.timestep_map = (
-            np.arange(len(betas))
-            if timestep_map is None
-            else np.asarray(timestep_map, dtype=np.int64)
-        )
-        self._on_device: dict[torch.device, dict[str, Tensor]] = {}
-
-    def respaced(self, kept: np.ndarray) -> "GaussianDiffusion":
-        """The shorter process over the `kept` timesteps; the model still sees the original ones."""
-        return GaussianDiffusion(
-            respaced_betas(self.betas, kept),
-            learn_sigma=self.learn_sigma,
-            fixed_variance=self.fixed_variance,
-            timestep_map=self.timestep_map[kept],
-        )
-
-    def _table(self, name: str, t: Tensor) -> Tensor:
-        if t.device not in self._on_device:  # once a device: no host-to-device copy in a step
-            tables = {
-                key: torch.from_numpy(table).float().to(t.device)
-                for key, table in self.tables.items()
-            }
-            tables["log_snr"] = torch.from_numpy(log_snr(self.betas)).to(t.device)  # float64
-            tables["timestep_map"] = torch.from_numpy(self.timestep_map).to(t.device)
-            self._on_device[t.device] = tables
-        return self._on_device[t.device][name][t]
-
-    def at(self, name: str, t: Tensor) -> Tensor:
-        """`tables[name]` at t as float32 (N, 1, 1, 1)."""
-        return self._table(name, t)[:, None, None, None]
+    # ---- the noise axis
 
     def _integers(self, low: float, high: float) -> tuple[int, int]:
         """First and last of the timesteps whose noise level lies in [low, high); the nearest one
@@ -143,59 +58,17 @@ class GaussianDiffusion:
         |x_start error|^2."""
         return self.log_snr(t).exp()
 
-    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t given x_start, DDPM eq. 4."""
-        return (
-            self.at("sqrt_alphas_cumprod", t) * x_start.float()
-            + self.at("sqrt_one_minus_alphas_cumprod", t) * noise.float()
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = (
+            torch.from_numpy(self.tables[name]).to(t.device)
+            for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
         )
+        return alpha[t], sigma[t]
 
-    def model_output(self, model: Model, x_t: Tensor, t: Tensor, y: Condition) -> Tensor:
-        """What the model says, float32, at the original timesteps."""
-        return model(x_t, self._table("timestep_map", t), y).float()
+    def time_of_input(self, t: Tensor) -> Tensor:
+        return t
 
-    def _split(self, model_output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-        expected = 2 * channels if self.learn_sigma else channels
-        if model_output.shape[1] != expected:
-            raise ConfigError(
-                f"the model returned {model_output.shape[1]} channels for {channels}-channel "
-                f"images, learn_sigma={self.learn_sigma} needs {expected}; give model and diffusion "
-                "the same learn_sigma"
-            )
-        if not self.learn_sigma:
-            return model_output, None
-        eps, fraction = model_output.chunk(2, dim=1)
-        return eps, fraction
-
-    def p_mean_variance(
-        self, model_output: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool = False
-    ) -> Prediction:
-        """`clip_denoised` holds the predicted image in [-1, 1]; latents are not bounded, so not for
-        them."""
-        model_output, x_t = model_output.float(), x_t.float()
-        eps, fraction = self._split(model_output, x_t.shape[1])
-        if fraction is None:
-            variance = self.at("fixed_variance", t).expand_as(x_t)
-            log_variance = self.at("fixed_log_variance", t).expand_as(x_t)
-        else:
-            log_variance = torch.lerp(
-                self.at("min_log_variance", t), self.at("max_log_variance", t), (fraction + 1) / 2
-            )  # IDDPM eq. 15
-            variance = log_variance.exp()
-        pred_x_start = (
-            self.at("sqrt_recip_alphas_cumprod", t) * x_t
-            - self.at("sqrt_recipm1_alphas_cumprod", t) * eps
-        )
-        if clip_denoised:
-            pred_x_start = pred_x_start.clamp(-1, 1)
-        return Prediction(
-            self._posterior_mean(pred_x_start, x_t, t), variance, log_variance, pred_x_start
-        )
-
-    def _posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        return (
-            self.at("posterior_mean_coef1", t) * x_start + self.at("posterior_mean_coef2", t) * x_t
-        )
+    # ---- training
 
     def training_losses(
         self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, y: Condition
@@ -235,6 +108,43 @@ class GaussianDiffusion:
         nll = -discretized_log_likelihood(x_start, p.mean, 0.5 * p.log_variance)
         bits = torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1))
         return bits / math.log(2)
+
+    # ---- sampling
+
+    def check_steps(self, sampler: str, steps: int | str) -> None:
+        kept_timesteps(sampler, steps, self.timesteps_total)
+
+    def evaluations(self, sampler: str, steps: int | str) -> int:
+        count = len(kept_timesteps(sampler, steps, self.timesteps_total))
+        return 2 * count - 1 if sampler == "heun" else count
+
+    def sample(
+        self,
+        model: Model,
+        x_T: Tensor,
+        y: Condition,
+        *,
+        sampler: str,
+        steps: int | str,
+        noise: Callable[[int], Tensor],
+        eta: float,
+        clip_denoised: bool,
+        tick: Callable[[], object],
+    ) -> Tensor:
+        """x_0 from x_T at the last timestep, over the kept ones."""
+        process = self.respaced(kept_timesteps(sampler, steps, self.timesteps_total))
+
+        def ask(x_t: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
+            t = torch.full((len(x_t),), timestep, device=x_t.device)
+            # The noise level, as `noise_level` has it, but on the host.
+            u = (int(process.timestep_map[timestep]) + 0.5) / self.timesteps_total
+            model_output = process.model_output(at(model, u), x_t, t, y)
+            tick()
+            return model_output, t
+
+        return gaussian_samplers.sample(
+            process, ask, x_T, sampler=sampler, noise=noise, eta=eta, clip_denoised=clip_denoised
+        )
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""What the trainer, the evaluations and the samplers ask of a training objective. Three answer:
-`gaussian` (DDPM), `flow` (SiT) and `edm`.
+"""What the trainer, the evaluations and the samplers ask of a training objective. Those that there
+are stand in `build.OBJECTIVES`.
 
-Each has its own idea of time: integer timesteps 0 .. T - 1 rising with the noise; SiT's t, falling
+Each has its own idea of time: Gaussian diffusion's integer timesteps 0 .. T - 1 rising with the noise; SiT's t, falling
 from 1, data, to 0; EDM's sigma. They meet in one noise axis: u in the open (0, 1), 0 towards no
 noise, uniform in ordinary training.
 """
@@ -34,9 +34,13 @@ class Objective(Protocol):
     """`t` is the objective's own time, (N,)."""
 
     samplers: ClassVar[tuple[SamplerName, ...]]
-    """That `samplers.sample` can take it through; the first by default ..."""
+    """Names that `sample` takes; the first by default ..."""
     default_steps: ClassVar[int]
     """... with so many steps."""
+    preview_sampler: ClassVar[SamplerName]
+    """That draws the samples shown while training: deterministic, so that they can be compared."""
+    clips_predictions: ClassVar[bool]
+    """Whether `sample` can hold the predicted images in [-1, 1]."""
 
     def snap_to_timesteps(self, low: float, high: float) -> tuple[float, float]:
         """The part of the noise axis that times between two noise levels stand for: wider or
@@ -61,16 +65,61 @@ class Objective(Protocol):
         """How many times the squared error of the predicted x_start the mse is, (N,) float64."""
         ...
 
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma of x_t = alpha x_start + sigma noise, (N,) float64 each."""
+        ...
+
+    def time_of_input(self, t: Tensor) -> Tensor:
+        """The time at which the model is given `t`: the same, but where it is given a function of
+        it."""
+        ...
+
     def training_losses(
         self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, y: Condition
     ) -> Losses:
         """`x_start`, `noise`: (N, C, H, W)."""
         ...
 
+    def check_steps(self, sampler: str, steps: int | str) -> None:
+        """Raises ConfigError for a number of steps that one of its `samplers` cannot take."""
+        ...
+
+    def evaluations(self, sampler: str, steps: int | str) -> int:
+        """How often `sample` asks the model."""
+        ...
+
+    def sample(
+        self,
+        model: Model,
+        x_T: Tensor,
+        y: Condition,
+        *,
+        sampler: str,
+        steps: int | str,
+        noise: Callable[[int], Tensor],
+        eta: float,
+        clip_denoised: bool,
+        tick: Callable[[], object],
+    ) -> Tensor:
+        """What `samplers.sample` returns, of settings that it has checked: `eta` is 0 but for ddim,
+        `clip_denoised` is False unless the objective `clips_predictions`."""
+        ...
+
 
 def clamp_to_open_interval(u: Tensor, low: float, high: float) -> Tensor:
     """u, float64, within [low, high) and the open (0, 1), which rounding can leave."""
     return u.clamp(max(low, 2.0**-53), math.nextafter(high, 0.0))
+
+
+def middle_of_bins(n: int) -> Tensor:
+    """Of n equal shares of the noise axis the noise level in the middle, (n,) float64, rising."""
+    return (torch.arange(n, dtype=torch.float64) + 0.5) / n
+
+
+def check_step_count(steps: int | str) -> None:
+    """Raises ConfigError for what is no count of steps that end in an image."""
+    if not str(steps).isdecimal() or int(steps) < 2:
+        raise ConfigError(f"steps={steps!r} must be a count of 2 or more")
 
 
 def check_draw(v: Tensor, low: float, high: float) -> None:

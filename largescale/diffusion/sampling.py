@@ -11,8 +11,8 @@ from torch import Tensor
 
 from largescale.condition import Condition, to_device
 from largescale.diffusion.guidance import ClassifierFreeGuidance
-from largescale.diffusion.objective import Model, SamplerName
-from largescale.diffusion.samplers import AnyObjective, check_sampler, evaluations, sample
+from largescale.diffusion.objective import Model, Objective, SamplerName
+from largescale.diffusion.samplers import check_sampler, evaluations, sample
 from largescale.errors import ConfigError, Stopped
 from largescale.randomness import stream_seed
 
@@ -37,7 +37,7 @@ class SamplingConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the model's matrix products; the sampler's own arithmetic is fp32."""
 
-    def check(self, objective: AnyObjective) -> None:
+    def check(self, objective: Objective) -> None:
         """Raises ConfigError for what no sample could be drawn with."""
         check_sampler(objective, self.sampler, self.steps, self.eta)
         self.guided(lambda x_t, t, y: x_t, null_label=0)
@@ -68,7 +68,7 @@ class SampleNoise:
 
 def draw_batches(
     model: Model,
-    objective: AnyObjective,
+    objective: Objective,
     config: SamplingConfig,
     *,
     index: Sequence[int],
@@ -127,7 +127,7 @@ def draw_batches(
 
 def draw_samples(
     model: Model,
-    objective: AnyObjective,
+    objective: Objective,
     config: SamplingConfig,
     *,
     index: Sequence[int],

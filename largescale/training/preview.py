@@ -23,8 +23,7 @@ from largescale.data.images import (
 from largescale.data.loader import to_condition
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset
-from largescale.diffusion.objective import SamplerName
-from largescale.diffusion.samplers import AnyObjective
+from largescale.diffusion.objective import Objective
 from largescale.diffusion.sampling import SamplingConfig, draw_samples
 from largescale.distributed.ranks import Ranks
 from largescale.encoders.identity import offline
@@ -33,8 +32,6 @@ from largescale.engine.deepspeed_engine import Engine
 from largescale.errors import DataError, Stopped
 from largescale.models.build import build_model, latent_shape
 from largescale.monitoring.telemetry import Telemetry
-
-_SAMPLER: dict[str, SamplerName] = {"gaussian": "ddim", "flow": "euler", "edm": "heun"}
 
 
 def load_decoder(dataset: ShardDataset) -> tuple[Vae | None, str]:
@@ -81,7 +78,7 @@ class Preview:
     def __init__(
         self,
         config: Config,
-        objective: AnyObjective,
+        objective: Objective,
         engine: Engine,
         ranks: Ranks,
         dataset: ShardDataset,
@@ -136,19 +133,19 @@ class Preview:
     def _draw(self) -> Tensor:
         """(n, C, H, W) on the CPU: this rank's share."""
         c, ranks = self._config, self._ranks
-        objective, look = c.diffusion.objective, c.telemetry
+        objective, look = self._objective, c.telemetry
         sampling = SamplingConfig(
-            _SAMPLER[objective],
+            objective.preview_sampler,
             look.preview_steps,
             look.preview_cfg_scale,
             seed=c.train.seed,
-            clip_denoised=self._pixels and objective == "gaussian",
+            clip_denoised=self._pixels and objective.clips_predictions,
         )
         model = self._ema_model()
         return ranks.raise_on_all_ranks(
             lambda: draw_samples(
                 model,
-                self._objective,
+                objective,
                 sampling,
                 index=range(look.preview_images)[ranks.rank :: ranks.world_size],
                 condition=lambda index: select(self._y, torch.tensor(index)),

@@ -10,7 +10,7 @@ from largescale.checkpoint.files import CheckpointDir, client_state
 from largescale.config.derived import make_curriculum
 from largescale.config.schema import Config
 from largescale.diffusion.build import build_noise_sampler
-from largescale.diffusion.samplers import AnyObjective
+from largescale.diffusion.objective import Objective
 from largescale.distributed.ranks import Ranks
 from largescale.distributed.step_report import StepReport
 from largescale.engine.deepspeed_engine import Engine
@@ -47,7 +47,7 @@ def skips_after_rollback(
 
 
 class TrainingState:
-    def __init__(self, config: Config, objective: AnyObjective):
+    def __init__(self, config: Config, objective: Objective):
         self.global_batch_size = config.train.global_batch_size
         self.step = 0  # applied optimizer steps
         self.skipped_steps = 0  # attempts whose gradient overflowed in fp16

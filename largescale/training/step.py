@@ -18,8 +18,7 @@ from largescale.data.augment import AUGMENT_NORMALS, AUGMENT_UNIFORMS, augment
 from largescale.data.loader import Batch, to_condition, to_x_start
 from largescale.data.shards import ShardDataset
 from largescale.diffusion.loss_weighting import make_weighting, weighted
-from largescale.diffusion.objective import Losses
-from largescale.diffusion.samplers import AnyObjective
+from largescale.diffusion.objective import Losses, Objective
 from largescale.distributed.ranks import PendingVector, Ranks
 from largescale.distributed.step_report import RankStatus, StepAccumulator, StepReport, read_report
 from largescale.engine.deepspeed_engine import Engine, adam
@@ -40,7 +39,7 @@ class TrainStep:
         ds: dict[str, Any],
         ranks: Ranks,
         dataset: ShardDataset,
-        objective: AnyObjective,
+        objective: Objective,
         state: TrainingState,
     ):
         """Collective: builds the model and DeepSpeed's engine. `ds`: DeepSpeed's settings. `state`

@@ -346,7 +346,7 @@ def test_a_whole_study(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert sorted(path.name for path in (out / "denoising").iterdir()) == [f"interval_{i:02}.png" for i in range(4)]
     entropy = json.loads((out / "relative_entropy.json").read_text())
     assert entropy["t"] == list(range(1, 1000)) and entropy["settings"]["images"] == 120
-    levels = noise_levels(PRESETS["debug"]().diffusion)
+    levels = noise_levels(build_objective(PRESETS["debug"]()), 1000)
     assert entropy["single"][0] == pytest.approx(one_kernel(levels[:1], levels[1:2], 256, 200.0)[0], rel=1e-3)
 
     # again: everything is left alone, and says the same

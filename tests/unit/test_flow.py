@@ -210,7 +210,7 @@ def test_guides_at_the_noise_levels_in_the_interval_only(sampler: Any, interval:
     (lambda: evaluations(Flow(), "sde", 1), "steps=1 must be a count of 2 or more"),
     (lambda: evaluations(Flow(), "sde", "ddim50"), "steps='ddim50' must be a count"),
     (lambda: sample(Flow(), wanted, NOISE, Y, sampler="euler", steps=2, noise=lambda i: NOISE, clip_denoised=True),
-     "clip_denoised is a setting of Gaussian diffusion"),
+     "clip_denoised=True is no setting of Flow; leave it off"),
 ])
 def test_bad_values_are_named_with_a_remedy(call: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -1,7 +1,7 @@
 """One noise axis: what every objective owes to the curriculum, and which networks fit which."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -9,8 +9,12 @@ import torch
 from largescale.config.presets import PRESETS
 from largescale.config.schema import Config, DiffusionConfig, ModelConfig, NoiseConfig
 from largescale.config.validation import validate
-from largescale.diffusion.build import build_noise_sampler, build_objective
-from largescale.diffusion.samplers import AnyObjective
+from largescale.diffusion.build import OBJECTIVES, build_noise_sampler, build_objective
+from largescale.diffusion.edm import Edm
+from largescale.diffusion.flow import Flow
+from largescale.diffusion.objective import Objective, SamplerName
+from largescale.diffusion.samplers import check_sampler, quick_sampler, sample
+from largescale.diffusion.sampling import SampleNoise, SamplingConfig, draw_samples
 from largescale.errors import ConfigError
 
 KINDS = {
@@ -21,7 +25,7 @@ KINDS = {
 SMALLEST = 2.0**-53
 
 
-def make(kind: str) -> AnyObjective:
+def make(kind: str) -> Objective:
     return build_objective(Config("x", model=ModelConfig(learn_sigma=False), diffusion=KINDS[kind]))
 
 
@@ -49,6 +53,68 @@ def test_the_snr_is_that_of_what_the_network_sees(kind: str) -> None:
         objective.training_losses(model, x_start, t, noise, torch.zeros(7, dtype=torch.long))
     signal, of_noise = seen
     torch.testing.assert_close(2 * (signal / of_noise).abs().log().double(), objective.log_snr(t), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_alpha_and_sigma_are_those_of_x_t(kind: str) -> None:
+    """And the time of what the network is given is the time that was asked of."""
+    objective = make(kind)
+    t = objective.draw(torch.linspace(0.05, 0.95, 7, dtype=torch.float64))
+    alpha, sigma = objective.alpha_sigma(t)
+    assert alpha.dtype == sigma.dtype == torch.float64
+    torch.testing.assert_close(2 * (alpha / sigma).log(), objective.log_snr(t), rtol=1e-9, atol=1e-9)
+    seen: list[Any] = []
+
+    def model(x: torch.Tensor, t: torch.Tensor, y: Any) -> torch.Tensor:
+        seen.append(objective.time_of_input(t))
+        seen.append(x.flatten())
+        return torch.zeros_like(x)
+
+    ones = torch.ones(7, 1, 1, 1)
+    objective.training_losses(model, 2 * ones, t, -3 * ones, torch.zeros(7, dtype=torch.long))
+    torch.testing.assert_close(seen[0], t)
+    x_t = 2 * alpha - 3 * sigma
+    if isinstance(objective, Edm):
+        x_t = x_t / (sigma.square() + objective.sigma_data**2).sqrt()  # c_in
+    torch.testing.assert_close(seen[1], x_t.float())
+
+
+class Fourth(Flow):
+    """An objective with no sampler that is known to be quick."""
+
+    samplers: ClassVar[tuple[SamplerName, ...]] = ("euler",)
+    default_steps: ClassVar[int] = 9
+    clips_predictions: ClassVar[bool] = True
+
+    def evaluations(self, sampler: str, steps: int | str) -> int:
+        return 5
+
+    def sample(self, model: Any, x_T: torch.Tensor, y: Any, *, tick: Any, **settings: Any) -> torch.Tensor:
+        tick()
+        return x_T * (2 if settings["clip_denoised"] else 1)
+
+
+def test_a_fourth_objective_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OBJECTIVES, "fourth", lambda config: Fourth())
+    objective = build_objective(Config("x", diffusion=DiffusionConfig("fourth")))  # type: ignore[arg-type]
+    assert quick_sampler(objective) == ("euler", 9) and quick_sampler(objective, steps=3) == ("euler", 3)
+    done: list[float] = []
+    x = draw_samples(lambda x, t, y: x, objective, SamplingConfig("euler", 9, clip_denoised=True), index=[3], shape=(1, 2, 2),
+                     condition=lambda index: torch.zeros(1).long(), num_classes=0, batch_size=1, device=torch.device("cpu"), progress=done.append)
+    assert torch.equal(x, 2 * SampleNoise(0, [3], (1, 2, 2), torch.device("cpu"))()) and done == [1 / 5]
+    with pytest.raises(ConfigError, match="unknown sampler='heun' for Fourth; choose one of euler"):
+        check_sampler(objective, "heun", 9, 0.0)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_can_draw_its_previews(name: str) -> None:
+    objective = OBJECTIVES[name](Config("x", model=ModelConfig(learn_sigma=False)))
+    assert objective.preview_sampler in objective.samplers
+    noise = torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    for clip in (False, objective.clips_predictions):
+        x = sample(objective, lambda x, t, y: x / 2, noise, torch.zeros(1).long(), sampler=objective.preview_sampler, steps=5, clip_denoised=clip,
+                   noise=lambda i: pytest.fail("previews are deterministic"))
+        assert x.isfinite().all() and (not clip or x.abs().max() <= 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,7 +13,8 @@ from eval.difficulty_study.relative_entropy import (
     one_kernel,
     relative_entropy,
 )
-from largescale.config.schema import DiffusionConfig
+from largescale.config.schema import Config, DiffusionConfig
+from largescale.diffusion.build import build_objective
 from largescale.errors import DataError, Stopped
 
 FAMILIES = {
@@ -38,9 +39,13 @@ def gaussian(points: int, width: int, std: float = 1.0, mean: float = 0.0) -> Te
     return (torch.linalg.solve_triangular(root, x.T, upper=False).T * std + mean).float()
 
 
+def levels_of(diffusion: DiffusionConfig) -> np.ndarray:
+    return noise_levels(build_objective(Config("x", diffusion=diffusion)), diffusion.timesteps)
+
+
 def pairs(family: str, chosen: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """The levels before the chosen timesteps, and theirs."""
-    levels = noise_levels(FAMILIES[family])
+    levels = levels_of(FAMILIES[family])
     return levels[np.array(chosen) - 1], levels[chosen]
 
 
@@ -170,7 +175,7 @@ def test_float64_is_needed() -> None:
 def test_noise_levels(family: str) -> None:
     """T of them, rising; alpha^2 + sigma^2 = 1 where that is so; the medians are known."""
     config = FAMILIES[family]
-    alpha, sigma = noise_levels(config).T
+    alpha, sigma = levels_of(config).T
     assert len(alpha) == 1000 and (np.diff(sigma / alpha) > 0).all() and (sigma > 0).all()
     if config.objective == "gaussian" or config.interpolant == "gvp":
         assert alpha**2 + sigma**2 == pytest.approx(1)

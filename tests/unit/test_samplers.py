@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from largescale.diffusion.gaussian import GaussianDiffusion
+from largescale.diffusion.gaussian_samplers import ddim_step, ddpm_step, kept_timesteps
 from largescale.diffusion.guidance import ClassifierFreeGuidance
-from largescale.diffusion.samplers import _kept_timesteps, ddim_step, ddpm_step, evaluations, sample
+from largescale.diffusion.samplers import evaluations, sample
 from largescale.errors import ConfigError
 from largescale.noise_schedule import SCHEDULES, alphas_cumprod, make_betas, space_timesteps
 
@@ -208,7 +209,7 @@ def test_evaluations_are_told_and_ticked(sampler, steps, count):
 
     sample(make(learn_sigma=False), model, NOISE[:2, :1], Y[:2], sampler=sampler, steps=steps, noise=lambda i: NOISE[:2, :1],
            tick=lambda: told.append("tick"))
-    kept = _kept_timesteps(sampler, steps, 1000)[::-1].tolist()
+    kept = kept_timesteps(sampler, steps, 1000)[::-1].tolist()
     asked = [t for t in kept for _ in range(2 if sampler == "heun" and t < kept[0] else 1)]  # predicted, then corrected
     assert told == [said for t in asked for said in ([t, t], "tick")]
     assert evaluations(make(), sampler, steps) == len(asked) == (2 * count - 1 if sampler == "heun" else count)

@@ -1,0 +1,174 @@
+"""The samplers of Gaussian diffusion, over respaced timesteps: DDPM (arXiv:2006.11239, algorithm
+2), DDIM (arXiv:2010.02502, eq. 12), DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2), and Euler's
+and Heun's methods on the probability flow ODE (arXiv:2206.00364, eq. 3).
+
+A step of DDPM and DDIM is a pure function that returns the mean and the standard deviation of
+x_{t-1}; `ancestral` adds the noise. The others are deterministic; their coefficients are floats,
+from the float64 tables on the host.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+
+from largescale.diffusion.diffusion_process import DiffusionProcess
+from largescale.diffusion.ode import euler, heun
+from largescale.errors import ConfigError
+from largescale.noise_schedule import space_timesteps
+
+Ask = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""(x_t, a timestep of the process) -> what the model says, and that timestep for each image."""
+
+
+def kept_timesteps(sampler: str, steps: int | str, timesteps: int) -> np.ndarray:
+    """The timesteps that a sampler visits, rising. Raises ConfigError for fewer than two."""
+    if sampler == "dpm++2m" and str(steps).isdecimal() and int(steps) < timesteps:
+        # As diffusers has it: without t = 0, towards which the extrapolation would reach too far.
+        kept = space_timesteps(timesteps, int(steps) + 1)[1:]
+    else:
+        kept = space_timesteps(timesteps, steps)
+    if len(kept) < 2:
+        raise ConfigError(f"steps={steps} leaves nothing between noise and image; use 2 or more")
+    return kept
+
+
+def ddpm_step(
+    process: DiffusionProcess,
+    model_output: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    clip_denoised: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Mean and std of x_{t-1}; the chain ends at t = 0, so std is 0 there."""
+    p = process.p_mean_variance(model_output, x_t, t, clip_denoised)
+    return p.mean, (0.5 * p.log_variance).exp() * (t > 0)[:, None, None, None]
+
+
+def ddim_step(
+    process: DiffusionProcess,
+    model_output: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    eta: float = 0.0,
+    clip_denoised: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Mean and std of x_{t-1}; eta = 0 is deterministic, eta = 1 has DDPM's small variance."""
+    pred_x_start = process.p_mean_variance(model_output, x_t, t, clip_denoised).pred_x_start
+    eps = (
+        (
+            process.at("sqrt_recip_alphas_cumprod", t) * x_t - pred_x_start
+        )  # again, as clipping may have moved it
+        / process.at("sqrt_recipm1_alphas_cumprod", t)
+    )
+    variance = eta**2 * process.at("posterior_variance", t)  # DDIM eq. 16; 0 at t = 0
+    towards_x_t = (process.at("one_minus_alphas_cumprod_prev", t) - variance).sqrt()
+    return process.at(
+        "alphas_cumprod_prev", t
+    ).sqrt() * pred_x_start + towards_x_t * eps, variance.sqrt()
+
+
+def dpm_solver_2m(
+    process: DiffusionProcess, x_start_at: Callable[[Tensor, int], Tensor], x_t: Tensor
+) -> Tensor:
+    """x_0 by DPM-Solver++(2M), from x_t at the last timestep; `x_start_at(x_t, t)` is the predicted
+    image.
+
+    The first step and the one from t = 0 to the image are of first order, the latter at any count
+    of steps: lambda is infinite at the image, and diffusers with final_sigmas_type="zero" does the
+    same.
+    """
+    alpha_bar = process.tables["alphas_cumprod"]
+    alpha, sigma = np.sqrt(alpha_bar).tolist(), np.sqrt(1 - alpha_bar).tolist()
+    before: tuple[Tensor, float] | None = None  # x_start and h of the step before
+    for t in range(len(alpha) - 1, 0, -1):
+        x_start = x_start_at(x_t, t)
+        h = math.log(alpha[t - 1] / sigma[t - 1]) - math.log(alpha[t] / sigma[t])
+        ahead = (
+            x_start if before is None else x_start + h / (2 * before[1]) * (x_start - before[0])
+        )  # D_i
+        x_t = sigma[t - 1] / sigma[t] * x_t - alpha[t - 1] * math.expm1(-h) * ahead
+        before = x_start, h
+    return x_start_at(x_t, 0)
+
+
+def probability_flow(
+    process: DiffusionProcess,
+    x_start_at: Callable[[Tensor, int], Tensor],
+    x_t: Tensor,
+    second_order: bool,
+) -> Tensor:
+    """x_0 by Euler's or Heun's method, from x_t at the last timestep; `x_start_at(x_t, t)` is the
+    predicted image.
+
+    The ODE in EDM's variables x = x_t / sqrt(alpha_bar) and sigma = sqrt((1 - alpha_bar) /
+    alpha_bar): dx/dsigma = (x - x_start) / sigma = eps; and the same with z = x / sigma while sigma
+    >= 1: dz/d(1/sigma) = x_start. Euler's step is the same in both. Heun's is not: the cosine
+    schedule's first step falls from sigma = 20000 to about 30, and half of that times the
+    difference of two eps would be most of x.
+    """
+    sigma = process.tables["sqrt_recipm1_alphas_cumprod"].tolist()
+    turn = min((t for t in range(len(sigma)) if sigma[t] >= 1), default=len(sigma) - 1)
+    above = {
+        1 / sigma[t]: t for t in range(len(sigma) - 1, turn - 1, -1)
+    }  # times in the order taken, and whose
+    below = {sigma[t]: t for t in range(turn, -1, -1)}
+
+    def dz(z: Tensor, time: float) -> Tensor:
+        return x_start_at(z / math.hypot(1, time), above[time])
+
+    def dx(x: Tensor, time: float) -> Tensor:
+        return (x - x_start_at(x / math.hypot(1, time), below[time])) / time
+
+    z = x_t * math.hypot(1, 1 / sigma[-1])
+    if second_order:
+        return heun(dx, heun(dz, z, list(above)) * sigma[turn], [*below, 0.0], euler_last=True)
+    return euler(dx, euler(dz, z, list(above)) * sigma[turn], [*below, 0.0])
+
+
+def ancestral(
+    process: DiffusionProcess,
+    ask: Ask,
+    x_t: Tensor,
+    *,
+    sampler: str,
+    noise: Callable[[int], Tensor],
+    eta: float,
+    clip_denoised: bool,
+) -> Tensor:
+    """x_0 by steps of DDPM or DDIM, from x_t at the last timestep."""
+    last = process.timesteps_total - 1
+    for i in range(last + 1):
+        model_output, t = ask(x_t, last - i)
+        if sampler == "ddpm":
+            mean, std = ddpm_step(process, model_output, x_t, t, clip_denoised)
+        else:
+            mean, std = ddim_step(process, model_output, x_t, t, eta, clip_denoised)
+        x_t = mean + std * noise(i) if i < last and (sampler == "ddpm" or eta) else mean
+    return x_t
+
+
+def sample(
+    process: DiffusionProcess,
+    ask: Ask,
+    x_T: Tensor,
+    *,
+    sampler: str,
+    noise: Callable[[int], Tensor],
+    eta: float,
+    clip_denoised: bool,
+) -> Tensor:
+    """x_0 from x_T at the last timestep of a process that keeps the timesteps to visit."""
+
+    def x_start_at(x_t: Tensor, timestep: int) -> Tensor:
+        model_output, t = ask(x_t, timestep)
+        return process.p_mean_variance(model_output, x_t, t, clip_denoised).pred_x_start
+
+    if sampler == "dpm++2m":
+        return dpm_solver_2m(process, x_start_at, x_T)
+    if sampler in ("euler", "heun"):
+        return probability_flow(process, x_start_at, x_T, second_order=sampler == "heun")
+    return ancestral(
+        process, ask, x_T, sampler=sampler, noise=noise, eta=eta, clip_denoised=clip_denoised
+    )
