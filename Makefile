@@ -62,6 +62,7 @@ test: check
 check:
 	@$(PYTHON) install.py demo demo-text prep eval dev
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check --quiet .
 	$(PY) -m mypy
 
 clean:
