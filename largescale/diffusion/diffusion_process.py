@@ -52,32 +52,7 @@ class DiffusionProcess:
             raise ConfigError(f"unknown fixed_variance {fixed_variance!r}; choose small or large")
         self.betas, self.learn_sigma, self.fixed_variance = betas, learn_sigma, fixed_variance
         self.timesteps_total = len(betas)
-
-        alpha_bar = alphas_cumprod(betas)
-        previous = np.append(1.0, alpha_bar[:-1])
-        posterior_variance = betas * (1 - previous) / (1 - alpha_bar)  # DDPM eq. 7, beta~_t
-        small = np.append(posterior_variance[1], posterior_variance[1:])  # beta~_0 = 0 has no log
-        large = np.append(posterior_variance[1], betas[1:])
-        self.tables = {
-            "alphas_cumprod": alpha_bar,
-            "alphas_cumprod_prev": previous,
-            "one_minus_alphas_cumprod_prev": 1 - previous,
-            "sqrt_alphas_cumprod": np.sqrt(alpha_bar),
-            "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alpha_bar),
-            "sqrt_recip_alphas_cumprod": np.sqrt(1 / alpha_bar),
-            "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alpha_bar - 1),
-            "posterior_mean_coef1": betas
-            * np.sqrt(previous)
-            / (1 - alpha_bar),  # DDPM eq. 7, of x_start
-            "posterior_mean_coef2": (1 - previous)
-            * np.sqrt(1 - betas)
-            / (1 - alpha_bar),  # DDPM eq. 7, of x_t
-            "posterior_variance": posterior_variance,
-            "fixed_variance": large if fixed_variance == "large" else posterior_variance,
-            "fixed_log_variance": np.log(large if fixed_variance == "large" else small),
-            "min_log_variance": np.log(small),
-            "max_log_variance": np.log(betas),
-        }
+        self.tables = _tables(betas, fixed_variance)
         self.timestep_map = (
             np.arange(len(betas))
             if timestep_map is None
@@ -162,3 +137,32 @@ class DiffusionProcess:
         return (
             self.at("posterior_mean_coef1", t) * x_start + self.at("posterior_mean_coef2", t) * x_t
         )
+
+
+def _tables(betas: np.ndarray, fixed_variance: str) -> dict[str, np.ndarray]:
+    """Of each timestep, (T,) float64."""
+    alpha_bar = alphas_cumprod(betas)
+    previous = np.append(1.0, alpha_bar[:-1])
+    # DDPM eq. 7: the variance beta~_t of x_{t-1} given x_t and x_start, and its mean's factors
+    posterior_variance = betas * (1 - previous) / (1 - alpha_bar)
+    of_x_start = betas * np.sqrt(previous) / (1 - alpha_bar)
+    of_x_t = (1 - previous) * np.sqrt(1 - betas) / (1 - alpha_bar)
+    # beta~_0 = 0 has no logarithm: the next one stands for it
+    small = np.append(posterior_variance[1], posterior_variance[1:])
+    large = np.append(posterior_variance[1], betas[1:])
+    return {
+        "alphas_cumprod": alpha_bar,
+        "alphas_cumprod_prev": previous,
+        "one_minus_alphas_cumprod_prev": 1 - previous,
+        "sqrt_alphas_cumprod": np.sqrt(alpha_bar),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alpha_bar),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1 / alpha_bar),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alpha_bar - 1),
+        "posterior_mean_coef1": of_x_start,
+        "posterior_mean_coef2": of_x_t,
+        "posterior_variance": posterior_variance,
+        "fixed_variance": large if fixed_variance == "large" else posterior_variance,
+        "fixed_log_variance": np.log(large if fixed_variance == "large" else small),
+        "min_log_variance": np.log(small),
+        "max_log_variance": np.log(betas),
+    }

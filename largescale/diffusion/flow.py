@@ -22,7 +22,7 @@ from largescale.diffusion.objective import (
     check_step_count,
     clamp_to_open_interval,
 )
-from largescale.diffusion.ode import euler, heun, heun3
+from largescale.diffusion.ode import Derivative, euler, heun, heun3
 from largescale.errors import ConfigError
 from largescale.registry import look_up
 
@@ -160,29 +160,37 @@ class Flow:
         clip_denoised: bool,
         tick: Callable[[], object],
     ) -> Tensor:
-        """x at t = 1 from noise x_T at t = 0. sde: Euler-Maruyama with SiT's diffusion coefficient,
-        sigma, over `steps` times; the others: that many steps of the probability flow ODE."""
+        """x at t = 1 from noise x_T at t = 0. sde: Euler-Maruyama, over `steps` times; the others:
+        that many steps of the probability flow ODE."""
 
-        def velocity(x: Tensor, time: float) -> tuple[Tensor, Tensor]:
-            t = torch.full((len(x),), time, dtype=torch.float64, device=x.device)
-            output = self.velocity(at(model, 1 - time), x, t, y)
+        def velocity(x: Tensor, time: float) -> Tensor:
+            output = self.velocity(at(model, 1 - time), x, _of_each(x, time), y)
             tick()
-            return output, t
+            return output
 
         count = int(steps)
-        if sampler != "sde":
-            times = [i / count for i in range(count + 1)]
-            return {"euler": euler, "heun": heun, "heun3": heun3}[sampler](
-                lambda x, time: velocity(x, time)[0], x_T, times
-            )
-        x, h = x_T, (1 - LAST_STEP) / (count - 1)
-        for i in range(count):
-            time = h * i
-            v, t = velocity(x, time)
-            drift = v - self.noise_of(
-                v, x, t
-            )  # velocity + w / 2 score, with w = 2 sigma (SiT, eq. 4)
-            if i == count - 1:
-                return x + LAST_STEP * drift
-            x = x + h * drift + math.sqrt(2 * self.interpolant.sigma(time) * h) * noise(i)
-        raise AssertionError
+        if sampler == "sde":
+            return self._euler_maruyama(velocity, x_T, count, noise)
+        times = [i / count for i in range(count + 1)]
+        return {"euler": euler, "heun": heun, "heun3": heun3}[sampler](velocity, x_T, times)
+
+    def _euler_maruyama(
+        self, velocity: Derivative, x: Tensor, steps: int, noise: Callable[[int], Tensor]
+    ) -> Tensor:
+        """The SDE with SiT's diffusion coefficient, w = 2 sigma; the last step adds no noise."""
+
+        def drift(x: Tensor, time: float) -> Tensor:
+            # velocity + w / 2 score (SiT, eq. 4)
+            v = velocity(x, time)
+            return v - self.noise_of(v, x, _of_each(x, time))
+
+        h = (1 - LAST_STEP) / (steps - 1)
+        for i in range(steps - 1):
+            scale = math.sqrt(2 * self.interpolant.sigma(h * i) * h)
+            x = x + h * drift(x, h * i) + scale * noise(i)
+        return x + LAST_STEP * drift(x, h * (steps - 1))
+
+
+def _of_each(x: Tensor, time: float) -> Tensor:
+    """The same time for each image, (N,) float64."""
+    return torch.full((len(x),), time, dtype=torch.float64, device=x.device)

@@ -82,9 +82,8 @@ class GaussianDiffusion(DiffusionProcess):
         mse = (noise - eps).square().flatten(1).mean(1)
         if fraction is None:
             return Losses(mse, mse, torch.zeros_like(mse))
-        frozen_mean = torch.cat(
-            [eps.detach(), fraction], dim=1
-        )  # IDDPM section 3.1: vb moves the variance only
+        # IDDPM section 3.1: vb moves the variance only
+        frozen_mean = torch.cat([eps.detach(), fraction], dim=1)
         vb = self._variational_bound(frozen_mean, x_start, x_t, t)
         return Losses(mse + vb, mse, vb)
 
@@ -94,10 +93,8 @@ class GaussianDiffusion(DiffusionProcess):
         """One term of the bound in bits per element, (N,): L_{t-1} of DDPM eq. 5, at t = 0 the
         decoder's L_0."""
         p = self.p_mean_variance(model_output, x_t, t)
-        true_mean, true_log_variance = (
-            self._posterior_mean(x_start, x_t, t),
-            self.at("min_log_variance", t),
-        )
+        true_mean = self._posterior_mean(x_start, x_t, t)
+        true_log_variance = self.at("min_log_variance", t)
         kl = 0.5 * (
             p.log_variance
             - true_log_variance

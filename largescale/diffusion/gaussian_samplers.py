@@ -56,17 +56,13 @@ def ddim_step(
 ) -> tuple[Tensor, Tensor]:
     """Mean and std of x_{t-1}; eta = 0 is deterministic, eta = 1 has DDPM's small variance."""
     pred_x_start = process.p_mean_variance(model_output, x_t, t, clip_denoised).pred_x_start
-    eps = (
-        (
-            process.at("sqrt_recip_alphas_cumprod", t) * x_t - pred_x_start
-        )  # again, as clipping may have moved it
-        / process.at("sqrt_recipm1_alphas_cumprod", t)
-    )
+    # Not the model's eps: clipping may have moved the image that it implies.
+    off = process.at("sqrt_recip_alphas_cumprod", t) * x_t - pred_x_start
+    eps = off / process.at("sqrt_recipm1_alphas_cumprod", t)
     variance = eta**2 * process.at("posterior_variance", t)  # DDIM eq. 16; 0 at t = 0
     towards_x_t = (process.at("one_minus_alphas_cumprod_prev", t) - variance).sqrt()
-    return process.at(
-        "alphas_cumprod_prev", t
-    ).sqrt() * pred_x_start + towards_x_t * eps, variance.sqrt()
+    mean = process.at("alphas_cumprod_prev", t).sqrt() * pred_x_start + towards_x_t * eps
+    return mean, variance.sqrt()
 
 
 def dpm_solver_2m(
@@ -85,9 +81,9 @@ def dpm_solver_2m(
     for t in range(len(alpha) - 1, 0, -1):
         x_start = x_start_at(x_t, t)
         h = math.log(alpha[t - 1] / sigma[t - 1]) - math.log(alpha[t] / sigma[t])
-        ahead = (
-            x_start if before is None else x_start + h / (2 * before[1]) * (x_start - before[0])
-        )  # D_i
+        ahead = x_start  # D_i
+        if before is not None:
+            ahead = x_start + h / (2 * before[1]) * (x_start - before[0])
         x_t = sigma[t - 1] / sigma[t] * x_t - alpha[t - 1] * math.expm1(-h) * ahead
         before = x_start, h
     return x_start_at(x_t, 0)
@@ -110,9 +106,8 @@ def probability_flow(
     """
     sigma = process.tables["sqrt_recipm1_alphas_cumprod"].tolist()
     turn = min((t for t in range(len(sigma)) if sigma[t] >= 1), default=len(sigma) - 1)
-    above = {
-        1 / sigma[t]: t for t in range(len(sigma) - 1, turn - 1, -1)
-    }  # times in the order taken, and whose
+    # Times in the order taken, and the timestep of each.
+    above = {1 / sigma[t]: t for t in range(len(sigma) - 1, turn - 1, -1)}
     below = {sigma[t]: t for t in range(turn, -1, -1)}
 
     def dz(z: Tensor, time: float) -> Tensor:
