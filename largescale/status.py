@@ -297,66 +297,20 @@ def _curriculum(manifest: Facts, rows: list[Facts], last: list[Facts]) -> Facts:
 
 def describe(f: Facts) -> str:
     """Tables for a person who looks once in the morning, and a line of summary."""
-    m, whole = f["model"], Account(f["account"]["wall_s"], f["account"]["seconds"])
-    now, *more = _curriculum_lines(f["curriculum"])
-    to_go = (
-        f"; {duration(f['to_go_s'])} to go at the speed of the last lines" if f["to_go_s"] else ""
-    )
-    lines = [
-        f"run          {f['name'] or 'of unknown settings'}, in {f['run']}: {f['standing']}",
-        f"last seen    {_date(f['seen_unix_s'])}, "
-        f"{duration(max(0.0, f['now_unix_s'] - f['seen_unix_s']))} ago",
-        f"progress     {_progress(f)}{to_go}",
-        *(
-            [
-                f"model        {_model(m)}, on ({m['in_channels']}, {m['input_size']}, "
-                f"{m['input_size']})"
-            ]
-            if m
-            else []
-        ),
-        f"training     {f['precision']}, batch {f['global_batch_size']}, on {f['world_size']} x "
-        f"{f['device']}",
-        f"curriculum   {now}",
-        *(f"             {line}" for line in more),
-        *(f"trouble      {problem}" for problem in f["problems"]),
-    ]
+    lines = _head(f)
     lines += _section(
-        "losses",
-        "step images/s index loss mse vb grad_norm",
-        (
-            (
-                f"{row['step']:,}",
-                _number(row.get("images_per_s"), ",.1f"),
-                _number(row.get("curriculum/index"), "d"),
-                *(_number(row.get(key)) for key in ("loss", "mse", "vb", "optimizer/grad_norm")),
-            )
-            for row in f["log"]
-        ),
+        "losses", "step images/s index loss mse vb grad_norm", map(_log_row, f["log"])
     )
+    reference = [*f["reference"][:1], *f["reference"][1:][-5:]]
     lines += _section(
         "loss on the reference set",
         "step loss",
-        (
-            (f"{step:,}", _number(loss))
-            for step, loss in [*f["reference"][:1], *f["reference"][1:][-5:]]
-        ),
+        ((f"{step:,}", _number(loss)) for step, loss in reference),
     )
     lines += _section(
         "checkpoints",
         "step written size ranks why index state",
-        (
-            (
-                f"{c['step']:,}",
-                _date(c["written_unix_s"]),
-                _size(c["bytes"]),
-                _number(c["world_size"], "d"),
-                c["reason"],
-                _number(c["index"], "d"),
-                _state(c, f),
-            )
-            for c in f["checkpoints"]
-        ),
+        (_checkpoint_row(c, f) for c in f["checkpoints"]),
     )
     lines += _section(
         "data that were left out",
@@ -368,34 +322,79 @@ def describe(f: Facts) -> str:
         "step what",
         ((f"{row['step']:,}", row.get("text", row["event"])) for row in f["events"][-10:]),
     )
-    newest = f["starts"][-1:]
     lines += _section(
         "starts",
         "no. began job ranks from to lasted ended",
-        (
-            (
-                str(s["number"]),
-                _date(s["began_unix_s"]),
-                f"{s['job']}/{s['restart']}" if s["job"] else "-",
-                str(s["world_size"]),
-                f"{s['from_step']:,}",
-                f"{s['step']:,}",
-                duration(max(0.0, s["seen_unix_s"] - s["began_unix_s"])),
-                s["ended"] or (f["standing"] if s in newest else "killed"),
-            )
-            for s in f["starts"][-20:]
-        ),
+        (_start_row(start, f) for start in f["starts"][-20:]),
     )
+    whole = Account(f["account"]["wall_s"], f["account"]["seconds"])
+    kinds = whole.seconds.items() if whole.wall_s > 0 else ()
     lines += _section(
         str(whole),
         "share time for",
-        (
-            (f"{s / whole.wall_s:.1%}", duration(s), kind)
-            for kind, s in whole.seconds.items()
-            if whole.wall_s > 0
-        ),
+        ((f"{s / whole.wall_s:.1%}", duration(s), kind) for kind, s in kinds),
     )
     return "\n".join([*lines, "", _summary(f)])
+
+
+def _head(f: Facts) -> list[str]:
+    """The lines above the tables."""
+    now, *more = _curriculum_lines(f["curriculum"])
+    ago = duration(max(0.0, f["now_unix_s"] - f["seen_unix_s"]))
+    to_go = ""
+    if f["to_go_s"]:
+        to_go = f"; {duration(f['to_go_s'])} to go at the speed of the last lines"
+    lines = [
+        f"run          {f['name'] or 'of unknown settings'}, in {f['run']}: {f['standing']}",
+        f"last seen    {_date(f['seen_unix_s'])}, {ago} ago",
+        f"progress     {_progress(f)}{to_go}",
+    ]
+    if m := f["model"]:
+        shape = f"({m['in_channels']}, {m['input_size']}, {m['input_size']})"
+        lines.append(f"model        {_model(m)}, on {shape}")
+    lines += [
+        f"training     {f['precision']}, batch {f['global_batch_size']}, "
+        f"on {f['world_size']} x {f['device']}",
+        f"curriculum   {now}",
+    ]
+    lines += [f"             {line}" for line in more]
+    lines += [f"trouble      {problem}" for problem in f["problems"]]
+    return lines
+
+
+def _log_row(row: Facts) -> tuple[str, ...]:
+    return (
+        f"{row['step']:,}",
+        _number(row.get("images_per_s"), ",.1f"),
+        _number(row.get("curriculum/index"), "d"),
+        *(_number(row.get(key)) for key in ("loss", "mse", "vb", "optimizer/grad_norm")),
+    )
+
+
+def _checkpoint_row(c: Facts, f: Facts) -> tuple[str, ...]:
+    return (
+        f"{c['step']:,}",
+        _date(c["written_unix_s"]),
+        _size(c["bytes"]),
+        _number(c["world_size"], "d"),
+        c["reason"],
+        _number(c["index"], "d"),
+        _state(c, f),
+    )
+
+
+def _start_row(start: Facts, f: Facts) -> tuple[str, ...]:
+    newest = start in f["starts"][-1:]
+    return (
+        str(start["number"]),
+        _date(start["began_unix_s"]),
+        f"{start['job']}/{start['restart']}" if start["job"] else "-",
+        str(start["world_size"]),
+        f"{start['from_step']:,}",
+        f"{start['step']:,}",
+        duration(max(0.0, start["seen_unix_s"] - start["began_unix_s"])),
+        start["ended"] or (f["standing"] if newest else "killed"),
+    )
 
 
 def _model(m: Facts) -> str:
