@@ -14,7 +14,7 @@ falls: an artefact of there being finitely many points, which `RelativeEntropy.d
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +72,37 @@ def noise_levels(objective: Objective, timesteps: int) -> Array:
 
 
 @torch.inference_mode()
+class _Batch(NamedTuple):
+    """What the pairs of noise levels share for m samples x = alpha x_l + sigma noise."""
+
+    with_points: Tensor  # (m, L): x_l (x_j - x_l)
+    with_noise: Tensor  # (m, L): noise (x_j - x_l)
+    longer: Tensor  # (m, L): |x_j|^2 - |x_l|^2
+    own: Tensor  # (m,): |x_l|^2
+    inner: Tensor  # (m,): noise x_l
+    energy: Tensor  # (m,): |noise|^2
+    width: int
+
+
+def _pair(b: _Batch, alpha: float, sigma: float, alpha_q: float, sigma_q: float) -> Tensor:
+    """(3, m): of one pair of noise levels, the log ratio of the own kernels, what the other kernels
+    add to it, and the entropy of the kernels' shares."""
+    along = alpha * b.with_points + sigma * b.with_noise  # x . (x_j - x_l)
+    under_p = alpha / sigma**2 * (along - alpha / 2 * b.longer)
+    under_q = alpha_q / sigma_q**2 * (along - alpha_q / 2 * b.longer)
+    # |x - alpha_q x_l|^2
+    apart = alpha - alpha_q
+    off = apart**2 * b.own + 2 * apart * sigma * b.inner + sigma**2 * b.energy
+    single = b.width * math.log(sigma_q / sigma) - b.energy / 2 + off / (2 * sigma_q**2)
+    most = under_p.amax(1, keepdim=True)
+    weights = (under_p - most).exp_()
+    sum_of = weights.sum(1)
+    total = most[:, 0] + sum_of.log()  # ln of all kernels over the own one, 0 or more
+    rest = total - under_q.logsumexp(1)
+    entropy = total - weights.mul_(under_p).sum(1) / sum_of
+    return torch.stack([single, rest, entropy])
+
+
 def relative_entropy(
     data: Tensor,
     p: Array,
@@ -121,28 +152,11 @@ def relative_entropy(
         with_noise = with_noise - with_noise.gather(1, own[:, None])
         longer = square - square[own, None]
         inner, energy = (noise * x_start).sum(1), noise.square().sum(1)  # (m,)
+        batch = _Batch(with_points, with_noise, longer, square[own], inner, energy, width)
         for k, (level, other) in enumerate(zip(p.tolist(), q.tolist(), strict=True)):
             if stop():
                 raise Stopped
-            (alpha, sigma), (alpha_q, sigma_q) = level, other
-            along = alpha * with_points + sigma * with_noise  # x . (x_j - x_l)
-            under_p, under_q = (a / s**2 * (along - a / 2 * longer) for a, s in (level, other))
-            off = (
-                (alpha - alpha_q) ** 2 * square[own]
-                + 2 * (alpha - alpha_q) * sigma * inner
-                + sigma**2 * energy
-            )  # |x - alpha_q x_l|^2
-            found[0, k, first : first + rows] = (
-                width * math.log(sigma_q / sigma) - energy / 2 + off / (2 * sigma_q**2)
-            )
-            most = under_p.amax(1, keepdim=True)
-            weights = (under_p - most).exp_()
-            sum_of = weights.sum(1)
-            total = most[:, 0] + sum_of.log()  # ln of all kernels over the own one, 0 or more
-            found[1, k, first : first + rows] = total - under_q.logsumexp(1)
-            found[2, k, first : first + rows] = (
-                total - weights.mul_(under_p).sum(1) / sum_of
-            )  # entropy
+            found[:, k, first : first + rows] = _pair(batch, *level, *other)
             progress(len(own) / samples / len(p))
     single, rest, entropy = found.cpu().numpy()
     bound = one_kernel(p, q, width, square.mean().item())

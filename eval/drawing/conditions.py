@@ -87,26 +87,12 @@ def make_conditions(
     model = trained.config.model
     texts = {"--prompts": prompts, "--prompts-file": prompts_file, "--captions": captions}
     given = [option for option, value in texts.items() if value]
-    of_labels = [
-        *(["--labels drawn"] if labels == "drawn" else []),
-        *(["--classes"] if classes else []),
-    ]
+    of_labels = ["--labels drawn"] if labels == "drawn" else []
+    of_labels += ["--classes"] if classes else []
+    _check_given(model, given, of_labels)
     if not model.caption_tokens:
-        if given:
-            raise ConfigError(
-                f"the model was not trained on captions; leave out {' and '.join(given)}"
-            )
         return _of_labels(trained.num_classes, n, seed, of_labels, classes)
-    if of_labels:
-        raise ConfigError(
-            f"the model was trained on captions, not on labels; leave out {' and '.join(of_labels)}"
-        )
-    if len(given) != 1:
-        raise ConfigError(
-            "the model was trained on captions: give --prompts TEXT ..., or --captions DIR, a "
-            "packed data set whose captions to use, or --prompts-file FILE"
-            + (f"; one of them, not {' and '.join(given)}" if given else "")
-        )
+
     trained_with = trained.info["data_info"].get("encoders", {}).get("text")
     if captions:
         return OfData(n, ShardDataset(captions), trained_with)
@@ -130,27 +116,51 @@ def make_conditions(
             )
         return encoder
 
+    texts_of, facts = _prompt_list(prompts, prompts_file)
+    facts["text_encoder"] = trained_with
+    return OfPrompts(n, texts_of, EncodingCache(load), model, facts)
+
+
+def _check_given(model: ModelConfig, given: list[str], of_labels: list[str]) -> None:
+    """Raises ConfigError for options of text without a text-to-image model, and the reverse."""
+    if not model.caption_tokens:
+        if given:
+            raise ConfigError(
+                f"the model was not trained on captions; leave out {' and '.join(given)}"
+            )
+        return
+    if of_labels:
+        raise ConfigError(
+            f"the model was trained on captions, not on labels; leave out {' and '.join(of_labels)}"
+        )
+    if len(given) != 1:
+        raise ConfigError(
+            "the model was trained on captions: give --prompts TEXT ..., or --captions DIR, a "
+            "packed data set whose captions to use, or --prompts-file FILE"
+            + (f"; one of them, not {' and '.join(given)}" if given else "")
+        )
+
+
+def _prompt_list(
+    prompts: Sequence[str], prompts_file: Path | None
+) -> tuple[list[str], dict[str, Any]]:
+    """(the prompts, what provenance.json says of them). Raises ConfigError and DataError."""
     if prompts_file:
         read = read_prompts(prompts_file)
-        list_of, fact = (
-            read.texts,
-            {"name": read.source["name"], "sha256": read.sha256, "count": len(read.texts)},
-        )
-        facts: dict[str, Any] = {"prompts_file": fact}
-    else:
-        list_of = list(prompts)
-        facts = {"prompts": list_of}
-        if odd := [i for i, prompt in enumerate(list_of) if not is_unicode(prompt)]:
+        fact = {"name": read.source["name"], "sha256": read.sha256, "count": len(read.texts)}
+        return read.texts, {"prompts_file": fact}
+    for i, prompt in enumerate(prompts):
+        if not is_unicode(prompt):
             raise ConfigError(
-                f"prompt {odd[0]} of --prompts is not UTF-8: {list_of[odd[0]]!r}; give it in UTF-8, "
-                "or with --prompts-file"
+                f"prompt {i} of --prompts is not UTF-8: {prompt!r}; give it in UTF-8, or with "
+                "--prompts-file"
             )
-        if empty := [i for i, prompt in enumerate(list_of) if not prompt.strip()]:
+    for i, prompt in enumerate(prompts):
+        if not prompt.strip():
             raise ConfigError(
-                f"prompt {empty[0]} of --prompts is empty; give a text, or --cfg-scale 0 to sample "
-                "without"
+                f"prompt {i} of --prompts is empty; give a text, or --cfg-scale 0 to sample without"
             )
-    return OfPrompts(n, list_of, EncodingCache(load), model, facts | {"text_encoder": trained_with})
+    return list(prompts), {"prompts": list(prompts)}
 
 
 class OfLabels(Conditions):

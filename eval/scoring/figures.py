@@ -240,89 +240,99 @@ def figures(
     kid_subset: int = 1000,
 ) -> tuple[list[Figure], list[str]]:
     """(every figure that samples and reference allow, what a reader must know of them)."""
-    extractor, count = reference.extractor, short(seen.n)
-    fid, found, notes = extractor.fid, list[Figure](), list[str]()
+    found, notes = list[Figure](), list[str]()
     if {"frechet", "spatial"} & set(metrics):
-        notes.extend(filter(None, [bias_note(seen.n, extractor.width)]))
-        if (
-            of_reference := reference.statistics.count
-        ) is not None and of_reference <= extractor.width:
-            notes.append(
-                f"the reference has {of_reference:,} images for {extractor.width:,} features: its "
-                "covariance is singular; take more"
-            )
-    if "frechet" in metrics and (frechet := reference.frechet("pooled", device)):
-        of = frechet_jackknife(frechet, seen.moments)
-        found.append(
-            Figure(
-                f"{extractor.frechet_name}-{count}",
-                of.value,
-                of.standard_error,
-                "jackknife",
-                "lower",
-            )
-        )
-    if "spatial" in metrics and seen.spatial and (frechet := reference.frechet("spatial", device)):
-        of = frechet_jackknife(frechet, seen.spatial)
-        found.append(
-            Figure(
-                f"sFID-{count}" if fid else f"s{extractor.frechet_name}-{count}",
-                of.value,
-                of.standard_error,
-                "jackknife",
-                "lower",
-            )
-        )
+        notes += _notes_on_counts(seen, reference)
+    found += _frechet_figures(seen, reference, metrics, device)
     if "class" in metrics and seen.logits is not None:
-        spread = class_score(seen.logits.to(device), splits=min(10, seen.n))
-        found.append(
-            Figure(
-                "IS" if fid else f"class score-{extractor.name}",
-                spread.mean,
-                spread.std,
-                "between splits",
-                "higher",
-            )
-        )
-    features, balls = (
-        reference.statistics.features,
-        reference.balls(device) if "neighbours" in metrics else None,
-    )
-    if features is None and {"kid", "neighbours"} & set(metrics):
-        notes.append("no KID, Precision and Recall: the reference has neither images nor features")
-    elif features is not None and {"kid", "neighbours"} & set(metrics) and len(seen.kept) < seen.n:
-        notes.append(f"KID, Precision and Recall of {len(seen.kept):,} of the {seen.n:,} samples")
-    if (
-        features is not None
-        and {"kid", "neighbours"} & set(metrics)
-        and len(features) != reference.statistics.count
-    ):
-        notes.append(f"KID, Precision and Recall against {len(features):,} images of the reference")
-    if "kid" in metrics and features is not None:
-        fewest = min(len(seen.kept), len(features))  # subsets that are the whole would not differ
-        size = kid_subset if fewest >= kid_subset else max(2, fewest // 2)
-        spread = kernel_distance(
-            seen.kept.to(device), torch.as_tensor(features, device=device), subset_size=size
-        )
-        found.append(
-            Figure(
-                "KID" if fid else f"KD-{extractor.name}",
-                spread.mean,
-                spread.std,
-                "between subsets",
-                "lower",
-            )
-        )
+        found.append(_class_figure(seen, reference.extractor, device))
+    if {"kid", "neighbours"} & set(metrics):
+        notes += _notes_on_features(seen, reference)
+    if "kid" in metrics and reference.statistics.features is not None:
+        kid, size = _kid_figure(seen, reference, device, kid_subset)
+        found.append(kid)
         if size < kid_subset:
             notes.append(f"KID over subsets of {size:,}, not of {kid_subset:,}")
-    if balls:
-        both = precision_recall(Balls(seen.kept.to(device), name="samples"), balls)
-        of_extractor = "" if fid else f"-{extractor.name}"
-        for name, share in (("Precision", both.precision), ("Recall", both.recall)):
-            found.append(
-                Figure(name + of_extractor, share.value, share.standard_error, "binomial", "higher")
-            )
+    if "neighbours" in metrics:
+        found += _neighbour_figures(seen, reference, device)
     return found, notes
+
+
+def _notes_on_counts(seen: ExtractedFeatures, reference: Reference) -> list[str]:
+    """What to know of a Frechet distance of so many images."""
+    width, count = reference.extractor.width, reference.statistics.count
+    notes = [note for note in [bias_note(seen.n, width)] if note]
+    if count is not None and count <= width:
+        notes.append(
+            f"the reference has {count:,} images for {width:,} features: its covariance is "
+            "singular; take more"
+        )
+    return notes
+
+
+def _notes_on_features(seen: ExtractedFeatures, reference: Reference) -> list[str]:
+    """Of how many images KID, Precision and Recall are."""
+    features = reference.statistics.features
+    if features is None:
+        return ["no KID, Precision and Recall: the reference has neither images nor features"]
+    notes = []
+    if len(seen.kept) < seen.n:
+        notes.append(f"KID, Precision and Recall of {len(seen.kept):,} of the {seen.n:,} samples")
+    if len(features) != reference.statistics.count:
+        notes.append(f"KID, Precision and Recall against {len(features):,} images of the reference")
+    return notes
+
+
+def _frechet_figures(
+    seen: ExtractedFeatures, reference: Reference, metrics: Sequence[Metric], device: torch.device
+) -> list[Figure]:
+    """FID and sFID, or the distances of another network by its own name."""
+    extractor, count, found = reference.extractor, short(seen.n), list[Figure]()
+    if "frechet" in metrics and (frechet := reference.frechet("pooled", device)):
+        of = frechet_jackknife(frechet, seen.moments)
+        name = f"{extractor.frechet_name}-{count}"
+        found.append(Figure(name, of.value, of.standard_error, "jackknife", "lower"))
+    if "spatial" in metrics and seen.spatial and (frechet := reference.frechet("spatial", device)):
+        of = frechet_jackknife(frechet, seen.spatial)
+        name = f"sFID-{count}" if extractor.fid else f"s{extractor.frechet_name}-{count}"
+        found.append(Figure(name, of.value, of.standard_error, "jackknife", "lower"))
+    return found
+
+
+def _class_figure(seen: ExtractedFeatures, extractor: Extractor, device: torch.device) -> Figure:
+    """The Inception Score, or another network's."""
+    assert seen.logits is not None
+    spread = class_score(seen.logits.to(device), splits=min(10, seen.n))
+    name = "IS" if extractor.fid else f"class score-{extractor.name}"
+    return Figure(name, spread.mean, spread.std, "between splits", "higher")
+
+
+def _kid_figure(
+    seen: ExtractedFeatures, reference: Reference, device: torch.device, subset: int
+) -> tuple[Figure, int]:
+    """KID and the size of its subsets: `subset`, or half of the images where there are fewer."""
+    extractor = reference.extractor
+    features = torch.as_tensor(reference.statistics.features, device=device)
+    fewest = min(len(seen.kept), len(features))  # subsets that are the whole would not differ
+    size = subset if fewest >= subset else max(2, fewest // 2)
+    spread = kernel_distance(seen.kept.to(device), features, subset_size=size)
+    name = "KID" if extractor.fid else f"KD-{extractor.name}"
+    return Figure(name, spread.mean, spread.std, "between subsets", "lower"), size
+
+
+def _neighbour_figures(
+    seen: ExtractedFeatures, reference: Reference, device: torch.device
+) -> list[Figure]:
+    """Precision and Recall."""
+    balls = reference.balls(device)
+    if not balls:
+        return []
+    both = precision_recall(Balls(seen.kept.to(device), name="samples"), balls)
+    suffix = "" if reference.extractor.fid else f"-{reference.extractor.name}"
+    return [
+        Figure(name + suffix, share.value, share.standard_error, "binomial", "higher")
+        for name, share in (("Precision", both.precision), ("Recall", both.recall))
+    ]
 
 
 def text_figure(

@@ -228,59 +228,66 @@ def _load_hf(source: str) -> Loaded:
             _positions(model),
             _sentence_limit(transformers, source),
         ]
+    _check_hf(source, type(model).__name__, missing, tokenizer, remedy)
+    clip = isinstance(model, transformers.CLIPTextModelWithProjection)
+
+    def bind(max_tokens: int, device: torch.device) -> Encode:
+        return lambda captions: _encode_hf(model, tokenizer, captions, max_tokens, clip, device)
+
+    def count(captions: list[str], limit: int) -> list[int]:
+        tokens = tokenizer(captions, truncation=True, max_length=limit)["input_ids"]
+        return [len(ids) for ids in tokens]
+
+    # "none" is 10^30 in tokenizers
+    limit = min((n for n in limits if n and 0 < n < 10**6), default=None)
+    return type(model).__name__, model, limit, bind, count
+
+
+def _check_hf(source: str, kind: str, missing: list[str], tokenizer: Any, remedy: str) -> None:
+    """Raises DataError for an encoder that lacks weights, padding or words."""
     if missing:
-        advice = (
-            "give the whole CLIP"
-            if missing == ["text_projection.weight"]
-            else "fetch the folder anew"
-        )
+        whole = missing == ["text_projection.weight"]
+        advice = "give the whole CLIP" if whole else "fetch the folder anew"
         raise DataError(
-            f"hf:{source} lacks {len(missing)} weights of a {type(model).__name__}, the first is "
-            f"{missing[0]}; {advice}"
+            f"hf:{source} lacks {len(missing)} weights of a {kind}, the first is {missing[0]}; "
+            f"{advice}"
         )
     if tokenizer.pad_token is None:
         raise DataError(
             f"hf:{source} has no padding token; CLIP, T5 and BERT-like text encoders work"
         )
-    if len({tuple(tokenizer(words)["input_ids"]) for words in ("a cat", "two dogs")}) == 1:
+    if tokenizer("a cat")["input_ids"] == tokenizer("two dogs")["input_ids"]:
         raise DataError(
             f"hf:{source} has no tokenizer.json or other vocabulary: all words would be one; "
             f"{remedy}"
         )
-    clip = isinstance(model, transformers.CLIPTextModelWithProjection)
 
-    def bind(max_tokens: int, device: torch.device) -> Encode:
-        def encode(captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-            batch = tokenizer(
-                captions,
-                truncation=True,
-                max_length=max_tokens,
-                padding="max_length" if clip else "longest",
-                return_tensors="pt",
-            ).to(device)
-            mask = batch["attention_mask"]  # (B, T)
-            output = model(input_ids=batch["input_ids"], attention_mask=mask)
-            tokens = output.last_hidden_state  # (B, T, width)
-            if clip:
-                return tokens, output.text_embeds, mask.sum(dim=1)
-            weights = mask[..., None].float()
-            return (
-                tokens,
-                (tokens.float() * weights).sum(dim=1) / weights.sum(dim=1),
-                mask.sum(dim=1),
-            )
 
-        return encode
-
-    def count(captions: list[str], limit: int) -> list[int]:
-        return [
-            len(ids) for ids in tokenizer(captions, truncation=True, max_length=limit)["input_ids"]
-        ]
-
-    limit = min(
-        (n for n in limits if n and 0 < n < 10**6), default=None
-    )  # "none" is 10^30 in tokenizers
-    return type(model).__name__, model, limit, bind, count
+def _encode_hf(
+    model: Any,
+    tokenizer: Any,
+    captions: list[str],
+    max_tokens: int,
+    clip: bool,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (B, T, width), pooled (B, width), and each caption's number of tokens (B,)."""
+    batch = tokenizer(
+        captions,
+        truncation=True,
+        max_length=max_tokens,
+        padding="max_length" if clip else "longest",
+        return_tensors="pt",
+    ).to(device)
+    mask = batch["attention_mask"]  # (B, T)
+    output = model(input_ids=batch["input_ids"], attention_mask=mask)
+    tokens = output.last_hidden_state  # (B, T, width)
+    if clip:
+        return tokens, output.text_embeds, mask.sum(dim=1)
+    # Other encoders have no pooled output of their own: the mean of the real tokens.
+    weights = mask[..., None].float()
+    pooled = (tokens.float() * weights).sum(dim=1) / weights.sum(dim=1)
+    return tokens, pooled, mask.sum(dim=1)
 
 
 def _hf_model(transformers: Any, source: str) -> tuple[Any, list[str]]:

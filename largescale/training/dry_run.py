@@ -215,6 +215,24 @@ def print_run_directory(config: Config, ds: dict[str, Any], dataset: ShardDatase
     )
 
 
+def print_work(config: Config, work: Workload) -> None:
+    """The curriculum, the parameters and the floating-point operations."""
+    print(f"clusters: {', '.join(f'{edge:.4g}' for edge in cluster_edges(config))}")
+    if least := least_steps(config):
+        print(f"curriculum: complete after {least:,} steps or more, of {config.train.steps:,}")
+    print(f"parameters: {work.parameters:,} trainable")
+    again = ""
+    if work.flops_again:
+        again = f", {work.flops_again / 1e9:.1f} more to compute activations again"
+    per_step = (work.flops_per_image + work.flops_again) * config.train.global_batch_size
+    print(
+        f"compute: {work.flops_per_image / 1e9:.1f} GFLOP per image{again}, "
+        f"{per_step / 1e12:.3f} TFLOP per step"
+    )
+    total = per_step * config.train.steps
+    print(f"         {total / 1e18:.3f} EFLOP for {config.train.steps:,} steps")
+
+
 def dry_run(config: Config) -> int:
     world_size = env_world_size()
     validate(config, world_size)
@@ -235,7 +253,6 @@ def dry_run(config: Config) -> int:
         check_on_cpu(precision(ds), IN_TRAINING)
     micro, accumulation = batch_layout(fitted, world_size)
     work = workload(config, ds, accumulation)
-    per_step = (work.flops_per_image + work.flops_again) * config.train.global_batch_size
     print(f"ranks: {world_size} (from WORLD_SIZE; set it to see another number)")
     print(
         f"batch: {config.train.global_batch_size} = {micro} x {accumulation} accumulation steps x "
@@ -244,23 +261,7 @@ def dry_run(config: Config) -> int:
     if config.train.micro_batch_size == "auto":
         by = f"by the estimate below, on one {hardware.name}" if hardware else "if all of it fits"
         print(f"       auto: {micro} {by}; a run finds the largest for which there is memory")
-    print(f"clusters: {', '.join(f'{edge:.4g}' for edge in cluster_edges(config))}")
-    if least := least_steps(config):
-        print(f"curriculum: complete after {least:,} steps or more, of {config.train.steps:,}")
-    print(f"parameters: {work.parameters:,} trainable")
-    print(
-        f"compute: {work.flops_per_image / 1e9:.1f} GFLOP per image"
-        + (
-            f", {work.flops_again / 1e9:.1f} more to compute activations again"
-            if work.flops_again
-            else ""
-        )
-        + f", {per_step / 1e12:.3f} TFLOP per step"
-    )
-    print(
-        f"         {per_step * config.train.steps / 1e18:.3f} EFLOP for {config.train.steps:,} "
-        "steps"
-    )
+    print_work(config, work)
     if hardware and precision(ds) != "fp32":
         print_cost(Plan(work, hardware, world_size, config.train.steps, config.checkpoint.every))
     print_disk(config, work.checkpoint_bytes)

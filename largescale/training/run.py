@@ -83,15 +83,8 @@ def train_run(
             resume(checkpoint, train_step, state, log)
         log(first_line(train_step, state, dataset, precision(ds)))
         watchdog.heartbeat("start-up: telemetry")
-        with ranks.raise_on_all_ranks(
-            lambda: Telemetry(
-                config.run_dir,
-                active=ranks.rank == 0,
-                tensorboard=config.telemetry.tensorboard,
-                step=state.step,
-                steps=config.train.steps,
-            )
-        ) as telemetry:
+        telemetry = ranks.raise_on_all_ranks(lambda: open_telemetry(config, ranks, state.step))
+        with telemetry:
             recorder = Recorder(
                 config,
                 ranks,
@@ -106,14 +99,29 @@ def train_run(
                 config, ranks, dataset, train_step, state, checkpointer, recorder, identity
             )
             finished = trainer.run()
+    say_how_it_ended(config, state, checkpointer.run_dir, recorder.goodput, finished, log)
+    return 0 if finished else EXIT_REQUEUE
 
-    text = last_line(state, checkpointer.run_dir, recorder.goodput, finished)
+
+def open_telemetry(config: Config, ranks: Ranks, step: int) -> Telemetry:
+    return Telemetry(
+        config.run_dir,
+        active=ranks.rank == 0,
+        tensorboard=config.telemetry.tensorboard,
+        step=step,
+        steps=config.train.steps,
+    )
+
+
+def say_how_it_ended(
+    config: Config, state: TrainingState, run_dir: Path, goodput: Goodput, finished: bool, log: Log
+) -> None:
+    text = last_line(state, run_dir, goodput, finished)
     log(text)
     if finished and (note := ema_note(config)):
         log(f"note: {note}")
     if not finished:
         tell_torchrun(text)
-    return 0 if finished else EXIT_REQUEUE
 
 
 def run_identity(config: Config, ds: dict[str, Any], dataset: ShardDataset) -> dict[str, Any]:

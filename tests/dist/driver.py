@@ -177,7 +177,7 @@ if faults.hang or faults.freeze or faults.watch_from:  # a slow machine is not t
 
     def arrive(self: Watchdog, where: str | None = None) -> None:
         at(self, where)
-        if where == faults.watch_from:
+        if where and where == faults.watch_from:
             reached.set()
 
     def look_from_there_on(self: Watchdog) -> None:
