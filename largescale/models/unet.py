@@ -8,7 +8,8 @@ nothing.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -123,6 +124,64 @@ class UNetBlock(nn.Module):
         return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, -1, height, width)
 
 
+Level = tuple[int, int, bool]
+"""(resolution, channels, with attention?), of the image's resolution first."""
+
+
+def encoder(
+    levels: Sequence[Level],
+    num_blocks: int,
+    in_channels: int,
+    width: int,
+    block: Callable[..., UNetBlock],
+) -> tuple[nn.ModuleDict, list[int]]:
+    """The way down, and the channels of what the decoder takes from it. `width`: channels after the
+    first convolution."""
+    first = levels[0][0]
+    enc = nn.ModuleDict({f"{first}x{first}_conv": Conv2d(in_channels, width, 3)})
+    widths = [width]
+    for resolution, channels, attention in levels:
+        size = f"{resolution}x{resolution}"
+        if resolution != first:
+            enc[f"{size}_down"] = block(width, width, resample="down")
+            widths.append(width)
+        for i in range(num_blocks):
+            enc[f"{size}_block{i}"] = block(width, channels, attention=attention)
+            width = channels
+            widths.append(width)
+    return enc, widths
+
+
+def decoder(
+    levels: Sequence[Level],
+    num_blocks: int,
+    out_channels: int,
+    widths: list[int],
+    block: Callable[..., UNetBlock],
+) -> nn.ModuleDict:
+    """The way up; each block takes the encoder's last output that is left."""
+    last, width = levels[-1][0], widths[-1]
+    size = f"{last}x{last}"
+    dec = nn.ModuleDict(
+        {
+            f"{size}_in0": block(width, width, attention=True),
+            f"{size}_in1": block(width, width),
+        }
+    )
+    left = list(widths)
+    for resolution, channels, has_attention in reversed(levels):
+        size = f"{resolution}x{resolution}"
+        if resolution != last:
+            dec[f"{size}_up"] = block(width, width, resample="up")
+        for i in range(num_blocks + 1):
+            attention = has_attention and i == num_blocks
+            dec[f"{size}_block{i}"] = block(width + left.pop(), channels, attention=attention)
+            width = channels
+    dec[f"{size}_aux_norm"] = GroupNorm(width)
+    dec[f"{size}_aux_conv"] = Conv2d(width, out_channels, 3)
+    return dec
+
+
 class DDPMpp(nn.Module):
     """The raw network F of EDM's preconditioning (its eq. 7), which is the objective's."""
 
@@ -167,39 +226,13 @@ class DDPMpp(nn.Module):
         self.map_layer0 = LinearFp32(model_channels, emb)
         self.map_layer1 = LinearFp32(emb, emb)
 
-        size, width = f"{input_size}x{input_size}", model_channels
-        self.enc = nn.ModuleDict({f"{size}_conv": Conv2d(in_channels, width, 3)})
-        widths = [width]  # of what the decoder takes from the encoder
-        for resolution, mult in zip(resolutions, channel_mult, strict=True):
-            size, attention = f"{resolution}x{resolution}", resolution in attn_resolutions
-            if resolution != input_size:
-                self.enc[f"{size}_down"] = UNetBlock(width, width, emb, dropout, resample="down")
-                widths.append(width)
-            for i in range(num_blocks):
-                self.enc[f"{size}_block{i}"] = UNetBlock(
-                    width, mult * model_channels, emb, dropout, attention=attention
-                )
-                width = mult * model_channels
-                widths.append(width)
-
-        self.dec = nn.ModuleDict(
-            {
-                f"{size}_in0": UNetBlock(width, width, emb, dropout, attention=True),
-                f"{size}_in1": UNetBlock(width, width, emb, dropout),
-            }
-        )
-        for resolution, mult in reversed(list(zip(resolutions, channel_mult, strict=True))):
-            size = f"{resolution}x{resolution}"
-            if resolution != resolutions[-1]:
-                self.dec[f"{size}_up"] = UNetBlock(width, width, emb, dropout, resample="up")
-            for i in range(num_blocks + 1):
-                attention = i == num_blocks and resolution in attn_resolutions
-                self.dec[f"{size}_block{i}"] = UNetBlock(
-                    width + widths.pop(), mult * model_channels, emb, dropout, attention=attention
-                )
-                width = mult * model_channels
-        self.dec[f"{size}_aux_norm"] = GroupNorm(width)
-        self.dec[f"{size}_aux_conv"] = Conv2d(width, self.out_channels, 3)
+        levels = [
+            (resolution, mult * model_channels, resolution in attn_resolutions)
+            for resolution, mult in zip(resolutions, channel_mult, strict=True)
+        ]
+        block = partial(UNetBlock, emb_channels=emb, dropout=dropout)
+        self.enc, widths = encoder(levels, num_blocks, in_channels, model_channels, block)
+        self.dec = decoder(levels, num_blocks, self.out_channels, widths, block)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
