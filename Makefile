@@ -1,6 +1,7 @@
 # make demo        sets everything up and runs the main job on real images, on CPU
 # make demo-text   the same for text-to-image: captioned emoji
 # make test        sets everything up and runs the tests
+# make docs        builds the pages of docs/ as a site, in site/
 
 PYTHON ?= python3
 RANKS ?= 2
@@ -21,7 +22,7 @@ unexport PYTHONPATH PYTHONHOME
 # Without compiled modules every program takes four seconds more to start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-text test check clean
+.PHONY: demo demo-text test check docs clean
 
 demo:
 	@$(PYTHON) install.py demo
@@ -60,10 +61,15 @@ test: check
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check:
-	@$(PYTHON) install.py demo demo-text prep eval dev
+	@$(PYTHON) install.py demo demo-text prep eval docs dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check --quiet .
 	$(PY) -m mypy
 
+docs:
+	@$(PYTHON) install.py docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet --site-dir site
+	@echo "open site/index.html, or: $(PY) -m http.server --directory site"
+
 clean:
-	rm -rf .venv runs data/digits data/emoji data/emoji.png
+	rm -rf .venv site runs data/digits data/emoji data/emoji.png
