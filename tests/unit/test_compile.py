@@ -110,7 +110,7 @@ def test_a_failure_says_what_to_do(run_here: RunHere, monkeypatch: pytest.Monkey
         raise error  # this process has more to do
 
     monkeypatch.setattr("largescale.training.step.TrainStep.micro_step_losses", fail)
-    monkeypatch.setattr("largescale.distributed.watchdog.end_at_once", end)
+    monkeypatch.setattr("largescale.training.startup.end_at_once", end)
     run = run_here("--train.steps", 2)
     assert run.code == 2 and run.err.endswith(
         "torch.compile failed (Broken: backend='inductor' raised: the C++ compiler says no); train without it: "
