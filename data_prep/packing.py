@@ -16,7 +16,6 @@ file system only: rank 0 finishes when it finds every part done.
 import inspect
 import json
 import os
-import re
 import sys
 import time
 from collections import Counter, deque
@@ -50,8 +49,10 @@ from largescale.host.launch import (
     env_local_rank,
     env_rank,
     env_world_size,
+    local_world_size,
     printable,
 )
+from largescale.host.machine import cores
 from largescale.host.signals import serve_stop_signals, stop_requested
 from largescale.models.half_precision import check_on_cpu
 
@@ -220,7 +221,7 @@ class Packer:
 
     def pack(self) -> int:
         """This rank's parts; returns how many images were packed now."""
-        cpus, new = max(1, len(os.sched_getaffinity(0)) // _ranks_here()), 0
+        cpus, new = max(1, cores() // local_world_size(os.environ)), 0
         # On a GPU one thread; it is on GPU 0 until told, and pinning would open a context there for
         # every rank. On the CPU threads of one core each: how many cores share a sum changes its
         # last digit, and the shards' bytes.
@@ -502,12 +503,6 @@ def _ahead(pool: Executor, work: Callable[[A], B], items: Iterable[A], window: i
             yield future.result()
     while pending:
         yield pending.popleft()[0].result()
-
-
-def _ranks_here() -> int:
-    """As torchrun or srun says: '8', or '8(x2),4' for nodes that differ."""
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
-    return int(re.split(r"\D", ranks)[0])
 
 
 def _resolved(spec: str | None) -> str | None:
