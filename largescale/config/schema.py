@@ -49,9 +49,9 @@ class ModelConfig:
     mlp_ratio: Annotated[float, above(0)] = 4.0
     """Width of a block's MLP as a multiple of hidden_size."""
     num_classes: Annotated[int, at_least(0, zero_means="no labels")] = 1000
-    """Number of class labels; 0: none."""
+    """Number of class labels."""
     caption_tokens: Annotated[int, at_least(0, zero_means="no captions")] = 0
-    """Tokens that captions are padded to; 0: no captions."""
+    """Tokens that captions are padded to."""
     caption_width: Annotated[int, at_least(1)] = 768
     """Channels of a caption's token; CLIP ViT-L/14 has 768."""
     caption_pooled_width: Annotated[int, at_least(1)] = 768
@@ -114,7 +114,7 @@ class NoiseConfig:
     min_snr_gamma: Annotated[float, above(0)] = 5.0
     """Where weighting=min_snr cuts the SNR."""
     p2_gamma: Annotated[float, at_least(0, zero_means="no weighting")] = 1.0
-    """The exponent gamma of weighting=p2; 0 is no weighting."""
+    """The exponent gamma of weighting=p2."""
     p2_k: Annotated[float, at_least(0)] = 1.0
     """The constant k of weighting=p2."""
 
@@ -176,7 +176,7 @@ class OptimizerConfig:
     weight_decay: Annotated[float, at_least(0)] = 0.0
     """AdamW's decoupled weight decay."""
     clip_grad_norm: Annotated[float, at_least(0, zero_means="no clipping")] = 0.0
-    """Largest norm of the gradient; 0: no clipping."""
+    """Largest norm of the gradient."""
     ema_decay: Annotated[float, between(0, 1, closed="left")] = 0.9999
     """Decay per step of the exponential moving average of the weights."""
 
@@ -218,7 +218,7 @@ class CheckpointConfig:
     """How many of the newest of these to keep, besides the newest one that was written on a
     stop."""
     keep_every: Annotated[int, at_least(0, zero_means="none")] = 50_000
-    """Keep checkpoints at multiples of this for ever; 0: none."""
+    """Keep checkpoints at multiples of this for ever."""
 
 
 @dataclass(frozen=True)
@@ -244,13 +244,12 @@ class TelemetryConfig:
     tensorboard: bool = True
     """Whether to write TensorBoard files too."""
     reference_every: Annotated[int, at_least(0, zero_means="never")] = 5_000
-    """Steps between evaluations of the loss on a fixed set of (image, u, noise) per cluster; 0:
-    never."""
+    """Steps between evaluations of the loss on a fixed set of (image, u, noise) per cluster."""
     reference_images: Annotated[int, at_least(1)] = 16
     """Images of that fixed set, per cluster."""
     preview_every: Annotated[int, at_least(0, zero_means="never")] = 50_000
-    """Steps between sample grids; 0: never. Latents are decoded where the VAE that the data were
-    packed with is on this machine; otherwise the grid says that they are not."""
+    """Steps between sample grids. Latents are decoded where the VAE that the data were packed with
+    is on this machine; otherwise the grid says that they are not."""
     preview_images: Annotated[int, at_least(1)] = 32
     """Images of a sample grid."""
     preview_steps: Annotated[int, at_least(2)] = 50
