@@ -71,7 +71,6 @@ def noise_levels(objective: Objective, timesteps: int) -> Array:
     return torch.stack(objective.alpha_sigma(t), dim=1).numpy()
 
 
-@torch.inference_mode()
 class _Batch(NamedTuple):
     """What the pairs of noise levels share for m samples x = alpha x_l + sigma noise."""
 
@@ -103,6 +102,7 @@ def _pair(b: _Batch, alpha: float, sigma: float, alpha_q: float, sigma_q: float)
     return torch.stack([single, rest, entropy])
 
 
+@torch.inference_mode()
 def relative_entropy(
     data: Tensor,
     p: Array,
