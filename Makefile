@@ -68,7 +68,7 @@ check:
 
 docs:
 	@$(PYTHON) install.py docs
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet --site-dir site
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir site
 	@echo "open site/index.html, or: $(PY) -m http.server --directory site"
 
 clean:
