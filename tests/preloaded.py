@@ -6,9 +6,9 @@ import os
 os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # both are read at import
 
 import deepspeed
-import largescale.planning.dry_run
 import torch._dynamo  # DeepSpeed's engine loads it: half of its start
 import torch.utils.tensorboard
 import tyro
 
-import largescale.training.trainer
+import largescale.training.dry_run
+import largescale.training.run

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import subprocess
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
@@ -125,3 +126,9 @@ def test_no_folder_of_tests_is_passed_over(pytestconfig: pytest.Config) -> None:
     patterns = pytestconfig.getini("norecursedirs")
     assert folders == {"tests", "dist", "e2e", "gpu", "slurm", "unit"}
     assert [folder for folder in folders if any(fnmatch(folder, pattern) for pattern in patterns)] == []
+
+
+def test_what_ranks_are_forked_from_is_loaded() -> None:
+    """Python says nothing where it cannot be, and every rank of every test then takes seconds more to start."""
+    code = "import tests.preloaded, sys; assert {'largescale.training.trainer', 'deepspeed', 'torch._dynamo'} <= sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
