@@ -39,7 +39,7 @@ class Watchdog:
         self.where = where or self.where
         self._moved = time.monotonic()
 
-    def _heartbeat_of_any_thread(self) -> None:
+    def _heartbeat_of_main_thread(self) -> None:
         if (
             threading.current_thread() is threading.main_thread()
         ):  # not the one that writes checkpoints
@@ -57,7 +57,7 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         self.heartbeat()
-        launch.on_heartbeat = self._heartbeat_of_any_thread
+        launch.on_heartbeat = self._heartbeat_of_main_thread
         self._thread.start()
         return self
 

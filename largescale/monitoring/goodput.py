@@ -1,5 +1,5 @@
 """What becomes of a run's time, told while it runs: rank 0 keeps the record of this start (see
-starts.py)."""
+run_record.py)."""
 
 import math
 import time

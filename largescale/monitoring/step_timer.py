@@ -20,7 +20,7 @@ _ASIDE = {  # not part of a step
     "preview": "evaluation",
     "profile": "evaluation",
 }
-_KIND = {**_ASIDE, "data": "data"}  # of starts.KINDS; all else is training
+_KIND = {**_ASIDE, "data": "data"}  # of run_record.KINDS; all else is training
 
 
 class StepTimer:
@@ -39,7 +39,7 @@ class StepTimer:
         self._peak = peak and peak * ranks.world_size
         self.lifetime: dict[str, float] = defaultdict(
             float
-        )  # seconds by starts.KINDS, since this start began
+        )  # seconds by run_record.KINDS, since this start began
         self._first_step = True
         self.restart()
 

@@ -46,7 +46,7 @@ parser.add_argument("--watch-from", metavar="WHERE", help="the watch has no minu
 parser.add_argument("--other-weights", type=int, nargs=2, metavar=("STEP", "RANK"), help="one bit of a weight, on that rank")
 parser.add_argument("--out-of-memory", type=int, nargs=2, metavar=("STEP", "RANK"), help="on that rank's GPU, as it were")
 parser.add_argument("--available", type=int, nargs=2, metavar=("IMAGES", "RANK"), help="memory for so many, on that rank")
-parser.add_argument("--gpu-left", type=float, metavar="GIB", help="take all of the GPU's memory but this, and fit.py's margin")
+parser.add_argument("--gpu-left", type=float, metavar="GIB", help="take all of the GPU's memory but this, and batch_size.py's margin")
 parser.add_argument("--stop-at", type=int, help="send this process SIGTERM at the step")
 parser.add_argument("--stop-in", choices=["open_dataset", "TrainStep", "Preview", "ReferenceLoss"], help="SIGTERM in that phase")
 separator = sys.argv.index("--")
