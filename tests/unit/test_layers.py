@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import shutil
 import subprocess
 import sys
 from fnmatch import fnmatch
@@ -110,6 +111,13 @@ def test_one_door_each() -> None:
 
     assert users("deepspeed") == {"largescale.engine.deepspeed_engine", "largescale.engine.deepspeed_patches"}
     assert users("torch.distributed") == {"largescale.distributed.ranks"}
+
+
+@pytest.mark.skipif(not ((ROOT / ".git").exists() and shutil.which("git")), reason="this is no clone")
+def test_no_link_is_committed() -> None:
+    """A .venv that was a link to another clone's came along once, and `make test` passed in it."""
+    listed = subprocess.run(["git", "ls-files", "--stage"], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert listed.stdout and not [line for line in listed.stdout.splitlines() if line.startswith("120000")]
 
 
 def test_no_torch_below() -> None:
