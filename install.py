@@ -253,7 +253,7 @@ def pip_settings(env: "dict[str, str]") -> "dict[str, str]":
         stderr=subprocess.DEVNULL,
     )
     settings = {}
-    for section in ("global", "install", ":env:"):  # of which the last counts
+    for section in ("global", "install", ":env:"):  # the last of them counts
         for key, value in re.findall(rf"(?m)^{section}\.([a-z-]+)=(.*)$", said.stdout.decode()):
             settings[key] = " ".join(ast.literal_eval(value).split())
     names = {

@@ -11,7 +11,7 @@ ours has what the trainer sets.
 
 Each way lives in a process of its own and they take turns, A B C A B C, one at a time. A turn is a
 step that is not counted and --steps that are; ours takes as many more, whose time is split (apart,
-for clocks are read amid backward). A turn gives its mean, a way the median of its turns; a ratio is
+for clocks are read during backward). A turn gives its mean, a way the median of its turns; a ratio is
 the median of those between turns of the same round. Times are wall-clock, on a GPU those of its
 events; with --threads 1 the process's own time. Rows are copied to a GPU a step ahead: "data wait"
 has what is left of that. On a CPU ours has glibc keep freed memory, as train.py does.
@@ -70,7 +70,7 @@ PARTS = {
     "rows": "rows of the draws",
     "forward": "forward",
     "backward": "backward",
-    "reduce": "reduce (amid backward)",
+    "reduce": "reduce (during backward)",
     "AdamW": "AdamW",
     "EMA": "EMA",
     "optimizer": "the engine's step around them",

@@ -38,7 +38,7 @@ scontrol() { command scontrol "${@:1:$#-1}" "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_
 
 again() {
     if [ "${stages[0]}" = train ]; then
-        promising "$OUT/interval_$(printf %02d "$SLURM_ARRAY_TASK_ID")" "$1"
+        worth_another_start "$OUT/interval_$(printf %02d "$SLURM_ARRAY_TASK_ID")" "$1"
     else
         [[ $1 -eq 75 || $1 -eq 138 || $1 -eq 143 ]]
     fi

@@ -5,11 +5,11 @@
 _stop() { echo "error: $1" >&2; exit 2; }
 [ -n "${SLURM_JOB_ID:-}" ] || _stop "this is a batch script; start it with sbatch"
 
-# CONTAINER is an image for Python to run in (docs/containers.md), and says by what: a .sif, or a folder that Apptainer
-# unpacked (it holds .singularity.d), Apptainer; another folder Charliecloud; a .sqsh or docker://IMAGE pyxis. PYTHON is
-# then a path in it. The working directory is mounted, and what BIND lists: BIND=/scratch,/datasets. No shell stands
-# between srun and Python, to die of a signal or change the status: Apptainer's process passes that on, the others are
-# gone once Python runs.
+# CONTAINER is an image for Python to run in (docs/containers.md). Its form decides which program starts it: Apptainer
+# for a .sif and for a folder that Apptainer unpacked (it holds .singularity.d), Charliecloud for any other folder, pyxis
+# for a .sqsh and for docker://IMAGE. PYTHON is then a path in the image. The working directory is mounted, and every
+# folder that BIND lists: BIND=/scratch,/datasets. There is no shell between srun and Python that could die of a signal
+# or change the exit status: Apptainer's process passes both on, the others are replaced by Python.
 python=()  # what runs Python ...
 pyxis=()   # ... and srun's options for that
 if [ -z "${CONTAINER:-}" ]; then
@@ -47,12 +47,12 @@ alone() {
     [ ${#pyxis[@]} -eq 0 ] || step=(srun --overlap --nodes=1 --ntasks=1 "${pyxis[@]}")
     "${step[@]}" "${python[@]}" "$@"
 }
-# What starts once does not fail for a person to correct: later a registry or a node may.
+# Checked at the first start only: if that one works, a later failure is a registry's or a node's, not a wrong setting.
 [[ -z ${CONTAINER:-} || ${SLURM_RESTART_COUNT:-0} -gt 0 ]] || alone -c "" ||
     _stop "$PYTHON does not start in CONTAINER=$CONTAINER, see above"
 
 # Where the ranks meet: the job's first host. localhost would be another machine for the tasks of every other node.
-# The port follows from the job, so that two on one node differ; it is none that Linux hands out by itself.
+# The port follows from the job id, so that two jobs on one node differ; Linux does not hand it out by itself.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
 export MASTER_ADDR MASTER_PORT
@@ -65,14 +65,14 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # A rank that crashes outside Python says where Python was.
 export PYTHONFAULTHANDLER=1
 
-# WARN says what went wrong, and nothing otherwise. NCCL that finds no InfiniBand takes sockets without a word: look
+# WARN logs errors only. NCCL that finds no InfiniBand silently falls back to sockets: look
 # once, with NCCL_DEBUG=INFO, for "Using network" (IB or Socket) and "GPU Direct RDMA Enabled".
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # Which network the ranks find each other on is left to them. Where nodes have several, and a start hangs or ends with
 # "connection refused" or "no route to host", name the one that joins the nodes (`ip -brief address` on two of them):
 #   export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 # A collective that fails or outlasts --train.timeout-s ends its process; that is torch's default. Each rank then writes
-# its last collectives beside the log, which tells who was where: torchfrtrace FOLDER -p NAME-JOB-nccl_rank_
+# its last collectives beside the log, which shows where each rank was: torchfrtrace FOLDER -p NAME-JOB-nccl_rank_
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$PWD/$SLURM_JOB_NAME-$SLURM_JOB_ID-nccl_rank_}
@@ -80,33 +80,33 @@ export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$PWD/$SLURM_JOB_NAME-$
 # train PRESET OPTION...: the run RUN. If one rank dies, Slurm ends the others after two minutes: without --wait they
 # would hang in a collective, and --kill-on-bad-exit would kill a rank that still saves.
 train() {
-    again() { promising "$RUN" "$1"; }
+    again() { worth_another_start "$RUN" "$1"; }
     run_ranks --kill-on-bad-exit=0 --wait=120 "${python[@]}" -m largescale.train "$@"
     leave $?
 }
 
-# pack SOURCE OPTION...: data_prep.SOURCE. Ranks end when their parts are packed, hours apart. Of what goes wrong here,
-# little goes away by itself: only what was asked to stop (75) comes back.
+# pack SOURCE OPTION...: data_prep.SOURCE. Ranks end when their parts are packed, hours apart. Few errors of packing go
+# away by themselves: only a job that was asked to stop (75) is requeued.
 pack() {
     again() { [ "$1" -eq 75 ]; }
     run_ranks --kill-on-bad-exit=0 --wait=0 "${python[@]}" -m "data_prep.$1" "${@:2}"
     leave $?
 }
 
-# draw PROGRAM OPTION...: eval.PROGRAM. What was asked to stop comes back, also where a signal ended it (in the moments
-# in which it does not look: 138 is USR1, 143 TERM). The ranks meet in the file system only.
+# draw PROGRAM OPTION...: eval.PROGRAM. A job that was asked to stop is requeued, also where the signal itself ended it
+# (138 is USR1, 143 TERM; both happen before the handlers are set). The ranks coordinate only through files.
 draw() {
     # shellcheck disable=SC2317,SC2329  # _requeue calls it
     again() { [[ $1 -eq 75 || $1 -eq 138 || $1 -eq 143 ]]; }
     run_ranks --kill-on-bad-exit=0 --wait=0 "${python[@]}" -m "eval.$1" "${@:2}"
 }
 
-# promising RUN STATUS: whether a run that ended with it is worth another start. Slurm starts no step of a job that is
-# over its limit, so pyxis cannot ask Python then: the starts are counted, fruitful or not.
-promising() {
+# worth_another_start RUN STATUS: whether a run that ended with this status is requeued. Slurm starts no step of a job
+# that is over its time limit, so pyxis cannot ask Python then: the starts are counted, with or without progress.
+worth_another_start() {
     if [[ ${#pyxis[@]} -gt 0 && $_over_limit ]]; then
         [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_RESTARTS:-5}" ] || return
-        echo "asking for another start: this one outlasted its time limit" >&2
+        echo "asking for another start: this one ran past its time limit" >&2
     else
         alone -m largescale.requeue "$1" --status "$2" --max-restarts "${MAX_RESTARTS:-5}"
     fi
@@ -131,7 +131,7 @@ leave() {
 
 # Slurm requeues by itself after a node's failure, after `scontrol requeue`, and after a preemption that outlasted its
 # grace. A job that ends within the grace, before its time limit, or of itself, is over unless it asks, whatever its
-# status. One that was cancelled must not ask: it would come back.
+# status. One that was cancelled must not ask: it would be requeued.
 _requeue() {
     local _state="" _restarts="" _over_limit=""
     for _ in 1 2 3 4 5; do
@@ -139,14 +139,14 @@ _requeue() {
         sleep 15
     done
     if [ -z "$_state" ]; then
-        echo "job $SLURM_JOB_ID does not come back, Slurm does not answer; sbatch again to go on" >&2
+        echo "job $SLURM_JOB_ID is not requeued, Slurm does not answer; sbatch again to continue" >&2
         return
     fi
     # Whatever ended the job, it is COMPLETING for as long as this shell stays.
     if [[ $_state == "COMPLETING "* ]]; then
         [[ $_restarts == "${SLURM_RESTART_COUNT:-0} "* ]] || return 0  # it is requeued already
         if [[ $_state != "COMPLETING Reason=TimeLimit "* ]]; then
-            echo "job $SLURM_JOB_ID was cancelled and does not come back" >&2
+            echo "job $SLURM_JOB_ID was cancelled and is not requeued" >&2
             return
         fi
         _over_limit=yes
@@ -154,7 +154,7 @@ _requeue() {
     if again "$1"; then
         scontrol requeue "$SLURM_JOB_ID"  # "Job is pending execution": Slurm was faster
     else
-        echo "job $SLURM_JOB_ID does not come back" >&2
+        echo "job $SLURM_JOB_ID is not requeued" >&2
     fi
 }
 

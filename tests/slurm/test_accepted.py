@@ -33,7 +33,7 @@ def test_header(script: str, lab: Lab) -> None:
     ("clone", {"PYTHON": "bin/nothing"}, "error: no bin/nothing in {folder}; set PYTHON=/where/it/is"),
 ])
 def test_cannot_start(folder: str, settings: dict[str, str], said: str, lab: Lab, tmp_path: Path) -> None:
-    """Says why, and does not come back."""
+    """Says why, and is not requeued."""
     where = tmp_path if folder == "elsewhere" else ROOT
     script, log = ROOT / "slurm/pack_imagenet.sh", tmp_path / "log"
     number = lab("sbatch", "--parsable", *SMALL_JOB, f"--output={log}", script, env=settings, folder=where)

@@ -47,7 +47,7 @@ def saved_and_resumed(text: str) -> None:
 
 
 def test_preempted(lab: Lab, training: Submit, truth: Path, tmp_path: Path) -> None:
-    """With grace: it saves, asks to come back, and lets the other job have the nodes at once."""
+    """With grace: it saves, asks to be requeued, and lets the other job have the nodes at once."""
     job = training()
     job.wait_for_step(STARTED)
     began = time.monotonic()
@@ -69,7 +69,7 @@ def test_cancelled(lab: Lab, training: Submit) -> None:
     text = job.ended("CANCELLED", restarts=0)
     step = int(re.findall(r"^stopped \S+ at step (\d+)", text, re.M)[0])
     assert checkpoints(job.run)[0].step == step >= STARTED
-    assert f"job {job.id} was cancelled and does not come back" in text
+    assert f"job {job.id} was cancelled and is not requeued" in text
 
 
 def test_nothing_to_come_back_for(training: Submit, truth: Path) -> None:
@@ -231,7 +231,7 @@ def test_packing(submit: Submit, tmp_path: Path) -> None:
 
 def test_packing_that_crashes(submit: Submit, tmp_path: Path) -> None:
     job = submit("pack_coco.sh", PYTHON=python(tmp_path, "kill -9 $$"))
-    assert f"job {job.id} does not come back" in job.ended("FAILED", restarts=0)
+    assert f"job {job.id} is not requeued" in job.ended("FAILED", restarts=0)
 
 
 def test_sampling_and_scoring(submit: Submit, truth: Path, blobs: Path, tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_sampling_and_scoring(submit: Submit, truth: Path, blobs: Path, tmp_path
 
 
 def test_sampling_what_cannot_be_sampled(submit: Submit, truth: Path, tmp_path: Path) -> None:
-    """It does not come back, and nothing is scored."""
+    """It is not requeued, and nothing is scored."""
     job = submit("sample_eval.sh", "--device", "cpu", run=tmp_path / "eval", RUN=truth, OUT=tmp_path / "eval", CFG_SCALE="1.5 -1")
     text = job.ended("FAILED", restarts=0)
     assert "cfg_scale=-1.0 must be 0 or more" in text and "eval.score" not in text and job.fact("ExitCode") == "2:0"

@@ -473,7 +473,7 @@ def test_more_bad_input(study: Any, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 @pytest.mark.parametrize(("error", "status"), [(Stopped(), 75), (TrainingFailed("ended with status 1", 1), 1),
                                                (TrainingFailed("ended with status 2", 2), 2)])
 def test_the_status_of_the_training_is_passed_on(study: Any, error: Exception, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that slurm/difficulty.sh knows whether to come back."""
+    """So that slurm/difficulty.sh knows whether to be requeued."""
     def fail(run: Run, nproc: int) -> None:
         raise error
 
