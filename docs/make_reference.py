@@ -92,7 +92,7 @@ def default_text(field: dataclasses.Field[Any]) -> str:
 def rows(cls: type, prefix: str = "") -> Iterator[str]:
     """A line of a table for each field; those of nested dataclasses after their own headings."""
     hints, texts = typing.get_type_hints(cls, include_extras=True), explanations(cls)
-    yield "| option | values | default | |"
+    yield "| option | values | default | meaning |"
     yield "|---|---|---|---|"
     nested = []
     for field in dataclasses.fields(cls):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # DiT-L/2 on COCO captions at 256x256 for 2M steps, text to image. In the folder of the clone:
 #   sbatch slurm/dit_l2_coco_2m.sh
-# Its settings, and how it stops and comes back, are those of slurm/dit_l2_2m.sh.
+# Its settings, and how it stops and is requeued, are those of slurm/dit_l2_2m.sh.
 #SBATCH --job-name=dit_l2_coco_2m
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
