@@ -29,7 +29,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "imagenet256": {"num_classes": 1000},
     "coco256": {
         "num_classes": 0,
-        "caption_tokens": 77,
+        "max_caption_tokens": 77,
         "caption_width": 768,
         "caption_pooled_width": 768,
     },
@@ -176,7 +176,7 @@ def emoji() -> Config:
             input_size=32,
             in_channels=3,
             num_classes=0,
-            caption_tokens=16,
+            max_caption_tokens=16,
             caption_width=384,
             caption_pooled_width=384,
         ),

@@ -50,7 +50,7 @@ class ModelConfig:
     """Width of a block's MLP as a multiple of hidden_size."""
     num_classes: Annotated[int, at_least(0, zero_means="no labels")] = 1000
     """Number of class labels."""
-    caption_tokens: Annotated[int, at_least(0, zero_means="no captions")] = 0
+    max_caption_tokens: Annotated[int, at_least(0, zero_means="no captions")] = 0
     """Tokens that captions are padded to."""
     caption_width: Annotated[int, at_least(1)] = 768
     """Channels of a caption's token; CLIP ViT-L/14 has 768."""

@@ -21,7 +21,7 @@ FIELDS_USED_ONLY_BY: dict[tuple[str, str], tuple[str, ...]] = {
         "model.depth",
         "model.num_heads",
         "model.mlp_ratio",
-        "model.caption_tokens",
+        "model.max_caption_tokens",
         "model.caption_width",
         "model.caption_pooled_width",
         "model.null_caption",
@@ -60,7 +60,7 @@ def remarks(config: Config, classes_of_data: int) -> list[str]:
             f"model.num_classes={m.num_classes:,}, and the data have {classes_of_data:,}: the "
             f"others are never trained; to leave them out, --model.num-classes {classes_of_data}"
         )
-    if m.num_classes + m.caption_tokens and not m.class_dropout_prob:
+    if m.num_classes + m.max_caption_tokens and not m.class_dropout_prob:
         said.append(
             "model.class_dropout_prob=0: samples of this model cannot be guided; if they are to "
             "be, --model.class-dropout-prob 0.1"
@@ -137,9 +137,9 @@ def check_unused(config: Config, require: Any) -> None:
 def check_model(config: Config, require: Any) -> None:
     m = config.model
     require(
-        m.class_dropout_prob == 0 or m.num_classes + m.caption_tokens > 0,
+        m.class_dropout_prob == 0 or m.num_classes + m.max_caption_tokens > 0,
         "model.class_dropout_prob",
-        f"be 0 with model.num_classes={m.num_classes} and model.caption_tokens={m.caption_tokens}: "
+        f"be 0 with model.num_classes={m.num_classes} and model.max_caption_tokens={m.max_caption_tokens}: "
         "there is nothing to drop",
     )
     if m.architecture == "ddpmpp":
@@ -155,11 +155,11 @@ def check_model(config: Config, require: Any) -> None:
         "model.num_heads",
         f"divide model.hidden_size={m.hidden_size}",
     )
-    if m.caption_tokens:
+    if m.max_caption_tokens:
         require(
             m.num_classes == 0,
             "model.num_classes",
-            f"be 0 with captions (model.caption_tokens={m.caption_tokens})",
+            f"be 0 with captions (model.max_caption_tokens={m.max_caption_tokens})",
         )
 
 

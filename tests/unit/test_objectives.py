@@ -159,7 +159,7 @@ MISFITS = [
     ("debug", {"diffusion": DiffusionConfig("edm")}, "model.learn_sigma=True must be off with diffusion.objective=edm, which learns no variance; set --model.no-learn-sigma"),
     ("debug_edm", {"model": {"learn_sigma": True}}, "model.learn_sigma=True must be off"),
     ("debug_edm", {"model": {"patch_size": 4}}, "model.patch_size=4 must stay 2: only model.architecture=dit reads it, and this is ddpmpp"),
-    ("debug_edm", {"model": {"caption_tokens": 4}}, "model.caption_tokens=4 must stay 0"),
+    ("debug_edm", {"model": {"max_caption_tokens": 4}}, "model.max_caption_tokens=4 must stay 0"),
     ("debug_edm", {"model": {"input_size": 15}}, "model.input_size=15 must be a multiple of 2"),
     ("debug_edm", {"unet": {"attn_resolutions": (7,)}}, r"model.unet.attn_resolutions=\[7\] must be among \[16, 8\]"),
     ("debug_edm", {"unet": {"model_channels": 6}}, "model.unet.model_channels=6 must be a multiple of 32, or of 4 in a network of fewer"),
