@@ -8,7 +8,7 @@ from typing import Any
 from largescale.config.schema import Config
 from largescale.errors import ConfigError, NewerVersionError
 
-# A resumed run may not differ in these: its state, or its random draws, would not be this run's.
+# A resumed run may not differ in these: its state or its random draws would be another run's.
 FIXED_ON_RESUME = (
     "model.",
     "diffusion.",
@@ -54,6 +54,7 @@ RENAMED = {"model": {"caption_tokens": "max_caption_tokens"}}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a nested dict, each with its path such as model.depth."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
@@ -62,7 +63,8 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain JSON values, as stored beside a run's checkpoints."""
+    """A config as plain JSON values, as it is stored beside a run's checkpoints."""
+    # Through JSON, so that tuples are lists here as they are after reading.
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return plain
 
@@ -89,7 +91,8 @@ def _with_current_names(tree: dict[str, Any]) -> dict[str, Any]:
 
 def _build(cls: Any, values: dict[str, Any]) -> Any:
     """The dataclass `cls` from plain JSON values, and each dataclass inside it."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    # Ignoring a setting that this version cannot carry out would make it another run.
     if unknown := sorted(set(values) - set(fields)):
         raise NewerVersionError(
             f"{cls.__name__} has no field {unknown[0]!r}: this config was made by a newer "

@@ -166,7 +166,7 @@ MISFITS = [
     ("debug_edm", {"unet": {"model_channels": 36, "channel_mult": (1, 4)}}, "model_channels=36 must be a multiple of 32, or"),
     ("edm_ddpmpp_cifar10", {"unet": {"model_channels": 132}}, "model_channels=132 must be a multiple of 32"),
     ("debug_edm", {"unet": {"augment_dim": 5}}, "model.unet.augment_dim=5 must be 0 or 9; set --model.unet.augment-dim"),
-    ("debug_edm", {"data": {"augment": 0.1}}, "data.augment=0.1 must be 0 where the network is not told of it"),
+    ("debug_edm", {"data": {"augment": 0.1}}, "data.augment=0.1 must be 0 where the network is not given its labels"),
     ("edm_ddpmpp_cifar10", {"data": {"horizontal_flip": True}}, "data.horizontal_flip=True must be off with data.augment"),
     ("edm_ddpmpp_cifar10", {"train": {"compile": "blocks"}}, "train.compile=blocks must be model, auto or off"),
     ("debug", {"unet": {"dropout": 0.5}}, "model.unet.dropout=0.5 must stay 0.13: only model.architecture=ddpmpp reads it"),
