@@ -266,7 +266,7 @@ class Comparison:
             extractor=automatic if o.extractor == "auto" else o.extractor,
             inception_weights=o.inception_weights,
             every=o.frechet_every or self.config.checkpoint.every,
-            captions=self.data.path if self.config.model.caption_tokens else None,
+            captions=self.data.path if self.config.model.max_caption_tokens else None,
         )
 
     # ---- the work

@@ -60,7 +60,7 @@ def make_blobs(path: Path, seed: int = 0) -> Path:
     return path
 
 
-CAPTIONED = ("--model.num-classes", 0, "--model.caption-tokens", 5, "--model.caption-width", 8,
+CAPTIONED = ("--model.num-classes", 0, "--model.max-caption-tokens", 5, "--model.caption-width", 8,
              "--model.caption-pooled-width", 6)
 
 

@@ -62,7 +62,7 @@ class ValidationLoss:
             name: torch.from_numpy(values)
             for name, values in data.gather(
                 sample_indices(np.arange(n), len(data), SEED),
-                choice=np.zeros(n) if config.model.caption_tokens else None,
+                choice=np.zeros(n) if config.model.max_caption_tokens else None,
             ).items()
         }
         self._x_start = to_x_start(rows["latent"], info.kind, info.scale_factor, draws.posterior)

@@ -90,7 +90,7 @@ def make_conditions(
     of_labels = ["--labels drawn"] if labels == "drawn" else []
     of_labels += ["--classes"] if classes else []
     _check_given(model, given, of_labels)
-    if not model.caption_tokens:
+    if not model.max_caption_tokens:
         return _of_labels(trained.num_classes, n, seed, of_labels, classes)
 
     trained_with = trained.info["data_info"].get("encoders", {}).get("text")
@@ -108,7 +108,7 @@ def make_conditions(
         )
 
     def load() -> TextEncoder:
-        encoder = load_text_encoder(text_encoder, device, max_tokens=model.caption_tokens)
+        encoder = load_text_encoder(text_encoder, device, max_tokens=model.max_caption_tokens)
         if encoder.identity != trained_with:
             raise ConfigError(
                 f"--text-encoder {text_encoder} is {encoder.identity}, the model was trained with "
@@ -123,7 +123,7 @@ def make_conditions(
 
 def _check_given(model: ModelConfig, given: list[str], of_labels: list[str]) -> None:
     """Raises ConfigError for options of text without a text-to-image model, and the reverse."""
-    if not model.caption_tokens:
+    if not model.max_caption_tokens:
         if given:
             raise ConfigError(
                 f"the model was not trained on captions; leave out {' and '.join(given)}"
@@ -356,7 +356,7 @@ class OfPrompts(Conditions):
         m, each = self._model, self._encodings(self.texts(index))
         rows = {
             "caption_tokens": torch.zeros(
-                len(each), m.caption_tokens, m.caption_width, dtype=torch.float16
+                len(each), m.max_caption_tokens, m.caption_width, dtype=torch.float16
             ),
             "caption_length": torch.tensor(
                 [len(encoded.tokens) for encoded in each], dtype=torch.int64

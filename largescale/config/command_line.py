@@ -18,12 +18,13 @@ def parse_options(
     description: str | None,
     default: Options | None = None,
 ) -> Options:
-    """The fields of the dataclass `kind` as options. Exits with a message for an unknown option,
-    naming the nearest one, or a wrong type.
+    """Reads the fields of the dataclass `kind` as command-line options. Exits with a message for an
+    unknown option, naming the nearest one, or a wrong type.
 
     `args`: the command line's by default. `program`: such as "eval.sample". `description`: the
     head of --help.
     """
+    # Imported here, as a program's --help and a bad option are the only users of tyro.
     import tyro
 
     return tyro.cli(
@@ -33,35 +34,39 @@ def parse_options(
         prog=f"python -m {program}",
         description=description,
         config=(tyro.conf.AvoidSubcommands,),
-        console_outputs=env_rank() == 0,  # one rank speaks for all
+        console_outputs=env_rank() == 0,  # one rank prints for all
         registry=ranges_in_help(),
     )
 
 
 def split_at_dashes(args: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """The program's own arguments, and those after `--`, which are training's."""
+    """Splits a command line at `--` into the program's own arguments and training's."""
     given = arguments(args)
     cut = given.index("--") if "--" in given else len(given)
     return given[:cut], given[cut + 1 :]
 
 
 def run_program(action: Callable[[], int | None], remedy: str) -> int:
-    """The exit status: what `action` returns (None is 0), or that of its error, which is printed.
+    """Runs `action` and returns the exit status: what it returns (None is 0), or that of its error,
+    which is printed.
 
     `remedy`: what to do when files cannot be read or written.
     """
+    # Any other exception is a bug of ours, and keeps its traceback.
     try:
         return action() or 0
     except LargescaleError as error:
         print_error(error)
         return error.exit_status
     except OSError as error:
+        # A disk that fails is not the user's mistake, but has a remedy all the same.
         print_error(StorageError(f"{error}; {remedy}"))
         return 2
 
 
 def check_counts(options: Any, *names: str) -> None:
     """Raises ConfigError unless each of these fields is None or at least 1."""
+    # Programs other than training have no ranges on their fields.
     for name in names:
         value = getattr(options, name)
         if value is not None and value < 1:

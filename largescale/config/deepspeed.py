@@ -1,7 +1,7 @@
-"""DeepSpeed's settings: which keys the JSON owns, which the run config owns, and the two joined. No
-torch.
+"""DeepSpeed's settings: which keys the JSON owns, which the run config owns, and the two joined.
 
-A key given by both sides is an error, a key that nobody reads is an error: neither is ever ignored.
+A key given by both sides is an error, and so is a key that nobody reads: neither is ever ignored.
+This module does not import torch.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from largescale.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-# What a JSON in ds_configs/ may say: memory, precision, communication.
+# The keys that a JSON in ds_configs/ may set: memory, precision, communication.
 JSON_KEYS = (
     "zero_optimization",
     "bf16",
@@ -29,7 +29,7 @@ JSON_KEYS = (
     "memory_breakdown",
     "comms_logger",
 )
-# What the run config says, and where.
+# The keys that the run config sets, and the field that each comes from.
 CONFIG_KEYS = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -54,33 +54,55 @@ _UNSUPPORTED = (
     "elastic_checkpoint",
 )
 
+# They make DeepSpeed keep its master copies in half precision.
+_HALF_PRECISION_STATE = (
+    "bf16_master_weights_and_grads",
+    "bf16_optimizer_states",
+    "fp16_master_weights_and_grads",
+)
+
+# The folder of JSON files that come with this package
+_SHIPPED = Path(__file__).parents[2] / "ds_configs"
+
 
 def _resolve(path: str) -> Path:
-    """As given, or from the clone that this package lies in, so that a run can be started from any
-    folder."""
-    for candidate in (Path(path), Path(__file__).parents[2] / path):
+    """The file as given, or relative to the clone that this package lies in, so that a run can be
+    started from any folder."""
+    for candidate in (Path(path), _SHIPPED.parent / path):
         if candidate.is_file():
             return candidate
-    shipped = sorted(p.name for p in (Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+    shipped = sorted(file.name for file in _SHIPPED.glob("*.json"))
     raise ConfigError(
         f"train.ds_config={path} is not a file; ds_configs/ holds {', '.join(shipped)}"
     )
 
 
 def load_ds_config(path: str) -> dict[str, Any]:
-    """The JSON, checked for keys that are not its own and for settings that a run cannot be trusted
-    to."""
+    """Reads the JSON, and raises ConfigError for unknown keys and for unsafe settings."""
     try:
         ds: dict[str, Any] = json.loads(_resolve(path).read_text())
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    # Keys first: a misspelt one would read as a setting that is left out.
+    _check_keys(path, ds)
+    _check_zero(path, ds.get("zero_optimization", {}))
+    _check_numerics(path, ds)
+    precision(ds)
+    return ds
+
+
+def _check_keys(path: str, ds: dict[str, Any]) -> None:
+    """Raises ConfigError for a key that neither side knows, with the nearest one."""
+    known = [*JSON_KEYS, *CONFIG_KEYS]
     for key in ds:
-        if key not in JSON_KEYS and key not in CONFIG_KEYS:
-            near = difflib.get_close_matches(key, [*JSON_KEYS, *CONFIG_KEYS], n=1)
-            raise ConfigError(
-                f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-    zero = ds.get("zero_optimization", {})
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{path}: unknown key {key!r}{hint}")
+
+
+def _check_zero(path: str, zero: dict[str, Any]) -> None:
+    """Raises ConfigError for settings of ZeRO that checkpoints and the EMA cannot handle."""
     if zero.get("stage") != 2:
         raise ConfigError(
             f"{path}: zero_optimization.stage={zero.get('stage')} must be 2; only ZeRO-2 is "
@@ -92,11 +114,12 @@ def load_ds_config(path: str) -> dict[str, Any]:
                 f"{path}: zero_optimization.{key} is not supported: checkpoints and the EMA rely on "
                 "the plain flat partition on the device; remove it"
             )
-    for key in (
-        "bf16_master_weights_and_grads",
-        "bf16_optimizer_states",
-        "fp16_master_weights_and_grads",
-    ):
+
+
+def _check_numerics(path: str, ds: dict[str, Any]) -> None:
+    """Raises ConfigError for settings that lose small updates or let a NaN into the weights."""
+    # Master weights and moments in half precision would stop small updates from having any effect.
+    for key in _HALF_PRECISION_STATE:
         if ds.get("bf16", {}).get(key) or ds.get("fp16", {}).get(key):
             raise ConfigError(
                 f"{path}: {key} is not supported: master weights, moments and EMA are fp32; remove "
@@ -106,28 +129,32 @@ def load_ds_config(path: str) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: unknown key data_types.{unknown[0]}; DeepSpeed reads grad_accum_dtype there"
         )
+
+    # A step with a NaN is skipped only where both of these are on.
     if ds.get("bf16", {}).get("check_grad_overflow") is False:
         raise ConfigError(
             f"{path}: bf16.check_grad_overflow=false lets a NaN into the weights; remove it"
         )
-    if zero.get("compute_grad_norm") is False:
+    if ds.get("zero_optimization", {}).get("compute_grad_norm") is False:
         raise ConfigError(
             f"{path}: zero_optimization.compute_grad_norm=false lets a NaN into the weights, as "
-            "only the norm tells that there is one; remove it"
+            "only the norm shows that there is one; remove it"
         )
-    precision(ds)
-    return ds
 
 
 def precision(ds: dict[str, Any]) -> Precision:
-    enabled: list[Precision] = [p for p in ("bf16", "fp16") if ds.get(p, {}).get("enabled")]  # type: ignore[misc]
-    if len(enabled) > 1:
+    """The precision of the forward and backward pass that DeepSpeed's settings ask for."""
+    bf16 = ds.get("bf16", {}).get("enabled")
+    fp16 = ds.get("fp16", {}).get("enabled")
+    if bf16 and fp16:
         raise ConfigError("bf16 and fp16 are both enabled in the DeepSpeed config; choose one")
-    return enabled[0] if enabled else "fp32"
+    if bf16:
+        return "bf16"
+    return "fp16" if fp16 else "fp32"
 
 
 def final_ds_config(config: Config, world_size: int) -> dict[str, Any]:
-    """What DeepSpeed is given: the JSON, and the run config's own keys."""
+    """The settings that DeepSpeed is started with: the JSON's keys and the run config's."""
     ds = load_ds_config(config.train.ds_config)
     micro, accumulation = batch_layout(config, world_size)
     own = {
@@ -138,12 +165,13 @@ def final_ds_config(config: Config, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
+
+    # A setting with two owners would have two values one day, and one of them would be ignored.
     for key, owner in CONFIG_KEYS.items():
         if key in ds:
+            now = f", now {own[key]!r}" if key in own else ""
             raise ConfigError(
                 f"{config.train.ds_config} sets {key}={ds[key]!r}, but it is owned by the run "
-                f"config ({owner}"
-                + (f", now {own[key]!r}" if key in own else "")
-                + "); remove it from the JSON"
+                f"config ({owner}{now}); remove it from the JSON"
             )
     return {**ds, **own}

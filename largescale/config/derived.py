@@ -1,5 +1,6 @@
 """What follows from a config alone: the batch's layout and the curriculum."""
 
+import bisect
 import inspect
 import math
 from collections.abc import Callable
@@ -19,23 +20,28 @@ from largescale.registry import look_up
 
 def batch_layout(config: Config, world_size: int) -> tuple[int, int]:
     """(micro_batch_size, grad_accum_steps), with global_batch_size = micro_batch_size *
-    grad_accum_steps * world_size. "auto", until `fit` has found a number for it, stands for the
-    largest: a rank's whole share."""
+    grad_accum_steps * world_size. "auto" stands for the largest, a rank's complete share, until a
+    number has been found for it."""
     total = config.train.global_batch_size
+    # Ranks of unequal shares would need weights in the mean over ranks.
     if total % world_size:
-        works = [n for n in range(1, total + 1) if total % n == 0]
-        near = [n for n in works if n < world_size][-1:] + [n for n in works if n > world_size][:1]
+        divisors = _divisors(total)
+        above = bisect.bisect(divisors, world_size)
+        near = divisors[above - 1 : above + 1]
         raise ConfigError(
             f"global_batch_size={total} is not a multiple of world_size={world_size}; "
             f"start {' or '.join(map(str, near))} ranks, "
             f"or try --train.global-batch-size {math.ceil(total / world_size) * world_size}"
         )
+
+    # A rank's share is cut into micro batches of one size.
+    share = total // world_size
     micro = config.train.micro_batch_size
     if micro is None or micro == "auto":
-        micro = total // world_size
+        micro = share
     if total % (micro * world_size):
-        share = total // world_size
-        fits = max(n for n in range(1, micro + 1) if share % n == 0)
+        divisors = _divisors(share)
+        fits = divisors[bisect.bisect(divisors, micro) - 1]
         raise ConfigError(
             f"global_batch_size={total} is not a multiple of "
             f"micro_batch_size*world_size={micro * world_size} ({micro}*{world_size}); try "
@@ -44,7 +50,12 @@ def batch_layout(config: Config, world_size: int) -> tuple[int, int]:
     return micro, total // (micro * world_size)
 
 
+def _divisors(total: int) -> list[int]:
+    return [n for n in range(1, total + 1) if total % n == 0]
+
+
 def make_curriculum(config: Config) -> Curriculum:
+    """The curriculum of a run, at its start."""
     c = config.curriculum
     return Curriculum(
         cluster_edges(config),
@@ -56,22 +67,25 @@ def make_curriculum(config: Config) -> Curriculum:
 
 
 def least_steps(config: Config) -> int:
-    """Until the curriculum is complete: every stage at its shortest."""
+    """Steps until the curriculum is complete, if every stage is as short as it can be."""
     return config.curriculum.n_clusters * pacing(config).shortest_stage
 
 
 def pacing(config: Config) -> Pacing:
-    c = config.curriculum
-    rule = look_up(PACINGS, c.pacing, "curriculum.pacing")
-    return rule(**{name: getattr(c, name) for name in pacing_settings(c.pacing)})
+    """The pacing rule of a run, with its settings."""
+    name = config.curriculum.pacing
+    rule = look_up(PACINGS, name, "curriculum.pacing")
+    return rule(**{field: getattr(config.curriculum, field) for field in pacing_settings(name)})
 
 
 def pacing_settings(name: str) -> list[str]:
-    """What a pacing rule is made with: fields of `CurriculumConfig`, by their own names."""
+    """The fields of `CurriculumConfig` that a pacing rule is made with."""
+    # A rule names its settings as the config does, so that a new one needs no entry anywhere else.
     return list(inspect.signature(look_up(PACINGS, name, "curriculum.pacing")).parameters)
 
 
 def cluster_edges(config: Config) -> tuple[float, ...]:
+    """The edges of the clusters: N + 1 noise levels from 0 to 1."""
     return look_up(CLUSTERS, config.curriculum.clusters, "curriculum.clusters")(config)
 
 
@@ -81,13 +95,15 @@ def _uniform_edges(config: Config) -> tuple[float, ...]:
 
 def _snr_edges(config: Config) -> tuple[float, ...]:
     """Edges at the SNR that the uniform ones have under the cosine schedule."""
-    own, cosine = (
-        noise_schedule.log_snr(noise_schedule.make_betas(name, config.diffusion.timesteps))
-        for name in (config.diffusion.schedule, "cosine")
+    timesteps = config.diffusion.timesteps
+    own = noise_schedule.make_betas(config.diffusion.schedule, timesteps)
+    cosine = noise_schedule.make_betas("cosine", timesteps)
+    return snr_clusters(
+        config.curriculum.n_clusters, noise_schedule.log_snr(own), noise_schedule.log_snr(cosine)
     )
-    return snr_clusters(config.curriculum.n_clusters, own, cosine)
 
 
+# The values of curriculum.clusters
 CLUSTERS: dict[str, Callable[[Config], tuple[float, ...]]] = {
     "uniform": _uniform_edges,
     "snr": _snr_edges,

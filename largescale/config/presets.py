@@ -1,5 +1,4 @@
-"""Recipes by name. `python -m largescale.train NAME` starts one; every field can be overridden
-there."""
+"""Recipes by name. `python -m largescale.train NAME` starts one, and overrides any field of it."""
 
 import dataclasses
 import difflib
@@ -24,12 +23,13 @@ from largescale.errors import ConfigError
 # hidden_size, depth, num_heads (table 1 of arXiv:2212.09748)
 DIT_SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
 
-# What a model is told, by data set. CLIP ViT-L/14 has 77 tokens of 768 channels, and 768 pooled.
+# What a model is conditioned on, by data set. CLIP ViT-L/14 has 77 tokens of 768 channels, and a
+# pooled vector of 768.
 CONDITIONS: dict[str, dict[str, Any]] = {
     "imagenet256": {"num_classes": 1000},
     "coco256": {
         "num_classes": 0,
-        "caption_tokens": 77,
+        "max_caption_tokens": 77,
         "caption_width": 768,
         "caption_pooled_width": 768,
     },
@@ -37,8 +37,9 @@ CONDITIONS: dict[str, dict[str, Any]] = {
 }
 
 
-# The paper's iterations.
+# The paper's iterations by data set. Its headline models train for HEADLINE_STEPS.
 STEPS = {"imagenet256": 400_000, "coco256": 400_000, "ffhq256": 100_000}
+HEADLINE_STEPS = 2_000_000
 
 
 def dit(size: str, patch_size: int, data: str, steps: int | None = None) -> Config:
@@ -47,7 +48,8 @@ def dit(size: str, patch_size: int, data: str, steps: int | None = None) -> Conf
     schedule. Not the paper's: bf16 (it trained in fp32), and DiT-XL, which it does not train and
     which gets DiT-L's tau_max."""
     hidden_size, depth, num_heads = DIT_SIZES[size]
-    unconditional = data == "ffhq256"  # nothing to guide a preview with
+    # An unconditional model has nothing to guide a preview with.
+    preview_cfg_scale = 1.0 if data == "ffhq256" else 1.5
     return Config(
         name=f"dit_{size}{patch_size}_{data}",
         model=ModelConfig(
@@ -60,7 +62,7 @@ def dit(size: str, patch_size: int, data: str, steps: int | None = None) -> Conf
         curriculum=CurriculumConfig(patience=400 if size in ("l", "xl") else 200),
         data=DataConfig(path=f"data/{data}"),
         train=TrainConfig(steps=steps or STEPS[data]),
-        telemetry=TelemetryConfig(preview_cfg_scale=1.0) if unconditional else TelemetryConfig(),
+        telemetry=TelemetryConfig(preview_cfg_scale=preview_cfg_scale),
     )
 
 
@@ -68,6 +70,7 @@ def linear(size: str, data: str, steps: int | None = None) -> Config:
     """The paper's linear variant: betas from 1e-4 to 0.02, and clusters at the SNRs of the cosine
     schedule's."""
     cosine = dit(size, 2, data, steps)
+    # Equal shares of the linear schedule's timesteps would be other noise levels than the paper's.
     return dataclasses.replace(
         cosine,
         name=f"{cosine.name}_linear",
@@ -93,6 +96,7 @@ def edm(data: str) -> Config:
     1e-3 and 2e-4 after a warm-up, an EMA of half a million images, and 512 images a batch on
     CIFAR-10."""
     faces = data == "ffhq64"
+    # Where two values stand here, the first is EDM's for FFHQ, the second its for CIFAR-10.
     return Config(
         name=f"edm_ddpmpp_{data}",
         model=ModelConfig(
@@ -132,8 +136,7 @@ def digits() -> Config:
         ),
         curriculum=CurriculumConfig(n_clusters=5, patience=10),
         data=DataConfig(path="data/digits", horizontal_flip=False),
-        # An EMA of 0.999 would still hold 9 % of the untrained weights after these steps (0.997:
-        # 0.07 %).
+        # With 0.999 the EMA would still hold 9 % of the untrained weights at the end; 0.07 % now.
         optimizer=OptimizerConfig(lr=2e-3, ema_decay=0.997),
         train=TrainConfig(
             steps=2_400, global_batch_size=128, ds_config="ds_configs/zero2_fp32.json", device="cpu"
@@ -176,12 +179,13 @@ def emoji() -> Config:
             input_size=32,
             in_channels=3,
             num_classes=0,
-            caption_tokens=16,
+            max_caption_tokens=16,
             caption_width=384,
             caption_pooled_width=384,
         ),
         data=DataConfig(path="data/emoji", horizontal_flip=False),
-        # The norm is 0.1. Without a limit a run with batches of 32 diverged at step 3,300.
+        # The gradient's norm is about 0.1. Without a limit, a run with batches of 32 diverged at
+        # step 3,300.
         optimizer=dataclasses.replace(base.optimizer, clip_grad_norm=1.0),
         train=dataclasses.replace(base.train, steps=2_000, global_batch_size=64),
     )
@@ -219,18 +223,20 @@ def debug() -> Config:
 
 
 def as_sit(config: Config) -> Config:
+    """The same recipe with the objective flow."""
     return dataclasses.replace(
         config, name=f"{config.name}_sit", diffusion=DiffusionConfig(objective="flow")
     )
 
 
 def as_edm(config: Config, unet: UNetConfig) -> Config:
-    m = config.model
+    """The same recipe with the objective edm and a U-Net."""
+    # DiT's fields have to return to their defaults, so only what describes the data is kept.
     model = ModelConfig(
         architecture="ddpmpp",
-        input_size=m.input_size,
-        in_channels=m.in_channels,
-        num_classes=m.num_classes,
+        input_size=config.model.input_size,
+        in_channels=config.model.in_channels,
+        num_classes=config.model.num_classes,
         learn_sigma=False,
         unet=unet,
     )
@@ -239,53 +245,67 @@ def as_edm(config: Config, unet: UNetConfig) -> Config:
     )
 
 
-PRESETS: dict[str, Callable[[], Config]] = {
-    **{
-        f"dit_{size}{patch_size}_imagenet256": partial(dit, size, patch_size, "imagenet256")
-        for size in DIT_SIZES
-        for patch_size in (2, 4, 8)
-    },
-    **{
-        f"dit_{size}2_{data}": partial(dit, size, 2, data)
-        for size in "sbl"
-        for data in ("coco256", "ffhq256")
-    },
-    "dit_l2_imagenet256": partial(dit, "l", 2, "imagenet256", 2_000_000),  # the headline run
-    "dit_l2_coco256": partial(dit, "l", 2, "coco256", 2_000_000),
-    **{
-        f"dit_{size}2_{data}_linear": partial(linear, size, data)
-        for size in "sbl"
-        for data in STEPS
-    },
-    "dit_l2_imagenet256_linear": partial(linear, "l", "imagenet256", 2_000_000),
-    "dit_l2_coco256_linear": partial(linear, "l", "coco256", 2_000_000),
-    **{f"sit_b2_{data}": partial(sit, "b", data) for data in ("imagenet256", "ffhq256")},
-    **{f"edm_ddpmpp_{data}": partial(edm, data) for data in ("cifar10", "ffhq64")},
-    "demo": demo,
-    "digits": digits,
-    "emoji": emoji,
-    "digits_sit": lambda: as_sit(digits()),
-    "digits_edm": lambda: as_edm(digits(), UNetConfig(16, (1, 2), 2, (8,), dropout=0.0)),
-    "debug": debug,
-    "debug_sit": lambda: as_sit(debug()),
-    "debug_edm": lambda: as_edm(debug(), UNetConfig(16, (1, 2), 1, (8,), dropout=0.1)),
-}
+def _presets() -> dict[str, Callable[[], Config]]:
+    """Every recipe by its name, in the order in which --help lists them."""
+    presets: dict[str, Callable[[], Config]] = {}
+
+    # DiT with the cosine schedule: every patch size on ImageNet, patches of 2 elsewhere.
+    for size in DIT_SIZES:
+        for patch_size in (2, 4, 8):
+            name = f"dit_{size}{patch_size}_imagenet256"
+            presets[name] = partial(dit, size, patch_size, "imagenet256")
+    for size in "sbl":
+        for data in ("coco256", "ffhq256"):
+            presets[f"dit_{size}2_{data}"] = partial(dit, size, 2, data)
+    presets["dit_l2_imagenet256"] = partial(dit, "l", 2, "imagenet256", HEADLINE_STEPS)
+    presets["dit_l2_coco256"] = partial(dit, "l", 2, "coco256", HEADLINE_STEPS)
+
+    # DiT with the linear schedule
+    for size in "sbl":
+        for data in STEPS:
+            presets[f"dit_{size}2_{data}_linear"] = partial(linear, size, data)
+    for data in ("imagenet256", "coco256"):
+        presets[f"dit_l2_{data}_linear"] = partial(linear, "l", data, HEADLINE_STEPS)
+
+    # the other objectives
+    for data in ("imagenet256", "ffhq256"):
+        presets[f"sit_b2_{data}"] = partial(sit, "b", data)
+    for data in ("cifar10", "ffhq64"):
+        presets[f"edm_ddpmpp_{data}"] = partial(edm, data)
+
+    # what a laptop trains in seconds or minutes
+    presets |= {
+        "demo": demo,
+        "digits": digits,
+        "emoji": emoji,
+        "digits_sit": lambda: as_sit(digits()),
+        "digits_edm": lambda: as_edm(digits(), UNetConfig(16, (1, 2), 2, (8,), dropout=0.0)),
+        "debug": debug,
+        "debug_sit": lambda: as_sit(debug()),
+        "debug_edm": lambda: as_edm(debug(), UNetConfig(16, (1, 2), 1, (8,), dropout=0.1)),
+    }
+    return presets
+
+
+PRESETS = _presets()
 
 
 def find_preset(name: str) -> Config:
-    """Raises ConfigError with the preset that the name may stand for: one with all of its parts, or
-    one spelt alike."""
+    """The recipe of that name. Raises ConfigError, with the preset that an unknown name may stand
+    for: one with all of its parts, or one spelt alike."""
     if name in PRESETS:
         return PRESETS[name]()
-
-    def has(known: str, part: str) -> bool:
-        return any(word.startswith(part) for word in known.split("_"))
-
-    whole = [
-        known for known in PRESETS if all(has(known, part) for part in name.lower().split("_"))
-    ]
-    near = whole or difflib.get_close_matches(name.lower(), PRESETS, n=1)
+    parts = name.lower().split("_")
+    near = [known for known in PRESETS if _has_parts(known, parts)]
+    near = near or difflib.get_close_matches(name.lower(), PRESETS, n=1)
     meant = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(
         f"unknown preset {name!r}; {meant}python -m largescale.train --help lists them"
     )
+
+
+def _has_parts(preset: str, parts: list[str]) -> bool:
+    """Whether each part starts a word of the preset's name: l2 and imagenet, of
+    dit_l2_imagenet256."""
+    # An underscore starts each word, and stands in no part.
+    return all(f"_{part}" in f"_{preset}" for part in parts)

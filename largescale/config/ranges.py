@@ -24,8 +24,8 @@ class Range:
     holds: Callable[[float], bool]
 
     def violation(self, value: Any) -> str:
-        """What the value must be and is not; empty where it is. What is no number, as "auto", is
-        fine."""
+        """The part of the range that the value violates; empty where it is inside. What is not a
+        number, such as "auto", is always inside."""
         for number in value if isinstance(value, tuple) else (value,):
             if not isinstance(number, int | float):
                 continue
@@ -61,7 +61,7 @@ def one_of(*values: int) -> Range:
 
 
 def range_of(annotation: Any) -> Range | None:
-    """That a field's annotation states."""
+    """The range that a field's annotation states, if any."""
     for note in getattr(annotation, "__metadata__", ()):
         if isinstance(note, Range):
             return note
@@ -69,7 +69,7 @@ def range_of(annotation: Any) -> Range | None:
 
 
 def ranges_in_help() -> "ConstructorRegistry":
-    """For tyro.cli: --help says each field's range."""
+    """A registry for tyro.cli that shows each field's range in --help."""
     from tyro.constructors import ConstructorRegistry
 
     registry = ConstructorRegistry()
@@ -77,8 +77,9 @@ def ranges_in_help() -> "ConstructorRegistry":
 
     @registry.struct_rule
     def show_ranges(info: "StructTypeInfo") -> "StructConstructorSpec | None":
-        # tyro asks this rule first; its own rules answer when this one asks tyro.
         nonlocal inside
+        # tyro asks this rule first. Where this rule asks tyro in turn, it has to decline, so that
+        # tyro's own rules answer.
         if inside or not dataclasses.is_dataclass(info.type):
             return None
         inside = True
@@ -92,10 +93,10 @@ def ranges_in_help() -> "ConstructorRegistry":
 
 
 def with_range(field: "StructFieldSpec") -> "StructFieldSpec":
-    """Its help in one paragraph, with its range after it."""
-
+    """The field with its help text as one paragraph that ends with its range."""
     stated = range_of(field.type)
 
+    # tyro computes help texts only when they are shown, so this does too.
     def help_text() -> str:
         text = field.helptext() if callable(field.helptext) else field.helptext
         must = f"Must be {stated.text}." if stated else ""
@@ -103,5 +104,5 @@ def with_range(field: "StructFieldSpec") -> "StructFieldSpec":
 
     kind: Any = field.type
     if stated is not None:
-        kind = get_args(kind)[0]  # without its notes tyro is faster
+        kind = get_args(kind)[0]  # tyro is faster without the annotations
     return dataclasses.replace(field, type=kind, helptext=help_text)

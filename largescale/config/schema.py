@@ -1,5 +1,5 @@
-"""What a run is: frozen dataclasses, each number with its range. The rules between fields:
-`validation`. No torch."""
+"""What a run is: frozen dataclasses, each number with its range. `validation` has the rules between
+fields. This module does not import torch."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ class UNetConfig:
     """Resolutions (sides in pixels) whose blocks have self-attention."""
     dropout: Annotated[float, between(0, 1, closed="left")] = 0.13
     """Probability that an activation is dropped. The masks follow from (seed, step, rank, micro
-    step): with another micro batch or number of ranks a run goes on with other masks."""
+    step): with another micro batch or number of ranks a run continues with other masks."""
     augment_dim: Annotated[int, one_of(0, 9)] = 0
     """9: the network is given the nine labels of data.augment; 0: it is not."""
 
@@ -38,6 +38,7 @@ class ModelConfig:
     """Height and width of the images or latents."""
     in_channels: Annotated[int, at_least(1)] = 4
     """Channels of the images or latents."""
+    # DiT's sizes
     patch_size: Annotated[int, at_least(1)] = 2
     """Side of the patches that become DiT's tokens."""
     hidden_size: Annotated[int, at_least(1)] = 1024
@@ -48,14 +49,15 @@ class ModelConfig:
     """Attention heads of each block."""
     mlp_ratio: Annotated[float, above(0)] = 4.0
     """Width of a block's MLP as a multiple of hidden_size."""
+    # What the model is conditioned on: labels, captions, or nothing.
     num_classes: Annotated[int, at_least(0, zero_means="no labels")] = 1000
     """Number of class labels."""
-    caption_tokens: Annotated[int, at_least(0, zero_means="no captions")] = 0
-    """Tokens that captions are padded to."""
+    max_caption_tokens: Annotated[int, at_least(0, zero_means="no captions")] = 0
+    """Tokens that captions are padded to, and so the most that one may have."""
     caption_width: Annotated[int, at_least(1)] = 768
     """Channels of a caption's token; CLIP ViT-L/14 has 768."""
     caption_pooled_width: Annotated[int, at_least(1)] = 768
-    """Channels of the vector that stands for a whole caption."""
+    """Channels of the vector that stands for a complete caption."""
     null_caption: Literal["encoded", "learned"] = "encoded"
     """What stands for a dropped caption: the encoding of the empty caption, or learned values."""
     class_dropout_prob: Annotated[float, between(0, 1, closed="left")] = 0.1
@@ -83,6 +85,7 @@ class DiffusionConfig:
     interpolant: Literal["linear", "gvp"] = "linear"
     """How the objective flow mixes: linear is x_t = (1 - u) x_start + u noise, gvp the same by
     cosine and sine."""
+    # EDM's noise levels (table 1 of arXiv:2206.00364)
     p_mean: Annotated[float, ANY_NUMBER] = -1.2
     """Mean of ln(sigma) in training, for the objective edm."""
     p_std: Annotated[float, above(0)] = 1.2
@@ -167,6 +170,7 @@ class OptimizerConfig:
     """The implementation of AdamW. torch: torch.optim.AdamW, fused. apex: NVIDIA apex's FusedAdam.
     deepspeed: DeepSpeed's own, which it compiles at the first start. auto: apex on a GPU where it
     is installed, else torch."""
+    # DiT's, and so the paper's: no warm-up, no decay.
     lr: Annotated[float, above(0)] = 1e-4
     """Learning rate, constant."""
     betas: Annotated[tuple[float, float], between(0, 1, closed="left")] = (0.9, 0.999)
@@ -184,17 +188,17 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     steps: Annotated[int, at_least(1)] = 400_000
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the run."""
     global_batch_size: Annotated[int, at_least(1)] = 256
     """Images of an optimizer step, over all ranks and accumulation steps."""
     micro_batch_size: Annotated[int | Literal["auto"] | None, at_least(1)] = None
-    """Images that a rank takes through one forward and backward pass; by default its whole share of
-    the global batch. auto: the largest part of it for which there is memory."""
+    """Images that a rank takes through one forward and backward pass; by default its complete share
+    of the global batch. auto: the largest part of it for which there is memory."""
     activation_checkpointing: bool = False
     """Keep only each block's input, and compute the rest again in the backward pass: less memory, a
     third more work."""
     compile: Literal["auto", "off", "blocks", "model"] = "auto"
-    """What torch.compile compiles: each block or the whole model. auto: blocks on a GPU with a
+    """What torch.compile compiles: each block or the complete model. auto: blocks on a GPU with a
     compiler, off on a CPU."""
     threads: Annotated[int | None, at_least(1)] = None
     """Threads of each rank on a CPU; by default $OMP_NUM_THREADS, or this machine's cores shared
@@ -234,7 +238,7 @@ class AnomalyConfig:
     spike_factor: Annotated[float, above(1)] = 3.0
     """A loss leaps if it is above this many times the running geometric mean of its stage."""
     max_skips: Annotated[int, at_least(0)] = 3
-    """How many windows of inputs may be left out in the whole run before it stops after all."""
+    """How many windows of inputs may be left out in a run before it stops after all."""
 
 
 @dataclass(frozen=True)
@@ -272,6 +276,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    # How this start of the run is carried out: none of these changes what is computed.
     output: str | None = None
     """The run directory; by default runs/NAME."""
     dry_run: bool = False

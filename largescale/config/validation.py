@@ -1,6 +1,9 @@
 """What a config may hold: numbers in the ranges that their fields state, and the rules between
-fields. What cannot be right, or is another architecture's or objective's, is an error before
-anything is started."""
+fields.
+
+What cannot be right, or belongs to another architecture or objective, is an error before anything
+is started.
+"""
 
 import dataclasses
 import math
@@ -12,7 +15,7 @@ from largescale.config.schema import Config, ModelConfig, UNetConfig
 from largescale.config.serialise import flatten, to_dict
 from largescale.errors import ConfigError
 
-# Fields that only one architecture, objective or way of training reads: anywhere else, another
+# Fields that only one architecture, objective or way of training reads. Anywhere else, another
 # value than the default is a mistake, not a setting.
 FIELDS_USED_ONLY_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("model.architecture", "dit"): (
@@ -21,7 +24,7 @@ FIELDS_USED_ONLY_BY: dict[tuple[str, str], tuple[str, ...]] = {
         "model.depth",
         "model.num_heads",
         "model.mlp_ratio",
-        "model.caption_tokens",
+        "model.max_caption_tokens",
         "model.caption_width",
         "model.caption_pooled_width",
         "model.null_caption",
@@ -42,8 +45,10 @@ FIELDS_USED_ONLY_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("noise.weighting", "min_snr"): ("noise.min_snr_gamma",),
     ("noise.weighting", "p2"): ("noise.p2_gamma", "noise.p2_k"),
 }
-SAMPLED_STEPS_AT_MOST = 1000  # of a preview
-FORGOTTEN = 0.01  # an EMA's share of the untrained weights that is not worth a word
+# Sampling steps of a preview, where the objective has no timesteps that bound them.
+MAX_PREVIEW_STEPS = 1000
+# The share of untrained weights in an EMA below which nothing is reported.
+NEGLIGIBLE_SHARE = 0.01
 
 
 def cli_flag(key: str) -> str:
@@ -51,51 +56,59 @@ def cli_flag(key: str) -> str:
 
 
 def remarks(config: Config, classes_of_data: int) -> list[str]:
-    """What is allowed, and better known before the work than after it. `classes_of_data`: 0 where
-    none or unknown."""
+    """Notes on settings that are allowed, but may not be meant. `classes_of_data`: 0 where there
+    are none, or where it is unknown."""
     m = config.model
-    said = []
+    notes = []
     if 0 < classes_of_data < m.num_classes:
-        said.append(
+        notes.append(
             f"model.num_classes={m.num_classes:,}, and the data have {classes_of_data:,}: the "
             f"others are never trained; to leave them out, --model.num-classes {classes_of_data}"
         )
-    if m.num_classes + m.caption_tokens and not m.class_dropout_prob:
-        said.append(
+    if m.num_classes + m.max_caption_tokens and not m.class_dropout_prob:
+        notes.append(
             "model.class_dropout_prob=0: samples of this model cannot be guided; if they are to "
             "be, --model.class-dropout-prob 0.1"
         )
     if (least := least_steps(config)) > config.train.steps:
-        settings = [
-            cli_flag(f"curriculum.{name}") for name in pacing_settings(config.curriculum.pacing)
-        ]
-        said.append(
+        settings = pacing_settings(config.curriculum.pacing)
+        flags = [cli_flag(f"curriculum.{name}") for name in settings]
+        notes.append(
             f"train.steps={config.train.steps:,} end before the curriculum does, which takes at "
             f"least {least:,} steps: some noise levels are never trained; raise --train.steps, or "
-            f"lower {' or '.join(settings)}"
+            f"lower {' or '.join(flags)}"
         )
-    return [*said, *filter(None, [ema_note(config)])]
+    if note := ema_note(config):
+        notes.append(note)
+    return notes
 
 
 def ema_note(config: Config, step: int | None = None) -> str:
-    """What to know of the EMA at a step, by default the last; empty where it has forgotten the
-    untrained weights."""
-    decay, steps = config.optimizer.ema_decay, config.train.steps
+    """A note on the share of untrained weights in the EMA at a step, by default the last; empty
+    where that share is negligible."""
+    decay = config.optimizer.ema_decay
+    steps = config.train.steps
     at = steps if step is None else step
-    if (left := decay**at) < FORGOTTEN:
+
+    # The EMA starts as a copy of the untrained weights, and each step leaves `decay` of them.
+    share = decay**at
+    if share < NEGLIGIBLE_SHARE:
         return ""
-    forgets = math.ceil(math.log(FORGOTTEN) / math.log(decay)) if decay else 1
-    remedy = (
-        f"from step {forgets:,} on it is below {FORGOTTEN:.0%}"
-        if forgets <= steps
-        else f"ema_decay={decay} is for longer runs, for {steps:,} steps try "
-        f"--optimizer.ema-decay {max(0.0, 1 - 10 / steps):.4g}"
-    )
-    return f"The EMA still holds {left:.0%} of the untrained weights at step {at:,}: {remedy}."
+    forgets = math.ceil(math.log(NEGLIGIBLE_SHARE) / math.log(decay)) if decay else 1
+    if forgets <= steps:
+        remedy = f"from step {forgets:,} on it is below {NEGLIGIBLE_SHARE:.0%}"
+    else:
+        # A memory of a tenth of the run leaves exp(-10), less than 0.01 %.
+        remedy = (
+            f"ema_decay={decay} is for longer runs, for {steps:,} steps try "
+            f"--optimizer.ema-decay {max(0.0, 1 - 10 / steps):.4g}"
+        )
+    return f"The EMA still holds {share:.0%} of the untrained weights at step {at:,}: {remedy}."
 
 
 def validate(config: Config, world_size: int) -> None:
-    """Raises ConfigError for what cannot be right."""
+    """Raises ConfigError for settings that cannot be right."""
+    # Ranges first: the checks after them divide by these numbers.
     check_ranges(config)
     batch_layout(config, world_size)
     values = dict(flatten(to_dict(config)))
@@ -103,8 +116,9 @@ def validate(config: Config, world_size: int) -> None:
     def require(ok: bool, key: str, must: str, remedy: str = "") -> None:
         if not ok:
             section, _, field = key.rpartition(".")
-            on = values[key] is True
-            remedy = remedy or f"set {cli_flag(f'{section}.no_{field}' if on else key)}"
+            # A switch that is on is set off by its --no- form.
+            flag = cli_flag(f"{section}.no_{field}" if values[key] is True else key)
+            remedy = remedy or f"set {flag}"
             raise ConfigError(f"{key}={values[key]} must {must}; {remedy}")
 
     for check in (check_unused, check_model, check_objective, check_curriculum, check_the_rest):
@@ -122,9 +136,13 @@ def check_ranges(settings: Any, section: str = "") -> None:
 
 
 def check_unused(config: Config, require: Any) -> None:
-    values, defaults = (dict(flatten(to_dict(c))) for c in (config, Config("")))
+    """A field that nothing reads here has to stay at its default."""
+    values = dict(flatten(to_dict(config)))
+    defaults = dict(flatten(to_dict(Config(""))))
     for (choice, wanted), keys in FIELDS_USED_ONLY_BY.items():
-        for key in keys if values[choice] != wanted else ():
+        if values[choice] == wanted:
+            continue
+        for key in keys:
             require(
                 values[key] == defaults[key],
                 key,
@@ -135,16 +153,19 @@ def check_unused(config: Config, require: Any) -> None:
 
 
 def check_model(config: Config, require: Any) -> None:
+    """The network can be built, and is conditioned on labels or captions, not on both."""
     m = config.model
     require(
-        m.class_dropout_prob == 0 or m.num_classes + m.caption_tokens > 0,
+        m.class_dropout_prob == 0 or m.num_classes + m.max_caption_tokens > 0,
         "model.class_dropout_prob",
-        f"be 0 with model.num_classes={m.num_classes} and model.caption_tokens={m.caption_tokens}: "
-        "there is nothing to drop",
+        f"be 0 with model.num_classes={m.num_classes} and "
+        f"model.max_caption_tokens={m.max_caption_tokens}: there is nothing to drop",
     )
     if m.architecture == "ddpmpp":
         check_unet(m, m.unet, require)
         return
+
+    # A DiT cuts the image into patches, and a token's channels into heads.
     require(
         m.input_size % m.patch_size == 0,
         "model.patch_size",
@@ -155,39 +176,48 @@ def check_model(config: Config, require: Any) -> None:
         "model.num_heads",
         f"divide model.hidden_size={m.hidden_size}",
     )
-    if m.caption_tokens:
+    if m.max_caption_tokens:
         require(
             m.num_classes == 0,
             "model.num_classes",
-            f"be 0 with captions (model.caption_tokens={m.caption_tokens})",
+            f"be 0 with captions (model.max_caption_tokens={m.max_caption_tokens})",
         )
 
 
 def check_unet(m: ModelConfig, u: UNetConfig, require: Any) -> None:
+    """The U-Net's widths can be normed in groups, and its resolutions exist."""
     levels = len(u.channel_mult)
     require(levels > 0, "model.unet.channel_mult", "have a factor for each resolution")
-    # A norm's groups are 4 channels, or 32 groups of all.
+
+    # A norm has 32 groups, or where there are fewer than 128 channels, groups of 4 channels. The
+    # widest input is the decoder's, which the encoder's output is joined with.
     narrow = 2 * u.model_channels * max(u.channel_mult) < 128
     require(
         u.model_channels % (4 if narrow else 32) == 0,
         "model.unet.model_channels",
         "be a multiple of 32, or of 4 in a network of fewer than 128 channels everywhere",
     )
+
+    # Each level after the first halves the image's sides.
     require(
         m.input_size % 2 ** (levels - 1) == 0,
         "model.input_size",
         f"be a multiple of {2 ** (levels - 1)}, for the {levels} resolutions of "
         f"model.unet.channel_mult={u.channel_mult}",
     )
-    there = [m.input_size >> level for level in range(levels)]
+    resolutions = [m.input_size >> level for level in range(levels)]
     require(
-        set(u.attn_resolutions) <= set(there), "model.unet.attn_resolutions", f"be among {there}"
+        set(u.attn_resolutions) <= set(resolutions),
+        "model.unet.attn_resolutions",
+        f"be among {resolutions}",
     )
     require(not m.learn_sigma, "model.learn_sigma", "be off: this network has no such output")
 
 
 def check_objective(config: Config, require: Any) -> None:
-    m, d = config.model, config.diffusion
+    """The network has the inputs and outputs that the objective and the augmentation need."""
+    m = config.model
+    d = config.diffusion
     if m.architecture == "ddpmpp":
         require(
             d.objective == "edm",
@@ -200,11 +230,13 @@ def check_objective(config: Config, require: Any) -> None:
             "model.learn_sigma",
             "be off with diffusion.objective=edm, which learns no variance",
         )
+
+    # A network that is not given the augmentation's labels would learn to draw augmented images.
     if config.data.augment:
         require(
             m.unet.augment_dim == 9,
             "data.augment",
-            "be 0 where the network is not told of it (model.unet.augment_dim=9)",
+            "be 0 where the network is not given its labels (model.unet.augment_dim=9)",
         )
         require(
             not config.data.horizontal_flip,
@@ -214,7 +246,9 @@ def check_objective(config: Config, require: Any) -> None:
 
 
 def check_curriculum(config: Config, require: Any) -> None:
-    c, d = config.curriculum, config.diffusion
+    """The clusters exist under this objective, and no stages are described where there are none."""
+    c = config.curriculum
+    d = config.diffusion
     require(
         d.objective == "gaussian" or c.clusters == "uniform",
         "curriculum.clusters",
@@ -237,23 +271,29 @@ def check_curriculum(config: Config, require: Any) -> None:
             "curriculum.stages",
             "stay accumulating with curriculum.pacing=none: no stages",
         )
+
+    # The curriculum checks the rest itself, such as clusters without a timestep.
     make_curriculum(config)
 
 
 def check_the_rest(config: Config, require: Any) -> None:
-    m, look = config.model, config.telemetry
+    """What is compiled, and the settings of the preview."""
+    m = config.model
+    preview = config.telemetry
     require(
         m.architecture == "dit" or config.train.compile != "blocks",
         "train.compile",
         "be model, auto or off: the blocks of a U-Net are all different",
     )
-    most = (
-        config.diffusion.timesteps
-        if config.diffusion.objective == "gaussian"
-        else SAMPLED_STEPS_AT_MOST
-    )
-    require(look.preview_steps <= most, "telemetry.preview_steps", f"not exceed {most}")
-    unguided = look.preview_cfg_scale == 1 or look.preview_every == 0
+
+    # Gaussian diffusion cannot take more steps than there are timesteps.
+    most = MAX_PREVIEW_STEPS
+    if config.diffusion.objective == "gaussian":
+        most = config.diffusion.timesteps
+    require(preview.preview_steps <= most, "telemetry.preview_steps", f"not exceed {most}")
+
+    # Guidance needs a network that was trained with the null condition too.
+    unguided = preview.preview_cfg_scale == 1 or preview.preview_every == 0
     require(
         m.class_dropout_prob > 0 or unguided,
         "telemetry.preview_cfg_scale",

@@ -41,16 +41,16 @@ def check_condition(dataset: ShardDataset, config: Config) -> None:
             f"{path} has labels up to {info.num_classes - 1}, the model's classes end at "
             f"{model.num_classes - 1}; set --model.num-classes {info.num_classes}"
         )
-    if not model.caption_tokens:
+    if not model.max_caption_tokens:
         return
     if info.captions is None:
         raise DataError(
             f"{path} has no encoded captions; pack it with --text-encoder, or choose other data"
         )
-    wanted = (model.caption_tokens, model.caption_width, model.caption_pooled_width)
+    wanted = (model.max_caption_tokens, model.caption_width, model.caption_pooled_width)
     if (found := dataclasses.astuple(info.captions)) != wanted:
         raise DataError(
             f"{path} has captions of (tokens, width, pooled width) {found}, the model takes "
-            f"{wanted}; set --model.caption-tokens {found[0]} --model.caption-width {found[1]} "
+            f"{wanted}; set --model.max-caption-tokens {found[0]} --model.caption-width {found[1]} "
             f"--model.caption-pooled-width {found[2]}"
         )

@@ -32,11 +32,11 @@ def blank_condition(model: ModelConfig, n: int) -> Condition:
     """Of the right shapes for n images, on torch's default device: for counting, and for models
     that need none."""
     zeros = torch.zeros(n, dtype=torch.long)
-    if not model.caption_tokens:
+    if not model.max_caption_tokens:
         return zeros
-    tokens = torch.zeros(n, model.caption_tokens, model.caption_width)
+    tokens = torch.zeros(n, model.max_caption_tokens, model.caption_width)
     pooled = torch.zeros(n, model.caption_pooled_width)
-    return Captions(tokens, zeros + model.caption_tokens, pooled, null=zeros > 0)
+    return Captions(tokens, zeros + model.max_caption_tokens, pooled, null=zeros > 0)
 
 
 def latent_shape(model: ModelConfig) -> tuple[int, int, int]:

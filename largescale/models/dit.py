@@ -136,7 +136,7 @@ class FinalLayer(nn.Module):
 
 class DiT(nn.Module):
     """Predicts what its objective asks for, as the noise in x_t, and with `learn_sigma` where its
-    variance lies, from t and the condition y: captions with `caption_tokens`, labels with
+    variance lies, from t and the condition y: captions with `max_caption_tokens`, labels with
     `num_classes`, nothing with neither."""
 
     checkpoint_blocks: bool = False
@@ -144,7 +144,7 @@ class DiT(nn.Module):
 
     def __init__(self, *, patch_size: int, hidden_size: int, depth: int, num_heads: int, input_size: int = 32,
                  in_channels: int = 4, mlp_ratio: float = 4.0, num_classes: int = 1000,
-                 class_dropout_prob: float = 0.1, learn_sigma: bool = True, caption_tokens: int = 0,
+                 class_dropout_prob: float = 0.1, learn_sigma: bool = True, max_caption_tokens: int = 0,
                  caption_width: int = 768, caption_pooled_width: int = 768,
                  null_caption: Literal["encoded", "learned"] = "encoded"):
         """`input_size`: height and width of the (latent) image. `caption_*`: L and the widths of
@@ -161,8 +161,8 @@ class DiT(nn.Module):
         if not 0 <= class_dropout_prob < 1:
             raise ConfigError(f"class_dropout_prob={class_dropout_prob} is not in [0, 1); DiT uses "
                               "0.1")
-        if num_classes and caption_tokens:
-            raise ConfigError(f"num_classes={num_classes} and caption_tokens={caption_tokens} "
+        if num_classes and max_caption_tokens:
+            raise ConfigError(f"num_classes={num_classes} and max_caption_tokens={max_caption_tokens} "
                               "exclude each other; set one of them to 0")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.hidden_size, self.mlp_ratio, self.num_classes = hidden_size, mlp_ratio, num_classes
@@ -172,13 +172,14 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder: CaptionEmbedder | LabelEmbedder | None = None
-        if caption_tokens:
+        if max_caption_tokens:
             self.y_embedder = CaptionEmbedder(
-                caption_tokens, caption_width, caption_pooled_width, hidden_size, null_caption)
+                max_caption_tokens, caption_width, caption_pooled_width, hidden_size, null_caption)
         elif num_classes:
             self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.pos_embed = nn.Parameter(sincos_position(hidden_size, self.grid), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, caption_tokens > 0) for _ in range(depth))
+        captions = max_caption_tokens > 0
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, captions) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 

@@ -59,7 +59,7 @@ class LabelEmbedder(nn.Module):
         if isinstance(y, Captions):
             raise ConfigError(
                 "this model takes labels and was given captions; choose data with labels, or set "
-                "caption_tokens and num_classes=0"
+                "max_caption_tokens and num_classes=0"
             )
         return self.embedding_table(y).float()
 
@@ -76,7 +76,7 @@ class CaptionEmbedder(nn.Module):
 
     def __init__(
         self,
-        caption_tokens: int,
+        max_caption_tokens: int,
         caption_width: int,
         caption_pooled_width: int,
         hidden_size: int,
@@ -91,14 +91,14 @@ class CaptionEmbedder(nn.Module):
             LinearFp32(hidden_size, hidden_size),
         )
         self.null_tokens = nn.Parameter(
-            torch.zeros(caption_tokens, caption_width), requires_grad=learned
+            torch.zeros(max_caption_tokens, caption_width), requires_grad=learned
         )
         self.null_pooled = nn.Parameter(torch.zeros(caption_pooled_width), requires_grad=learned)
         # 1 for a real token. Frozen values are parameters, as pos_embed is, to travel with
         # checkpoints and exports.
-        first = (torch.arange(caption_tokens) == 0).float()
+        first = (torch.arange(max_caption_tokens) == 0).float()
         self.null_mask = nn.Parameter(
-            torch.ones(caption_tokens) if learned else first, requires_grad=False
+            torch.ones(max_caption_tokens) if learned else first, requires_grad=False
         )
 
     @torch.no_grad()
@@ -116,7 +116,7 @@ class CaptionEmbedder(nn.Module):
             raise ConfigError(
                 f"this model takes an empty caption of up to ({length}, {width}) and pooled "
                 f"{tuple(self.null_pooled.shape)}, got {tuple(tokens.shape)} and "
-                f"{tuple(pooled.shape)}; set caption_tokens, caption_width and caption_pooled_width "
+                f"{tuple(pooled.shape)}; set max_caption_tokens, caption_width and caption_pooled_width "
                 "to the data's"
             )
         self.null_tokens.zero_()[:n].copy_(tokens)
@@ -127,7 +127,7 @@ class CaptionEmbedder(nn.Module):
         if not isinstance(y, Captions):
             raise ConfigError(
                 "this model takes captions and was given labels; choose data with captions, or set "
-                "caption_tokens=0 and num_classes"
+                "max_caption_tokens=0 and num_classes"
             )
         if (
             y.tokens.shape[1:] != self.null_tokens.shape
@@ -137,7 +137,7 @@ class CaptionEmbedder(nn.Module):
             raise ConfigError(
                 f"this model takes captions (N, {length}, {width}) and pooled (N, "
                 f"{len(self.null_pooled)}), got {tuple(y.tokens.shape)} and "
-                f"{tuple(y.pooled.shape)}; set caption_tokens, caption_width and "
+                f"{tuple(y.pooled.shape)}; set max_caption_tokens, caption_width and "
                 "caption_pooled_width to the data's"
             )
         null = y.null[:, None]

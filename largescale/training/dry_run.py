@@ -34,7 +34,7 @@ def _kernels_per_block(config: Config) -> int:
     """Launched forward and backward: operations on tensors that are no views, counted on the meta
     device less what one attention kernel stands for; compiled, those of Inductor's code for a
     CPU."""
-    compiled, captions = config.train.compile != "off", config.model.caption_tokens > 0
+    compiled, captions = config.train.compile != "off", config.model.max_caption_tokens > 0
     if config.model.architecture == "ddpmpp":
         return 30 if compiled else 45  # compiled: assumed
     return {(False, False): 80, (False, True): 120, (True, False): 55, (True, True): 80}[
@@ -56,8 +56,8 @@ def workload(config: Config, ds: dict[str, Any], grad_accum_steps: int) -> Workl
         again = flops_per_image(model)  # but for a little outside of the blocks
         if c.architecture == "dit":
             again = c.depth * (forward(replace(c, depth=2)) - forward(replace(c, depth=1)))
-    caption = c.caption_tokens * c.caption_width + (
-        c.caption_pooled_width if c.caption_tokens else 0
+    caption = c.max_caption_tokens * c.caption_width + (
+        c.caption_pooled_width if c.max_caption_tokens else 0
     )
     pixels = c.in_channels * c.input_size**2
     return Workload(

@@ -107,7 +107,7 @@ class Preview:
         self._y: Condition = torch.tensor(
             balanced_labels(n, max(min(config.model.num_classes, dataset.info.num_classes), 1))
         )
-        if config.model.caption_tokens and config.telemetry.preview_every:
+        if config.model.max_caption_tokens and config.telemetry.preview_every:
             rows = sample_indices(np.arange(n), len(dataset), config.train.seed)
             gathered = dataset.gather(rows, choice=np.zeros(n))
             self._y = to_condition(

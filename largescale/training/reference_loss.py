@@ -55,7 +55,7 @@ class ReferenceLoss:
         draws = step_draws(
             seed, 0, n, shape, dropout_prob=0.0, posterior=moments, device=ranks.device
         )
-        first_caption = np.zeros(n) if config.model.caption_tokens else None
+        first_caption = np.zeros(n) if config.model.max_caption_tokens else None
         gathered = dataset.gather(
             sample_indices(np.arange(n), len(dataset), seed), choice=first_caption
         )

@@ -211,7 +211,7 @@ class Trainer:
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             flip=config.data.horizontal_flip,
-            captions=config.model.caption_tokens > 0,
+            captions=config.model.max_caption_tokens > 0,
             start_step=self.state.input_step,
             prefetch=config.data.prefetch,
             pin_memory=config.train.device == "cuda",

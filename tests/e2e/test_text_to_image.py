@@ -101,7 +101,7 @@ def test_the_round_trip_through_the_shards(packed: Path, coco: tuple[Path, Path,
 
 def test_trained_interrupted_resumed_and_sampled(packed: Path, coco: tuple[Path, Path, Path, int, int], tmp_path: Path) -> None:
     def train(output: Path) -> str:
-        model = {"input-size": 8, "in-channels": 32, "hidden-size": 64, "depth": 2, "num-heads": 2, "caption-tokens": 32,
+        model = {"input-size": 8, "in-channels": 32, "hidden-size": 64, "depth": 2, "num-heads": 2, "max-caption-tokens": 32,
                  "caption-width": 384, "caption-pooled-width": 384}
         done = ranks_of(
             "-m", "largescale.train", "dit_s2_coco256", "--output", output, "--data.path", packed, "--train.device", "cpu",

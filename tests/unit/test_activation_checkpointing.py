@@ -13,7 +13,7 @@ from largescale.models.dit import Block, DiT
 from tests.conftest import CAPTIONED, RunHere, assert_same_run, ds_json
 
 LABELS = ModelConfig(input_size=8, in_channels=1, hidden_size=32, depth=4, num_heads=2, num_classes=10)
-CAPTIONS = ModelConfig(input_size=8, in_channels=1, hidden_size=32, depth=4, num_heads=2, num_classes=0, caption_tokens=5,
+CAPTIONS = ModelConfig(input_size=8, in_channels=1, hidden_size=32, depth=4, num_heads=2, num_classes=0, max_caption_tokens=5,
                        caption_width=8, caption_pooled_width=6)
 
 

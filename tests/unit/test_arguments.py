@@ -28,6 +28,13 @@ def test_a_run_in_the_home_directory(run_here: RunHere, tmp_path: Path, monkeypa
     assert (tmp_path / "ada/runs/x/metrics.jsonl").exists() and not (tmp_path / "~").exists()
 
 
+def test_a_field_by_its_former_name(run_here: RunHere) -> None:
+    """Old files are read under their names; the command line takes today's, and names it."""
+    outcome = run_here("--model.caption-tokens", 4)
+    assert outcome.code == 2 and "Unrecognized options: --model.caption-tokens" in outcome.err, outcome.err
+    assert "--model.max-caption-tokens" in outcome.err
+
+
 def test_every_program() -> None:
     """All read their command line in one place, which knows of ~."""
     files = {path: path.read_text() for folder in ("largescale", "data_prep", "eval") for path in (ROOT / folder).rglob("*.py")}

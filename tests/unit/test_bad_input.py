@@ -19,7 +19,8 @@ from largescale import export, status
 from largescale import train as train_program
 from largescale.checkpoint.files import CheckpointDir, checkpoints, seal
 from largescale.config.derived import least_steps, make_curriculum
-from largescale.config.schema import CheckpointConfig
+from largescale.config.schema import CheckpointConfig, Config
+from largescale.config.serialise import to_dict
 from largescale.data.format import DatasetInfo, fingerprint
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset
@@ -500,6 +501,22 @@ def test_a_setting_of_a_newer_version(run_here: RunHere) -> None:
     state = checkpoints(run)[0].manifest()["state"]
     rewrite(checkpoints(run)[0], state={**state, "config": {**state["config"], "rope": True}})
     assert_refused(run_here("--train.steps", 8), "Config has no field 'rope'", "made by a newer version; update", "--output DIR")
+
+
+def test_a_run_with_the_field_names_of_an_older_version(run_here: RunHere) -> None:
+    """It is resumed, and reports no change of that setting."""
+
+    def with_old_names(config: Config) -> dict[str, Any]:
+        tree = to_dict(config)
+        tree["model"]["caption_tokens"] = tree["model"].pop("max_caption_tokens")
+        return tree
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("largescale.training.run.to_dict", with_old_names)
+        run = run_here("--train.steps", 4).run
+    assert "caption_tokens" in checkpoints(run)[0].manifest()["state"]["config"]["model"]
+    outcome = run_here("--train.steps", 8)
+    assert outcome.code == 0 and checkpoints(run)[0].step == 8 and "caption_tokens" not in outcome.err
 
 
 def test_data_of_a_newer_version(run_here: RunHere, blobs: Path, tmp_path: Path) -> None:

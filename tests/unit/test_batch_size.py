@@ -161,7 +161,7 @@ def test_trial(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_pass_drops_the_gradients_as_they_come(told: str) -> None:
     config = with_auto()
     if told == "captions":
-        model_config = replace(config.model, num_classes=0, caption_tokens=5, caption_width=8, caption_pooled_width=6)
+        model_config = replace(config.model, num_classes=0, max_caption_tokens=5, caption_width=8, caption_pooled_width=6)
         config = replace(config, model=model_config)
     elif told == "nothing":
         config = replace(config, model=replace(config.model, num_classes=0, class_dropout_prob=0.0))

@@ -186,7 +186,7 @@ def test_kernels_of_a_block(preset: str) -> None:
                 model(x, t, blank_condition(config.model, 2)).sum().backward()
         calls.append(count.calls)
     eager = _kernels_per_block(replace(config, train=replace(config.train, compile="off")))
-    assert eager == pytest.approx(calls[1] - calls[0] - 16 * (2 if config.model.caption_tokens else 1), rel=0.1)
+    assert eager == pytest.approx(calls[1] - calls[0] - 16 * (2 if config.model.max_caption_tokens else 1), rel=0.1)
 
 
 def test_peaks_are_those_of_the_log() -> None:

@@ -207,7 +207,7 @@ def test_training_cost_is_the_published_one(hidden_size, depth, num_heads, gflop
     ({"hidden_size": 66, "num_heads": 3}, "hidden_size=66"),
     ({"patch_size": 3}, "input_size=8 is not a multiple of patch_size=3; try input_size 6"),
     ({"class_dropout_prob": 1.0}, "class_dropout_prob=1.0"),
-    ({"caption_tokens": 5}, "num_classes=10 and caption_tokens=5 exclude each other; set one of them to 0"),
+    ({"max_caption_tokens": 5}, "num_classes=10 and max_caption_tokens=5 exclude each other; set one of them to 0"),
 ])
 def test_bad_sizes_are_named_with_a_remedy(change, message):
     with pytest.raises(ConfigError, match=message):

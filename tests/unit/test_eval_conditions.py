@@ -41,7 +41,7 @@ def trained(encoder: str | None = None, network: bool = False, **model: Any) -> 
 
 
 def text_model(encoder: str | None = ENCODER, **model: Any) -> Trained:
-    return trained(encoder, num_classes=0, **{"caption_tokens": TOKENS, "caption_width": WIDTH, "caption_pooled_width": POOLED} | model)
+    return trained(encoder, num_classes=0, **{"max_caption_tokens": TOKENS, "caption_width": WIDTH, "caption_pooled_width": POOLED} | model)
 
 
 class Counted:
@@ -205,7 +205,7 @@ def test_captions_are_read_as_they_are_asked_for(captioned: Path, monkeypatch: p
 
 
 def test_the_model_follows_its_captions(captioned: Path, counted: Counted) -> None:
-    model = trained(ENCODER, network=True, num_classes=0, caption_tokens=TOKENS, caption_width=WIDTH, caption_pooled_width=POOLED)
+    model = trained(ENCODER, network=True, num_classes=0, max_caption_tokens=TOKENS, caption_width=WIDTH, caption_pooled_width=POOLED)
     for parameter in model.model.parameters():
         nn.init.normal_(parameter, std=0.1)
     x, t = torch.randn(1, 1, 16, 16).expand(2, -1, -1, -1), torch.full((2,), 500)
@@ -384,7 +384,7 @@ def test_a_real_encoder() -> None:
     spec = f"hf:{MINILM.submodule_search_locations[0]}/model"
     encoder = load_text_encoder(spec, CPU, max_tokens=12)
     prompts = ["a cat on a mat", "dogs", "one two three four five six seven eight nine ten eleven twelve thirteen"]
-    model = text_model(encoder.identity, caption_tokens=12, caption_width=384, caption_pooled_width=384)
+    model = text_model(encoder.identity, max_caption_tokens=12, caption_width=384, caption_pooled_width=384)
     y = made(model, prompts=prompts, text_encoder=spec).of([2, 0, 4])
     assert isinstance(y, Captions) and y.length.tolist() == [12, 7, 3]
     for text, tokens, n, pooled in zip([prompts[2], prompts[0], prompts[1]], y.tokens, y.length, y.pooled, strict=True):

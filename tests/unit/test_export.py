@@ -14,7 +14,9 @@ from eval import curve, sample
 from largescale import export
 from largescale.checkpoint.files import checkpoints
 from largescale.checkpoint.weights import load_trained
-from largescale.errors import CheckpointError
+from largescale.config.presets import emoji
+from largescale.config.serialise import from_dict, to_dict
+from largescale.errors import CheckpointError, NewerVersionError
 from tests.conftest import RunHere
 
 
@@ -45,6 +47,26 @@ def test_run_and_export_are_the_same_model(run_here: RunHere) -> None:
 def test_at_step_0_the_ema_is_the_weights(run_here: RunHere) -> None:
     run = run_here("--train.steps", 1).run
     assert load_trained(run, 0).info["step"] == 0
+
+
+def test_an_export_with_the_field_names_of_an_older_version(run_here: RunHere) -> None:
+    run = run_here("--train.steps", 2).run
+    export.export(run, step=None, out=run / "old")
+    expected = load_trained(run / "old").config
+    description = json.loads((run / "old/config.json").read_text())
+    model = description["config"]["model"]
+    model["caption_tokens"] = model.pop("max_caption_tokens")
+    (run / "old/config.json").write_text(json.dumps(description))
+    assert load_trained(run / "old").config == expected
+
+
+def test_a_renamed_field_keeps_its_value() -> None:
+    config = to_dict(emoji())
+    config["model"]["caption_tokens"] = config["model"].pop("max_caption_tokens")
+    assert from_dict(config).model.max_caption_tokens == 16
+    config["model"]["caption_tokenz"] = 1
+    with pytest.raises(NewerVersionError, match="has no field 'caption_tokenz'"):
+        from_dict(config)
 
 
 def test_no_deepspeed(run_here: RunHere) -> None:

@@ -78,7 +78,7 @@ ELSEWHERE = {
     "model.architecture": "test_another_architecture",
     "model.input_size": "test_shape_of_the_data",
     "model.in_channels": "test_shape_of_the_data",
-    "model.caption_tokens": "test_captions_that_do_not_fit_the_model",
+    "model.max_caption_tokens": "test_captions_that_do_not_fit_the_model",
     "model.caption_width": "test_captions_that_do_not_fit_the_model",
     "model.caption_pooled_width": "test_captions_that_do_not_fit_the_model",
     "diffusion.fixed_variance": "test_fixed_variance",

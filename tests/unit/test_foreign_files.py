@@ -104,7 +104,7 @@ def test_a_file_of_torch_that_is_no_state(name: str, content: str, run_here: Run
     (DEEP, "cannot be read"), ("[]", "is no export, its config.json lacks config, step or data_info"), ("{", "cannot be read"),
     ('{"config": {"name": "x"}, "step": 1}', "is no export"), ('{"model_type": "bert"}', "is no export, its config.json is another library's, of bert"),
     ('{"_class_name": "DiTTransformer2DModel"}', "another library's, of DiTTransformer2DModel; give a run, or the folder that"),
-    ('{"config": 5, "step": 4, "data_info": {}}', "no config"),
+    ('{"config": 5, "step": 4, "data_info": {}}', "not the config"),
     ('{"config": {"name": "x", "model": {"depth": "many"}}, "step": 4, "data_info": {}}', "cannot be used"),
 ])
 def test_a_folder_that_is_no_export(content: str, says: str, run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,11 +37,11 @@ def parameters(m: ModelConfig) -> tuple[int, int]:
     frozen = tokens * d
     if m.num_classes:
         trainable += (m.num_classes + (m.class_dropout_prob > 0)) * d
-    if m.caption_tokens:
+    if m.max_caption_tokens:
         block += linear(d, d) + linear(d, 2 * d) + linear(d, d)
         trainable += linear(m.caption_width, d) + linear(m.caption_pooled_width, d) + linear(d, d)
-        null = m.caption_tokens * m.caption_width + m.caption_pooled_width
-        frozen += m.caption_tokens + (null if m.null_caption == "encoded" else 0)
+        null = m.max_caption_tokens * m.caption_width + m.caption_pooled_width
+        frozen += m.max_caption_tokens + (null if m.null_caption == "encoded" else 0)
         trainable += null if m.null_caption == "learned" else 0
     trainable += m.depth * block
     return trainable + frozen, trainable
@@ -80,7 +80,7 @@ def test_recipes_of_the_paper(name: str, size: str, steps: int, patience: int, t
     c = PRESETS[name]()
     m = c.model
     assert (m.hidden_size, m.depth, m.num_heads) == DIT_SIZES[size] and m.patch_size == 2
-    assert (m.num_classes, m.caption_tokens, m.class_dropout_prob) == told
+    assert (m.num_classes, m.max_caption_tokens, m.class_dropout_prob) == told
     assert (c.train.steps, c.curriculum.patience, c.data.path) == (steps, patience, f"data/{name.split('_')[2]}")
     assert (c.optimizer.lr, c.optimizer.weight_decay, c.optimizer.ema_decay, c.train.global_batch_size) == (1e-4, 0, 0.9999, 256)
     kind = ("linear", "snr") if name.endswith("_linear") else ("cosine", "uniform")
@@ -108,12 +108,12 @@ def test_recipes_of_edm(name: str, weights: int, told: int, mult: tuple[int, ...
 
 @pytest.mark.parametrize("name, change, message", [
     ("digits", {"num_classes": -1}, "model.num_classes=-1 must be at least 0, 0 for no labels; set --model.num-classes"),
-    ("digits", {"caption_tokens": 5}, "model.num_classes=10 must be 0 with captions .model.caption_tokens=5."),
-    ("digits", {"num_classes": 0}, "model.class_dropout_prob=0.1 must be 0 with model.num_classes=0 and model.caption_tokens=0: .*nothing to drop"),
+    ("digits", {"max_caption_tokens": 5}, "model.num_classes=10 must be 0 with captions .model.max_caption_tokens=5."),
+    ("digits", {"num_classes": 0}, "model.class_dropout_prob=0.1 must be 0 with model.num_classes=0 and model.max_caption_tokens=0: .*nothing to drop"),
     ("digits", {"num_classes": 0, "class_dropout_prob": 0.0}, "preview_cfg_scale=2.0 must be 1 .*no null label or caption"),
     ("emoji", {"class_dropout_prob": 0.0}, "preview_cfg_scale=2.0 must be 1"),
-    ("emoji", {"caption_tokens": 0}, "model.class_dropout_prob=0.1 must be 0"),
-    ("emoji", {"caption_tokens": -1}, "model.caption_tokens=-1 must be at least 0, 0 for no captions; set --model.caption-tokens"),
+    ("emoji", {"max_caption_tokens": 0}, "model.class_dropout_prob=0.1 must be 0"),
+    ("emoji", {"max_caption_tokens": -1}, "model.max_caption_tokens=-1 must be at least 0, 0 for no captions; set --model.max-caption-tokens"),
     ("emoji", {"caption_width": 0}, "model.caption_width=0 must be at least 1"),
     ("emoji", {"caption_pooled_width": 0}, "model.caption_pooled_width=0 must be at least 1"),
 ])
@@ -204,7 +204,7 @@ def test_help_says_ranges(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
             help_of[flag] = ""
         elif flag:
             help_of[flag] = f"{help_of[flag]} {text}".strip()
-    assert help_of["--train.steps"] == "Optimizer steps of the whole run. Must be at least 1. (default: 20)"
+    assert help_of["--train.steps"] == "Optimizer steps of the run. Must be at least 1. (default: 20)"
     assert help_of["--model.num-classes"] == "Number of class labels. Must be at least 0, 0 for no labels. (default: 10)"
     assert help_of["--optimizer.betas"] == "AdamW's decay rates of the first and second moment. Must be in [0, 1). (default: 0.9 0.999)"
     assert help_of["--train.device"] == "What to train on. (default: cpu)"

@@ -14,7 +14,7 @@ from largescale.errors import ConfigError
 from largescale.models.dit import DiT, flops_per_image
 
 L, WIDTH, POOLED = 5, 24, 12
-TEXT = TINY | {"num_classes": 0, "caption_tokens": L, "caption_width": WIDTH, "caption_pooled_width": POOLED}
+TEXT = TINY | {"num_classes": 0, "max_caption_tokens": L, "caption_width": WIDTH, "caption_pooled_width": POOLED}
 N = 4
 X, T = rnd("x", N, 4, 8, 8), torch.tensor([17, 999, 17, 500])
 LENGTH = torch.tensor([5, 1, 3, 2])
@@ -52,7 +52,7 @@ def test_padding_has_no_influence_and_each_token_has(model, dtype, value):
 @torch.no_grad()
 def test_a_longer_model_says_the_same_of_the_same_captions(model):
     """Also the mask, not only the zeros in the padding, keeps it out."""
-    longer = DiT(**TEXT | {"caption_tokens": 9})
+    longer = DiT(**TEXT | {"max_caption_tokens": 9})
     state = model.state_dict() | {name: F.pad(model.state_dict()[name], pad) for name, pad in
                                   {"y_embedder.null_tokens": (0, 0, 0, 4), "y_embedder.null_mask": (0, 4)}.items()}
     longer.load_state_dict(state)
@@ -195,9 +195,9 @@ def test_drop_joined_take_and_moved():
     assert to_device(y, meta).device == meta and {part.device for part in to_device(Y, meta)} == {meta}
 
 
-@pytest.mark.parametrize("size", [TEXT, TEXT | {"caption_tokens": 77, "patch_size": 4, "depth": 3},
+@pytest.mark.parametrize("size", [TEXT, TEXT | {"max_caption_tokens": 77, "patch_size": 4, "depth": 3},
                                   {"patch_size": 2, "hidden_size": 384, "depth": 12, "num_heads": 6, "num_classes": 0,
-                                   "caption_tokens": 77}])
+                                   "max_caption_tokens": 77}])
 def test_flops_match_torchs_count(size):
     with torch.device("meta"):
         model = DiT(**size)
@@ -211,7 +211,7 @@ def test_flops_match_torchs_count(size):
 
 
 @pytest.mark.parametrize("y, message", [
-    (torch.tensor([1, 2, 3, 4]), "takes captions and was given labels; choose data with captions, or set caption_tokens=0"),
+    (torch.tensor([1, 2, 3, 4]), "takes captions and was given labels; choose data with captions, or set max_caption_tokens=0"),
     (Y._replace(tokens=Y.tokens[:, :4]), r"takes captions \(N, 5, 24\) and pooled \(N, 12\), got \(4, 4, 24\) and \(4, 12\); set"),
     (Y._replace(tokens=Y.tokens[..., :9]), r"got \(4, 5, 9\)"),
     (Y._replace(pooled=Y.pooled[:, :9]), r"got \(4, 5, 24\) and \(4, 9\)"),
