@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 
 from largescale.config.command_line import parse_options
+from largescale.config.derived import largest_world_size
 from largescale.config.presets import PRESETS, find_preset
 from largescale.config.schema import Config
 from largescale.errors import LargescaleError
@@ -44,6 +45,9 @@ def main(args: Sequence[str] | None = None) -> int:
             from largescale.training.dry_run import dry_run
 
             return dry_run(config) if env_rank() == 0 else 0
+        if config.fit_ranks:
+            print(largest_world_size(config, config.fit_ranks))
+            return 0
         warned = check_process_memory(config.train.device)
         from largescale.training.startup import run  # loads torch
 

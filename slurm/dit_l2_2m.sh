@@ -4,6 +4,7 @@
 #   RUN=/scratch/me/dit_l2 DATA=/scratch/me/imagenet256 sbatch slurm/dit_l2_2m.sh --optimizer.lr 2e-4
 # Before its time limit, and when it is preempted, the run saves and leaves; the job is requeued, and resumes with the
 # curriculum index intact. So it does after a crash, until MAX_RESTARTS starts in a row brought no new checkpoint.
+# With --nodes=1-4 it takes the nodes that are free, and more of them at a later start.
 #   scancel JOB            saves and ends the job
 #   scancel -s USR1 JOB    saves and starts it again
 #SBATCH --job-name=dit_l2_2m
@@ -11,6 +12,7 @@
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
+#SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR1@300
 #SBATCH --requeue

@@ -62,12 +62,19 @@ unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
 
 # Otherwise each of a node's ranks starts a thread for each of the node's cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+# Compile workers of a rank: Inductor's default is one for each core of the node, for every rank.
+export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+# Neighbouring ranks share a socket, as neighbouring GPUs do. Slurm's default deals ranks out to the sockets in turn, so
+# that half of them would be on the other side of the machine than their GPU.
+export SLURM_DISTRIBUTION=${SLURM_DISTRIBUTION:-block:block}
 # A rank that crashes outside Python says where Python was.
 export PYTHONFAULTHANDLER=1
 
 # WARN logs errors only. NCCL that finds no InfiniBand silently falls back to sockets: look
 # once, with NCCL_DEBUG=INFO, for "Using network" (IB or Socket) and "GPU Direct RDMA Enabled".
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# Two communicators work at once, gradients and the agreed vector: NCCL starts their kernels in the host's order.
+export NCCL_LAUNCH_ORDER_IMPLICIT=${NCCL_LAUNCH_ORDER_IMPLICIT:-1}
 # Which network the ranks find each other on is left to them. Where nodes have several, and a start hangs or ends with
 # "connection refused" or "no route to host", name the one that joins the nodes (`ip -brief address` on two of them):
 #   export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
@@ -77,11 +84,19 @@ export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$PWD/$SLURM_JOB_NAME-$SLURM_JOB_ID-nccl_rank_}
 
-# train PRESET OPTION...: the run RUN. If one rank dies, Slurm ends the others after two minutes: without --wait they
+# train PRESET OPTION...: the run RUN, on as many of the job's tasks as the batch can be split over. If one rank dies, Slurm ends the others after two minutes: without --wait they
 # would hang in a collective, and --kill-on-bad-exit would kill a rank that still saves.
 train() {
     again() { worth_another_start "$RUN" "$1"; }
-    run_ranks --kill-on-bad-exit=0 --wait=120 "${python[@]}" -m largescale.train "$@"
+    local per_node=${SLURM_NTASKS_PER_NODE:-} tasks=${SLURM_NTASKS:-1} ranks some=()
+    [ -z "$per_node" ] || tasks=$((SLURM_JOB_NUM_NODES * per_node))
+    ranks=$(alone -m largescale.train "$@" --fit-ranks "$tasks") || leave $?
+    if [ "$ranks" -lt "$tasks" ]; then
+        echo "training on $ranks ranks: the batch cannot be split over $tasks; $((tasks - ranks)) stay idle" >&2
+        some=(--ntasks="$ranks")
+        [ -z "$per_node" ] || some+=(--nodes=$(((ranks + per_node - 1) / per_node)))
+    fi
+    run_ranks --kill-on-bad-exit=0 --wait=120 "${some[@]}" "${python[@]}" -m largescale.train "$@"
     leave $?
 }
 

@@ -1,6 +1,7 @@
 """What follows from a config alone: the batch's layout and the curriculum."""
 
 import bisect
+import contextlib
 import inspect
 import math
 from collections.abc import Callable
@@ -52,6 +53,17 @@ def batch_layout(config: Config, world_size: int) -> tuple[int, int]:
 
 def _divisors(total: int) -> list[int]:
     return [n for n in range(1, total + 1) if total % n == 0]
+
+
+def largest_world_size(config: Config, available: int) -> int:
+    """The largest number of ranks, at most `available`, that the batch can be split over. Raises
+    ConfigError where one rank is too many already."""
+    for world_size in range(available, 1, -1):
+        with contextlib.suppress(ConfigError):
+            batch_layout(config, world_size)
+            return world_size
+    batch_layout(config, 1)
+    return 1
 
 
 def make_curriculum(config: Config) -> Curriculum:

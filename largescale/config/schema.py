@@ -281,6 +281,9 @@ class Config:
     """The run directory; by default runs/NAME."""
     dry_run: bool = False
     """Print what would run and what it costs, and start nothing."""
+    fit_ranks: Annotated[int, at_least(1)] | None = None
+    """Print the largest number of ranks, at most this, that the batch can be split over, and start
+    nothing. slurm/env.sh asks it of every allocation."""
     verbose: bool = False
     """With --dry-run: print all settings too, and DeepSpeed's, as JSON."""
     profile: bool = False

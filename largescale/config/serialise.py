@@ -33,6 +33,7 @@ FREE_ON_RESUME = (
     "name",
     "output",
     "dry_run",
+    "fit_ranks",
     "verbose",
     "profile",
     "data.path",

@@ -37,7 +37,11 @@ def scontrol(state: str, said: str = "x") -> str:
     return SCONTROL.replace("STATE", state).replace("NAME", said).replace("COMMENT", said)
 
 
-PYTHON = NOTE + '[ "$2" != largescale.train ] || exit 75\n'
+PYTHON = NOTE + """case "$*" in
+    *--fit-ranks*) echo "${!#}" ;;
+    "-m largescale.train "*) exit 75 ;;
+esac
+"""
 
 
 @dataclass
@@ -100,6 +104,7 @@ def test_command_lines(name: str, programs: dict[str, str], inside: str, options
     alone = f"srun --overlap --nodes=1 --ntasks=1 {options}" if options else ""
     assert status == 75, said
     assert calls[0] == f"{alone}{python} -c "  # before anything else
+    assert any(call.startswith(f"{alone}{python} -m largescale.train ") and call.endswith(" --fit-ranks 1") for call in calls)
     assert (f"srun --cpus-per-task=1 {options}--kill-on-bad-exit=0 --wait=120 {python} -m largescale.train "
             "dit_l2_imagenet256 --output R --data.path D --train.steps 9") in calls
     assert f"{alone}{python} -m largescale.requeue R --status 75 --max-restarts 5" in calls

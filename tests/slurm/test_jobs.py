@@ -16,8 +16,9 @@ from PIL import Image
 
 from largescale.checkpoint.files import checkpoints
 from largescale.data.shards import ShardDataset
+from largescale.monitoring.run_record import read_starts
 from tests.conftest import assert_same_run
-from tests.slurm.conftest import Job, Lab, Submit
+from tests.slurm.conftest import Job, Lab, Submit, wait_until
 
 STARTED = 115  # a step at which the curriculum has moved, and will move again
 
@@ -84,9 +85,9 @@ def test_nothing_to_come_back_for(training: Submit, truth: Path) -> None:
 
 
 def python(tmp_path: Path, first: str) -> Path:
-    """A PYTHON that does something before each program but the one that decides about requeues."""
+    """A PYTHON that does something before each program but those that decide about requeues and ranks."""
     path = tmp_path / "python"
-    path.write_text(f'#!/bin/bash\nif [ "$1" = -m ] && [ "$2" != largescale.requeue ]; then\n{first}\nfi\nexec {shlex.quote(sys.executable)} "$@"\n')
+    path.write_text(f'#!/bin/bash\nif [ "$1" = -m ] && [[ "$2" != largescale.requeue && "$*" != *--fit-ranks* ]]; then\n{first}\nfi\nexec {shlex.quote(sys.executable)} "$@"\n')
     path.chmod(0o755)
     return path
 
@@ -227,6 +228,25 @@ def test_packing(submit: Submit, tmp_path: Path) -> None:
     job.lab("scancel", "--signal=USR1", job.id)
     job.ended("COMPLETED", restarts=1)
     assert len(ShardDataset(out, verify=True)) == 120
+
+
+def test_as_many_nodes_as_are_free(lab: Lab, training: Submit, truth: Path, tmp_path: Path) -> None:
+    """--nodes=1-2: it starts on the one node that is free, on 2 of its 3 tasks, since the batch of 16 cannot be split
+    over 3; at the next start on both nodes, on 4 of 6."""
+    blocker = tmp_path / "blocker.sh"
+    blocker.write_text("#!/bin/sh\nsleep 600\n")
+    other = lab("sbatch", "--parsable", "--partition=high", "--nodes=1", "--exclusive", "--output=/dev/null", blocker)
+    wait_until("the other job", lambda: lab("squeue", "-h", "-j", other, "-o", "%T") == "RUNNING", 600)
+    job = training(job=("--nodes=1-2", "--ntasks-per-node=3"))
+    job.wait_for_step(STARTED)
+    assert "training on 2 ranks: the batch cannot be split over 3; 1 stay idle" in job.text()
+    lab("scancel", other)
+    lab("scancel", "--signal=USR1", job.id)
+    text = job.ended("COMPLETED", restarts=1)
+    assert "training on 4 ranks: the batch cannot be split over 6; 2 stay idle" in text
+    saved_and_resumed(text)
+    starts = [start.world_size for start in read_starts(tmp_path / "run")]
+    assert starts == [2, 4] and checkpoints(tmp_path / "run")[0].step == 600
 
 
 def test_packing_that_crashes(submit: Submit, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
+from largescale import train
 from largescale.config.deepspeed import final_ds_config, load_ds_config, precision
 from largescale.config.derived import batch_layout
 from largescale.config.presets import PRESETS, digits
@@ -98,6 +99,19 @@ def test_deepspeed_reads_the_settings_first(tmp_path: Path) -> None:
     check_ds_config(final_ds_config(digits(), 2))
     with pytest.raises(ConfigError, match="does not take these settings(.|\n)*reduce_bucket_sise"):
         check_ds_config(load_ds_config(write(tmp_path, zero_optimization={"stage": 2, "reduce_bucket_sise": 1})))
+
+
+def test_the_most_ranks_that_a_batch_can_be_split_over(capsys: pytest.CaptureFixture[str]) -> None:
+    """As slurm/env.sh asks, of a preset with a batch of 256."""
+    def most(available: int, *options: str) -> int:
+        assert train.main(["dit_l2_imagenet256", *options, "--fit-ranks", str(available)]) == 0
+        return int(capsys.readouterr().out)
+
+    assert [most(n) for n in (1, 8, 16, 24, 32, 300)] == [1, 8, 16, 16, 32, 256]
+    assert most(24, "--train.global-batch-size", "20") == 20
+    assert most(24, "--train.micro-batch-size", "32") == 8  # 16 ranks have 16 images each
+    assert train.main(["dit_l2_imagenet256", "--train.micro-batch-size", "3", "--fit-ranks", "4"]) == 2
+    assert "try --train.micro-batch-size 2" in capsys.readouterr().err
 
 
 def test_batch_layout() -> None:
