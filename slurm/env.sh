@@ -78,8 +78,8 @@ export NCCL_LAUNCH_ORDER_IMPLICIT=${NCCL_LAUNCH_ORDER_IMPLICIT:-1}
 # Which network the ranks find each other on is left to them. Where nodes have several, and a start hangs or ends with
 # "connection refused" or "no route to host", name the one that joins the nodes (`ip -brief address` on two of them):
 #   export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
-# A collective that fails or outlasts --train.timeout-s ends its process; that is torch's default. Each rank then writes
-# its last collectives beside the log, which shows where each rank was: torchfrtrace FOLDER -p NAME-JOB-nccl_rank_
+# A rank that hangs ends the run after --train.timeout-s, with a line that says where each rank was. A collective of
+# GPUs that fails, or outlasts that limit by a minute, ends its process, and each rank writes its last collectives: torchfrtrace FOLDER -p NAME-JOB-nccl_rank_
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$PWD/$SLURM_JOB_NAME-$SLURM_JOB_ID-nccl_rank_}

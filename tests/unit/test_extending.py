@@ -17,8 +17,9 @@ from largescale.config.presets import PRESETS
 from largescale.curriculum import PACINGS, Curriculum, uniform_clusters
 from largescale.curriculum import pacing as pacing_module
 from largescale.data.shards import ShardDataset
-from largescale.diffusion import loss_weighting
-from largescale.diffusion.build import build_objective
+from largescale.diffusion import gaussian, loss_weighting
+from largescale.diffusion.build import OBJECTIVES, build_objective
+from largescale.diffusion.samplers import sample
 
 PAGE = (Path(__file__).parents[2] / "docs/extending.md").read_text()
 
@@ -64,6 +65,33 @@ def test_a_weighting(monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(PRESETS["debug"]().noise, weighting="truncated_snr")
     snr = torch.tensor([0.25, 1.0, 9.0], dtype=torch.float64)  # of noise prediction: max(SNR, 1) / SNR
     assert loss_weighting.make_weighting(config)(snr.log(), snr).tolist() == pytest.approx([4, 1, 1])
+
+
+def test_an_objective(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that knows the answer has no loss, and its samples are the image; the weight is the ratio of the errors."""
+    made = defined("An objective", gaussian)["VPrediction"](
+        noise_schedule.make_betas("cosine", 50), learn_sigma=False, fixed_variance="large")
+    monkeypatch.setitem(OBJECTIVES, "v", lambda config: made)
+    config = PRESETS["debug"]()
+    objective = build_objective(dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, objective="v")))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    x_start, noise = (torch.randn(6, 1, 4, 4, generator=generator) for _ in range(2))
+    t = objective.draw(torch.linspace(0.05, 0.95, 6, dtype=torch.float64))
+
+    def knowing(error: float) -> Any:
+        def v_of(x_t: torch.Tensor, t: torch.Tensor, y: Any) -> torch.Tensor:
+            alpha, sigma = (each.float()[:, None, None, None] for each in objective.alpha_sigma(t.long()))
+            return (alpha * x_t - (x_start + error)) / sigma
+
+        return v_of
+
+    y = torch.zeros(6).long()
+    assert objective.training_losses(knowing(0.0), x_start, t, noise, y).loss.max() < 1e-4
+    losses = objective.training_losses(knowing(0.5), x_start, t, noise, y)
+    torch.testing.assert_close(losses.mse.double(), 0.25 * objective.x_start_weight(t), rtol=1e-3, atol=1e-4)
+    for sampler in objective.samplers:
+        found = sample(objective, knowing(0.0), noise, y, sampler=sampler, steps=10, noise=lambda i: torch.zeros_like(noise))
+        torch.testing.assert_close(found, x_start, rtol=0, atol=2e-2)
 
 
 def test_a_packer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
