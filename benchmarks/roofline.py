@@ -1,0 +1,318 @@
+"""python benchmarks/roofline.py PRESET: what a DiT's training step costs on a GPU, counted from the
+code that torch.compile writes for it. Needs no GPU.
+
+A block is compiled as in training. For each kernel of Inductor: bytes (every argument once) and the
+time that they take at the card's bandwidth. For each matrix product and attention: operations, and
+the time at the card's measured rate or at its bandwidth, whichever is longer. To that comes what is
+not compiled, the update, gradients and weights on the network (largescale/planning/cost.py), and a
+gap between kernels.
+
+`bytes per residual element and block` counts what Inductor's kernels and operators of ours move,
+divided by the elements of the residual stream (images, tokens, width). Operands and results of
+matrix products and of attention are not in it. Nothing here is measured: lines say what is assumed.
+"""
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from inductor_without_gpu import DEVICES, Half, attention, halves
+from torch import Tensor, nn
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from largescale.config.deepspeed import load_ds_config, precision
+from largescale.config.presets import PRESETS
+from largescale.config.schema import Config
+from largescale.models import dit
+from largescale.models.build import build_model
+from largescale.models.dit import DiT, flops_per_image
+from largescale.planning.cost import HARDWARE, Hardware, step
+from largescale.planning.memory import largest_micro_batch
+from largescale.training.dry_run import workload
+
+GAP_S = 2e-6  # assumed: between the end of a kernel and the start of the next
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of a card, beside its data sheet (HARDWARE)."""
+
+    products: float
+    """FLOP/s of a (8192, 8192) product in half precision."""
+    copies: float
+    """Bytes/s of a large copy, read and written."""
+    fp32: float
+    """FLOP/s in float32 without TF32, by the data sheet."""
+    measured: bool
+
+
+RATES = {
+    "h100": Rates(products=798e12, copies=3.0e12, fp32=67e12, measured=True),
+    "a100": Rates(products=270e12, copies=1.75e12, fp32=19.5e12, measured=False),
+    "b200": Rates(products=1_750e12, copies=7.0e12, fp32=75e12, measured=False),
+}
+# Assumed: the share of the rate above that products of a DiT's sizes reach, and attention.
+PRODUCT_SHARE = 0.85
+ATTENTION_SHARE = 0.55
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str
+    kind: str
+    """elementwise (Inductor's), ours, product or attention."""
+    backward: bool
+    bytes: float
+    flops: float
+
+    def seconds(self, rates: Rates) -> float:
+        share = ATTENTION_SHARE if self.kind == "attention" else PRODUCT_SHARE
+        return max(self.bytes / rates.copies, self.flops / (rates.products * share))
+
+
+# ---- what a block launches
+
+
+def kernels_of_block(config: Config, images: int, card: str) -> list[Kernel]:
+    """Of the forward and backward pass of one block of the preset's DiT, for `images` images."""
+    model, kind = config.model, TYPES[precision(load_ds_config(config.train.ds_config))]
+    tokens, width = (model.input_size // model.patch_size) ** 2, model.hidden_size
+    captions = model.max_caption_tokens
+
+    def build() -> nn.Module:
+        # The weights are in the compute type, as DeepSpeed casts them.
+        torch.set_default_dtype(kind)
+        try:
+            return dit.Block(width, model.num_heads, model.mlp_ratio, captions > 0)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    def inputs() -> tuple[Any, ...]:
+        x = torch.empty(images, tokens, width).requires_grad_()
+        c = torch.empty(images, width, dtype=kind).requires_grad_()
+        if not captions:
+            return x, c, None
+        of_captions = torch.empty(images, captions, width, dtype=kind).requires_grad_()
+        return x, c, (of_captions, torch.empty(images, captions, dtype=torch.bool))
+
+    plain, dit.attention = dit.attention, attention
+    try:
+        passes = halves(build, inputs, DEVICES[card])
+    finally:
+        dit.attention = plain
+    found: list[Kernel] = []
+    for backward, half in enumerate(passes):
+        found += _inductors_kernels(half, bool(backward)) + _library_calls(half, bool(backward))
+    return found
+
+
+def _inductors_kernels(half: Half, backward: bool) -> list[Kernel]:
+    """Those that its code launches, with Inductor's own count of bytes."""
+    gigabytes = dict(
+        re.findall(r"'kernel_name': '(\w+)'.*?'kernel_num_gb': ([\d.e+-]+)", half.code)
+    )
+    # Each kernel's source ends in a call() that benchmarks it: the last call() is the graph's.
+    body = half.code[half.code.rindex("def call(self") :]
+    launched = re.findall(r"^\s+(triton_\w+)\.run\(", body, re.M)
+    return [
+        Kernel(name, "elementwise", backward, 1e9 * float(gigabytes[name]), 0.0)
+        for name in launched
+    ]
+
+
+def _library_calls(half: Half, backward: bool) -> list[Kernel]:
+    """Matrix products and attention, from the graph's shapes."""
+    found = []
+    for node in half.graph.graph.nodes:
+        name = str(node.target)
+        if not name.startswith(("aten.mm", "aten.addmm", "aten.bmm", "roofline.")):
+            continue
+        operands = [arg.meta["val"] for arg in node.args if hasattr(arg, "meta")]
+        results = node.meta["val"]
+        results = list(results) if isinstance(results, tuple | list) else [results]
+        moved = sum(map(_bytes, operands + results))
+        if name.startswith("roofline."):
+            q, k = operands[-5:-3] if backward else operands[:2]
+            n, heads, tokens, width = q.shape
+            # q k^T and the weights times v; backward five products instead of two.
+            flops = 4.0 * n * heads * tokens * k.shape[2] * width * (2.5 if backward else 1)
+            found.append(Kernel(name, "attention", backward, moved, flops))
+        else:
+            flops = 2.0 * operands[-2].numel() * operands[-1].shape[-1]
+            found.append(Kernel(name, "product", backward, moved, flops))
+    return found
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+# ---- the step
+
+
+@dataclass(frozen=True)
+class Prediction:
+    gpus: int
+    micro_batch: int
+    parts: dict[str, float]
+    """Seconds of a step."""
+    mfu: float
+    images_per_s: float
+    hours: float
+    """Of the preset's steps, without checkpoints and restarts."""
+
+
+def predict(
+    config: Config, card: str, gpus: int, kernels_for: Callable[[int], list[Kernel]]
+) -> Prediction:
+    """A step of the preset on so many GPUs, in as few micro batches as memory allows."""
+    hardware, rates = HARDWARE[card], RATES[card]
+    ds = load_ds_config(config.train.ds_config)
+    total = config.train.global_batch_size
+    micro = largest_micro_batch(config, ds, gpus, hardware.usable_bytes)
+    if not micro:
+        raise SystemExit(f"not one image of {config.name} fits into one {hardware.name}")
+    accumulation, depth = total // (gpus * micro), config.model.depth
+    kernels = kernels_for(micro)
+
+    def blocks(*kinds: str) -> float:
+        chosen = [kernel for kernel in kernels if kernel.kind in kinds]
+        return accumulation * depth * sum(kernel.seconds(rates) for kernel in chosen)
+
+    work = workload(config, ds, accumulation)
+    around = 3 * forward_flops(config)[1] * total / gpus
+    parts = {
+        "matrix products": blocks("product"),
+        "attention": blocks("attention"),
+        "elementwise": blocks("elementwise", "ours"),
+        "embedding and final layer, fp32": around / rates.fp32,
+        "gaps": accumulation * depth * len(kernels) * GAP_S,
+    }
+    # The rest hides behind the backward pass as far as it can: cost.py knows how far.
+    share = work.flops_per_image * total / (gpus * hardware.peak_flops * sum(parts.values()))
+    rest = step(work, replace(hardware, mfu=share), gpus).parts
+    parts |= {name: rest[name] for name in ("gradient reduction", "optimizer", "all-gather")}
+    seconds = sum(parts.values())
+    mfu = work.flops_per_image * total / (gpus * hardware.peak_flops * seconds)
+    hours = config.train.steps * seconds / 3600
+    return Prediction(gpus, micro, parts, mfu, total / seconds, hours)
+
+
+def forward_flops(config: Config) -> tuple[int, int]:
+    """Of an image's forward pass: (of one block, of what is around the blocks)."""
+
+    def at_depth(depth: int) -> int:
+        with torch.device("meta"):
+            model = build_model(replace(config.model, depth=depth))
+        assert isinstance(model, DiT)
+        return flops_per_image(model)
+
+    one, two = at_depth(1), at_depth(2)
+    return two - one, 2 * one - two
+
+
+# ---- the report
+
+
+def kernel_table(kernels: list[Kernel], rates: Rates, elements: int) -> str:
+    lines = [
+        "| pass | kernel | MB | bytes an element | GFLOP | µs |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for kernel in kernels:
+        where = "backward" if kernel.backward else "forward"
+        lines.append(
+            f"| {where} | {kernel.name} | {kernel.bytes / 1e6:.1f} | "
+            f"{kernel.bytes / elements:.1f} | {kernel.flops / 1e9:.1f} | "
+            f"{1e6 * kernel.seconds(rates):.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def step_table(predictions: list[Prediction]) -> str:
+    names = list(predictions[0].parts)
+    head = " | ".join(f"{p.gpus} GPUs, micro batch {p.micro_batch}" for p in predictions)
+    lines = [f"| part, ms | {head} |", f"|---{'|---:' * len(predictions)}|"]
+    for name in names:
+        cells = " | ".join(f"{1e3 * p.parts[name]:.1f}" for p in predictions)
+        lines.append(f"| {name} | {cells} |")
+    totals = {
+        "**step**": [f"**{1e3 * sum(p.parts.values()):.0f}**" for p in predictions],
+        "images/s": [f"{p.images_per_s:,.0f}" for p in predictions],
+        "MFU": [f"{p.mfu:.0%}" for p in predictions],
+        "hours for the preset's steps": [f"{p.hours:,.0f}" for p in predictions],
+    }
+    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in totals.items()]
+    return "\n".join(lines)
+
+
+def bytes_per_element(kernels: list[Kernel], elements: int) -> float:
+    """Moved by Inductor's kernels and ours, an element of the residual stream."""
+    return sum(k.bytes for k in kernels if k.kind in ("elementwise", "ours")) / elements
+
+
+def card_line(card: str) -> str:
+    hardware: Hardware = HARDWARE[card]
+    rates = RATES[card]
+    origin = "measured" if rates.measured else "assumed"
+    return (
+        f"{hardware.name}: data sheet {hardware.peak_flops / 1e12:.0f} TFLOP/s and "
+        f"{hardware.memory_bandwidth / 1e12:.2f} TB/s; {origin} {rates.products / 1e12:.0f} TFLOP/s "
+        f"of a (8192, 8192) product and {rates.copies / 1e12:.2f} TB/s of a copy; assumed that "
+        f"products reach {PRODUCT_SHARE:.0%} and attention {ATTENTION_SHARE:.0%} of it, and "
+        f"{1e6 * GAP_S:g} µs between kernels"
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    presets = [name for name, make in PRESETS.items() if make().model.architecture == "dit"]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("preset", choices=presets)
+    parser.add_argument(
+        "--card", choices=[card for card in DEVICES if card in HARDWARE], default="h100"
+    )
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 16, 64])
+    parser.add_argument("--images", type=int, default=32, help="micro batch of the kernels' table")
+    parser.add_argument("--json", help="write everything to this file")
+    options = parser.parse_args(args)
+    config = PRESETS[options.preset]()
+    made: dict[int, list[Kernel]] = {}
+
+    def kernels_for(images: int) -> list[Kernel]:
+        if images not in made:
+            made[images] = kernels_of_block(config, images, options.card)
+        return made[images]
+
+    kernels = kernels_for(options.images)
+    tokens = (config.model.input_size // config.model.patch_size) ** 2
+    elements = options.images * tokens * config.model.hidden_size
+    print(card_line(options.card))
+    print(f"\nA block of {config.name}, forward and backward, {options.images} images:\n")
+    print(kernel_table(kernels, RATES[options.card], elements))
+    moved = bytes_per_element(kernels, elements)
+    print(f"\nbytes per residual element and block: {moved:.1f}\n")
+    predictions = [predict(config, options.card, gpus, kernels_for) for gpus in options.gpus]
+    print(step_table(predictions))
+    if options.json:
+        report = {
+            "preset": config.name,
+            "card": options.card,
+            "bytes_per_element": moved,
+            "kernels": [asdict(kernel) for kernel in kernels],
+            "steps": [asdict(prediction) for prediction in predictions],
+        }
+        with open(options.json, "w") as file:
+            json.dump(report, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
