@@ -411,7 +411,7 @@ def _require_equal(states: list[str]) -> None:
             key = next(k for k in first | other if first.get(k) != other.get(k))
             error = CheckpointError(
                 f"rank {rank} disagrees with rank 0 on {key}: {other.get(key)} and "
-                f"{first.get(key)}; nothing was saved, and the same command goes on from the last "
+                f"{first.get(key)}; nothing was saved, and the same command continues from the last "
                 "checkpoint; if it comes again, suspect that rank's machine"
             )
             error.agreed, error.exit_status = True, 1  # as after a crash
