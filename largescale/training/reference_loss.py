@@ -66,17 +66,16 @@ class ReferenceLoss:
             seed, 0, n, shape, dropout_prob=0.0, posterior=moments, device=ranks.device
         )
         first_caption = np.zeros(n) if config.model.caption_tokens else None
-        gathered = dataset.gather(
-            sample_indices(np.arange(n), len(dataset), seed), choice=first_caption
-        )
+        numbers = sample_indices(np.arange(n), len(dataset), seed)
+        gathered = dataset.gather(numbers, choice=first_caption)
         rows = {
             name: torch.from_numpy(values).to(ranks.device) for name, values in gathered.items()
         }
 
         # Only this rank's share of the set stays in memory: none, with more ranks than rows.
         mine = torch.arange(n, device=ranks.device)[ranks.rank :: ranks.world_size]
-        draws = draws.rows(mine)
         self._cluster = cluster[mine]
+        draws = draws.rows(mine)
         self._x_start = to_x_start(
             rows["latent"][mine], info.kind, info.scale_factor, draws.posterior
         )
