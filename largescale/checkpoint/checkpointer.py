@@ -1,9 +1,9 @@
-"""Whole-or-absent checkpoints: snapshot to host memory, write in a thread, and a manifest last.
+"""Atomic checkpoints: snapshot to host memory, write in a thread, and a manifest last.
 
-DeepSpeed's own `save_checkpoint` decides what is saved; where it goes is decided by a `Writer` put
-in its place of a "checkpoint engine". A failed write never raises between two collectives, where it
-would leave the other ranks hanging: ranks tell each other in `Checkpointer.finish`, and without a
-manifest the checkpoint does not exist.
+DeepSpeed's own `save_checkpoint` decides what is saved; a `Writer`, which takes the place of
+DeepSpeed's "checkpoint engine", decides where. A failed write never raises between two collectives,
+where it would leave the other ranks hanging: ranks exchange their errors in `Checkpointer.finish`,
+and without a manifest the checkpoint does not exist.
 """
 
 import contextlib
@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -36,10 +38,11 @@ from largescale.errors import CheckpointError, LargescaleError, NewerVersionErro
 from largescale.host.files import LOCK, fsync_dir, located, sha256, try_lock, write_atomically
 from largescale.host.launch import heartbeat
 
+# Pauses before a file is looked for again that other ranks see: by default NFS shows it within a
+# minute.
 SEEN_LATER_S = (1.0, 5.0, 20.0, 40.0)
-"""Pauses before a file is looked for again that other ranks see: by default NFS shows it within a
-minute."""
-_ERRORS = (CheckpointError, UnseenError, StorageError, NewerVersionError)  # the gravest last
+# The gravest last.
+_ERRORS = (CheckpointError, UnseenError, StorageError, NewerVersionError)
 
 
 class Engine(Protocol):
@@ -53,14 +56,15 @@ class Engine(Protocol):
 
 
 class Writer:
-    """What DeepSpeed calls a checkpoint engine, by duck type: takes states, writes them in order in
-    one thread."""
+    """Takes states and writes them, in order, in one thread. By duck type it is what DeepSpeed
+    calls a checkpoint engine."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._files: list[Future[tuple[str, dict[str, Any]]]] = []
         self._error: str | None = None
-        self.seconds = 0.0  # spent on this rank's files of one checkpoint, in the thread
+        # Spent in the thread on this rank's files of one checkpoint.
+        self.seconds = 0.0
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
         """`state_dict` must not change until it is written."""
@@ -74,10 +78,13 @@ class Writer:
             self.seconds += time.perf_counter() - start
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """RUN/checkpoints and what is in it; not RUN, which may have been renamed a moment ago."""
+        """Make RUN/checkpoints and the folder of a checkpoint in it."""
+        # Not RUN itself, which may have been renamed a moment ago.
         for folder in (Path(path).parent, Path(path)):
             if "checkpoints" in (folder.name, folder.parent.name):
-                self.attempt(lambda folder=folder: folder.mkdir(exist_ok=True))  # type: ignore[misc]
+                self.attempt(partial(folder.mkdir, exist_ok=True))
+
+    # What DeepSpeed calls besides, and needs no work here.
 
     def create(self, info: Any) -> None:
         pass
@@ -92,7 +99,7 @@ class Writer:
         return dp_rank == 0
 
     def attempt(self, action: Callable[[], Any]) -> None:
-        """What may fail for want of space, permission or a file system: then the checkpoint fails,
+        """Do what may fail without space, permission or a file system: then the checkpoint fails,
         not the run."""
         try:
             action()
@@ -101,42 +108,44 @@ class Writer:
 
     @property
     def busy(self) -> bool:
-        return not all(file.done() for file in self._files)
+        return not all(map(Future.done, self._files))
 
     @property
     def failed(self) -> bool:
-        return self._error is not None or any(
-            file.done() and file.exception() for file in self._files
-        )
+        for file in self._files:
+            if file.done() and file.exception():
+                return True
+        return self._error is not None
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether this rank's files are written, or have failed, by then."""
+        """Whether this rank's files are written, or have failed, after `timeout_s` at most."""
         return not wait(self._files, timeout_s).not_done
 
     def collect(self) -> tuple[dict[str, Any], str | None]:
-        """Wait for this rank's files: ({name: {bytes, sha256}}, what went wrong if anything
-        did)."""
-        files, error = {}, self._error
+        """Wait for this rank's files: ({name: {bytes, sha256}}, the last error or None)."""
+        files = {}
+        error = self._error
         for future in self._files:
             try:
                 name, facts = future.result()
                 files[name] = facts
-            except (
-                Exception
-            ) as failure:  # whatever it was, training goes on and the message says it
+            # Whatever it was, training continues and the message names it.
+            except Exception as failure:
                 error = f"{type(failure).__name__}: {failure}"
-        self._files, self._error = [], None
+        # Ready for the next checkpoint.
+        self._files = []
+        self._error = None
         return files, error
 
 
 def _write(state: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
+    """Write a state, and wait until it is on disk: (name, {bytes, sha256})."""
     with path.open("wb") as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:
-            if isinstance(
-                error.__context__, OSError
-            ):  # the cause, which torch's count of bytes hides
+            # The cause, such as a full disk, which torch hides behind its count of bytes.
+            if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
         file.flush()
@@ -145,7 +154,10 @@ def _write(state: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
 
 
 class Checkpointer:
-    """Every public method is collective: all ranks call it at the same step."""
+    """Saves a run's checkpoints, finds the newest valid one, and removes old ones.
+
+    Every public method is collective: all ranks call it at the same step.
+    """
 
     def __init__(
         self,
@@ -158,12 +170,17 @@ class Checkpointer:
         """`patience_s`: how long `finish` waits for a file system that does not answer; `lock`:
         RUN/lock, which rank 0 holds, and by which it is found where the run directory is
         renamed."""
-        self.run_dir, self.config, self.ranks, self._patience_s = run_dir, config, ranks, patience_s
+        self.run_dir = run_dir
+        self.config = config
+        self.ranks = ranks
+        self._patience_s = patience_s
         self._lock = lock
         self._writer = Writer()
         self._pending: Pending | None = None
-        self._damaged: set[int] = set()  # steps
-        self.last_saved = -1  # the step of the newest checkpoint that is on disk
+        # Steps whose checkpoints were found damaged.
+        self._damaged: set[int] = set()
+        # The step of the newest checkpoint that is on disk.
+        self.last_saved = -1
 
     @property
     def writing(self) -> bool:
@@ -186,105 +203,115 @@ class Checkpointer:
         return self._pending is not None
 
     def save(self, step: int, state: dict[str, Any], engine: Engine, reason: str) -> None:
-        """Snapshot, and start to write; `finish` what was started before. `state`: plain values,
-        equal on all ranks.
+        """Take a snapshot, and start to write it, after `finish` of the one before.
 
-        `reason`: 'start', 'schedule', 'stop' (a signal) or 'end'. Nothing is done where `step` is
-        saved already."""
+        `state`: plain values, equal on all ranks. `reason`: 'start', 'schedule', 'stop' (a signal)
+        or 'end'. Nothing is done where `step` is saved already.
+        """
         assert not self.pending
         if step == self.last_saved:
             return
         self._writer.seconds = 0.0
         self._find_run_dir()
+
+        # A folder of this step is damaged or was never finished: else it would be `last_saved`.
         checkpoint = CheckpointDir.at(self.run_dir, step)
-        if (
-            self.ranks.rank == 0
-        ):  # what is there is damaged, or was never finished: or it would be `last_saved`
+        if self.ranks.rank == 0:
             self._writer.attempt(lambda: _remove(checkpoint))
         self._damaged.discard(step)
+
+        # The checksum is of the weights that the snapshot has.
         engine.save(checkpoint, state, self._writer)
         self._pending = Pending(checkpoint, state, reason, engine.weights_checksum())
 
     def finish(self) -> tuple[bool, str | None]:
-        """Wait for the files of all ranks and make the checkpoint valid: (whether it is, which all
-        ranks know alike; what went wrong, which rank 0 knows best).
+        """Wait for the files of all ranks and make the checkpoint valid: (whether it is valid, the
+        same on all ranks; what went wrong or None, complete on rank 0).
 
         Where the file system does not answer in time, it stays pending. Raises CheckpointError if
-        the ranks' states are not the same: one of them has lost its way.
+        the ranks' states are not the same: one of them computes something else.
         """
         pending = self._pending
         assert pending is not None
-        ranks, what = self.ranks, f"checkpoint of step {pending.checkpoint.step}"
-        late = [
-            r
-            for r, done in enumerate(ranks.all_gather_json(self._writer.wait(self._patience_s)))
-            if not done
-        ]
+        ranks = self.ranks
+        what = f"checkpoint of step {pending.checkpoint.step}"
+
+        # A rank whose file system hangs must not leave the others waiting for ever.
+        done = ranks.all_gather_json(self._writer.wait(self._patience_s))
+        late = [rank for rank, is_done in enumerate(done) if not is_done]
         if late:
-            return (
-                False,
-                f"{what} is still not written after {self._patience_s:g} s, on ranks {late[:8]}",
-            )
+            waited = f"{self._patience_s:g} s"
+            return False, f"{what} is still not written after {waited}, on ranks {late[:8]}"
         self._pending = None
+
+        # All ranks learn what each has written, and compare their states.
         own = {**pending.state, "weights (checksum)": pending.weights}
         reports = ranks.all_gather_json((*self._writer.collect(), json.dumps(own, sort_keys=True)))
-        _require_equal([text for _, _, text in reports])
-        errors = [f"rank {rank}: {error}" for rank, (_, error, _) in enumerate(reports) if error]
+        files: dict[str, Any] = {}
+        errors: list[str] = []
+        states: list[str] = []
+        for rank, (rank_files, error, rank_state) in enumerate(reports):
+            files.update(rank_files)
+            states.append(rank_state)
+            if error:
+                errors.append(f"rank {rank}: {error}")
+        _require_equal(states)
+
+        # Rank 0 writes the manifest, which makes the checkpoint valid, and broadcasts the outcome.
         if ranks.rank == 0 and not errors:
-            try:
-                _publish(
-                    pending,
-                    {k: v for files, _, _ in reports for k, v in files.items()},
-                    len(reports),
-                )
-            except (OSError, ValueError) as error:
-                errors = [f"rank 0: {error}"]
+            errors = _try_to_publish(pending, files, len(reports))
         (errors, *_) = ranks.all_gather_json(errors)
-        problem = None
-        if errors:
-            problem = f"{what} was not written: " + "; ".join(errors)
-        else:
+        if not errors:
             self.last_saved = pending.checkpoint.step
-        if ranks.rank == 0:
-            try:  # on a full disk the remains of a failed one would be in the way of the next
-                _remove(pending.checkpoint) if errors else self._retain()
-            except OSError as error:
-                problem = (
-                    problem
-                    or f"{what} is written, but what is not needed any more cannot be removed: "
-                    f"{error}"
-                )
-        return not errors, problem
+        problem = self._clean_up(pending.checkpoint, failed=bool(errors))
+        if errors:
+            return False, f"{what} was not written: " + "; ".join(errors)
+        if problem:
+            return True, f"{what} is written, but {problem}"
+        return True, None
 
-    def newest(self, say: Callable[[str], None]) -> CheckpointDir | None:
-        """The newest checkpoint that every rank finds sound; ranks share the hashing.
+    def _clean_up(self, checkpoint: CheckpointDir, *, failed: bool) -> str | None:
+        """On rank 0, remove what is not needed any more; what went wrong, or None."""
+        if self.ranks.rank != 0:
+            return None
+        # On a full disk the remains of a failed checkpoint would take the next one's space.
+        try:
+            if failed:
+                _remove(checkpoint)
+            else:
+                self._retain()
+        except OSError as error:
+            return f"what is not needed any more cannot be removed: {error}"
+        return None
 
-        Raises as `newest_valid` where there are checkpoints and none can be used: never a silent
-        restart.
+    def newest(self, log: Callable[[str], None]) -> CheckpointDir | None:
+        """The newest checkpoint that every rank finds valid; ranks share the hashing.
+
+        Raises as `newest_valid` where there are checkpoints and none can be used: a run is never
+        started over silently.
         """
         self._find_run_dir()
-        listed = self.ranks.all_gather_json(
-            self.ranks.raise_on_all_ranks(lambda: [c.step for c in checkpoints(self.run_dir)])
-        )
-        steps = sorted(
-            {step for of_rank in listed for step in of_rank}, reverse=True
-        )  # also what one alone sees yet
-        found = (CheckpointDir.at(self.run_dir, step) for step in steps)
-        newest, self._damaged = newest_valid(self.run_dir, found, say, self._check)
+        # On a network file system a rank alone may see a new checkpoint yet: all of them count.
+        own = self.ranks.raise_on_all_ranks(lambda: [c.step for c in checkpoints(self.run_dir)])
+        listed = self.ranks.all_gather_json(own)
+        steps = sorted(set().union(*listed), reverse=True)
+
+        found = [CheckpointDir.at(self.run_dir, step) for step in steps]
+        newest, self._damaged = newest_valid(self.run_dir, found, log, self._check)
         self.last_saved = -1 if newest is None else newest.step
         return newest
 
     def _find_run_dir(self) -> None:
-        """Under its name of now; made anew, and locked, where it was deleted. Raises
-        CheckpointError where another process has begun to train there since."""
+        """Find the run directory under its present name; where it was deleted, make and lock it
+        again. Raises CheckpointError where another process trains there since."""
 
         def find() -> str:
             lock = self._lock
             if lock is not None:
                 self.run_dir = located(self.run_dir / LOCK, lock.fileno()).parent
-                with contextlib.suppress(
-                    OSError
-                ):  # as long as nothing can be written there: the save says so
+                # Where nothing can be written at present, the save that follows reports it.
+                with contextlib.suppress(OSError):
+                    # A lock file without links was deleted, and the directory with it.
                     if not os.fstat(lock.fileno()).st_nlink:
                         self.run_dir.mkdir(parents=True, exist_ok=True)
                         self._lock = try_lock(self.run_dir / LOCK)
@@ -295,49 +322,67 @@ class Checkpointer:
                     )
             return str(self.run_dir)
 
+        # Only rank 0 has the lock, so its path counts.
         (run_dir, *_) = self.ranks.all_gather_json(self.ranks.raise_on_all_ranks(find))
         self.run_dir = Path(run_dir)
 
     def _check(self, checkpoint: CheckpointDir) -> LargescaleError | None:
-        """The gravest of what the ranks find. A file that only some of them see is waited for."""
+        """The gravest error that the ranks find. A file that only some of them see is waited
+        for."""
         ranks = self.ranks
         part = slice(ranks.rank, None, ranks.world_size)
         own = ranks.raise_on_all_ranks(lambda: checkpoint.check(part))
+        unseen = _ERRORS.index(UnseenError)
         for pause in (*SEEN_LATER_S, None):
             reports = ranks.all_gather_json((_ERRORS.index(type(own)), str(own)) if own else None)
-            kinds = [_ERRORS[report[0]] if report else None for report in reports]
-            if (
-                pause is None
-                or UnseenError not in kinds
-                or all(kind is UnseenError for kind in kinds)
-            ):
+            kinds = {report[0] if report else None for report in reports}
+            # No file is missing, or every rank misses one: waiting will not change it.
+            if pause is None or unseen not in kinds or kinds == {unseen}:
                 break
             heartbeat()
             time.sleep(pause)
             if isinstance(own, UnseenError):
                 own = checkpoint.check(part)
-        number, text = max(filter(None, reports), key=lambda report: report[0], default=(None, ""))
-        return None if number is None else _ERRORS[number](text)
+
+        # Of equally grave errors, that of the first rank.
+        errors = list(filter(None, reports))
+        if not errors:
+            return None
+        kind, text = max(errors, key=itemgetter(0))
+        return _ERRORS[kind](text)
 
     def _retain(self) -> None:
-        """Keep the last k, every m-th, and the last that was written on a stop, so that preemptions
-        do not push the others out; remove what never became valid. Only after a newer one is valid.
+        """Remove checkpoints that the config does not keep, and folders that never became valid.
+        Only after a newer one is valid.
 
-        One that this process found damaged neither counts as kept nor is removed: somebody may want
-        to repair it.
+        Kept are the last k, every m-th, and the last that was written on a stop, so that
+        preemptions do not push the others out. A damaged one is neither counted nor removed:
+        somebody may want to repair it.
         """
-        valid = [c for c in checkpoints(self.run_dir) if c.step not in self._damaged]
+        keep = set(self._damaged)
         every = self.config.keep_every
-        keep = {
-            c.step for c in valid if c.step > 0 and every and c.step % every == 0
-        } | self._damaged
-        reasons = {c: _reason(c) for c in valid if c.step not in keep}
-        unread = [
-            c for c, reason in reasons.items() if reason is None
-        ]  # damaged too: nobody looked at old ones
-        stops = [c for c, reason in reasons.items() if reason == "stop"]
-        others = [c for c in valid if c not in stops and c not in unread]
-        keep |= {c.step for c in others[: self.config.keep_last] + stops[:1] + unread}
+        regular: list[int] = []
+        on_stop: list[int] = []
+        for checkpoint in checkpoints(self.run_dir):
+            step = checkpoint.step
+            if step in self._damaged:
+                continue
+            if every and step > 0 and step % every == 0:
+                keep.add(step)
+                regular.append(step)
+                continue
+            # Old ones were not checked at the start; without a reason one is damaged too.
+            reason = _reason(checkpoint)
+            if reason is None:
+                keep.add(step)
+            elif reason == "stop":
+                on_stop.append(step)
+            else:
+                regular.append(step)
+
+        # The newest come first.
+        keep.update(regular[: self.config.keep_last])
+        keep.update(on_stop[:1])
         for checkpoint in step_folders(self.run_dir):
             if checkpoint.step not in keep:
                 _remove(checkpoint)
@@ -353,13 +398,26 @@ class Pending:
     weights: int
 
 
+def _try_to_publish(pending: Pending, files: dict[str, Any], world_size: int) -> list[str]:
+    """Write the manifest: the errors, one or none."""
+    try:
+        _publish(pending, files, world_size)
+    except (OSError, ValueError) as error:
+        return [f"rank 0: {error}"]
+    return []
+
+
 def _publish(pending: Pending, files: dict[str, Any], world_size: int) -> None:
     checkpoint = pending.checkpoint
+    # Each folder holds the name of the one before, which a power cut would otherwise take back.
     *ours, above = (checkpoint.path, *checkpoint.path.parents[:3])
-    for folder in ours:  # each holds the name of the one before, which a power cut would take back
+    for folder in ours:
         fsync_dir(folder)
-    with contextlib.suppress(PermissionError):  # somebody else's
+    # The folder above the run directory may be another user's.
+    with contextlib.suppress(PermissionError):
         fsync_dir(above)
+
+    # The manifest comes last: with it the checkpoint exists.
     manifest = {
         "format": FORMAT,
         "step": checkpoint.step,
@@ -374,7 +432,7 @@ def _publish(pending: Pending, files: dict[str, Any], world_size: int) -> None:
 
 
 def rounding_facts() -> dict[str, Any]:
-    """What else than the settings decides in which order, and by which instructions, a CPU adds
+    """What decides, besides the settings, in which order and by which instructions a CPU adds
     numbers."""
     return {
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -384,7 +442,7 @@ def rounding_facts() -> dict[str, Any]:
 
 
 def _reason(checkpoint: CheckpointDir) -> str | None:
-    """Why it was written; None if its manifest cannot be read."""
+    """Why the checkpoint was written; None if its manifest cannot be read."""
     try:
         return str(checkpoint.manifest().get("reason"))
     except (CheckpointError, StorageError):
@@ -392,27 +450,40 @@ def _reason(checkpoint: CheckpointDir) -> str | None:
 
 
 def _remove(checkpoint: CheckpointDir) -> None:
-    """Of a link, the link only. Raises OSError where it is still a checkpoint afterwards."""
+    """Remove the checkpoint; of a link, the link only. Raises OSError where it is still a
+    checkpoint afterwards."""
     if checkpoint.path.is_symlink():
         checkpoint.path.unlink()
         return
+    # The manifest goes first: from then on the checkpoint does not exist.
     with contextlib.suppress(IsADirectoryError):
-        (checkpoint.path / MANIFEST).unlink(
-            missing_ok=True
-        )  # first: from here on it does not exist
+        (checkpoint.path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(checkpoint.path, ignore_errors=True)
 
 
 def _require_equal(states: list[str]) -> None:
-    first = dict(flatten(json.loads(states[0])))
+    """Raise CheckpointError where a rank's state, as JSON, is not rank 0's."""
     for rank, text in enumerate(states):
         if text != states[0]:
-            other = dict(flatten(json.loads(text)))
-            key = next(k for k in first | other if first.get(k) != other.get(k))
+            key, first, other = _first_difference(states[0], text)
             error = CheckpointError(
-                f"rank {rank} disagrees with rank 0 on {key}: {other.get(key)} and "
-                f"{first.get(key)}; nothing was saved, and the same command goes on from the last "
-                "checkpoint; if it comes again, suspect that rank's machine"
+                f"rank {rank} disagrees with rank 0 on {key}: {other} and {first}; nothing was "
+                "saved, and the same command continues from the last checkpoint; if it happens "
+                "again, suspect that rank's machine"
             )
-            error.agreed, error.exit_status = True, 1  # as after a crash
+            # As after a crash: a requeue starts the run again.
+            error.agreed = True
+            error.exit_status = 1
             raise error
+
+
+def _first_difference(state: str, other_state: str) -> tuple[str, Any, Any]:
+    """(key, value, other value) of two states, as JSON, that differ."""
+    values = dict(flatten(json.loads(state)))
+    other_values = dict(flatten(json.loads(other_state)))
+    for key in values | other_values:
+        value = values.get(key)
+        other = other_values.get(key)
+        if value != other:
+            return key, value, other
+    raise AssertionError

@@ -1,4 +1,4 @@
-"""What lies in a run directory, read without DeepSpeed (and, but for tensors, without torch).
+"""The files of a checkpoint, read without DeepSpeed (and without torch, except for tensors).
 
 RUN/checkpoints/step_00001000/           a checkpoint, once it holds a manifest, which is written
                                          last
@@ -33,12 +33,16 @@ from largescale.host.files import from_json, sha256
 if TYPE_CHECKING:
     from torch import Tensor
 
-CLIENT_KEY = "largescale"  # everything of ours in DeepSpeed's client_state, which it merges flat over its own keys
+# DeepSpeed merges client_state flat over its own keys, so ours has all its values under one.
+CLIENT_KEY = "largescale"
 MODEL_FILE = "mp_rank_00_model_states.pt"
 MANIFEST = "manifest.json"
 _SEAL = ',\n "sha256": '
-READ_AGAIN_S = (1.0, 5.0)  # pauses before files that could not be read are tried again
-FORMAT = 2  # in 1 the manifest had no hash of itself; every later one is sealed as 2 is, to be told from damage
+# Pauses before files that could not be read are tried again.
+READ_AGAIN_S = (1.0, 5.0)
+# In format 1 the manifest had no hash of itself. Every later one must be sealed as 2 is, so that a
+# newer version can be distinguished from damage.
+FORMAT = 2
 
 
 class UnseenError(CheckpointError):
@@ -48,6 +52,8 @@ class UnseenError(CheckpointError):
 
 @dataclass(frozen=True)
 class CheckpointDir:
+    """The folder of one checkpoint, which may be missing, unfinished or damaged."""
+
     path: Path
     step: int
 
@@ -57,31 +63,23 @@ class CheckpointDir:
 
     @property
     def exists(self) -> bool:
-        """A folder without a manifest is a write that did not finish, not a checkpoint."""
+        """Whether there is a checkpoint: a folder without a manifest is a write that did not
+        finish."""
         return (self.path / MANIFEST).exists()
 
     def manifest(self) -> dict[str, Any]:
-        """Raises CheckpointError where it is missing or damaged, or a newer version's
-        (NewerVersionError); StorageError where it cannot be read at present."""
+        """The manifest, verified by its own hash.
+
+        Raises CheckpointError where it is missing or damaged, or a newer version's
+        (NewerVersionError); StorageError where it cannot be read at present.
+        """
         path = self.path / MANIFEST
         try:
             content = path.read_bytes()
             manifest: dict[str, Any] = from_json(content)
-            if (manifest["format"] != 1 or "sha256" in manifest) and not _is_sealed(content):
-                raise CheckpointError(f"{path} does not have the content that was written")
-            if manifest["format"] > FORMAT:
-                raise NewerVersionError(
-                    f"{path} has format {manifest['format']}, this version reads 1 to {FORMAT}: it "
-                    "was made by a newer version; update largescale, or start another run with "
-                    "--output DIR"
-                )
-            if manifest["format"] not in (1, FORMAT):
-                raise CheckpointError(f"{path} has format {manifest['format']}, which there is not")
-            if manifest.get("step", self.step) != self.step:
-                raise CheckpointError(
-                    f"{path} is that of step {manifest['step']}; give the folder its name back"
-                )
+            self._require_usable(manifest, content)
             return manifest
+        # A new file may not be visible here yet, so "missing" is another error than "damaged".
         except FileNotFoundError as error:
             raise UnseenError(f"{path} is missing") from error
         except OSError as error:
@@ -89,8 +87,30 @@ class CheckpointDir:
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
+    def _require_usable(self, manifest: dict[str, Any], content: bytes) -> None:
+        """Raise CheckpointError where the manifest is damaged, a newer version's or that of another
+        step. `content`: the file's bytes."""
+        path = self.path / MANIFEST
+        # Before anything else in it is believed.
+        version = manifest["format"]
+        if (version != 1 or "sha256" in manifest) and not _is_sealed(content):
+            raise CheckpointError(f"{path} does not have the content that was written")
+
+        if version > FORMAT:
+            raise NewerVersionError(
+                f"{path} has format {version}, this version reads 1 to {FORMAT}: it was made by a "
+                "newer version; update largescale, or start another run with --output DIR"
+            )
+        if version not in (1, FORMAT):
+            raise CheckpointError(f"{path} has format {version}, which does not exist")
+        if manifest.get("step", self.step) != self.step:
+            raise CheckpointError(
+                f"{path} is that of step {manifest['step']}; rename the folder to its old name"
+            )
+
     def optimizer_state(self, rank: int) -> dict[str, Any]:
         """What DeepSpeed's ZeRO optimizer saved on that rank."""
+        # DeepSpeed's name depends on the precision.
         name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         path = self.path / name
         path = path if path.exists() else self.path / f"bf16_{name}"
@@ -111,15 +131,17 @@ class CheckpointDir:
         return str(error) if error else None
 
     def check(self, part: slice = slice(None)) -> CheckpointError | StorageError | None:
-        """As `problem`, but an error is returned, whatever it is."""
+        """The error of the files, or None: as `problem`, but an error of any kind is returned."""
         for pause in (*READ_AGAIN_S, None):
             try:
-                self._require_whole(part)
+                self._require_complete(part)
                 return None
             except CheckpointError as error:
                 return error
+            # A manifest that is not of the expected shape.
             except (LookupError, TypeError, AttributeError) as error:
                 return CheckpointError(f"{self.path}: {error!r}")
+            # A file system that failed may answer later.
             except OSError as error:
                 if pause is None:
                     if isinstance(error, StorageError):
@@ -128,8 +150,9 @@ class CheckpointDir:
                 time.sleep(pause)
         raise AssertionError
 
-    def _require_whole(self, part: slice) -> None:
+    def _require_complete(self, part: slice) -> None:
         files = sorted(self.manifest()["files"].items())
+        # The size of every file is cheap to compare; the hashes of a part are what takes time.
         for name, expected in files:
             path = self.path / name
             if not path.exists():
@@ -146,8 +169,8 @@ class CheckpointDir:
 
 
 def seal(manifest: dict[str, Any]) -> str:
-    """A manifest as text, whose last line is the hash of those before: it tells what to expect of
-    every other file."""
+    """A manifest as text, whose last line is the hash of those before."""
+    # The manifest has the hash of every other file, so nothing else can verify it.
     lines = json.dumps(manifest, indent=1, allow_nan=False).removesuffix("\n}")
     return f'{lines}{_SEAL}"{hashlib.sha256(lines.encode()).hexdigest()}"\n}}'
 
@@ -158,18 +181,19 @@ def _is_sealed(content: bytes) -> bool:
 
 
 def step_folders(run_dir: Path) -> list[CheckpointDir]:
-    """Newest first, those too whose writing did not finish. Whatever else lies there is not
-    ours."""
+    """The folders of a run's checkpoints, newest first, also those whose writing did not finish."""
     found = []
+    # Files and folders with other names are not ours.
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in (run_dir / "checkpoints").iterdir():
-            if (match := re.fullmatch(r"step_(\d+)", path.name)) and not path.is_file():
+            match = re.fullmatch(r"step_(\d+)", path.name)
+            if match and not path.is_file():
                 found.append(CheckpointDir(path, int(match[1])))
     return sorted(found, key=lambda c: -c.step)
 
 
 def checkpoints(run_dir: Path) -> list[CheckpointDir]:
-    """Newest first."""
+    """A run's checkpoints, newest first."""
     return [folder for folder in step_folders(run_dir) if folder.exists]
 
 
@@ -179,8 +203,8 @@ def newest_valid(
     report: Callable[[str], None],
     check: Callable[[CheckpointDir], LargescaleError | None] = CheckpointDir.check,
 ) -> tuple[CheckpointDir | None, set[int]]:
-    """The newest of `found` in which `check` finds no error, and the steps of those passed over,
-    which are reported.
+    """The newest of `found` in which `check` finds no error, and the steps of those before it,
+    which are reported and skipped.
 
     None where nothing was found. Raises NewerVersionError at the first of a newer version, so that
     nothing of it is trained again or overwritten; where there are checkpoints and none can be used,
@@ -195,34 +219,41 @@ def newest_valid(
             error.agreed = True
             raise error
         errors[checkpoint.step] = error
-        report(
-            "passing over a "
-            f"{'checkpoint' if isinstance(error, StorageError) else 'damaged checkpoint'}: {error}"
-        )
+        # What cannot be read at present may not be damaged.
+        kind = "checkpoint" if isinstance(error, StorageError) else "damaged checkpoint"
+        report(f"skipping a {kind}: {error}")
     if errors:
-        later = any(isinstance(error, StorageError) for error in errors.values())
-        remedy = "try again later, restore one from a copy" if later else "restore one from a copy"
-        none = (StorageError if later else CheckpointError)(
-            f"none of the {len(errors)} checkpoints in {run_dir} can be used:\n  "
-            + "\n  ".join(map(str, errors.values()))
-            + f"\n{remedy}, or start again in another folder with --output DIR"
-        )
-        none.agreed = True
-        raise none
+        raise _none_usable(run_dir, list(errors.values()))
     return None, set()
 
 
+def _none_usable(run_dir: Path, errors: list[LargescaleError]) -> LargescaleError:
+    """The error that none of a run's checkpoints can be used, with the error of each."""
+    # One that cannot be read at present may be readable later, so the same command is worth a try.
+    later = any(isinstance(error, StorageError) for error in errors)
+    remedy = "try again later, restore one from a copy" if later else "restore one from a copy"
+    text = (
+        f"none of the {len(errors)} checkpoints in {run_dir} can be used:\n  "
+        + "\n  ".join(map(str, errors))
+        + f"\n{remedy}, or start again in another folder with --output DIR"
+    )
+    error = StorageError(text) if later else CheckpointError(text)
+    error.agreed = True
+    return error
+
+
 def load(path: Path) -> dict[str, Any]:
-    """Tensors and plain values only: a file from elsewhere cannot run code. Raises CheckpointError
-    for other things."""
+    """Load a file of tensors and plain values. Raises CheckpointError for anything else."""
     import torch
 
+    # weights_only: a file from elsewhere cannot run code. mmap: only what is used is read.
     with usable(path):
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return state
 
 
 def client_state(checkpoint: CheckpointDir) -> dict[str, Any]:
+    """Our own part of DeepSpeed's file: the run's identity and its training state."""
     with usable(checkpoint.path / MODEL_FILE):
         state: dict[str, Any] = load(checkpoint.path / MODEL_FILE)[CLIENT_KEY]
         return state
@@ -234,9 +265,10 @@ def flat_state(
     """The flat fp32 pieces of one state tensor ('master', 'exp_avg', 'exp_avg_sq', 'ema') in rank
     order.
 
-    Joined and cut to the parameters' size they are whole: DeepSpeed stores master weights without
-    the padding at the end, the optimizer's tensors with it. One rank's file is mapped at a time.
+    Joined and cut to the parameters' size they are complete: DeepSpeed stores master weights
+    without the padding at the end, the optimizer's tensors with it.
     """
+    # A generator, so that one rank's file is mapped at a time.
     for rank in range(world_size):
         state = checkpoint.optimizer_state(rank)
         if kind == "master":
@@ -246,8 +278,8 @@ def flat_state(
 
 
 def named_weights(checkpoint: CheckpointDir, kind: str = "ema") -> dict[str, "Tensor"]:
-    """The model's weights by name, in fp32: the EMA, or the 'master' weights, which the EMA is at
-    step 0."""
+    """The model's weights by name, in fp32: the EMA, or the 'master' weights."""
+    # The optimizer has no state at step 0, where the EMA is the master weights.
     with usable(checkpoint.path):
         return _named_weights(checkpoint, "master" if checkpoint.step == 0 else kind)
 
@@ -259,14 +291,17 @@ def _named_weights(checkpoint: CheckpointDir, kind: str) -> dict[str, "Tensor"]:
     world_size = checkpoint.manifest()["world_size"]
     weights: dict[str, Tensor] = {}
     for group, shapes in enumerate(model["param_shapes"]):
-        flat = torch.cat(
-            [piece.reshape(-1) for piece in flat_state(checkpoint, kind, group, world_size)]
-        )
+        pieces = flat_state(checkpoint, kind, group, world_size)
+        flat = torch.cat([piece.reshape(-1) for piece in pieces])
+        # A parameter may cross the border between two ranks' pieces.
         offset = 0
         for name, shape in shapes.items():
             count = int(torch.Size(shape).numel())
+            # A copy, so that the weights do not keep the flat tensor alive.
             weights[name] = flat[offset : offset + count].view(tuple(shape)).clone()
             offset += count
+
+    # Fixed values, which no optimizer has.
     for name, value in (model.get("frozen_param_fragments") or {}).items():
         weights[name] = value.float()
     return weights

@@ -16,11 +16,26 @@ from largescale.errors import CheckpointError, usable
 from largescale.host.files import from_json
 from largescale.models.build import Network, build_model
 
-EXPORT_WEIGHTS, EXPORT_CONFIG = "model.safetensors", "config.json"
+EXPORT_WEIGHTS = "model.safetensors"
+EXPORT_CONFIG = "config.json"
+
+# What an export carries of a checkpoint's state.
+CARRIED = (
+    "config",
+    "step",
+    "samples_seen",
+    "dataset",
+    "data_info",
+    "made_with",
+    "precision",
+    "curriculum",
+)
 
 
 @dataclass(frozen=True)
 class Trained:
+    """A trained model, its objective, and where they are from."""
+
     model: Network
     """EMA weights, fp32, in eval mode, on the CPU."""
     objective: Objective
@@ -30,8 +45,8 @@ class Trained:
 
     @property
     def num_classes(self) -> int:
-        """Classes of the data, the only ones that were trained: the model may have more. 0 without
-        labels."""
+        """The number of classes that were trained, 0 without labels."""
+        # The model may have more classes than the data.
         model = self.config.model.num_classes
         return min(model, self.info.get("data_info", {}).get("num_classes", model))
 
@@ -39,15 +54,7 @@ class Trained:
 def find_checkpoint(run_dir: Path, step: int | None) -> CheckpointDir:
     """The newest valid checkpoint of a run, or that of `step`, verified."""
     if step is not None:
-        checkpoint = CheckpointDir.at(run_dir, step)
-        if not checkpoint.exists:
-            steps = ", ".join(str(found.step) for found in checkpoints(run_dir)) or "none"
-            raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; there are: {steps}")
-        if problem := checkpoint.problem():
-            raise CheckpointError(
-                f"{problem}; choose another --step, or leave it out for the newest valid one"
-            )
-        return checkpoint
+        return _checkpoint_of_step(run_dir, step)
     newest, _ = newest_valid(
         run_dir, checkpoints(run_dir), report=lambda text: print(text, file=sys.stderr)
     )
@@ -58,18 +65,34 @@ def find_checkpoint(run_dir: Path, step: int | None) -> CheckpointDir:
     return newest
 
 
+def _checkpoint_of_step(run_dir: Path, step: int) -> CheckpointDir:
+    checkpoint = CheckpointDir.at(run_dir, step)
+    if not checkpoint.exists:
+        steps = ", ".join(str(found.step) for found in checkpoints(run_dir)) or "none"
+        raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; there are: {steps}")
+    # Unlike the newest one, it is never replaced silently by another.
+    if problem := checkpoint.problem():
+        raise CheckpointError(
+            f"{problem}; choose another --step, or leave it out for the newest valid one"
+        )
+    return checkpoint
+
+
 def load_trained(path: Path, step: int | None = None) -> Trained:
-    """From an export's folder or a run's. Raises CheckpointError for a folder that is neither, or
-    another model's."""
+    """Load a model from the folder of an export or of a run. Raises CheckpointError for a folder
+    that is neither, or another model's."""
     if (path / EXPORT_CONFIG).exists():
         description, weights = _read_export(path, step)
     else:
         checkpoint = find_checkpoint(path, step)
         description = describe(checkpoint)
         weights = named_weights(checkpoint)
+
+    # A config that does not fit this version is the file's error, not the user's.
     with usable(path):
         config = from_dict(description["config"])
-        model, objective = build_model(config.model), build_objective(config)
+        model = build_model(config.model)
+        objective = build_objective(config)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -84,12 +107,11 @@ def _read_export(path: Path, step: int | None) -> tuple[dict[str, Any], dict[str
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    # Other libraries have a config.json beside a model.safetensors too.
+    required = {"config", "step", "data_info"}
     try:
         description = from_json((path / EXPORT_CONFIG).read_text())
-        if (
-            not isinstance(description, dict)
-            or not {"config", "step", "data_info"} <= description.keys()
-        ):
+        if not isinstance(description, dict) or not required <= description.keys():
             raise CheckpointError(
                 f"{path} is no export, {_what(description)}; give a run, or the folder that "
                 "largescale.export wrote"
@@ -99,6 +121,8 @@ def _read_export(path: Path, step: int | None) -> tuple[dict[str, Any], dict[str
         raise CheckpointError(
             f"the export {path} cannot be read: {error}; export the run again"
         ) from error
+
+    # An export is of one step; a run has several.
     if step not in (None, description["step"]):
         raise CheckpointError(
             f"{path} is an export of step {description['step']}, not of {step}; give the run"
@@ -107,12 +131,9 @@ def _read_export(path: Path, step: int | None) -> tuple[dict[str, Any], dict[str
 
 
 def _what(description: Any) -> str:
-    """What another library's config.json says that it is of."""
-    for key in (
-        "_class_name",
-        "architectures",
-        "model_type",
-    ):  # of diffusers, and twice of transformers
+    """Why a config.json is not an export's, with the model that another library's names."""
+    # The first key is diffusers', the others are transformers'.
+    for key in ("_class_name", "architectures", "model_type"):
         if isinstance(description, dict) and description.get(key):
             return f"its {EXPORT_CONFIG} is another library's, of {description[key]}"
     return f"its {EXPORT_CONFIG} lacks config, step or data_info"
@@ -120,18 +141,9 @@ def _what(description: Any) -> str:
 
 def describe(checkpoint: CheckpointDir) -> dict[str, Any]:
     """Config and provenance of a checkpoint, as an export carries them. Raises CheckpointError
-    where they are none."""
-    carried = (
-        "config",
-        "step",
-        "samples_seen",
-        "dataset",
-        "data_info",
-        "made_with",
-        "precision",
-        "curriculum",
-    )
+    where they cannot be used."""
     with usable(checkpoint.path):
         state = checkpoint.manifest()["state"]
+        # An error here is better than one of whoever loads the export.
         from_dict(state["config"])
-        return {key: state[key] for key in carried if key in state}
+        return {key: state[key] for key in CARRIED if key in state}

@@ -110,7 +110,7 @@ def lost_rank(ranks: Ranks, where: str, what: str, killed: str | None = None) ->
         )
     if killed:
         text += f"; {killed}"
-    error = LostRankError(text + "; the same command goes on from the last checkpoint")
+    error = LostRankError(text + "; the same command continues from the last checkpoint")
     lowest = min(found) if found else min(1, ranks.world_size - 1)
     error.agreed = ranks.rank != lowest
     return error

@@ -1,5 +1,5 @@
-"""A ZeRO-2 engine whose state can be written and read by us, whole. Beside it only
-deepspeed_patches.py imports deepspeed."""
+"""A ZeRO-2 engine whose complete state we can write and read. Beside it only deepspeed_patches.py
+imports deepspeed."""
 
 import enum
 import logging
@@ -31,8 +31,11 @@ _STATE_KINDS = ("exp_avg", "exp_avg_sq", "ema")
 
 
 class Engine:
-    """One optimizer step is `forward`, `backward` and `advance`, each as often as there are
-    accumulation steps."""
+    """DeepSpeed's engine with EMA, exact first weights and checkpoints for any number of ranks.
+
+    One optimizer step is `forward`, `backward` and `advance`, each as often as there are
+    accumulation steps.
+    """
 
     def __init__(
         self,
@@ -49,20 +52,22 @@ class Engine:
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(trainable), config=ds, dist_init_required=False
         )
+        # gloo's own time limit is shorter than a suspended job may stand still.
         if self._master.device.type == "cpu":
             never_time_out(self._zero.dp_process_group)
         self._patches = StepPatches(self._engine, self._zero, self._master)
         self.module: nn.Module = self._engine.module
         self._rank = int(self._engine.global_rank)
+
         # DeepSpeed casts the module first and copies its master weights from that: put back what
         # the cast rounded away.
+        pieces = []
         for name, p in self.module.named_parameters():
-            if not p.requires_grad:
+            if p.requires_grad:
+                pieces.append(initial[name].reshape(-1))
+            else:
                 p.data = initial[name].to(p.device)
-        self._fill(
-            self._master,
-            (initial[n].reshape(-1) for n, p in self.module.named_parameters() if p.requires_grad),
-        )
+        self._fill(self._master, pieces)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return cast(Tensor, self._engine(*args, **kwargs))
@@ -70,13 +75,17 @@ class Engine:
     __call__ = forward
 
     def backward(self, loss: Tensor) -> None:
+        # DeepSpeed may change the scale before it unscales the gradient.
         self._patches.loss_scale = self.loss_scale
         self._engine.backward(loss)
 
     def advance(self) -> bool:
-        """After each `backward`. At the end of an accumulation: True if the optimizer step was
-        applied, False if it was skipped for a gradient that is not finite (in fp16 the loss scale
-        falls with it)."""
+        """Count a micro step, after each `backward`; at the end of an accumulation, take the
+        optimizer step.
+
+        True if it was applied, False if it was skipped for a gradient that is not finite (in fp16
+        the loss scale falls with it).
+        """
         self._engine.step()
         return bool(self._engine.was_step_applied())
 
@@ -102,7 +111,8 @@ class Engine:
         return bool(scaler.dynamic) and scaler.cur_scale > scaler.min_scale
 
     def scaler_state(self) -> dict[str, Any]:
-        """What moves in the loss scaler."""
+        """The part of the loss scaler that changes while training."""
+        # A static scaler has only some of these.
         scaler = self._zero.loss_scaler
         return {key: getattr(scaler, key) for key in _SCALER_STATE if hasattr(scaler, key)}
 
@@ -112,7 +122,8 @@ class Engine:
                 setattr(self._zero.loss_scaler, key, state[key])
 
     def grad_norm(self) -> float:
-        """Of the last step, before clipping, unscaled."""
+        """The norm of the last step's gradient, before clipping, unscaled."""
+        # DeepSpeed has none before the first step.
         return float(self._engine.get_global_grad_norm() or 0.0)
 
     @property
@@ -122,23 +133,24 @@ class Engine:
     def ema_partition(self) -> Tensor:
         """This rank's flat fp32 piece of the EMA; the master weights where no step was applied
         yet."""
-        return cast(
-            Tensor, self._zero.optimizer.state[self._master].get("ema", self._master.detach())
-        )
+        state = self._zero.optimizer.state[self._master]
+        return cast(Tensor, state.get("ema", self._master.detach()))
 
     def weights_checksum(self) -> int:
-        """Of this rank's copy of the weights, in the compute dtype: the same on every rank, or one
-        is broken."""
+        """A checksum of this rank's copy of the weights, in the compute dtype: the same on every
+        rank, or one is broken."""
+        # Bits as integers: their sum does not depend on the order, and a NaN equals itself.
         integers = {2: torch.int16, 4: torch.int32}
-        sums = [
-            p.detach().view(integers[p.element_size()]).sum(dtype=torch.int64)
-            for p in self.module.parameters()
-        ]
+        sums = []
+        for p in self.module.parameters():
+            bits = p.detach().view(integers[p.element_size()])
+            sums.append(bits.sum(dtype=torch.int64))
+        # One wait for the GPU, not one for each parameter.
         return int(torch.stack(sums).sum())
 
     def save(self, checkpoint: CheckpointDir, client_state: dict[str, Any], writer: Any) -> None:
-        """Collective. Hands every file's content to `writer` (checkpointer.py), which decides when
-        it is on disk."""
+        """Give every file's content to `writer` (checkpointer.py), which decides when it is on
+        disk. Collective."""
         self._engine.checkpoint_engine = PlainStates(writer)
         self._engine.save_checkpoint(
             str(checkpoint.path.parent),
@@ -151,18 +163,24 @@ class Engine:
         """Read this rank's part of a state saved by any number of ranks; hyper-parameters stay as
         configured.
 
-        Not collective, and to be followed by `gather_weights`, which is. Not DeepSpeed's own
-        loading: that refuses another number of ranks, unpickles, and brings back the old lr. Raises
-        CheckpointError for a state too short.
+        Not collective, and to be followed by `gather_weights`, which is. Raises CheckpointError for
+        a state that is too short.
         """
+        # Not by DeepSpeed's own loading, which refuses another number of ranks, unpickles, and
+        # restores the old lr.
         self._fill(self._master, flat_state(checkpoint, "master", 0, saved_world_size))
-        saved = checkpoint.optimizer_state(0)  # what is not sharded is the same on every rank
+
+        # The moments and the EMA. A checkpoint from before the first step has none.
+        saved = checkpoint.optimizer_state(0)
         state = self._zero.optimizer.state[self._master]
         state.clear()
         saved_state = saved["base_optimizer_state"]["state"].get(0, {})
         for key in saved_state.keys() & set(_STATE_KINDS):
             state[key] = torch.zeros_like(self._master)
             self._fill(state[key], flat_state(checkpoint, key, 0, saved_world_size))
+
+        # What is not sharded is the same on every rank: rank 0's is read. apex counts steps in the
+        # group, where a count from before would stay.
         (group,) = saved["base_optimizer_state"]["param_groups"]
         self._zero.optimizer.param_groups[0].pop("step", None)
         if saved_state:
@@ -170,19 +188,23 @@ class Engine:
         self.load_scaler_state(saved["loss_scaler"])
 
     def gather_weights(self) -> None:
-        """Collective. The weights, in the compute dtype, from all ranks' master weights."""
+        """Update the weights, in the compute dtype, from all ranks' master weights. Collective."""
         self._zero.update_lp_params()
 
     @torch.no_grad()
     def _fill(self, partition: Tensor, pieces: Iterable[Tensor]) -> None:
-        """Copy this rank's part of a flat state, given whole in consecutive pieces, into
+        """Copy this rank's part of a complete flat state, given in consecutive pieces, into
         `partition`."""
+        # This rank's part is [start, end) of the state. The rest of the partition is padding.
         start = self._rank * partition.numel()
         end = min(start + partition.numel(), self.numel)
         partition.zero_()
+
+        # A piece is [offset, offset + n) of the state; [low, high) is what they have in common.
         offset = 0
         for piece in pieces:
-            low, high = max(offset, start), min(offset + piece.numel(), end)
+            low = max(offset, start)
+            high = min(offset + piece.numel(), end)
             if low < high:
                 partition[low - start : high - start].copy_(piece[low - offset : high - offset])
             offset += piece.numel()
@@ -201,22 +223,23 @@ def adam() -> type[torch.optim.Optimizer]:
 
 
 def check_ds_config(ds: dict[str, Any]) -> None:
-    """Let DeepSpeed read its settings, before anything is built. Raises ConfigError for what it
-    does not take."""
+    """Let DeepSpeed read its settings, before anything is built. Raises ConfigError for settings
+    that it does not accept."""
     check_deepspeed()
-    one_each = "train_micro_batch_size_per_gpu"  # which goes with any number of ranks
-    batch = {"train_batch_size", one_each, "gradient_accumulation_steps"}
+    # The batch must fit the number of ranks, which a dry run does not have: one row each always
+    # does.
+    settings = dict(ds)
+    settings.pop("train_batch_size", None)
+    settings.pop("gradient_accumulation_steps", None)
+    settings["train_micro_batch_size_per_gpu"] = 1
     try:
-        DeepSpeedConfig(
-            {key: value for key, value in ds.items() if key not in batch} | {one_each: 1}
-        )
+        DeepSpeedConfig(settings)
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"DeepSpeed does not take these settings: {error}") from error
 
 
 class PlainStates:
-    """Stands before a writer of checkpoints: what DeepSpeed hands it becomes tensors and plain
-    values."""
+    """A writer of checkpoints that turns what DeepSpeed gives it into tensors and plain values."""
 
     def __init__(self, writer: Any):
         self._writer = writer
@@ -231,20 +254,31 @@ class PlainStates:
 def plain(value: Any) -> Any:
     """A copy in host memory, of tensors and plain values only, so that the file loads with
     weights_only=True."""
+    # Copied on the CPU too: training changes the tensor before the thread has written it.
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
+
+    # Containers, and DeepSpeed's own objects as their numbers. A torch.Size is a tuple.
     if isinstance(value, dict):
         return {plain(key): plain(item) for key, item in value.items()}
     if isinstance(value, LossScalerBase):
-        return {
-            key: item for key, item in vars(value).items() if isinstance(item, bool | int | float)
-        }
+        return _numbers_of(value)
+    if isinstance(value, list | tuple | set):
+        return list(map(plain, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return list(astuple(value))
+
     if isinstance(value, enum.Enum):
         return value.value
-    if isinstance(value, torch.Size) or (is_dataclass(value) and not isinstance(value, type)):
-        return list(value) if isinstance(value, torch.Size) else list(astuple(value))
-    if isinstance(value, list | tuple | set):
-        return [plain(item) for item in value]
     if isinstance(value, torch.dtype | Path):
         return str(value)
     return value
+
+
+def _numbers_of(scaler: LossScalerBase) -> dict[str, Any]:
+    """The attributes of a loss scaler that are numbers."""
+    numbers = {}
+    for key, item in vars(scaler).items():
+        if isinstance(item, bool | int | float):
+            numbers[key] = item
+    return numbers

@@ -1,6 +1,8 @@
 """Every place where DeepSpeed's internals are overridden, each with its reason and with what would
-make it needless. An override is right for the code that it was written against: `check_deepspeed`
-compares that code, and refuses another DeepSpeed before anything is built.
+make it needless.
+
+An override is right for the code that it was written against: `check_deepspeed` compares that code,
+and refuses another DeepSpeed before anything is built.
 """
 
 import functools
@@ -57,9 +59,10 @@ except (ImportError, AttributeError) as error:
     ) from error
 
 
-@functools.cache  # the overrides themselves are not what it compares
+# Cached: after the first engine is built, it would compare the overrides themselves.
+@functools.cache
 def check_deepspeed() -> None:
-    """Raises ConfigError where DeepSpeed is not the one that the overrides were written against."""
+    """Raise ConfigError where DeepSpeed is not the one that the overrides were written against."""
     for code, expected in CODE:
         if code_hash(code) != expected:
             what = f"{code.__module__.removeprefix('deepspeed.')}.{code.__qualname__}"
@@ -71,17 +74,19 @@ def code_hash(code: Any) -> str:
 
 
 def patch_before_build() -> None:
-    """What must be overridden before `deepspeed.initialize`."""
+    """Override what must be overridden before `deepspeed.initialize`."""
     # A C++ extension for collectives between CPU ranks, built at start in 25 s; gloo does as well.
     # Needless once DeepSpeed builds it only where it is asked for.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
     # The first gradient imports Muon, whatever the optimizer is, and with it torch's compiler: 2 s.
     # Needless once DeepSpeed imports Muon only where it is used.
     compiler.compile = lambda: lambda function: function
+
+    # DeepSpeed asks whether the CPU has instructions for fp16. torch computes without them, which
+    # half_precision.py has tried. Needless once DeepSpeed asks torch.
     accelerator = deepspeed.get_accelerator()
     if accelerator.device_name() == "cpu":
-        # DeepSpeed asks whether the CPU has instructions for fp16. torch computes without them,
-        # which half_precision.py has tried. Needless once DeepSpeed asks torch.
         accelerator.is_fp16_supported = lambda: True
 
 
@@ -92,40 +97,48 @@ class StepPatches:
         """`zero`: the engine's ZeRO optimizer; `partition`: this rank's part of the master weights,
         flat and padded at the end."""
         self.zero = zero
-        self.loss_scale = float(zero.loss_scale)  # that this step's loss was multiplied by
+        # By which this step's loss was multiplied.
+        self.loss_scale = float(zero.loss_scale)
         # A scale that cannot fall any more is the trainer's to report, with the step and the rank.
         zero.loss_scaler.raise_error_at_min_scale = False
         self._unscale: Callable[..., None] = zero.unscale_and_clip_grads
         zero.unscale_and_clip_grads = self._unscale_as_scaled
-        # The norm tells what is not finite as well: one pass over the gradient and one wait for the
+
+        # The norm shows what is not finite as well: one pass over the gradient and one wait for the
         # device, not two. Needless once DeepSpeed checks the norm only.
         zero.check_overflow = lambda **_: None
         zero.scaled_global_norm = self._global_norm
+
+        # Collectives that one rank does not need, and that gloo does faster in another way.
         if engine.dp_world_size == 1:
             UnreducedGradient(zero, partition.numel())
         if partition.device.type == "cpu":
             stage_1_and_2.all_gather_dp_groups = _broadcast_parts
-        # It would copy zero_to_fp32.py beside each checkpoint, which does not know our files.
+
+        # It would copy zero_to_fp32.py beside each checkpoint, a script that cannot read our files.
         engine._copy_recovery_script = lambda *_: None
 
     def _global_norm(self) -> Tensor:
-        """Of the scaled gradient, before clipping, on the host, which DeepSpeed asks whether it is
-        finite; if not, it skips the step. This is where a step waits for the GPU."""
+        """The norm of the scaled gradient, before clipping, on the host: DeepSpeed skips the step
+        where it is not finite. This is where a step waits for the GPU."""
+        # There is no flat gradient in fp32 on several ranks.
         pieces = self.zero.averaged_gradients[0]
-        flat = getattr(pieces, "flat_partition", None)  # None in fp32 on several ranks
-        # In float32, since they may be in half precision.
+        flat = getattr(pieces, "flat_partition", None)
+        # In float32, since the gradient may be in half precision.
         norms = torch._foreach_norm(pieces if flat is None else [flat], dtype=torch.float32)
         square = torch.linalg.vector_norm(torch.stack(norms)).square()
         deepspeed.comm.all_reduce(square, group=self.zero.dp_process_group)
         return square.sqrt().cpu()
 
     def _unscale_as_scaled(self, *args: Any) -> None:
-        """DeepSpeed has moved the loss scale on when it unscales; where it grew, that halves the
-        gradient. Needless once DeepSpeed unscales by the scale that the loss had."""
+        """Unscale the gradient by the scale that its loss had."""
+        # DeepSpeed has changed the loss scale before it unscales; where it grew, that would halve
+        # the gradient. Needless once DeepSpeed unscales by the scale that the loss had.
         scaler = self.zero.loss_scaler
-        moved, scaler.cur_scale = scaler.cur_scale, self.loss_scale
+        next_scale = scaler.cur_scale
+        scaler.cur_scale = self.loss_scale
         self._unscale(*args)
-        scaler.cur_scale = moved
+        scaler.cur_scale = next_scale
 
 
 def _broadcast_parts(
@@ -134,51 +147,59 @@ def _broadcast_parts(
     dp_process_group: list[Any],
     **_: Any,
 ) -> None:
-    """Every rank's part of the weights to all others: over gloo in a quarter of the time of its
-    all-gather."""
+    """Broadcast every rank's part of the weights to all others."""
+    # Over gloo this takes a quarter of the time of its all-gather.
     for parts, group in zip(partitioned_param_groups, dp_process_group, strict=True):
-        pending = [
-            deepspeed.comm.broadcast(part, rank, group, async_op=True)
-            for rank, part in enumerate(parts)
-        ]
+        pending = []
+        for rank, part in enumerate(parts):
+            pending.append(deepspeed.comm.broadcast(part, rank, group, async_op=True))
+        # All are started before the first is waited for.
         for work in filter(None, pending):
             work.wait()
 
 
 class UnreducedGradient:
-    """One rank reduces nothing: its gradients go straight into the flat fp32 buffer that the
-    optimizer reads.
+    """Writes the gradients of a single rank straight into the flat fp32 buffer that the optimizer
+    reads, since there is nothing to reduce.
 
-    DeepSpeed would copy them into a bucket, divide them by one, and copy them twice more,
-    through memory that it allocates at every step: 5 % of a step of DiT-S/2 on a CPU in fp32, 12 %
-    in bf16."""
+    DeepSpeed would copy them into a bucket, divide them by one, and copy them twice more, through
+    memory that it allocates at every step: 5 % of a step of DiT-S/2 on a CPU in fp32, 12 % in bf16.
+    """
 
     def __init__(self, zero: Any, numel: int):
         """`numel`: of the partition, padded at the end."""
-        self._zero, self._written = zero, set[nn.Parameter]()
+        self._zero = zero
+        # Parameters that have a gradient since the last optimizer step.
+        self._written = set[nn.Parameter]()
+
+        # A view of the flat buffer for each parameter, in DeepSpeed's order.
         (parameters,) = zero.bit16_groups
         self._flat = torch.zeros(numel, device=parameters[0].device)
-        sizes = [p.numel() for p in parameters]
-        pieces = self._flat[: sum(sizes)].split(sizes)
-        self._pieces = {p: piece.view_as(p) for p, piece in zip(parameters, pieces, strict=True)}
-        zero.process_gradients, zero.independent_gradient_partition_epilogue = (
-            self._keep,
-            self._end_of_backward,
-        )
+        self._pieces: dict[nn.Parameter, Tensor] = {}
+        offset = 0
+        for p in parameters:
+            self._pieces[p] = self._flat[offset : offset + p.numel()].view_as(p)
+            offset += p.numel()
+
+        zero.process_gradients = self._keep
+        zero.independent_gradient_partition_epilogue = self._end_of_backward
 
     def _keep(self, parameter: nn.Parameter, group: int) -> None:
-        """Called as soon as its gradient is there."""
+        """Add a parameter's gradient to the buffer; DeepSpeed calls this as soon as there is
+        one."""
         assert parameter.grad is not None
         if parameter in self._written:
             self._pieces[parameter].add_(parameter.grad)
         else:
             self._pieces[parameter].copy_(parameter.grad)
         self._written.add(parameter)
+        # Frees its memory before the next parameter's gradient is computed.
         parameter.grad = None
 
     def _end_of_backward(self) -> None:
         self._zero._epilogue_ran_this_backward = True
         if self._zero.is_gradient_accumulation_boundary():
+            # What got no gradient still has that of the step before.
             for parameter in self._pieces.keys() - self._written:
                 self._pieces[parameter].zero_()
             self._written.clear()

@@ -1,4 +1,4 @@
-"""AdamW, of one of three libraries, that carries the EMA of the weights it updates.
+"""AdamW, of one of three libraries, that also keeps the EMA of the weights it updates.
 
 Under ZeRO-2 the optimizer's parameter is this rank's flat fp32 partition of the master weights, so
 the EMA in its state is sharded, in fp32, and saved and restored with the moments.
@@ -25,7 +25,8 @@ def carrying_ema(
     """A subclass of `base` whose `step()` also updates `state[p]["ema"]`:
     ema <- decay * ema + (1 - decay) * p, with ema = p before the first update, as in DiT.
 
-    `counts_in`: whose way of counting steps it has; moments are alike in all of them."""
+    `counts_in`: the library in whose way it counts steps; moments are the same in all of them.
+    """
 
     class WithEMA(base):  # type: ignore[misc, valid-type]
         def __init__(self, params: Any, *, ema_decay: float, **kwargs: Any):
@@ -35,15 +36,16 @@ def carrying_ema(
 
         @torch.no_grad()
         def step(self, closure: Callable[[], float] | None = None) -> Any:
-            # Cloned before the update; entered after it, since the base fills a state only where it
+            # Cloned before the update; stored after it, since the base fills a state only where it
             # is empty.
-            first = {
-                p: p.detach().clone()
-                for g in self.param_groups
-                for p in g["params"]
-                if not self.state[p]
-            }
+            first: dict[Tensor, Tensor] = {}
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if not self.state[p]:
+                        first[p] = p.detach().clone()
             result = super().step(closure)
+
+            # lerp_ by 1 - decay is the equation above, in one pass.
             for group in self.param_groups:
                 for p in group["params"]:
                     state = self.state[p]
@@ -53,15 +55,14 @@ def carrying_ema(
             return result
 
         def set_steps(self, steps: int) -> None:
-            """Say how many updates the state, which is not empty, has seen."""
+            """Set how many updates the state, which is not empty, has seen."""
             for group in self.param_groups:
                 if counts_in == "apex":
                     group["step"] = steps
                     continue
                 for p in group["params"]:
-                    as_tensor = torch.tensor(
-                        float(steps), device=p.device
-                    )  # where a fused kernel wants it
+                    # A fused kernel of torch needs a tensor on its device.
+                    as_tensor = torch.tensor(float(steps), device=p.device)
                     self.state[p]["step"] = steps if counts_in == "deepspeed" else as_tensor
 
     WithEMA.__name__ = f"{base.__name__}WithEMA"
@@ -69,39 +70,42 @@ def carrying_ema(
 
 
 def check_apex(wanted: bool) -> None:
-    """Tell NVIDIA's apex from PyPI's unrelated package of that name, which breaks imports of the
-    real one.
+    """Check that the installed apex is NVIDIA's, and not PyPI's unrelated package of that name,
+    which breaks imports of the real one.
 
     Raises ConfigError if apex is `wanted` and not NVIDIA's, or if PyPI's is installed at all.
     """
+    build = "build NVIDIA's from source: https://github.com/NVIDIA/apex#from-source"
     try:
         installed = importlib.metadata.distribution("apex")
     except importlib.metadata.PackageNotFoundError:
-        installed = None
-    build = "build NVIDIA's from source: https://github.com/NVIDIA/apex#from-source"
-    # NVIDIA's is never on PyPI; PyPI's is a web authentication toolkit without this module.
-    files = [str(path) for path in installed.files or []] if installed else []
-    if installed and files and not any("optimizers" in file for file in files):
-        raise ConfigError(
-            f"the installed package 'apex' {installed.version} is PyPI's, a web toolkit and not "
-            "NVIDIA's apex; run pip uninstall apex" + (f", then {build}" if wanted else "")
-        )
-    if wanted and installed is None:
+        if not wanted:
+            return
         raise ConfigError(
             f"optimizer.kernel=apex, but apex is not installed; {build}, or --optimizer.kernel "
             "torch"
+        ) from None
+
+    # NVIDIA's is never on PyPI; PyPI's is a web authentication toolkit without this module.
+    files = "\n".join(map(str, installed.files or []))
+    if files and "optimizers" not in files:
+        then = f", then {build}" if wanted else ""
+        raise ConfigError(
+            f"the installed package 'apex' {installed.version} is PyPI's, a web toolkit and not "
+            f"NVIDIA's apex; run pip uninstall apex{then}"
         )
 
 
 def steps_of(state: dict[str, Any], group: dict[str, Any]) -> int:
     """How many updates a parameter's saved state has seen, whichever kernel made it."""
+    # torch and DeepSpeed count in the state, apex in the group.
     steps = state.get("step", group.get("step", 0))
     return int(steps.item() if isinstance(steps, Tensor) else steps)
 
 
 def choose_kernel(config: OptimizerConfig, device: str) -> Kernel:
-    """What `auto` stands for on this machine. Raises ConfigError for an apex that is not there, or
-    not NVIDIA's."""
+    """The library whose AdamW is used: what `auto` stands for on this machine. Raises ConfigError
+    for an apex that is not installed, or not NVIDIA's."""
     check_apex(wanted=config.kernel == "apex")
     if config.kernel != "auto":
         return config.kernel
@@ -115,7 +119,8 @@ def build_optimizer(
     device: str,
     deepspeed_adam: Callable[[], type[torch.optim.Optimizer]],
 ) -> torch.optim.Optimizer:
-    """`deepspeed_adam`: its AdamW for this device; asked for only where it is wanted."""
+    """AdamW with EMA, of the kernel that is configured. `deepspeed_adam` makes DeepSpeed's AdamW
+    for this device, and is called only where that is wanted."""
     hyper = {
         "lr": config.lr,
         "betas": config.betas,
@@ -127,13 +132,15 @@ def build_optimizer(
     if kernel == "torch":
         return carrying_ema(torch.optim.AdamW)(params, fused=True, **hyper)
     if kernel == "deepspeed":
+        # It is compiled here, by whatever compiler is found. Its default is AdamW.
         try:
-            return carrying_ema(deepspeed_adam(), kernel)(params, **hyper)  # AdamW is its default
-        except Exception as error:  # whatever a compiler or linker says
+            return carrying_ema(deepspeed_adam(), kernel)(params, **hyper)
+        except Exception as error:
             raise ConfigError(
                 f"optimizer.kernel=deepspeed, but DeepSpeed cannot build it here ({error}); it "
                 "needs a C++ compiler and ninja, on a GPU nvcc too; or --optimizer.kernel torch"
             ) from error
-    from apex.optimizers import FusedAdam  # adam_w_mode is its default
+    # Its default is AdamW too: adam_w_mode.
+    from apex.optimizers import FusedAdam
 
     return carrying_ema(FusedAdam, kernel)(params, **hyper)

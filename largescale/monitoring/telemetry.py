@@ -197,7 +197,7 @@ class Telemetry:
 
     def _report_failure(self, error: OSError) -> None:
         if not self._failure_reported:
-            self.message(f"telemetry cannot be written, training goes on: {error}")
+            self.message(f"telemetry cannot be written, training continues: {error}")
         self._failure_reported = True
 
     def __enter__(self) -> Self:

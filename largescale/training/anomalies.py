@@ -1,5 +1,5 @@
-"""Numbers that go bad: found, named by rank and noise cluster, and, where the config says so, left
-out of the run."""
+"""Losses and gradients that are not finite, and losses that leap: found, named by rank and noise
+cluster, and, where the config says so, left out of the run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,8 @@ class Anomaly:
 
 
 class Anomalies:
-    """Finds numbers that have gone bad, and says what the config wants done about them."""
+    """Finds losses and gradients that are not finite, and spikes of the loss; reads from the config
+    what to do about each."""
 
     def __init__(
         self,
@@ -39,20 +40,29 @@ class Anomalies:
         heartbeat: Callable[[], None],
     ):
         """`heartbeat` is called often while a gradient is examined."""
-        self._config, self._train_step, self._state, self._ranks = config, train_step, state, ranks
+        self._config = config
+        self._train_step = train_step
+        self._state = state
+        self._ranks = ranks
         self._heartbeat = heartbeat
         self._num_rollbacks = 0  # by this process
 
     def detect(
         self, report: StepReport, batch: Batch, *, applied: bool, can_retry: bool
     ) -> Anomaly | None:
-        """Collective. `can_retry`: a step that was not applied can be tried again at a lower loss
-        scale."""
+        """The anomaly of the step that was just tried, or None. Collective.
+
+        `can_retry`: a step that was not applied can be tried again at a lower loss scale.
+        """
         where = f"step {self._state.step + 1}, curriculum index {self._state.curriculum.index}"
         if report.non_finite:
             return loss_not_finite(report, where)
+
+        # A gradient that overflows in fp16 is normal, and the next try has a lower loss scale.
         if not applied and not can_retry:
             return self._examine_gradient(report, batch, where)
+
+        # A step that was not applied is tried again: its loss must not be counted twice.
         spikes = self._state.spikes
         if applied and spikes.is_spike(report.loss):
             return spike(report, spikes.usual, where)
@@ -61,6 +71,7 @@ class Anomalies:
     def _examine_gradient(self, report: StepReport, batch: Batch, where: str) -> Anomaly:
         step = self._train_step
         loss_scale = step.engine.loss_scale
+        # Eager, since nothing is compiled for a graph that runs once.
         with step.compiled.eager():
             micro_steps = step.repeated_micro_steps(batch, self._heartbeat)
             found = self._ranks.all_gather_json(
@@ -85,20 +96,24 @@ class Anomalies:
 
 def loss_not_finite(report: StepReport, where: str) -> Anomaly:
     ranks = report.non_finite
+    clusters = report.non_finite_clusters
     others = f" and {len(ranks) - 1} more" if len(ranks) > 1 else ""
-    text = f"the loss is not finite at {where}, on rank {ranks[0]}{others}, in {_named(report.non_finite_clusters)}"
-    return Anomaly("not_finite", text, ranks, report.non_finite_clusters)
+    text = (
+        f"the loss is not finite at {where}, on rank {ranks[0]}{others}, in "
+        f"{cluster_names(clusters)}"
+    )
+    return Anomaly("not_finite", text, ranks, clusters)
 
 
 def spike(report: StepReport, usual: float, where: str) -> Anomaly:
-    """Of a loss that every rank has its part in: the worst rank and the worst cluster."""
-    means = [
-        loss / count if count else 0.0
-        for loss, count in zip(report.cluster_loss, report.cluster_count, strict=True)
-    ]
-    rank, cluster = (
-        max(range(len(values)), key=values.__getitem__) for values in (report.rank_loss, means)
-    )
+    """A loss far above the usual one, with the rank and the cluster where it is highest."""
+    # A cluster of which no row was drawn has no mean.
+    means = []
+    for loss, count in zip(report.cluster_loss, report.cluster_count, strict=True):
+        means.append(loss / count if count else 0.0)
+
+    rank = max(range(len(report.rank_loss)), key=report.rank_loss.__getitem__)
+    cluster = max(range(len(means)), key=means.__getitem__)
     text = (
         f"the loss is {report.loss:.4g} at {where}, {report.loss / usual:.1f} times the usual; "
         f"highest on rank {rank} ({report.rank_loss[rank]:.4g}) and in C_{cluster + 1} "
@@ -110,18 +125,27 @@ def spike(report: StepReport, usual: float, where: str) -> Anomaly:
 def gradient_not_finite(
     report: StepReport, where: str, loss_scale: float, found: Sequence[tuple[str, list[int]] | None]
 ) -> Anomaly:
-    """`found`: what `find_gradient` returned, by rank."""
-    culprits = {rank: entry for rank, entry in enumerate(found) if entry}
-    told = "; ".join(
-        f"rank {rank} in {name}, from {_named(clusters)}"
-        for rank, (name, clusters) in culprits.items()
-    )
+    """A gradient that is not finite, with the ranks, parameters and clusters that made it so.
+
+    `found`: what `find_gradient` returned, by rank.
+    """
+    ranks: list[int] = []
+    clusters: set[int] = set()
+    places: list[str] = []
+    for rank, entry in enumerate(found):
+        if entry:
+            name, rank_clusters = entry
+            ranks.append(rank)
+            clusters.update(rank_clusters)
+            places.append(f"rank {rank} in {name}, from {cluster_names(rank_clusters)}")
+
+    # Each rank's gradient can be finite where their sum overflows.
+    where_found = "; ".join(places) or "finite on every rank before their sum"
     text = (
         f"the gradient is not finite at {where} (loss {report.loss:.6g}, loss scale "
-        f"{loss_scale:g}): " + (told or "finite on every rank before their sum")
+        f"{loss_scale:g}): {where_found}"
     )
-    clusters = sorted({cluster for _, clusters in culprits.values() for cluster in clusters})
-    return Anomaly("not_finite", text, list(culprits), clusters)
+    return Anomaly("not_finite", text, ranks, sorted(clusters))
 
 
 def find_gradient(
@@ -132,11 +156,13 @@ def find_gradient(
     """The first parameter whose gradient, from this rank's rows alone, is not finite, and the
     clusters of these rows.
 
-    `micro_steps`: each gives losses (B,) and clusters (B,), 1 for C_1. What goes wrong here must
-    not stand in the way of what is done about the gradient."""
+    `micro_steps`: each gives losses (B,) and clusters (B,), 1 for C_1.
+    """
+    # An error of the diagnosis must not prevent what is done about the gradient. The likeliest is
+    # that there is no memory for it.
     try:
         return _find_gradient(model, micro_steps, loss_scale)
-    except RuntimeError as error:  # memory, above all
+    except RuntimeError as error:
         return f"a parameter unknown, for the diagnosis failed ({str(error).splitlines()[0]})", []
 
 
@@ -145,24 +171,30 @@ def _find_gradient(
     micro_steps: Sequence[Callable[[], tuple[Tensor, Tensor]]],
     loss_scale: float,
 ) -> tuple[str, list[int]] | None:
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for micro_step in micro_steps:
         loss, clusters = micro_step()
         gradients = torch.autograd.grad(
-            loss.mean() * loss_scale, [p for _, p in named], retain_graph=True
+            loss.mean() * loss_scale, list(trained.values()), retain_graph=True
         )
-        for (name, p), gradient in zip(named, gradients, strict=True):
+        for (name, p), gradient in zip(trained.items(), gradients, strict=True):
             if not torch.isfinite(gradient).all():
-                rows = (
-                    torch.autograd.grad(row * loss_scale, p, retain_graph=True)[0]
-                    for row in loss[:64]
-                )
-                bad = [not torch.isfinite(of_row).all() for of_row in rows]
-                return name, sorted(
-                    {int(c) for c, is_bad in zip(clusters, bad, strict=False) if is_bad}
-                )
+                return name, _clusters_of_bad_rows(loss, clusters, p, loss_scale)
     return None
 
 
-def _named(clusters: list[int]) -> str:
+def _clusters_of_bad_rows(
+    loss: Tensor, clusters: Tensor, parameter: nn.Parameter, loss_scale: float
+) -> list[int]:
+    """The clusters of the rows whose own gradient of `parameter` is not finite."""
+    bad: set[int] = set()
+    # A backward pass for each row: 64 of them are enough to name clusters.
+    for row_loss, cluster in zip(loss[:64], clusters, strict=False):
+        (gradient,) = torch.autograd.grad(row_loss * loss_scale, parameter, retain_graph=True)
+        if not torch.isfinite(gradient).all():
+            bad.add(int(cluster))
+    return sorted(bad)
+
+
+def cluster_names(clusters: list[int]) -> str:
     return ", ".join(f"C_{c}" for c in clusters) or "no single row"

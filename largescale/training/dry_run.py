@@ -26,20 +26,24 @@ from largescale.monitoring.run_record import duration
 from largescale.planning.cost import HARDWARE, PUBLISHED_MFU, Hardware, Plan, Workload
 from largescale.planning.memory import check_memory, largest_micro_batch, memory
 
-_DIFFUSERS_BYTES = 3e8  # of the library, loaded to decode previews: measured, 284 MiB
+# Host memory of the diffusers library, loaded to decode previews: measured, 284 MiB.
+_DIFFUSERS_BYTES = 3e8
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def _kernels_per_block(config: Config) -> int:
-    """Launched forward and backward: operations on tensors that are no views, counted on the meta
-    device less what one attention kernel stands for; compiled, those of Inductor's code for a
-    CPU."""
-    compiled, captions = config.train.compile != "off", config.model.max_caption_tokens > 0
+    """Kernels that a block launches forward and backward.
+
+    Eager: operations on tensors that are no views, counted on the meta device, less what one
+    attention kernel stands for. Compiled: those of Inductor's code for a CPU.
+    """
+    compiled = config.train.compile != "off"
+    captions = config.model.max_caption_tokens > 0
     if config.model.architecture == "ddpmpp":
         return 30 if compiled else 45  # compiled: assumed
-    return {(False, False): 80, (False, True): 120, (True, False): 55, (True, True): 80}[
-        compiled, captions
-    ]
+    if captions:
+        return 80 if compiled else 120
+    return 55 if compiled else 80
 
 
 def workload(config: Config, ds: dict[str, Any], grad_accum_steps: int) -> Workload:
@@ -51,17 +55,28 @@ def workload(config: Config, ds: dict[str, Any], grad_accum_steps: int) -> Workl
 
     with torch.device("meta"):
         model = build_model(config.model)
-    zero, c, again = ds["zero_optimization"], config.model, 0
+    zero = ds["zero_optimization"]
+    c = config.model
+
+    # Activation checkpointing computes the blocks' forward pass twice. What a DiT computes outside
+    # of its blocks cancels in the difference of two depths; of a U-Net it is neglected.
+    again = 0
     if config.train.activation_checkpointing:
-        again = flops_per_image(model)  # but for a little outside of the blocks
+        again = flops_per_image(model)
         if c.architecture == "dit":
             again = c.depth * (forward(replace(c, depth=2)) - forward(replace(c, depth=1)))
-    caption = c.max_caption_tokens * c.caption_width + (
-        c.caption_pooled_width if c.max_caption_tokens else 0
-    )
+
+    # Bytes of a row on disk: uint8 for a network of pixels; else float16, with the moments of a
+    # latent (twice its channels) and a caption of full length.
     pixels = c.in_channels * c.input_size**2
+    caption = c.max_caption_tokens * c.caption_width
+    if c.max_caption_tokens:
+        caption += c.caption_pooled_width
+    image_bytes = pixels if c.architecture == "ddpmpp" else 2 * (2 * pixels + caption)
+
     return Workload(
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        # A backward pass takes twice the operations of the forward pass.
         flops_per_image=3 * flops_per_image(model),
         flops_again=again,
         kernels=len(model.blocks) * _kernels_per_block(config) * (4 / 3 if again else 1),
@@ -70,8 +85,7 @@ def workload(config: Config, ds: dict[str, Any], grad_accum_steps: int) -> Workl
         weight_bytes=_BYTES[precision(ds)],
         reduce_bytes=_BYTES[ds.get("communication_data_type", precision(ds))],
         reduce_bucket_size=zero.get("reduce_bucket_size", 500_000_000),
-        # uint8 for a network of pixels; else float16: moments, and a caption that is full
-        image_bytes=pixels if c.architecture == "ddpmpp" else 2 * (2 * pixels + caption),
+        image_bytes=image_bytes,
         overlap=config.train.device == "cuda" and zero.get("overlap_comm", False),
         all_reduce=zero.get("use_multi_rank_bucket_allreduce", True)
         or not zero.get("reduce_scatter", True),
@@ -81,25 +95,31 @@ def workload(config: Config, ds: dict[str, Any], grad_accum_steps: int) -> Workl
 def print_memory(
     config: Config, ds: dict[str, Any], world_size: int, micro: int, hardware: Hardware | None
 ) -> None:
+    """Print the memory of a rank by its parts, and what to change where it is too much."""
     parts = memory(config, ds, world_size, micro)
-    needed, on = sum(parts.values()), config.train.activation_checkpointing
-    other = replace(config, train=replace(config.train, activation_checkpointing=not on))
-    else_needed = sum(memory(other, ds, world_size, micro).values())
+    needed = sum(parts.values())
     print(f"memory per rank: about {needed / 2**30:.2f} GiB")
     for name, size in parts.items():
         print(f"  {size / 2**30:7.2f} GiB  {name}")
-    print(
-        f"  {else_needed / 2**30:7.2f} GiB  in all "
-        f"{'without' if on else 'with --train.activation-checkpointing'}"
-        + ("" if on else ", for a third more work")
-    )
+
+    # The same run with the other setting of activation checkpointing, to compare.
+    on = config.train.activation_checkpointing
+    other = replace(config, train=replace(config.train, activation_checkpointing=not on))
+    other_needed = sum(memory(other, ds, world_size, micro).values())
+    how = "without" if on else "with --train.activation-checkpointing, for a third more work"
+    print(f"  {other_needed / 2**30:7.2f} GiB  in all {how}")
+
     if hardware and needed > hardware.usable_bytes:
+        remedies = []
         fits = largest_micro_batch(config, ds, world_size, hardware.usable_bytes)
-        ways = [f"--train.micro-batch-size {fits} (or auto)"] if 0 < fits < micro else []
-        ways += [] if on else ["--train.activation-checkpointing"]
+        if 0 < fits < micro:
+            remedies.append(f"--train.micro-batch-size {fits} (or auto)")
+        if not on:
+            remedies.append("--train.activation-checkpointing")
+        remedies.append("more GPUs")
         print(
             f"  that is too much for the {hardware.memory_bytes / 2**30:.0f} GiB of one "
-            f"{hardware.name}: try " + " or ".join([*ways, "more GPUs"])
+            f"{hardware.name}: try " + " or ".join(remedies)
         )
 
 
@@ -108,17 +128,26 @@ def span(hours: float) -> str:
 
 
 def print_cost(plan: Plan) -> None:
-    """The model of cost.py for a run on GPUs. What it assumes is said: nothing has been measured on
-    one."""
-    hardware, step = plan.hardware, plan.step
-    largest, published = step.bottleneck, [plan.at(mfu) for mfu in PUBLISHED_MFU]
+    """Print the time of a run on GPUs by the model of cost.py, with what it assumes: nothing has
+    been measured on one."""
+    hardware = plan.hardware
+    step = plan.step
+    largest = step.bottleneck
+
+    # MFU (the share of the peak that is reached) decides the time: the model's, then the range of
+    # published trainers.
+    times, shares = [], []
+    for mfu in PUBLISHED_MFU:
+        published = plan.at(mfu)
+        times.append(span(published.hours))
+        shares.append(f"{100 * published.hardware.mfu:.0f}")
     print(
         f"time: {span(plan.hours)} at {100 * hardware.mfu:.0f} % of the peak, "
-        f"{' to '.join(span(p.hours) for p in published)} at "
-        f"{' to '.join(f'{100 * p.hardware.mfu:.0f}' for p in published)} %, which published "
+        f"{' to '.join(times)} at {' to '.join(shares)} %, which published "
         f"trainers reach, on {plan.gpus} x {hardware.name}; assumed, never measured on a GPU here; "
         "previews come on top"
     )
+    # What limits a step, and how often to save at the assumed rate of failures.
     print(
         f"      at {100 * hardware.mfu:.0f} %: {step.images_per_s:,.0f} images/s; compute "
         f"{100 * step.share('compute'):.0f} % of a step, first bottleneck beside it: {largest}, "
@@ -132,8 +161,10 @@ def print_cost(plan: Plan) -> None:
 
 def print_disk(config: Config, checkpoint_bytes: float) -> None:
     c = config.checkpoint
+    # Of the checkpoints, those whose step is also a multiple of keep_every are kept for ever.
     for_ever = config.train.steps // math.lcm(c.every, c.keep_every) if c.keep_every else 0
-    kept = c.keep_last + for_ever + 1  # the last is one that was written on a stop
+    # One more for a checkpoint that was written on a stop.
+    kept = c.keep_last + for_ever + 1
     print(
         f"disk: {checkpoint_bytes / 1e9:.3g} GB a checkpoint, {kept * checkpoint_bytes / 1e9:,.3g} "
         f"GB for the {kept} that are kept: the last {c.keep_last}, {for_ever} for ever, 1 of a stop"
@@ -141,9 +172,10 @@ def print_disk(config: Config, checkpoint_bytes: float) -> None:
 
 
 def print_data(config: Config) -> ShardDataset | None:
-    """None where there is no data set yet."""
+    """Print the data set's size, and return it; None where there is no data set yet."""
     from largescale.data.compatibility import open_dataset
 
+    # A dry run may come before packing; a data set that exists and does not fit is an error.
     try:
         dataset = open_dataset(config)
     except DataError as error:
@@ -151,35 +183,37 @@ def print_data(config: Config) -> ShardDataset | None:
             raise
         print(f"data: {error}")
         return None
-    print(
-        f"data: {config.data.path}, {len(dataset):,} images of {dataset.info.kind} "
-        f"{dataset.info.shape}"
-        + (f", {dataset.info.num_classes:,} classes" if dataset.info.num_classes else "")
-    )
+
+    info = dataset.info
+    classes = f", {info.num_classes:,} classes" if info.num_classes else ""
+    print(f"data: {config.data.path}, {len(dataset):,} images of {info.kind} {info.shape}{classes}")
     per_epoch = len(dataset) / config.train.global_batch_size
     print(f"steps per epoch: {per_epoch:,.1f}, {config.train.steps / per_epoch:,.1f} epochs in all")
     return dataset
 
 
 def print_previews(config: Config, dataset: ShardDataset) -> None:
+    """Print whether previews are decoded, and the memory that this takes."""
     from largescale.training.preview import load_decoder, shows_latents
 
-    if shows_latents(config, dataset):
-        vae, why = load_decoder(dataset)
-        if vae is None:
-            print(f"previews: latents, not decoded: {why}")
-            return
-        decoding = vae.nbytes + vae.decoding_bytes(vae.downsampling * config.model.input_size)
-        print(
-            f"previews: decoded by {vae.identity}; rank 0 holds "
-            f"{(vae.nbytes + _DIFFUSERS_BYTES) / 2**30:.2f} GiB more of host memory, and of the "
-            f"device's, while it decodes, about {decoding / 2**30:.2f} GiB"
-        )
+    if not shows_latents(config, dataset):
+        return
+    vae, why = load_decoder(dataset)
+    if vae is None:
+        print(f"previews: latents, not decoded: {why}")
+        return
+    # The VAE lies in host memory, and is on the device only while it decodes.
+    decoding = vae.nbytes + vae.decoding_bytes(vae.downsampling * config.model.input_size)
+    print(
+        f"previews: decoded by {vae.identity}; rank 0 holds "
+        f"{(vae.nbytes + _DIFFUSERS_BYTES) / 2**30:.2f} GiB more of host memory, and of the "
+        f"device's, while it decodes, about {decoding / 2**30:.2f} GiB"
+    )
 
 
 def print_run_directory(config: Config, ds: dict[str, Any], dataset: ShardDataset | None) -> None:
-    """Raises CheckpointError as a start would, for a run there that is another; hashes of files are
-    not compared."""
+    """Print whether the run would start, be resumed or is finished. Raises CheckpointError, as a
+    start would, where another run is there."""
     from largescale.training.run_directory import (
         check_checkpoints_still_exist,
         check_same_run,
@@ -187,40 +221,43 @@ def print_run_directory(config: Config, ds: dict[str, Any], dataset: ShardDatase
     )
     from largescale.training.startup import resolve_auto
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         print(printable_lines(text))
 
+    # Sizes of the checkpoint's files are compared, not their hashes, which would take minutes.
     run_dir = config.run_dir
     newest, _ = newest_valid(
-        run_dir, checkpoints(run_dir), say, lambda found: found.check(slice(0))
+        run_dir, checkpoints(run_dir), log, lambda found: found.check(slice(0))
     )
     if newest is None:
         check_checkpoints_still_exist(run_dir)
         print(f"run directory: {run_dir}, without a checkpoint")
         return
+
+    # What a start would put into a checkpoint. Without a data set there is nothing to compare.
     fingerprint = dataset.fingerprint if dataset else newest.manifest()["state"]["dataset"]
     identity = {
         "config": to_dict(resolve_auto(config)),
         "precision": precision(ds),
         "dataset": fingerprint,
     }
-    check_same_run(newest, identity, dataset, say)
-    print(
-        "run directory: "
-        + (
-            finished_message(config, newest)
-            if newest.step >= config.train.steps
-            else f"{run_dir}, would be resumed at step {newest.step:,}"
-        )
-    )
+    check_same_run(newest, identity, dataset, log)
+
+    if newest.step >= config.train.steps:
+        print(f"run directory: {finished_message(config, newest)}")
+    else:
+        print(f"run directory: {run_dir}, would be resumed at step {newest.step:,}")
 
 
 def print_work(config: Config, work: Workload) -> None:
     """The curriculum, the parameters and the floating-point operations."""
-    print(f"clusters: {', '.join(f'{edge:.4g}' for edge in cluster_edges(config))}")
+    edges = ", ".join(f"{edge:.4g}" for edge in cluster_edges(config))
+    print(f"clusters: {edges}")
     if least := least_steps(config):
         print(f"curriculum: complete after {least:,} steps or more, of {config.train.steps:,}")
     print(f"parameters: {work.parameters:,} trainable")
+
+    # The first line is of useful work; what activation checkpointing repeats is listed apart.
     again = ""
     if work.flops_again:
         again = f", {work.flops_again / 1e9:.1f} more to compute activations again"
@@ -233,26 +270,10 @@ def print_work(config: Config, work: Workload) -> None:
     print(f"         {total / 1e18:.3f} EFLOP for {config.train.steps:,} steps")
 
 
-def dry_run(config: Config) -> int:
-    world_size = env_world_size()
-    validate(config, world_size)
-    check_apex(wanted=config.optimizer.kernel == "apex")
-    hardware = HARDWARE["h100"] if config.train.device == "cuda" else None
-    fitted = config
-    if config.train.micro_batch_size == "auto" and hardware:
-        fits = largest_micro_batch(
-            config, load_ds_config(config.train.ds_config), world_size, hardware.usable_bytes
-        )
-        fitted = replace(config, train=replace(config.train, micro_batch_size=max(1, fits)))
-    ds = final_ds_config(fitted, world_size)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # only its settings are read
-    from largescale.engine.deepspeed_engine import check_ds_config
-
-    check_ds_config(ds)
-    if config.train.device == "cpu":
-        check_on_cpu(precision(ds), IN_TRAINING)
-    micro, accumulation = batch_layout(fitted, world_size)
-    work = workload(config, ds, accumulation)
+def print_batch(
+    config: Config, hardware: Hardware | None, world_size: int, micro: int, accumulation: int
+) -> None:
+    """Print how the global batch is shared among ranks and accumulation steps."""
     print(f"ranks: {world_size} (from WORLD_SIZE; set it to see another number)")
     print(
         f"batch: {config.train.global_batch_size} = {micro} x {accumulation} accumulation steps x "
@@ -261,12 +282,46 @@ def dry_run(config: Config) -> int:
     if config.train.micro_batch_size == "auto":
         by = f"by the estimate below, on one {hardware.name}" if hardware else "if all of it fits"
         print(f"       auto: {micro} {by}; a run finds the largest for which there is memory")
+
+
+def fit_micro_batch(config: Config, hardware: Hardware | None, world_size: int) -> Config:
+    """The config with the micro batch that `auto` would find, by the estimate of memory."""
+    if config.train.micro_batch_size != "auto" or hardware is None:
+        return config
+    ds = load_ds_config(config.train.ds_config)
+    fits = largest_micro_batch(config, ds, world_size, hardware.usable_bytes)
+    return replace(config, train=replace(config.train, micro_batch_size=max(1, fits)))
+
+
+def dry_run(config: Config) -> int:
+    """Check the settings as a start would, and print what would run; the process's exit status."""
+    # What a start would refuse comes before any output.
+    world_size = env_world_size()
+    validate(config, world_size)
+    check_apex(wanted=config.optimizer.kernel == "apex")
+    hardware = HARDWARE["h100"] if config.train.device == "cuda" else None
+    fitted = fit_micro_batch(config, hardware, world_size)
+    ds = final_ds_config(fitted, world_size)
+    # DeepSpeed is loaded to check its settings only, so any accelerator will do.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from largescale.engine.deepspeed_engine import check_ds_config
+
+    check_ds_config(ds)
+    if config.train.device == "cpu":
+        check_on_cpu(precision(ds), IN_TRAINING)
+
+    # What it costs: operations, hours, disk and memory.
+    micro, accumulation = batch_layout(fitted, world_size)
+    work = workload(config, ds, accumulation)
+    print_batch(config, hardware, world_size, micro, accumulation)
     print_work(config, work)
     if hardware and precision(ds) != "fp32":
         print_cost(Plan(work, hardware, world_size, config.train.steps, config.checkpoint.every))
     print_disk(config, work.checkpoint_bytes)
     print_memory(config, ds, world_size, micro, hardware)
     check_memory(config, ds, world_size)
+
+    # What is there: the data set, the VAE for previews, an earlier start of the run.
     dataset = print_data(config)
     if dataset:
         print_previews(config, dataset)
@@ -276,8 +331,6 @@ def dry_run(config: Config) -> int:
         print("config:", json.dumps(to_dict(config), indent=2))
         print("deepspeed:", json.dumps(ds, indent=2))
     print_run_directory(config, ds, dataset)
-    print(
-        "dry run: nothing was started"
-        + ("" if config.verbose else "; --verbose prints all settings")
-    )
+    hint = "" if config.verbose else "; --verbose prints all settings"
+    print(f"dry run: nothing was started{hint}")
     return 0

@@ -35,31 +35,34 @@ from largescale.monitoring.telemetry import Telemetry
 
 
 def load_decoder(dataset: ShardDataset) -> tuple[Vae | None, str]:
-    """The VAE that made the data set's latents, on the CPU, from files that lie here; or None, and
-    why."""
-    made_with, made_by = dataset.manifest.get("made_with"), dataset.info.encoders.get("vae")
+    """The VAE that made the data set's latents, on the CPU, from local files; or None, and why."""
+    made_with = dataset.manifest.get("made_with")
     spec = made_with.get("vae") if isinstance(made_with, dict) else None
     if not spec:
         return None, f"{dataset.path} does not say where its VAE was"
+
+    # Making a network draws from torch's generator, which training must not notice.
     try:
-        with offline(), torch.random.fork_rng(devices=[]):  # making a network draws from it
+        with offline(), torch.random.fork_rng(devices=[]):
             vae = load_vae(spec, torch.device("cpu"))
     except (DataError, OSError) as error:
         return None, str(error)
-    return (
-        (vae, "")
-        if vae.identity == made_by
-        else (None, f"{spec} is {vae.identity}, the data are of {made_by}")
-    )
+
+    made_by = dataset.info.encoders.get("vae")
+    if vae.identity != made_by:
+        return None, f"{spec} is {vae.identity}, the data are of {made_by}"
+    return vae, ""
 
 
 def load_linear_rgb(dataset: ShardDataset) -> list[list[float]] | None:
-    """The map to colours that was fitted while packing; None where there is none for these
+    """The linear map to colours that was fitted while packing; None where there is none for these
     latents."""
+    # Without a usable map latents are shown as they are: a preview is not worth an error.
     try:
         matrix = np.array(json.loads((dataset.path / LATENT_RGB).read_text()), np.float64)
     except (OSError, ValueError, TypeError, RecursionError):
         return None
+    # A row for each channel, and one for the constant term.
     fits = matrix.shape == (dataset.info.x_shape[0] + 1, 3) and np.isfinite(matrix).all()
     return matrix.tolist() if fits else None
 
@@ -72,8 +75,10 @@ def shows_latents(config: Config, dataset: ShardDataset) -> bool:
 
 
 class Preview:
-    """The same classes, or captions of the data set, every time. Of latents pictures, where their
-    VAE lies here."""
+    """Draws a sheet of samples: the same classes, or captions of the data set, every time.
+
+    Latents are shown as pictures where their VAE is found in local files.
+    """
 
     def __init__(
         self,
@@ -84,29 +89,36 @@ class Preview:
         dataset: ShardDataset,
         stop: Callable[[], bool] = lambda: False,
     ):
-        """`stop` is asked often; once it is true the preview is left out. `note`, if any, is better
-        known."""
-        self._config, self._objective, self._engine, self._ranks = config, objective, engine, ranks
+        """`stop` is asked often; once it is true the preview is left out. `note`: what is to be
+        logged about previews, or empty."""
+        self._config = config
+        self._objective = objective
+        self._engine = engine
+        self._ranks = ranks
         self._stop = stop
-        self._pixels, self._vae, self._rgb, self.note = (
-            dataset.info.kind == "pixels",
-            None,
-            None,
-            "",
-        )
+        self._pixels = dataset.info.kind == "pixels"
+
+        # Only rank 0 lays out the sheet, so only it needs a way from latents to pictures.
+        self._vae: Vae | None = None
+        self._rgb: list[list[float]] | None = None
+        self.note = ""
         if ranks.rank == 0 and shows_latents(config, dataset):
             self._vae, why = load_decoder(dataset)
             self._rgb = load_linear_rgb(dataset)
-            shown = "show latents by a linear map to colours" if self._rgb else "show latents"
-            self.note = (
-                f"note: previews are decoded by {self._vae.identity}"
-                if self._vae
-                else f"note: previews {shown}, not decoded: {why}"
-            )
-        n, self._titles = config.telemetry.preview_images, None
-        self._y: Condition = torch.tensor(
-            balanced_labels(n, max(min(config.model.num_classes, dataset.info.num_classes), 1))
-        )
+            if self._vae:
+                self.note = f"note: previews are decoded by {self._vae.identity}"
+            elif self._rgb:
+                self.note = (
+                    f"note: previews show latents by a linear map to colours, not decoded: {why}"
+                )
+            else:
+                self.note = f"note: previews show latents, not decoded: {why}"
+
+        # The condition of each picture is the same in every preview, so that they can be compared.
+        n = config.telemetry.preview_images
+        n_classes = max(min(config.model.num_classes, dataset.info.num_classes), 1)
+        self._y: Condition = torch.tensor(balanced_labels(n, n_classes))
+        self._titles: list[str] | None = None
         if config.model.max_caption_tokens and config.telemetry.preview_every:
             rows = sample_indices(np.arange(n), len(dataset), config.train.seed)
             gathered = dataset.gather(rows, choice=np.zeros(n))
@@ -116,14 +128,19 @@ class Preview:
             self._titles = [texts[0] for texts in dataset.texts(rows)]
 
     def __call__(self, step: int, telemetry: Telemetry) -> None:
-        """Collective: every rank draws its share, rank 0 lays out the grid. Raises Stopped, on
-        every rank."""
-        n, ranks, x = self._config.telemetry.preview_images, self._ranks, self._draw()
+        """Log a sheet of samples: every rank draws its share, rank 0 lays out the grid. Collective.
+        Raises Stopped, on every rank."""
+        n = self._config.telemetry.preview_images
+        ranks = self._ranks
+        x = self._draw()
+
+        # Rank r drew pictures r, r + world_size, ...: shares differ by one picture at most.
         samples = np.empty((n, *x.shape[1:]), np.float32)
         for rank, share in enumerate(ranks.all_gather_bytes(x.numpy().tobytes())):
-            samples[rank :: ranks.world_size] = np.frombuffer(share, np.float32).reshape(
-                -1, *x.shape[1:]
-            )
+            drawn = np.frombuffer(share, np.float32).reshape(-1, *x.shape[1:])
+            samples[rank :: ranks.world_size] = drawn
+
+        # An error of rank 0 must reach the others, which would wait for it at the next step.
         sheet = ranks.raise_on_all_ranks(
             lambda: self._sheet(torch.from_numpy(samples)) if ranks.rank == 0 else None
         )
@@ -131,23 +148,25 @@ class Preview:
             telemetry.image(step, "samples", sheet)
 
     def _draw(self) -> Tensor:
-        """(n, C, H, W) on the CPU: this rank's share."""
-        c, ranks = self._config, self._ranks
-        objective, look = self._objective, c.telemetry
+        """This rank's share of the samples, (n, C, H, W) on the CPU."""
+        c = self._config
+        ranks = self._ranks
+        objective = self._objective
         sampling = SamplingConfig(
             objective.preview_sampler,
-            look.preview_steps,
-            look.preview_cfg_scale,
+            c.telemetry.preview_steps,
+            c.telemetry.preview_cfg_scale,
             seed=c.train.seed,
             clip_denoised=self._pixels and objective.clips_predictions,
         )
+        # A collective, so before and not inside what one rank alone may fail in.
         model = self._ema_model()
         return ranks.raise_on_all_ranks(
             lambda: draw_samples(
                 model,
                 objective,
                 sampling,
-                index=range(look.preview_images)[ranks.rank :: ranks.world_size],
+                index=range(c.telemetry.preview_images)[ranks.rank :: ranks.world_size],
                 condition=lambda index: select(self._y, torch.tensor(index)),
                 shape=latent_shape(c.model),
                 num_classes=c.model.num_classes,
@@ -158,28 +177,35 @@ class Preview:
         )
 
     def _sheet(self, x: Tensor) -> np.ndarray:
-        """Raises Stopped."""
+        """All samples as one image, with captions and, for undecoded latents, a heading. Raises
+        Stopped."""
+        # A heading says what is shown where that is not a picture of the data's kind.
         images = self._decoded(x)
         heading = ""
-        if images is None:
-            images = to_uint8(linear_rgb(x, self._rgb) if self._rgb else x)
-            heading = "" if self._pixels else LINEAR if self._rgb else UNDECODED
-        columns, scale = min(10, len(x)), max(1, (96 if self._titles else 64) // images.shape[1])
-        sheet = (
-            titled(images, self._titles, columns, scale)
-            if self._titles
-            else grid(images, columns, scale)
-        )
+        if images is None and self._rgb:
+            images = to_uint8(linear_rgb(x, self._rgb))
+            heading = LINEAR
+        elif images is None:
+            images = to_uint8(x)
+            heading = "" if self._pixels else UNDECODED
+
+        # Small pictures are enlarged to about 64 pixels, or 96 to leave room for a caption.
+        titles = self._titles
+        columns = min(10, len(x))
+        scale = max(1, (96 if titles else 64) // images.shape[1])
+        sheet = titled(images, titles, columns, scale) if titles else grid(images, columns, scale)
         return headed(sheet, heading) if heading else sheet
 
     def _decoded(self, x: Tensor) -> np.ndarray | None:
-        """(N, H, W, 3) uint8 of latents; None without a VAE, or memory for it, which is the
-        device's for this only."""
+        """The pictures of latents, (N, H, W, 3) uint8; None without a VAE, or without memory for
+        it."""
         if self._vae is None:
             return None
         images = []
+        # The VAE is on the device only while it decodes: training needs the memory.
         try:
             vae = self._vae.moved(self._ranks.device)
+            # One at a time, since decoding takes far more memory than the picture.
             for latent in x.split(1):
                 if self._stop():
                     raise Stopped
@@ -191,11 +217,14 @@ class Preview:
         return torch.cat(images).permute(0, 2, 3, 1).numpy()
 
     def _ema_model(self) -> nn.Module:
-        """A copy in fp32, gathered from the ranks' partitions; lives for one preview."""
+        """A copy of the EMA in fp32, gathered from the ranks' partitions; lives for one preview."""
         model = build_model(self._config.model).to(self._ranks.device).eval()
+        # What follows the parameters is ZeRO's padding to a multiple of the number of ranks.
         flat = self._ranks.all_gather_flat(self._engine.ema_partition())[: self._engine.numel]
         nn.utils.vector_to_parameters(flat, [p for p in model.parameters() if p.requires_grad])
+
+        # Fixed values, such as position embeddings, have no EMA.
         for ours, trained in zip(model.parameters(), self._engine.module.parameters(), strict=True):
             if not ours.requires_grad:
-                ours.data.copy_(trained)  # fixed values, which have no EMA
+                ours.data.copy_(trained)
         return model

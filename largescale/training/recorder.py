@@ -1,4 +1,4 @@
-"""What a run leaves behind besides checkpoints: the log, where its time went, a profile; and its
+"""What a run records besides checkpoints: the log, where its time went, a profile; and its
 heartbeat."""
 
 import contextlib
@@ -38,8 +38,12 @@ class Recorder:
         start_time: float,
     ):
         """`start_time`: when the program was started, in seconds since 1970."""
-        self.telemetry, self.watchdog = telemetry, watchdog
-        self._state, self._start_time = state, start_time
+        self.telemetry = telemetry
+        self.watchdog = watchdog
+        self._state = state
+        self._start_time = start_time
+
+        # On every rank, since each times its own parts of a step.
         self.timer = StepTimer(
             config.train.global_batch_size,
             flops_per_step,
@@ -60,7 +64,7 @@ class Recorder:
         )
 
     def begin(self) -> None:
-        """The first step is about to be taken."""
+        """Start the clock of the first step."""
         self.timer.begin(self._start_time)
 
     @contextlib.contextmanager
@@ -72,37 +76,45 @@ class Recorder:
             yield
 
     def stop_requested(self) -> bool:
-        """For what takes long beside training, and asks often: a heartbeat too."""
+        """Whether this rank was asked to stop, with a heartbeat: for what takes long beside training
+        and asks often."""
         self.watchdog.heartbeat()
         return stop_requested()
 
     def count_step(self, report: StepReport, *, stage_ended: bool) -> None:
-        """A step was applied."""
+        """Count an applied step, and log the end of a stage of the curriculum."""
         self.timer.count(report)
         if stage_ended:
             self._log_transition()
 
     def _log_transition(self) -> None:
-        state, curriculum = self._state, self._state.curriculum
-        index, (lowest, highest) = curriculum.index, curriculum.active
-        now = (
-            f"{stage(index, curriculum.n_clusters)}, training on u in [{lowest:.3g}, {highest:.3g})"
-        )
+        step = self._state.step
+        curriculum = self._state.curriculum
+        index = curriculum.index
+        lowest, highest = curriculum.active
+
+        # The index counts down to 0; a person reads "stage 3 of 20" beside it.
+        if index == 0:
+            now = "the curriculum is complete"
+        else:
+            name = stage(index, curriculum.n_clusters)
+            now = f"{name}, training on u in [{lowest:.3g}, {highest:.3g})"
         self.telemetry.event(
-            state.step,
+            step,
             "transition",
-            f"step {state.step}: curriculum index {index + 1} -> {index}, "
-            + ("the curriculum is complete" if index == 0 else now),
+            f"step {step}: curriculum index {index + 1} -> {index}, {now}",
             index=index,
             lowest=lowest,
             highest=highest,
         )
 
     def log_metrics(self, engine: Engine, last_saved: int) -> None:
-        """A row of the log: means since the row before, and where the run stands now."""
-        state, curriculum = self._state, self._state.curriculum
+        """Log a row of metrics: means since the row before, and where the run stands now."""
+        state = self._state
+        curriculum = state.curriculum
         pacing = curriculum.state
         self.goodput.note(state.step, last_saved)
+        # JSON has no infinity: before the first observation the best loss is null.
         metrics: dict[str, Any] = {
             **self.timer.read(),
             "curriculum/index": pacing.index,
@@ -119,7 +131,12 @@ class Recorder:
             **self.goodput.metrics(),
         }
         self.telemetry.log(state.step, metrics)
-        shown = {key: f"{metrics[key]:.4f}" for key in ("loss", "mse", "vb") if metrics[key]}
+
+        # The bar shows the losses that this objective has, and the stage.
+        shown = {}
+        for key in ("loss", "mse", "vb"):
+            if metrics[key]:
+                shown[key] = f"{metrics[key]:.4f}"
         shown["index"] = f"{pacing.index} ({stage(pacing.index, curriculum.n_clusters)})"
         self.telemetry.progress(state.step, **shown)
 
@@ -130,6 +147,6 @@ class Recorder:
         )
 
     def rolled_back(self) -> None:
-        """The run stands at an earlier step now: what was logged of later ones is dropped."""
+        """Drop what was logged of later steps than the state's, which is that of a checkpoint."""
         self.telemetry.roll_back(self._state.step)
         self.timer.restart()

@@ -1,4 +1,4 @@
-"""One start of a run: its newest checkpoint, the model and the engine, the loop, and what is said
+"""One start of a run: its newest checkpoint, the model and the engine, the loop, and what is logged
 at the end.
 
 Importing this loads DeepSpeed: DS_ACCELERATOR must be set to the run's device before.
@@ -53,9 +53,9 @@ def train_run(
 ) -> int:
     """Train, from the newest checkpoint if there is one; the process's exit status.
 
-    `ds`: DeepSpeed's settings. `lock`: held on the run directory by rank 0. `start_time`: when the
-    program was started, in seconds since 1970.
-    """
+    `ds`: DeepSpeed's settings. `lock`: rank 0's, on the run directory. `start_time`: the program's,
+    in seconds since 1970."""
+    # A finished run needs no model; a checkpoint of another run is refused before one is built.
     check_ds_config(ds)
     identity = run_identity(config, ds, dataset)
     watchdog.heartbeat("start-up: checkpoints")
@@ -67,11 +67,15 @@ def train_run(
         log(finished_message(config, checkpoint))
         return 0
 
+    # The checkpoint's config is that of this start, with the micro batch that `auto` found.
     watchdog.heartbeat("start-up: model")
     config = resolve_micro_batch_size(config, ds, ranks, log)
-    ds, identity["config"] = final_ds_config(config, ranks.world_size), to_dict(config)
+    ds = final_ds_config(config, ranks.world_size)
+    identity["config"] = to_dict(config)
     for remark in remarks(config, dataset.info.num_classes):
         log(f"note: {remark}")
+
+    # Most memory is taken from here on: an error for lack of it names what to change.
     objective = build_objective(config)
     state = TrainingState(config, objective)
     with explain_out_of_memory(config, ranks.world_size, lambda: watchdog.where):
@@ -82,28 +86,48 @@ def train_run(
             watchdog.heartbeat("start-up: resume")
             resume(checkpoint, train_step, state, log)
         log(first_line(train_step, state, dataset, precision(ds)))
-        watchdog.heartbeat("start-up: telemetry")
-        telemetry = ranks.raise_on_all_ranks(lambda: open_telemetry(config, ranks, state.step))
-        with telemetry:
-            recorder = Recorder(
-                config,
-                ranks,
-                state,
-                telemetry,
-                watchdog,
-                precision=precision(ds),
-                flops_per_step=train_step.flops,
-                start_time=start_time,
-            )
-            trainer = Trainer(
-                config, ranks, dataset, train_step, state, checkpointer, recorder, identity
-            )
-            finished = trainer.run()
-    say_how_it_ended(config, state, checkpointer.run_dir, recorder.goodput, finished, log)
+        finished, goodput = run_trainer(
+            train_step, dataset, checkpointer, identity, watchdog, start_time
+        )
+    log_end(config, state, checkpointer.run_dir, goodput, finished, log)
     return 0 if finished else EXIT_REQUEUE
 
 
+def run_trainer(
+    train_step: TrainStep,
+    dataset: ShardDataset,
+    checkpointer: Checkpointer,
+    identity: dict[str, Any],
+    watchdog: Watchdog,
+    start_time: float,
+) -> tuple[bool, Goodput]:
+    """Train with telemetry: (whether the run is finished, where its time went). Collective."""
+    config = train_step.config
+    ranks = train_step.ranks
+    state = train_step.state
+
+    # The state is final, so telemetry and its clocks can start at its step.
+    watchdog.heartbeat("start-up: telemetry")
+    telemetry = ranks.raise_on_all_ranks(lambda: open_telemetry(config, ranks, state.step))
+    with telemetry:
+        recorder = Recorder(
+            config,
+            ranks,
+            state,
+            telemetry,
+            watchdog,
+            precision=identity["precision"],
+            flops_per_step=train_step.flops,
+            start_time=start_time,
+        )
+        trainer = Trainer(
+            config, ranks, dataset, train_step, state, checkpointer, recorder, identity
+        )
+        return trainer.run(), recorder.goodput
+
+
 def open_telemetry(config: Config, ranks: Ranks, step: int) -> Telemetry:
+    # Only rank 0 writes; the others have the same object, so that the loop need not ask.
     return Telemetry(
         config.run_dir,
         active=ranks.rank == 0,
@@ -113,9 +137,10 @@ def open_telemetry(config: Config, ranks: Ranks, step: int) -> Telemetry:
     )
 
 
-def say_how_it_ended(
+def log_end(
     config: Config, state: TrainingState, run_dir: Path, goodput: Goodput, finished: bool, log: Log
 ) -> None:
+    """Log how the run ended; where it is not finished, torchrun reports it too."""
     text = last_line(state, run_dir, goodput, finished)
     log(text)
     if finished and (note := ema_note(config)):
@@ -127,12 +152,13 @@ def say_how_it_ended(
 def run_identity(config: Config, ds: dict[str, Any], dataset: ShardDataset) -> dict[str, Any]:
     """What a checkpoint says about its run besides the progress: a resumed run is compared with
     it."""
+    # "made_with" is where the data set's encoders were found, for sampling.
     return {
         "config": to_dict(config),
         "precision": precision(ds),
         "dataset": dataset.fingerprint,
         "data_info": dataset.info.plain(),
-        "made_with": dataset.manifest.get("made_with", {}),  # where the encoders were, for sampling
+        "made_with": dataset.manifest.get("made_with", {}),
     }
 
 
@@ -144,12 +170,13 @@ def find_checkpoint(
     dataset: ShardDataset,
     log: Log,
 ) -> CheckpointDir | None:
-    """Collective. The newest one that is whole; None in a new run.
+    """The newest checkpoint that is valid; None in a new run. Collective.
 
     Raises CheckpointError where it is another run's, or where there were checkpoints and none is
     left.
     """
     checkpoint = checkpointer.newest(log)
+    # Never start over silently: a folder that is not mounted looks like a new run.
     if checkpoint is None:
         ranks.raise_on_all_ranks(lambda: check_checkpoints_still_exist(config.run_dir))
     else:
@@ -160,13 +187,16 @@ def find_checkpoint(
 def resume(
     checkpoint: CheckpointDir, train_step: TrainStep, state: TrainingState, log: Log
 ) -> None:
-    """Collective. Load the checkpoint, and say what makes the rest of the run differ in
-    rounding."""
-    config, ranks = train_step.config, train_step.ranks
+    """Load the checkpoint, and log what makes the rest of the run differ in rounding.
+    Collective."""
+    config = train_step.config
+    ranks = train_step.ranks
     load_checkpoint(checkpoint, ranks, train_step.engine, state)
-    for change in rounding_changes(
+    # These changes are allowed, and are the reason where two logs differ in the last digits.
+    changes = rounding_changes(
         checkpoint.manifest(), config, ranks.world_size, train_step.micro_batch_size
-    ):
+    )
+    for change in changes:
         log(f"changed on resume, so the same up to rounding, not bitwise: {change}")
     log(f"resumed {config.run_dir} at step {state.step}, curriculum index {state.curriculum.index}")
 
@@ -174,22 +204,30 @@ def resume(
 def first_line(
     train_step: TrainStep, state: TrainingState, dataset: ShardDataset, precision: str
 ) -> str:
-    config, ranks = train_step.config, train_step.ranks
-    n = torch.get_num_threads()
-    threads = f" with {n} thread{'s' if n > 1 else ''}" if config.train.device == "cpu" else ""
+    """What this start trains, on what, and with which settings that `auto` may have chosen."""
+    config = train_step.config
+    ranks = train_step.ranks
+    threads = ""
+    if config.train.device == "cpu":
+        n = torch.get_num_threads()
+        threads = f" with {n} thread{'s' if n > 1 else ''}"
+    again = ", activations computed again" if config.train.activation_checkpointing else ""
+
+    # The batch is micro batch x accumulation steps x ranks.
     return (
         f"training {config.run_dir} to step {config.train.steps}: {train_step.engine.numel:,} "
         f"parameters, {len(dataset):,} rows, {ranks.world_size} x {config.train.device}{threads}, "
         f"{precision}, batch {config.train.global_batch_size} = {train_step.micro_batch_size} x "
         f"{train_step.grad_accum_steps} x {ranks.world_size}, AdamW of {config.optimizer.kernel}, "
-        f"compiled: {config.train.compile}"
-        + (", activations computed again" if config.train.activation_checkpointing else "")
+        f"compiled: {config.train.compile}{again}"
     )
 
 
 def last_line(state: TrainingState, run_dir: Path, goodput: Goodput, finished: bool) -> str:
+    """Where the run ended, and what its time was spent on."""
+    ended = "finished" if finished else "stopped"
+    remedy = "" if finished else "; run again to continue"
     return (
-        f"{'finished' if finished else 'stopped'} {run_dir} at step {state.step}, "
-        f"curriculum index {state.curriculum.index}, {state.skipped_steps} skipped steps; "
-        f"{goodput.account()}" + ("" if finished else "; run again to go on")
+        f"{ended} {run_dir} at step {state.step}, curriculum index {state.curriculum.index}, "
+        f"{state.skipped_steps} skipped steps; {goodput.account()}{remedy}"
     )

@@ -1,5 +1,5 @@
-"""The run directory at start: writable, one process's, this run's, and with its checkpoints still
-there."""
+"""Checks of the run directory at start: that it is writable, that no other process trains it, that
+it is this run's, and that its checkpoints still exist."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -18,14 +18,22 @@ from largescale.host.launch import heartbeat
 from largescale.host.signals import stop_requested
 from largescale.monitoring.run_record import read_starts
 
-LOCK_WAIT_S = 180  # a lease of NFS outlives the machine that held it
+# A lease of NFS outlives the machine that held it.
+LOCK_WAIT_S = 180
 
 
 def check_writable(run_dir: Path) -> None:
-    """Make the run directory, and prove that this rank can write there, also what lies there.
-    Raises CheckpointError where it never can."""
-    names = (LOCK, "metrics.jsonl", *(f"{folder}/new" for folder in ("checkpoints", "starts")))
-    require_writable(*(run_dir / name for name in names), remedy="choose another --output")
+    """Make the run directory, and prove that this rank can write there, existing files too. Raises
+    CheckpointError where it never can."""
+    # Files of an earlier start may belong to another user, though the folder is writable.
+    require_writable(
+        run_dir / LOCK,
+        run_dir / "metrics.jsonl",
+        run_dir / "checkpoints/new",
+        run_dir / "starts/new",
+        remedy="choose another --output",
+    )
+    # What fails now may succeed later, such as a file system that is full: a StorageError.
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -33,26 +41,31 @@ def check_writable(run_dir: Path) -> None:
 
 
 def check_checkpoints_still_exist(run_dir: Path) -> None:
-    """Never a silent restart: checkpoints that were there once, and are not found, stop the run."""
-    if (saved := max((start.saved_step for start in read_starts(run_dir)), default=-1)) >= 0:
+    """Raise CheckpointError where there were checkpoints once and none is found: a run is never
+    started over silently."""
+    # The record of each start has the newest step that it saved; -1 before the first one.
+    saved = max((start.saved_step for start in read_starts(run_dir)), default=-1)
+    if saved >= 0:
         raise CheckpointError(
             f"{run_dir} has no checkpoint any more, but step {saved} was saved: restore "
             f"{run_dir}/checkpoints; to begin again, delete {run_dir}, or give another --output DIR"
         )
 
 
-def lock_run_dir(run_dir: Path, say: Callable[[str], None]) -> IO[str]:
-    """Of two processes only one may train a run. Waits for one that is about to end, as after a
-    requeue.
+def lock_run_dir(run_dir: Path, log: Callable[[str], None]) -> IO[str]:
+    """Lock the run directory, so that only one process trains the run.
 
-    Raises StorageError where it does not end."""
+    Waits for a process that is about to end, as after a requeue. Raises StorageError where it does
+    not end.
+    """
     for second in range(LOCK_WAIT_S):
         if lock := try_lock(run_dir / LOCK):
             return lock
         if stop_requested():
             break
         if second == 0:
-            say(f"another process trains {run_dir}: waiting for it, for {LOCK_WAIT_S} s")
+            log(f"another process trains {run_dir}: waiting for it, for {LOCK_WAIT_S} s")
+        # The other ranks wait for this one, so it must not look dead.
         heartbeat()
         time.sleep(1)
     raise StorageError(
@@ -72,24 +85,18 @@ def check_same_run(
     checkpoint: CheckpointDir,
     identity: dict[str, Any],
     dataset: ShardDataset | None,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
-    """A run directory belongs to one run: refuse what would make it another, say what is
-    changed."""
-
-    def comparable(state: dict[str, Any]) -> dict[str, Any]:
-        config = to_dict(
-            from_dict(state["config"])
-        )  # fields that are new since then have their defaults
-        return {**config, "precision": state["precision"], "dataset": state["dataset"]}
-
+    """Refuse, with a CheckpointError, settings that would make the checkpoint's run another one;
+    log the settings that may change and have."""
     with usable(checkpoint.path):
         saved = checkpoint.manifest()["state"]
-        if dataset and dataset.has_fingerprint(
-            saved["dataset"], saved.get("data_info", {}).get("name", "")
-        ):
-            saved["dataset"] = identity["dataset"]  # packed anew, or under another name
-        refused, said = differences(comparable(saved), comparable(identity))
+        # The same images can have another fingerprint: packed anew, or under another name.
+        name = saved.get("data_info", {}).get("name", "")
+        if dataset and dataset.has_fingerprint(saved["dataset"], name):
+            saved["dataset"] = identity["dataset"]
+        refused, allowed = differences(_comparable(saved), _comparable(identity))
+
     if refused:
         raise CheckpointError(
             f"{checkpoint.path.parent.parent} belongs to a run that differs in what may not "
@@ -97,27 +104,39 @@ def check_same_run(
             + "\n  ".join(refused)
             + "\nresume it with its own settings, or start another run with --output DIR"
         )
-    for change in said:
-        say(f"changed on resume, in force from here on: {change}")
+    for change in allowed:
+        log(f"changed on resume, in force from here on: {change}")
+
+
+def _comparable(state: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run, from its state in a checkpoint."""
+    # Fields that are newer than the checkpoint get their defaults.
+    config = to_dict(from_dict(state["config"]))
+    return {**config, "precision": state["precision"], "dataset": state["dataset"]}
 
 
 def rounding_changes(
     manifest: dict[str, Any], config: Config, world_size: int, micro: int
 ) -> Iterator[str]:
-    """What is not as it was when the checkpoint was written, and changes the order in which numbers
-    are added."""
-    saved, before = from_dict(manifest["state"]["config"]), manifest["world_size"]
-    # What dropout draws differs by micro batch too, which `differences` says.
+    """What has changed since the checkpoint was written in the order in which numbers are added."""
+    saved = from_dict(manifest["state"]["config"])
+    before = manifest["world_size"]
+
+    # The micro batch follows from the number of ranks. With dropout it changes the draws as well,
+    # which `differences` reports.
     dropout = config.model.architecture == "ddpmpp" and config.model.unet.dropout > 0
     if before != world_size:
         yield f"ranks: {before} -> {world_size}"
-    elif (
-        not dropout
-        and saved.train.micro_batch_size != "auto"
-        and (was := batch_layout(saved, before)[0]) != micro
-    ):
-        yield f"micro batch: {was} -> {micro}"
+    elif not dropout and saved.train.micro_batch_size != "auto":
+        saved_micro, _ = batch_layout(saved, before)
+        if saved_micro != micro:
+            yield f"micro batch: {saved_micro} -> {micro}"
+
+    # These facts matter to what a CPU computes.
+    if config.train.device != "cpu":
+        return
     names = {"cpu": "the CPU's instructions", "threads": "threads of a rank", "torch": "torch"}
-    for key, now in rounding_facts().items() if config.train.device == "cpu" else ():
-        if manifest.get(key, now) != now:  # absent: written by an older version
+    for key, now in rounding_facts().items():
+        # Absent in a checkpoint of an older version.
+        if manifest.get(key, now) != now:
             yield f"{names[key]}: {manifest[key]} -> {now}"

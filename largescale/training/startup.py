@@ -1,5 +1,5 @@
-"""What is checked and opened before DeepSpeed is loaded, and what becomes of an error that ends a
-rank."""
+"""The start of a rank: what is checked and opened before DeepSpeed is loaded, and how an error that
+ends the rank is handled."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -33,35 +33,36 @@ from largescale.training.run_directory import check_writable, lock_run_dir
 
 
 def resolve_auto(config: Config) -> Config:
-    """With what `auto` stands for here: that is the run's setting, which a later start is compared
-    with."""
+    """The config with what `auto` stands for on this machine: that is the run's setting, which a
+    later start is compared with."""
     device = config.train.device
+    kernel = choose_kernel(config.optimizer, device)
+    compile = what_to_compile(config.train.compile, device, config.model.architecture)
     return dataclasses.replace(
         config,
-        optimizer=dataclasses.replace(
-            config.optimizer, kernel=choose_kernel(config.optimizer, device)
-        ),
-        train=dataclasses.replace(
-            config.train,
-            compile=what_to_compile(config.train.compile, device, config.model.architecture),
-        ),
+        optimizer=dataclasses.replace(config.optimizer, kernel=kernel),
+        train=dataclasses.replace(config.train, compile=compile),
     )
 
 
 def run(config: Config, start_time: float, *, warned_of_memory: bool) -> int:
-    """Train; the process's exit status. `warned_of_memory`: this rank has said that memory is
-    short."""
+    """Train; the process's exit status. `warned_of_memory`: this rank has warned already that
+    memory is short."""
+    # Settings are checked before ranks wait for each other.
     validate(config, env_world_size())
     config = resolve_auto(config)
     ds = final_ds_config(config, env_world_size())
     with Watchdog(config.train.timeout_s) as watchdog:
         ranks = watchdog.ranks = Ranks(config.train.device, watchdog.limit_s)
         try:
+            # Threads come first: what is measured or built later depends on their number.
             if config.train.threads or config.train.device == "cpu":
                 threads = ranks.raise_on_all_ranks(
                     lambda: threads_per_rank(config.train.threads, os.environ, cores())
                 )
                 torch.set_num_threads(threads)
+
+            # What this machine cannot do ends the run here, on all ranks.
             if config.train.device == "cpu":
                 keep_freed_memory()
                 ranks.raise_on_all_ranks(lambda: check_on_cpu(precision(ds), IN_TRAINING))
@@ -70,18 +71,12 @@ def run(config: Config, start_time: float, *, warned_of_memory: bool) -> int:
             )
             return train(config, ds, ranks, watchdog, start_time)
         except DeviceError as error:
-            end_at_once(
-                error
-            )  # the other ranks are in some collective, and notice as they do with a crash
+            # The other ranks are in some collective, and notice as they do with a crash.
+            end_at_once(error)
         except RuntimeError as error:
             watchdog.wait_if_ending()
             if is_lost_contact(error):
-                killed = watchdog.killed()
-                lost = lost_rank(ranks, watchdog.where, "lost contact", killed)
-                if killed and not lost.agreed:  # rank 0, which keeps the record, may be the one
-                    with contextlib.suppress(OSError):
-                        note_end(config.run_dir, start_time, killed)
-                end_at_once(lost)
+                end_after_lost_contact(config, ranks, watchdog, start_time)
             if why := failure(error):
                 end_at_once(ConfigError(f"{why}; train without it: --train.compile off"))
             raise
@@ -89,16 +84,31 @@ def run(config: Config, start_time: float, *, warned_of_memory: bool) -> int:
             ranks.close()
 
 
+def end_after_lost_contact(
+    config: Config, ranks: Ranks, watchdog: Watchdog, start_time: float
+) -> NoReturn:
+    """End this process because another rank is gone, and record why where that is known."""
+    killed = watchdog.killed()
+    lost = lost_rank(ranks, watchdog.where, "lost contact", killed)
+    # Rank 0, which keeps the record, may be the one that is gone.
+    if killed and not lost.agreed:
+        with contextlib.suppress(OSError):
+            note_end(config.run_dir, start_time, killed)
+    end_at_once(lost)
+
+
 def require_one_version(ranks: Ranks) -> None:
-    """Raises ConfigError where ranks run different sources of this package, as after an upgrade on
+    """Raise ConfigError where ranks run different sources of this package, as after an upgrade on
     some nodes only."""
+    # Sources are compared, not version numbers: those stay while a checkout is edited.
     folder = Path(largescale.__file__).parent
     found = ranks.all_gather_json([sources_sha256(folder), str(folder), socket.gethostname()])
+    first_version, first_folder, first_host = found[0]
     for rank, (version, where, host) in enumerate(found):
-        if version != found[0][0]:
+        if version != first_version:
             raise ConfigError(
                 f"rank {rank} runs another version of largescale than rank 0: {where} on {host} and "
-                f"{found[0][1]} on {found[0][2]} differ; install the same on all nodes"
+                f"{first_folder} on {first_host} differ; install the same on all nodes"
             )
 
 
@@ -114,6 +124,8 @@ def train(
     require_one_version(ranks)
     watchdog.heartbeat("start-up: data set")
     dataset = ranks.raise_on_all_ranks(lambda: open_dataset(config, ranks.rank, ranks.world_size))
+
+    # Every rank writes there; rank 0 holds the lock for all.
     watchdog.heartbeat("start-up: run directory")
     ranks.raise_on_all_ranks(lambda: check_writable(config.run_dir))
     lock = ranks.raise_on_all_ranks(
@@ -122,8 +134,8 @@ def train(
     with lock or contextlib.nullcontext():
         if asked_to_stop(ranks, log, "before DeepSpeed was loaded"):
             return EXIT_REQUEUE
-        # DeepSpeed's import takes seconds: what is wrong with the settings or the data is said
-        # before it.
+        # DeepSpeed's import takes seconds: errors of the settings or the data are raised before it.
+        # It reads DS_ACCELERATOR when it is imported.
         os.environ["DS_ACCELERATOR"] = config.train.device
         from largescale.training.run import train_run
 

@@ -1,5 +1,5 @@
-"""What moves while a run trains, besides the engine's tensors: in every checkpoint, and the same on
-every rank."""
+"""The state of a run besides the engine's tensors: it is in every checkpoint, and the same on every
+rank."""
 
 import json
 from collections.abc import Sequence
@@ -29,28 +29,31 @@ class SkippedInputs:
 
 
 def input_step(step: int, skips: Sequence[SkippedInputs]) -> int:
-    """Whose inputs (order of the data and every draw) this step takes: its own, but for what was
-    skipped."""
+    """The step whose inputs (order of the data and every draw) `step` takes: its own, unless inputs
+    were skipped before it."""
     return step + sum(skip.count for skip in skips if skip.at <= step)
 
 
 def skips_after_rollback(
     step: int, back_to: int, skips: Sequence[SkippedInputs], why: str
 ) -> list[SkippedInputs]:
-    """The skips of a run that goes back from `step` to `back_to`, leaving out the inputs from there
-    to here."""
+    """The skips of a run that is rolled back from `step` to `back_to`, leaving out the inputs
+    between them."""
+    # Skips from after `back_to` are part of the new one.
     kept = [skip for skip in skips if skip.at <= back_to]
-    return [
-        *kept,
-        SkippedInputs(back_to, input_step(step, skips) + 1 - input_step(back_to, kept), why),
-    ]
+    # Up to and including the inputs of the step that was bad.
+    count = input_step(step, skips) + 1 - input_step(back_to, kept)
+    return [*kept, SkippedInputs(back_to, count, why)]
 
 
 class TrainingState:
+    """The step counter, the curriculum and what else changes while a run trains."""
+
     def __init__(self, config: Config, objective: Objective):
         self.global_batch_size = config.train.global_batch_size
-        self.step = 0  # applied optimizer steps
-        self.skipped_steps = 0  # attempts whose gradient overflowed in fp16
+        # Applied optimizer steps, and attempts whose gradient overflowed in fp16.
+        self.step = 0
+        self.skipped_steps = 0
         self.curriculum = make_curriculum(config)
         self.noise_sampler = build_noise_sampler(config, objective)
         self.spikes = SpikeDetector(config.anomaly.spike_factor)
@@ -68,15 +71,17 @@ class TrainingState:
         """
         self.step += 1
         self.spikes.observe(report.loss)
+        # A sampler that follows the losses needs each row's noise level and loss.
         if self.noise_sampler.needs_losses:
-            self.noise_sampler.observe([int(n) for n in report.row_bin], report.row_loss)
+            self.noise_sampler.observe(list(map(int, report.row_bin)), report.row_loss)
+        # The loss of each stage has its own level.
         stage_ended = self.curriculum.observe(report.loss)
         if stage_ended:
             self.spikes.new_stage()
         return stage_ended
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Everything that moves, as plain JSON values."""
         return {
             "step": self.step,
             "samples_seen": self.step * self.global_batch_size,
@@ -88,7 +93,8 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.skipped_steps = state["step"], state["skipped_steps"]
+        self.step = state["step"]
+        self.skipped_steps = state["skipped_steps"]
         self.curriculum.load_state_dict(state["curriculum"])
         # What follows is not in every checkpoint of an older version.
         if "noise_sampler" in state:
@@ -101,10 +107,13 @@ class TrainingState:
 def load_checkpoint(
     checkpoint: CheckpointDir, ranks: Ranks, engine: Engine, state: TrainingState
 ) -> None:
-    """Collective. Raises CheckpointError on every rank if one cannot use its part."""
+    """Load the checkpoint into the engine and the state. Collective. Raises CheckpointError on
+    every rank if one cannot use its part."""
 
     def read() -> dict[str, Any]:
-        manifest, saved = checkpoint.manifest(), client_state(checkpoint)
+        manifest = checkpoint.manifest()
+        saved = client_state(checkpoint)
+        # The round trip makes lists of tuples, as in the manifest.
         if manifest["state"] != json.loads(json.dumps(saved)):
             raise CheckpointError(
                 f"{checkpoint.path}: the manifest's copy of the state is not the checkpoint's"
@@ -113,6 +122,7 @@ def load_checkpoint(
             engine.load(checkpoint, manifest["world_size"])
         return saved
 
+    # Only once every rank has read its part is anything changed that ranks share.
     saved = ranks.raise_on_all_ranks(read)
     engine.gather_weights()
     state.load_state_dict(saved)

@@ -1,5 +1,5 @@
-"""One optimizer step: draws, forward, backward, update. It knows neither log nor checkpoints nor
-the loop around it."""
+"""One optimizer step: draws, forward, backward, update. It depends neither on the log nor on
+checkpoints nor on the loop around it."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +32,8 @@ Lap = Callable[[str], AbstractContextManager[None]]  # times a named part of a s
 
 
 class TrainStep:
+    """The model, DeepSpeed's engine and the loss: takes one optimizer step at a time."""
+
     def __init__(
         self,
         config: Config,
@@ -42,14 +43,21 @@ class TrainStep:
         objective: Objective,
         state: TrainingState,
     ):
-        """Collective: builds the model and DeepSpeed's engine. `ds`: DeepSpeed's settings. `state`
-        is read at every step (which inputs, which noise levels) and moved by the caller alone."""
-        self.config, self.ranks, self.objective, self.state = config, ranks, objective, state
+        """Build the model and DeepSpeed's engine. Collective.
+
+        `ds`: DeepSpeed's settings. `state` is read at every step (which inputs, which noise levels)
+        and changed by the caller alone.
+        """
+        self.config = config
+        self.ranks = ranks
+        self.objective = objective
+        self.state = state
         self.data_info = dataset.info
         self.micro_batch_size, self.grad_accum_steps = batch_layout(config, ranks.world_size)
         self.shape = latent_shape(config.model)
         self.weighting = make_weighting(config.noise)
 
+        # Every rank draws the same first weights.
         torch.manual_seed(config.train.seed)
         model = build_model(config.model)
         model.checkpoint_blocks = config.train.activation_checkpointing
@@ -58,6 +66,8 @@ class TrainStep:
         model.to(ranks.device)
         # A backward pass takes twice the operations of the forward pass.
         self.flops = 3 * flops_per_image(model) * config.train.global_batch_size
+
+        # The engine changes what the module's parameters point to: blocks are compiled after it.
         optimizer = partial(
             build_optimizer,
             config=config.optimizer,
@@ -68,12 +78,11 @@ class TrainStep:
         what = what_to_compile(config.train.compile, config.train.device, config.model.architecture)
         self.compiled = Compiled(model, what, config.train.device)
 
+        # This rank's row numbers in the global batch: (grad_accum_steps, micro_batch_size).
         self._edges = torch.tensor(state.curriculum.edges, dtype=torch.float64, device=ranks.device)
         rows = torch.arange(config.train.global_batch_size, device=ranks.device)
-        # This rank's row numbers in the global batch: (grad_accum_steps, micro_batch_size).
-        self._rows = rows.view(self.grad_accum_steps, ranks.world_size, self.micro_batch_size)[
-            :, ranks.rank
-        ]
+        rows = rows.view(self.grad_accum_steps, ranks.world_size, self.micro_batch_size)
+        self._rows = rows[:, ranks.rank]
 
     def forward_backward(
         self,
@@ -90,38 +99,46 @@ class TrainStep:
         read its batch, and another stands in its place; the loss is made one that no rank applies.
         """
         with lap("draws"):
-            draws, accumulator = self.draws(), self._accumulator()
-        applied, pending = False, None
+            draws = self.draws()
+            accumulator = self._accumulator()
+        applied = False
+        pending = None
         for k in range(self.grad_accum_steps):
             last = k == self.grad_accum_steps - 1
             with lap("forward"):
                 losses, t, importance = self.micro_step_losses(self.engine, batch, draws, k)
+                # Not a number, so that no rank applies the step.
                 if unread:
                     losses = losses._replace(loss=losses.loss * math.nan)
+
+            # The last forward pass completes the vector that all ranks sum, which happens while the
+            # backward pass runs.
             with lap("agree"):
                 accumulator.add(losses, self.objective.noise_level(t), importance, self._rows[k])
-                if last:  # summed over ranks while the backward pass runs
+                if last:
                     pending = self.ranks.launch(accumulator.vector(status(), cannot_read=unread))
             with lap("backward"):
                 self.engine.backward(losses.loss.mean())
             with lap("optimizer"):
                 applied = self.engine.advance()
+
+        # Read last: on a GPU this is where the CPU waits.
         with lap("agree"):
             assert isinstance(pending, PendingVector)
-            return read_report(
-                pending.read(), self.state.curriculum.n_clusters, accumulator.n_rows
-            ), applied
+            n_clusters = self.state.curriculum.n_clusters
+            return read_report(pending.read(), n_clusters, accumulator.n_rows), applied
 
     def _accumulator(self) -> StepAccumulator:
+        # Rows are reported one by one only where the draw of noise levels follows their losses: it
+        # makes the vector as long as the global batch.
         if not self.state.noise_sampler.needs_losses:
             return StepAccumulator(self._edges, self.ranks.rank, self.ranks.world_size)
-        train, bins = self.config.train, self.config.diffusion.timesteps
         return StepAccumulator(
             self._edges,
             self.ranks.rank,
             self.ranks.world_size,
-            n_rows=train.global_batch_size,
-            n_bins=bins,
+            n_rows=self.config.train.global_batch_size,
+            n_bins=self.config.diffusion.timesteps,
         )
 
     def draws(self) -> Draws:
@@ -143,38 +160,46 @@ class TrainStep:
         """This rank's k-th micro step: (losses as they are optimised, times, importance), (B,)
         each. Importance is the factor by which the draw of noise levels has multiplied a row's
         loss."""
-        info, objective = self.data_info, self.objective
+        info = self.data_info
+        objective = self.objective
+
+        # The images and their conditions, dropped at random for classifier-free guidance.
         draws = draws.rows(self._rows[k])
         rows = {name: values[k] for name, values in batch.items()}
         x_start = to_x_start(rows["latent"], info.kind, info.scale_factor, draws.posterior)
         y = drop(to_condition(rows), draws.dropout, self.config.model.num_classes)
+
+        # EDM's augmentation, of which the network sees the parameters. Its normal draws are the
+        # inverse distribution function of uniform ones.
         if draws.augment is not None:
             uniform, normal = draws.augment.split((AUGMENT_UNIFORMS, AUGMENT_NORMALS), dim=1)
             x_start, labels = augment(
                 x_start, uniform, torch.special.ndtri(normal), self.config.data.augment
             )
             model = partial(model, augment_labels=labels)
-        self._seed_network(k)
+
         # The active noise levels, and within them the draw that noise.sampling bends.
+        self._seed_network(k)
         active = self.state.curriculum.active
         v, importance = self.state.noise_sampler.warp(
             draws.v, *objective.snap_to_timesteps(*active)
         )
         t = objective.draw(v, *active)
+
+        # The loss of each row, by the objective and then by the weighting.
         losses = objective.training_losses(model, x_start, t, draws.noise, y)
         weight = self.weighting(objective.log_snr(t), objective.x_start_weight(t))
         return losses._replace(loss=weighted(losses, weight, importance)), t, importance
 
     def _seed_network(self, k: int) -> None:
-        """DDPM++ drops activations by torch's own generator: a seed for each (step, micro step,
-        rank)."""
+        """Seed torch's own generator, from which DDPM++ drops activations, for each (step, micro
+        step, rank)."""
         if self.config.model.architecture != "ddpmpp":
             return
-        layout = (self.grad_accum_steps, self.ranks.world_size)
-        part = np.ravel_multi_index(
-            (k, self.ranks.rank), layout
-        ) + self.state.input_step * math.prod(layout)
-        torch.manual_seed(stream_seed(self.config.train.seed, "network", int(part)))
+        # A number that no other (step, micro step, rank) of the run has.
+        part = (self.state.input_step * self.grad_accum_steps + k) * self.ranks.world_size
+        part += self.ranks.rank
+        torch.manual_seed(stream_seed(self.config.train.seed, "network", part))
 
     def repeated_micro_steps(
         self,
@@ -183,13 +208,13 @@ class TrainStep:
     ) -> list[Callable[[], tuple[Tensor, Tensor]]]:
         """This rank's micro steps once more, outside DeepSpeed: each gives losses (B,) and clusters
         (B,), 1 for C_1."""
+        # The same draws as in the step itself, which follow from the seed and the step.
         draws = self.draws()
 
         def micro_step(k: int) -> tuple[Tensor, Tensor]:
             heartbeat()
             losses, t, _ = self.micro_step_losses(self.engine.module, batch, draws, k)
-            return losses.loss, 1 + torch.bucketize(
-                self.objective.noise_level(t), self._edges[1:-1], right=True
-            )
+            levels = self.objective.noise_level(t)
+            return losses.loss, 1 + torch.bucketize(levels, self._edges[1:-1], right=True)
 
         return [partial(micro_step, k) for k in range(self.grad_accum_steps)]

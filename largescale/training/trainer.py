@@ -1,9 +1,10 @@
-"""The loop. Everything that a step decides follows from the vector that all ranks sum, so every
-rank decides alike."""
+"""The training loop. Everything that is decided at a step follows from the vector that all ranks
+sum, so every rank decides the same."""
 
 import contextlib
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from largescale.checkpoint.checkpointer import Checkpointer
@@ -22,10 +23,13 @@ from largescale.training.reference_loss import ReferenceLoss
 from largescale.training.state import TrainingState, load_checkpoint, skips_after_rollback
 from largescale.training.step import TrainStep
 
-READ_RETRY_S = (1.0, 5.0, 15.0)  # pauses before data that could not be read are tried again
+# Pauses before data that could not be read are tried again.
+READ_RETRY_S = (1.0, 5.0, 15.0)
 
 
 class Trainer:
+    """Trains to the last step: takes steps, handles anomalies, saves, and logs."""
+
     def __init__(
         self,
         config: Config,
@@ -38,22 +42,22 @@ class Trainer:
         identity: dict[str, Any],
     ):
         """Collective. `identity`: what a checkpoint says about the run besides its progress (see
-        startup.py)."""
-        self.config, self.ranks, self.dataset, self.identity = config, ranks, dataset, identity
-        self.train_step, self.state, self.engine = train_step, state, train_step.engine
-        self.recorder, self.telemetry, self.checkpointer = (
-            recorder,
-            recorder.telemetry,
-            checkpointer,
-        )
+        `run_identity` in run.py)."""
+        self.config = config
+        self.ranks = ranks
+        self.dataset = dataset
+        self.identity = identity
+        self.train_step = train_step
+        self.state = state
+        self.engine = train_step.engine
+        self.recorder = recorder
+        self.telemetry = recorder.telemetry
+        self.checkpointer = checkpointer
         self.checkpoints = CheckpointPolicy(checkpointer, self.engine, recorder)
-        self.anomalies = Anomalies(
-            config.anomaly,
-            train_step,
-            state,
-            ranks,
-            heartbeat=lambda: recorder.watchdog.heartbeat("diagnosis"),
-        )
+        diagnosis = partial(recorder.watchdog.heartbeat, "diagnosis")
+        self.anomalies = Anomalies(config.anomaly, train_step, state, ranks, diagnosis)
+
+        # Both read the data set, in which one rank alone may fail.
         self.preview = ranks.raise_on_all_ranks(
             lambda: Preview(
                 config, train_step.objective, self.engine, ranks, dataset, recorder.stop_requested
@@ -71,23 +75,26 @@ class Trainer:
                 recorder.stop_requested,
             )
         )
+        # Of the step that is taken. Where this rank cannot read one, the last stands in its place.
         self.batch: Batch = {}
 
     def run(self) -> bool:
         """Train to the last step, or until a rank is asked to stop. True if the run is finished."""
-        state, steps = self.state, self.config.train.steps
+        state = self.state
+        steps = self.config.train.steps
         if self.preview.note:
             self.telemetry.message(self.preview.note)
         ended = None
         try:
-            self.recorder.watchdog.limit_s = self.config.train.timeout_s  # the start is over
+            # The limit for the start, which may be longer, is over.
+            self.recorder.watchdog.limit_s = self.config.train.timeout_s
             self.checkpoints.save_first(state.step, self.checkpoint_state())
             stopped = self.train() and state.step < steps
             if stopped:
                 self.telemetry.message(f"asked to stop: saving at step {state.step}")
-            self.checkpoints.save_on_exit(
-                state.step, self.checkpoint_state(), "stop" if stopped else "end"
-            )
+            reason = "stop" if stopped else "end"
+            self.checkpoints.save_on_exit(state.step, self.checkpoint_state(), reason)
+            # A run whose last checkpoint could not be written is not finished.
             ended = "finished" if self.checkpointer.last_saved >= steps else "stopped"
         except Exception as error:
             self.recorder.watchdog.wait_if_ending()
@@ -98,9 +105,10 @@ class Trainer:
         return ended == "finished"
 
     def train(self) -> bool:
-        """The loop. True if it ended because a rank was asked to stop."""
+        """Take steps to the last one. True if the loop ended because a rank was asked to stop."""
         stop = self.ranks.any(stop_requested())
         with self._loader() as loader, self.recorder.profile:
+            # The first batch is read before the first step is timed. Later ones are read ahead.
             batches = DeviceBatches(loader, self.ranks.device)
             self.batch = self.ranks.raise_on_all_ranks(lambda: batches.batch(self.state.input_step))
             self.recorder.begin()
@@ -113,10 +121,15 @@ class Trainer:
         """Try one optimizer step, and do what follows from it. True if a rank was asked to stop."""
         with self.recorder.lap("data"):
             unread = self._read(batches)
-        scaler, can_retry = self.engine.scaler_state(), self.engine.can_lower_loss_scale
+
+        # The loss scale before the step, which the step itself may lower.
+        scaler = self.engine.scaler_state()
+        can_retry = self.engine.can_lower_loss_scale
         report, applied = self.train_step.forward_backward(
             self.batch, self._status, self.recorder.lap, unread=unread is not None
         )
+
+        # A rank has no data. Its NaN has lowered the loss scale, which is restored before saving.
         if report.cannot_read:
             self.engine.load_scaler_state(scaler)
             self.checkpoints.save(self.state.step, self.checkpoint_state(), "schedule")
@@ -124,20 +137,25 @@ class Trainer:
             raise self._unreadable_data(unread)
         self.checkpoints.poll(self.state.step, report)
 
+        # The config's policy for the anomaly: roll back, stop, or count the step all the same.
         anomaly = self.anomalies.detect(report, self.batch, applied=applied, can_retry=can_retry)
         policy = self.anomalies.policy(anomaly) if anomaly else None
         if anomaly and policy == "skip":
             self.roll_back(anomaly)
             return report.stop
         if anomaly and policy == "stop":
-            self.checkpoints.finalize(self.state.step)  # one that is being written is good
+            # A checkpoint that is being written is from before the anomaly, so it is good.
+            self.checkpoints.finalize(self.state.step)
             self.recorder.log_anomaly(anomaly, anomaly.text)
             raise NonFiniteError(
                 f"{anomaly.text}; the last good checkpoint is step {self.checkpointer.last_saved}"
             )
+
+        # The same inputs are taken again, at a lower loss scale.
         if not applied:
-            self.state.skipped_steps += 1  # the same inputs again, at a lower loss scale
+            self.state.skipped_steps += 1
             return report.stop
+
         if anomaly:
             self.recorder.log_anomaly(anomaly, anomaly.text)
         self.commit_step(report)
@@ -145,43 +163,57 @@ class Trainer:
         return report.stop
 
     def commit_step(self, report: StepReport) -> None:
-        """An applied step moves the counter and the curriculum; see `TrainingState.commit_step`."""
+        """Count an applied step: this moves the step counter and the curriculum, and nothing else
+        does."""
         stage_ended = self.state.commit_step(report)
         self.recorder.count_step(report, stage_ended=stage_ended)
 
     def run_periodic_tasks(self) -> None:
-        """Between two steps, on every rank alike: log, reference loss, checkpoint, preview."""
-        config, step = self.config.telemetry, self.state.step
+        """Log, evaluate the reference loss, save and draw a preview, where the step is due for it.
+        Collective."""
+        config = self.config.telemetry
+        step = self.state.step
         if step % config.log_every == 0 or step == self.config.train.steps:
             self.recorder.log_metrics(self.engine, self.checkpointer.last_saved)
         self.telemetry.progress(step)
+
         if config.reference_every and step % config.reference_every == 0:
             with self._side_task("reference"):
                 self.telemetry.log(step, self.reference_loss(self.engine.module))
+
         if self.checkpoints.due(step):
             self.checkpoints.save(step, self.checkpoint_state(), "schedule")
+
+        # A preview takes long: a checkpoint that is being written is made valid before it.
         if config.preview_every and step % config.preview_every == 0:
-            self.checkpoints.finalize(step)  # a preview takes its time
+            self.checkpoints.finalize(step)
             with self._side_task("preview"):
                 self.preview(step, self.telemetry)
 
     def roll_back(self, anomaly: Anomaly) -> None:
-        """To the last good checkpoint, and on without the inputs from there to here."""
+        """Load the last good checkpoint, and leave out the inputs from its step to this one.
+        Collective."""
         state = self.state
         self.checkpoints.finalize(state.step)
-        if (
-            self.checkpointer.pending
-        ):  # a file system that does not answer: what it writes later belongs to no run
+        # The file system does not answer: what it writes later would be of steps that are undone.
+        if self.checkpointer.pending:
             raise NonFiniteError(
                 f"{anomaly.text}; a checkpoint is still being written, so it cannot go back"
             )
         self.anomalies.count_rollback(anomaly, self.checkpointer.last_saved)
+
+        # There is at least the checkpoint of the start.
         checkpoint = self.checkpointer.newest(self.telemetry.message)
-        assert checkpoint is not None  # that of step 0 at least
-        skips, step = state.skips, state.step
+        assert checkpoint is not None
+
+        # Loading replaces the step and the skips, from which the new skip is computed.
+        bad_step = state.step
+        skips = state.skips
         self.recorder.goodput.rolled_back(checkpoint.step, anomaly.text)
         load_checkpoint(checkpoint, self.ranks, self.engine, state)
-        state.skips = skips_after_rollback(step, state.step, skips, anomaly.text)
+        state.skips = skips_after_rollback(bad_step, state.step, skips, anomaly.text)
+
+        # What was logged of later steps is dropped before the roll back is logged.
         self.recorder.rolled_back()
         left_out = state.skips[-1].count
         self.recorder.log_anomaly(
@@ -220,6 +252,7 @@ class Trainer:
     def _read(self, batches: DeviceBatches) -> Exception | None:
         """Set `batch` to this step's rows. An error is returned: one rank alone must not leave the
         others waiting."""
+        # Damaged data stay damaged; a file system that failed may answer later.
         for pause in (*READ_RETRY_S, None):
             try:
                 self.batch = batches.batch(self.state.input_step)
@@ -233,22 +266,26 @@ class Trainer:
         raise AssertionError
 
     def _unreadable_data(self, error: Exception | None) -> LargescaleError:
-        """Collective. What every rank raises when one got no data."""
+        """The error that every rank raises when one got no data. Collective."""
+        # Of several ranks the first with an error is named.
         errors = self.ranks.all_gather_json(error and (isinstance(error, DataError), str(error)))
-        (damaged, text), rank = next((e, rank) for rank, e in enumerate(errors) if e)
+        rank = list(map(bool, errors)).index(True)
+        damaged, text = errors[rank]
         text = f"rank {rank} cannot read the data of step {self.state.step + 1}: {text}"
+
+        # Damaged data need a person. A file system that does not answer is worth another start.
         if damaged:
             fatal: LargescaleError = DataError(text)
             fatal.agreed = True
             return fatal
         return StorageError(
-            f"{text}; saved at step {self.checkpointer.last_saved}, the same command goes on"
+            f"{text}; saved at step {self.checkpointer.last_saved}, run the same command to continue"
         )
 
     @contextlib.contextmanager
     def _side_task(self, name: str) -> Iterator[None]:
-        """Something to look at, which is left out when the run is asked to stop; nothing is
-        compiled for it."""
+        """Run something beside training, which is left out when the run is asked to stop; nothing
+        is compiled for it."""
         with self.recorder.lap(name), self.train_step.compiled.eager():
             try:
                 yield

@@ -107,7 +107,7 @@ def test_a_rank_is_killed(rank: int, tmp_path: Path, train: Train) -> None:
     done = train(*ARGS, "--output", run, driver=("--kill", 6, rank))
     assert (done[rank].returncode, done[1 - rank].returncode) == (-signal.SIGKILL, 1)
     who = "rank 1 does not answer; rank 0 in" if rank else "rank 0, or the launcher that keeps its store, does not answer"
-    assert f"lost contact: {who}" in done[1 - rank].stderr and "goes on from the last checkpoint" in done[1 - rank].stderr
+    assert f"lost contact: {who}" in done[1 - rank].stderr and "continues from the last checkpoint" in done[1 - rank].stderr
     assert "Traceback" not in done[1 - rank].stderr
     assert train(*ARGS, "--output", run)[0].returncode == 0
     assert [row["step"] for row in trace(run)] == list(range(1, 13))

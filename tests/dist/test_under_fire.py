@@ -104,7 +104,7 @@ def test_a_flipped_bit(name: str, run_here: RunHere, tmp_path: Path) -> None:
         change(changed, at_random.randrange(size), 1 << at_random.randrange(8))
         outcome = run_here(*SETTINGS, output=run)
         assert outcome.code == 0 and f"resumed {run} at step 8" in outcome.err
-        assert f"passing over a damaged checkpoint: {changed}" in outcome.err
+        assert f"skipping a damaged checkpoint: {changed}" in outcome.err
         assert_same_run(run, truth)
 
 

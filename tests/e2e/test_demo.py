@@ -33,7 +33,7 @@ def test_make_demo_interrupted_and_again(tmp_path: Path) -> None:
     said, _ = first.communicate(timeout=900)
     assert first.returncode != 0
     stopped = max(row["step"] for row in read_metrics(run))
-    assert 20 <= stopped < 90 and "run again to go on" in said
+    assert 20 <= stopped < 90 and "run again to continue" in said
 
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2400)
     assert again.returncode == 0, again.stdout + again.stderr

@@ -323,7 +323,7 @@ def test_damaged_newest_checkpoint(damage: str, run_here: RunHere, tmp_path: Pat
     DAMAGE[damage](checkpoints(run)[0])
     outcome = run_here(*settings, output=run)
     assert outcome.code == 0
-    assert "passing over a damaged checkpoint" in outcome.err and f"resumed {run} at step 8" in outcome.err
+    assert "skipping a damaged checkpoint" in outcome.err and f"resumed {run} at step 8" in outcome.err
     assert_same_run(run, truth)
 
 
@@ -354,7 +354,7 @@ def test_a_manifest_edited_by_hand_is_not_believed(run_here: RunHere) -> None:
     manifest = checkpoints(run)[0].path / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"index": 5', '"index": 4'))
     outcome = run_here("--train.steps", 8)
-    assert outcome.code == 0 and f"passing over a damaged checkpoint: {manifest} does not have" in outcome.err
+    assert outcome.code == 0 and f"skipping a damaged checkpoint: {manifest} does not have" in outcome.err
 
 
 def test_a_manifest_that_is_not_the_checkpoints(run_here: RunHere) -> None:
@@ -460,8 +460,8 @@ def test_a_newest_checkpoint_that_can_never_be_read(spoil: Any, run_here: RunHer
     with monkeypatch.context() as patch:
         spoil(newest, patch)
         outcome = run_here(*settings)
-    assert outcome.code == 0 and "at step 8" in outcome.err and "passing over a damaged" not in outcome.err
-    assert f"passing over a checkpoint: {newest.path}" in outcome.err and "cannot be read at present" in outcome.err
+    assert outcome.code == 0 and "at step 8" in outcome.err and "skipping a damaged" not in outcome.err
+    assert f"skipping a checkpoint: {newest.path}" in outcome.err and "cannot be read at present" in outcome.err
     assert_same_run(tmp_path / "run", truth)
 
 
@@ -489,7 +489,7 @@ def test_a_checkpoint_of_a_newer_version(run_here: RunHere, capsys: pytest.Captu
     expected = ("step_00000008/manifest.json has format 3", "made by a newer version; update largescale", "--output DIR")
     outcome = run_here("--train.steps", 12)
     assert_refused(outcome, *expected)
-    assert "passing over" not in outcome.err
+    assert "skipping" not in outcome.err
     for program in (export.main, status.main):
         assert program([str(run)]) == 2
         assert expected[0] in capsys.readouterr().err

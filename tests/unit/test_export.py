@@ -121,7 +121,7 @@ def test_damage(run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:
         load_trained(run / "export")
     (checkpoints(run)[0].path / "mp_rank_00_model_states.pt").write_bytes(b"short")
     assert load_trained(run).info["step"] == 3
-    assert "passing over a damaged checkpoint" in capsys.readouterr().err
+    assert "skipping a damaged checkpoint" in capsys.readouterr().err
     assert export.main([str(run), "--step", "6"]) == 2 and export.main([str(run / "nothing")]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
 

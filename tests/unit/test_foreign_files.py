@@ -72,7 +72,7 @@ def test_a_manifest_that_is_none(content: str, run_here: RunHere) -> None:
     (checkpoints(run)[0].path / "manifest.json").write_text(content)
     assert status.main([str(run)]) == 1
     outcome = run_here("--train.steps", 12)
-    assert outcome.code == 0 and "at step 4" in outcome.err and "passing over a damaged checkpoint" in outcome.err
+    assert outcome.code == 0 and "at step 4" in outcome.err and "skipping a damaged checkpoint" in outcome.err
 
 
 def saved(what: Any) -> bytes:

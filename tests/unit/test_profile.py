@@ -65,7 +65,7 @@ def test_profile_that_cannot_be_written(run_here: RunHere, tmp_path: Path) -> No
     run.mkdir()
     (run / "profile").write_text("in the way")
     outcome = run_here("--train.steps", 12, "--profile", output=run)
-    assert outcome.code == 0 and "telemetry cannot be written, training goes on" in outcome.err
+    assert outcome.code == 0 and "telemetry cannot be written, training continues" in outcome.err
     assert len(outcome.trace()) == 12
 
 
