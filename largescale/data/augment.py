@@ -77,11 +77,8 @@ def augment(x: Tensor, uniform: Tensor, normal: Tensor, p: float) -> tuple[Tenso
     x = torch.where(x_flip[:, None, None, None], x.flip(3), x)
     x = torch.where(y_flip[:, None, None, None], x.flip(2), x)
 
-    # All else is one affine map, from a pixel to its place in the source: (N, 2, 2) and (N, 2).
-    shrink = 2 ** (-SCALE_STD * scale)
-    squeeze = 2 ** (-STRETCH_STD * stretch)
-    along = torch.diag_embed(torch.stack([squeeze, 1 / squeeze], dim=1))
-    to_source = shrink[:, None, None] * (rotation(angle) @ rotation(-axis) @ along @ rotation(axis))
+    # All else is one affine map, from a pixel to its place in the source.
+    to_source = _to_source(scale, angle, stretch, axis)
     move = TRANSLATE_STD * torch.stack([x.shape[3] * move_x, x.shape[2] * move_y], dim=1)
 
     # An image that is not moved stays bitwise as it is, which interpolation would not ensure.
@@ -103,6 +100,15 @@ def _check_arguments(x: Tensor, uniform: Tensor, normal: Tensor, p: float) -> No
         )
     if not 0 <= p <= 1:
         raise ConfigError(f"augment={p} is not a probability; EDM uses 0.12 for CIFAR-10, 0 is off")
+
+
+def _to_source(scale: Tensor, angle: Tensor, stretch: Tensor, axis: Tensor) -> Tensor:
+    """The inverse of scaling, rotating and stretching an image, (N, 2, 2); the arguments are (N,)
+    each."""
+    shrink = 2 ** (-SCALE_STD * scale)
+    squeeze = 2 ** (-STRETCH_STD * stretch)
+    along = torch.diag_embed(torch.stack([squeeze, 1 / squeeze], dim=1))
+    return shrink[:, None, None] * (rotation(angle) @ rotation(-axis) @ along @ rotation(axis))
 
 
 def rotation(angle: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class Shard:
                 "caption, at least one"
             )
 
-        # A NaN here would be found days later, as a loss.
+        # A NaN here would be noticed in training only.
         for of_tokens, of_pooled in zip(tokens, pooled, strict=True):
             if (
                 of_tokens.ndim != 2
