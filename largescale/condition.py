@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Captions(NamedTuple):
-    """What a text-conditional model is told, for N images."""
+    """The encoded captions of N images."""
 
     tokens: Tensor  # (N, L, width) of any float type; what stands in the padding does not matter
     length: Tensor  # (N,) int64, real tokens of each, 1 .. L
@@ -15,9 +15,8 @@ class Captions(NamedTuple):
     null: Tensor  # (N,) bool: the caption is dropped, the null caption stands in its place
 
 
-Condition = (
-    Tensor | Captions
-)  # labels (N,) int64, which an unconditional model ignores, or captions
+# Labels (N,) int64, which an unconditional model ignores, or captions.
+Condition = Tensor | Captions
 
 
 def drop(y: Condition, dropped: Tensor, null_label: int) -> Condition:
@@ -35,8 +34,14 @@ def concat(one: Condition, two: Condition) -> Condition:
 
 
 def select(y: Condition, index: Tensor | slice) -> Condition:
-    return Captions(*(part[index] for part in y)) if isinstance(y, Captions) else y[index]
+    """The rows `index` of `y`."""
+    if isinstance(y, Captions):
+        return Captions(y.tokens[index], y.length[index], y.pooled[index], y.null[index])
+    return y[index]
 
 
 def to_device(y: Condition, device: torch.device) -> Condition:
-    return Captions(*(part.to(device) for part in y)) if isinstance(y, Captions) else y.to(device)
+    """`y` on a device."""
+    if isinstance(y, Captions):
+        return Captions(*(part.to(device) for part in y))
+    return y.to(device)

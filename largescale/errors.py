@@ -1,4 +1,4 @@
-"""What can go wrong by a user's hand. The programs print these as one line; anything else keeps its
+"""Errors that a user can correct. The programs print these as one line; anything else keeps its
 traceback."""
 
 import pickle
@@ -10,9 +10,9 @@ class LargescaleError(Exception):
     """Base of every error whose message says what to do about it."""
 
     agreed = False
-    """Whether every rank raises it, so that one rank's word is enough."""
+    """Whether every rank raises it, so that one rank's message is enough."""
     exit_status = 2
-    """Of the program: 2 needs a person, and a batch script does not start it again."""
+    """The program's exit status: 2 needs a person, and a batch script does not start it again."""
 
 
 class ConfigError(LargescaleError, ValueError):
@@ -34,19 +34,19 @@ class CheckpointError(LargescaleError, RuntimeError):
 
 
 class NewerVersionError(CheckpointError):
-    """What a newer version of largescale wrote. That is no damage, and nothing older makes up for
-    it."""
+    """Files that a newer version of largescale wrote. They are not damaged, so an older checkpoint
+    is not used instead."""
 
 
 class StorageError(LargescaleError, OSError):
-    """Files that cannot be read or written at present: the same command may go on later."""
+    """Files that cannot be read or written at present: the same command may continue later."""
 
     agreed = True
     exit_status = 75  # signals.EXIT_REQUEUE
 
 
 class Stopped(LargescaleError):
-    """Asked to stop by a signal; what is whole stays."""
+    """A request to stop, by a signal; what is complete stays."""
 
     agreed = True
     exit_status = 75
@@ -56,8 +56,8 @@ class Stopped(LargescaleError):
 
 
 class LostRankError(LargescaleError, RuntimeError):
-    """A rank that is gone or does not move: a crash, after which the same command goes on from the
-    last checkpoint."""
+    """A rank that is gone or hangs: a crash, after which the same command continues from the last
+    checkpoint."""
 
     exit_status = 1
 
@@ -68,6 +68,7 @@ class NonFiniteError(LargescaleError, RuntimeError):
     agreed = True
 
 
+# What unpickling, parsing and indexing raise for content of another kind.
 _FOREIGN = (
     ArithmeticError,
     AssertionError,
@@ -83,15 +84,17 @@ _FOREIGN = (
 
 @contextmanager
 def usable(what: object) -> Iterator[None]:
-    """While the content of `what`, a path, is looked at: whatever goes wrong because it is not what
-    our programs write (another type, a key that is not there, a pickle of something else) is one
-    CheckpointError that names it."""
+    """While the content of `what`, a path, is read: any error because it is not what our programs
+    write (another type, a missing key, a pickle of something else) is one CheckpointError that
+    names it."""
     try:
         yield
     except LargescaleError:
         raise
     except _FOREIGN as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's
+        # torch's is a RuntimeError, and says nothing about the content. This module does not
+        # import torch.
+        if type(error).__name__ == "OutOfMemoryError":
             raise
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(

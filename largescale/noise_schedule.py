@@ -20,6 +20,7 @@ def _linear(timesteps: int) -> np.ndarray:
 def _cosine(timesteps: int) -> np.ndarray:
     """squaredcos_cap_v2: eq. 17 of Nichol and Dhariwal (arXiv:2102.09672), betas capped at
     0.999."""
+    # Without the cap the last beta would be 1, and x_T without any signal.
     alpha_bar = np.cos((np.arange(timesteps + 1) / timesteps + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
@@ -36,6 +37,7 @@ def make_betas(schedule: str, timesteps: int) -> np.ndarray:
             f"a schedule needs at least 2 timesteps, got {timesteps}; the paper uses 1000"
         )
     betas = make(timesteps)
+    # The linear schedule is scaled by 1000 / T, which is too much for a small T.
     if betas.max() >= 1:
         raise ConfigError(
             f"the {schedule} schedule reaches beta={betas.max():.3g} with {timesteps} timesteps; "
@@ -72,15 +74,17 @@ def space_timesteps(timesteps: int, spec: int | str) -> np.ndarray:
         )
     count = int(digits)
     if not fixed_stride:
+        # Summed, as guided-diffusion does: products would round other halves.
         strides = np.full(count - 1, (timesteps - 1) / max(count - 1, 1))
-        return np.rint(np.cumsum([0.0, *strides])).astype(
-            np.int64
-        )  # summed, as there: products round other halves
+        return np.rint(np.cumsum([0.0, *strides])).astype(np.int64)
+
+    # The smallest stride that gives the count, as guided-diffusion takes.
     for step in range(1, timesteps):
         if len(range(0, timesteps, step)) == count:
             return np.arange(0, timesteps, step, dtype=np.int64)
     raise ConfigError(
-        f'no integer stride keeps {count} of {timesteps} timesteps; use "{count}" to spread them evenly'
+        f'no integer stride keeps {count} of {timesteps} timesteps; use "{count}" to spread them '
+        "evenly"
     )
 
 

@@ -10,8 +10,8 @@ T = TypeVar("T")
 
 
 def look_up(table: Mapping[str, T], name: str, key: str) -> T:
-    """table[name]. Raises ConfigError, with the nearest name and all of them, for one that is not
-    there. `key`: the setting, such as curriculum.pacing."""
+    """The entry of a name in a table. Raises ConfigError, with the nearest name and all of them, for
+    an unknown one. `key`: the setting, such as curriculum.pacing."""
     if name in table:
         return table[name]
     near = difflib.get_close_matches(str(name), table, n=1)

@@ -10,6 +10,7 @@ from largescale.models.build import latent_shape
 
 def open_dataset(config: Config, rank: int = 0, world_size: int = 1) -> ShardDataset:
     """The data set, checked against the model; ranks share the hashing. Raises DataError."""
+    # Rank r verifies every world_size-th file: no file is hashed twice.
     dataset = ShardDataset(config.data.path, config.data.verify, slice(rank, None, world_size))
     if dataset.info.x_shape != latent_shape(config.model):
         raise DataError(
@@ -18,6 +19,8 @@ def open_dataset(config: Config, rank: int = 0, world_size: int = 1) -> ShardDat
             "--model.input-size, or choose other data"
         )
     check_condition(dataset, config)
+
+    # Mirrored latents have to be stored, and augmented ones cannot be.
     if config.data.horizontal_flip:
         check_flip(dataset.info, dataset.has_mirror)
     if config.data.augment and dataset.info.kind != "pixels":
@@ -29,13 +32,16 @@ def open_dataset(config: Config, rank: int = 0, world_size: int = 1) -> ShardDat
 
 
 def check_condition(dataset: ShardDataset, config: Config) -> None:
-    """Raises DataError for data that cannot tell the model what it wants to be told."""
-    model, info, path = config.model, dataset.info, config.data.path
+    """Raises DataError for data without the labels or captions that the model takes."""
+    model = config.model
+    info = dataset.info
+    path = config.data.path
     if model.num_classes and not info.num_classes:
         raise DataError(
             f"{path} has no labels, the model wants {model.num_classes} classes; choose other data, "
             "or train without: --model.num-classes 0 --model.class-dropout-prob 0"
         )
+    # Fewer labels than the model has classes are fine: `validation.remarks` reports them.
     if 0 < model.num_classes < info.num_classes:
         raise DataError(
             f"{path} has labels up to {info.num_classes - 1}, the model's classes end at "
@@ -43,6 +49,8 @@ def check_condition(dataset: ShardDataset, config: Config) -> None:
         )
     if not model.max_caption_tokens:
         return
+
+    # Captions of another encoder have other shapes, and other meanings.
     if info.captions is None:
         raise DataError(
             f"{path} has no encoded captions; pack it with --text-encoder, or choose other data"

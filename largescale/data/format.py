@@ -26,18 +26,26 @@ from largescale.host.files import from_json
 FORMAT = 1
 MANIFEST = "manifest.json"
 EMPTY_CAPTION = "empty_caption.arrow"
-LATENT_RGB = "latent_rgb.json"  # beside the data, and no part of what they are
+# Beside the data, and not part of what they are: the fingerprint does not cover it.
+LATENT_RGB = "latent_rgb.json"
+# The key of the schema's metadata in each file, under which its manifest entry stands.
 METADATA_KEY = b"largescale"
+
 IMAGES = ("latent", "latent_mirror")
-EMBEDDINGS = ("caption_tokens", "caption_pooled")  # one list of float16 a caption, tokens flattened
+# Columns of captions: one list of float16 a caption, tokens flattened.
+EMBEDDINGS = ("caption_tokens", "caption_pooled")
+# Large lists: 4,096 images with five long captions have 2**31 values.
+_EMBEDDINGS_TYPE = pa.list_(pa.large_list(pa.float16()))
 COLUMNS = {
     "id": pa.string(),
     "label": pa.int32(),
     "captions": pa.list_(pa.string()),
-    # large: 2**31 values are 4,096 images with five long captions
-    **{name: pa.list_(pa.large_list(pa.float16())) for name in EMBEDDINGS},
+    "caption_tokens": _EMBEDDINGS_TYPE,
+    "caption_pooled": _EMBEDDINGS_TYPE,
 }
+# The kinds of data, and what each is stored in.
 KINDS = {"pixels": np.uint8, "latents": np.float16, "moments": np.float16}
+# The program of data_prep that probably packs a data set, by a part of its name.
 PROGRAMS = {
     "digits": "digits",
     "emoji": "emoji",
@@ -45,7 +53,7 @@ PROGRAMS = {
     "coco": "coco",
     "ffhq": "folder",
     "cifar": "parquet",
-}  # of data_prep, by what stands in a data set's name
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,8 @@ class DatasetInfo:
     captions: CaptionInfo | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(self.shape))  # JSON gives a list, and a dict
+        # JSON gives a list and a dict, and a frozen dataclass has no other way to replace them.
+        object.__setattr__(self, "shape", tuple(self.shape))
         if isinstance(self.captions, dict):
             object.__setattr__(self, "captions", CaptionInfo(**self.captions))
         if self.kind not in KINDS:
@@ -86,13 +95,13 @@ class DatasetInfo:
         return (channels // 2 if self.kind == "moments" else channels), height, width
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The plain values that JSON has, without the fields that are None."""
         tree: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return {key: value for key, value in tree.items() if value is not None}
 
 
 def remedy(what: object) -> str:
-    """How a data set comes to be: by the program that its name suggests, or one of them all."""
+    """How to make a data set: by the program that its name suggests, or by any of them."""
     for name, program in PROGRAMS.items():
         if name in Path(str(what)).name.lower():
             return f"pack {what} with python -m data_prep.{program}"
@@ -103,21 +112,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest, with `info` as DatasetInfo. Raises DataError where there is none or it cannot
     be used, and NewerVersionError."""
     if not (path / MANIFEST).is_file():
-        if (path / "packing").is_dir():
-            raise DataError(
-                f"{path} is not packed to the end; run the command that packed it again, and it "
-                "goes on"
-            )
-        what = (
-            f"has no {MANIFEST}, so its packing did not finish"
-            if path.is_dir()
-            else "does not exist"
-        )
-        if path.is_dir() and not any(path.glob("shard_*")):
-            what = f"was never packed: it has no {MANIFEST} and no shards"
-        raise DataError(
-            f"{path} {what}; correct the path (of training: --data.path), or {remedy(path)}"
-        )
+        raise _not_packed(path)
     try:
         manifest: dict[str, Any] = from_json((path / MANIFEST).read_bytes())
         if manifest["format"] > FORMAT:
@@ -129,11 +124,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError(f"format {manifest['format']}; this version reads {FORMAT}")
         manifest["info"] = DatasetInfo(**manifest["info"])
         _check(manifest)
+
+        # Older versions hashed the name too.
         content = manifest["info"], manifest["shards"], manifest.get("empty_caption")
-        if manifest["fingerprint"] not in (
-            fingerprint(*content),
-            fingerprint(*content, named=True),
-        ):
+        expected = (fingerprint(*content), fingerprint(*content, named=True))
+        if manifest["fingerprint"] not in expected:
             raise ValueError("its fingerprint is not that of its content")
     except (AttributeError, LookupError, TypeError, ValueError, PermissionError) as error:
         raise DataError(
@@ -143,29 +138,59 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def _not_packed(path: Path) -> DataError:
+    """The error for a folder without a manifest, by how far its packing came."""
+    if (path / "packing").is_dir():
+        return DataError(
+            f"{path} is not packed to the end; run the command that packed it again to continue"
+        )
+    if not path.is_dir():
+        what = "does not exist"
+    elif any(path.glob("shard_*")):
+        what = f"has no {MANIFEST}, so its packing did not finish"
+    else:
+        what = f"was never packed: it has no {MANIFEST} and no shards"
+    return DataError(
+        f"{path} {what}; correct the path (of training: --data.path), or {remedy(path)}"
+    )
+
+
 def _check(manifest: dict[str, Any]) -> None:
     """Raises ValueError, LookupError or TypeError for values that no data set has."""
     info: DatasetInfo = manifest["info"]
-    numbers = [("shape", side, 1, 2**20) for side in info.shape] + [
-        ("num_classes", info.num_classes, 0, 2**31)
-    ]
-    numbers += (
-        [(key, value, 1, 2**20) for key, value in asdict(info.captions).items()]
-        if info.captions
-        else []
-    )
+    for side in info.shape:
+        _check_number("shape", side, 1, 2**20)
+    _check_number("num_classes", info.num_classes, 0, 2**31)
+    if info.captions:
+        for key, value in asdict(info.captions).items():
+            _check_number(key, value, 1, 2**20)
+
     for shard in manifest["shards"]:
-        numbers += [("rows", shard["rows"], 0, 2**40), ("bytes", shard["bytes"], 0, 2**50)]
-        numbers += [(key, shard[key], -(2**31), 2**31) for key in ("label_min", "label_max")]
-    for key, value, low, high in numbers:
-        if type(value) is not int or not low <= value <= high:
-            raise ValueError(f"{key}={str(value)[:40]} is not a whole number from {low} to {high}")
-    empty = manifest.get("empty_caption")
-    for name in (entry["file"] for entry in (*manifest["shards"], *([empty] if empty else []))):
+        _check_number("rows", shard["rows"], 0, 2**40)
+        _check_number("bytes", shard["bytes"], 0, 2**50)
+        _check_number("label_min", shard["label_min"], -(2**31), 2**31)
+        _check_number("label_max", shard["label_max"], -(2**31), 2**31)
+
+    # A name with folders in it could lead out of the data set.
+    for entry in all_files(manifest["shards"], manifest.get("empty_caption")):
+        name = entry["file"]
         if name != Path(name).name:
             raise ValueError(f"{name} is not the name of a file")
     if not isinstance(manifest["columns"], list):
-        raise TypeError(f"columns={manifest['columns']} is no list")
+        raise TypeError(f"columns={manifest['columns']} is not a list")
+
+
+def _check_number(key: str, value: Any, low: int, high: int) -> None:
+    # The type itself: a bool is an int too.
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{key}={str(value)[:40]} is not a whole number from {low} to {high}")
+
+
+def all_files(
+    shards: list[dict[str, Any]], empty_caption: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """The manifest's entries of all files of a data set: the shards, then the empty caption."""
+    return [*shards, empty_caption] if empty_caption else shards
 
 
 def fingerprint(
@@ -174,20 +199,24 @@ def fingerprint(
     empty_caption: dict[str, Any] | None,
     named: bool = False,
 ) -> str:
-    """The same content in the same shards has the same, whatever its name, which may be that of a
-    folder. `named`: as it was once made, from the name too; a set that has such a one keeps it."""
-    files = [*shards, *([empty_caption] if empty_caption else [])]
-    plain = {key: value for key, value in info.plain().items() if named or key != "name"}
-    content = [plain, [file["content_sha256"] for file in files]]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    """A hash of the content, which is the same for the same content in the same shards.
+
+    It does not depend on the name, which may be that of a folder. `named`: as older versions made
+    it, from the name too; a data set that has such a fingerprint keeps it.
+    """
+    facts = info.plain()
+    if not named:
+        facts.pop("name", None)
+    hashes = [file["content_sha256"] for file in all_files(shards, empty_caption)]
+    return hashlib.sha256(json.dumps([facts, hashes], sort_keys=True).encode()).hexdigest()
 
 
 def content_sha256(batch: pa.RecordBatch) -> str:
-    """Hash of the values: unlike that of the file, it does not depend on the version of Arrow's
+    """A hash of the values: unlike the file's, it does not depend on the version of Arrow's
     writer."""
     digest = hashlib.sha256(json.dumps(batch.schema.names).encode())
-    for buffer in (
-        buffer for column in batch.columns for buffer in column.buffers() if buffer is not None
-    ):
-        digest.update(buffer)
+    for column in batch.columns:
+        for buffer in column.buffers():
+            if buffer is not None:  # as the validity of a column without nulls
+                digest.update(buffer)
     return digest.hexdigest()

@@ -8,6 +8,11 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+# Colours of the strips that text is drawn on
+BACKGROUND = (32, 32, 32)
+TEXT = (230, 230, 230)
+
+# Notes on pictures of latents that the VAE has not decoded
 UNDECODED = "latents, not decoded: colours and noise mean nothing"
 LINEAR = "latents by a linear map to colours, not decoded: blurred and noisy"
 
@@ -17,6 +22,7 @@ def to_uint8(x: Tensor) -> np.ndarray:
     the first three show (latents, seen without their decoder)."""
     x = x.detach().float().cpu()
     x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x[:, :3]
+    # [-1, 1] -> 0 .. 255, rounded to the nearest
     return ((x + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
@@ -36,7 +42,8 @@ def center_crop(image: Image.Image, resolution: int) -> Image.Image:
     image = image.resize(
         (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
     )
-    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+    left = (image.width - resolution) // 2
+    top = (image.height - resolution) // 2
     return image.crop((left, top, left + resolution, top + resolution))
 
 
@@ -47,18 +54,23 @@ def grid(images: np.ndarray, columns: int, scale: int = 1, pad: int = 2) -> np.n
     rows = -(-n // columns)
     sheet = np.full((rows * (height + pad) + pad, columns * (width + pad) + pad, 3), 32, np.uint8)
     for i, image in enumerate(images):
-        top, left = pad + i // columns * (height + pad), pad + i % columns * (width + pad)
+        row, column = divmod(i, columns)
+        top = pad + row * (height + pad)
+        left = pad + column * (width + pad)
         sheet[top : top + height, left : left + width] = image
     return sheet
 
 
 def headed(sheet: np.ndarray, text: str) -> np.ndarray:
     """(H, W, 3) uint8 with the text above it, wrapped."""
-    width, line = sheet.shape[1], 14
+    width = sheet.shape[1]
+    line_height = 14
+    # Only a picture's own Draw can measure text, so one of a pixel measures it before there is a
+    # strip of the right height.
     lines = _wrapped(text, ImageDraw.Draw(Image.new("RGB", (1, 1))), width - 4)
-    strip = Image.new("RGB", (width, line * len(lines)), (32, 32, 32))
+    strip = Image.new("RGB", (width, line_height * len(lines)), BACKGROUND)
     for row, words in enumerate(lines):
-        ImageDraw.Draw(strip).text((2, row * line), words, fill=(230, 230, 230))
+        ImageDraw.Draw(strip).text((2, row * line_height), words, fill=TEXT)
     return np.concatenate([np.asarray(strip), sheet])
 
 
@@ -68,28 +80,32 @@ def titled(
     """(N, H, W, 3) uint8 -> one picture, with the title of each image below it, wrapped, cut after
     so many lines."""
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    width, line = images.shape[2], 12
-    below = []
+    width = images.shape[2]
+    line_height = 12
+
+    # A strip of text of the same height below each image makes them tiles of one grid.
+    strips = []
     for title in titles:
-        strip = Image.new("RGB", (width, lines * line + 2), (32, 32, 32))
+        strip = Image.new("RGB", (width, lines * line_height + 2), BACKGROUND)
         draw = ImageDraw.Draw(strip)
         for row, text in enumerate(_wrapped(title, draw, width - 2)[:lines]):
-            draw.text((1, row * line), text, fill=(230, 230, 230))
-        below.append(np.asarray(strip))
-    return grid(np.concatenate([images, np.stack(below)], axis=1), columns)
+            draw.text((1, row * line_height), text, fill=TEXT)
+        strips.append(np.asarray(strip))
+    return grid(np.concatenate([images, np.stack(strips)], axis=1), columns)
 
 
 def _wrapped(text: str, draw: ImageDraw.ImageDraw, width: int) -> list[str]:
-    # without accents, which PIL's own font does not have
-    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    """The lines of the text, at most `width` pixels wide unless one word is wider."""
+    # Without accents, which PIL's own font does not have: NFKD makes them characters of their own.
+    decomposed = unicodedata.normalize("NFKD", text)
+    plain = "".join(c for c in decomposed if not unicodedata.combining(c))
     lines = [""]
     for word in plain.split():
         longer = f"{lines[-1]} {word}".strip()
-        lines = (
-            [*lines[:-1], longer]
-            if draw.textlength(longer) <= width or not lines[-1]
-            else [*lines, word]
-        )
+        if draw.textlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
     return lines
 
 

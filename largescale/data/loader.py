@@ -1,5 +1,5 @@
-"""Feeds one rank: the rows of each step, read ahead by threads, and the stored values turned into
-x_start."""
+"""The batches of one rank: the rows of each step, read ahead by threads, and the stored values
+turned into x_start."""
 
 import contextlib
 from collections.abc import Mapping
@@ -18,6 +18,7 @@ from largescale.data.shards import ShardDataset
 from largescale.errors import ConfigError
 from largescale.randomness import host_draws
 
+# Steps whose order is computed at once: a call costs more than a step's rows.
 _STEPS_A_BLOCK = 16
 
 Batch = dict[str, Tensor]
@@ -28,8 +29,8 @@ micro, ...) each."""
 class Loader(AbstractContextManager["Loader"]):
     """The batches of one rank, a function of (seed, step): `loader.batch(step)`.
 
-    Row g of step s sits at position s * global_batch_size + g of the order. The rows are laid out
-    as (accum, world, micro): micro step k of rank r takes [k, r], so every world size sees the same
+    Row g of step s has position s * global_batch_size + g of the order. The rows are laid out as
+    (accum, world, micro): micro step k of rank r takes [k, r], so every world size sees the same
     global batch. `flip`: half of the rows are those of mirrored images; `captions`: with one of
     each row's captions. Both are drawn anew at every step.
     """
@@ -49,39 +50,43 @@ class Loader(AbstractContextManager["Loader"]):
         prefetch: int = 4,
         pin_memory: bool = False,
     ) -> None:
-        if global_batch_size % (each := micro_batch_size * world_size):
+        each = micro_batch_size * world_size
+        if global_batch_size % each:
             raise ConfigError(
                 f"global_batch_size={global_batch_size} is not a multiple of "
                 f"micro_batch_size*world_size={each}; try --train.global-batch-size "
                 f"{-(-global_batch_size // each) * each}"
             )
-        self.dataset, self.seed, self.prefetch, self.pin_memory = (
-            dataset,
-            seed,
-            prefetch,
-            pin_memory,
-        )
-        self.global_batch_size, self.flip, self.captions = global_batch_size, flip, captions
-        self._rows = np.arange(global_batch_size).reshape(-1, world_size, micro_batch_size)[
-            :, rank
-        ]  # (accum, micro)
-        self._pending: dict[
-            int, Future[Batch]
-        ] = {}  # the current step and the `prefetch` steps after it
-        # a new thread is on GPU 0 until told: without this, pinning would open a context there for
-        # every rank
-        on_gpu = (
-            (torch.cuda.set_device, (torch.cuda.current_device(),)) if pin_memory else (None, ())
-        )
-        self._threads = ThreadPoolExecutor(2, "loader", *on_gpu)
-        self._order: dict[int, npt.NDArray[np.int64]] = {}  # of the last blocks of steps
+        self.dataset = dataset
+        self.seed = seed
+        self.global_batch_size = global_batch_size
+        self.flip = flip
+        self.captions = captions
+        self.prefetch = prefetch
+        self.pin_memory = pin_memory
+
+        # This rank's rows of the global batch, (accum, micro).
+        layout = np.arange(global_batch_size).reshape(-1, world_size, micro_batch_size)
+        self._rows = layout[:, rank]
+        # The order of the last blocks of steps, and the batches of the current step and of the
+        # `prefetch` steps after it.
+        self._order: dict[int, npt.NDArray[np.int64]] = {}
+        self._pending: dict[int, Future[Batch]] = {}
+
+        # A new thread starts on GPU 0. Left there, pinning memory would open a context on that GPU
+        # for every rank.
+        if pin_memory:
+            device = torch.cuda.current_device()
+            self._threads = ThreadPoolExecutor(2, "loader", torch.cuda.set_device, (device,))
+        else:
+            self._threads = ThreadPoolExecutor(2, "loader")
         self._read_ahead(start_step)
 
     def batch(self, step: int) -> Batch:
         """The rows of `step`; asked again (an fp16 overflow retries), the same object. Any step may
         follow any other.
 
-        Raises what reading the rows raised in a thread; asked again, reads them again.
+        Raises the error that reading the rows raised in a thread; asked again, reads them again.
         """
         self._read_ahead(step)
         try:
@@ -91,12 +96,15 @@ class Loader(AbstractContextManager["Loader"]):
             raise
 
     def if_ready(self, step: int) -> Batch | None:
-        """The rows of `step` where they have been read already; waits for nothing and raises
+        """The rows of `step` if they have been read already. Waits for nothing and raises
         nothing."""
         pending = self._pending.get(step)
-        return pending.result() if pending and pending.done() and not pending.exception() else None
+        if pending and pending.done() and not pending.exception():
+            return pending.result()
+        return None
 
     def _read_ahead(self, step: int) -> None:
+        """Starts reading `step` and the `prefetch` steps after it, and drops all others."""
         wanted = range(step, step + 1 + self.prefetch)
         for stale in self._pending.keys() - set(wanted):
             self._pending.pop(stale).cancel()
@@ -106,31 +114,33 @@ class Loader(AbstractContextManager["Loader"]):
 
     def _load(self, step: int) -> Batch:
         indices = self._indices(step)
+        # Draws are made for the global batch, so that they do not depend on the number of ranks.
         flip, choice = host_draws(self.seed, step, self.global_batch_size)
         mine = self._rows.ravel()
         rows = self.dataset.gather(
             indices, flip[mine] if self.flip else None, choice[mine] if self.captions else None
         )
-        tensors = {
-            name: torch.from_numpy(values.reshape(*self._rows.shape, *values.shape[1:]))
-            for name, values in rows.items()
-        }
-        if self.pin_memory:
-            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return tensors
+
+        # (accum * micro, ...) -> (accum, micro, ...)
+        batch: Batch = {}
+        for name, values in rows.items():
+            tensor = torch.from_numpy(values.reshape(*self._rows.shape, *values.shape[1:]))
+            batch[name] = tensor.pin_memory() if self.pin_memory else tensor
+        return batch
 
     def _indices(self, step: int) -> npt.NDArray[np.int64]:
-        """Of this rank's rows; computed for some steps at once, as a call costs more than its
-        rows."""
+        """The indices of this rank's rows in the data set."""
         block, within = divmod(step, _STEPS_A_BLOCK)
         order = self._order.get(block)
         if order is None:
             steps = np.arange(block * _STEPS_A_BLOCK, (block + 1) * _STEPS_A_BLOCK)
             positions = steps[:, None] * self.global_batch_size + self._rows.ravel()
             order = sample_indices(positions, len(self.dataset), self.seed)
-            self._order = {b: kept for b, kept in self._order.items() if abs(b - block) < 2} | {
-                block: order
-            }
+
+            # Two threads may read on both sides of a block's edge. A new dict, as the other one
+            # may be looking into this.
+            near = {b: known for b, known in self._order.items() if abs(b - block) < 2}
+            self._order = {**near, block: order}
         return order[within]
 
     def close(self) -> None:
@@ -143,8 +153,8 @@ class Loader(AbstractContextManager["Loader"]):
 
 
 class DeviceBatches:
-    """A loader's batches on a device. On a GPU the next one is copied while a step is computed, on
-    a stream of its own, if the loader has it by then."""
+    """A loader's batches on a device. On a GPU the next batch is copied while a step is computed,
+    on a stream of its own, if the loader has read it by then."""
 
     def __init__(self, loader: Loader, device: torch.device):
         self._loader, self._device = loader, device
@@ -152,35 +162,38 @@ class DeviceBatches:
         self._copied: dict[int, Batch] = {}  # of this step and the next
 
     def batch(self, step: int) -> Batch:
-        """As `Loader.batch`, on the device, and ready for what is queued on its current stream from
+        """The rows of `step` on the device, ready for what is queued on its current stream from
         here on."""
-        host = self._loader.batch(
-            step
-        )  # also where it is copied already: this is what makes the loader read ahead
+        # Asked for also where it is copied already: this makes the loader read ahead.
+        host = self._loader.batch(step)
         if step not in self._copied:
             self._copied[step] = self._copy(host)
+
+        # The step's kernels wait for the copy, and the allocator must not reuse the memory of the
+        # copy's stream while they run.
         if self._stream is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)
             for tensor in self._copied[step].values():
                 tensor.record_stream(current)
+
+        # After the wait, so that this step does not wait for the next one's copy.
+        for other in self._copied.keys() - {step, step + 1}:
+            del self._copied[other]
         ahead = self._loader.if_ready(step + 1)
-        self._copied = {s: batch for s, batch in self._copied.items() if s in (step, step + 1)}
         if ahead is not None and step + 1 not in self._copied:
             self._copied[step + 1] = self._copy(ahead)
         return self._copied[step]
 
     def _copy(self, host: Batch) -> Batch:
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
-            return {
-                name: values.to(self._device, non_blocking=True) for name, values in host.items()
-            }
+            return {name: rows.to(self._device, non_blocking=True) for name, rows in host.items()}
 
 
 def to_x_start(
     latent: Tensor, kind: str, scale_factor: float, posterior_noise: Tensor | None
 ) -> Tensor:
-    """Stored values as the x_start that a network learns; on any device, without a host
+    """The x_start that a network learns, from stored values; on any device, without a host
     synchronisation.
 
     latent: (B, C, H, W) as stored, moments (B, 2C, H, W); posterior_noise: (B, C, H, W) standard
@@ -192,14 +205,16 @@ def to_x_start(
         return latent.float() * scale_factor
     if posterior_noise is None:
         raise ValueError("moments need posterior_noise, standard normal of the mean's shape")
-    mean, logvar = latent.float().chunk(2, dim=1)  # the LDM's DiagonalGaussianDistribution
+    # A draw from the LDM's DiagonalGaussianDistribution, with its bounds of the log-variance.
+    mean, logvar = latent.float().chunk(2, dim=1)
     return (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * posterior_noise) * scale_factor
 
 
 def to_condition(rows: Mapping[str, Tensor]) -> Condition:
-    """What rows (B, ...) tell a model: their captions where they were asked for, else their labels.
+    """The condition of rows (B, ...): their captions where they were asked for, else their labels.
     None is dropped."""
     if "caption_tokens" not in rows:
         return rows["label"]
-    tokens, length, pooled = (rows[f"caption_{part}"] for part in ("tokens", "length", "pooled"))
-    return Captions(tokens, length, pooled, null=torch.zeros_like(length, dtype=torch.bool))
+    length = rows["caption_length"]
+    none_dropped = torch.zeros_like(length, dtype=torch.bool)
+    return Captions(rows["caption_tokens"], length, rows["caption_pooled"], null=none_dropped)

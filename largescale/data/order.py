@@ -11,7 +11,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-_ROUNDS = 6  # 4 give a pseudorandom permutation (Luby and Rackoff, 1988)
+# Rounds of the Feistel network: 4 give a pseudorandom permutation (Luby and Rackoff, 1988).
+_ROUNDS = 6
 
 
 def sample_indices(
@@ -31,15 +32,15 @@ def sample_indices(
             f"the lowest is {positions.min(initial=0)}"
         )
     epoch, index = np.divmod(positions.astype(np.uint64), np.uint64(n_rows))
+    # A key for each epoch, so that each has a permutation of its own.
     key = _mix(_mix(np.full_like(epoch, seed)) ^ epoch)
     side = np.uint64(math.isqrt(n_rows - 1) + 1)  # the smallest square that holds [0, n_rows)
     index = _feistel(index, key, side)
-    while (
-        outside := index >= n_rows
-    ).any():  # cycle walking: on along the cycle until back inside; rare, as
-        index[outside] = _feistel(
-            index[outside], key[outside], side
-        )  # the square has < 2 sqrt(n_rows) + 1 too many
+
+    # Cycle walking: follow the cycle of the permutation of the square until it is back inside.
+    # This is rare, as the square has fewer than 2 sqrt(n_rows) + 1 numbers too many.
+    while (outside := index >= n_rows).any():
+        index[outside] = _feistel(index[outside], key[outside], side)
     return index.astype(np.int64)
 
 
@@ -49,6 +50,7 @@ def _feistel(
     """A permutation of [0, side ** 2) for each key: a Feistel network whose halves are digits in
     base `side`."""
     left, right = np.divmod(index, side)
+    # Each round can be undone, whatever _mix does: so the network is a permutation.
     for i in range(_ROUNDS):
         left, right = right, (left + _mix(_mix(key + np.uint64(i)) ^ right) % side) % side
     return left * side + right

@@ -1,4 +1,4 @@
-"""What is done of a data set that several ranks make, kept in the file system, where they meet.
+"""The progress of a data set that several ranks make. Ranks coordinate through these files only:
 
 OUT/packing/job.json             what is being made; the first rank writes it, the others must
                                  want the same
@@ -31,14 +31,17 @@ from largescale.host.signals import stop_requested
 
 JOB = "packing/job.json"
 Flat = Mapping[str, Any]  # a job by dotted keys
-_GONE_S = 300.0  # without a new part, before rank 0 looks who still works
+# Seconds without a new part, after which rank 0 looks which ranks still work.
+_GONE_S = 300.0
+# Seconds between reports of what rank 0 waits for.
+_REPORT_S = 60.0
 
 
 class Parts:
-    """Part p is rank p % world_size's.
+    """The parts of a job in a folder; part p is made by rank p % world_size.
 
-    places: of the flat keys of a job found here and of this one, those that do not tell the two
-    apart. What was begun as the same job goes on as that, and `job` is that one.
+    places: from the flat keys of the job found here and of this one, those whose values may differ.
+    A job that was started before is continued, and `job` is then that one.
     """
 
     def __init__(
@@ -54,18 +57,20 @@ class Parts:
     ) -> None:
         """`other`: what a folder of another job holds, and what to do about it."""
         self.out, self.parts, self.rank, self.world_size = out, parts, rank, world_size
+        # As JSON has it, to be compared with what is read.
         self.job: dict[str, Any] = json.loads(json.dumps(job))
         self.folder = out / "packing"
         self._places, self._other = places, other
         self._lock: IO[str] | None = None
-        self._is_this_job()
+        self._is_this_job()  # takes over a job that was started before
 
     @property
     def _digest(self) -> str:
         return hashlib.sha256(json.dumps(self.job, sort_keys=True).encode()).hexdigest()
 
-    def _begun(self) -> dict[str, Any]:
-        """The job that is done here, or begun. Raises DataError or OSError where there is none."""
+    def _job_in_folder(self) -> dict[str, Any]:
+        """The job that is done or started in the folder. Raises DataError or OSError where there is
+        none."""
         if self.finished:
             manifest = read_manifest(self.out)
             job = manifest.get("job")
@@ -78,64 +83,74 @@ class Parts:
             ) from error
 
     def _differences(self, found: dict[str, Any]) -> list[str]:
-        """What differs between this job and that; where nothing does, this one becomes that."""
-        theirs, ours = dict(flatten(found)), dict(flatten(self.job))
+        """What differs between this job and `found`, which this one becomes where nothing does."""
+        theirs = dict(flatten(found))
+        ours = dict(flatten(self.job))
         places = self._places(theirs, ours)
-        differ = [
-            f"{key}: {theirs.get(key)} there, {ours.get(key)} here"
-            for key in theirs | ours
-            if theirs.get(key) != ours.get(key) and key not in places
-        ]
-        if not differ:
+        differences = []
+        for key in theirs | ours:
+            there, here = theirs.get(key), ours.get(key)
+            if there != here and key not in places:
+                differences.append(f"{key}: {there} there, {here} here")
+        # Values that may differ stay as the job was started with, also in the manifest.
+        if not differences:
             self.job = found
-        return differ
+        return differences
 
     @property
     def mine(self) -> range:
+        """The parts that this rank makes."""
         return range(self.rank, self.parts, self.world_size)
 
     def claim(self) -> bool:
-        """Whether there is something to do: False where this very job is done. Raises DataError for
-        another's."""
+        """Takes this rank's parts. Returns False where this very job is finished already. Raises
+        DataError for a folder of another job."""
         try:
             return self._claim()
         except (DataError, FileNotFoundError):
-            if self.finished and self._is_this_job() and _is_whole(self.out):
+            if self.finished and self._is_this_job() and _is_complete(self.out):
                 return False  # rank 0 has finished while this late rank was looking
             raise
 
     def _is_this_job(self) -> bool:
-        """Whether what lies here is this job's, done or begun."""
+        """Whether the folder is this job's, finished or started."""
         with suppress(DataError, OSError):
-            return not self._differences(self._begun())
+            return not self._differences(self._job_in_folder())
         return False
 
     def make_room(self) -> None:
-        """What another job has left here is removed, by rank 0; the others wait for that. Raises
-        DataError while that other job is at work."""
+        """Removes, on rank 0, what another job has left here; the other ranks wait for that. Raises
+        DataError while a process still works on that job."""
         if self._is_this_job():
             return
         if self.rank == 0:
-            for path in sorted(self.folder.glob("rank_*.lock")):
-                lock = try_lock(path)
-                if lock is None:
-                    raise DataError(
-                        f"a process still works in {self.out}; wait for it or stop it, before its "
-                        "work is replaced"
-                    )
-                lock.close()
-            # The manifest first: there is no data set from here on.
-            for path in (self.out / MANIFEST, *self.out.glob("shard_*.arrow")):
-                path.unlink(missing_ok=True)
-            self.remove()
-            self.folder.mkdir(parents=True)
-            _create(self.out / JOB, json.dumps(self.job, indent=1))
-            return
-        waited = time.monotonic()
+            self._replace_other_job()
+        else:
+            self._wait_for_this_job()
+
+    def _replace_other_job(self) -> None:
+        for path in sorted(self.folder.glob("rank_*.lock")):
+            lock = try_lock(path)
+            if lock is None:
+                raise DataError(
+                    f"a process still works in {self.out}; wait for it or stop it, before its "
+                    "work is replaced"
+                )
+            lock.close()
+
+        # The manifest first: there is no data set from here on.
+        for path in (self.out / MANIFEST, *self.out.glob("shard_*.arrow")):
+            path.unlink(missing_ok=True)
+        self.remove()
+        self.folder.mkdir(parents=True)
+        _create(self.out / JOB, json.dumps(self.job, indent=1))
+
+    def _wait_for_this_job(self) -> None:
+        started = time.monotonic()
         while not self._is_this_job():
             if stop_requested():
                 raise Stopped
-            if time.monotonic() - waited > _GONE_S:
+            if time.monotonic() - started > _GONE_S:
                 raise DataError(
                     f"rank 0 has not removed what lies in {self.out}; see its messages, and run "
                     "again"
@@ -149,8 +164,8 @@ class Parts:
     def _claim(self) -> bool:
         job_file = self.out / JOB
         if self.finished:
-            self._compare(self._begun())
-            if not _is_whole(self.out):
+            self._compare(self._job_in_folder())
+            if not _is_complete(self.out):
                 raise DataError(
                     f"{self.out} lacks a shard, or has one of another size; restore it, or to pack "
                     f"it anew, delete {self.out} first"
@@ -158,32 +173,41 @@ class Parts:
             if self.rank == 0:
                 self.remove()  # left by a kill after the manifest was written
             return False
-        if not job_file.exists() and (stray := next(self.out.glob("shard_*.arrow"), None)):
+
+        # Shards of an unknown job would be overwritten one by one.
+        stray = list(self.out.glob("shard_*.arrow"))
+        if stray and not job_file.exists():
             raise DataError(
-                f"{self.out} holds {stray.name}, and nothing that says of which data set; give "
+                f"{self.out} holds {stray[0].name}, and nothing that says of which data set; give "
                 "another --out, or delete the folder"
             )
+
+        # All ranks try to create the file, and then compare with the one that came first.
         self.folder.mkdir(parents=True, exist_ok=True)
         _create(job_file, json.dumps(self.job, indent=1))
-        self._compare(self._begun())  # another rank's may have been first
+        self._compare(self._job_in_folder())
         self._lock = try_lock(self.folder / f"rank_{self.rank}.lock")
         if self._lock is None:
             raise DataError(
                 f"another process packs into {self.out} as the same rank; wait for it or stop it (a "
                 "launcher other than torchrun and srun must set RANK and WORLD_SIZE)"
             )
-        for failed in self.folder.glob("failed_*") if self.rank == 0 else ():
-            failed.unlink(missing_ok=True)
+
+        # Failures of the last start are not this one's.
+        if self.rank == 0:
+            for failed in self.folder.glob("failed_*"):
+                failed.unlink(missing_ok=True)
         return True
 
     def _compare(self, found: dict[str, Any]) -> None:
+        """Raises DataError where the job found in the folder is another one."""
         if differ := self._differences(found):
             raise DataError(
                 f"{self.out} holds {self._other}. What differs:\n  " + "\n  ".join(differ)
             )
 
     def record(self, part: int) -> dict[str, Any]:
-        """What is done of a part: nothing, where a shard is not as it was written."""
+        """The progress of a part; none where one of its shards is not as it was written."""
         nothing: dict[str, Any] = {
             "done": False,
             "items": 0,
@@ -197,14 +221,14 @@ class Parts:
         except (FileNotFoundError, ValueError):
             return nothing
         with usable(self._path(part)):
+            # Saved by a process that had not noticed that its job was replaced.
             if record.get("job", self._digest) != self._digest:
-                return nothing  # by a process that had not noticed that its job was replaced
-            files = ((self.out / shard["file"], shard["bytes"]) for shard in record["shards"])
-            return (
-                record
-                if all(f.is_file() and f.stat().st_size == size for f, size in files)
-                else nothing
-            )
+                return nothing
+            for shard in record["shards"]:
+                file = self.out / shard["file"]
+                if not file.is_file() or file.stat().st_size != shard["bytes"]:
+                    return nothing
+        return record
 
     def save(self, part: int, record: dict[str, Any]) -> None:
         write_atomically(self._path(part), json.dumps(record | {"job": self._digest}))
@@ -213,10 +237,11 @@ class Parts:
         return self.folder / f"part_{part:05d}.json"
 
     def all_records(self) -> list[dict[str, Any]]:
-        """Of every part in order; waits until all are done. Raises DataError when a rank has
-        failed."""
+        """The records of all parts in order; waits until all are done. Raises DataError when a rank
+        has failed, or has died."""
         records: dict[int, dict[str, Any]] = {}
-        said = moved = time.monotonic()
+        missing = list(range(self.parts))
+        reported = progressed = time.monotonic()
         with tqdm(
             total=self.parts,
             desc="wait for the other ranks",
@@ -224,60 +249,70 @@ class Parts:
             delay=2,
             dynamic_ncols=True,
         ) as bar:
-            while missing := [part for part in range(self.parts) if part not in records]:
-                found = {part: record for part in missing if (record := self.record(part))["done"]}
-                records |= found
-                moved = time.monotonic() if found else moved
-                bar.update(len(found))
-                missing = [part for part in missing if part not in found]
-                if broken := [part for part in missing if part in self.mine]:
-                    raise DataError(
-                        f"the shards of part {broken[0]} were changed while packing; run again"
-                    )
-                for rank in sorted(
-                    {part % self.world_size for part in missing}
-                ):  # others' words are not of this job
-                    if (word := self.folder / f"failed_{rank}").exists():
-                        raise DataError(
-                            f"rank {rank} has failed: {word.read_text()}; correct that, and run "
-                            "again to go on"
-                        )
-                if missing and time.monotonic() - said > 60:
-                    said = time.monotonic()
-                    ranks = ", ".join(
-                        str(rank)
-                        for rank in sorted({part % self.world_size for part in missing})[:8]
-                    )
+            while missing:
+                before = len(records)
+                for part in missing:
+                    record = self.record(part)
+                    if record["done"]:
+                        records[part] = record
+                bar.update(len(records) - before)
+                if len(records) > before:
+                    progressed = time.monotonic()
+                missing = [part for part in missing if part not in records]
+                if not missing:
+                    break
+
+                self._check_failures(missing)
+                if time.monotonic() - reported > _REPORT_S:
+                    reported = time.monotonic()
+                    ranks = ", ".join(map(str, self._owners(missing)[:8]))
                     tqdm.write(f"waiting for {len(missing)} parts, of ranks {ranks}", sys.stderr)
-                if missing and stop_requested():
+                if stop_requested():
                     raise Stopped
-                if (
-                    missing
-                    and time.monotonic() - moved > _GONE_S
-                    and (gone := self._not_at_work(missing))
-                ):
-                    raise DataError(
-                        f"rank {gone[0]} is not at work, and has not packed its parts (ranks "
-                        f"{gone[:8]}); see its messages, correct that, and run again to go on"
-                    )
-                if missing:
-                    time.sleep(0.5)
+                if time.monotonic() - progressed > _GONE_S:
+                    self._check_at_work(missing)
+                time.sleep(0.5)
         return [records[part] for part in range(self.parts)]
 
-    def _not_at_work(self, missing: list[int]) -> list[int]:
-        """Ranks that owe parts and hold no lock: they died, or never began."""
+    def _owners(self, parts: list[int]) -> list[int]:
+        """The ranks that make these parts, rising."""
+        return sorted({part % self.world_size for part in parts})
+
+    def _check_failures(self, missing: list[int]) -> None:
+        """Raises DataError where a rank that still has to make a part has failed."""
+        # Rank 0 has made its own parts before it waits for the others'.
+        broken = [part for part in missing if part in self.mine]
+        if broken:
+            raise DataError(f"the shards of part {broken[0]} were changed while packing; run again")
+
+        # Files of ranks that owe nothing were left by another job.
+        for rank in self._owners(missing):
+            reason = self.folder / f"failed_{rank}"
+            if reason.exists():
+                raise DataError(
+                    f"rank {rank} has failed: {reason.read_text()}; correct that, and run "
+                    "again to go on"
+                )
+
+    def _check_at_work(self, missing: list[int]) -> None:
+        """Raises DataError for ranks that owe parts and hold no lock: they died, or never
+        started."""
         gone = []
-        for rank in sorted({part % self.world_size for part in missing}):
+        for rank in self._owners(missing):
             if lock := try_lock(self.folder / f"rank_{rank}.lock"):
                 lock.close()
                 gone.append(rank)
-        return gone
+        if gone:
+            raise DataError(
+                f"rank {gone[0]} is not at work, and has not packed its parts (ranks "
+                f"{gone[:8]}); see its messages, correct that, and run again to go on"
+            )
 
     def failed(self, error: BaseException) -> None:
-        """Leaves word for rank 0; not where another process works as this rank, which has not
-        failed."""
+        """Reports this rank's failure to rank 0."""
         if self.rank == 0:
             return
+        # Not where another process holds the lock: it works as this rank, and has not failed.
         with suppress(OSError):  # the folder is gone where rank 0 has finished
             if self._lock or try_lock(self.folder / f"rank_{self.rank}.lock"):
                 (self.folder / f"failed_{self.rank}").write_text(
@@ -292,7 +327,8 @@ class Parts:
             self._lock.close()
 
 
-def _is_whole(out: Path) -> bool:
+def _is_complete(out: Path) -> bool:
+    """Whether a finished data set has all of its files."""
     try:
         ShardDataset(out)
     except DataError:
@@ -301,7 +337,8 @@ def _is_whole(out: Path) -> bool:
 
 
 def _create(path: Path, text: str) -> None:
-    """The first of several processes makes the file, whole; for the others nothing happens."""
+    """Creates the file with its complete content, unless another process has done so."""
+    # A link either appears or fails, whoever else tries at the same time.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_text(text)
     with suppress(FileExistsError):

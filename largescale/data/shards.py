@@ -3,7 +3,7 @@
 import math
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -21,6 +21,7 @@ from largescale.data.format import (
     KINDS,
     METADATA_KEY,
     DatasetInfo,
+    all_files,
     fingerprint,
     read_manifest,
     remedy,
@@ -36,10 +37,10 @@ MAX_MAPPED = 16_384
 
 
 class _Lists(NamedTuple):
-    """A column of lists, of which one element is one caption's embedding."""
+    """A column of lists whose elements are captions' embeddings."""
 
     outer: Array  # (rows + 1,): row r has the elements outer[r] .. outer[r + 1]
-    inner: Array  # (elements + 1,): where in `values` each lies
+    inner: Array  # (elements + 1,): where in `values` each starts
     values: Array  # flat float16, a view of the mapped file
 
     def element(self, k: int) -> Array:
@@ -52,18 +53,18 @@ class _Mapped:
 
     label: Array
     latent: Array  # (rows, C * H * W)
-    latent_mirror: Array  # likewise; where there is none, the same
+    latent_mirror: Array  # of the same shape; where there is none, the same array as `latent`
     lists: dict[str, _Lists]
     batch: pa.RecordBatch
 
 
 class ShardDataset:
-    """Random access to a packed data set; shards are mapped when first asked for, and never read as
-    a whole.
+    """Random access to a packed data set; shards are mapped when first asked for, and never read
+    completely.
 
     The start reads the manifest and the files' sizes only; `verify` also hashes every file, or
     `part` of them so that ranks can share the work, compares its schema, and checks that it is
-    whole Arrow. Raises DataError for what is missing, cut short, altered (which `verify` finds),
+    valid Arrow. Raises DataError for what is missing, cut short, altered (which `verify` finds),
     empty, or labelled out of range.
     """
 
@@ -83,12 +84,30 @@ class ShardDataset:
             raise DataError(
                 f"{self.path} lacks the encoding of the empty caption; {remedy(self.path)}"
             )
-        empty_caption = [self.manifest["empty_caption"]] if self.info.captions else []
-        for entry in (*self._shards, *empty_caption):
-            if not (file := self.path / entry["file"]).is_file():
+        self._check_sizes()
+        self._check_labels()
+        if verify:
+            self._verify(part)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _files(self) -> list[dict[str, Any]]:
+        """The manifest's entries of all files that are read."""
+        empty_caption = self.manifest["empty_caption"] if self.info.captions else None
+        return all_files(self._shards, empty_caption)
+
+    def _check_sizes(self) -> None:
+        for entry in self._files():
+            file = self.path / entry["file"]
+            if not file.is_file():
                 raise self._damaged(entry, "is missing")
-            if (size := file.stat().st_size) != entry["bytes"]:
+            size = file.stat().st_size
+            if size != entry["bytes"]:
                 raise self._damaged(entry, f"has {size} bytes, not the manifest's {entry['bytes']}")
+
+    def _check_labels(self) -> None:
+        # Without labels all of them are 0.
         for shard in self._shards:
             if shard["label_min"] < 0 or shard["label_max"] >= max(self.info.num_classes, 1):
                 raise self._damaged(
@@ -96,24 +115,23 @@ class ShardDataset:
                     f"has labels from {shard['label_min']} to {shard['label_max']}, "
                     f"outside [0, num_classes={self.info.num_classes})",
                 )
-        to_verify = (
-            [*enumerate(self._shards), *((None, entry) for entry in empty_caption)][part]
-            if verify
-            else []
-        )
+
+    def _verify(self, part: slice) -> None:
+        """Reads these files from start to end, and raises DataError where one is not as it was
+        written."""
+        numbered = list(enumerate(self._files()))[part]
         for number, entry in tqdm(
-            to_verify, "verify", unit="shard", delay=2, disable=env_rank() != 0
+            numbered, "verify", unit="shard", delay=2, disable=env_rank() != 0
         ):
             if sha256(self.path / entry["file"]) != entry["sha256"]:
                 raise self._damaged(entry, "was altered: its hash is not the manifest's")
-            self._check(entry, self._read(entry) if number is None else self._shard(number).batch)
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
+            # The empty caption comes after the shards, and is not mapped as they are.
+            is_shard = number < len(self._shards)
+            self._check(entry, self._shard(number).batch if is_shard else self._read(entry))
 
     def has_fingerprint(self, other: str, name: str) -> bool:
-        """Whether `other` is of the same content in the same shards, also where it was made when
-        the set's name, which was then `name`, was part of it."""
+        """Whether the fingerprint `other` is of this content in these shards. Older versions
+        hashed the data set's name too, which was then `name`."""
         content = self._shards, self.manifest.get("empty_caption")
         named = fingerprint(replace(self.info, name=name), *content, named=True)
         return other in (self.fingerprint, fingerprint(self.info, *content), named)
@@ -136,33 +154,43 @@ class ShardDataset:
             raise IndexError(
                 f"indices from {indices.min()} to {indices.max()} do not lie in [0, {len(self)})"
             )
-        n, captions = len(indices), None if choice is None else self.info.captions
+        rows = self._empty_rows(len(indices), captions=choice is not None)
+
+        # Where each row lies, as plain Python numbers: NumPy's cost more, one by one.
+        shard_of = np.searchsorted(self._starts, indices, side="right") - 1
+        inside = indices - self._starts[shard_of]
+        takes_mirror = [False] * len(indices)
+        if flip is not None and self.has_mirror:
+            takes_mirror = flip.tolist()
+
+        images = []
+        places = zip(shard_of.tolist(), inside.tolist(), takes_mirror, strict=True)
+        for i, (number, row, mirror) in enumerate(places):
+            shard = self._mapped.get(number) or self._shard(number)
+            images.append((shard.latent_mirror if mirror else shard.latent)[row])
+            rows["label"][i] = shard.label[row]
+            if choice is not None and self.info.captions:
+                _copy_caption(shard, row, choice[i], rows, i)
+
+        # Each image is copied once, and without the GIL.
+        np.concatenate(images, out=rows["latent"].reshape(-1))
+        if flip is not None and not self.has_mirror:
+            check_flip(self.info, self.has_mirror)
+            rows["latent"][flip] = rows["latent"][flip][..., ::-1]
+        return rows
+
+    def _empty_rows(self, n: int, captions: bool) -> dict[str, Array]:
+        """The arrays that `gather` fills. Captions' tokens start as zeros, which is their
+        padding."""
         rows: dict[str, Array] = {
             "label": np.empty(n, np.int64),
             "latent": np.empty((n, *self.info.shape), KINDS[self.info.kind]),
         }
-        if captions:
-            rows["caption_tokens"] = np.zeros((n, captions.tokens, captions.width), np.float16)
+        if captions and self.info.captions:
+            tokens, width, pooled_width = astuple(self.info.captions)
+            rows["caption_tokens"] = np.zeros((n, tokens, width), np.float16)
             rows["caption_length"] = np.empty(n, np.int64)
-            rows["caption_pooled"] = np.empty((n, captions.pooled_width), np.float16)
-        shard_of = np.searchsorted(self._starts, indices, side="right") - 1
-        inside = indices - self._starts[shard_of]
-        mirrored = [False] * n if flip is None or not self.has_mirror else flip.tolist()
-        images = []
-        for i, (number, row, mirror) in enumerate(
-            zip(shard_of.tolist(), inside.tolist(), mirrored, strict=True)
-        ):
-            shard = self._mapped.get(number) or self._shard(number)
-            images.append((shard.latent_mirror if mirror else shard.latent)[row])
-            rows["label"][i] = shard.label[row]
-            if captions and choice is not None:
-                _copy_caption(shard, row, choice[i], rows, i)
-        np.concatenate(
-            images, out=rows["latent"].reshape(-1)
-        )  # each image is copied once, and without the GIL
-        if flip is not None and not self.has_mirror:
-            check_flip(self.info, self.has_mirror)
-            rows["latent"][flip] = rows["latent"][flip][..., ::-1]
+            rows["caption_pooled"] = np.empty((n, pooled_width), np.float16)
         return rows
 
     def texts(self, indices: npt.NDArray[np.int64]) -> list[list[str]]:
@@ -170,45 +198,53 @@ class ShardDataset:
         if "captions" not in self.manifest["columns"]:
             raise DataError(f"{self.path} has no captions; {remedy('captioned images')}")
         shard_of = np.searchsorted(self._starts, indices, side="right") - 1
-        columns = {
-            number: self._shard(number).batch.select(["captions"])
-            for number in map(int, set(shard_of))
-        }
-        for (
-            number,
-            column,
-        ) in columns.items():  # else offsets that are damaged would read foreign memory
+        inside = indices - self._starts[shard_of]
+        columns = {}
+        for number in set(shard_of.tolist()):
+            column = self._shard(number).batch.select(["captions"])
+            # Offsets that are damaged would read foreign memory.
             self._check(self._shards[number], column)
-        return [
-            columns[int(number)].column(0)[int(index - self._starts[number])].as_py()
-            for number, index in zip(shard_of, indices, strict=True)
-        ]
+            columns[number] = column.column(0)
+
+        texts = []
+        for number, row in zip(shard_of.tolist(), inside.tolist(), strict=True):
+            texts.append(columns[number][row].as_py())
+        return texts
 
     @cached_property
     def empty_caption(self) -> tuple[Array, Array]:
         """The empty caption's tokens (n, width) and pooled vector (pooled_width,), float16."""
         assert self.info.captions
         batch = self._read(self.manifest["empty_caption"])
-        tokens, pooled = (np.from_dlpack(batch.column(name).values.values) for name in EMBEDDINGS)
+        # One row with one caption: the values of the inner list are the caption's.
+        tokens = np.from_dlpack(batch.column("caption_tokens").values.values)
+        pooled = np.from_dlpack(batch.column("caption_pooled").values.values)
         return tokens.reshape(-1, self.info.captions.width), pooled
 
     def _shard(self, number: int) -> _Mapped:
+        """The shard's columns; mapped when it is first asked for."""
         if shard := self._mapped.get(number):
             return shard
         batch = self._read(self._shards[number])
-        view = (
-            np.from_dlpack
-        )  # not to_numpy(), which imports pandas where that is installed: half a second
-        images = [
-            view(batch.column(name).values).reshape(-1, math.prod(self.info.shape))
-            for name in IMAGES[: 1 + self.has_mirror]
-        ]
+        # Not to_numpy(), which imports pandas where that is installed, and takes half a second.
+        view = np.from_dlpack
+        images = [view(batch.column(name).values) for name in IMAGES[: 1 + self.has_mirror]]
+        size = math.prod(self.info.shape)
         lists = {}
-        for name in EMBEDDINGS if self.info.captions else ():
-            outer = batch.column(name)
-            inner = outer.values
-            lists[name] = _Lists(view(outer.offsets), view(inner.offsets), view(inner.values))
-        shard = _Mapped(view(batch.column("label")), images[0], images[-1], lists, batch)
+        if self.info.captions:
+            for name in EMBEDDINGS:
+                outer = batch.column(name)
+                inner = outer.values
+                lists[name] = _Lists(view(outer.offsets), view(inner.offsets), view(inner.values))
+        shard = _Mapped(
+            label=view(batch.column("label")),
+            latent=images[0].reshape(-1, size),
+            latent_mirror=images[-1].reshape(-1, size),
+            lists=lists,
+            batch=batch,
+        )
+
+        # The oldest goes: a loader in random order asks for all of them alike.
         with self._lock:
             if len(self._mapped) >= MAX_MAPPED:
                 del self._mapped[next(iter(self._mapped))]
@@ -218,25 +254,26 @@ class ShardDataset:
     def _read(self, entry: Mapping[str, Any]) -> pa.RecordBatch:
         """A file's only batch, mapped, once its schema is found to be the manifest's."""
         try:
-            # the views keep the mapping alive; the file is closed, as thousands of open ones would
-            # reach a limit
+            # The views keep the mapping alive. The file is closed, as thousands of open ones would
+            # reach a limit.
             with pa.memory_map(str(self.path / entry["file"])) as file:
                 batch = pa.ipc.open_file(file).get_batch(0)
             found = from_json(batch.schema.metadata[METADATA_KEY])
             batch.validate()
         except (OSError, pa.ArrowInvalid, LookupError, TypeError, ValueError) as error:
-            if (
-                isinstance(error, OSError) and error.errno
-            ):  # pyarrow calls bad content an OSError too, without a number
+            # pyarrow calls bad content an OSError too, without a number.
+            if isinstance(error, OSError) and error.errno:
                 raise StorageError(
                     f"{self.path / entry['file']} cannot be read at present: {error}"
                 ) from error
             raise self._damaged(entry, f"cannot be read ({error!r})") from error
-        facts = {
-            key: value for key, value in entry.items() if key not in ("file", "bytes", "sha256")
-        }
-        expected = {"format": FORMAT, **self.info.plain(), **facts}
-        if differ := [key for key in expected | found if expected.get(key) != found.get(key)]:
+
+        # The schema repeats the manifest's entry, but for what is known only of the written file.
+        expected = {"format": FORMAT, **self.info.plain(), **entry}
+        for key in ("file", "bytes", "sha256"):
+            expected.pop(key, None)
+        differ = [key for key in expected | found if expected.get(key) != found.get(key)]
+        if differ:
             raise self._damaged(
                 entry, f"is of another data set than the manifest: {', '.join(differ)} differ"
             )
@@ -247,8 +284,8 @@ class ShardDataset:
         return batch
 
     def _check(self, entry: Mapping[str, Any], batch: pa.RecordBatch) -> None:
-        """Raises DataError for offsets outside the file, and text that is none: what takes a look
-        at every value."""
+        """Raises DataError for offsets outside the file and for text that is not UTF-8, which takes
+        a look at every value."""
         try:
             batch.validate(full=True)
         except pa.ArrowInvalid as error:
@@ -271,8 +308,10 @@ def check_flip(info: DatasetInfo, has_mirror: bool) -> None:
 
 
 def _copy_caption(shard: _Mapped, row: int, choice: float, rows: dict[str, Array], i: int) -> None:
-    """One caption of the shard's row, into row i of a batch."""
-    tokens, pooled = (shard.lists[name] for name in EMBEDDINGS)
+    """Copies one caption of a shard's row into row i of a batch."""
+    tokens = shard.lists["caption_tokens"]
+    pooled = shard.lists["caption_pooled"]
+    # Row `row` has the captions first .. end, of which `choice` in [0, 1) picks one.
     first, end = tokens.outer[row : row + 2]
     chosen = first + int(choice * (end - first))
     embedding = tokens.element(chosen)

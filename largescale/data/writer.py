@@ -1,11 +1,11 @@
-"""Writes packed data sets (see format.py): files are whole or absent, and the same rows give the
+"""Writes packed data sets (see format.py): files are complete or absent, and the same rows give the
 same bytes."""
 
 import json
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ Array = npt.NDArray[Any]
 
 
 class Shard:
-    """The rows of one shard, checked as they come."""
+    """The rows of one shard, each checked when it is added."""
 
     def __init__(self, info: DatasetInfo) -> None:
         self.info = info
@@ -55,9 +55,12 @@ class Shard:
         caption_tokens: Sequence[Array] | None = None,
         caption_pooled: Sequence[Array] | None = None,
     ) -> None:
-        """latent, latent_mirror: `info.shape`, uint8 for pixels, else float16. caption_tokens: (n,
+        """Adds a row. Raises DataError for one that does not fit `info` or the rows before it.
+
+        latent, latent_mirror: `info.shape`, uint8 for pixels, else float16. caption_tokens: (n,
         width) each, caption_pooled: (pooled_width,) each, float16. Every row gives the same of
-        these; DataError for one that does not fit `info`."""
+        these.
+        """
         given: dict[str, Any] = {
             "id": id,
             "label": label,
@@ -68,27 +71,31 @@ class Shard:
             "caption_pooled": caption_pooled,
         }
         row = {name: value for name, value in given.items() if value is not None}
+
+        # The first row decides which columns the shard has.
         self.columns = self.columns or list(row)
         if list(row) != self.columns:
             raise DataError(
                 f"row {id!r} has the columns {list(row)}, the first row {self.columns}; "
                 f"every row must give the same, of {list(given)}"
             )
-        for name in set(row) & set(IMAGES):
-            row[name] = self._image(id, name, row[name])
+        for name in IMAGES:
+            if name in row:
+                row[name] = self._image(id, name, row[name])
         if self.info.captions or set(row) & set(EMBEDDINGS):
             self._check_captions(id, row)
-        if not isinstance(label, (int, np.integer)) or not 0 <= label < max(
-            self.info.num_classes, 1
-        ):
+        num_labels = max(self.info.num_classes, 1)  # without labels all of them are 0
+        if not isinstance(label, (int, np.integer)) or not 0 <= label < num_labels:
             raise DataError(
-                f"row {id!r}: label={label!r} is not an integer in [0, "
-                f"{max(self.info.num_classes, 1)}); correct the label, or num_classes"
+                f"row {id!r}: label={label!r} is not an integer in [0, {num_labels}); correct the "
+                "label, or num_classes"
             )
         self._rows.append(row)
 
     def _image(self, id: str, name: str, image: Array) -> Array:
-        shape, dtype = self.info.shape, np.dtype(KINDS[self.info.kind])
+        """A copy of the image. Raises DataError for another shape or type, and for NaN."""
+        shape = self.info.shape
+        dtype = np.dtype(KINDS[self.info.kind])
         if image.shape != shape or image.dtype != dtype:
             raise DataError(
                 f"row {id!r}: {name} is {image.dtype} {image.shape}, but {self.info.kind} "
@@ -99,17 +106,22 @@ class Shard:
                 f"row {id!r}: {name} is not finite; encode in fp32 and look for values above fp16's "
                 "65504"
             )
-        return image.copy()  # the caller may fill its array anew
+        return image.copy()  # the caller may reuse its array
 
     def _check_captions(self, id: str, row: dict[str, Any]) -> None:
+        """Raises DataError unless each caption has its two embeddings, as `info` describes them."""
         expected = self.info.captions
-        captions, tokens, pooled = (row.get(name, ()) for name in ("captions", *EMBEDDINGS))
+        captions = row.get("captions", ())
+        tokens = row.get("caption_tokens", ())
+        pooled = row.get("caption_pooled", ())
         if expected is None or not len(captions) == len(tokens) == len(pooled) > 0:
             raise DataError(
                 f"row {id!r} has {len(captions)} captions, {len(tokens)} token lists and "
                 f"{len(pooled)} pooled vectors, info.captions is {expected}; give one of each a "
                 "caption, at least one"
             )
+
+        # A NaN here would be noticed in training only.
         for of_tokens, of_pooled in zip(tokens, pooled, strict=True):
             if (
                 of_tokens.ndim != 2
@@ -129,9 +141,10 @@ class Shard:
                 )
 
     def write(self, path: Path) -> dict[str, Any]:
-        """Writes the file whole or not at all; returns its entry for the manifest. Raises DataError
-        for a full disk."""
+        """Writes the file completely or not at all; returns its entry for the manifest. Raises
+        DataError for a full disk."""
         batch = pa.record_batch({name: self._column(name) for name in self.columns})
+        # The labels' range is checked at each start, without reading the shards.
         labels = [int(row["label"]) for row in self._rows]
         facts = {
             "rows": len(labels),
@@ -144,6 +157,7 @@ class Shard:
     def _column(self, name: str) -> pa.Array:
         values = [row[name] for row in self._rows]
         if name in IMAGES:
+            # Of a fixed size, so that a row is found by its number alone.
             flat = pa.array(np.stack(values).reshape(-1))
             return pa.FixedSizeListArray.from_arrays(flat, int(np.prod(self.info.shape)))
         if name in EMBEDDINGS:
@@ -152,24 +166,26 @@ class Shard:
 
 
 def _lists_of_embeddings(rows: Sequence[Sequence[Array]]) -> pa.Array:
-    each = [embedding.reshape(-1) for row in rows for embedding in row]
-    inner = pa.array(list(accumulate(map(len, each), initial=0)), pa.int64())
+    """A column of lists of flat embeddings, one of each caption, from (n, width) or (width,)."""
+    embeddings = [embedding.reshape(-1) for embedding in chain.from_iterable(rows)]
+    # Offsets of the embeddings in the values, and of the rows in the embeddings.
+    inner = pa.array(list(accumulate(map(len, embeddings), initial=0)), pa.int64())
     outer = pa.array(list(accumulate(map(len, rows), initial=0)), pa.int32())
-    return pa.ListArray.from_arrays(
-        outer, pa.LargeListArray.from_arrays(inner, pa.array(np.concatenate(each)))
-    )
+    values = pa.array(np.concatenate(embeddings))
+    return pa.ListArray.from_arrays(outer, pa.LargeListArray.from_arrays(inner, values))
 
 
 def write_empty_caption(
     path: Path, info: DatasetInfo, tokens: Array, pooled: Array
 ) -> dict[str, Any]:
-    """tokens (n, width), pooled (pooled_width,) float16; returns the file's entry for the
-    manifest."""
-    columns = {
-        name: _lists_of_embeddings([[value]])
-        for name, value in zip(EMBEDDINGS, (tokens, pooled), strict=True)
-    }
-    batch = pa.record_batch(columns)
+    """Writes the encoding of the empty caption: tokens (n, width), pooled (pooled_width,) float16.
+    Returns the file's entry for the manifest."""
+    batch = pa.record_batch(
+        {
+            "caption_tokens": _lists_of_embeddings([[tokens]]),
+            "caption_pooled": _lists_of_embeddings([[pooled]]),
+        }
+    )
     facts = {"content_sha256": content_sha256(batch)}
     return _write_file(path / EMPTY_CAPTION, batch, {**info.plain(), **facts}, facts)
 
@@ -177,8 +193,10 @@ def write_empty_caption(
 def _write_file(
     path: Path, batch: pa.RecordBatch, metadata: dict[str, Any], facts: dict[str, Any]
 ) -> dict[str, Any]:
+    """Writes one record batch; returns the file's entry for the manifest, with `facts` in it."""
     schema = batch.schema.with_metadata({METADATA_KEY: json.dumps({"format": FORMAT, **metadata})})
     temporary = path.with_name(path.name + ".tmp")
+    # The content has to be on disk before the file has its name: a power cut leaves none, or all.
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             writer.write_batch(batch)
@@ -207,10 +225,11 @@ def write_manifest(
     empty_caption: dict[str, Any] | None = None,
     **about: Any,
 ) -> None:
-    """The data set exists from here on. `about`: what the packer has to say, such as its source;
-    plain JSON."""
+    """Writes the manifest: the data set exists from here on. `about`: the packer's own entries,
+    such as its source; plain JSON."""
     if not shards:
         raise DataError(f"no rows were written to {out_dir}; check what the packer read")
+    # The shards' names have to be on disk before a manifest that lists them.
     fsync_dir(out_dir)
     manifest = {
         "format": FORMAT,
@@ -241,33 +260,36 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         self._empty_caption: dict[str, Any] | None = None
         self.dir.mkdir(parents=True, exist_ok=True)
         if (self.dir / MANIFEST).exists():
-            if (found := read_manifest(self.dir)["info"]) != info:
+            found = read_manifest(self.dir)["info"]
+            if found != info:
                 raise DataError(
                     f"{self.dir} already holds another data set, {found}; "
                     f"give another --out, or delete the folder to pack {info} there"
                 )
-            (
-                self.dir / MANIFEST
-            ).unlink()  # first: half of the old set and half of the new is neither
+            # The manifest goes first: half of the old set and half of the new is neither.
+            (self.dir / MANIFEST).unlink()
             fsync_dir(self.dir)
 
     def write(self, **row: Any) -> None:
-        """As `Shard.add`."""
+        """Adds a row, as `Shard.add` does."""
         self._shard.add(**row)
         if len(self._shard) == self.rows_per_shard:
             self._write_shard()
 
     def write_empty_caption(self, tokens: Array, pooled: Array) -> None:
-        """tokens (n, width), pooled (pooled_width,) float16. Needed once, of a captioned data
-        set."""
+        """Writes the encoding of the empty caption, which a captioned data set needs once: tokens
+        (n, width), pooled (pooled_width,) float16."""
         self._empty_caption = write_empty_caption(self.dir, self.info, tokens, pooled)
 
     def _write_shard(self) -> None:
         self._shards.append(self._shard.write(self.dir / f"shard_{len(self._shards):05d}.arrow"))
-        columns, self._shard = self._shard.columns, Shard(self.info)
+        # All shards of a data set have the columns of the first.
+        columns = self._shard.columns
+        self._shard = Shard(self.info)
         self._shard.columns = columns
 
     def __exit__(self, *error: Any) -> None:
+        # After an error there is no manifest, and so no data set.
         if error[0] is not None:
             return
         if len(self._shard):

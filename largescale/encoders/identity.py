@@ -1,4 +1,4 @@
-"""Other people's weights: loaded quietly, whole or not at all, and named by what is in them."""
+"""Other people's weights: loaded quietly, completely or not at all, and named by their content."""
 
 import hashlib
 import importlib
@@ -19,12 +19,13 @@ from largescale.errors import DataError
 from largescale.host.launch import env_rank
 
 SAID_AFTER_S = 5.0
-"""A load that takes longer says that it is one."""
+"""Seconds of loading after which it is reported."""
 
 
 def weights_identity(module: nn.Module) -> str:
     """ "sha256:" and 16 hex digits over names and float32 bytes of the parameters: the same wherever
-    the files lie."""
+    the files are."""
+    # Sorted, so that the order of a library's modules does not matter.
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
         digest.update(name.encode())
@@ -33,7 +34,7 @@ def weights_identity(module: nn.Module) -> str:
 
 
 def library(name: str, extra: str = "prep") -> Any:
-    """The module `name`, which a run does without. Raises DataError where it is not installed."""
+    """The optional module `name`. Raises DataError where it is not installed."""
     try:
         with silence():
             return importlib.import_module(name)
@@ -44,11 +45,14 @@ def library(name: str, extra: str = "prep") -> Any:
 
 
 def locate(name: str, option: str) -> tuple[str, str]:
-    """A folder's path, or `name` taken as the hub's; and what to do where it cannot be loaded.
-    Raises DataError."""
-    folder, download = Path(name).expanduser(), "`hf download NAME --local-dir DIR`"
+    """A folder's path or a name on the hub, and what to do where it cannot be loaded. Raises
+    DataError for a path that is not a folder."""
+    folder = Path(name).expanduser()
+    download = "`hf download NAME --local-dir DIR`"
     if folder.is_dir():
         return str(folder), f"fetch the folder anew, as {download} makes it"
+
+    # A misspelt path would otherwise be looked up on the hub.
     if folder.exists() or name.startswith((".", "/", "~")):
         raise DataError(
             f"{name} is not a folder; give one: {option}, as {download} makes it, or a name on the "
@@ -62,8 +66,9 @@ def locate(name: str, option: str) -> tuple[str, str]:
 
 @contextmanager
 def loading(what: str, remedy: str) -> Iterator[None]:
-    """Only calls of the libraries go inside: whatever they raise is a DataError about `what`, with
-    the first cause."""
+    """Makes any error of a library a DataError about `what`, with the first cause. Only calls of
+    the libraries go inside."""
+    # A download can take minutes, and the libraries' own bars are off.
     waiting = threading.Timer(SAID_AFTER_S, _say_loading, (what,))
     waiting.daemon = True
     waiting.start()
@@ -73,7 +78,8 @@ def loading(what: str, remedy: str) -> Iterator[None]:
             yield
     except DataError:
         raise
-    except Exception as error:  # the libraries let through any error of those below them
+    except Exception as error:
+        # The libraries let through any error of those below them; the last cause is the first.
         cause: BaseException = error
         while below := cause.__cause__ or cause.__context__:
             cause = below
@@ -85,10 +91,11 @@ def loading(what: str, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """The hub is not asked, which without a network takes a minute: what it has left here before is
-    there. Raises DataError."""
+    """Uses the hub's files of earlier downloads only. Asking the hub takes a minute where there is
+    no network. Raises DataError."""
     constants = library("huggingface_hub.constants")
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
@@ -107,11 +114,12 @@ def _say_loading(what: str) -> None:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """No notes, bars or warnings. What matters is raised."""
-    root, level, handler = logging.getLogger(), logging.root.manager.disable, logging.NullHandler()
-    root.addHandler(
-        handler
-    )  # without any, open_clip's logging.info() would give it one that prints, for good
+    """Suppresses log messages and warnings. What matters is raised."""
+    root = logging.getLogger()
+    level = logging.root.manager.disable
+    handler = logging.NullHandler()
+    # Without any handler, open_clip's logging.info() would give the root one that prints, for good.
+    root.addHandler(handler)
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():

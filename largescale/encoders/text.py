@@ -28,13 +28,17 @@ Count = Callable[[list[str], int], list[int]]
 
 Loaded = tuple[str, Any, int | None, Callable[[int, torch.device], Encode], Count]
 """name without a path, model in float32 on the CPU, most tokens it takes, (max_tokens, the model's
-device) -> Encode"""
+device) -> Encode, Count"""
+
+# What transformers calls models whose text encoder is CLIP's.
+CLIP_TYPES = ("clip", "clip_text_model")
+# transformers has 10^30 for "no limit".
+LARGEST_LIMIT = 10**6
 
 
 class EncodedCaption(NamedTuple):
-    tokens: npt.NDArray[
-        np.float16
-    ]  # (n, width), last hidden states of the real tokens, start and end included
+    # (n, width), last hidden states of the real tokens, start and end included
+    tokens: npt.NDArray[np.float16]
     pooled: npt.NDArray[np.float16]  # (pooled_width,)
 
 
@@ -46,32 +50,37 @@ class TextEncoder:
     pooled_width: int
     encode: Encode = field(repr=False)
     count: Count = field(repr=False)
-    # tokenizers, and what catches open_clip's hidden states, serve one thread at a time
+    # Tokenizers, and the hook on open_clip's hidden states, serve one thread at a time.
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @torch.inference_mode()
     def __call__(self, captions: Sequence[str]) -> list[EncodedCaption]:
-        """Each caption's result is independent of the others', but for rounding. Raises DataError
-        if not finite."""
+        """Encodes captions, each independently of the others but for rounding. Raises DataError for
+        values that are not finite."""
         encoded: list[EncodedCaption] = []
         for first in range(0, len(captions), BATCH):
             with self.lock:
                 tokens, pooled, lengths = self.encode(list(captions[first : first + BATCH]))
-            for t, p, n in zip(
-                tokens.half().cpu(), pooled.half().cpu(), lengths.tolist(), strict=True
-            ):
-                if not (t[:n].isfinite().all() and p.isfinite().all()):
+            tokens = tokens.half().cpu()
+            pooled = pooled.half().cpu()
+            for of_tokens, of_pooled, n in zip(tokens, pooled, lengths.tolist(), strict=True):
+                real = of_tokens[:n]
+                if not (real.isfinite().all() and of_pooled.isfinite().all()):
                     raise DataError(
                         f"{self.identity} is not finite in float16 for the caption "
                         f"{captions[len(encoded)]!r}; try computing in bfloat16 or float32"
                     )
-                encoded.append(EncodedCaption(t[:n].numpy().copy(), p.numpy().copy()))
+                # Copies, which do not keep the batch alive.
+                encoded.append(EncodedCaption(real.numpy().copy(), of_pooled.numpy().copy()))
         return encoded
 
     def cut(self, captions: Sequence[str]) -> list[str]:
-        """Those that are longer than max_tokens."""
+        """The captions that are longer than max_tokens."""
+        if not captions:
+            return []
+        # One token more than the limit is enough to know.
         with self.lock:
-            counts = self.count(list(captions), self.max_tokens + 1) if captions else []
+            counts = self.count(list(captions), self.max_tokens + 1)
         return [caption for caption, n in zip(captions, counts, strict=True) if n > self.max_tokens]
 
 
@@ -81,7 +90,7 @@ def load_text_encoder(
     dtype: torch.dtype = torch.float32,
     max_tokens: int | None = None,
 ) -> TextEncoder:
-    """The text encoder that `spec` names; max_tokens is its own limit unless given. Raises
+    """Loads the text encoder that `spec` names; max_tokens is its own limit unless given. Raises
     DataError.
 
         open_clip:MODEL/TAG         a model and a tag of its pretrained weights, e.g. ViT-L-14/openai
@@ -101,6 +110,8 @@ def load_text_encoder(
             "try open_clip:ViT-L-14/openai"
         )
     name, model, limit, bind, count = loaders[scheme](source)
+
+    # Captions are cut at the limit that is asked for, within the encoder's own.
     kept = limit if max_tokens is None else max_tokens
     if kept is None:
         raise DataError(f"{spec} says nowhere how many tokens it takes; give a maximum, e.g. 128")
@@ -108,24 +119,36 @@ def load_text_encoder(
         raise DataError(
             f"max_tokens={kept}: {spec} takes from 2 to {limit or 'any number of'} tokens"
         )
+
+    # The identity is of the weights in float32, so it comes before the cast.
     identity = f"{scheme}:{name} {weights_identity(model)}"
     with silence():
         model.eval().requires_grad_(False).to(device, dtype)
+
     encode = bind(kept, device)
+    width, pooled_width = _try_out(encode, spec, kept, device)
+    return TextEncoder(identity, kept, width, pooled_width, encode, count)
+
+
+def _try_out(encode: Encode, spec: str, max_tokens: int, device: torch.device) -> tuple[int, int]:
+    """The widths of tokens and pooled vector. Raises DataError where a text of that length cannot
+    be encoded: otherwise the first long caption would fail, hours later."""
     try:
         with torch.inference_mode():
             tokens, pooled, _ = encode([""])
-            encode(["a " * kept])  # or a long caption would be the first to find out
+            encode(["a " * max_tokens])
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
     except (IndexError, RuntimeError) as error:
         raise DataError(
-            f"{spec} cannot encode a text of {kept} tokens ({error}); give a smaller --max-tokens"
+            f"{spec} cannot encode a text of {max_tokens} tokens ({error}); give a smaller "
+            "--max-tokens"
         ) from error
-    return TextEncoder(identity, kept, tokens.shape[-1], pooled.shape[-1], encode, count)
+    return tokens.shape[-1], pooled.shape[-1]
 
 
 def _load_open_clip(source: str) -> Loaded:
+    """A CLIP of open_clip, without its image tower."""
     open_clip = library("open_clip")
     if source.startswith(("local-dir:", "hf-hub:")):
         name, weights, quick_gelu = source, None, False
@@ -135,10 +158,7 @@ def _load_open_clip(source: str) -> Loaded:
         f"open_clip:{source}",
         "without a network give the file of the weights: --text-encoder open_clip:MODEL/FILE",
     ):
-        text_cfg = open_clip.get_model_config(name)["text_cfg"]
-        if any(
-            text_cfg.get(key) for key in ("hf_model_name", "hf_tokenizer_name", "embed_cls")
-        ) or (text_cfg.get("pool_type", "argmax") != "argmax"):
+        if not _has_clip_text_encoder(open_clip.get_model_config(name)["text_cfg"]):
             raise DataError(
                 f"open_clip:{name} has another text encoder than CLIP's; try hf:DIR with that "
                 "encoder"
@@ -148,6 +168,8 @@ def _load_open_clip(source: str) -> Loaded:
         )
         tokenizer = open_clip.get_tokenizer(name)
     del model.visual
+
+    # open_clip returns the pooled output only; a hook catches the hidden states of all tokens.
     tower = getattr(model, "text", model)
     hidden: list[Tensor] = []
     tower.ln_final.register_forward_hook(lambda module, args, output: hidden.append(output))
@@ -155,31 +177,40 @@ def _load_open_clip(source: str) -> Loaded:
     def bind(max_tokens: int, device: torch.device) -> Encode:
         def encode(captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
             ids = tokenizer(captions, context_length=max_tokens)
-            ids = F.pad(ids, (0, tower.context_length - max_tokens)).to(
-                device
-            )  # positions are added to all 77
+            # The position embedding has a row for each of the 77 tokens.
+            ids = F.pad(ids, (0, tower.context_length - max_tokens)).to(device)
             pooled = model.encode_text(ids)
-            return (
-                hidden.pop(),
-                pooled,
-                ids.argmax(dim=1) + 1,
-            )  # the end token has the highest number
+            return hidden.pop(), pooled, _open_clip_lengths(ids)
 
         return encode
 
     def count(captions: list[str], limit: int) -> list[int]:
-        counts: list[int] = (tokenizer(captions, context_length=limit).argmax(dim=1) + 1).tolist()
+        counts: list[int] = _open_clip_lengths(tokenizer(captions, context_length=limit)).tolist()
         return counts
 
+    # The activation changes what is computed, and is not part of the weights.
     shown = type(model).__name__ if weights is None else name.removesuffix("-quickgelu")
-    if any(type(m).__name__ == "QuickGELU" for m in tower.modules()):
-        shown += "-quickgelu"  # part of what the numbers depend on, and not of the weights
+    if "QuickGELU" in {type(module).__name__ for module in tower.modules()}:
+        shown += "-quickgelu"
     return shown, model, tower.context_length, bind, count
 
 
+def _has_clip_text_encoder(text_cfg: dict[str, Any]) -> bool:
+    """Whether open_clip's text tower is CLIP's own, whose pooled output is the end token's."""
+    for key in ("hf_model_name", "hf_tokenizer_name", "embed_cls"):
+        if text_cfg.get(key):
+            return False
+    return bool(text_cfg.get("pool_type", "argmax") == "argmax")
+
+
+def _open_clip_lengths(ids: Tensor) -> Tensor:
+    """Real tokens of each text, (B,): the end token has the highest number of the vocabulary."""
+    return ids.argmax(dim=1) + 1
+
+
 def open_clip_weights(open_clip: Any, source: str) -> tuple[str, str, bool]:
-    """MODEL/TAG or MODEL/PATH -> model, tag or file, and whether the tag's weights were trained
-    with QuickGELU."""
+    """The model, the tag or file, and whether the tag's weights were trained with QuickGELU, from
+    MODEL/TAG or MODEL/PATH."""
     name, _, weights = source.partition("/")
     models = open_clip.list_models()
     if name not in models:
@@ -188,6 +219,8 @@ def open_clip_weights(open_clip: Any, source: str) -> tuple[str, str, bool]:
             f"open_clip has no model {name!r}; the nearest are "
             f"{', '.join(near) or ', '.join(models[:3])}"
         )
+
+    # A tag comes before a path of the same name.
     tags = open_clip.list_pretrained_tags_by_model(name)
     if weights.lower().replace("-", "_") in tags:
         return name, weights, bool(open_clip.get_pretrained_cfg(name, weights).get("quick_gelu"))
@@ -198,13 +231,7 @@ def open_clip_weights(open_clip: Any, source: str) -> tuple[str, str, bool]:
             f"path (a path from the root has two slashes: open_clip:{name}//weights/FILE)"
         )
     if path.is_dir():
-        files = [
-            p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".bin", ".pt", ".pth")
-        ]
-        own = [
-            p for p in files if p.name.startswith("open_clip")
-        ]  # the hub's folders have transformers' files too
-        files = [p for p in own if p.suffix == ".safetensors"] or own or files
+        files = _weight_files(path)
         if len(files) != 1:
             raise DataError(
                 f"{path} has {len(files)} files that may be the weights; "
@@ -214,7 +241,17 @@ def open_clip_weights(open_clip: Any, source: str) -> tuple[str, str, bool]:
     return name, str(path), False
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    """The files in a folder that may be open_clip's weights; one where there is no doubt."""
+    suffixes = (".safetensors", ".bin", ".pt", ".pth")
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in suffixes]
+    # The hub's folders have transformers' files too, and the same weights in two formats.
+    own = [file for file in files if file.name.startswith("open_clip")]
+    return sorted(folder.glob("open_clip*.safetensors")) or own or files
+
+
 def _load_hf(source: str) -> Loaded:
+    """CLIP, T5 or a BERT-like encoder of transformers."""
     source, remedy = locate(source, "--text-encoder hf:DIR")
     transformers = library("transformers")
     with loading(f"hf:{source}", remedy):
@@ -228,6 +265,10 @@ def _load_hf(source: str) -> Loaded:
             _positions(model),
             _sentence_limit(transformers, source),
         ]
+
+    # Texts are cut at the lowest of what tokenizer, network and sentence-transformers say.
+    known = [limit for limit in limits if limit and 0 < limit < LARGEST_LIMIT]
+    lowest = min(known, default=None)
     _check_hf(source, type(model).__name__, missing, tokenizer, remedy)
     clip = isinstance(model, transformers.CLIPTextModelWithProjection)
 
@@ -236,18 +277,17 @@ def _load_hf(source: str) -> Loaded:
 
     def count(captions: list[str], limit: int) -> list[int]:
         tokens = tokenizer(captions, truncation=True, max_length=limit)["input_ids"]
-        return [len(ids) for ids in tokens]
+        return list(map(len, tokens))
 
-    # "none" is 10^30 in tokenizers
-    limit = min((n for n in limits if n and 0 < n < 10**6), default=None)
-    return type(model).__name__, model, limit, bind, count
+    return type(model).__name__, model, lowest, bind, count
 
 
 def _check_hf(source: str, kind: str, missing: list[str], tokenizer: Any, remedy: str) -> None:
     """Raises DataError for an encoder that lacks weights, padding or words."""
     if missing:
-        whole = missing == ["text_projection.weight"]
-        advice = "give the whole CLIP" if whole else "fetch the folder anew"
+        # Folders of diffusers have CLIP's text model without its projection.
+        lacks_projection = missing == ["text_projection.weight"]
+        advice = "give the complete CLIP" if lacks_projection else "fetch the folder anew"
         raise DataError(
             f"hf:{source} lacks {len(missing)} weights of a {kind}, the first is {missing[0]}; "
             f"{advice}"
@@ -271,7 +311,9 @@ def _encode_hf(
     clip: bool,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (B, T, width), pooled (B, width), and each caption's number of tokens (B,)."""
+    """Encodes captions: tokens (B, T, width), pooled (B, width), and each caption's number of
+    tokens (B,)."""
+    # CLIP was trained on texts that are padded to the full length.
     batch = tokenizer(
         captions,
         truncation=True,
@@ -293,10 +335,9 @@ def _encode_hf(
 def _hf_model(transformers: Any, source: str) -> tuple[Any, list[str]]:
     """The encoder in float32, and which of its weights are missing."""
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-    if config.model_type in ("clip", "clip_text_model"):
-        if (
-            config.model_type == "clip"
-        ):  # both towers; text_config's own projection_dim is wrong in some (laion's)
+    if config.model_type in CLIP_TYPES:
+        # Of both towers, the text's. Its own projection_dim is wrong in some configs (laion's).
+        if config.model_type == "clip":
             config.text_config.projection_dim = config.projection_dim
             config = config.text_config
         loader = transformers.CLIPTextModelWithProjection
@@ -315,28 +356,30 @@ def _hf_model(transformers: Any, source: str) -> tuple[Any, list[str]]:
         output_loading_info=True,
         trust_remote_code=False,
     )
+
+    # The pooler is not used. Some folders lack it, and random weights would make the identity
+    # random.
     if hasattr(model, "pooler"):
-        model.pooler = None  # not used; some folders lack it, and random weights would give an identity at random
-    return model, sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+        model.pooler = None
+    missing = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
+    return model, sorted(missing)
 
 
 def _positions(model: Any) -> int | None:
-    """How many tokens have a position; RoBERTa's kind counts them from behind the padding's."""
+    """How many tokens have a position embedding; None where it is not stated."""
     positions: int | None = getattr(model.config, "max_position_embeddings", None)
-    paddings = [
-        module.padding_idx
-        for name, module in model.named_modules()
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding)
-    ]
-    return (
-        positions - paddings[0] - 1
-        if positions and paddings and paddings[0] is not None
-        else positions
-    )
+    if not positions:
+        return positions
+    # Models like RoBERTa count positions from behind the padding's.
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            padding = module.padding_idx
+            return positions if padding is None else positions - padding - 1
+    return positions
 
 
 def _sentence_limit(transformers: Any, source: str) -> int | None:
-    """What sentence-transformers cuts at, below what the network takes."""
+    """The limit of sentence-transformers, which may be below the network's."""
     try:
         path = transformers.utils.cached_file(source, "sentence_bert_config.json")
     except OSError:

@@ -50,6 +50,7 @@ class Vae:
         if self.kind == "moments":
             encoded = encoded.parameters  # (B, 2 C, H, W)
         encoded = encoded.float()
+        # Of moments, the means only.
         encoded[:, : self.latent_channels] -= self.shift_factor
         encoded = encoded.half().contiguous()
         if not encoded.isfinite().all():
@@ -69,61 +70,65 @@ class Vae:
 
     @torch.inference_mode()
     def fit_rgb(self, x_start: Tensor) -> list[list[float]]:
-        """(B, C, H, W) -> (C + 1, 3): least squares from a latent's channels, and 1, to the mean
-        colour, in [-1, 1], of the pixels that it becomes. Pictures without the VAE:
-        `images.linear_rgb`."""
+        """Least squares from a latent's channels, and 1, to the mean colour, in [-1, 1], of the
+        pixels that it becomes: (B, C, H, W) -> (C + 1, 3). `images.linear_rgb` draws pictures with
+        it, without the VAE."""
+        # One by one: a batch would need the memory of all.
         pictures = torch.cat([self.decode(x) for x in x_start.split(1)])
         colours = F.avg_pool2d(pictures.double() / 127.5 - 1, self.downsampling)
         channels = F.pad(x_start.cpu().double(), (0, 0, 0, 0, 0, 1), value=1.0)
-        inputs, outputs = (t.movedim(1, -1).flatten(0, -2) for t in (channels, colours))
+
+        # A row for each place of each latent.
+        inputs = channels.movedim(1, -1).flatten(0, -2)
+        outputs = colours.movedim(1, -1).flatten(0, -2)
         solution = torch.linalg.lstsq(inputs, outputs, driver="gelsd").solution
-        return [[round(value, 4) for value in row] for row in solution.tolist()]
+        rows = []
+        for row in solution.tolist():
+            rows.append([round(value, 4) for value in row])
+        return rows
 
     @property
     def nbytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.module.parameters())
 
     def decoding_bytes(self, side: int) -> int:
-        """About: what decoding one image of so many pixels a side takes beside the weights, in
-        float32. With the VAE of Stable Diffusion at 256 pixels it was 0.43 GB on a CPU."""
+        """An estimate of the memory that decoding one image of so many pixels a side takes beside
+        the weights, in float32. With the VAE of Stable Diffusion at 256 pixels it was 0.43 GB on a
+        CPU."""
         config = self.module.config
-        widths = (
-            config.block_out_channels
-            if self.kind == "moments"
-            else config.decoder_block_out_channels
-        )
-        return 6 * max(widths[:2]) * side**2 * 4  # feature maps of the full resolution
+        widths = config.decoder_block_out_channels
+        if self.kind == "moments":
+            widths = config.block_out_channels
+        # Feature maps of the full resolution, of 4 bytes a value.
+        return 6 * max(widths[:2]) * side**2 * 4
 
     def moved(self, device: torch.device) -> "Vae":
-        """On that device, and no longer where it was."""
-        return replace(
-            self, device=device, module=self.module.to(device, memory_format=_memory_format(device))
-        )
+        """The VAE on another device, where it moves to."""
+        module = self.module.to(device, memory_format=_memory_format(device))
+        return replace(self, device=device, module=module)
 
 
 def load_vae(spec: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Vae:
-    """The VAE that `spec` names. Raises DataError.
+    """Loads the VAE that `spec` names. Raises DataError.
 
     spec: a hub name or a folder in diffusers' layout, of the VAE or of a pipeline with a subfolder
     `vae`; or a folder with one pair NAME_encoder.pth, NAME_decoder.pth of github madebyollin/taesd
     (taesd, taesdxl, taesd3, taef1, taef2).
     """
     folder = Path(spec).expanduser()
-    pairs = sorted(
-        {
-            p.name.removesuffix(f"_{part}.pth")
-            for part in ("encoder", "decoder")
-            for p in folder.glob(f"*_{part}.pth")
-        }
-    )
-    module = _load_taesd(folder, pairs) if pairs else _load_diffusers(spec)
+    pairs = set()
+    for part in ("encoder", "decoder"):
+        for file in folder.glob(f"*_{part}.pth"):
+            pairs.add(file.name.removesuffix(f"_{part}.pth"))
+    module = _load_taesd(folder, sorted(pairs)) if pairs else _load_diffusers(spec)
+
+    # The identity is of the weights in float32, so it comes before the cast.
     identity = f"{type(module).__name__} {weights_identity(module)}"
-    with silence():  # diffusers would say that none of its modules need to stay in float32
-        module = (
-            module.eval()
-            .requires_grad_(False)
-            .to(device, dtype, memory_format=_memory_format(device))
-        )
+    with silence():  # diffusers reports that none of its modules need to stay in float32
+        module.eval().requires_grad_(False)
+        module = module.to(device, dtype, memory_format=_memory_format(device))
+
+    # AutoencoderTiny names its blocks, and has no variance.
     config = module.config
     moments = type(module).__name__ == "AutoencoderKL"
     blocks = config.block_out_channels if moments else config.encoder_block_out_channels
@@ -145,8 +150,10 @@ def _memory_format(device: torch.device) -> torch.memory_format:
 
 
 def _load_diffusers(spec: str) -> Any:
-    """AutoencoderKL or AutoencoderTiny in float32."""
+    """AutoencoderKL or AutoencoderTiny in float32, as diffusers saves them."""
     source, remedy = locate(spec, "--vae DIR")
+
+    # A VAE's own folder, or that of a pipeline with one in it.
     subfolders = ["", "vae"]
     if Path(source).is_dir():
         subfolders = [s for s in subfolders if (Path(source) / s / "config.json").is_file()]
@@ -166,6 +173,8 @@ def _load_diffusers(spec: str) -> Any:
         module, report = getattr(diffusers, class_name).from_pretrained(
             source, subfolder=subfolder, torch_dtype=torch.float32, output_loading_info=True
         )
+
+    # diffusers itself would continue with random weights.
     if unfit := [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]:
         raise DataError(
             f"the weights in {spec} do not fit its config.json: {len(unfit)} are missing or too "
@@ -175,14 +184,14 @@ def _load_diffusers(spec: str) -> Any:
 
 
 def _find_config(diffusers: Any, spec: str, subfolders: list[str]) -> tuple[str, str | None]:
-    """The subfolder that holds a VAE, and its class name; a pipeline's own config comes before its
-    `vae`'s."""
-    found, failure = None, None
+    """The subfolder that holds a VAE, and its class name. Where none does, those of a config that
+    is there."""
+    found: tuple[str, str | None] | None = None
+    failure: OSError | None = None
     for subfolder in subfolders:
         try:
-            class_name = diffusers.AutoencoderKL.load_config(spec, subfolder=subfolder).get(
-                "_class_name"
-            )
+            config = diffusers.AutoencoderKL.load_config(spec, subfolder=subfolder)
+            class_name = config.get("_class_name")
         except OSError as error:
             failure = failure or error
             continue
@@ -221,7 +230,8 @@ def _load_taesd(folder: Path, pairs: list[str]) -> Any:
             f"{folder} holds several of TAESD's family ({', '.join(pairs)}); give a folder with one "
             "pair"
         )
-    encoder, decoder = (folder / f"{pairs[0]}_{part}.pth" for part in ("encoder", "decoder"))
+    encoder = folder / f"{pairs[0]}_encoder.pth"
+    decoder = folder / f"{pairs[0]}_decoder.pth"
     for path in (encoder, decoder):
         if not path.is_file():
             raise DataError(
@@ -235,21 +245,30 @@ def _load_taesd(folder: Path, pairs: list[str]) -> Any:
     ):
         encoder_weights = torch.load(encoder, map_location="cpu", weights_only=True)
         decoder_weights = torch.load(decoder, map_location="cpu", weights_only=True)
-        last = max(encoder_weights, key=lambda name: int(name.split(".")[0]))
+
+        # The encoder's last layer has as many outputs as a latent has channels.
+        last = max(encoder_weights, key=_layer_number)
         module = diffusers.AutoencoderTiny(latent_channels=encoder_weights[last].shape[0])
+        # The decoder's layer 0 is a clamp, which in diffusers is a part of forward().
         _fill(module.encoder.layers, encoder_weights, first=0)
-        _fill(
-            module.decoder.layers, decoder_weights, first=1
-        )  # 0 is a clamp, in diffusers a part of forward()
+        _fill(module.decoder.layers, decoder_weights, first=1)
     return module
+
+
+def _layer_number(name: str) -> int:
+    """The number that a weight's name starts with."""
+    return int(name.partition(".")[0])
 
 
 def _fill(layers: nn.Sequential, weights: dict[str, Tensor], first: int) -> None:
     """Loads weights whose names count the layers from `first`."""
-    weights = {
-        f"{int(name.split('.')[0]) - first}.{name.split('.', 1)[1]}": tensor
-        for name, tensor in weights.items()
-    }
-    for i in {int(name.split(".")[0]) for name in weights if ".pool." in name}:
-        layers[i] = _NormedBlock(layers[i])
-    layers.load_state_dict(weights)
+    renamed = {}
+    normed = set()
+    for name, tensor in weights.items():
+        number = _layer_number(name) - first
+        renamed[f"{number}.{name.partition('.')[2]}"] = tensor
+        if ".pool." in name:
+            normed.add(number)
+    for number in normed:
+        layers[number] = _NormedBlock(layers[number])
+    layers.load_state_dict(renamed)

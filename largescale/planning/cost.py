@@ -1,16 +1,16 @@
-"""What a step, a checkpoint and a whole run cost on n GPUs: arithmetic on data sheets, to be
-checked by measuring.
+"""What a step, a checkpoint and a run cost on n GPUs: arithmetic on data sheets, to be checked by
+measuring.
 
 What DeepSpeed 0.19.8 does in stage 2 (runtime/zero/stage_1_and_2.py), which decides the bytes:
 
 - Gradients are reduced at every micro step, not once a step
   (`reduce_ready_partitions_and_remove_grads`).
-- `reduce_scatter: true` reduces each bucket by an all-reduce, of which a rank keeps its own part
-  (`average_tensor`
-  with `use_multi_rank_bucket_allreduce`, its default): twice the bytes of a reduce-scatter.
+- `reduce_scatter: true` reduces each bucket by an all-reduce, whose result each rank keeps a part
+  of (`average_tensor` with `use_multi_rank_bucket_allreduce`, its default): twice the bytes of a
+  reduce-scatter.
 - With `overlap_comm` the backward pass waits, when a bucket is full, for the one before; the last
-  is waited for at the
-  end of each micro step (`independent_gradient_partition_epilogue` synchronises).
+  is waited for at the end of each micro step (`independent_gradient_partition_epilogue`
+  synchronises).
 - The weights are gathered in one message after the update, before the next forward pass
   (`all_gather_dp_groups`).
 
@@ -22,127 +22,131 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-PUBLISHED_MFU = (0.25, 0.12)  # what trainers of this kind are said to reach
+# Model FLOP utilisations that trainers of this kind report.
+PUBLISHED_MFU = (0.25, 0.12)
+
+# Bytes of each parameter: fp32 master weights, two moments and EMA.
+STATE_BYTES = 16
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """A node of GPUs and what it hangs on. Bandwidths in bytes/s; links per direction. From data
-    sheets, but for what is marked as assumed."""
+    """A node of GPUs with its network and storage. Bandwidths in bytes/s; links per direction. From
+    data sheets, but for what is marked as assumed."""
 
     name: str
     peak_flops: float
-    """Of one GPU, dense, in half precision."""
+    """FLOP/s of one GPU, dense, in half precision."""
     memory_bytes: float
     memory_bandwidth: float
     intra_bandwidth: float
-    """Of a GPU to the others of its node."""
+    """Bandwidth from a GPU to the others of its node."""
     inter_bandwidth: float
-    """Of a GPU's own share of the network between nodes."""
+    """Bandwidth of a GPU's own share of the network between nodes."""
     gpus_per_node: int = 8
     mfu: float = 0.5
     """Assumed: the share of the peak that forward and backward reach."""
     launch_s: float = 5e-6
-    """Assumed: of the host, per kernel."""
+    """Assumed: the host's time per kernel."""
     data_bandwidth: float = 1e9
-    """Assumed: of a node, reading the data set."""
+    """Assumed: a node's bandwidth when it reads the data set."""
     host_bandwidth: float = 5e9
-    """Assumed: from a GPU to host memory that is not pinned."""
+    """Assumed: bandwidth from a GPU to host memory that is not pinned."""
     write_bandwidth: float = 0.5e9
-    """Of a rank's thread, which writes and then hashes; so much on the 2-core machine of
-    docs/benchmarks.md."""
+    """Bandwidth of a rank's thread, which writes and then hashes, as measured on the 2-core machine
+    of docs/benchmarks.md."""
     storage_bandwidth: float = 10e9
-    """Assumed: of the file system, for all nodes together."""
+    """Assumed: bandwidth of the file system, for all nodes together."""
     node_mtbf_hours: float = 6300.0
-    """Between failures of a node: 419 in 54 days of 2,048 nodes (Llama 3, arXiv:2407.21783, section
-    3.3.4). Preemption that is announced costs no work, since the trainer saves."""
+    """Hours between failures of a node: 419 in 54 days of 2,048 nodes (Llama 3, arXiv:2407.21783,
+    section 3.3.4). Preemption that is announced costs no work, since the trainer saves."""
     restart_s: float = 300.0
-    """Assumed: from a failure to the first step: queueing, starting, loading, compiling."""
+    """Assumed: seconds from a failure to the first step: queueing, starting, loading, compiling."""
 
     @property
     def usable_bytes(self) -> float:
-        """Of a GPU's memory; the rest is left to fragmentation."""
+        """A GPU's memory without the part that is left to fragmentation."""
         return 0.95 * self.memory_bytes
 
     def nodes(self, gpus: int) -> int:
+        """Nodes that so many GPUs need."""
         return math.ceil(gpus / self.gpus_per_node)
 
     def link(self, gpus: int) -> float:
-        """Bytes/s of a ring. It leaves a node once, over the cards of all its GPUs: 8 of 50 GB/s
-        are 400 GB/s."""
+        """Bandwidth of a ring over so many GPUs."""
         if gpus <= self.gpus_per_node:
             return self.intra_bandwidth
+        # A ring leaves a node once, over the cards of all its GPUs: 8 of 50 GB/s are 400 GB/s.
         return min(self.intra_bandwidth, self.inter_bandwidth * self.gpus_per_node)
 
 
 HARDWARE = {
-    "h100": Hardware(
-        "H100", 989e12, 79.1 * 2**30, 3.35e12, 450e9, 50e9
-    ),  # SXM, NVLink 4, a 400 Gb/s card a GPU
-    "a100": Hardware(
-        "A100", 312e12, 79.1 * 2**30, 2.04e12, 300e9, 25e9
-    ),  # SXM 80 GB, NVLink 3, 200 Gb/s
+    # SXM, NVLink 4, a 400 Gb/s card for each GPU
+    "h100": Hardware("H100", 989e12, 79.1 * 2**30, 3.35e12, 450e9, 50e9),
+    # SXM 80 GB, NVLink 3, 200 Gb/s
+    "a100": Hardware("A100", 312e12, 79.1 * 2**30, 2.04e12, 300e9, 25e9),
 }
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step has to do, whatever does it."""
+    """The work of a step, independent of the hardware."""
 
     parameters: int
-    """Trainable."""
+    """Trainable parameters."""
     flops_per_image: float
-    """Of forward and backward: 3 times the forward pass."""
+    """Operations of forward and backward pass: 3 times those of the forward pass."""
     kernels: float
-    """Launched by the forward and backward pass of a micro step."""
+    """Kernels launched by the forward and backward pass of a micro step."""
     global_batch_size: int
     grad_accum_steps: int
     weight_bytes: int
-    """Of one weight: 2 in half precision."""
+    """Bytes of one weight: 2 in half precision."""
     reduce_bytes: int
-    """Of one gradient on its way: of `communication_data_type`."""
+    """Bytes of one gradient that is sent, by `communication_data_type`."""
     reduce_bucket_size: int
     """Gradients that are reduced in one message."""
     image_bytes: float
-    """Of the data set, read for one image."""
+    """Bytes of the data set that are read for one image."""
     flops_again: float = 0.0
-    """Per image, with activation checkpointing: the blocks' forward pass once more, in the backward
-    pass."""
+    """Operations per image that activation checkpointing adds: the blocks' forward pass once more,
+    in the backward pass."""
     overlap: bool = True
     """Whether reduction runs beside the backward pass; never on a CPU."""
     all_reduce: bool = True
-    """Else each bucket's parts are reduced to the one rank that needs them."""
+    """Whether buckets are all-reduced; else each part is reduced to the one rank that needs it."""
 
     @property
     def backward_share(self) -> float:
-        """Of the operations, in the backward pass, beside which reduction can run."""
+        """The backward pass's share of the operations. Reduction can run beside it."""
         return (self.flops_per_image * 2 / 3 + self.flops_again) / (
             self.flops_per_image + self.flops_again
         )
 
     @property
     def checkpoint_bytes(self) -> int:
-        """fp32 master weights, two moments and EMA, and the weights."""
-        return (16 + self.weight_bytes) * self.parameters
+        """Bytes of a checkpoint: fp32 master weights, two moments and EMA, and the weights."""
+        return (STATE_BYTES + self.weight_bytes) * self.parameters
 
     def staging_bytes(self, gpus: int) -> int:
         """Memory traffic of a rank's reduction beside the network's: into the bucket, divided,
-        flattened, cast and back. At each, every gradient is read and written: 24 bytes, in fp32
-        too, where nothing is cast. One GPU alone only moves them to where the optimizer reads them
-        (`engine.UnreducedGradient`)."""
+        flattened, cast and back."""
+        # Each time every gradient is read and written: 24 bytes, in fp32 too, where nothing is
+        # cast. One GPU alone only moves them to where the optimizer reads them
+        # (`engine.UnreducedGradient`).
         return (24 if gpus > 1 else self.weight_bytes + 4) * self.parameters
 
     @property
     def update_bytes(self) -> int:
-        """Memory traffic of the update, over all ranks: the norm 4, AdamW 28, EMA 12, the copy to
-        the weights."""
+        """Memory traffic of the update, over all ranks."""
+        # the norm 4, AdamW 28, EMA 12, the copy to the weights
         return (4 + 28 + 12 + 4 + self.weight_bytes) * self.parameters
 
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of a step by what they are spent on; what is hidden behind something else is not in
-    it."""
+    """Seconds of a step by what they are spent on, without the time that is hidden behind something
+    else."""
 
     parts: dict[str, float]
     images: int
@@ -158,7 +162,7 @@ class Step:
 
     @property
     def data_rate(self) -> float:
-        """Bytes/s, of all nodes."""
+        """Bytes/s that all nodes together read of the data set."""
         return self.data_bytes / self.seconds
 
     def share(self, part: str) -> float:
@@ -167,23 +171,31 @@ class Step:
     @property
     def bottleneck(self) -> str:
         """The largest part that is not computing."""
-        return max((name for name in self.parts if name != "compute"), key=self.parts.__getitem__)
+        others = [name for name in self.parts if name != "compute"]
+        return max(others, key=self.parts.__getitem__)
 
 
 def step(work: Workload, hardware: Hardware, gpus: int) -> Step:
-    micro, n = work.grad_accum_steps, gpus
+    """The time of a step on so many GPUs, by its parts."""
+    n = gpus
+    micro = work.grad_accum_steps
+
+    # The host launches kernels ahead of the GPU, so only what takes longer than computing counts.
     flops = (work.flops_per_image + work.flops_again) * work.global_batch_size
     compute = flops / (n * hardware.peak_flops * hardware.mfu)
     launches = max(0.0, micro * work.kernels * hardware.launch_s - compute)
     backward = work.backward_share * (compute + launches) / micro
+
     # An all-reduce by a ring takes 2 (n - 1) / n of its bytes over each link, a reduction to one
     # rank all of them.
     sent = 2 * (n - 1) / n if work.all_reduce else float(n > 1)
     reduction = sent * work.parameters * work.reduce_bytes / hardware.link(n)
     reduction += work.staging_bytes(n) / hardware.memory_bandwidth
+    # All buckets but the last can be reduced beside the backward pass.
     if work.overlap and n > 1:
         buckets = math.ceil(work.parameters / work.reduce_bucket_size)
         reduction = max(reduction / buckets, reduction - backward * (buckets - 1) / buckets)
+
     parts = {
         "compute": compute,
         "kernel launches": launches,
@@ -191,8 +203,9 @@ def step(work: Workload, hardware: Hardware, gpus: int) -> Step:
         "optimizer": work.update_bytes / n / hardware.memory_bandwidth,
         "all-gather": work.parameters * work.weight_bytes * (n - 1) / n / hardware.link(n),
     }
+    # Data are read ahead of the steps: again only what takes longer counts.
     data_bytes = work.global_batch_size * work.image_bytes
-    reading = data_bytes / (hardware.nodes(n) * hardware.data_bandwidth)  # ahead of the steps
+    reading = data_bytes / (hardware.nodes(n) * hardware.data_bandwidth)
     parts["data"] = max(0.0, reading - sum(parts.values()))
     return Step(parts, work.global_batch_size, data_bytes)
 
@@ -204,7 +217,9 @@ def young(stall_s: float, mtbf_s: float) -> float:
 
 
 def daly(stall_s: float, mtbf_s: float) -> float:
-    """The same to a higher order (Daly 2006, doi:10.1016/j.future.2004.11.016)."""
+    """Seconds of training between checkpoints that lose the least, to a higher order than `young`
+    (Daly 2006, doi:10.1016/j.future.2004.11.016)."""
+    # His formula's range ends there.
     if stall_s >= 2 * mtbf_s:
         return mtbf_s
     x = stall_s / (2 * mtbf_s)
@@ -243,31 +258,33 @@ class Plan:
 
     @property
     def mtbf_s(self) -> float:
-        """Between failures of any node of the run."""
+        """Seconds between failures of any node of the run."""
         return 3600 * self.hardware.node_mtbf_hours / self.hardware.nodes(self.gpus)
 
     @property
     def _rank_bytes(self) -> float:
-        """Of the checkpoint, on the rank that has the most: its part of the states, and all
+        """Bytes of the checkpoint on the rank that has the most: its part of the states, and all
         weights."""
-        return (16 / self.gpus + self.work.weight_bytes) * self.work.parameters
+        return (STATE_BYTES / self.gpus + self.work.weight_bytes) * self.work.parameters
 
     @property
     def stall_s(self) -> float:
-        """Training stands still while the states are copied to host memory."""
+        """Seconds that training stands still while the states are copied to host memory."""
         return self._rank_bytes / self.hardware.host_bandwidth
 
     @property
     def write_s(self) -> float:
-        """From there until the checkpoint counts."""
+        """Seconds from there until the checkpoint is complete on disk."""
+        # Either each rank's thread is the limit, or the file system that all share.
         return max(
             self._rank_bytes / self.hardware.write_bandwidth,
             self.work.checkpoint_bytes / self.hardware.storage_bandwidth,
         )
 
     def slowdown(self, every: float) -> float:
-        """See `slowdown`. A checkpoint waits for the one before."""
+        """Wall time over time spent on steps that last, with a checkpoint at every `every`-th."""
         interval = every * self.step.seconds
+        # A checkpoint waits until the one before is written.
         stall = self.stall_s + max(0.0, self.write_s - interval)
         return slowdown(
             interval,
@@ -288,7 +305,7 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        """Of wall time, with what is wasted."""
+        """Wall time of the run in hours, with what is wasted."""
         return self.steps * self.step.seconds * self.slowdown(self.every) / 3600
 
     def at(self, mfu: float) -> "Plan":

@@ -1,4 +1,4 @@
-"""What a rank's memory must hold, from shapes: nothing is allocated."""
+"""The memory that a rank needs, computed from shapes: nothing is allocated."""
 
 import functools
 import os
@@ -17,12 +17,15 @@ from largescale.models.build import blank_condition, build_model, latent_shape
 from largescale.models.dit import attention_by_products
 from largescale.models.half_precision import DTYPES
 
+# The part of which only the touched pages count on a CPU: see `check_memory`.
 _BUCKETS = "buckets of gradients on their way"
+# DeepSpeed's default of reduce_bucket_size
+_DEFAULT_BUCKET = 500_000_000
 
 
 class _AttentionOf(TorchFunctionMode):
-    """Attention that keeps what it keeps on a device: on the meta device torch would take a kernel
-    of its own."""
+    """Attention that keeps for the backward pass what the device's kernel keeps. On the meta device
+    torch would choose another kernel."""
 
     def __init__(self, fused: bool):
         super().__init__()
@@ -47,10 +50,12 @@ def _kept_for_backward(
 ) -> tuple[int, list[int], list[int]]:
     """Bytes that autograd keeps of one image's forward pass, counted on the meta device: in all, by
     each block, and of each block's input, which it is the first to keep."""
-    kept: dict[int, int] = {}
+    kept: dict[int, int] = {}  # storage -> bytes, as several views may be kept of one
     before: list[int] = []
     of_blocks: list[int] = []
     inputs: list[int] = []
+    # A storage that is freed could return under the same address, and would count once.
+    alive: list[torch.Tensor] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -60,22 +65,22 @@ def _kept_for_backward(
 
     def enter(_: Any, given: Any) -> None:
         inputs.append(given[0].untyped_storage().nbytes())
-        alive.append(given[0])  # so that no storage is there twice
+        alive.append(given[0])
         before.append(sum(kept.values()))
 
     def leave(*_: Any) -> None:
         of_blocks.append(sum(kept.values()) - before[-1])
 
-    alive: list[torch.Tensor] = []
     with torch.device("meta"), _AttentionOf(fused_attention):
         model = build_model(config).to(dtype)
         for block in model.blocks:
             block.register_forward_pre_hook(enter)
             block.register_forward_hook(leave)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
-        x, t = torch.empty(1, *latent_shape(config)), torch.zeros(1, dtype=torch.long)
+        x = torch.empty(1, *latent_shape(config))
+        t = torch.zeros(1, dtype=torch.long)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = model(x, t, blank_condition(config, 1))  # alive too
+            output = model(x, t, blank_condition(config, 1))  # holds the graph, and so all storages
     del output
     return sum(kept.values()), of_blocks, inputs
 
@@ -87,11 +92,12 @@ def activation_bytes(
     checkpointing: bool,
     fused_attention: bool = True,
 ) -> int:
-    """Per image, for weights of `dtype`. With checkpointing: each block's input, and all of the
-    largest block, one of which is computed again at a time."""
+    """Bytes of activations per image, for weights of `dtype`."""
     in_all, of_blocks, inputs = _kept_for_backward(config, dtype, fused_attention)
     if not checkpointing:
         return in_all
+    # With checkpointing: each block's input, and all of the largest block, as one block at a time
+    # is computed again.
     largest, its_input = max(zip(of_blocks, inputs, strict=True))
     return in_all - sum(of_blocks) + sum(inputs) + largest - its_input
 
@@ -101,32 +107,42 @@ def memory(
 ) -> dict[str, float]:
     """Bytes per rank under ZeRO-2, by what they hold. An estimate: kernels' workspaces and
     fragmentation come on top, and torch.compile keeps less than is counted here."""
-    dtype, zero = DTYPES[precision(ds)], ds["zero_optimization"]
+    dtype = DTYPES[precision(ds)]
     with torch.device("meta"):
         model = build_model(config.model)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # Each bucket is allocated whole, whatever the model's size; one is flattened, and cast, to be
-    # sent.
-    bucket = zero.get("reduce_bucket_size", 500_000_000)
-    buckets = (2 if zero.get("overlap_comm") else 1) * bucket * dtype.itemsize
-    sent = DTYPES[ds.get("communication_data_type", precision(ds))]
-    buckets += min(bucket, parameters) * (dtype.itemsize + (sent.itemsize if sent != dtype else 0))
+
+    # models/dit.py: attention in bfloat16 on a CPU is by matrix products.
+    fused = config.train.device == "cuda" or dtype != torch.bfloat16
     checkpointing = config.train.activation_checkpointing
-    fused = config.train.device == "cuda" or dtype != torch.bfloat16  # models/dit.py: attention
     per_image = activation_bytes(
         config.model, dtype, checkpointing=checkpointing, fused_attention=fused
     )
+    activations = f"activations of {micro_batch_size} images"
+    if checkpointing:
+        activations += ", checkpointed"
+    states = 4 * 4 * parameters / world_size
     return {
         "weights": parameters * dtype.itemsize,
         "gradients (this rank's part in fp32)": 4 * parameters / world_size,
-        _BUCKETS: buckets if world_size > 1 else 0,
-        "master weights, two moments, EMA (fp32, this rank's part)": 4
-        * 4
-        * parameters
-        / world_size,
-        f"activations of {micro_batch_size} images"
-        + (", checkpointed" if checkpointing else ""): micro_batch_size * per_image,
+        _BUCKETS: _bucket_bytes(ds, parameters) if world_size > 1 else 0,
+        "master weights, two moments, EMA (fp32, this rank's part)": states,
+        activations: micro_batch_size * per_image,
     }
+
+
+def _bucket_bytes(ds: dict[str, Any], parameters: int) -> int:
+    """Bytes of the buckets in which gradients are reduced."""
+    dtype = DTYPES[precision(ds)]
+    sent = DTYPES[ds.get("communication_data_type", precision(ds))]
+    zero = ds["zero_optimization"]
+
+    # Each bucket is allocated completely, whatever the model's size.
+    bucket: int = zero.get("reduce_bucket_size", _DEFAULT_BUCKET)
+    total = (2 if zero.get("overlap_comm") else 1) * bucket * dtype.itemsize
+    # One is flattened to be sent, and cast where it is sent in another type.
+    in_flight = dtype.itemsize + (sent.itemsize if sent != dtype else 0)
+    return total + min(bucket, parameters) * in_flight
 
 
 def largest_micro_batch(
@@ -134,24 +150,29 @@ def largest_micro_batch(
 ) -> int:
     """Images of the largest equal part of a rank's share of the batch that fits by the estimate; 0
     where none does."""
-    share = config.train.global_batch_size // world_size
-    none, one = (sum(memory(config, ds, world_size, n).values()) for n in (0, 1))
+    # Memory is linear in the images, so two points give it for any number.
+    none = sum(memory(config, ds, world_size, 0).values())
+    one = sum(memory(config, ds, world_size, 1).values())
     room = (memory_bytes - none) / (one - none)
-    return max((n for n in range(1, share + 1) if share % n == 0 and n <= room), default=0)
+    share = config.train.global_batch_size // world_size
+    fitting = [n for n in range(1, share + 1) if share % n == 0 and n <= room]
+    return max(fitting, default=0)
 
 
 def check_memory(config: Config, ds: dict[str, Any], world_size: int) -> None:
-    """Warn, once on a machine, where its ranks, on CPUs, need more memory than the kernel will give
-    them."""
+    """Warns, once on a machine, where its ranks, on CPUs, need more memory than the kernel will
+    give them."""
     bound = memory_bound()
     if config.train.device != "cpu" or bound is None:
         return
-    micro = batch_layout(config, world_size)[0] if config.train.micro_batch_size != "auto" else 1
+
+    # "auto" finds a size that fits, so that only the smallest could be too large.
+    micro = 1
+    if config.train.micro_batch_size != "auto":
+        micro, _ = batch_layout(config, world_size)
     parts = memory(config, ds, world_size, micro)
-    # Of the buckets' pages only those are taken that gradients lie on.
-    taken = [
-        min(size, 4 * parts["weights"]) if name == _BUCKETS else size
-        for name, size in parts.items()
-    ]
-    each = PROCESS_BYTES + int(sum(taken))
+    # Of the buckets' pages only those are taken that gradients are written to.
+    if _BUCKETS in parts:
+        parts[_BUCKETS] = min(parts[_BUCKETS], 4 * parts["weights"])
+    each = PROCESS_BYTES + int(sum(parts.values()))
     warn_of_memory(launcher_bytes() + local_world_size(os.environ) * each, bound)

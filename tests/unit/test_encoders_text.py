@@ -450,7 +450,7 @@ def test_hf_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "unknown": "unknown cannot be loaded .*no-such-model",
         "no-padding": "has no padding token",
         "siglip": "is a siglip; CLIP, T5 and BERT-like text encoders work",
-        "no-projection": "lacks 1 weights .*text_projection.weight; give the whole CLIP",
+        "no-projection": "lacks 1 weights .*text_projection.weight; give the complete CLIP",
     }.items():
         with pytest.raises(DataError, match=message):
             load_text_encoder(f"hf:{source}", CPU)
