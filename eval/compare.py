@@ -1,9 +1,9 @@
 """python -m eval.compare --preset PRESET [--methods vanilla,naive,curriculum] [--seeds 3] [--
 TRAINING OPTIONS]
 
-Trains a preset in several ways, with the same data, draws, initial weights and steps, and says how
-they compare: by the validation loss, on a fixed set of (image, u, noise) per noise cluster that is
-the same for all, and by a Frechet distance. The first method is what the others are measured
+Trains a preset in several ways, with the same data, draws, initial weights and steps, and reports
+how they compare: by the validation loss, on a fixed set of (image, u, noise) per noise cluster that
+is the same for all, and by a Frechet distance. The first method is what the others are measured
 against, seed by seed.
 
     OUT/METHOD/seed_S/          the runs: checkpoints, and loss/ and curve/ with a row for each that
@@ -21,9 +21,9 @@ loss_second_moment, speed; joined by +, as curriculum+p2; with settings, as
 curriculum@patience=50,n_clusters=10 or logit_normal@noise.logit_std=0.5 (fields of curriculum,
 noise and optimizer). Those that set no pacing have no curriculum.
 
-Stopped or killed, it goes on when the same command is run again; what is trained and scored is left
-alone. The tasks of an array job take a run each (--run); the same command without --run then writes
-the report.
+Stopped or killed, it continues when the same command is run again; what is trained and scored is
+left alone. The tasks of an array job take a run each (--run); the same command without --run then
+writes the report.
 """
 
 import shlex
@@ -39,11 +39,10 @@ from eval.comparison.methods import read_methods
 from eval.comparison.plan import plan
 from eval.comparison.report import Findings, write_report
 from eval.comparison.validation_loss import ValidationLoss, check_like
-from eval.curve import Curve, Curves, make_scorer
+from eval.curve import Curve, Curves, make_scorer, steps_to_score
 from eval.sample import Sample, Sampler, folder_of
 from eval.score import Scorer
 from eval.training_runs import Run, check_same, configure
-from largescale.checkpoint.files import checkpoints
 from largescale.config.command_line import check_counts, parse_options, run_program, split_at_dashes
 from largescale.config.derived import cluster_edges
 from largescale.config.schema import Config
@@ -59,11 +58,14 @@ from largescale.host.launch import arguments, env_world_size, leave
 from largescale.host.signals import serve_stop_signals
 from largescale.models.build import latent_shape
 
-GRID_IMAGES = 40  # of samples.png, of each method
+# Images of each method in samples.png.
+GRID_IMAGES = 40
 
 
 @dataclass(frozen=True)
 class Compare:
+    """Options of a comparison."""
+
     preset: str
     """The preset to train, as in largescale.train."""
     methods: str = "vanilla,naive,curriculum"
@@ -126,6 +128,7 @@ class Compare:
     --train.device, after --."""
 
     def check(self) -> None:
+        """Raises ConfigError for options that cannot work, whatever the preset."""
         check_counts(self, "seeds", "nproc", "naive_interval", "every", "frechet_every", "clusters")
         check_counts(self, "loss_images", "batch_size")
         if self.num_samples and self.num_samples < 10:
@@ -143,15 +146,20 @@ class Compare:
 
 
 class Comparison:
-    """Whatever is wrong is said here, before any work."""
+    """The runs of a comparison, and their training, scoring and report."""
 
     def __init__(self, options: Compare, extra: Sequence[str] = (), command: str = "") -> None:
-        """`extra`: of the training program, for all runs."""
+        """Raises for whatever is wrong, before any work. `extra`: options of the training program,
+        for all runs."""
         options.check()
+        # The report needs both; without them hours of training would end in an error.
         for name in ("matplotlib", "scipy"):
             library(name, "eval")
-        o, methods = options, read_methods(options.methods)
-        self.options, self.extra, self.command = o, list(extra), command
+        o = options
+        methods = read_methods(options.methods)
+        self.options = o
+        self.extra = list(extra)
+        self.command = command
         self.methods = [method.name for method in methods]
         self.out = o.out or Path("runs/compare") / o.preset
         self.runs = plan(
@@ -163,31 +171,16 @@ class Comparison:
             naive_interval=o.naive_interval,
             extra=self.extra,
         )
-        for run in self.runs:
-            try:
-                validate(run.config, o.nproc)
-            except ConfigError as error:
-                raise ConfigError(
-                    f"method {run.method!r}: {error} (of one method: NAME@FIELD=VALUE)"
-                ) from None
-        if o.naive_interval and not any(
-            run.config.curriculum.pacing == "fixed" for run in self.runs
-        ):
-            raise ConfigError(
-                f"naive_interval={o.naive_interval} has no effect, none of --methods {o.methods} is "
-                "naive; leave it out"
-            )
-        self.chosen = self.choose()
         self.config = self.runs[0].config
-        if o.frechet_every and o.frechet_every % self.config.checkpoint.every:
-            raise ConfigError(
-                f"frechet_every={o.frechet_every} must be a multiple of the "
-                f"{self.config.checkpoint.every} steps between checkpoints; set --frechet-every "
-                "or --every"
-            )
+        self.check_runs()
+        self.chosen = self.choose()
+
+        # A run that lies in the folder from before has to be one of this comparison.
         self.data, validation = self.open(self.config)
         for run in self.runs:
             check_same(run, o.nproc, self.data.fingerprint)
+
+        # How all runs are measured.
         self.curve = self.protocol() if o.num_samples else None
         self.held_out = validation.fingerprint != self.data.fingerprint
         self.loss = ValidationLoss(
@@ -200,9 +193,34 @@ class Comparison:
         )
         self._scorer: Scorer | None = None
 
+    def check_runs(self) -> None:
+        """Raises ConfigError for a run that cannot be trained, and for options that do not fit the
+        runs."""
+        o = self.options
+        for run in self.runs:
+            try:
+                validate(run.config, o.nproc)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"method {run.method!r}: {error} (of one method: NAME@FIELD=VALUE)"
+                ) from None
+        pacings = {run.config.curriculum.pacing for run in self.runs}
+        if o.naive_interval and "fixed" not in pacings:
+            raise ConfigError(
+                f"naive_interval={o.naive_interval} has no effect, none of --methods {o.methods} is "
+                "naive; leave it out"
+            )
+        every = self.config.checkpoint.every
+        if o.frechet_every and o.frechet_every % every:
+            raise ConfigError(
+                f"frechet_every={o.frechet_every} must be a multiple of the {every} steps between "
+                "checkpoints; set --frechet-every or --every"
+            )
+
     def choose(self) -> list[Run]:
-        """Which runs are this process's."""
-        only, number = self.options.only, self.options.run
+        """The runs that this process trains and scores."""
+        only = self.options.only
+        number = self.options.run
         if only is not None and only not in self.methods:
             raise ConfigError(f"--only {only} is none of --methods {','.join(self.methods)}")
         if number is not None and not 0 <= number < len(self.runs):
@@ -210,14 +228,12 @@ class Comparison:
                 f"--run {number} must lie in 0..{len(self.runs) - 1}: {len(self.methods)} methods "
                 f"times {self.options.seeds} seeds"
             )
-        return [
-            run
-            for i, run in enumerate(self.runs)
-            if number in (None, i) and only in (None, run.method)
-        ]
+        if number is not None:
+            return [self.runs[number]]
+        return [run for run in self.runs if only in (None, run.method)]
 
     def open(self, config: Config) -> tuple[ShardDataset, ShardDataset]:
-        """To train on, and for the validation loss."""
+        """The data set to train on, and the one of the validation loss."""
         data = ShardDataset(config.data.path)
         if data.info.x_shape != latent_shape(config.model):
             raise DataError(
@@ -236,8 +252,9 @@ class Comparison:
         return cluster_edges(replace(base, curriculum=replace(base.curriculum, n_clusters=n)))
 
     def protocol(self) -> Curve:
-        """How samples are drawn and scored, for eval.curve; of no run yet."""
-        o, objective = self.options, build_objective(self.config)
+        """How samples are drawn and scored, as options of eval.curve without runs."""
+        o = self.options
+        objective = build_objective(self.config)
         if self.data.info.kind != "pixels" and not (o.reference and o.vae):
             raise ConfigError(
                 f"{self.data.path} holds {self.data.info.kind}: for a Frechet distance give "
@@ -269,43 +286,53 @@ class Comparison:
             captions=self.data.path if self.config.model.max_caption_tokens else None,
         )
 
-    # ---- the work
+    # ---- training and scoring
 
     def __call__(self) -> None:
-        todo, took = [run for run in self.chosen if not self.complete(run)], list[float]()
+        """Train and score the chosen runs, and report after each complete seed."""
+        todo = [run for run in self.chosen if not self.complete(run)]
+        # A reference that cannot be used is an error before hours of training, not after.
         if todo and self.curve:
-            self._scorer = make_scorer(
-                self.curve
-            )  # what is wrong with the reference is said before training
+            self._scorer = make_scorer(self.curve)
         if todo and (note := ema_note(self.config)):
             print(note, flush=True)
-        reports, reported = self.chosen == self.runs, self.whole_seeds()
+
+        # Only the process that has all runs writes the report.
+        reports = self.chosen == self.runs
+        reported = self.complete_seeds()
+        took: list[float] = []
         for i, run in enumerate(todo):
-            left = f", about {sum(took) / len(took) * (len(todo) - i) / 60:.0f} min" if took else ""
-            print(
-                f"run {self.runs.index(run) + 1} of {len(self.runs)}: {run.method}, seed "
-                f"{run.seed}; {len(todo) - i} to do{left}",
-                flush=True,
-            )
+            self.print_progress(run, len(todo) - i, took)
             start = time.perf_counter()
             if not run.finished:
                 run.train(self.options.nproc)
             self.score(run)
             took.append(time.perf_counter() - start)
-            if reports and self.whole_seeds() != reported:
-                reported = self.whole_seeds()
+            if reports and self.complete_seeds() != reported:
+                reported = self.complete_seeds()
                 self.report(reported)
+
         if reports and not todo:
             self.report(reported)
         if not reports:
-            missing = sum(not self.complete(run) for run in self.runs)
+            missing = len([run for run in self.runs if not self.complete(run)])
             print(
                 f"done; of all {len(self.runs)} runs {missing} are not. The same command without "
                 "--only and --run does what is missing, and writes the report",
                 flush=True,
             )
 
+    def print_progress(self, run: Run, todo: int, took: Sequence[float]) -> None:
+        """`todo`: how many runs are left with this one; `took`: seconds of those before."""
+        left = f", about {sum(took) / len(took) * todo / 60:.0f} min" if took else ""
+        print(
+            f"run {self.runs.index(run) + 1} of {len(self.runs)}: {run.method}, seed "
+            f"{run.seed}; {todo} to do{left}",
+            flush=True,
+        )
+
     def complete(self, run: Run) -> bool:
+        """Whether a run is trained to the end, and all of its checkpoints are scored."""
         return (
             run.finished
             and not self.unscored(run)
@@ -313,23 +340,17 @@ class Comparison:
         )
 
     def unscored(self, run: Run) -> list[int]:
-        """Steps of checkpoints without a validation loss."""
+        """The steps of checkpoints without a validation loss."""
         known = {row["step"] for row in self.loss.rows(run.folder)}
-        steps, every = (
-            [folder.step for folder in checkpoints(run.folder)],
-            run.config.checkpoint.every,
-        )
-        return [
-            step
-            for step in sorted(steps)
-            if step > 0 and step not in known and (step % every == 0 or step == max(steps))
-        ]
+        return steps_to_score(run.folder, known, run.config.checkpoint.every)
 
     def curves(self, run: Run) -> Curves:
+        """eval.curve of one run."""
         assert self.curve
         return Curves(replace(self.curve, runs=(run.folder,)), self._scorer)
 
     def score(self, run: Run) -> None:
+        """Score the checkpoints of a run that are not scored yet."""
         for step in self.unscored(run):
             self.loss.add(run.folder, step)
         if self.curve:
@@ -339,15 +360,25 @@ class Comparison:
         if self.options.discard:
             run.discard()
 
-    # ---- what came of it
+    # ---- the report
 
-    def whole_seeds(self) -> list[int]:
-        """Of which every method is trained and scored."""
+    def complete_seeds(self) -> list[int]:
+        """The seeds of which every method is trained and scored."""
         parts = {run.seed for run in self.runs if not self.complete(run)}
         return sorted({run.seed for run in self.runs} - parts)
 
     def report(self, seeds: Sequence[int]) -> None:
+        """Write the report of these seeds."""
         runs = [run for run in self.runs if run.seed in seeds]
+        loss = {run.folder: self.loss.rows(run.folder) for run in runs}
+
+        # The Frechet distances, and a picture of each method by the first seed.
+        frechet = {}
+        grids = {}
+        for run in runs if self.curve else ():
+            frechet[run.folder] = self.curves(run).rows(run.folder)
+            if run.seed == seeds[0]:
+                grids[run.method] = self.grid(run)
         write_report(
             Findings(
                 out=self.out,
@@ -355,40 +386,36 @@ class Comparison:
                 nproc=self.options.nproc,
                 seeds=self.options.seeds,
                 held_out=self.held_out,
-                loss={run.folder: self.loss.rows(run.folder) for run in runs},
+                loss=loss,
                 loss_protocol=self.loss.protocol,
-                frechet={run.folder: self.curves(run).rows(run.folder) for run in runs}
-                if self.curve
-                else {},
+                frechet=frechet,
                 frechet_protocol=self.curve.protocol() if self.curve else {},
-                grids={run.method: self.grid(run) for run in runs if run.seed == seeds[0]}
-                if self.curve
-                else {},
+                grids=grids,
                 command=self.command,
             )
         )
 
     def grid(self, run: Run) -> Path:
-        """A picture of the first samples of the last checkpoint."""
-        c, out = self.curve, run.folder / "grid"
+        """Draw the first samples of the last checkpoint; returns their picture."""
+        c = self.curve
         assert c
-        Sampler(
-            Sample(
-                run.folder,
-                out,
-                num_samples=GRID_IMAGES,
-                cfg_scale=(c.cfg_scale,),
-                sampler=c.sampler,
-                steps=c.steps,
-                seed=c.seed,
-                captions=c.captions,
-                vae=c.vae,
-                batch_size=c.batch_size,
-                step=run.config.train.steps,
-                device=c.device,
-                replace=True,
-            )
-        )()
+        out = run.folder / "grid"
+        options = Sample(
+            run.folder,
+            out,
+            num_samples=GRID_IMAGES,
+            cfg_scale=(c.cfg_scale,),
+            sampler=c.sampler,
+            steps=c.steps,
+            seed=c.seed,
+            captions=c.captions,
+            vae=c.vae,
+            batch_size=c.batch_size,
+            step=run.config.train.steps,
+            device=c.device,
+            replace=True,
+        )
+        Sampler(options)()
         return folder_of(out, c.cfg_scale) / "grid.png"
 
 

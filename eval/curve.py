@@ -6,7 +6,7 @@ steps and images.
                                 protocol
     curve.png, curve.json       of all runs in one: the curves, with the transitions of their stages
 
-Of a RUN that one may only read, OUT/RUN-5e6f/ takes the place of RUN/curve.
+For a RUN that may only be read, OUT/RUN-5e6f/ takes the place of RUN/curve.
 
 A small protocol, the same for all: 10,000 samples by DDIM in 50 steps (SiT and EDM: Heun, 18). A
 checkpoint that has a row of this protocol is left alone: run it again while training goes on, and
@@ -14,6 +14,7 @@ it adds what is new. Under torchrun or srun the ranks share the drawing, and ran
 """
 
 import hashlib
+import itertools
 import json
 import shutil
 import sys
@@ -51,9 +52,28 @@ from largescale.models.half_precision import check_on_cpu
 
 Row = dict[str, Any]
 
+# The options that change what a score is: rows that differ in one of them lie on other curves.
+PROTOCOL = (
+    "reference",
+    "num_samples",
+    "cfg_scale",
+    "guidance_interval",
+    "sampler",
+    "steps",
+    "seed",
+    "extractor",
+    "inception_weights",
+    "prompts_file",
+    "captions",
+    "precision",
+    "device",
+)
+
 
 @dataclass(frozen=True)
 class Curve:
+    """Options of eval.curve."""
+
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run directories, such as runs/vanilla runs/curriculum."""
     reference: Path
@@ -104,9 +124,10 @@ class Curve:
     """What this runs on; by default a GPU if there is one."""
 
     def check(self) -> None:
+        """Raises ConfigError, or CheckpointError, for options that cannot work."""
         if self.every < 1:
             raise ConfigError(f"every={self.every} must be at least 1; it counts training steps")
-        if len({run.resolve() for run in self.runs}) < len(self.runs):
+        if len(set(map(Path.resolve, self.runs))) < len(self.runs):
             raise ConfigError("a run is named twice; name each once")
         for run in self.runs:
             if not checkpoints(run):
@@ -122,49 +143,35 @@ class Curve:
             check_on_cpu(self.precision, "--precision {}")
 
     def protocol(self) -> Row:
-        """What rows must share to lie on one curve."""
-        words = (
-            "reference",
-            "num_samples",
-            "cfg_scale",
-            "guidance_interval",
-            "sampler",
-            "steps",
-            "seed",
-            "extractor",
-            "inception_weights",
-            "prompts_file",
-            "captions",
-            "precision",
-            "device",
-        )
-        known: Row = json.loads(
-            json.dumps({word: getattr(self, word) for word in words}, default=str)
-        )
-        return known
+        """The settings that rows must share to lie on one curve, as plain JSON."""
+        settings = {name: getattr(self, name) for name in PROTOCOL}
+        plain: Row = json.loads(json.dumps(settings, default=str))
+        return plain
 
 
 class Curves:
+    """The scores of the checkpoints of some runs: those that are known, and those to be made."""
+
     def __init__(self, options: Curve, scorer: Scorer | None = None) -> None:
-        """`scorer`: of `make_scorer`, where several have one."""
+        """`scorer`: one that `make_scorer` made, to be shared by several."""
         options.check()
-        sampler, steps = options.sampler, options.steps
         self.homes = {run: self.home(run, options.out) for run in options.runs}
         if options.runs:
             out = options.out or options.runs[0] / "curve"
-            require_writable(
-                *(out / name for name in ("curve.json", "curve.png")), remedy="choose another --out"
-            )
-            sampler, steps = quick_sampler(
-                build_objective(config_of(options.runs[0])), sampler, steps
-            )
-        self.options, self.rank = replace(options, sampler=sampler, steps=steps), env_rank()
-        self._scorer, self._ready = scorer, dict[tuple[Path, int], Sampler]()
+            require_writable(out / "curve.json", out / "curve.png", remedy="choose another --out")
+            # The sampler is part of the protocol, so all runs get the one of the first.
+            objective = build_objective(config_of(options.runs[0]))
+            sampler, steps = quick_sampler(objective, options.sampler, options.steps)
+            options = replace(options, sampler=sampler, steps=steps)
+        self.options = options
+        self.rank = env_rank()
+        self._scorer = scorer
+        self._ready: dict[tuple[Path, int], Sampler] = {}
 
     @staticmethod
     def home(run: Path, out: Path | None) -> Path:
-        """Where a run's rows and samples lie. Raises CheckpointError for a run to be read only,
-        without `out`."""
+        """The folder of a run's rows and samples. Raises CheckpointError for a run that may only be
+        read, without `out`."""
         try:
             require_writable(
                 run / "curve" / RESULTS, run / "curve/new", remedy="give --out DIR, which is enough"
@@ -172,19 +179,27 @@ class Curves:
         except (CheckpointError, StorageError):
             if not out:
                 raise
-            return out / f"{run.name}-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:4]}"
+            # Two runs of one name get two folders.
+            digest = hashlib.sha256(str(run.resolve()).encode()).hexdigest()
+            return out / f"{run.name}-{digest[:4]}"
         return run / "curve"
 
     def __call__(self) -> None:
-        missing = [(run, step) for run in self.options.runs for step in self.missing(run)]
-        if first := next((at for at in missing if CheckpointDir.at(*at).exists), None):
-            self._ready[first] = self.sampler(
-                *first
-            )  # what is wrong with it is said before the work
+        """Score what is missing, and draw the curves."""
+        missing = []
+        for run in self.options.runs:
+            missing += [(run, step) for step in self.missing(run)]
+
+        # What is wrong with a model or the reference is an error before the work, not in it.
+        existing = [(run, step) for run, step in missing if CheckpointDir.at(run, step).exists]
+        if existing:
+            self._ready[existing[0]] = self.sampler(*existing[0])
         if self.rank == 0:
             self.remove_scored()
-            if first:
-                self.scorer()  # and with the reference
+            if existing:
+                self.scorer()
+
+        # Training that is still under way may remove a checkpoint before its turn.
         for run, step in missing:
             if CheckpointDir.at(run, step).exists:
                 self.add(run, step)
@@ -198,30 +213,32 @@ class Curves:
             self.draw({run: self.rows(run) for run in self.options.runs})
 
     def notes(self) -> list[str]:
-        """Of the EMA, at the earliest step of each run that is to be scored; of rank 0."""
-        earliest = {
-            run: steps[0]
-            for run in self.options.runs
-            if self.rank == 0 and (steps := self.missing(run))
-        }
-        return [
-            f"{run}: {note}"
-            for run, step in earliest.items()
-            if (note := ema_note(config_of(run), step))
-        ]
+        """Notes on the EMA at the earliest step of each run that is to be scored; on rank 0 only."""
+        if self.rank != 0:
+            return []
+        found = []
+        for run in self.options.runs:
+            missing = self.missing(run)
+            note = ema_note(config_of(run), missing[0]) if missing else None
+            if note:
+                found.append(f"{run}: {note}")
+        return found
 
     def remove_scored(self) -> None:
-        """Samples that a kill between their row and their removal has left."""
-        for run in self.options.runs if not self.options.keep_samples else ():
+        """Remove samples that a kill between their row and their removal has left."""
+        if self.options.keep_samples:
+            return
+        for run in self.options.runs:
             for row in self.rows(run):
                 shutil.rmtree(self.folder(run, row["step"]), ignore_errors=True)
 
     def folder(self, run: Path, step: int) -> Path:
+        """The folder of the samples of one checkpoint, by this protocol."""
         protocol = hashlib.sha256(json.dumps(self.options.protocol()).encode()).hexdigest()[:8]
         return self.homes[run] / protocol / f"step_{step:08d}"
 
     def rows(self, run: Path) -> list[Row]:
-        """Of this protocol, in the order of steps; of two of one step, the later."""
+        """The rows of this protocol, in the order of steps; of two of one step, the later."""
         found: dict[int, Row] = {}
         for line in lines(self.homes[run] / RESULTS):
             if line.get("protocol") == self.options.protocol():
@@ -229,17 +246,12 @@ class Curves:
         return [found[step] for step in sorted(found)]
 
     def missing(self, run: Path) -> list[int]:
-        steps = sorted(folder.step for folder in checkpoints(run))
+        """The steps of the checkpoints that have no row of this protocol."""
         known = {row["step"] for row in self.rows(run)}
-        return [
-            step
-            for step in steps
-            if step > 0
-            and step not in known
-            and (step % self.options.every == 0 or step == steps[-1])
-        ]
+        return steps_to_score(run, known, self.options.every)
 
     def sampler(self, run: Path, step: int) -> Sampler:
+        """The sampler of one checkpoint. Raises ConfigError for one that would draw latents."""
         o = self.options
         sampler = Sampler(
             Sample(
@@ -267,11 +279,14 @@ class Curves:
         return sampler
 
     def add(self, run: Path, step: int) -> None:
-        o, out = self.options, self.folder(run, step)
+        """Draw the samples of one checkpoint, on all ranks, and score them, on rank 0."""
+        o = self.options
+        out = self.folder(run, step)
         sampler = self._ready.pop((run, step), None) or self.sampler(run, step)
         sampler()
         if self.rank != 0:
             return
+
         scored = self.scorer()(folder_of(out, o.cfg_scale))
         info = sampler.trained.info
         row = {
@@ -280,30 +295,36 @@ class Curves:
             "images": info.get("samples_seen"),
             "protocol": o.protocol(),
             "transitions": (info.get("curriculum") or {}).get("transitions", []),
-            **{key: scored[key] for key in ("figures", "notes", "extractor", "n")},
+            "figures": scored["figures"],
+            "notes": scored["notes"],
+            "extractor": scored["extractor"],
+            "n": scored["n"],
             "reference": scored["reference"],
         }
         append_line(self.homes[run] / RESULTS, json.dumps(row))
-        said = (
-            f"{name} {figure['value']:.5g} +- {figure['error']:.2g}"
-            for name, figure in row["figures"].items()
-        )
-        print(f"{run} at step {step:,}: {', '.join(said)}", flush=True)
+
+        shown = []
+        for name, figure in row["figures"].items():
+            shown.append(f"{name} {figure['value']:.5g} +- {figure['error']:.2g}")
+        print(f"{run} at step {step:,}: {', '.join(shown)}", flush=True)
         if not o.keep_samples:
             shutil.rmtree(out)
-            with suppress(OSError):  # not empty: another step's
+            # Not empty where another step's samples lie in it.
+            with suppress(OSError):
                 out.parent.rmdir()
 
     def scorer(self) -> Scorer:
-        """One for all: the reference is looked at once."""
+        """The one scorer of all checkpoints: features of the reference are computed once."""
         if self._scorer is None:
-            shapes = [sampler.info().shape for sampler in self._ready.values()]
-            self._scorer = make_scorer(
-                self.options, [(height, width) for _, height, width in shapes]
-            )
+            sizes = []
+            for sampler in self._ready.values():
+                _, height, width = sampler.info().shape
+                sizes.append((height, width))
+            self._scorer = make_scorer(self.options, sizes)
         return self._scorer
 
     def draw(self, of_runs: dict[Path, list[Row]]) -> None:
+        """Write curve.json and curve.png, and print the summary."""
         out = self.options.out or self.options.runs[0] / "curve"
         out.mkdir(parents=True, exist_ok=True)
         if not any(of_runs.values()):
@@ -313,38 +334,48 @@ class Curves:
         plot(of_runs, out / "curve.png")
         for line in summary(of_runs):
             print(line, flush=True)
-        print(
-            f"{sum(map(len, of_runs.values()))} checkpoints on the curve: {out / 'curve.png'}",
-            flush=True,
-        )
+        count = sum(map(len, of_runs.values()))
+        print(f"{count} checkpoints on the curve: {out / 'curve.png'}", flush=True)
+
+
+def steps_to_score(run: Path, known: set[int], every: int) -> list[int]:
+    """The steps of a run's checkpoints that are not `known`: multiples of `every`, and the newest,
+    but never step 0, at which nothing is trained."""
+    steps = sorted([checkpoint.step for checkpoint in checkpoints(run)])
+    found = []
+    for step in steps:
+        wanted = step % every == 0 or step == steps[-1]
+        if wanted and step > 0 and step not in known:
+            found.append(step)
+    return found
 
 
 def config_of(run: Path) -> Config:
+    """The config of a run's newest checkpoint."""
     newest = checkpoints(run)[0]
     with usable(newest.path):
         return from_dict(newest.manifest()["state"]["config"])
 
 
 def make_scorer(o: Curve, sizes: Sequence[tuple[int, int]] = ()) -> Scorer:
-    """For samples of these sizes. Raises DataError for what is wrong with the reference or the
-    extractor."""
-    return Scorer(
-        Score(
-            samples=(),
-            reference=o.reference,
-            extractor=o.extractor,
-            inception_weights=o.inception_weights,
-            device=o.device,
-        ),
-        sizes,
+    """The scorer for samples of these sizes. Raises DataError for what is wrong with the reference
+    or the extractor."""
+    score = Score(
+        samples=(),
+        reference=o.reference,
+        extractor=o.extractor,
+        inception_weights=o.inception_weights,
+        device=o.device,
     )
+    return Scorer(score, sizes)
 
 
 def lines(path: Path) -> list[Row]:
-    """What is whole of a file of JSON lines."""
+    """The rows of a file of JSON lines; a line that was cut short is left out."""
     found = []
     for line in path.read_text().splitlines() if path.is_file() else []:
-        with suppress(ValueError):  # cut short by a crash
+        # A crash while writing leaves a part of the last line.
+        with suppress(ValueError):
             row = from_json(line)
             if isinstance(row, dict):
                 found.append(row)
@@ -357,16 +388,20 @@ def main_figure(rows: Sequence[Row]) -> str:
 
 
 def steps_to_match_best_of(one: Sequence[Row], other: Sequence[Row]) -> tuple[int, int] | None:
-    """(first step at which `one` is at least as good as `other` ever was, the step of that best of
-    the other)."""
+    """The first step at which `one` is at least as good as `other` ever was, and the step of that
+    best of the other; None where it never is."""
     name = main_figure(other)
-    best = min(other, key=lambda row: row["figures"][name]["value"])
-    reached = [
-        row["step"]
-        for row in one
-        if row["figures"][name]["value"] <= best["figures"][name]["value"]
-    ]
-    return (reached[0], best["step"]) if reached else None
+    best = best_row(other)
+    for row in one:
+        if row["figures"][name]["value"] <= best["figures"][name]["value"]:
+            return row["step"], best["step"]
+    return None
+
+
+def best_row(rows: Sequence[Row]) -> Row:
+    """The row with the least Frechet distance."""
+    name = main_figure(rows)
+    return min(rows, key=lambda row: row["figures"][name]["value"])
 
 
 def overlap(one: Row, other: Row) -> bool:
@@ -375,43 +410,41 @@ def overlap(one: Row, other: Row) -> bool:
 
 
 def summary(of_runs: dict[Path, list[Row]]) -> list[str]:
-    """The best of each run, and which run reaches another's best how much earlier."""
-    said, scored = [], {run: rows for run, rows in of_runs.items() if rows}
-    for run, rows in scored.items():
-        name = main_figure(rows)
-        best = min(rows, key=lambda row: row["figures"][name]["value"])
-        figure = best["figures"][name]
-        said.append(
-            f"{run}: best {name} {figure['value']:.5g} +- {figure['error']:.2g} at step "
-            f"{best['step']:,}"
-        )
-        if alike := [
-            row["step"] for row in rows if row is not best and overlap(figure, row["figures"][name])
-        ]:
-            said[-1] += (
-                f", not told apart from step {', '.join(f'{step:,}' for step in alike)}: errors "
-                "overlap"
-            )
-    for one, rows in scored.items():
-        for other, others in scored.items():
-            if (
-                one == other
-                or main_figure(rows) != main_figure(others)
-                or not (found := steps_to_match_best_of(rows, others))
-            ):
-                continue
-            reached, at = found
-            if reached < at:
-                said.append(
-                    f"{one} reaches the best of {other} at step {reached:,}, {at - reached:,} steps "
-                    f"earlier ({1 - reached / at:.0%})"
-                )
-            else:
-                said.append(
-                    f"{one} reaches the best of {other} at step {reached:,}, {reached - at:,} steps "
-                    "later"
-                )
-    return said
+    """Lines on the best of each run, and on which run reaches another's best how much earlier."""
+    scored = {run: rows for run, rows in of_runs.items() if rows}
+    found = [best_text(run, rows) for run, rows in scored.items()]
+    for one, other in itertools.permutations(scored, 2):
+        # Distances of two extractors have nothing to do with each other.
+        if main_figure(scored[one]) != main_figure(scored[other]):
+            continue
+        if pair := steps_to_match_best_of(scored[one], scored[other]):
+            found.append(f"{one} reaches the best of {other} {match_text(*pair)}")
+    return found
+
+
+def best_text(run: Path, rows: Sequence[Row]) -> str:
+    """The best of one run, with the steps that it cannot be distinguished from."""
+    name = main_figure(rows)
+    best = best_row(rows)
+    figure = best["figures"][name]
+    text = (
+        f"{run}: best {name} {figure['value']:.5g} +- {figure['error']:.2g} at step "
+        f"{best['step']:,}"
+    )
+    alike = []
+    for row in rows:
+        if row is not best and overlap(figure, row["figures"][name]):
+            alike.append(f"{row['step']:,}")
+    if alike:
+        text += f", not told apart from step {', '.join(alike)}: errors overlap"
+    return text
+
+
+def match_text(reached: int, at: int) -> str:
+    """When a run reached the best that another had at step `at`."""
+    if reached < at:
+        return f"at step {reached:,}, {at - reached:,} steps earlier ({1 - reached / at:.0%})"
+    return f"at step {reached:,}, {reached - at:,} steps later"
 
 
 def plot(of_runs: dict[Path, list[Row]], path: Path) -> None:
@@ -422,9 +455,9 @@ def plot(of_runs: dict[Path, list[Row]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = list(
-        dict.fromkeys(name for rows in of_runs.values() for row in rows for name in row["figures"])
-    )
+    # The figures that any run has, in the order of the first that has them.
+    all_rows = list(itertools.chain.from_iterable(of_runs.values()))
+    names = list(dict.fromkeys(itertools.chain.from_iterable([row["figures"] for row in all_rows])))
     columns = min(3, len(names))
     down = -(-len(names) // columns)
     plots, axes = plt.subplots(
@@ -432,40 +465,46 @@ def plot(of_runs: dict[Path, list[Row]], path: Path) -> None:
     )
     for unused in axes.flat[len(names) :]:
         unused.set_axis_off()
+
+    # With one batch size for all runs, a step is the same number of images everywhere.
+    batch_sizes = {row["images"] / row["step"] for row in all_rows if row["images"]}
     for name, axis in zip(names, axes.flat, strict=False):
         for run, rows in of_runs.items():
-            points = [(row["step"], row["figures"][name]) for row in rows if name in row["figures"]]
-            if not points:
-                continue
-            steps, values, errors = zip(
-                *((step, f["value"], f["error"]) for step, f in points), strict=True
-            )
-            line = axis.errorbar(
-                steps, values, errors, marker="o", markersize=3, capsize=2, label=str(run)
-            )
-            for step, _index in rows[-1]["transitions"]:
-                axis.axvline(step, color=line[0].get_color(), linestyle=":", linewidth=0.6)
+            plot_run(axis, run, rows, name)
         axis.set(xlabel="step", ylabel=name)
-        of_images = [
-            row["images"] / row["step"]
-            for rows in of_runs.values()
-            for row in rows
-            if row["images"]
-        ]
-        if of_images and max(of_images) == min(
-            of_images
-        ):  # one batch size: one scale of images for all
-            batch = of_images[0]
-            scales = (
-                lambda step, batch=batch: step * batch,
-                lambda images, batch=batch: images / batch,
-            )
-            axis.secondary_xaxis("top", functions=scales).set_xlabel("images")
+        if len(batch_sizes) == 1:
+            add_image_axis(axis, *batch_sizes)
         axis.legend(fontsize="small")
+
     temporary = path.with_name("curve.tmp.png")
     plots.savefig(temporary, dpi=120)
     plt.close(plots)
     temporary.replace(path)
+
+
+def plot_run(axis: Any, run: Path, rows: Sequence[Row], name: str) -> None:
+    """One run's curve of one figure, with the transitions of its stages."""
+    scored = [row for row in rows if name in row["figures"]]
+    if not scored:
+        return
+    figures = [row["figures"][name] for row in scored]
+    line = axis.errorbar(
+        [row["step"] for row in scored],
+        [figure["value"] for figure in figures],
+        [figure["error"] for figure in figures],
+        marker="o",
+        markersize=3,
+        capsize=2,
+        label=str(run),
+    )
+    for step, _index in rows[-1]["transitions"]:
+        axis.axvline(step, color=line[0].get_color(), linestyle=":", linewidth=0.6)
+
+
+def add_image_axis(axis: Any, batch_size: float) -> None:
+    """A second x-axis, of images."""
+    scales = (lambda step: step * batch_size, lambda images: images / batch_size)
+    axis.secondary_xaxis("top", functions=scales).set_xlabel("images")
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -18,14 +18,13 @@ stages:
                                 its samples
     OUT/relative_entropy.json   for each timestep
 
-Stopped or killed, it goes on when the same command is run again; what is there, and was made with
+Stopped or killed, it continues when the same command is run again; what exists, and was made with
 the same settings, is left alone. The tasks of an array job (slurm/difficulty.sh) take an interval
 each; under torchrun the ranks share the drawing of `denoise`, and --nproc is the number of
 processes that train a run.
 """
 
 import contextlib
-import difflib
 import hashlib
 import json
 import os
@@ -44,7 +43,12 @@ from tqdm import tqdm
 from eval.curve import lines
 from eval.difficulty_study.denoising import SplicedSampler, asked_levels, bounds
 from eval.difficulty_study.findings import Findings
-from eval.difficulty_study.relative_entropy import noise_levels, relative_entropy
+from eval.difficulty_study.relative_entropy import (
+    Array,
+    RelativeEntropy,
+    noise_levels,
+    relative_entropy,
+)
 from eval.difficulty_study.report import number, write_report
 from eval.difficulty_study.study import STAGES, STUDIES, Plan, Row, Study, names
 from eval.drawing.sample_set import GRID
@@ -59,29 +63,36 @@ from largescale.errors import ConfigError, DataError
 from largescale.host.files import append_line, from_json, write_atomically
 from largescale.host.launch import leave
 from largescale.host.signals import serve_stop_signals, stop_requested
+from largescale.registry import look_up
 
 
 class Difficulty(Plan):
+    """A difficulty study: its runs, and what each stage does with them."""
+
     def __call__(self) -> None:
+        """Do the stages that were asked for, in their order."""
         stages = {
             "train": self.train,
             "denoise": self.denoise,
             "entropy": self.entropy,
             "report": self.report,
         }
+        # The ranks share the drawing of samples only.
         for stage in STAGES:
             if stage in self.options.stages and (stage == "denoise" or self.rank == 0):
                 stages[stage]()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
+        """Print a line, on rank 0 only."""
         if self.rank == 0:
             print(text, flush=True)
 
     # ---- the stages
 
     def train(self) -> None:
+        """Train the models that are missing, one after another."""
         todo = self.untrained(self.chosen)
-        self.say(
+        self.log(
             f"train: {len(todo)} of {len(self.chosen)} models to train to step "
             f"{self.options.steps:,}"
         )
@@ -89,23 +100,69 @@ class Difficulty(Plan):
         for done, i in enumerate(todo):
             each = (time.perf_counter() - start) / max(done, 1)
             left = f", about {each * (len(todo) - done) / 60:.0f} min left" if done else ""
-            self.say(f"train: {self.title(i)}, {self.runs[i].folder}{left}")
+            self.log(f"train: {self.title(i)}, {self.runs[i].folder}{left}")
             self.runs[i].train(self.options.nproc)
 
     def denoise(self) -> None:
+        """Sample with the models that have no score yet, and score the samples."""
         self.check_trained(sorted({0, *self.chosen}))
-        todo = [i for i in self.chosen if i not in self.scored()]
-        self.say(f"denoise: {len(todo)} of {len(self.chosen)} models to sample with")
+        todo = sorted(set(self.chosen) - self.scored().keys())
+        self.log(f"denoise: {len(todo)} of {len(self.chosen)} models to sample with")
         if todo and (note := ema_note(self.config)):
-            self.say(note)
+            self.log(note)
+        # A reference that cannot be used is an error before any sample is drawn.
         if todo and self.rank == 0:
-            self.scorer  # noqa: B018  what is wrong with the reference is said now
+            self.scorer  # noqa: B018
         for i in todo:
             self.sample_and_score(i)
 
     def sample_and_score(self, i: int) -> None:
-        o, folder = self.options, self.options.out / "denoising" / f"interval_{i:02}"
-        how = Sample(
+        """Draw samples with model i inside its interval, on all ranks, and score them, on rank
+        0."""
+        o = self.options
+        folder = o.out / "denoising" / f"interval_{i:02}"
+        how = self.sample_options(folder)
+        # Interval 0 is the full model, by itself.
+        low, high = bounds(*(self.edges[i - 1 : i + 1] if i else (0, 1)))
+        sampler = SplicedSampler(how, self.runs[i].folder, (low, high)) if i else Sampler(how)
+        if sampler.info().kind == "latents":
+            raise ConfigError(f"{self.full} draws latents, and its VAE is not known; give --vae")
+        sampler()
+        if self.rank != 0:
+            return
+
+        made = folder_of(folder, o.cfg_scale)
+        scored = self.scorer(made)
+        # How often the sampler asks the model of the interval at all.
+        levels = asked_levels(sampler.trained, sampler.configs[0])
+        inside = len([u for u in levels if low <= u < high])
+        ((name, figure),) = scored["figures"].items()
+        row = {
+            "interval": i,
+            "protocol": o.protocol(),
+            "figure": name,
+            "value": figure["value"],
+            "error": figure["error"],
+            "evaluations": len(levels),
+            "evaluations_inside": inside,
+            "drawn": scored["drawn"],
+            "notes": scored["notes"],
+            "extractor": scored["extractor"],
+            "reference": scored["reference"],
+        }
+        append_line(self.rows_file, json.dumps(row))
+        self.log(
+            f"denoise: {self.title(i)}: {name} {number(figure['value'])} +- {figure['error']:.2g}, "
+            f"{inside} of {len(levels)} evaluations inside"
+        )
+        shutil.copyfile(made / GRID, folder.with_suffix(".png"))
+        if not o.keep_samples:
+            shutil.rmtree(folder)
+
+    def sample_options(self, folder: Path) -> Sample:
+        """How all samples are drawn; they replace those of other settings."""
+        o = self.options
+        return Sample(
             self.full,
             folder,
             num_samples=o.num_samples,
@@ -118,60 +175,24 @@ class Difficulty(Plan):
             device=o.device,
             replace=True,
         )
-        low, high = bounds(*(self.edges[i - 1 : i + 1] if i else (0, 1)))
-        sampler = SplicedSampler(how, self.runs[i].folder, (low, high)) if i else Sampler(how)
-        if sampler.info().kind == "latents":
-            raise ConfigError(f"{self.full} draws latents, and its VAE is not known; give --vae")
-        sampler()
-        if self.rank != 0:
-            return
-        made = folder_of(folder, o.cfg_scale)
-        scored = self.scorer(made)
-        levels = asked_levels(sampler.trained, sampler.configs[0])
-        inside = sum(low <= u < high for u in levels)
-        ((name, figure),) = scored["figures"].items()
-        append_line(
-            self.rows_file,
-            json.dumps(
-                {
-                    "interval": i,
-                    "protocol": self.options.protocol(),
-                    "figure": name,
-                    "value": figure["value"],
-                    "error": figure["error"],
-                    "evaluations": len(levels),
-                    "evaluations_inside": inside,
-                    "drawn": scored["drawn"],
-                    "notes": scored["notes"],
-                    "extractor": scored["extractor"],
-                    "reference": scored["reference"],
-                }
-            ),
-        )
-        self.say(
-            f"denoise: {self.title(i)}: {name} {number(figure['value'])} +- {figure['error']:.2g}, "
-            f"{inside} of {len(levels)} evaluations inside"
-        )
-        shutil.copyfile(made / GRID, folder.with_suffix(".png"))
-        if not o.keep_samples:
-            shutil.rmtree(folder)
 
     @property
     def rows_file(self) -> Path:
         return self.options.out / "denoising.jsonl"
 
     def scored(self) -> dict[int, Row]:
-        """By interval."""
-        return {
-            row["interval"]: row
-            for row in lines(self.rows_file)
-            if row.get("protocol") == self.options.protocol()
-        }
+        """The rows of this protocol, by interval."""
+        protocol = self.options.protocol()
+        found = {}
+        for row in lines(self.rows_file):
+            if row.get("protocol") == protocol:
+                found[row["interval"]] = row
+        return found
 
     @cached_property
     def scorer(self) -> Scorer:
-        """Of the data set the statistics are kept: the tasks of an array job look at it once each
-        at most."""
+        """The scorer of all samples. Statistics of the data set are kept in a file, so the tasks of
+        an array job compute them once each at most."""
         o = self.options
         if o.reference:
             return self._scorer(o.reference)
@@ -179,46 +200,67 @@ class Difficulty(Plan):
         kept = o.out / f"reference_{hashlib.sha256(what.encode()).hexdigest()[:8]}.npz"
         if kept.exists():
             return self._scorer(kept)
-        own = kept.with_suffix(f".{os.getpid()}.npz")  # others may be at it
+        # Another task may be writing the same statistics: each has a file of its own until then.
+        own = kept.with_suffix(f".{os.getpid()}.npz")
         scorer = self._scorer(self.data.path, save_reference=own)
         own.replace(kept)
         return scorer
 
     def _scorer(self, reference: Path, save_reference: Path | None = None) -> Scorer:
         o = self.options
-        return Scorer(
-            Score(
-                reference=reference,
-                save_reference=save_reference,
-                extractor=o.extractor,
-                inception_weights=o.inception_weights,
-                metrics=("frechet",),
-                keep=2,
-                device=o.device,
-            )
+        # Only a Frechet distance is computed, so no features need be kept (2 is the least).
+        score = Score(
+            reference=reference,
+            save_reference=save_reference,
+            extractor=o.extractor,
+            inception_weights=o.inception_weights,
+            metrics=("frechet",),
+            keep=2,
+            device=o.device,
         )
+        return Scorer(score)
 
     @property
     def entropy_file(self) -> Path:
         return self.options.out / "relative_entropy.json"
 
     def entropy(self) -> None:
+        """Measure the relative entropy of neighbouring noise levels, unless the file has it."""
         o = self.options
-        settings: Row = json.loads(
-            json.dumps(
-                {
-                    "dataset": self.data.fingerprint,
-                    "images": o.entropy_images,
-                    "samples": o.entropy_samples,
-                    "seed": o.seed,
-                    "diffusion": asdict(self.config.diffusion),
-                }
-            )
-        )
+        facts = {
+            "dataset": self.data.fingerprint,
+            "images": o.entropy_images,
+            "samples": o.entropy_samples,
+            "seed": o.seed,
+            "diffusion": asdict(self.config.diffusion),
+        }
+        # As JSON has it: tuples are lists there.
+        settings: Row = json.loads(json.dumps(facts))
         if (read_json(self.entropy_file) or {}).get("settings") == settings:
-            self.say(f"entropy: {self.entropy_file} is there, left alone")
+            self.log(f"entropy: {self.entropy_file} is there, left alone")
             return
+
         levels = noise_levels(build_objective(self.config), self.config.diffusion.timesteps)
+        found = self.measure_entropy(levels)
+        o.out.mkdir(parents=True, exist_ok=True)
+        # Row t compares timesteps t - 1 and t; u is the noise level of t.
+        rows: Row = {
+            "t": list(range(1, len(levels))),
+            "u": ((np.arange(1, len(levels)) + 0.5) / len(levels)).tolist(),
+        }
+        for key, values in vars(found).items():
+            rows[key] = values.tolist()
+        rows["biased"] = found.biased.tolist()
+        rows["degenerate"] = found.degenerate.tolist()
+        write_atomically(self.entropy_file, json.dumps({"settings": settings, **rows}) + "\n")
+        self.log(
+            f"entropy: {self.entropy_file}, {len(levels) - 1} timesteps; {found.degenerate.sum()} "
+            f"have one kernel, {found.biased.sum()} few"
+        )
+
+    def measure_entropy(self, levels: Array) -> RelativeEntropy:
+        """The relative entropies of all pairs of neighbouring `levels`, with a progress bar."""
+        o = self.options
         images = self.images().to(local_device(o.device))
         with tqdm(
             total=len(levels) - 1,
@@ -228,7 +270,7 @@ class Difficulty(Plan):
             mininterval=0.5 if sys.stderr.isatty() else 20,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total}{unit} [{elapsed}<{remaining}]",
         ) as bar:
-            found = relative_entropy(
+            return relative_entropy(
                 images,
                 levels[:-1],
                 levels[1:],
@@ -237,45 +279,33 @@ class Difficulty(Plan):
                 stop=stop_requested,
                 progress=lambda share: bar.update(share * (len(levels) - 1)),
             )
-        u = (np.arange(1, len(levels)) + 0.5) / len(levels)
-        rows = {
-            "t": list(range(1, len(levels))),
-            "u": u.tolist(),
-            **{key: values.tolist() for key, values in vars(found).items()},
-            "biased": found.biased.tolist(),
-            "degenerate": found.degenerate.tolist(),
-        }
-        o.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.entropy_file, json.dumps({"settings": settings, **rows}) + "\n")
-        self.say(
-            f"entropy: {self.entropy_file}, {len(levels) - 1} timesteps; {found.degenerate.sum()} "
-            f"have one kernel, {found.biased.sum()} few"
-        )
 
     def images(self) -> torch.Tensor:
-        """(L, C, H, W) float32 in the model's space: random ones, and of moments one latent
-        each."""
-        o, info = self.options, self.data.info
-        chosen = np.sort(
-            np.random.default_rng(o.seed).choice(len(self.data), o.entropy_images, replace=False)
-        )
-        parts, generator = [], torch.Generator().manual_seed(o.seed)
+        """Random images of the data set in the model's space, (L, C, H, W) float32; of moments one
+        latent each."""
+        o = self.options
+        info = self.data.info
+        draw = np.random.default_rng(o.seed)
+        chosen = np.sort(draw.choice(len(self.data), o.entropy_images, replace=False))
+        generator = torch.Generator().manual_seed(o.seed)
+
+        # In parts, as what is stored may need more memory than float32.
+        parts = []
         for some in np.array_split(chosen, -(-len(chosen) // 256)):
             stored = torch.from_numpy(self.data.gather(some)["latent"])
-            noise = (
-                torch.randn(len(some), *info.x_shape, generator=generator)
-                if info.kind == "moments"
-                else None
-            )
+            noise = None
+            if info.kind == "moments":
+                noise = torch.randn(len(some), *info.x_shape, generator=generator)
             parts.append(to_x_start(stored, info.kind, info.scale_factor, noise))
         return torch.cat(parts)
 
     def report(self) -> None:
+        """Write the report of what is measured, and log what is missing and how to make it."""
         o = self.options
         found = Findings(
             self.name,
             self.edges,
-            {i: run.folder for i, run in enumerate(self.runs)},
+            dict(enumerate([run.folder for run in self.runs])),
             o.steps,
             o.patience,
             self.scored(),
@@ -283,7 +313,7 @@ class Difficulty(Plan):
         )
         for stage, intervals in found.missing.items():
             what = names(intervals) if intervals else "the relative entropy is"
-            self.say(
+            self.log(
                 f"missing: {what} not there from the stage {stage}; run "
                 f"{self.command(stage, intervals)}"
             )
@@ -292,11 +322,11 @@ class Difficulty(Plan):
         settings = json.loads(
             json.dumps({**asdict(o), "training options": self.extra}, default=str)
         )
-        self.say(write_report(found, o.out, settings))
+        self.log(write_report(found, o.out, settings))
 
 
 def read_json(path: Path) -> Row | None:
-    """None for a file that is missing or damaged."""
+    """The content of a JSON file; None for one that is missing or damaged."""
     with contextlib.suppress(FileNotFoundError, ValueError):
         found: Row = from_json(path.read_text())
         return found
@@ -312,7 +342,7 @@ def main(args: Sequence[str] | None = None) -> int:
     serve_stop_signals()
 
     def study() -> None:
-        default = choose_study(name)
+        default = look_up(STUDIES, name, "study")
         options = parse_options(
             Study, own, program=f"eval.difficulty {name}", description=None, default=default
         )
@@ -320,16 +350,6 @@ def main(args: Sequence[str] | None = None) -> int:
 
     remedy = "what is done stays: correct the cause, and run the same command again"
     return run_program(study, remedy)
-
-
-def choose_study(name: str) -> Study:
-    """Raises ConfigError for an unknown name, with the nearest one."""
-    if name not in STUDIES:
-        near = difflib.get_close_matches(name, STUDIES, n=1, cutoff=0)
-        raise ConfigError(
-            f"unknown study {name!r}; did you mean {near[0]!r}? There are: {', '.join(STUDIES)}"
-        )
-    return STUDIES[name]
 
 
 if __name__ == "__main__":

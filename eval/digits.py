@@ -29,11 +29,18 @@ from largescale.data.shards import ShardDataset
 from largescale.errors import DataError
 from largescale.host.files import require_writable, write_atomically
 
-EPOCHS, BATCH_SIZE, LR, HELD_OUT, SEED = 8, 100, 8e-3, 0.2, 0
+# The training of the classifier; results name them, so a change trains it again.
+EPOCHS = 8
+BATCH_SIZE = 100
+LR = 8e-3
+HELD_OUT = 0.2
+SEED = 0
 
 
 @dataclass(frozen=True)
 class Digits:
+    """Options of eval.digits."""
+
     samples: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders that eval.sample wrote, such as samples/cfg1.5."""
     data: Path = Path("data/digits")
@@ -84,11 +91,8 @@ def split(labels: Tensor) -> tuple[Tensor, Tensor]:
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
-        held_out[
-            members[
-                torch.randperm(len(members), generator=generator)[: round(HELD_OUT * len(members))]
-            ]
-        ] = True
+        order = torch.randperm(len(members), generator=generator)
+        held_out[members[order[: round(HELD_OUT * len(members))]]] = True
     return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
 
 
@@ -108,15 +112,15 @@ def train(images: Tensor, labels: Tensor) -> nn.Module:
         nn.Dropout(0.3),
         nn.LazyLinear(int(labels.max()) + 1),
     )
-    model(images[:2])  # lets the last layer find its size
+    # The first call lets the last layer find its size, which the optimizer needs.
+    model(images[:2])
     optimizer = torch.optim.AdamW(model.parameters())
     steps = EPOCHS * math.ceil(len(images) / BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
     for _ in trange(EPOCHS, desc="classifier", unit="epoch", dynamic_ncols=True):
         for batch in torch.randperm(len(images)).split(BATCH_SIZE):
-            shift = torch.randint(
-                -1, 2, (2,)
-            ).tolist()  # into an empty margin: no ink comes back at the far side
+            # By a pixel at most, into an empty margin: no ink reappears at the far side.
+            shift = torch.randint(-1, 2, (2,)).tolist()
             loss = F.cross_entropy(model(images[batch].roll(shift, (2, 3))), labels[batch])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -128,28 +132,32 @@ def train(images: Tensor, labels: Tensor) -> nn.Module:
 @torch.inference_mode()
 def recognised(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
     """The share of images that are read as their label, over all and for each class."""
-    right = torch.cat([model(part).argmax(1) for part in images.split(500)]) == labels
-    per_class = {
-        int(label): right[labels == label].float().mean().item() for label in labels.unique()
-    }
+    predicted = torch.cat([model(part).argmax(1) for part in images.split(500)])
+    right = predicted == labels
+    per_class = {}
+    for label in labels.unique():
+        per_class[int(label)] = right[labels == label].float().mean().item()
     return {"n": len(labels), "recognised": right.float().mean().item(), "per_class": per_class}
 
 
 def score(sample_dirs: tuple[Path, ...], data: Path, earlier: Path | None = None) -> dict[str, Any]:
-    """`earlier`: results of a start before this, which stand where they are of the same images and
-    settings."""
+    """The results of all sample sets. `earlier`: a file of results of a previous start, which are
+    returned where they are of the same images and settings."""
     images, labels, fingerprint = load_real(data)
-    sets = {
-        str(folder): load_samples(folder, images.shape) for folder in sample_dirs
-    }  # errors come before the work
+    # All sets are loaded before training: an error comes before the work.
+    sets = {str(folder): load_samples(folder, images.shape) for folder in sample_dirs}
+
+    # What the results depend on.
+    fingerprints = {name: loaded[2] for name, loaded in sets.items()}
     of = {
         "classifier": [EPOCHS, BATCH_SIZE, LR, HELD_OUT, SEED],
         "data": fingerprint,
-        "samples": {name: drawn for name, (*_, drawn) in sets.items()},
+        "samples": fingerprints,
     }
     with contextlib.suppress(OSError, ValueError, AttributeError):
         if earlier and (results := json.loads(earlier.read_text())).get("of") == of:
             return dict(results)
+
     kept, held_out = split(labels)
     start = time.perf_counter()
     model = train(images[kept], labels[kept])
@@ -157,28 +165,27 @@ def score(sample_dirs: tuple[Path, ...], data: Path, earlier: Path | None = None
         f"classifier: trained on {len(kept)} real digits in {time.perf_counter() - start:.1f} s",
         file=sys.stderr,
     )
-    return {
-        "of": of,
-        "trained_on": len(kept),
-        "held_out": recognised(model, images[held_out], labels[held_out]),
-        "samples": {
-            name: recognised(model, images, labels) for name, (images, labels, _) in sets.items()
-        },
-    }
+    on_real = recognised(model, images[held_out], labels[held_out])
+    on_samples = {}
+    for name, (drawn, asked, _) in sets.items():
+        on_samples[name] = recognised(model, drawn, asked)
+    return {"of": of, "trained_on": len(kept), "held_out": on_real, "samples": on_samples}
 
 
 def line(name: str, result: dict[str, Any]) -> str:
-    classes = ", ".join(f"{label}: {share:.0%}" for label, share in result["per_class"].items())
-    return f"{name}: {result['recognised']:.1%} of {result['n']} recognised ({classes})"
+    """One set's result, over all and for each class."""
+    classes = [f"{label}: {share:.0%}" for label, share in result["per_class"].items()]
+    return f"{name}: {result['recognised']:.1%} of {result['n']} recognised ({', '.join(classes)})"
 
 
 def in_plain_words(results: dict[str, Any]) -> str:
     """A sentence for somebody who does not know the scores."""
     folder, best = max(results["samples"].items(), key=lambda item: item[1]["recognised"])
-    right, real = (f"{result['recognised']:.0%}" for result in (best, results["held_out"]))
+    real = results["held_out"]
     return (
-        f"In plain words: of {best['n']:,} digits drawn ({folder}), {right} are read as the one "
-        f"asked for, by a network that reads {real} of real ones rightly."
+        f"In plain words: of {best['n']:,} digits drawn ({folder}), {best['recognised']:.0%} are "
+        f"read as the one asked for, by a network that reads {real['recognised']:.0%} of real ones "
+        "rightly."
     )
 
 
@@ -190,7 +197,10 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def run(options: Digits) -> None:
-    require_writable(*filter(None, [options.out]), remedy="choose another --out")
+    """Print the results, and write them where --out is given."""
+    # An --out that cannot be written is an error before training.
+    if options.out:
+        require_writable(options.out, remedy="choose another --out")
     results = score(options.samples, options.data, options.out)
     print(line("held-out real digits", results["held_out"]))
     for name, result in results["samples"].items():

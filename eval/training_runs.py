@@ -25,19 +25,24 @@ _POLL_S = 0.5
 
 
 class TrainingFailed(LargescaleError, RuntimeError):
-    """The training program ended with another status than 0; what it said stands above."""
+    """The training program ended with another status than 0; its error is printed above."""
 
     def __init__(self, text: str, status: int):
         super().__init__(text)
+        # A status that a job script acts on is passed on: 2 needs a human, the other a requeue.
         self.exit_status = status if status in (2, EXIT_REQUEUE) else 1
 
 
 @dataclass(frozen=True)
 class Run:
+    """One training run of a comparison or a study."""
+
     method: str
     seed: int
-    config: Config  # what the training program makes of ...
-    arguments: tuple[str, ...]  # ... its arguments
+    config: Config
+    """The config that the training program makes of `arguments`."""
+    arguments: tuple[str, ...]
+    """The preset, and options of the training program."""
 
     @property
     def folder(self) -> Path:
@@ -45,40 +50,33 @@ class Run:
 
     @property
     def finished(self) -> bool:
+        """Whether its newest checkpoint is that of its last step."""
         found = checkpoints(self.folder)
         return bool(found) and found[0].step >= self.config.train.steps
 
     def command(self, nproc: int) -> list[str]:
-        """With torchrun for more than one process."""
+        """The command that starts or continues it; with torchrun for more than one process."""
+        words = [sys.executable]
         # By address: the machine's own name may not resolve.
-        launcher = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--local-addr",
-            "127.0.0.1",
-            "--nproc-per-node",
-            str(nproc),
-        ]
-        return [
-            sys.executable,
-            *(launcher if nproc > 1 else []),
-            "-m",
-            "largescale.train",
-            *self.arguments,
-        ]
+        if nproc > 1:
+            words += ["-m", "torch.distributed.run", "--standalone"]
+            words += ["--local-addr", "127.0.0.1", "--nproc-per-node", str(nproc)]
+        return [*words, "-m", "largescale.train", *self.arguments]
 
     def train(self, nproc: int) -> None:
-        """To the end, from where it is. Stop signals are passed on. Raises Stopped,
+        """Train to the end, from the newest checkpoint. Stop signals are passed on. Raises Stopped,
         TrainingFailed."""
-        # torchrun gives its ranks 30 s to save, unless told
+        # By default torchrun gives its ranks 30 s to save.
         env = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600", **os.environ}
         process = subprocess.Popen(self.command(nproc), env=env)
-        told, status = False, None
+
+        # A second signal would make the training program give up its last checkpoint.
+        terminated = False
+        status = None
         while status is None:
-            if stop_requested() and not told:
+            if stop_requested() and not terminated:
                 process.terminate()
-                told = True
+                terminated = True
             try:
                 status = process.wait(_POLL_S)
             except subprocess.TimeoutExpired:
@@ -87,57 +85,54 @@ class Run:
             raise Stopped
         if status:
             raise TrainingFailed(
-                f"training {self.folder} ended with status {status}; correct what it said above, "
-                "and run the same command again to go on",
+                f"training {self.folder} ended with status {status}; correct the error printed "
+                "above, and run the same command again to continue",
                 status,
             )
 
     def discard(self) -> None:
         """Remove all checkpoints but the newest."""
         for checkpoint in checkpoints(self.folder)[1:]:
-            (checkpoint.path / MANIFEST).unlink(
-                missing_ok=True
-            )  # first: from here on it does not exist
+            # A checkpoint exists while its manifest does: a kill here leaves no damaged one.
+            (checkpoint.path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(checkpoint.path)
 
 
 def configure(preset: str, arguments: Sequence[str]) -> Config:
-    """As the training program reads them. Raises ConfigError for an unknown preset, exits for other
-    arguments."""
+    """The config that the training program makes of a preset and options. Raises ConfigError for an
+    unknown preset; exits for options that are wrong."""
     default = find_preset(preset)
     program = f"largescale.train {preset}"
     return parse_options(Config, arguments, program=program, description=None, default=default)
 
 
 def differences(wanted: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """As 'key: found -> wanted', but for what makes no difference to a comparison."""
-    now, before = dict(flatten(wanted)), dict(flatten(found))
-    return [
-        f"{key}: {before.get(key)} -> {now.get(key)}"
-        for key in sorted(now.keys() | before.keys())
-        if now.get(key) not in (before.get(key), "auto") and not key.startswith(_FREE)
-    ]
+    """The settings that differ, as 'key: found -> wanted', but for those that make no difference to
+    a comparison."""
+    now = dict(flatten(wanted))
+    before = dict(flatten(found))
+    changed = []
+    for key in sorted(now.keys() | before.keys()):
+        if key.startswith(_FREE) or now.get(key) in (before.get(key), "auto"):
+            continue
+        changed.append(f"{key}: {before.get(key)} -> {now.get(key)}")
+    return changed
 
 
 def check_same(run: Run, nproc: int, dataset: str) -> None:
-    """Refuse to compare, or to go on with, a run that lies in the folder and is another one. Raises
-    CheckpointError."""
+    """Raises CheckpointError for a run in the folder that was started with other settings: it can
+    neither be compared nor continued."""
     if not (found := checkpoints(run.folder)):
         return
+    # Both with the defaults of today: a field that is newer than the run is no difference.
     state = found[0].manifest()["state"]
-    saved = {
-        **to_dict(from_dict(state["config"])),
-        "precision": state["precision"],
-        "dataset": state["dataset"],
-    }
-    wanted = {
-        **to_dict(run.config),
-        "precision": precision(final_ds_config(run.config, nproc)),
-        "dataset": dataset,
-    }
+    saved = to_dict(from_dict(state["config"]))
+    saved |= {"precision": state["precision"], "dataset": state["dataset"]}
+    wanted = to_dict(run.config)
+    wanted |= {"precision": precision(final_ds_config(run.config, nproc)), "dataset": dataset}
     if changed := differences(wanted, saved):
         raise CheckpointError(
-            f"{run.folder} was begun with other settings, and does not compare:\n  "
+            f"{run.folder} was started with other settings, and does not compare:\n  "
             + "\n  ".join(changed)
-            + "\ngive the settings it was begun with, or choose another --out"
+            + "\ngive the settings it was started with, or choose another --out"
         )

@@ -10,13 +10,15 @@ from largescale.config.serialise import flatten, to_dict
 from largescale.config.validation import cli_flag
 from largescale.curriculum import PACINGS
 from largescale.errors import ConfigError
+from largescale.registry import look_up
 
 PACING = "curriculum.pacing"
 
 METHODS: dict[str, dict[str, str]] = {
     "vanilla": {PACING: "none"},
-    "curriculum": {PACING: "patience"},  # the paper's
-    "naive": {PACING: "fixed"},  # its NaiveCL; the interval is the comparison's
+    # The paper's curriculum, and its NaiveCL, whose interval the comparison sets.
+    "curriculum": {PACING: "patience"},
+    "naive": {PACING: "fixed"},
     "anti": {"curriculum.order": "hard_first"},
     "separate": {"curriculum.stages": "separate"},
     "min_snr": {"noise.weighting": "min_snr"},
@@ -30,11 +32,12 @@ OWN = ("curriculum.", "noise.", "optimizer.")
 
 
 def _read_by() -> dict[str, list[str]]:
-    """What only some pacings read, and which: two methods that differ in nothing else would be the
-    same run twice."""
+    """The settings that only some pacings read -> those pacings: two methods that differ in nothing
+    else would be the same run twice."""
     found: dict[str, list[str]] = {}
     for name in PACINGS:
         settings = pacing_settings(name)
+        # Without a pacing there are no stages, so the clusters do nothing.
         if name != "none":
             settings += ["clusters", "n_clusters"]
         for setting in settings:
@@ -52,41 +55,42 @@ class Method:
 
     @property
     def arguments(self) -> list[str]:
-        """Of the training program."""
-        return [part for key, value in self.options.items() for part in (cli_flag(key), value)]
+        """The options as arguments of the training program."""
+        found = []
+        for key, value in self.options.items():
+            found += [cli_flag(key), value]
+        return found
 
 
 def read_methods(text: str) -> list[Method]:
-    """NAME[+NAME...][@FIELD=VALUE,...],...: FIELD is section.field, or a field of `curriculum`.
-    Raises ConfigError."""
+    """Parse NAME[+NAME...][@FIELD=VALUE,...],...: FIELD is section.field, or a field of
+    `curriculum`. Raises ConfigError."""
     names: list[str] = []
     for part in text.split(","):
+        # The comma also separates settings: this is one more of the method before.
         if "=" in part and "@" not in part and names and "@" in names[-1]:
-            names[-1] += f",{part.strip()}"  # one more setting of the method before
+            names[-1] += f",{part.strip()}"
         else:
             names.append(part.strip())
-    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise ConfigError(f"--methods names {twice[0]} twice; name each once")
-    return [read_method(name) for name in names]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise ConfigError(f"--methods names {name} twice; name each once")
+    return list(map(read_method, names))
 
 
 def read_method(name: str) -> Method:
-    """Raises ConfigError for what is unknown, contradictory, or of no effect."""
+    """Parse one method. Raises ConfigError for what is unknown, contradictory, or of no effect."""
     if "/" in name:
         raise ConfigError(f"method {name!r} is also a folder's name; leave out the slash")
     words, _, settings = name.partition("@")
-    parts: dict[str, Mapping[str, str]] = {word: known(word) for word in words.split("+")}
+    parts: dict[str, Mapping[str, str]] = {}
+    for word in words.split("+"):
+        parts[word] = look_up(METHODS, word, "method")
     if settings:
-        parts["@"] = dict(setting(name, part) for part in settings.split(","))
-    options: dict[str, str] = {}
-    for part, chosen in parts.items():
-        for key, value in chosen.items():
-            if options.setdefault(key, value) != value:
-                other = next(word for word, of in parts.items() if of.get(key, value) != value)
-                raise ConfigError(
-                    f"method {name!r}: {other} sets {key}={options[key]} and {part} {key}={value}; "
-                    "leave out one of the two"
-                )
+        parts["@"] = dict([setting(name, part) for part in settings.split(",")])
+    options = merge(name, parts)
+
+    # An order or kind of stages means nothing without a pacing: then it is the paper's.
     staged = {"curriculum.order", "curriculum.stages"} & options.keys()
     options.setdefault(PACING, "patience" if staged else "none")
     for key in options:
@@ -98,26 +102,35 @@ def read_method(name: str) -> Method:
     return Method(name, options)
 
 
-def known(word: str) -> dict[str, str]:
-    if word not in METHODS:
-        near = difflib.get_close_matches(word, METHODS, n=1, cutoff=0)
-        raise ConfigError(
-            f"unknown method {word!r}; did you mean {near[0]!r}? There are: {', '.join(METHODS)}, "
-            "and those joined by +"
-        )
-    return METHODS[word]
+def merge(name: str, parts: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """The settings of all parts of a method. Raises ConfigError where two of them contradict each
+    other."""
+    options: dict[str, str] = {}
+    set_by: dict[str, str] = {}
+    for part, chosen in parts.items():
+        for key, value in chosen.items():
+            if options.setdefault(key, value) != value:
+                raise ConfigError(
+                    f"method {name!r}: {set_by[key]} sets {key}={options[key]} and {part} "
+                    f"{key}={value}; leave out one of the two"
+                )
+            set_by.setdefault(key, part)
+    return options
 
 
 def setting(name: str, text: str) -> tuple[str, str]:
-    key, equals, value = (part.strip() for part in text.partition("="))
+    """(section.field, value) of one FIELD=VALUE. Raises ConfigError."""
+    key, equals, value = map(str.strip, text.partition("="))
     key = key.replace("-", "_") if "." in key else f"curriculum.{key.replace('-', '_')}"
     possible = [field for field, _ in flatten(to_dict(Config(""))) if field.startswith(OWN)]
     if key not in possible or not equals or not value:
+        # A field of this name in another section is meant more often than a similar word.
         field = key.rpartition(".")[2]
-        same = [other for other in possible if other.rpartition(".")[2] == field]
+        same = [other for other in possible if other.endswith(f".{field}")]
         near = same or difflib.get_close_matches(key, possible, n=1, cutoff=0)
+        sections = ", ".join(OWN).replace(".", "")
         raise ConfigError(
             f"method {name!r}: {text!r} is no setting of a method; write FIELD=VALUE, such as "
-            f"{near[0]}=..., with a field of {', '.join(section.rstrip('.') for section in OWN)}"
+            f"{near[0]}=..., with a field of {sections}"
         )
     return key, value

@@ -1,5 +1,6 @@
 """Which runs a comparison trains: every method with every seed, alike in all else."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,23 +23,31 @@ def plan(
     naive_interval: int | None,
     extra: Sequence[str],
 ) -> list[Run]:
-    """Of each seed all methods, so that what is done first can be compared first. Raises
-    ConfigError."""
+    """The runs of a comparison: all methods of the first seed, then of the next, so that what is
+    done first can be compared first. Raises ConfigError."""
     base = configure(preset, extra)
-    steps, first = base.train.steps, base.train.seed
+    steps = base.train.steps
+    first = base.train.seed
     every = every or max(1, -(-steps // 10))
+    # Every checkpoint that is scored has to be kept until then.
     fixed = {"checkpoint.every": str(every), "checkpoint.keep_every": str(every)}
-    runs, settings = list[Run](), list[Method]()
+
+    settings = []
     for method in methods:
         options = dict(method.options)
+        # By default the naive curriculum has taken all its stages in half of the run.
         config = configure(preset, [*extra, *method.arguments])
         if config.curriculum.pacing == "fixed" and "curriculum.interval" not in options:
             interval = naive_interval or max(1, steps // (2 * config.curriculum.n_clusters))
             options["curriculum.interval"] = str(interval)
         settings.append(Method(method.name, options))
-    check_extra(
-        preset, base, {"output", *fixed, *(key for method in settings for key in method.options)}
-    )
+
+    taken = {"output", *fixed}
+    for method in settings:
+        taken.update(method.options)
+    check_extra(preset, base, taken)
+
+    runs: list[Run] = []
     for seed in range(first, first + seeds):
         for method in settings:
             own = {
@@ -48,21 +57,30 @@ def plan(
             }
             arguments = [*extra, *method.arguments, *Method("", own).arguments]
             runs.append(Run(method.name, seed, configure(preset, arguments), (preset, *arguments)))
-    for i, run in enumerate(runs[: len(settings)]):
-        for other in runs[:i]:
-            if not differences(to_dict(run.config), to_dict(other.config)):
-                raise ConfigError(
-                    f"methods {other.method!r} and {run.method!r} are the same training with this "
-                    "preset; leave out one of the two"
-                )
+    check_distinct(runs[: len(settings)])
     return runs
 
 
+def check_distinct(runs: Sequence[Run]) -> None:
+    """Raises ConfigError where two methods, each given by its run of one seed, are the same
+    training."""
+    for other, run in itertools.combinations(runs, 2):
+        if not differences(to_dict(run.config), to_dict(other.config)):
+            raise ConfigError(
+                f"methods {other.method!r} and {run.method!r} are the same training with this "
+                "preset; leave out one of the two"
+            )
+
+
 def check_extra(preset: str, base: Config, taken: set[str]) -> None:
-    """Settings for all runs cannot be those that tell the runs apart."""
-    before, after = (dict(flatten(to_dict(config))) for config in (PRESETS[preset](), base))
-    if both := sorted(key for key in taken if before.get(key) != after.get(key)):
-        raise ConfigError(
-            f"{cli_flag(both[0])} after -- is for all runs, and the comparison sets it for each; "
-            "leave it out there (methods: NAME@FIELD=VALUE; checkpoints: --every; folders: --out)"
-        )
+    """Raises ConfigError for a setting of all runs that is also one of those that differ between
+    the runs."""
+    before = dict(flatten(to_dict(PRESETS[preset]())))
+    after = dict(flatten(to_dict(base)))
+    for key in sorted(taken):
+        if before.get(key) != after.get(key):
+            raise ConfigError(
+                f"{cli_flag(key)} after -- is for all runs, and the comparison sets it for each; "
+                "leave it out there (methods: NAME@FIELD=VALUE; checkpoints: --every; folders: "
+                "--out)"
+            )

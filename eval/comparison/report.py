@@ -37,7 +37,7 @@ from largescale.monitoring.run_record import KINDS, read_starts
 
 @dataclass(frozen=True)
 class Findings:
-    """All that a comparison found, of whole seeds."""
+    """All that a comparison found, of the seeds whose runs are all trained and scored."""
 
     out: Path
     command: str
@@ -56,7 +56,8 @@ class Findings:
         found: dict[str, dict[int, Sequence[Row]]] = {}
         for run in self.runs:
             found.setdefault(run.method, {})[run.seed] = rows[run.folder]
-            steps, first = ([row["step"] for row in rows[r.folder]] for r in (run, self.runs[0]))
+            steps = [row["step"] for row in rows[run.folder]]
+            first = [row["step"] for row in rows[self.runs[0].folder]]
             if steps != first:
                 raise DataError(
                     f"{run.folder} was scored at steps {steps}, {self.runs[0].folder} at {first}, "
@@ -67,26 +68,29 @@ class Findings:
 
 
 def write_report(f: Findings) -> None:
-    """And prints it. Of runs that are all trained and scored. Raises DataError."""
-    loss, n_clusters = f.of_runs(f.loss), len(f.loss_protocol["edges"]) - 1
-    figures = {figure(weights): loss for weights in WEIGHTS}
+    """Write table.md, results.json and the pictures, and print the table. Raises DataError."""
+    loss = f.of_runs(f.loss)
+    n_clusters = len(f.loss_protocol["edges"]) - 1
+
+    # The Frechet distance comes first where there is one; the summary is about it.
     name = figure("EMA")
+    figures = {}
     if f.frechet:
-        frechet = f.of_runs(f.frechet)
         name = main_figure(f.frechet[f.runs[0].folder])
-        figures = {name: frechet, **figures}
-        multiples(frechet, [name], f.out / "frechet.png")
-    names = [figure("EMA"), *(figure("EMA", f" C{i}") for i in range(1, n_clusters + 1))]
-    multiples(loss, names, f.out / "curves.png")
-    multiples(loss, names, f.out / "relative.png", relative=True)
+        figures[name] = f.of_runs(f.frechet)
+        plot_panels(figures[name], [name], f.out / "frechet.png")
+    for weights in WEIGHTS:
+        figures[figure(weights)] = loss
+
+    # A panel for all noise levels, then one a cluster.
+    names = [figure("EMA")]
+    names += [figure("EMA", f" C{i}") for i in range(1, n_clusters + 1)]
+    plot_panels(loss, names, f.out / "curves.png")
+    plot_panels(loss, names, f.out / "relative.png", relative=True)
     if f.grids:
-        side_by_side(
-            {
-                method: np.asarray(Image.open(path).convert("RGB"))
-                for method, path in f.grids.items()
-            },
-            f.out / "samples.png",
-        )
+        plot_side_by_side(f.grids, f.out / "samples.png")
+
+    # Every number is computed before table.md and results.json are written.
     found = {key: standings(runs, key) for key, runs in figures.items()}
     lines = [*heading(f, name), *same_as_first(loss)]
     for key, standing in found.items():
@@ -101,126 +105,138 @@ def write_report(f: Findings) -> None:
         "",
         *stages(f),
     ]
-    said = summary(found[name], name, f.runs[0].config.train.steps)
-    write_atomically(f.out / "table.md", "\n".join([*lines, "", said, ""]))
-    write_atomically(f.out / "results.json", json.dumps(results(f, found), indent=1) + "\n")
-    print(
-        "\n".join([*lines, "", f"{f.out / 'table.md'}, results.json and pictures", said]),
-        flush=True,
-    )
+    conclusion = summary(found[name], name, f.runs[0].config.train.steps)
+    numbers = results(f, found)
+    write_atomically(f.out / "table.md", "\n".join([*lines, "", conclusion, ""]))
+    write_atomically(f.out / "results.json", json.dumps(numbers, indent=1) + "\n")
+    lines += ["", f"{f.out / 'table.md'}, results.json and pictures", conclusion]
+    print("\n".join(lines), flush=True)
 
 
 def heading(f: Findings, name: str) -> list[str]:
-    """What the numbers are of."""
-    config, p, done = f.runs[0].config, f.frechet_protocol, len({run.seed for run in f.runs})
-    seeds = f"{done} seed{'s' if done > 1 else ''}" + (
-        "" if done == f.seeds else f" of {f.seeds}, so far"
-    )
-    spread = "One seed tells nothing of the spread: a difference may be chance."
-    if done > 1:
-        spread = (
-            "± is the standard deviation over seeds; of differences, of runs of the same seed, the "
-            "standard error of their mean. Better and worse are significant at the "
-            f"{SIGNIFICANCE_LEVEL:.0%} level by the paired t-test, whose p is adjusted by Holm's "
-            "correction where several methods are compared with the first (raw: without it)."
-        )
+    """The head of table.md: what was trained, and how it was measured."""
+    config = f.runs[0].config
     lines = [
-        f"# {config.name}: {', '.join(dict.fromkeys(run.method for run in f.runs))}",
+        f"# {config.name}: {', '.join(methods_of(f.runs))}",
         "",
-        f"{seeds}; {config.train.steps:,} steps of {config.train.global_batch_size} images; scored "
-        f"every {config.checkpoint.every:,} steps, which is how finely steps are told. {spread}",
+        f"{seeds_text(f)}; {config.train.steps:,} steps of {config.train.global_batch_size} "
+        f"images; scored every {config.checkpoint.every:,} steps, which is how finely steps are "
+        f"told. {spread_text(f)}",
         "",
         f"Validation loss: unweighted, of {f.loss_protocol['images']} images a cluster that were "
         + ("not trained on." if f.held_out else "trained on (no --validation was given)."),
     ]
-    if p:
-        lines += [
-            "",
-            f"{name}: {p['num_samples']:,} samples of the EMA by {p['sampler']} in {p['steps']} "
-            f"steps, cfg_scale {p['cfg_scale']}, seed {p['seed']}, against {p['reference']}, by "
-            f"{p['extractor']}, at steps "
-            + ", ".join(f"{row['step']:,}" for row in f.frechet[f.runs[0].folder])
-            + ".",
-        ]
+    if f.frechet_protocol:
+        lines += ["", f"{name}: {frechet_text(f)}"]
     if note := ema_note(config):
         lines += ["", note]
     return [*lines, "", f"    {f.command}"]
 
 
-def same_as_first(loss: OfRuns) -> list[str]:
-    """Markdown, of methods that cannot have done anything."""
-    (first, of_first), *others = (
-        (method, {seed: [row["figures"] for row in rows] for seed, rows in of_seed.items()})
-        for method, of_seed in loss.items()
-    )
-    same = [method for method, of_method in others if of_method == of_first]
+def methods_of(runs: Sequence[Run]) -> list[str]:
+    """The methods of some runs, in their order."""
+    return list(dict.fromkeys([run.method for run in runs]))
+
+
+def num_seeds(f: Findings) -> int:
+    return len({run.seed for run in f.runs})
+
+
+def seeds_text(f: Findings) -> str:
+    """How many seeds the numbers are of."""
+    done = num_seeds(f)
+    text = f"{done} seed{'s' if done > 1 else ''}"
+    return text if done == f.seeds else f"{text} of {f.seeds}, so far"
+
+
+def spread_text(f: Findings) -> str:
+    """How to read the numbers behind ±."""
+    if num_seeds(f) == 1:
+        return "One seed tells nothing of the spread: a difference may be chance."
     return (
-        [
-            "",
-            f"The same as {first} to the last digit, and so without effect in these steps: "
-            f"{', '.join(same)}. (loss_second_moment is uniform until each active timestep has been "
-            "drawn 10 times.)",
-        ]
-        if same
-        else []
+        "± is the standard deviation over seeds; of differences, of runs of the same seed, the "
+        "standard error of their mean. Better and worse are significant at the "
+        f"{SIGNIFICANCE_LEVEL:.0%} level by the paired t-test, whose p is adjusted by Holm's "
+        "correction where several methods are compared with the first (raw: without it)."
     )
+
+
+def frechet_text(f: Findings) -> str:
+    """How the samples of the Frechet distance were drawn, and at which steps."""
+    p = f.frechet_protocol
+    steps = ", ".join([f"{row['step']:,}" for row in f.frechet[f.runs[0].folder]])
+    return (
+        f"{p['num_samples']:,} samples of the EMA by {p['sampler']} in {p['steps']} "
+        f"steps, cfg_scale {p['cfg_scale']}, seed {p['seed']}, against {p['reference']}, by "
+        f"{p['extractor']}, at steps {steps}."
+    )
+
+
+def same_as_first(loss: OfRuns) -> list[str]:
+    """A Markdown note on methods that cannot have done anything."""
+    # The numbers alone: rows also hold what differs between any two runs.
+    numbers: dict[str, dict[int, list[Row]]] = {}
+    for method, of_seed in loss.items():
+        numbers[method] = {}
+        for seed, rows in of_seed.items():
+            numbers[method][seed] = [row["figures"] for row in rows]
+
+    first, *others = numbers
+    same = [method for method in others if numbers[method] == numbers[first]]
+    if not same:
+        return []
+    return [
+        "",
+        f"The same as {first} to the last digit, and so without effect in these steps: "
+        f"{', '.join(same)}. (loss_second_moment is uniform until each active timestep has been "
+        "drawn 10 times.)",
+    ]
 
 
 def stages(f: Findings) -> list[str]:
-    """Markdown: when each method's curriculum was complete."""
+    """A Markdown table of the steps at which each method's curriculum was complete."""
     lines = ["| method | curriculum complete at step |", "|---|---|"]
-    for method in dict.fromkeys(run.method for run in f.runs):
-        ends, of_method = list[int](), [run for run in f.runs if run.method == method]
+    for method in methods_of(f.runs):
+        of_method = [run for run in f.runs if run.method == method]
+
+        # Curriculum index 0 trains on the complete noise axis.
+        ends = []
         for run in of_method:
             ends += [step for step, index in transitions(run) if index == 0]
-        said = "none" if of_method[0].config.curriculum.pacing == "none" else "not in this run"
+
+        text = "none" if of_method[0].config.curriculum.pacing == "none" else "not in this run"
         if ends:
-            said = str(mean(ends)) + (
-                f" ({len(ends)} of {len(of_method)} seeds)" if len(ends) < len(of_method) else ""
-            )
-        lines.append(f"| {method} | {said} |")
+            text = str(mean(ends))
+        if ends and len(ends) < len(of_method):
+            text += f" ({len(ends)} of {len(of_method)} seeds)"
+        lines.append(f"| {method} | {text} |")
     return lines
 
 
 def transitions(run: Run) -> list[tuple[int, int]]:
-    """(step, curriculum index from then on)."""
-    found: list[tuple[int, int]] = checkpoints(run.folder)[0].manifest()["state"]["curriculum"][
-        "transitions"
-    ]
+    """The stages of a run: (step, curriculum index from then on)."""
+    state = checkpoints(run.folder)[0].manifest()["state"]
+    found: list[tuple[int, int]] = state["curriculum"]["transitions"]
     return found
 
 
 def results(f: Findings, found: Mapping[str, Mapping[str, Standing]]) -> dict[str, Any]:
+    """The content of results.json."""
     config = f.runs[0].config
+    plain: dict[str, dict[str, Any]] = {}
+    for name, of_methods in found.items():
+        plain[name] = {method: asdict(standing) for method, standing in of_methods.items()}
     return {
         "command": f.command,
         "preset": config.name,
         "steps": config.train.steps,
-        "standings": {
-            name: {method: asdict(s) for method, s in of.items()} for name, of in found.items()
-        },
+        "standings": plain,
         "protocol": {
             "loss": f.loss_protocol,
             "frechet": f.frechet_protocol,
             "held_out": f.held_out,
         },
-        "runs": [
-            {
-                "method": run.method,
-                "seed": run.seed,
-                "command": shlex.join(["python", *run.command(f.nproc)[1:]]),
-                "transitions": transitions(run),
-                "loss": f.loss[run.folder],
-                "frechet": f.frechet.get(run.folder, []),
-                "seconds": {
-                    key: round(
-                        sum(start.seconds.get(key, 0.0) for start in read_starts(run.folder)), 1
-                    )
-                    for key in KINDS
-                },
-            }
-            for run in f.runs
-        ],
+        "runs": [run_results(f, run) for run in f.runs],
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),
@@ -236,7 +252,25 @@ def results(f: Findings, found: Mapping[str, Mapping[str, Standing]]) -> dict[st
     }
 
 
-def multiples(runs: OfRuns, names: Sequence[str], path: Path, relative: bool = False) -> None:
+def run_results(f: Findings, run: Run) -> dict[str, Any]:
+    """The entry of one run in results.json."""
+    starts = read_starts(run.folder)
+    seconds = {}
+    for kind in KINDS:
+        spent = [start.seconds.get(kind, 0.0) for start in starts]
+        seconds[kind] = round(sum(spent), 1)
+    return {
+        "method": run.method,
+        "seed": run.seed,
+        "command": shlex.join(["python", *run.command(f.nproc)[1:]]),
+        "transitions": transitions(run),
+        "loss": f.loss[run.folder],
+        "frechet": f.frechet.get(run.folder, []),
+        "seconds": seconds,
+    }
+
+
+def plot_panels(runs: OfRuns, names: Sequence[str], path: Path, relative: bool = False) -> None:
     """A panel for each figure: means over seeds, shaded by the standard deviation. `relative`: less
     the first method's of the same seed and step, in percent of it."""
     import matplotlib
@@ -244,34 +278,25 @@ def multiples(runs: OfRuns, names: Sequence[str], path: Path, relative: bool = F
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    first, columns = next(iter(runs)), min(4, len(names))
+    first = next(iter(runs))
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
     plots, axes = plt.subplots(
-        -(-len(names) // columns),
+        rows,
         columns,
         squeeze=False,
         layout="constrained",
-        figsize=(4.2 * columns + 1, 3.2 * -(-len(names) // columns)),
+        figsize=(4.2 * columns + 1, 3.2 * rows),
     )
     for unused in axes.flat[len(names) :]:
         unused.set_axis_off()
     for name, axis in zip(names, axes.flat, strict=False):
-        for method, of_seed in runs.items():
-            each: dict[int, list[float]] = {}
-            for seed, rows in of_seed.items():
-                base = dict(points(runs[first][seed], name))
-                for step, value in points(rows, name):
-                    if not relative or step in base:
-                        each.setdefault(step, []).append(
-                            100 * (value / base[step] - 1) if relative else value
-                        )
-            curve = [(step, mean(values)) for step, values in sorted(each.items())]
-            steps, middle = [step for step, _ in curve], [m.value for _, m in curve]
-            line = axis.plot(steps, middle, marker=".", label=method)
-            low, high = ([m.value + sign * (m.spread or 0.0) for _, m in curve] for sign in (-1, 1))
-            axis.fill_between(steps, low, high, color=line[0].get_color(), alpha=0.2, linewidth=0)
+        for method in runs:
+            plot_method(axis, runs, method, name, relative)
         axis.set_title(name, fontsize="small")
         axis.set(xlabel="step", ylabel=f"against {first}, %" if relative else "")
-        if relative:  # early differences are hundreds, late ones few percent
+        # Early differences are hundreds of percent, late ones a few.
+        if relative:
             axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
             axis.set_yscale("symlog", linthresh=5)
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -281,13 +306,43 @@ def multiples(runs: OfRuns, names: Sequence[str], path: Path, relative: bool = F
     save(plots, path)
 
 
-def side_by_side(pictures: Mapping[str, Any], path: Path) -> None:
-    """`pictures`: method -> (H, W, 3) uint8."""
+def plot_method(axis: Any, runs: OfRuns, method: str, name: str, relative: bool) -> None:
+    """One method's curve of one figure, shaded by the standard deviation over seeds."""
+    first = next(iter(runs))
+    each: dict[int, list[float]] = {}
+    for seed, rows in runs[method].items():
+        base = dict(points(runs[first][seed], name))
+        for step, value in points(rows, name):
+            if not relative:
+                each.setdefault(step, []).append(value)
+            elif step in base:
+                each.setdefault(step, []).append(100 * (value / base[step] - 1))
+
+    steps = sorted(each)
+    means = [mean(each[step]) for step in steps]
+    middle = np.array([m.value for m in means])
+    spread = np.array([m.spread or 0.0 for m in means])
+    line = axis.plot(steps, middle, marker=".", label=method)
+    axis.fill_between(
+        steps,
+        middle - spread,
+        middle + spread,
+        color=line[0].get_color(),
+        alpha=0.2,
+        linewidth=0,
+    )
+
+
+def plot_side_by_side(grids: Mapping[str, Path], path: Path) -> None:
+    """One picture with the samples of each method; `grids`: method -> its picture."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    pictures = {}
+    for method, grid in grids.items():
+        pictures[method] = np.asarray(Image.open(grid).convert("RGB"))
     height, width = np.max([picture.shape[:2] for picture in pictures.values()], axis=0)
     plots, axes = plt.subplots(
         1,
@@ -306,6 +361,7 @@ def side_by_side(pictures: Mapping[str, Any], path: Path) -> None:
 def save(plots: Any, path: Path) -> None:
     from matplotlib import pyplot as plt
 
+    # Under another name until it is complete: whoever looks sees the picture before, or this one.
     temporary = path.with_name(f"{path.stem}.tmp.png")
     plots.savefig(temporary, dpi=120)
     plt.close(plots)

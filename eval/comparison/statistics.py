@@ -9,6 +9,7 @@ from eval.comparison.validation_loss import figure
 from eval.curve import Row, steps_to_match_best_of
 from largescale.errors import DataError
 
+# Below this (adjusted) p-value a difference is called better or worse.
 SIGNIFICANCE_LEVEL = 0.05
 
 OfRuns = Mapping[str, Mapping[int, Sequence[Row]]]
@@ -18,7 +19,7 @@ are compared with."""
 
 @dataclass(frozen=True)
 class Mean:
-    """Of one number of several seeds; `spread`: their standard deviation, None for one seed."""
+    """The mean of one number over seeds; `spread`: their standard deviation, None for one seed."""
 
     value: float
     spread: float | None
@@ -29,7 +30,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean over seeds of a method's number less the first method's, and whether it is significant.
+    """The mean over seeds of a method's number less the first method's, and whether it is significant.
 
     Runs of one seed share data, draws and weights at the start, so much of the noise between seeds
     is not in it. Where several methods are compared with the first, `p_adjusted` is `p_value` with
@@ -76,7 +77,8 @@ def mean(values: Sequence[float]) -> Mean:
 def paired(values: Sequence[float], others: Sequence[float]) -> Difference:
     """The mean difference of pairs; its p-value is not corrected."""
     each = [value - other for value, other in zip(values, others, strict=True)]
-    value, seeds = fmean(each), len(each)
+    value = fmean(each)
+    seeds = len(each)
     if seeds == 1:
         return Difference(value, None, seeds, None, None)
     error = stdev(each) / math.sqrt(seeds)
@@ -86,8 +88,10 @@ def paired(values: Sequence[float], others: Sequence[float]) -> Difference:
 
 def t_test(mean: float, error: float, seeds: int) -> float:
     """The two-sided p-value of a mean with this standard error, by Student's t."""
-    from scipy import stats  # seconds
+    # Importing scipy.stats takes seconds, which --help should not cost.
+    from scipy import stats
 
+    # Runs that agree to the last digit differ by exactly 0, and have no spread to divide by.
     if not error:
         return 0.0 if mean else 1.0
     return float(2 * stats.t.sf(abs(mean) / error, seeds - 1))
@@ -105,61 +109,99 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def against_first(finals: Mapping[str, Sequence[float]]) -> dict[str, Difference]:
-    """Of each method but the first, with Holm's correction over all of them."""
+    """The difference of each method but the first, with Holm's correction over all of them."""
     first, *others = finals
     found = {method: paired(finals[method], finals[first]) for method in others}
+
+    # One seed has no spread, so there is no p-value to correct.
     p_values = [d.p_value for d in found.values() if d.p_value is not None]
-    if not p_values:  # one seed
+    if not p_values:
         return found
-    adjusted = zip(found.items(), holm(p_values), strict=True)
-    return {method: replace(difference, p_adjusted=p) for (method, difference), p in adjusted}
+    for method, adjusted in zip(others, holm(p_values), strict=True):
+        found[method] = replace(found[method], p_adjusted=adjusted)
+    return found
 
 
 def of_figure(rows: Sequence[Row], name: str) -> list[Row]:
-    """With this figure only; a distance that was not finite is left out."""
-    return [
-        {"step": row["step"], "figures": {name: row["figures"][name]}}
-        for row in rows
-        if row["figures"].get(name, {}).get("value") is not None
-    ]
+    """The rows with this figure only; a row whose distance was not finite is left out."""
+    found = []
+    for row in rows:
+        figures = row["figures"]
+        if figures.get(name, {}).get("value") is not None:
+            found.append({"step": row["step"], "figures": {name: figures[name]}})
+    return found
 
 
 def points(rows: Sequence[Row], name: str) -> list[tuple[int, float]]:
+    """(step, value) of one figure, where it is finite."""
     return [(row["step"], row["figures"][name]["value"]) for row in of_figure(rows, name)]
 
 
-def standings(runs: OfRuns, name: str) -> dict[str, Standing]:
+def curves_of(runs: OfRuns, name: str) -> dict[str, list[list[tuple[int, float]]]]:
+    """The curve of one figure: method -> one a seed, in the order of the first method's seeds.
+
+    Raises DataError for a run whose figure was never finite."""
     first = next(iter(runs))
-    of_first = {seed: of_figure(rows, name) for seed, rows in runs[first].items()}
-    if not all(points(rows, name) for of_seed in runs.values() for rows in of_seed.values()):
-        raise DataError(
-            f"{name} was finite at no checkpoint of a run; score more samples: --num-samples"
-        )
-    curves: dict[str, list[list[tuple[int, float]]]] = {}  # of each method, by seed
-    finals: dict[str, list[float]] = {}
+    curves: dict[str, list[list[tuple[int, float]]]] = {}
     for method, of_seed in runs.items():
-        curves[method] = [points(of_seed[seed], name) for seed in of_first]
-        finals[method] = [curve[-1][1] for curve in curves[method]]
+        curves[method] = [points(of_seed[seed], name) for seed in runs[first]]
+        if not all(curves[method]):
+            raise DataError(
+                f"{name} was finite at no checkpoint of a run; score more samples: --num-samples"
+            )
+    return curves
+
+
+def standings(runs: OfRuns, name: str) -> dict[str, Standing]:
+    """How each method stands by one figure. Raises DataError for one that was never finite."""
+    first = next(iter(runs))
+    curves = curves_of(runs, name)
+
+    # The final value of each seed, and its difference from the first method's of the same seed.
+    finals: dict[str, list[float]] = {}
+    for method, of_method in curves.items():
+        finals[method] = [curve[-1][1] for curve in of_method]
     differences = against_first(finals)
-    best_of_first = fmean(at_best(curve)[0] for curve in curves[first])
+    best_step_of_first, _ = mean_best(curves[first])
+
     found = {}
     for method, of_seed in runs.items():
-        best = [at_best(curve) for curve in curves[method]]
-        reached = [
-            steps_to_match_best_of(of_figure(of_seed[seed], name), of_first[seed])
-            for seed in of_first
-        ]
-        steps = [pair and pair[0] for pair in reached]
-        all_reached = [step for step in steps if step is not None]
+        best_step, best = mean_best(curves[method])
+        reached = steps_to_match_first(of_seed, runs[first], name)
+        # A speed-up over the seeds that got there would leave out the slow ones.
+        known = known_steps(reached)
+        speedup = best_step_of_first / fmean(known) if len(known) == len(reached) else None
         found[method] = Standing(
             final=mean(finals[method]),
-            best=mean([value for _, value in best]),
-            best_at=fmean(step for step, _ in best),
+            best=best,
+            best_at=best_step,
             difference=differences.get(method),
-            reached=tuple(steps),
-            speedup=best_of_first / fmean(all_reached) if len(all_reached) == len(steps) else None,
+            reached=reached,
+            speedup=speedup,
         )
     return found
+
+
+def mean_best(curves: Sequence[Sequence[tuple[int, float]]]) -> tuple[float, Mean]:
+    """Means over seeds of the step at which each curve is least, and of its value there."""
+    steps, values = zip(*map(at_best, curves), strict=True)
+    return fmean(steps), mean(values)
+
+
+def steps_to_match_first(
+    of_seed: Mapping[int, Sequence[Row]], of_first: Mapping[int, Sequence[Row]], name: str
+) -> tuple[int | None, ...]:
+    """By seed, the first step as good as the first method ever was; None where it never is."""
+    reached: list[int | None] = []
+    for seed, rows in of_first.items():
+        pair = steps_to_match_best_of(of_figure(of_seed[seed], name), of_figure(rows, name))
+        reached.append(pair and pair[0])
+    return tuple(reached)
+
+
+def known_steps(reached: Sequence[int | None]) -> list[int]:
+    """The steps of the seeds that got there."""
+    return [step for step in reached if step is not None]
 
 
 def at_best(curve: Sequence[tuple[int, float]]) -> tuple[int, float]:
@@ -168,7 +210,7 @@ def at_best(curve: Sequence[tuple[int, float]]) -> tuple[int, float]:
 
 
 def table(found: Mapping[str, Standing]) -> list[str]:
-    """Markdown."""
+    """The standings by one figure, as a Markdown table."""
     first = next(iter(found))
     lines = [
         f"| method | final | best | final, less {first}'s of the same seed | steps to {first}'s "
@@ -176,58 +218,77 @@ def table(found: Mapping[str, Standing]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for method, s in found.items():
+        speedup = "" if s.speedup is None else f"{s.speedup:.2f}"
         lines.append(
             f"| {method} | {s.final} | {s.best} | {s.difference or ''} | {steps_text(s.reached)} | "
-            + ("" if s.speedup is None else f"{s.speedup:.2f}")
-            + " |"
+            f"{speedup} |"
         )
     return lines
 
 
 def steps_text(reached: Sequence[int | None]) -> str:
-    known = [step for step in reached if step is not None]
+    """The mean of the steps, and of how many seeds it is where some did not get there."""
+    known = known_steps(reached)
     if not known:
         return "not reached"
-    return f"{fmean(known):,.0f}" + (
-        "" if len(known) == len(reached) else f" ({len(known)} of {len(reached)} seeds)"
-    )
+    text = f"{fmean(known):,.0f}"
+    if len(known) < len(reached):
+        text += f" ({len(known)} of {len(reached)} seeds)"
+    return text
 
 
 def cluster_table(runs: OfRuns, n_clusters: int, weights: str) -> list[str]:
-    """Markdown: final losses per cluster against the first method's of the same seed, in
+    """A Markdown table of final losses per cluster against the first method's of the same seed, in
     percent."""
-    first, columns = next(iter(runs)), [f"C{i}" for i in range(1, n_clusters + 1)]
+    first = next(iter(runs))
+    columns = [f"C{i}" for i in range(1, n_clusters + 1)]
+    finals = final_losses(runs, columns, weights)
     lines = ["| method | " + " | ".join(columns) + " |", "|---" * (n_clusters + 1) + "|"]
-    for method, of_seed in runs.items():
+    for method in runs:
         cells = []
         for column in columns:
-            name = figure(weights, f" {column}")
-            ours, theirs = (
-                [points(of[seed], name)[-1][1] for seed in runs[first]]
-                for of in (of_seed, runs[first])
-            )
+            losses = finals[method][column]
+            # The first method is shown in absolute numbers, which the percentages are of.
             if method == first:
-                cells.append(f"{fmean(ours):.4g}")
-                continue
-            change = paired(
-                [100 * a / b for a, b in zip(ours, theirs, strict=True)], [100.0] * len(ours)
-            )
-            cells.append(
-                f"{change.value:+.2f} %"
-                + ("" if change.error is None else f" ± {change.error:.2f}")
-            )
+                cells.append(f"{fmean(losses):.4g}")
+            else:
+                cells.append(percent_change(losses, finals[first][column]))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return lines
 
 
+def final_losses(
+    runs: OfRuns, columns: Sequence[str], weights: str
+) -> dict[str, dict[str, list[float]]]:
+    """The last validation loss: method -> cluster -> one a seed, in the first method's order."""
+    first = next(iter(runs))
+    found: dict[str, dict[str, list[float]]] = {}
+    for method, of_seed in runs.items():
+        found[method] = {}
+        for column in columns:
+            name = figure(weights, f" {column}")
+            found[method][column] = [points(of_seed[seed], name)[-1][1] for seed in runs[first]]
+    return found
+
+
+def percent_change(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """The mean over seeds of the change from `theirs`, with its standard error."""
+    shares = [100 * one / other for one, other in zip(ours, theirs, strict=True)]
+    change = paired(shares, [100.0] * len(ours))
+    text = f"{change.value:+.2f} %"
+    if change.error is not None:
+        text += f" ± {change.error:.2f}"
+    return text
+
+
 def summary(found: Mapping[str, Standing], name: str, step: int) -> str:
-    """One line."""
+    """One line that compares the final values of all methods."""
     first, *others = found
-    said = [f"at step {step:,}, {name} is {found[first].final} by {first}"]
+    parts = [f"at step {step:,}, {name} is {found[first].final} by {first}"]
     for method in others:
         s = found[method]
         when = f"at step {steps_text(s.reached)}" if any(s.reached) else "never"
-        said.append(
+        parts.append(
             f"{s.final} by {method} (difference {s.difference}; reaches {first}'s best {when})"
         )
-    return "; ".join(said)
+    return "; ".join(parts)

@@ -1,5 +1,5 @@
-"""The loss that runs of one comparison have in common: unweighted, per noise cluster, on a fixed
-set of (image, u, noise), whatever noise levels and weights each was trained with."""
+"""The validation loss of a comparison: unweighted, per noise cluster, on a fixed set of (image, u,
+noise) that is the same for all runs, whatever noise levels and weights each was trained with."""
 
 import itertools
 import json
@@ -31,6 +31,8 @@ WEIGHTS = {"EMA": "ema", "raw weights": "master"}
 
 
 class ValidationLoss:
+    """A fixed set of noised images, and the losses of checkpoints on it."""
+
     def __init__(
         self,
         data: ShardDataset,
@@ -42,13 +44,19 @@ class ValidationLoss:
     ):
         """`images`: of each cluster, at noise levels evenly spaced in it. `config`: whose model and
         data are meant."""
-        self.edges, self.batch_size, self.device = edges, batch_size, device
-        self.n_clusters, n, info = len(edges) - 1, images * (len(edges) - 1), data.info
+        self.edges = edges
+        self.batch_size = batch_size
+        self.device = device
+        self.n_clusters = len(edges) - 1
+        n = images * self.n_clusters
+        info = data.info
+
+        # The middles of equal bins, so that no level lies on the edge of two clusters.
         inside = (np.arange(images) + 0.5) / images
-        self._u = torch.from_numpy(
-            np.concatenate([a + inside * (b - a) for a, b in itertools.pairwise(edges)])
-        )
-        # on the CPU: the same numbers on every device
+        levels = [low + inside * (high - low) for low, high in itertools.pairwise(edges)]
+        self._u = torch.from_numpy(np.concatenate(levels))
+
+        # Drawn on the CPU: the same numbers on every device.
         draws = step_draws(
             SEED,
             0,
@@ -58,15 +66,17 @@ class ValidationLoss:
             posterior=info.kind == "moments",
             device=torch.device("cpu"),
         )
-        rows = {
-            name: torch.from_numpy(values)
-            for name, values in data.gather(
-                sample_indices(np.arange(n), len(data), SEED),
-                choice=np.zeros(n) if config.model.max_caption_tokens else None,
-            ).items()
-        }
+        # Of several captions of an image the first, in every run.
+        chosen = sample_indices(np.arange(n), len(data), SEED)
+        choice = np.zeros(n) if config.model.max_caption_tokens else None
+        rows = {}
+        for name, values in data.gather(chosen, choice=choice).items():
+            rows[name] = torch.from_numpy(values)
         self._x_start = to_x_start(rows["latent"], info.kind, info.scale_factor, draws.posterior)
-        self._noise, self._y = draws.noise, to_condition(rows)
+        self._noise = draws.noise
+        self._y = to_condition(rows)
+
+        # Only losses with the same protocol are comparable.
         self.protocol = {
             "data": data.fingerprint,
             "edges": list(edges),
@@ -76,18 +86,18 @@ class ValidationLoss:
 
     def rows(self, run: Path) -> list[dict[str, Any]]:
         """What is known of a run's checkpoints by this protocol, in the order of steps."""
-        found = {
-            line["step"]: line
-            for line in lines(run / "loss" / RESULTS)
-            if line.get("protocol") == self.protocol
-        }
+        found = {}
+        for line in lines(run / "loss" / RESULTS):
+            if line.get("protocol") == self.protocol:
+                found[line["step"]] = line
         return [found[step] for step in sorted(found)]
 
     def add(self, run: Path, step: int) -> None:
-        """Of the EMA and of the raw weights: the loss of each cluster, and over all noise levels.
-        Raises Stopped."""
+        """Measure the EMA and the raw weights of a checkpoint, and append a row to the run's
+        results: the loss of each cluster, and over all noise levels. Raises Stopped."""
         trained = load_trained(run, step)
-        model, figures = trained.model.to(self.device), dict[str, Any]()
+        model = trained.model.to(self.device)
+        figures: dict[str, Any] = {}
         for name, kind in WEIGHTS.items():
             model.load_state_dict(named_weights(CheckpointDir.at(run, step), kind))
             clusters = self(model, trained.objective)
@@ -96,21 +106,17 @@ class ValidationLoss:
                     f"{run} at step {step:,}: the validation loss of its {name} is not finite; "
                     "leave this method out, or train it with a lower --optimizer.lr"
                 )
-            each = {
-                "": float(np.dot(clusters, np.diff(self.edges))),
-                **{f" C{i}": loss for i, loss in enumerate(clusters.tolist(), 1)},
-            }
-            figures |= {figure(name, cluster): {"value": loss} for cluster, loss in each.items()}
+            # Over all noise levels: clusters weighted by their width on the noise axis.
+            over_all = float(np.dot(clusters, np.diff(self.edges)))
+            figures[figure(name)] = {"value": over_all}
+            for i, loss in enumerate(clusters.tolist(), 1):
+                figures[figure(name, f" C{i}")] = {"value": loss}
+
         (run / "loss").mkdir(exist_ok=True)
-        append_line(
-            run / "loss" / RESULTS,
-            json.dumps({"step": step, "protocol": self.protocol, "figures": figures}),
-        )
-        print(
-            f"{run} at step {step:,}: "
-            + ", ".join(f"{figure(name)} {figures[figure(name)]['value']:.5g}" for name in WEIGHTS),
-            flush=True,
-        )
+        row = {"step": step, "protocol": self.protocol, "figures": figures}
+        append_line(run / "loss" / RESULTS, json.dumps(row))
+        shown = [f"{figure(name)} {figures[figure(name)]['value']:.5g}" for name in WEIGHTS]
+        print(f"{run} at step {step:,}: {', '.join(shown)}", flush=True)
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, objective: Objective) -> np.ndarray:
@@ -120,26 +126,27 @@ class ValidationLoss:
             if stop_requested():
                 raise Stopped
             t = objective.draw(self._u[part].to(self.device))
-            x_start, noise = (
-                values[part].to(self.device) for values in (self._x_start, self._noise)
-            )
+            x_start = self._x_start[part].to(self.device)
+            noise = self._noise[part].to(self.device)
             y = to_device(select(self._y, part), self.device)
-            losses.append(
-                objective.training_losses(model, x_start, t, noise, y).loss.double().cpu()
-            )
+            loss = objective.training_losses(model, x_start, t, noise, y).loss
+            losses.append(loss.double().cpu())
+
+        # Each cluster has the same number of images, one after another.
         means: Tensor = torch.cat(losses).view(self.n_clusters, -1).mean(1)
         return means.numpy()
 
 
 def figure(weights: str, cluster: str = "") -> str:
-    """As rows name it; cluster: "" for all noise levels, " C1" ..."""
+    """The name of a loss in rows and tables. `cluster`: "" for all noise levels, " C1" ..."""
     return f"validation loss ({weights}){cluster}"
 
 
 def check_like(validation: ShardDataset, training: ShardDataset) -> None:
     """Raises DataError where the sets are not of one kind, but for their names."""
     for key in ("kind", "shape", "num_classes", "scale_factor", "encoders", "captions"):
-        theirs, ours = (getattr(data.info, key) for data in (validation, training))
+        theirs = getattr(validation.info, key)
+        ours = getattr(training.info, key)
         if theirs != ours:
             raise DataError(
                 f"--validation {validation.path} has {key}={theirs}, the training set "

@@ -16,74 +16,82 @@ import numpy.typing as npt
 
 from largescale.monitoring.telemetry import read_metrics
 
-AFTER = 100  # rises are counted after this step
-WINDOW = 100  # steps that the smoothed loss is the mean of, at most
+# Rises are counted after this step: before it every model's loss falls steeply.
+AFTER = 100
+# Steps that the smoothed loss is the mean of, at most.
+WINDOW = 100
 Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Convergence:
-    """Of a loss L_s at steps s = 1 .. S. The smoothed loss at s is the mean of the last W steps up
-    to s, W the smaller of 100 and S / 20; normalised, it is 1 where it is largest and 0 where it is
-    least."""
+    """How fast a loss L_s at steps s = 1 .. S has converged. The smoothed loss at s is the mean of
+    the last W steps up to s, W the smaller of 100 and S / 20; normalised, it is 1 where it is
+    largest and 0 where it is least."""
 
     steps: int
-    """S."""
+    """S, the number of steps."""
     final: float
-    """The smoothed loss at S."""
+    """The smoothed loss at step S."""
     rises: int
     """Steps s > 100 with L_s > L_{s-1}: the paper's count, as far as it says."""
     smoothed_rises: int
-    """The same of the smoothed loss: the fewer, the longer it goes on falling."""
+    """Steps s > 100 at which the smoothed loss rises: the fewer, the longer it keeps falling."""
     oscillates_from: int | None
     """The first step from W on whose smoothed loss is not undercut within the next `patience`
     steps, much as the curriculum would end a stage there. None: there is none, it falls to the
     end."""
     falls_until: int
-    """The first step after the largest smoothed loss at which the normalised one is below 0.1.
-    Hardly hinges on the noise of the loss, but on how far it has come in S steps."""
+    """The first step after the largest smoothed loss at which the normalised one is below 0.1. It
+    hardly depends on the noise of the loss, but on how far it has fallen in S steps."""
 
 
 @dataclass(frozen=True)
 class LossCurve:
+    """The training loss of a run, by step."""
+
     step: npt.NDArray[np.int64]
     loss: Array
 
     @property
     def window(self) -> int:
+        """W: how many steps the smoothed loss is the mean of."""
         return max(1, min(WINDOW, len(self.loss) // 20))
 
     @property
     def smoothed(self) -> Array:
-        """(S,), over fewer steps where there are not W before."""
-        total, w = np.concatenate([[0.0], self.loss.cumsum()]), self.window
+        """The smoothed loss (S,), over fewer steps where there are not W before."""
+        # A running mean by differences of the running sum.
+        total = np.concatenate([[0.0], self.loss.cumsum()])
         end = np.arange(1, len(self.loss) + 1)
-        start = np.maximum(end - w, 0)
+        start = np.maximum(end - self.window, 0)
         return (total[end] - total[start]) / (end - start)
 
     @property
     def normalised(self) -> Array:
+        """The smoothed loss (S,), scaled to [0, 1]; 0 where it never changes."""
         smoothed = self.smoothed
         return (smoothed - smoothed.min()) / ((smoothed.max() - smoothed.min()) or 1.0)
 
 
 def read_losses(run: Path) -> LossCurve:
-    """What the run's metrics.jsonl holds; of two rows of one step the later. A run that logs every
-    k-th step has means over k steps there, which count as observations."""
-    found = {
-        int(row["step"]): float(row["loss"])
-        for row in read_metrics(run)
-        if "loss" in row and "event" not in row
-    }
+    """The losses in the run's metrics.jsonl; of two rows of one step the later. A run that logs
+    every k-th step has means over k steps there, which count as observations."""
+    # A run that was resumed has logged some steps twice; the later row is the one that counts.
+    found = {}
+    for row in read_metrics(run):
+        if "loss" in row and "event" not in row:
+            found[int(row["step"])] = float(row["loss"])
     steps = sorted(found)
-    return LossCurve(
-        np.array(steps, np.int64), np.array([found[step] for step in steps], np.float64)
-    )
+    losses = [found[step] for step in steps]
+    return LossCurve(np.array(steps, np.int64), np.array(losses, np.float64))
 
 
 def converge(curve: LossCurve, patience: int) -> Convergence:
-    """`patience`: in observations. The curve has at least one."""
-    smoothed, late = curve.smoothed, curve.step[1:] > AFTER
+    """Measure a curve of at least one observation. `patience`: in observations."""
+    smoothed = curve.smoothed
+    late = curve.step[1:] > AFTER
+    # A loss that rises at first starts its fall at its top.
     top = int(np.argmax(smoothed))
     return Convergence(
         steps=int(curve.step[-1]),
@@ -96,28 +104,34 @@ def converge(curve: LossCurve, patience: int) -> Convergence:
 
 
 def _oscillates_from(curve: LossCurve, patience: int) -> int | None:
-    best, since = np.inf, -1
-    for i, loss in enumerate(curve.smoothed):
-        if i + 1 < curve.window:
-            continue
+    """The step whose smoothed loss is not undercut within `patience` observations."""
+    best = np.inf
+    best_index = -1
+    # Before a full window the mean is of fewer steps, and so noisier.
+    first = curve.window - 1
+    for i, loss in enumerate(curve.smoothed[first:], first):
         if loss < best:
-            best, since = loss, i
-        elif i - since >= patience:
-            return int(curve.step[since])
+            best = loss
+            best_index = i
+        elif i - best_index >= patience:
+            return int(curve.step[best_index])
     return None
 
 
 def rank_correlation(values: list[float | None]) -> float | None:
-    """Spearman's, of values with their place in the list; None counts as the largest of all. None
-    where there are fewer than three values, or all are the same."""
+    """Spearman's rank correlation of values with their place in the list; None counts as the
+    largest of all. Returns None where there are fewer than three values, or all are the same."""
     known = np.array([np.inf if value is None else value for value in values])
     if len(known) < 3 or (known == known[0]).all():
         return None
-    ranks = (known[:, None] > known).sum(1) + (
-        (known[:, None] == known).sum(1) - 1
-    ) / 2  # ties: the mean rank
+
+    # Equal values share the mean of their ranks.
+    smaller = (known[:, None] > known).sum(1)
+    equal = (known[:, None] == known).sum(1) - 1
+    ranks = smaller + equal / 2
     return float(np.corrcoef(ranks, np.arange(len(known)))[0, 1])
 
 
 def plain(convergence: Convergence) -> dict[str, Any]:
+    """The numbers as JSON values."""
     return asdict(convergence)

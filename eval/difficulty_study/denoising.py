@@ -20,8 +20,8 @@ from largescale.models.inference import prepare
 
 
 def bounds(low: float, high: float) -> tuple[float, float]:
-    """[low, high) without the further end where it is an end of the noise axis: samplers ask at
-    both."""
+    """The interval [low, high), open to infinity where it ends at an end of the noise axis, at which
+    samplers ask too."""
     return low if low > 0 else -math.inf, high if high < 1 else math.inf
 
 
@@ -38,12 +38,15 @@ class Spliced:
         high: float,
     ):
         """`noise_level`: u (N,) of t (N,), as the network is given it."""
-        self.inside, self.outside, self._noise_level = inside, outside, noise_level
+        self.inside = inside
+        self.outside = outside
+        self._noise_level = noise_level
         self._low, self._high = bounds(low, high)
 
     def __call__(self, x_t: Tensor, t: Tensor, y: Condition) -> Tensor:
         u = self._noise_level(t)
         chosen = (u >= self._low) & (u < self._high)
+        # Samplers ask at one noise level for all images: nearly always one of the models is enough.
         if chosen.all():
             return self.inside(x_t, t, y)
         if not chosen.any():
@@ -58,11 +61,13 @@ class SplicedSampler(Sampler):
 
     def __init__(self, options: Sample, part: Path, interval: tuple[float, float]) -> None:
         super().__init__(options)
-        self.part, self.interval = load_trained(part), interval
+        self.part = load_trained(part)
+        self.interval = interval
         check_fits(self.part, self.trained, part, options.source)
         self._spliced: Spliced | None = None
 
     def model(self, config: SamplingConfig) -> Model:
+        """Both models as one; prepared when first needed, like the base class's."""
         if self._spliced is None:
             outside = super().model(config)
             inside = prepare(
@@ -75,6 +80,7 @@ class SplicedSampler(Sampler):
         return self._spliced
 
     def job(self, config: SamplingConfig) -> dict[str, Any]:
+        """All that the samples depend on, the model inside the interval included."""
         spliced = {
             "interval": list(self.interval),
             "step": self.part.info["step"],
@@ -84,39 +90,42 @@ class SplicedSampler(Sampler):
 
 
 def noise_level_of(trained: Trained) -> Callable[[Tensor], Tensor]:
-    """u (N,) of t (N,), as the network is given it."""
+    """The function from t (N,), as the network is given it, to the noise level u (N,)."""
     objective = trained.objective
     return lambda t: objective.noise_level(objective.time_of_input(t))
 
 
 def check_fits(part: Trained, full: Trained, part_path: Path, full_path: Path) -> None:
-    """Raises CheckpointError for models that do not mean the same by their inputs and outputs."""
-    a, b = part.config, full.config
-    facts = {
-        "diffusion": (a.diffusion, b.diffusion),
-        "shape": (latent_shape(a.model), latent_shape(b.model)),
-        "num_classes": (a.model.num_classes, b.model.num_classes),
-        "learn_sigma": (a.model.learn_sigma, b.model.learn_sigma),
-        **{
-            f"{name} of the data": (
-                part.info["data_info"].get(name),
-                full.info["data_info"].get(name),
-            )
-            for name in ("kind", "shape", "scale_factor", "encoders")
-        },
-    }
-    for name, (one, other) in facts.items():
-        if one != other:
+    """Raises CheckpointError for models whose inputs or outputs do not mean the same."""
+    ours = meaning(part)
+    theirs = meaning(full)
+    for name, one in ours.items():
+        if one != theirs[name]:
             raise CheckpointError(
                 f"{part_path} and {full_path} cannot be sampled together: {name} is {one} in one, "
-                f"{other} in the other; give --full a model of the same data and objective"
+                f"{theirs[name]} in the other; give --full a model of the same data and objective"
             )
+
+
+def meaning(trained: Trained) -> dict[str, Any]:
+    """What a model's inputs and outputs mean: its objective, their shapes, and its data."""
+    model = trained.config.model
+    facts: dict[str, Any] = {
+        "diffusion": trained.config.diffusion,
+        "shape": latent_shape(model),
+        "num_classes": model.num_classes,
+        "learn_sigma": model.learn_sigma,
+    }
+    for name in ("kind", "shape", "scale_factor", "encoders"):
+        facts[f"{name} of the data"] = trained.info["data_info"].get(name)
+    return facts
 
 
 def asked_levels(trained: Trained, config: SamplingConfig) -> list[float]:
-    """The noise levels at which sampling asks the network, in the order asked. Of no network: what
-    it answers does not change them."""
-    noise_level, shape = noise_level_of(trained), latent_shape(trained.config.model)
+    """The noise levels at which sampling asks the network, in the order asked. No network is
+    needed, as its answers do not change them."""
+    noise_level = noise_level_of(trained)
+    shape = latent_shape(trained.config.model)
     channels = shape[0] * (2 if trained.config.model.learn_sigma else 1)
     asked: list[float] = []
 
@@ -124,6 +133,7 @@ def asked_levels(trained: Trained, config: SamplingConfig) -> list[float]:
         asked.extend(noise_level(t[:1]).tolist())
         return x_t.new_zeros(len(x_t), channels, *x_t.shape[2:])
 
+    # One sample without guidance, which would ask twice at each level.
     one = draw_batches(
         note,
         trained.objective,

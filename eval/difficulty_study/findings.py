@@ -1,5 +1,6 @@
 """What a difficulty study has measured so far, and what is still missing."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,19 +17,25 @@ from eval.difficulty_study.convergence import (
 )
 from eval.difficulty_study.study import Row, Stage
 
+# The columns of denoising.jsonl that the report repeats.
+DENOISING = ("figure", "value", "error", "evaluations", "evaluations_inside")
+
 
 @dataclass(frozen=True)
 class Findings:
+    """All that a study has measured so far. Intervals are numbered 1 .. N from the least noise;
+    0 is the full model."""
+
     study: str
     edges: Sequence[float]
     folders: dict[int, Path]
-    """Of the runs: of 0, the full model, and 1 .. N."""
+    """The folders of the runs, by interval: 0, the full model, and 1 .. N."""
     steps: int
     patience: int
     scored: dict[int, Row]
-    """Of eval.difficulty's denoising.jsonl, by interval."""
+    """The rows of eval.difficulty's denoising.jsonl, by interval."""
     entropy: Row | None
-    """relative_entropy.json."""
+    """The content of relative_entropy.json; None before it is measured."""
 
     @cached_property
     def intervals(self) -> range:
@@ -36,13 +43,13 @@ class Findings:
 
     @cached_property
     def curves(self) -> dict[int, LossCurve]:
-        """Of the intervals that are trained to the end."""
-        read = {i: read_losses(self.folders[i]) for i in self.intervals}
-        return {
-            i: curve
-            for i, curve in read.items()
-            if len(curve.step) and curve.step[-1] >= self.steps
-        }
+        """The loss curves of the intervals that are trained to the end."""
+        found = {}
+        for i in self.intervals:
+            curve = read_losses(self.folders[i])
+            if len(curve.step) and curve.step[-1] >= self.steps:
+                found[i] = curve
+        return found
 
     @cached_property
     def convergence(self) -> dict[int, Convergence]:
@@ -50,12 +57,13 @@ class Findings:
 
     @cached_property
     def missing(self) -> dict[Stage, list[int]]:
-        """Stage -> intervals; none for the relative entropy, which has none."""
+        """The stages that are not complete -> the intervals that lack; none for the relative
+        entropy, which is one measurement over all of them."""
         found: dict[Stage, list[int]] = {}
-        if lost := [i for i in self.intervals if i not in self.curves]:
-            found["train"] = lost
-        if lost := [i for i in (0, *self.intervals) if i not in self.scored]:
-            found["denoise"] = lost
+        if lost := set(self.intervals) - self.curves.keys():
+            found["train"] = sorted(lost)
+        if lost := {0, *self.intervals} - self.scored.keys():
+            found["denoise"] = sorted(lost)
         if not self.entropy:
             found["entropy"] = []
         return found
@@ -64,54 +72,62 @@ class Findings:
         """Means over the pairs (t - 1, t) whose t lies in the interval."""
         if not self.entropy:
             return None
-        at = [k for k, u in enumerate(self.entropy["u"]) if self.edges[i - 1] <= u < self.edges[i]]
-        if not at:
+        # u rises with t, so the timesteps of an interval stand side by side.
+        start = bisect_left(self.entropy["u"], self.edges[i - 1])
+        end = bisect_left(self.entropy["u"], self.edges[i])
+        if start == end:
             return None
+        kernels = self.entropy["kernels"][start:end]
         return {
-            "value": fmean(self.entropy["value"][k] for k in at),
-            "kernels": [
-                min(self.entropy["kernels"][k] for k in at),
-                max(self.entropy["kernels"][k] for k in at),
-            ],
-            "degenerate": fmean(self.entropy["degenerate"][k] for k in at),
-            "biased": fmean(self.entropy["biased"][k] for k in at),
+            "value": fmean(self.entropy["value"][start:end]),
+            "kernels": [min(kernels), max(kernels)],
+            "degenerate": fmean(self.entropy["degenerate"][start:end]),
+            "biased": fmean(self.entropy["biased"][start:end]),
         }
 
     @cached_property
     def rows(self) -> list[Row]:
-        """One an interval, JSON; None is what is missing."""
-        wanted = ("figure", "value", "error", "evaluations", "evaluations_inside")
-        return [
-            {
-                "interval": i,
-                "u": [self.edges[i - 1], self.edges[i]],
-                "run": str(self.folders[i]),
-                "convergence": plain(self.convergence[i]) if i in self.convergence else None,
-                "denoising": {key: self.scored[i][key] for key in wanted}
-                if i in self.scored
-                else None,
-                "relative_entropy": self.entropy_of(i),
-            }
-            for i in self.intervals
-        ]
+        """A row for each interval, as plain JSON; None stands for what is missing."""
+        found = []
+        for i in self.intervals:
+            denoising = None
+            if i in self.scored:
+                denoising = {key: self.scored[i][key] for key in DENOISING}
+            found.append(
+                {
+                    "interval": i,
+                    "u": [self.edges[i - 1], self.edges[i]],
+                    "run": str(self.folders[i]),
+                    "convergence": plain(self.convergence[i]) if i in self.convergence else None,
+                    "denoising": denoising,
+                    "relative_entropy": self.entropy_of(i),
+                }
+            )
+        return found
 
     @cached_property
     def correlations(self) -> dict[str, float]:
-        """With the interval's number, of what is there for all: where harder tasks are those of
-        less noise, near -1 for the steps, the distance and the relative entropy, near 1 for the
-        smoothed rises."""
+        """The rank correlation of each measurement with the interval's number, where all intervals
+        have it: where harder tasks are those of less noise, near -1 for the steps, the distance and
+        the relative entropy, near 1 for the smoothed rises."""
         columns: dict[str, list[float | None]] = {}
         if len(self.convergence) == len(self.intervals):
-            of = [self.convergence[i] for i in self.intervals]
-            columns |= {
-                "oscillates from": [c.oscillates_from for c in of],
-                "falls until": [c.falls_until for c in of],
-                "rises": [c.rises for c in of],
-                "rises, smoothed": [c.smoothed_rises for c in of],
-            }
-        if all(i in self.scored for i in self.intervals):
+            for name, field in (
+                ("oscillates from", "oscillates_from"),
+                ("falls until", "falls_until"),
+                ("rises", "rises"),
+                ("rises, smoothed", "smoothed_rises"),
+            ):
+                columns[name] = [getattr(self.convergence[i], field) for i in self.intervals]
+        if self.scored.keys() >= set(self.intervals):
             columns["distance"] = [self.scored[i]["value"] for i in self.intervals]
-        if self.entropy and all(row["relative_entropy"] for row in self.rows):
-            columns["D_KL a timestep"] = [row["relative_entropy"]["value"] for row in self.rows]
-        found = {name: rank_correlation(values) for name, values in columns.items()}
-        return {name: value for name, value in found.items() if value is not None}
+        entropies = [row["relative_entropy"] for row in self.rows]
+        if self.entropy and all(entropies):
+            columns["D_KL a timestep"] = [entropy["value"] for entropy in entropies]
+
+        found = {}
+        for name, values in columns.items():
+            correlation = rank_correlation(values)
+            if correlation is not None:
+                found[name] = correlation
+        return found

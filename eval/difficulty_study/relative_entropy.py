@@ -12,7 +12,7 @@ falls: an artefact of there being finitely many points, which `RelativeEntropy.d
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,15 +25,21 @@ from largescale.diffusion.objective import Objective, middle_of_bins
 from largescale.errors import DataError, Stopped
 from largescale.randomness import stream_seed
 
-MIN_POINTS = 1000  # data points, of which a density may be estimated
-ONE_KERNEL, FEW_KERNELS = 2.0, 100.0  # of `RelativeEntropy.kernels`
-CHUNK = 2**20  # of samples times data points at once: 8 MB for each array
+# The least number of data points from which a density may be estimated.
+MIN_POINTS = 1000
+# Below these values of `RelativeEntropy.kernels` an estimate is an artefact, or biased.
+ONE_KERNEL = 2.0
+FEW_KERNELS = 100.0
+# Samples times data points at once: 8 MB for each array of float64.
+CHUNK = 2**20
 Array = npt.NDArray[np.float64]
+Progress = Callable[[float], Any]
+Stop = Callable[[], bool]
 
 
 @dataclass(frozen=True)
 class RelativeEntropy:
-    """In nats. (K,) float64 each, for K pairs of noise levels."""
+    """Relative entropies in nats, (K,) float64 each, for K pairs of noise levels."""
 
     value: Array
     """D_KL(p || q), with one kernel's log ratio, whose mean is known, as a control variate."""
@@ -43,6 +49,7 @@ class RelativeEntropy:
     plain: Array
     """The plain mean of ln p - ln q, as the paper has it: the same expectation, a larger error."""
     plain_error: Array
+    """The standard error of `plain`."""
     kernels: Array
     """How many kernels explain a sample of p: exp of the mean entropy of their responsibilities for
     it, from 1 to L."""
@@ -58,10 +65,10 @@ class RelativeEntropy:
 
     @property
     def biased(self) -> npt.NDArray[np.bool_]:
-        """Where few kernels do, degenerate or not: more data would give another value, a smaller
-        one as a rule. With 1,000 or 5,000 points of a Gaussian in 2, 8 or 32 dimensions and EDM's
-        noise, `value` was 1.04 to 2 times the truth at some 130 kernels, 1.3 to 260 times it at
-        some 18."""
+        """Where few kernels explain a sample, degenerate or not: more data would give another
+        value, a smaller one as a rule. With 1,000 or 5,000 points of a Gaussian in 2, 8 or 32
+        dimensions and EDM's noise, `value` was 1.04 to 2 times the truth at some 130 kernels, 1.3
+        to 260 times it at some 18."""
         return self.kernels < FEW_KERNELS
 
 
@@ -84,19 +91,23 @@ class _Batch(NamedTuple):
 
 
 def _pair(b: _Batch, alpha: float, sigma: float, alpha_q: float, sigma_q: float) -> Tensor:
-    """(3, m): of one pair of noise levels, the log ratio of the own kernels, what the other kernels
-    add to it, and the entropy of the kernels' shares."""
-    along = alpha * b.with_points + sigma * b.with_noise  # x . (x_j - x_l)
+    """The terms of one pair of noise levels, (3, m): the log ratio of the own kernels, what the
+    other kernels add to it, and the entropy of the kernels' shares."""
+    # ln of each kernel over the own one, under p and under q; x . (x_j - x_l) is in both.
+    along = alpha * b.with_points + sigma * b.with_noise
     under_p = alpha / sigma**2 * (along - alpha / 2 * b.longer)
     under_q = alpha_q / sigma_q**2 * (along - alpha_q / 2 * b.longer)
-    # |x - alpha_q x_l|^2
+
+    # The own kernels: `off` is |x - alpha_q x_l|^2.
     apart = alpha - alpha_q
     off = apart**2 * b.own + 2 * apart * sigma * b.inner + sigma**2 * b.energy
     single = b.width * math.log(sigma_q / sigma) - b.energy / 2 + off / (2 * sigma_q**2)
+
+    # A logsumexp whose weights the entropy needs too; `total` is 0 or more.
     most = under_p.amax(1, keepdim=True)
     weights = (under_p - most).exp_()
     sum_of = weights.sum(1)
-    total = most[:, 0] + sum_of.log()  # ln of all kernels over the own one, 0 or more
+    total = most[:, 0] + sum_of.log()
     rest = total - under_q.logsumexp(1)
     entropy = total - weights.mul_(under_p).sum(1) / sum_of
     return torch.stack([single, rest, entropy])
@@ -111,12 +122,14 @@ def relative_entropy(
     samples: int,
     seed: int = 0,
     chunk: int = CHUNK,
-    progress: Callable[[float], Any] = lambda share: None,
-    stop: Callable[[], bool] = lambda: False,
+    progress: Progress = lambda share: None,
+    stop: Stop = lambda: False,
 ) -> RelativeEntropy:
-    """`data`: (L, ...) float, on any device, where the work is done. `p`, `q`: (K, 2), alpha and
-    sigma of each pair. `samples`: M, the same draws for all pairs. `chunk` bounds the memory, and
-    changes rounding only. `progress` is told of shares of the work, in all 1.
+    """Estimate D_KL(p || q) of the data at each of K pairs of noise levels.
+
+    `data`: (L, ...) float, on any device, where the work is done. `p`, `q`: (K, 2), alpha and sigma
+    of each pair. `samples`: M, the same draws for all pairs. `chunk` bounds the memory, and changes
+    rounding only. `progress` is called with shares of the work, in all 1.
 
     Everything is float64: squared distances of 10^4 pixels are divided by variances down to 10^-5,
     and in float32 would be wrong by some hundreds. All pairs share two matrix products, x_l x_j and
@@ -128,36 +141,24 @@ def relative_entropy(
     data = data.flatten(1)
     points, width = data.shape
     check(data, np.concatenate([p, q]), samples)
-    block = max(1, min(points, CHUNK // width))  # rows of data that are float64 at a time
-    square = torch.cat(
-        [part.double().square().sum(1) for part in data.split(block)]
-    )  # (L,), |x_j|^2
-    chosen = torch.randint(
-        points, (samples,), generator=torch.Generator().manual_seed(stream_seed(seed, "point", 0))
-    )
+
+    # A few rows of data at a time are float64; `square` is |x_j|^2, (L,).
+    parts = data.split(max(1, min(points, CHUNK // width)))
+    square = torch.cat([part.double().square().sum(1) for part in parts])
+
+    generator = torch.Generator().manual_seed(stream_seed(seed, "point", 0))
+    chosen = torch.randint(points, (samples,), generator=generator)
     found = torch.zeros(3, len(p), samples, dtype=torch.float64, device=data.device)
     rows = max(1, min(samples, chunk // points))
     for first in range(0, samples, rows):
         own = chosen[first : first + rows].to(data.device)
-        noise = torch.stack([_noise(seed, i, width) for i in range(first, first + len(own))]).to(
-            data.device
-        )
-        x_start = data[own].double()
-        with_points, with_noise = (
-            torch.cat([left @ part.double().T for part in data.split(block)], dim=1)
-            for left in (x_start, noise)
-        )
-        # of x_j - x_l, so that what a sample has with its own point is exactly 0
-        with_points = with_points - with_points.gather(1, own[:, None])  # (m, L)
-        with_noise = with_noise - with_noise.gather(1, own[:, None])
-        longer = square - square[own, None]
-        inner, energy = (noise * x_start).sum(1), noise.square().sum(1)  # (m,)
-        batch = _Batch(with_points, with_noise, longer, square[own], inner, energy, width)
+        batch = _batch(data, parts, square, own, first, seed)
         for k, (level, other) in enumerate(zip(p.tolist(), q.tolist(), strict=True)):
             if stop():
                 raise Stopped
             found[:, k, first : first + rows] = _pair(batch, *level, *other)
             progress(len(own) / samples / len(p))
+
     single, rest, entropy = found.cpu().numpy()
     bound = one_kernel(p, q, width, square.mean().item())
     log_ratio = single + rest
@@ -169,30 +170,66 @@ def relative_entropy(
     )
 
 
-def one_kernel(p: Array, q: Array, width: int, square: float) -> Array:
-    """(K,): the mean over data points of mean squared norm `square` of
-    D_KL(N(alpha x_l, sigma^2 I) || N(alpha' x_l, sigma'^2 I)), in `width` dimensions."""
-    ratio = (p[:, 1] / q[:, 1]) ** 2
-    return width / 2 * (ratio - 1 - np.log(ratio)) + (p[:, 0] - q[:, 0]) ** 2 * square / (
-        2 * q[:, 1] ** 2
+def _batch(
+    data: Tensor, parts: Sequence[Tensor], square: Tensor, own: Tensor, first: int, seed: int
+) -> _Batch:
+    """The samples `first` and after, of the data points `own` (m,). `parts`: the data in blocks of
+    rows; `square`: |x_j|^2, (L,)."""
+    width = data.shape[1]
+    drawn = [_noise(seed, i, width) for i in range(first, first + len(own))]
+    noise = torch.stack(drawn).to(data.device)
+    x_start = data[own].double()
+
+    # Of x_j - x_l, so that what a sample has with its own point is exactly 0.
+    with_points = _products(x_start, parts)
+    with_points = with_points - with_points.gather(1, own[:, None])
+    with_noise = _products(noise, parts)
+    with_noise = with_noise - with_noise.gather(1, own[:, None])
+    return _Batch(
+        with_points,
+        with_noise,
+        longer=square - square[own, None],
+        own=square[own],
+        inner=(noise * x_start).sum(1),
+        energy=noise.square().sum(1),
+        width=width,
     )
 
 
+def _products(left: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """left @ data.T in float64, (m, L), a block of the data at a time."""
+    return torch.cat([left @ part.double().T for part in parts], dim=1)
+
+
+def one_kernel(p: Array, q: Array, width: int, square: float) -> Array:
+    """The mean over the data points of one kernel's relative entropy,
+    D_KL(N(alpha x_l, sigma^2 I) || N(alpha' x_l, sigma'^2 I)), (K,). `square`: the mean squared
+    norm of the points, in `width` dimensions."""
+    ratio = (p[:, 1] / q[:, 1]) ** 2
+    of_widths = width / 2 * (ratio - 1 - np.log(ratio))
+    return of_widths + (p[:, 0] - q[:, 0]) ** 2 * square / (2 * q[:, 1] ** 2)
+
+
 def _mean(values: Array) -> tuple[Array, Array]:
-    """Of each row of (K, M), with its standard error."""
+    """The mean of each row of (K, M), and its standard error."""
     return values.mean(1), values.std(1, ddof=1) / math.sqrt(values.shape[1])
 
 
 def _controlled(log_ratio: Array, single: Array) -> tuple[Array, Array]:
-    """As `_mean` of ln p - ln q, (K, M), less what two quantities of mean 0 explain of it: one
-    kernel's log ratio less its mean, `single`, and q / p - 1, as E_p[q / p] = 1. Where the kernels
-    are apart, the former leaves no error; where p and q are close, the latter turns an error of
-    order sqrt(D_KL / M) into one of order D_KL / sqrt(M)."""
+    """The mean of ln p - ln q (K, M) with control variates, and its standard error.
+
+    Subtracted is what two quantities of mean 0 explain of it: one kernel's log ratio less its mean,
+    `single`, and q / p - 1, as E_p[q / p] = 1. Where the kernels are apart, the former leaves no
+    error; where p and q are close, the latter turns an error of order sqrt(D_KL / M) into one of
+    order D_KL / sqrt(M)."""
     rows = []
     for values, of_one in zip(log_ratio, single, strict=True):
         controls = [np.ones_like(values), of_one]
-        if values.std() < 1:  # else q / p has too long a tail
+        # For noise levels further apart q / p has too long a tail.
+        if values.std() < 1:
             controls.append(np.expm1(-values))
+
+        # Least squares on columns of like size, the first of which is the mean.
         design = np.stack([c / (np.abs(c).max() or 1) for c in controls], axis=1)
         weights = np.linalg.lstsq(design, values, rcond=None)[0]
         rows.append(weights[0] + values - design @ weights)
@@ -200,12 +237,14 @@ def _controlled(log_ratio: Array, single: Array) -> tuple[Array, Array]:
 
 
 def _noise(seed: int, sample: int, width: int) -> Tensor:
-    """Of its own generator on the CPU: the same in chunks of any size, on any device."""
+    """One sample's noise, from a generator of its own on the CPU: the same in chunks of any size,
+    on any device."""
     generator = torch.Generator().manual_seed(stream_seed(seed, "kernel noise", sample))
     return torch.randn(width, dtype=torch.float64, generator=generator)
 
 
 def check(data: Tensor, levels: Array, samples: int) -> None:
+    """Raises DataError for data, noise levels or a number of samples that allow no estimate."""
     if len(data) < 2 or samples < 2:
         raise DataError(
             f"a relative entropy of {len(data)} images by {samples} samples; give 2 or more of both"

@@ -42,19 +42,23 @@ COLUMNS = (
 
 
 def write_report(found: Findings, out: Path, settings: Row) -> str:
-    """report.html, report.json and the pictures; the one line that sums them up."""
+    """Write report.html, report.json and the pictures; returns one line that sums them up."""
     out.mkdir(parents=True, exist_ok=True)
-    full = found.scored.get(0)
+    full = None
+    if 0 in found.scored:
+        full = {key: found.scored[0][key] for key in ("figure", "value", "error")}
     table = {
         "study": found.study,
         "settings": settings,
         "edges": list(found.edges),
         "intervals": found.rows,
-        "full": full and {key: full[key] for key in ("figure", "value", "error")},
+        "full": full,
         "rank correlations with the interval": found.correlations,
         "missing": found.missing,
     }
     write_atomically(out / "report.json", json.dumps(table, indent=1) + "\n")
+
+    # The page has the pictures in itself; they also stand beside it, for papers and slides.
     pictures = draw(found)
     for name, picture in pictures.items():
         write_atomically(out / name, picture)
@@ -63,31 +67,33 @@ def write_report(found: Findings, out: Path, settings: Row) -> str:
 
 
 def summary(found: Findings) -> str:
-    said, last = [], len(found.edges) - 1
+    """One line on the easiest and the hardest interval, as far as they are measured."""
+    parts = []
+    last = len(found.edges) - 1
     if {1, last} <= found.convergence.keys():
-        a, b = (found.convergence[i] for i in (1, last))
-        said.append(
+        a = found.convergence[1]
+        b = found.convergence[last]
+        parts.append(
             f"the loss has done 90 % of its fall by step {a.falls_until:,} in C_1, "
             f"{b.falls_until:,} in C_{last}, and oscillates {step_text(a.oscillates_from)} in C_1, "
             f"{step_text(b.oscillates_from)} in C_{last}"
         )
     if {0, 1, last} <= found.scored.keys():
         of = found.scored
-        said.append(
+        parts.append(
             f"{of[0]['figure']} {number(of[0]['value'])} of the full model, "
             f"{number(of[1]['value'])} with M_1, {number(of[last]['value'])} with M_{last}"
         )
     if found.entropy:
-        shares = found.entropy["degenerate"]
-        said.append(
-            f"the relative entropy is one kernel's at {sum(shares):,} of {len(shares):,} timesteps"
+        degenerate = found.entropy["degenerate"]
+        parts.append(
+            f"the relative entropy is one kernel's at {sum(degenerate):,} of "
+            f"{len(degenerate):,} timesteps"
         )
     if found.correlations:
-        said.append(
-            "rank correlation with the interval: "
-            + ", ".join(f"{name} {value:+.2f}" for name, value in found.correlations.items())
-        )
-    return "; ".join(said or ["not all of it is there yet"])
+        each = [f"{name} {value:+.2f}" for name, value in found.correlations.items()]
+        parts.append(f"rank correlation with the interval: {', '.join(each)}")
+    return "; ".join(parts or ["not all of it is there yet"])
 
 
 def number(value: float | None) -> str:
@@ -99,58 +105,68 @@ def step_text(step: int | None) -> str:
 
 
 def cells(row: Row) -> list[str]:
-    c, d, e = row["convergence"], row["denoising"], row["relative_entropy"]
+    """One interval's row of the table, in the order of COLUMNS; empty where nothing is measured."""
     low, high = row["u"]
-    return [
-        f"C_{row['interval']}",
-        f"{low:.4g} to {high:.4g}",
-        *(
-            [""] * 5
-            if c is None
-            else [
-                f"{c['final']:.4g}",
-                f"{c['rises']:,}",
-                f"{c['smoothed_rises']:,}",
-                step_text(c["oscillates_from"]),
-                f"{c['falls_until']:,}",
-            ]
-        ),
-        *(
-            [""] * 2
-            if d is None
-            else [
-                f"{number(d['value'])} ± {d['error']:.2g}",
-                f"{d['evaluations_inside']} of {d['evaluations']}",
-            ]
-        ),
-        *(
-            [""] * 3
-            if e is None
-            else [
-                f"{e['value']:.3g}",
-                f"{e['kernels'][0]:.3g} to {e['kernels'][1]:.3g}",
-                f"{e['degenerate']:.0%}",
-            ]
-        ),
-    ]
+    found = [f"C_{row['interval']}", f"{low:.4g} to {high:.4g}"]
+
+    # How fast the loss converged.
+    if (c := row["convergence"]) is None:
+        found += [""] * 5
+    else:
+        found += [
+            f"{c['final']:.4g}",
+            f"{c['rises']:,}",
+            f"{c['smoothed_rises']:,}",
+            step_text(c["oscillates_from"]),
+            f"{c['falls_until']:,}",
+        ]
+
+    # How well its model denoises.
+    if (d := row["denoising"]) is None:
+        found += [""] * 2
+    else:
+        found += [
+            f"{number(d['value'])} ± {d['error']:.2g}",
+            f"{d['evaluations_inside']} of {d['evaluations']}",
+        ]
+
+    # How far apart neighbouring noise levels are.
+    if (e := row["relative_entropy"]) is None:
+        found += [""] * 3
+    else:
+        found += [
+            f"{e['value']:.3g}",
+            f"{e['kernels'][0]:.3g} to {e['kernels'][1]:.3g}",
+            f"{e['degenerate']:.0%}",
+        ]
+    return found
+
+
+def table_row(tag: str, texts: Sequence[str]) -> str:
+    """One row of an HTML table; `tag`: th or td."""
+    escaped = [f"<{tag}>{html.escape(text)}</{tag}>" for text in texts]
+    return f"<tr>{''.join(escaped)}</tr>"
 
 
 def page(found: Findings, pictures: dict[str, bytes], settings: Row) -> str:
-    """HTML in one file."""
+    """The report as one HTML file, with the pictures in it."""
+    images = ""
+    for name, picture in pictures.items():
+        data = base64.b64encode(picture).decode()
+        images += (
+            f'<figure><img alt="{name}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{html.escape(PICTURES[name])}</figcaption></figure>"
+        )
+    lost = ""
+    for stage, intervals in found.missing.items():
+        lost += f"<li>{stage}: {', '.join(map(str, intervals)) or 'all'}</li>"
 
-    def line(tag: str, texts: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts) + "</tr>"
-
-    images = "".join(
-        f'<figure><img alt="{name}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
-        f"<figcaption>{html.escape(PICTURES[name])}</figcaption></figure>"
-        for name, picture in pictures.items()
-    )
-    lost = "".join(
-        f"<li>{stage}: {', '.join(map(str, intervals)) or 'all'}</li>"
-        for stage, intervals in found.missing.items()
-    )
-    notes = sorted({note for row in found.scored.values() for note in row["notes"]})
+    # The same note of several intervals is shown once.
+    notes = set()
+    for row in found.scored.values():
+        notes.update(row["notes"])
+    noted = "".join([f"<p>Note: {html.escape(note)}.</p>" for note in sorted(notes)])
+    rows = "".join([table_row("td", cells(row)) for row in found.rows])
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Denoising difficulty: {html.escape(found.study)}</title>
 <style>body{{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}}
@@ -160,17 +176,19 @@ img{{max-width:100%}}figure{{margin:2em 0}}figcaption{{color:#444}}pre{{font-siz
 <p>{html.escape(summary(found))}.</p>
 {f"<p>Missing (intervals, by stage):</p><ul>{lost}</ul>" if lost else ""}
 {images}
-<table>{line("th", COLUMNS)}{"".join(line("td", cells(row)) for row in found.rows)}</table>
+<table>{table_row("th", COLUMNS)}{rows}</table>
 <p>C_1 has the least noise. Final loss: smoothed, the mean of the last {window(found)} steps. Rises: steps after step
 100 whose loss is above that of the step before; smoothed: the same of the smoothed loss. Oscillates: from the first
 step whose smoothed loss is not undercut within {found.patience} steps. Falls until: the first step, after its largest
 value, at which it has fallen by 90 % of its range. D_KL: nats, the mean over the timesteps of the interval. One kernel:
 the share of them whose estimate is that of a single image's kernel. Section 4 and appendix C of arXiv:2403.10348.</p>
-{"".join(f"<p>Note: {html.escape(note)}.</p>" for note in notes)}
+{noted}
 <h2>Settings</h2><pre>{html.escape(json.dumps(settings, indent=1))}</pre>
 </body></html>
 """
 
 
 def window(found: Findings) -> str:
-    return ", ".join(map(str, sorted({curve.window for curve in found.curves.values()}))) or "some"
+    """How many steps the smoothed losses are means of; runs of several lengths have several."""
+    windows = {curve.window for curve in found.curves.values()}
+    return ", ".join(map(str, sorted(windows))) or "some"

@@ -27,12 +27,32 @@ from largescale.models.build import latent_shape
 
 Stage = Literal["train", "denoise", "entropy", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-MIN_SCORED = 1000  # images, of which a Frechet distance says something
+# The least number of images from which a Frechet distance means something.
+MIN_SCORED = 1000
 Row = dict[str, Any]
+
+# The options that change what a score is, and so must agree between scores that are compared.
+PROTOCOL = (
+    "steps",
+    "intervals",
+    "full",
+    "num_samples",
+    "sampler",
+    "sampler_steps",
+    "cfg_scale",
+    "seed",
+    "reference",
+    "extractor",
+    "inception_weights",
+    "vae",
+    "device",
+)
 
 
 @dataclass(frozen=True)
 class Study:
+    """Options of a difficulty study."""
+
     preset: str
     """The preset to train, as in largescale.train."""
     out: Path
@@ -89,6 +109,7 @@ class Study:
     Training has --train.device, after --."""
 
     def check(self) -> None:
+        """Raises ConfigError, or DataError, for options that cannot work."""
         check_counts(self, "intervals", "steps", "patience", "nproc", "sampler_steps", "batch_size")
         if self.interval is not None and not 0 <= self.interval <= self.intervals:
             raise ConfigError(
@@ -103,12 +124,14 @@ class Study:
             raise ConfigError(
                 f"entropy_samples={self.entropy_samples} must be at least 2; set --entropy-samples"
             )
+        # A Frechet distance of few samples is biased by more than the intervals differ.
         if "denoise" in self.stages and self.num_samples < MIN_SCORED:
             raise DataError(
                 f"a Frechet distance of {self.num_samples:,} samples is mostly bias; set "
                 f"--num-samples to {MIN_SCORED:,} or more (the paper has 10,000), or leave out the "
                 "stage denoise"
             )
+        # Training starts its own processes; only sampling is shared by the ranks of this one.
         if "train" in self.stages and env_world_size() > 1:
             raise ConfigError(
                 f"the stage train is one process, not {env_world_size()}; start it without torchrun "
@@ -117,30 +140,15 @@ class Study:
         check_cuda(self.device)
 
     def protocol(self) -> Row:
-        """What scores must share to be compared."""
-        words = (
-            "steps",
-            "intervals",
-            "full",
-            "num_samples",
-            "sampler",
-            "sampler_steps",
-            "cfg_scale",
-            "seed",
-            "reference",
-            "extractor",
-            "inception_weights",
-            "vae",
-            "device",
-        )
-        known: Row = json.loads(
-            json.dumps({word: getattr(self, word) for word in words}, default=str)
-        )
-        return known
+        """The settings that scores must share to be compared, as plain JSON."""
+        settings = {name: getattr(self, name) for name in PROTOCOL}
+        plain: Row = json.loads(json.dumps(settings, default=str))
+        return plain
 
 
 def digits(preset: str, sampler: SamplerName, sampler_steps: int) -> Study:
-    """Small numbers and EfficientNet's features: to see how it goes, not to compare with others."""
+    """A study of a digits preset, with small numbers and EfficientNet's features: to see how a
+    study works, not to compare with others."""
     return Study(
         preset,
         Path("runs/difficulty") / preset,
@@ -161,7 +169,7 @@ STUDIES: dict[str, Study] = {
         "dit_b2_ffhq256", Path("runs/difficulty/paper"), sampler="ddpm", sampler_steps=250
     ),
     "paper_sit": Study("sit_b2_ffhq256", Path("runs/difficulty/paper_sit"), sampler_steps=250),
-    # 4,000 thousand images
+    # 4,000 thousand images, in batches of 256.
     "paper_edm": Study(
         "edm_ddpmpp_ffhq64",
         Path("runs/difficulty/paper_edm"),
@@ -176,56 +184,69 @@ STUDIES: dict[str, Study] = {
 
 
 class Plan:
-    """The runs of a study: interval 0 .. N. Whatever is wrong is said here, before any work."""
+    """The runs of a study: interval 0 .. N. Raises for whatever is wrong, before any work."""
 
     def __init__(self, name: str, options: Study, extra: Sequence[str] = ()) -> None:
         """`name`: in STUDIES. `extra`: options of the training program, for all runs."""
         options.check()
-        self.name, self.options, self.extra, self.rank = name, options, list(extra), env_rank()
+        self.name = name
+        self.options = options
+        self.extra = list(extra)
+        self.rank = env_rank()
         self.config = configure(options.preset, self.arguments(0)[1:])
+        self.check_extra()
+        self.check_objective()
+        validate(self.config, options.nproc)
+
+        # Interval 0 is the full model.
+        self.runs = list(map(self.run, range(options.intervals + 1)))
+        self.edges = cluster_edges(self.config)
+        self.chosen = list(range(options.intervals + 1))
+        if options.interval is not None:
+            self.chosen = [options.interval]
+
+        # A report is written from what was measured, also where the data are not there any more.
+        if set(options.stages) != {"report"}:
+            self.check_data()
+
+    def check_extra(self) -> None:
+        """Raises ConfigError where the options after -- change what the study sets itself."""
         if str(self.config.run_dir) != str(self.folder(0)):
             raise ConfigError(
                 "--output after -- would put all runs into one folder; give --out before"
             )
-        found, ours = (
-            dict(flatten(to_dict(configure(options.preset, arguments))))
-            for arguments in (self.arguments(0)[1:], self.own_arguments(0))
-        )
-        if others := [
-            key
-            for key in self.settings(0)
-            if found[key] != ours[key] and not key.startswith("telemetry.")
-        ]:
-            raise ConfigError(
-                f"{cli_flag(others[0])} after -- is what the study sets for each of its runs; "
-                "leave it out there (before --: --steps, --intervals, --data)"
-            )
-        objective, kind = (
-            self.config.diffusion.objective,
-            PRESETS[STUDIES[name].preset]().diffusion.objective,
-        )
+        found = dict(flatten(to_dict(self.config)))
+        own = configure(self.options.preset, self.own_arguments(0))
+        ours = dict(flatten(to_dict(own)))
+        for key in self.settings(0):
+            if found[key] != ours[key] and not key.startswith("telemetry."):
+                raise ConfigError(
+                    f"{cli_flag(key)} after -- is what the study sets for each of its runs; "
+                    "leave it out there (before --: --steps, --intervals, --data)"
+                )
+
+    def check_objective(self) -> None:
+        """Raises ConfigError for a preset of another objective than the study's, whose sampler it
+        could not use."""
+        objective = self.config.diffusion.objective
+        kind = PRESETS[STUDIES[self.name].preset]().diffusion.objective
         if objective != kind:
             raise ConfigError(
-                f"preset={options.preset} has diffusion.objective={objective}, the study {name} is "
-                f"of {kind}; choose another preset, or a study of {objective}: "
+                f"preset={self.options.preset} has diffusion.objective={objective}, the study "
+                f"{self.name} is of {kind}; choose another preset, or a study of {objective}: "
                 + ", ".join(of_objective(objective))
             )
-        validate(self.config, options.nproc)
-        self.runs = [self.run(i) for i in range(options.intervals + 1)]
-        self.edges = cluster_edges(self.config)
-        self.chosen = [i for i in range(options.intervals + 1) if options.interval in (None, i)]
-        if set(options.stages) != {"report"}:
-            self.check_data()
 
     def folder(self, i: int) -> Path:
+        """The run directory of an interval."""
         return self.options.out / f"interval_{i:02}"
 
     def settings(self, i: int) -> Row:
-        """Of the training program. Every step is logged, as the count of the loss's rises is one of
-        steps; nothing else is."""
+        """The settings of the training program for one interval. Every step is logged, as the rises
+        of the loss are counted from step to step; nothing else is."""
         o = self.options
-        return {
-            **({"data.path": o.data} if o.data else {}),
+        settings: Row = {"data.path": o.data} if o.data else {}
+        return settings | {
             "train.steps": o.steps,
             "output": self.folder(i),
             "curriculum.pacing": "none",
@@ -238,63 +259,82 @@ class Plan:
         }
 
     def own_arguments(self, i: int) -> tuple[str, ...]:
-        flat = [
-            str(part) for key, value in self.settings(i).items() for part in (cli_flag(key), value)
-        ]
+        """The settings of one interval as arguments of the training program."""
+        flat = []
+        for key, value in self.settings(i).items():
+            flat += [cli_flag(key), str(value)]
         return (*flat, "--telemetry.no-tensorboard")
 
     def arguments(self, i: int) -> tuple[str, ...]:
+        """All arguments of the training program for one interval."""
         return (self.options.preset, *self.own_arguments(i), *self.extra)
 
     def run(self, i: int) -> Run:
+        """The training run of one interval."""
         curriculum = replace(self.config.curriculum, only_cluster=i)
         config = replace(self.config, curriculum=curriculum, output=str(self.folder(i)))
         return Run(f"interval {i}", config.train.seed, config, self.arguments(i))
 
     def check_data(self) -> None:
-        o, data = self.options, self.data
+        """Raises for data that the model cannot train on, or that are too few for a stage, and for
+        runs in the folder that are other ones."""
+        o = self.options
+        data = self.data
         if data.info.x_shape != latent_shape(self.config.model):
             raise DataError(
                 f"{data.path} holds {data.info.kind} of shape {data.info.x_shape}, the model takes "
                 f"{latent_shape(self.config.model)}; give --data, or set --model.input-size and "
                 "--model.in-channels after --"
             )
-        if "entropy" in o.stages and (few := min(len(data), o.entropy_images)) < MIN_POINTS:
+        if "entropy" in o.stages:
+            self.check_entropy_data()
+        if "denoise" in o.stages and o.reference is None:
+            self.check_own_reference()
+        for run in self.runs:
+            check_same(run, o.nproc, data.fingerprint)
+
+    def check_entropy_data(self) -> None:
+        """Raises DataError for too few images for a relative entropy."""
+        data = self.data
+        wanted = self.options.entropy_images
+        few = min(len(data), wanted)
+        if few < MIN_POINTS:
             raise DataError(
                 f"a relative entropy of {few:,} images of {data.path} is an artefact of their "
                 f"number; give {MIN_POINTS:,} or more, or leave out the stage: --stages train "
                 "denoise report"
             )
-        if "entropy" in o.stages and len(data) < o.entropy_images:
+        if len(data) < wanted:
             raise DataError(
                 f"{data.path} holds {len(data):,} images, the relative entropy is asked of "
-                f"{o.entropy_images:,}; set --entropy-images {len(data)}, or give more with --data"
+                f"{wanted:,}; set --entropy-images {len(data)}, or give more with --data"
             )
-        if "denoise" in o.stages and o.reference is None:
-            if data.info.kind != "pixels":
-                raise ConfigError(
-                    f"{data.path} holds {data.info.kind}: for the stage denoise give --reference, "
-                    "real images or statistics of them, and --vae"
-                )
-            if len(data) < MIN_SCORED:
-                raise DataError(
-                    f"a Frechet distance from {len(data):,} images of {data.path} is mostly bias; "
-                    f"give --reference, {MIN_SCORED:,} images or more, or leave out the stage "
-                    "denoise"
-                )
-        for run in self.runs:
-            check_same(run, o.nproc, data.fingerprint)
+
+    def check_own_reference(self) -> None:
+        """Raises for a data set that cannot be the reference of the Frechet distance."""
+        data = self.data
+        if data.info.kind != "pixels":
+            raise ConfigError(
+                f"{data.path} holds {data.info.kind}: for the stage denoise give --reference, "
+                "real images or statistics of them, and --vae"
+            )
+        if len(data) < MIN_SCORED:
+            raise DataError(
+                f"a Frechet distance from {len(data):,} images of {data.path} is mostly bias; "
+                f"give --reference, {MIN_SCORED:,} images or more, or leave out the stage "
+                "denoise"
+            )
 
     @cached_property
     def data(self) -> ShardDataset:
+        """The training set; opened when it is first needed."""
         return ShardDataset(self.config.data.path)
 
     def title(self, i: int) -> str:
-        return (
-            f"interval {i}, u in [{self.edges[i - 1]:g}, {self.edges[i]:g})"
-            if i
-            else "interval 0, all noise levels"
-        )
+        """An interval as messages name it."""
+        if i == 0:
+            return "interval 0, all noise levels"
+        return f"interval {i}, u in [{self.edges[i - 1]:g}, {self.edges[i]:g})"
 
     @property
     def full(self) -> Path:
@@ -302,9 +342,13 @@ class Plan:
         return self.options.full or self.runs[0].folder
 
     def untrained(self, intervals: Sequence[int]) -> list[int]:
-        return [i for i in intervals if (i or not self.options.full) and not self.runs[i].finished]
+        """Those of these intervals whose model is not trained to the end."""
+        # A full model that was given is not ours to train.
+        ours = [i for i in intervals if i or not self.options.full]
+        return [i for i in ours if not self.runs[i].finished]
 
     def check_trained(self, intervals: Sequence[int]) -> None:
+        """Raises CheckpointError, with the command that trains them, for models that are missing."""
         if missing := self.untrained(intervals):
             raise CheckpointError(
                 f"{names(missing)} not trained to step {self.options.steps:,} in "
@@ -312,29 +356,35 @@ class Plan:
             )
 
     def command(self, stage: Stage, intervals: Sequence[int] = ()) -> str:
-        """That makes what is missing."""
-        words, default = ["python", "-m", "eval.difficulty", self.name], STUDIES[self.name]
-        for key in (
-            field.name for field in fields(Study) if field.name not in ("stages", "interval")
-        ):
-            if (value := getattr(self.options, key)) != getattr(default, key):
-                words += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
-        words += [
-            "--stages",
-            stage,
-            *(["--interval", str(intervals[0])] if len(intervals) == 1 else []),
-        ]
-        return shlex.join([*words, *(["--", *self.extra] if self.extra else [])])
+        """The command that makes what is missing of a stage, with the options of this one."""
+        words = ["python", "-m", "eval.difficulty", self.name]
+        default = STUDIES[self.name]
+        for field in fields(Study):
+            if field.name in ("stages", "interval"):
+                continue
+            value = getattr(self.options, field.name)
+            if value != getattr(default, field.name):
+                words.append(f"--{field.name.replace('_', '-')}")
+                # A flag that is on has no value.
+                words += [] if value is True else [str(value)]
+        words += ["--stages", stage]
+        if len(intervals) == 1:
+            words += ["--interval", str(intervals[0])]
+        if self.extra:
+            words += ["--", *self.extra]
+        return shlex.join(words)
 
 
 def of_objective(objective: str) -> list[str]:
-    return [
-        name
-        for name, study in STUDIES.items()
-        if PRESETS[study.preset]().diffusion.objective == objective
-    ]
+    """The names of the studies of one objective."""
+    found = []
+    for name, study in STUDIES.items():
+        if PRESETS[study.preset]().diffusion.objective == objective:
+            found.append(name)
+    return found
 
 
 def names(intervals: Sequence[int]) -> str:
+    """Intervals as the subject of a sentence: interval 3 is, intervals 3, 4 are."""
     listed = ", ".join(map(str, intervals))
     return f"intervals {listed} are" if len(intervals) > 1 else f"interval {listed} is"

@@ -398,7 +398,7 @@ def trained_here(monkeypatch: pytest.MonkeyPatch, one_rank: Ranks) -> list[tuple
 
     monkeypatch.setattr(startup, "Ranks", lambda device, *timeout: one_rank)
     monkeypatch.setattr(Run, "train", train)
-    monkeypatch.setattr(report, "multiples", lambda *args, **more: None)
+    monkeypatch.setattr(report, "plot_panels", lambda *args, **more: None)
     return started
 
 
@@ -432,7 +432,7 @@ Started = list[tuple[str, int]]
 def test_a_comparison(arguments: Arguments, trained_here: Started, tmp_path: Path, capsys: pytest.CaptureFixture[str],
                       monkeypatch: pytest.MonkeyPatch) -> None:
     out, pictures = tmp_path / "out", list[tuple[str, list[str]]]()
-    monkeypatch.setattr(report, "multiples", lambda runs, names, path, **more: pictures.append((path.name, names)))
+    monkeypatch.setattr(report, "plot_panels", lambda runs, names, path, **more: pictures.append((path.name, names)))
     assert compare.main(arguments()) == 0
     said = capsys.readouterr().out
     assert trained_here == [("vanilla", 0), ("naive", 0), ("vanilla", 1), ("naive", 1)]
