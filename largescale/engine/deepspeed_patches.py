@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from largescale.errors import ConfigError
 
 WRITTEN_AGAINST = "0.19.8"
+# Elements to which a rank's part of the flat weights is padded: 64 bytes in half precision. DeepSpeed
+# checks the address of the first part against this, and a CPU's allocator gives no more.
+ALIGNMENT = 32
 OTHER_DEEPSPEED = (
     "deepspeed {version}: {what} is not what largescale overrides, so training could go wrong "
     f"unnoticed; pip install deepspeed=={WRITTEN_AGAINST}"
@@ -43,6 +46,7 @@ try:
         (CPU_Accelerator.is_fp16_supported, "5f9f840c9be9"),
         (DeepSpeedEngine._copy_recovery_script, "4bfd767dbf04"),
         (DynamicLossScaler.update_scale, "0aa6d6d66570"),
+        (DeepSpeedZeroOptimizer.__init__, "faa9fe03f220"),
         (DeepSpeedZeroOptimizer.step, "9520884fd916"),
         (DeepSpeedZeroOptimizer.check_overflow, "623c2e9b3e44"),
         (DeepSpeedZeroOptimizer.scaled_global_norm, "63c6a6fe100c"),
@@ -78,6 +82,14 @@ def patch_before_build() -> None:
     # A C++ extension for collectives between CPU ranks, built at start in 25 s; gloo does as well.
     # Needless once DeepSpeed builds it only where it is asked for.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+    # Parts of the flat weights and gradients start at multiples of 64 bytes, not 4: NCCL moves what is
+    # not aligned to 16 bytes an element at a time, on 8 ranks and more. The setter takes what
+    # DeepSpeed assigns. Needless once DeepSpeed has a setting for it (`parameter_alignment` pads
+    # between parameters, not between ranks).
+    DeepSpeedZeroOptimizer.nccl_start_alignment_factor = property(
+        lambda self: ALIGNMENT, lambda self, value: None
+    )
 
     # The first gradient imports Muon, whatever the optimizer is, and with it torch's compiler: 2 s.
     # Needless once DeepSpeed imports Muon only where it is used.
@@ -124,6 +136,10 @@ class StepPatches:
         # There is no flat gradient in fp32 on several ranks.
         pieces = self.zero.averaged_gradients[0]
         flat = getattr(pieces, "flat_partition", None)
+        # Gradients arrive on a stream of their own, which DeepSpeed happens to have waited for.
+        if self.zero.reduction_stream is not None:
+            stream = deepspeed.get_accelerator().current_stream()
+            stream.wait_stream(self.zero.reduction_stream)
         # In float32, since the gradient may be in half precision.
         norms = torch._foreach_norm(pieces if flat is None else [flat], dtype=torch.float32)
         square = torch.linalg.vector_norm(torch.stack(norms)).square()

@@ -27,18 +27,21 @@ def many_buckets(precision: str, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("waits", ["all", "streams"])
 @pytest.mark.parametrize(("precision", "options"), [
     ("fp32", ()),
     ("bf16", ("--train.micro-batch-size", 4)),
     ("fp16", ("--optimizer.clip-grad-norm", 0.3, "--train.micro-batch-size", 4)),
 ])
-def test_no_access_is_left_to_chance(precision: str, options: tuple[Any, ...], blobs: Path, tmp_path: Path) -> None:
-    """With many small buckets, whose reduction overlaps with the backward pass, accumulation and clipping."""
-    assert races("all", blobs, many_buckets(precision, tmp_path), tmp_path / "run", *options) == {}
+def test_no_access_is_left_to_chance(
+    precision: str, options: tuple[Any, ...], waits: str, blobs: Path, tmp_path: Path
+) -> None:
+    """With many small buckets, whose reduction overlaps with the backward pass, accumulation and clipping; also where
+    DeepSpeed does not wait for the whole device at the end of a backward pass."""
+    assert races(waits, blobs, many_buckets(precision, tmp_path), tmp_path / "run", *options) == {}
 
 
 def test_a_wait_that_is_left_out_is_seen(blobs: Path, tmp_path: Path) -> None:
-    """DeepSpeed waits for the whole device at the end of a backward pass. Without that the update reads gradients that
-    another stream still writes."""
+    """The norm reads gradients that another stream still writes."""
     found = races("none", blobs, many_buckets("bf16", tmp_path), tmp_path / "run")
-    assert found and all("deepspeed" in place or "stage_1_and_2" in place for place in found), found
+    assert any("_foreach_norm" in race or "norm" in race.split()[0] for race in found), found
