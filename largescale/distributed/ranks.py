@@ -23,13 +23,12 @@ from largescale.errors import DeviceError, LargescaleError, LostRankError
 from largescale.host.launch import env_local_rank, env_rank, env_world_size, heartbeat
 
 T = TypeVar("T")
+
+# Ranks that start minutes apart are usual on a cluster; one that waits so long prints for whom.
 SAID_AFTER_S = 20.0
-"""Ranks that start minutes apart are usual on a cluster; one that waits so long says for whom."""
-
-
+# Collectives on CPUs have no time limit of their own: the watchdog ends a run that hangs, and a run
+# that the cluster suspends for hours, in the middle of a collective, continues.
 NEVER = datetime.timedelta(days=365)
-"""Collectives on CPUs have no time limit of their own. The watch ends a run that stands still; a
-run that the cluster suspends for hours, in the middle of a collective, goes on."""
 
 
 class Ranks:
@@ -37,40 +36,33 @@ class Ranks:
     over gloo."""
 
     def __init__(self, device: str, timeout_s: float = 600):
-        """`timeout_s`: how long ranks wait for each other to start, and a collective of GPUs for
-        its end. Raises LostRankError where not all ranks come."""
-        self.rank, self.world_size, self.device = env_rank(), env_world_size(), local_device(device)
+        """Collective: ranks wait here until all have started.
+
+        `timeout_s`: how long they wait for each other, and a collective of GPUs for its end. Raises
+        LostRankError where not all ranks start.
+        """
+        self.rank = env_rank()
+        self.world_size = env_world_size()
+        self.device = local_device(device)
+
+        # DeepSpeed and torch read these variables; srun sets none of them.
         index = env_local_rank() if self.device.index is None else self.device.index
-        # DeepSpeed reads these too; srun sets none of them.
-        os.environ |= {
-            "RANK": str(self.rank),
-            "WORLD_SIZE": str(self.world_size),
-            "LOCAL_RANK": str(index),
-        }
+        os.environ["RANK"] = str(self.rank)
+        os.environ["WORLD_SIZE"] = str(self.world_size)
+        os.environ["LOCAL_RANK"] = str(index)
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
         timeout = datetime.timedelta(seconds=timeout_s)
         if self.world_size > 1:
             stay_on_this_machine(os.environ)
             require_resolvable(os.environ["MASTER_ADDR"])
-        waiting = threading.Timer(SAID_AFTER_S, self._say_waiting, (timeout_s,))
+
+        # torch prints nothing while it waits.
+        waiting = threading.Timer(SAID_AFTER_S, self._print_waiting, (timeout_s,))
         waiting.daemon = True
         waiting.start()
         try:
-            store = _make_store(self.rank, self.world_size, timeout)
-            where = (
-                {}
-                if store is None
-                else {"store": store, "rank": self.rank, "world_size": self.world_size}
-            )
-            dist.init_process_group(
-                "nccl" if device == "cuda" else "gloo", timeout=timeout, **where
-            )
-            # Groups of their own: the agreed vector does not queue behind gradients, plain values
-            # need no GPU.
-            self._vectors: Any = dist.new_group(timeout=timeout if device == "cuda" else NEVER)
-            self._plain: Any = dist.new_group(backend="gloo", timeout=NEVER)
-            self._roll: Any = _connect_to_store() if self.world_size > 1 else None
+            self._init_groups("nccl" if device == "cuda" else "gloo", timeout)
         except RuntimeError as error:
             if not is_lost_contact(error):
                 raise
@@ -80,8 +72,23 @@ class Ranks:
         if device != "cuda":
             never_time_out()
 
-    def _say_waiting(self, timeout_s: float) -> None:
-        if env_local_rank() == 0:  # one of each machine
+    def _init_groups(self, backend: str, timeout: datetime.timedelta) -> None:
+        store = _make_store(self.rank, self.world_size, timeout)
+        if store is None:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend, timeout=timeout, store=store, rank=self.rank, world_size=self.world_size
+            )
+        # Groups of their own: the agreed vector does not queue behind gradients, and plain values
+        # need no GPU.
+        self._vectors: Any = dist.new_group(timeout=timeout if backend == "nccl" else NEVER)
+        self._plain: Any = dist.new_group(backend="gloo", timeout=NEVER)
+        self._roll: Any = _connect_to_store() if self.world_size > 1 else None
+
+    def _print_waiting(self, timeout_s: float) -> None:
+        # One rank of each machine is enough.
+        if env_local_rank() == 0:
             who = "the other ranks" if self.rank == 0 else "rank 0"
             print(
                 f"rank {self.rank} of {self.world_size} has waited {SAID_AFTER_S:g} s for {who}, to "
@@ -95,25 +102,28 @@ class Ranks:
     def all_gather_bytes(self, value: bytes) -> list[bytes]:
         """Every rank's `value`, in rank order. Blocks; for start-up and checkpoints, never for a
         step."""
-        mine = (
-            torch.frombuffer(bytearray(value), dtype=torch.uint8)
-            if value
-            else torch.empty(0, dtype=torch.uint8)
-        )
+        # frombuffer refuses an empty buffer.
+        mine = torch.empty(0, dtype=torch.uint8)
+        if value:
+            mine = torch.frombuffer(bytearray(value), dtype=torch.uint8)
+
+        # all_gather takes tensors of one size: the sizes first, then the values, padded.
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(sizes, torch.tensor([len(mine)]), group=self._plain)
         longest = int(max(sizes))
         parts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
         dist.all_gather(parts, F.pad(mine, (0, longest - len(mine))), group=self._plain)
         heartbeat()
-        return [
-            part[:size].numpy().tobytes() for part, size in zip(parts, map(int, sizes), strict=True)
-        ]
+
+        values = []
+        for part, size in zip(parts, sizes, strict=True):
+            values.append(part[: int(size)].numpy().tobytes())
+        return values
 
     def all_gather_json(self, value: Any) -> list[Any]:
-        """The same of plain values, tuples becoming lists. Not pickled: what another process says
-        is never run."""
-        return [json.loads(text) for text in self.all_gather_bytes(json.dumps(value).encode())]
+        """Every rank's `value`, plain values, in rank order; tuples become lists."""
+        # Not pickled: what another process sends is never run.
+        return list(map(json.loads, self.all_gather_bytes(json.dumps(value).encode())))
 
     def all_gather_flat(self, tensor: Tensor) -> Tensor:
         """Concatenate equal-length 1-D tensors in rank order, on every rank."""
@@ -132,48 +142,51 @@ class Ranks:
 
     def raise_on_all_ranks(self, action: Callable[[], T]) -> T:
         """Do something, not collective itself, that can fail on one rank alone: if it does, every
-        rank raises.
+        rank raises. Collective.
 
-        Otherwise the others would wait for that rank in their next collective."""
+        Otherwise the others would wait for that rank in their next collective.
+        """
         result: Any = None
         problem: Exception | None = None
         try:
             result = action()
         except Exception as error:
             problem = error
-        failures = [
-            p for p in self.all_gather_json(problem and (type(problem).__name__, str(problem))) if p
-        ]
+        own = None if problem is None else (type(problem).__name__, str(problem))
+        failures = list(filter(None, self.all_gather_json(own)))
         if not failures:
             return result  # type: ignore[no-any-return]
+
+        # An error that is not ours keeps its traceback.
         if problem is not None and not isinstance(problem, LargescaleError):
             raise problem
-        name, text = failures[0] if problem is None else (type(problem).__name__, str(problem))
+
+        # This rank's own error, or that of the first rank which has one. What is not one of our
+        # errors is printed by its own rank: here it is only the reason to end.
+        name, text = own or failures[0]
         kind = errors_by_name().get(name)
-        known = (
-            kind(text) if kind else LostRankError(f"another rank failed: {name}: {text}")
-        )  # and says so itself
+        known = kind(text) if kind else LostRankError(f"another rank failed: {name}: {text}")
         known.agreed = True
         raise known
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on one rank at least. Collective, and blocks."""
+        """Whether `flag` is true on one rank at least. Collective, and blocks."""
         return any(self.all_gather_json(flag))
 
     def roll_call(self, here: str, wait_s: float = 10.0) -> dict[int, str] | None:
         """What each rank that answers is doing, by rank; not collective: for when collectives no
         longer work.
 
-        Says `here` for this rank, by way of the launcher's key-value store, and waits for what the
-        others say. None where the store does not answer: rank 0 kept it. (A `monitored_barrier`
-        would not do: for a rank that has died it says that a connection was closed, and without
-        rank 0 it says nothing.)
+        Writes `here` for this rank to the launcher's key-value store, and waits for what the others
+        write. None where the store does not answer: rank 0 kept it.
         """
         if self._roll is None:
             return {0: here}
+        # Not a `monitored_barrier`: it reports a rank that has died as a closed connection, and
+        # without rank 0 it reports nothing.
         answers: list[dict[int, str]] = []
-        # A store whose process is stopped keeps the connection and never answers, without a time
-        # limit.
+        # In a thread: a store whose process is stopped keeps the connection and never answers,
+        # without a time limit.
         asking = threading.Thread(
             target=lambda: answers.extend(self._ask_all(here, wait_s)), daemon=True
         )
@@ -184,19 +197,21 @@ class Ranks:
     def _ask_all(self, here: str, wait_s: float) -> Iterator[dict[int, str]]:
         with contextlib.suppress(RuntimeError):
             self._roll.set(f"roll/{self.rank}", here)
-            deadline, found = time.monotonic() + wait_s, {self.rank: here}
+            deadline = time.monotonic() + wait_s
+            found = {self.rank: here}
             while len(found) < self.world_size and time.monotonic() < deadline:
                 for rank in set(range(self.world_size)) - found.keys():
                     if self._roll.check([f"roll/{rank}"]):
                         found[rank] = self._roll.get(f"roll/{rank}").decode()
                 time.sleep(0.1)
             yield found
+
+            # The store may be rank 0's, and ends with it: rank 0 waits until all have read it.
             self._roll.set(f"read/{self.rank}", "")
-            heard = [f"read/{rank}" for rank in found]
-            while (
-                self.rank == 0 and not self._roll.check(heard) and time.monotonic() < deadline + 3
-            ):
-                time.sleep(0.1)  # the store may be this rank's, and ends with it
+            if self.rank == 0:
+                have_read = [f"read/{rank}" for rank in found]
+                while not self._roll.check(have_read) and time.monotonic() < deadline + 3:
+                    time.sleep(0.1)
 
     def barrier(self) -> None:
         dist.barrier(group=self._plain)
@@ -206,18 +221,18 @@ class Ranks:
 
 
 def stay_on_this_machine(env: MutableMapping[str, str]) -> None:
-    """Ranks that meet at a loopback address are all here: gloo takes the loopback interface then,
-    and looks for no address of the machine's own name, which may not resolve. What the user has set
-    stays."""
-    if env["MASTER_ADDR"] in ("127.0.0.1", "localhost", "::1") and "lo" in (
-        name for _, name in socket.if_nameindex()
-    ):
+    """Have gloo use the loopback interface where the ranks' address is a loopback one, unless the
+    user has chosen an interface."""
+    # All ranks are on this machine then. Else gloo would look for the address of the machine's own
+    # name, which may not resolve.
+    loopback = env["MASTER_ADDR"] in ("127.0.0.1", "localhost", "::1")
+    if loopback and "lo" in dict(socket.if_nameindex()).values():
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def require_resolvable(address: str, patience_s: float = 40.0) -> None:
-    """Raises LostRankError for a name without an address; one of a machine that starts may come
-    late."""
+    """Raise LostRankError for a name without an address, after waiting for it."""
+    # A machine that is just starting may get its name late.
     end = time.monotonic() + patience_s
     while True:
         try:
@@ -234,15 +249,17 @@ def require_resolvable(address: str, patience_s: float = 40.0) -> None:
 
 
 def never_time_out(group: Any = None) -> None:
-    """Of a group of CPU ranks, by default that of all. See NEVER."""
+    """Remove the time limit of a group of CPU ranks, by default that of all. See NEVER."""
     dist.set_timeout(NEVER, group)
 
 
 def not_met(world_size: int, timeout_s: float, why: str = "") -> LostRankError:
-    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} (MASTER_ADDR, MASTER_PORT)"
+    """The error of ranks that have not all started in time."""
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    reason = f": {why}" if why else ""
     return LostRankError(
-        f"the {world_size} ranks did not find each other at {where} within {timeout_s:g} s"
-        + f": {why}" * bool(why)
+        f"the {world_size} ranks did not find each other at {where} (MASTER_ADDR, MASTER_PORT) "
+        f"within {timeout_s:g} s{reason}"
     )
 
 
@@ -256,26 +273,30 @@ def errors_by_name(
 
 
 def _make_store(rank: int, world_size: int, timeout: datetime.timedelta) -> Any:
-    """Where ranks find each other. None under torchrun, whose agent keeps the store.
-
-    torch's own listens on every address of the machine, to anybody: this one on MASTER_ADDR
-    alone."""
-    module: Any = dist  # whose stubs leave the stores out
+    """The key-value store at which ranks find each other. None under torchrun, whose agent keeps
+    it."""
+    # torch's stubs leave the stores out.
+    module: Any = dist
     if world_size == 1:
         return module.HashStore()
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+    # By itself torch would listen on every address of the machine, to anybody.
+    address = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
     listener = _listen(address, port).detach() if rank == 0 else None
     return module.TCPStore(address, port, world_size, rank == 0, timeout, master_listen_fd=listener)
 
 
 def _listen(address: str, port: int) -> socket.socket:
-    """Where MASTER_ADDR is reached; on every address where that is none of this machine's, or is
-    127.0.1.1, which is what Debian takes a machine's own name for and no other machine does. Raises
-    LostRankError for a port in use."""
+    """A socket that listens where MASTER_ADDR is reached. Raises LostRankError for a port in
+    use."""
     family, *_, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-    for host in ("" if place[0] == "127.0.1.1" else place[0], ""):
+    # Debian resolves a machine's own name to 127.0.1.1, which no other machine does.
+    own = "" if place[0] == "127.0.1.1" else place[0]
+    # Every address, which is "", where MASTER_ADDR is none of this machine's own.
+    for host in (own, ""):
         try:
             return socket.create_server((host, port), family=family, backlog=4096)
         except OSError as error:
@@ -289,10 +310,11 @@ def _listen(address: str, port: int) -> socket.socket:
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Whether it says that another rank could not be reached, or did not answer in time."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
-    )
+    """Whether the error is that another rank could not be reached, or did not answer in time."""
+    # gloo has no error class of its own.
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
 
 
 def _first_line(error: BaseException) -> str:
@@ -300,16 +322,17 @@ def _first_line(error: BaseException) -> str:
 
 
 def _connect_to_store() -> Any:
-    """A connection of its own: the process group's may be held by a collective that hangs."""
-    module: Any = dist  # whose stubs leave the stores out
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return module.PrefixStore(
-        "largescale", module.TCPStore(address, port, timeout=datetime.timedelta(seconds=30))
-    )
+    """A connection to the store for the roll call alone."""
+    # The process group's own may be held by a collective that hangs.
+    module: Any = dist
+    address = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
+    store = module.TCPStore(address, port, timeout=datetime.timedelta(seconds=30))
+    return module.PrefixStore("largescale", store)
 
 
 def check_cuda(device: str, remedy: str = "--device cpu") -> None:
-    """Raises DeviceError for "cuda" where torch sees no GPU."""
+    """Raise DeviceError for "cuda" where torch sees no GPU."""
     if device == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
             f"device=cuda, but torch sees no CUDA device; to run on the CPU: {remedy}"
@@ -317,17 +340,20 @@ def check_cuda(device: str, remedy: str = "--device cpu") -> None:
 
 
 def local_device(device: str) -> torch.device:
-    """This rank's; of GPUs the one of its own number, or the only one where the launcher shows it
-    no other. A GPU becomes torch's current one. Raises DeviceError where there is none for it."""
+    """This rank's device; a GPU becomes torch's current one. Raises DeviceError where there is no
+    GPU for this rank."""
     if device != "cuda":
         return torch.device(device)
     check_cuda(device, "--train.device cpu")
-    local_rank, visible = env_local_rank(), torch.cuda.device_count()
+    local_rank = env_local_rank()
+    visible = torch.cuda.device_count()
     if visible > 1 and local_rank >= visible:
         raise DeviceError(
             f"local rank {local_rank} has no GPU of its own, {visible} are visible; start {visible} "
             "here"
         )
+
+    # The GPU of the rank's own number, or the only one where the launcher shows it no other.
     index = 0 if visible == 1 else local_rank
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
@@ -335,6 +361,8 @@ def local_device(device: str) -> torch.device:
 
 @dataclass
 class PendingVector:
+    """A vector whose sum over ranks is being computed."""
+
     work: Any
     vector: Tensor
     event: Any = None
@@ -351,12 +379,14 @@ class PendingVector:
             dist.all_reduce(vector, group=group, async_op=True).wait()
             host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
             host.copy_(vector, non_blocking=True)
+            # The allocator must not give its memory away before the copy.
             vector.record_stream(side)
             event = torch.cuda.Event()
             event.record(side)
         return cls(None, host, event)
 
     def read(self) -> list[float]:
+        """Wait for the sum."""
         if self.event is not None:
             self.event.synchronize()
         elif self.work is not None:

@@ -1,4 +1,4 @@
-"""Ends a run in which a rank is gone or does not move, and says which one."""
+"""Ends a run in which a rank is gone or hangs, and reports which one."""
 
 import threading
 import time
@@ -10,49 +10,53 @@ from largescale.host import launch
 from largescale.host.launch import env_world_size, leave, print_error
 from largescale.host.machine import memory_bound
 
+# How much longer than its time limit a run may take until it trains.
 START_S = 60
-"""Beside its time limit, what a run may take longer until it trains."""
 
 
 class Watchdog:
-    """While it is entered, a thread looks whether the main thread still moves, and ends the process
-    if it does not.
+    """While it is entered, a thread checks for heartbeats of the main thread, and ends the process
+    where there is none within the time limit.
 
     A collective that hangs on a GPU cannot be interrupted from the thread that waits for it, nor
-    can a file system that does not answer. `ranks` is set when they have met.
+    can a file system that does not answer.
     """
 
     def __init__(self, timeout_s: float):
+        # Set once all ranks have started.
         self.ranks: Ranks | None = None
         self.limit_s = timeout_s + START_S
+        # The process is about to be ended by the watchdog; the watchdog is not needed any more.
         self._ending = threading.Event()
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        # The kernel's count of kills so far, to see later whether it has killed a rank here.
         self._memory = memory_bound()
         self._kills = self._memory.kills() if self._memory else 0
         self.where = ""
         self.heartbeat("start-up")
 
     def heartbeat(self, where: str | None = None) -> None:
-        """The main thread's sign of life. `where`: what it does now; by default it still does what
-        it did."""
+        """Record that the main thread makes progress. `where`: what it does now; by default what it
+        did before."""
         self.where = where or self.where
         self._moved = time.monotonic()
 
     def _heartbeat_of_main_thread(self) -> None:
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # not the one that writes checkpoints
+        # The thread that writes checkpoints must not hide that the main thread hangs.
+        if threading.current_thread() is threading.main_thread():
             self._moved = time.monotonic()
 
     def wait_if_ending(self) -> None:
-        """For the main thread's errors: once the watch is about to end the process, the other ranks
-        end too, and what it meets of that is not the cause."""
+        """For an error of the main thread: where the watchdog is about to end the process, wait for
+        it instead of reporting the error."""
+        # The other ranks end too by then, and an error that follows from it is not the cause.
         if self._ending.is_set():
             self._thread.join()
 
     def killed(self) -> str | None:
-        """What to say where the kernel has killed for memory here since this was made."""
+        """A message where the kernel has killed a process for memory here since the start, or
+        None."""
         return self._memory.killed_since(self._kills) if self._memory else None
 
     def __enter__(self) -> Self:
@@ -66,15 +70,16 @@ class Watchdog:
         self._done.set()
         self._thread.join()
 
-    def _look(self) -> None:
-        looked = time.monotonic()
+    def _watch(self) -> None:
+        checked = time.monotonic()
         while not self._done.wait(pause := min(self.limit_s / 10, 1.0)):
-            late, looked = time.monotonic() - looked - pause, time.monotonic()
-            if (
-                late > pause
-            ):  # the whole process stood still, as when the cluster suspends a job: that is no hang
+            now = time.monotonic()
+            late = now - checked - pause
+            checked = now
+            # This thread stood still too, as when the cluster suspends a job: that is no hang.
+            if late > pause:
                 self._moved += late
-            if looked - self._moved > self.limit_s:
+            if now - self._moved > self.limit_s:
                 self._ending.set()
                 end_at_once(self._stuck())
 
@@ -87,44 +92,54 @@ class Watchdog:
 
 
 def lost_rank(ranks: Ranks, where: str, what: str, killed: str | None = None) -> LostRankError:
-    """The error to end with, after a roll call in which the ranks that are left say `where` they
-    are.
+    """The error with which to end this rank, after a roll call.
 
-    Only the lowest of these is to print it.
+    `where`: what this rank was doing. `what` has happened, such as "lost contact". `killed`: the
+    message of a kill for memory on this machine.
     """
     found = ranks.roll_call(where)
     if found is None:
         text = f"{what}: rank 0, or the launcher that keeps its store, does not answer"
     else:
-        missing = [rank for rank in range(ranks.world_size) if rank not in found]
-        places: dict[str, list[int]] = {}
-        for rank, place in found.items():
-            places.setdefault(place, []).append(rank)
-        gone = (
-            [f"{_named(missing)} {'does' if len(missing) == 1 else 'do'} not answer"]
-            if missing
-            else []
-        )
-        text = f"{what}: " + "; ".join(
-            [*gone, *(f"{_named(ranks)} in {place}" for place, ranks in places.items())]
-        )
+        text = f"{what}: {_roll_call_result(found, ranks.world_size)}"
     if killed:
         text += f"; {killed}"
     error = LostRankError(text + "; the same command continues from the last checkpoint")
+
+    # Only the lowest rank that is left prints it. Without an answer rank 0 is taken to be gone.
     lowest = min(found) if found else min(1, ranks.world_size - 1)
     error.agreed = ranks.rank != lowest
     return error
 
 
+def _roll_call_result(found: dict[int, str], world_size: int) -> str:
+    """Which ranks do not answer, and what each of the others is doing. `found`: by rank."""
+    parts = []
+    missing = sorted(set(range(world_size)) - found.keys())
+    if missing:
+        verb = "does" if len(missing) == 1 else "do"
+        parts.append(f"{rank_names(missing)} {verb} not answer")
+
+    # Most ranks wait at the same place, which is named once.
+    places: dict[str, list[int]] = {}
+    for rank, place in found.items():
+        places.setdefault(place, []).append(rank)
+    for place, at_place in places.items():
+        parts.append(f"{rank_names(at_place)} in {place}")
+    return "; ".join(parts)
+
+
 def end_at_once(error: LargescaleError) -> NoReturn:
-    """The usual way out would wait for a process group whose other ranks are gone, or wait for this
-    one."""
+    """Print the error and end the process."""
+    # The interpreter's usual exit would wait for a process group whose other ranks are gone, or
+    # wait for this one.
     print_error(error)
     leave(error.exit_status)
 
 
-def _named(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (
-        f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    )
+def rank_names(ranks: list[int]) -> str:
+    """Such as 'rank 3', or 'ranks 0, 1, 2' of which at most eight are named."""
+    shown = ", ".join(map(str, ranks[:8]))
+    if len(ranks) > 8:
+        shown += f" and {len(ranks) - 8} more"
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}"

@@ -168,7 +168,7 @@ for fault in ("lost_files", "damaged_data", "kill", "hang", "freeze"):
 
 if faults.hang or faults.freeze or faults.watch_from:  # a slow machine is not to be taken for one that hangs, before it does
     reached, look, at, batch_before, make = (
-        threading.Event(), Watchdog._look, Watchdog.heartbeat, Loader.batch, checkpoint.Checkpointer.__init__)
+        threading.Event(), Watchdog._watch, Watchdog.heartbeat, Loader.batch, checkpoint.Checkpointer.__init__)
 
     def reach(self: Loader, step: int) -> object:
         if step == (faults.hang or faults.freeze or (None,))[0]:
@@ -192,7 +192,7 @@ if faults.hang or faults.freeze or faults.watch_from:  # a slow machine is not t
 
     watchdog.START_S = 0
     Loader.batch = reach  # type: ignore[assignment, method-assign]
-    Watchdog._look, Watchdog.heartbeat = look_from_there_on, arrive  # type: ignore[method-assign]
+    Watchdog._watch, Watchdog.heartbeat = look_from_there_on, arrive  # type: ignore[method-assign]
     checkpoint.Checkpointer.__init__ = make_patient  # type: ignore[assignment, method-assign]
 
 if faults.other_weights and os.environ["RANK"] == str(faults.other_weights[1]):

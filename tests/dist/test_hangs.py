@@ -99,7 +99,7 @@ def test_only_the_time_in_which_it_ran_counts(monkeypatch: pytest.MonkeyPatch) -
     looking.limit_s = 10
     monkeypatch.setattr(looking._done, "wait", wait)
     with pytest.raises(Ended):
-        looking._look()
+        looking._watch()
     assert now[0] == 3610 and len(waits) == 5  # 1 s before it was stopped, the wait that was stopped, and 9 s after
 
 
