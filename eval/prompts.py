@@ -157,6 +157,7 @@ def _frozen(path: Path, text: str) -> Prompts:
     document = _json(
         path, text, "write it again with eval.prompts, or name a list of one prompt a line *.txt"
     )
+    # The usual mistake is COCO's own file.
     if not isinstance(document, dict) or not {"name", "sha256", "rows"} <= document.keys():
         raise DataError(
             f"{path} is no list of prompts; make one of COCO's captions with python -m eval.prompts "

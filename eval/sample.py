@@ -271,6 +271,7 @@ class Sampler:
 
     def decoder(self, spec: str) -> Vae:
         """Load the VAE. Raises ConfigError for another one than made the model's latents."""
+        # A model of pixels, or of latents of unknown origin, has nothing to compare the VAE with.
         encoder = self.trained.info["data_info"].get("encoders", {}).get("vae")
         if encoder is None:
             raise ConfigError(
@@ -516,6 +517,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     def draw() -> None:
         sampler = Sampler(options)
+        # An EMA early in a run still holds the weights of the start, and draws noise.
         note = ema_note(sampler.trained.config, sampler.trained.info["step"])
         if note and sampler.rank == 0:
             print(f"note: {note}", file=sys.stderr, flush=True)

@@ -159,6 +159,7 @@ class Scorer:
                 f"{path} has no texts that its samples were asked for, so no CLIP score; leave out "
                 "--clip"
             )
+        # The jackknife needs a sample in each of its groups.
         if (n or len(images)) < GROUPS:
             raise ConfigError(
                 f"{path}: {n or len(images)} samples are too few for any figure; score {GROUPS} or "

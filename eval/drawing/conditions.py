@@ -132,6 +132,7 @@ def _encoder_loader(
         )
 
     def load() -> TextEncoder:
+        # The same name can be another version: identities compare the weights.
         encoder = load_text_encoder(text_encoder, device, max_tokens=model.caption_tokens)
         if encoder.identity != trained_with:
             raise ConfigError(
@@ -285,6 +286,7 @@ class OfData(Conditions):
     the second, and so on."""
 
     def __init__(self, n: int, data: ShardDataset, trained_with: str | None) -> None:
+        # Captions by another encoder are another language to the model.
         found = data.info.encoders.get("text")
         if data.info.captions is None or found != trained_with:
             raise ConfigError(

@@ -199,6 +199,7 @@ def make_of(folder: Path, also: Sequence[Format]) -> None:
         make(temporary, data)
         temporary.replace(folder / name)
     if not known:
+        # Written last: with it, all other files are of these samples.
         provenance = data.manifest["job"] | {"drawn_with": data.manifest["drawn_with"]}
         write_atomically(folder / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
 

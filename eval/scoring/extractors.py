@@ -186,23 +186,7 @@ def load_clip(spec: str, device: torch.device, dtype: torch.dtype = torch.float3
         tokenizer = open_clip.get_tokenizer(model_name)
         config = model.visual.preprocess_cfg
 
-    # Images are prepared here, in a batch; only two ways of cropping are known.
-    size = config["size"]
-    mode = config["resize_mode"]
-    side, other = (size, size) if isinstance(size, int) else size
-    if mode not in ("shortest", "squash") or side != other:
-        raise DataError(
-            f"clip:{source} takes images of {size}, resized by {mode!r}; take a model for squares, "
-            "resized by 'shortest' or 'squash'"
-        )
-    prepare = Preprocess(
-        side,
-        side,
-        mode == "squash",
-        config["interpolation"],
-        _in_bytes(config["mean"]),
-        _in_bytes(config["std"]),
-    )
+    prepare = _clip_preprocess(source, config)
 
     # The activation is not among the weights, and is not always in the model's name.
     what = f"open_clip:{type(model).__name__ if weights is None else model_name}"
@@ -218,6 +202,28 @@ def load_clip(spec: str, device: torch.device, dtype: torch.dtype = torch.float3
         device,
         lambda images: Features(model.encode_image(prepare(images).to(dtype))),
         forward_text=lambda texts: model.encode_text(tokenizer(texts).to(device)),
+    )
+
+
+def _clip_preprocess(source: str, config: Any) -> "Preprocess":
+    """What open_clip does with an image, for a batch. Raises DataError for what is not known
+    here."""
+    # Two ways of cropping are known here, both to a square.
+    size = config["size"]
+    mode = config["resize_mode"]
+    side, other = (size, size) if isinstance(size, int) else size
+    if mode not in ("shortest", "squash") or side != other:
+        raise DataError(
+            f"clip:{source} takes images of {size}, resized by {mode!r}; take a model for squares, "
+            "resized by 'shortest' or 'squash'"
+        )
+    return Preprocess(
+        side,
+        side,
+        mode == "squash",
+        config["interpolation"],
+        _in_bytes(config["mean"]),
+        _in_bytes(config["std"]),
     )
 
 
@@ -372,6 +378,7 @@ def _load_dino(source: str, device: torch.device, dtype: torch.dtype) -> Extract
     """A DINO of timm; `source`: MODEL, MODEL/FILE, or nothing for the usual one."""
     timm = library("timm", "eval")
     name, _, file = (source or DINO).partition("/")
+    # timm names many models; those without DINO's training have other features.
     if "dino" not in name or not timm.is_model(name.partition(".")[0]):
         known = timm.list_models("*dino*", pretrained=True)
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
@@ -425,12 +432,12 @@ def _load_dino(source: str, device: torch.device, dtype: torch.dtype) -> Extract
 def _identity(what: str, network: nn.Module, dtype: torch.dtype) -> str:
     """The identity of a network: its name, the hash of its weights and of its running statistics,
     which are buffers, and its precision."""
-    held = nn.ParameterDict()
+    held = {}
     for name, tensor in network.state_dict().items():
         if tensor.is_floating_point():
             held[name.replace(".", "/")] = nn.Parameter(tensor, requires_grad=False)
     computed = "" if dtype == torch.float32 else f" {str(dtype).removeprefix('torch.')}"
-    return f"{what} {weights_identity(held)}{computed}"
+    return f"{what} {weights_identity(nn.ParameterDict(held))}{computed}"
 
 
 def _finish(

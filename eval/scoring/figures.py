@@ -128,6 +128,7 @@ class Reference:
         self.extractor = extractor
         self.statistics = statistics
         self.facts = facts
+        # ADM's files do not name the network; then the width is all that can be compared.
         if statistics.extractor not in (None, extractor.identity):
             raise DataError(
                 f"the reference was made with {statistics.extractor}, the extractor is "
@@ -167,6 +168,7 @@ def statistics_of(
     seen: ExtractedFeatures, extractor: Extractor, resolution: tuple[int, int] | None
 ) -> Statistics:
     """The statistics of extracted features, as a file can hold them."""
+    # On the CPU, as that is what a file holds.
     pooled = seen.moments.total()
     spatial = seen.spatial and seen.spatial.total()
     return Statistics(
@@ -231,6 +233,7 @@ def check_resolution(
     """Raises DataError for samples of another size than the reference. Networks scale whatever they
     are given: the difference would be taken for one between the pictures."""
     for size in sizes:
+        # A file of statistics need not know the size of its images.
         if resolution is not None and resolution != size:
             of_reference = "x".join(map(str, resolution))
             of_samples = "x".join(map(str, size))
@@ -276,6 +279,7 @@ def _notes_on_counts(seen: ExtractedFeatures, reference: Reference) -> list[str]
     notes = []
     if note := bias_note(seen.n, width):
         notes.append(note)
+    # The reference's covariance is singular too where it has fewer images than features.
     if count is not None and count <= width:
         notes.append(
             f"the reference has {count:,} images for {width:,} features: its covariance is "
@@ -290,6 +294,7 @@ def _notes_on_features(seen: ExtractedFeatures, reference: Reference) -> list[st
     if features is None:
         return ["no KID, Precision and Recall: the reference has neither images nor features"]
     notes = []
+    # Both are estimates over what was kept, which a reader has to know.
     if len(seen.kept) < seen.n:
         notes.append(f"KID, Precision and Recall of {len(seen.kept):,} of the {seen.n:,} samples")
     if len(features) != reference.statistics.count:
@@ -342,6 +347,7 @@ def _neighbour_figures(
 ) -> list[Figure]:
     """Precision and Recall."""
     balls = reference.balls(device)
+    # Statistics without features, as pytorch-fid's, have no neighbours.
     if not balls:
         return []
     both = precision_recall(Balls(seen.kept.to(device), name="samples"), balls)
