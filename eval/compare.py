@@ -131,13 +131,16 @@ class Compare:
         """Raises ConfigError for options that cannot work, whatever the preset."""
         check_counts(self, "seeds", "nproc", "naive_interval", "every", "frechet_every", "clusters")
         check_counts(self, "loss_images", "batch_size")
+        # A score has ten groups of samples, each of one at least.
         if self.num_samples and self.num_samples < 10:
             raise ConfigError(
                 f"num_samples={self.num_samples} must be 10 or more, or 0 for no Frechet distance"
             )
+        # Two choices could contradict each other.
         if self.only is not None and self.run is not None:
             raise ConfigError("--only and --run both choose; give one of them")
         check_cuda(self.device)
+        # Training starts processes of its own; under torchrun each rank would start them all.
         if env_world_size() > 1:
             raise ConfigError(
                 f"a comparison is one process, not {env_world_size()}; start it without torchrun or "
@@ -204,12 +207,14 @@ class Comparison:
                 raise ConfigError(
                     f"method {run.method!r}: {error} (of one method: NAME@FIELD=VALUE)"
                 ) from None
+        # An option that nothing reads is taken for a mistake.
         pacings = {run.config.curriculum.pacing for run in self.runs}
         if o.naive_interval and "fixed" not in pacings:
             raise ConfigError(
                 f"naive_interval={o.naive_interval} has no effect, none of --methods {o.methods} is "
                 "naive; leave it out"
             )
+        # Samples are drawn of checkpoints that exist.
         every = self.config.checkpoint.every
         if o.frechet_every and o.frechet_every % every:
             raise ConfigError(
@@ -221,6 +226,7 @@ class Comparison:
         """The runs that this process trains and scores."""
         only = self.options.only
         number = self.options.run
+        # A name or number that fits no run would do nothing, and look done.
         if only is not None and only not in self.methods:
             raise ConfigError(f"--only {only} is none of --methods {','.join(self.methods)}")
         if number is not None and not 0 <= number < len(self.runs):
@@ -241,12 +247,14 @@ class Comparison:
                 f"{latent_shape(config.model)}; choose another -- --data.path, or set "
                 "--model.in-channels and --model.input-size"
             )
+        # Without --validation the loss is measured on images of the training set.
         validation = ShardDataset(self.options.validation) if self.options.validation else data
         check_like(validation, data)
         return data, validation
 
     def edges(self) -> tuple[float, ...]:
         """The clusters of the validation loss: the preset's, whatever a method's curriculum has."""
+        # From the preset alone: all methods are measured on the same clusters.
         base = configure(self.options.preset, self.extra)
         n = self.options.clusters or base.curriculum.n_clusters
         return cluster_edges(replace(base, curriculum=replace(base.curriculum, n_clusters=n)))
@@ -255,12 +263,14 @@ class Comparison:
         """How samples are drawn and scored, as options of eval.curve without runs."""
         o = self.options
         objective = build_objective(self.config)
+        # Latents can be neither a reference, nor be scored without being decoded.
         if self.data.info.kind != "pixels" and not (o.reference and o.vae):
             raise ConfigError(
                 f"{self.data.path} holds {self.data.info.kind}: for a Frechet distance give "
                 "--reference, real images or statistics of them, and --vae; or take --num-samples "
                 "0"
             )
+        # Checked now: a sampler that does not fit would be an error after the first training.
         sampler, steps = quick_sampler(objective, o.sampler, o.sampler_steps)
         check_sampler(objective, sampler, steps, eta=0.0)
         if o.cfg_scale != 1 and not self.config.model.class_dropout_prob:
@@ -268,6 +278,7 @@ class Comparison:
                 f"cfg_scale={o.cfg_scale} needs a null label, which no model trained with "
                 "class_dropout_prob=0 knows; leave out --cfg-scale"
             )
+        # Inception has to be downloaded where its weights are not given.
         automatic = "inception" if o.inception_weights else "efficientnet-lite0"
         return Curve(
             runs=(),
@@ -308,10 +319,12 @@ class Comparison:
                 run.train(self.options.nproc)
             self.score(run)
             took.append(time.perf_counter() - start)
+            # A seed is complete: what it shows can be read while the next one trains.
             if reports and self.complete_seeds() != reported:
                 reported = self.complete_seeds()
                 self.report(reported)
 
+        # Nothing was left to do: the report is written again, from what there is.
         if reports and not todo:
             self.report(reported)
         if not reports:
@@ -397,6 +410,8 @@ class Comparison:
 
     def grid(self, run: Run) -> Path:
         """Draw the first samples of the last checkpoint; returns their picture."""
+        # The samples are drawn as those that are scored, so that a picture shows what a number
+        # means.
         c = self.curve
         assert c
         out = run.folder / "grid"

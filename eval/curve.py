@@ -134,6 +134,7 @@ class Curve:
                 raise CheckpointError(
                     f"{run} holds no checkpoint; give the folders of runs, such as runs/digits"
                 )
+        # The jackknife needs a sample in each of its groups.
         if self.num_samples < GROUPS:
             raise ConfigError(
                 f"num_samples={self.num_samples} are too few for any figure; set --num-samples "
@@ -274,6 +275,7 @@ class Curves:
                 guidance_interval=o.guidance_interval,
             )
         )
+        # A Frechet distance of latents is none that anybody knows.
         if sampler.info().kind == "latents":
             raise ConfigError(f"{run} draws latents, and its VAE is not known; give --vae")
         return sampler
@@ -282,6 +284,7 @@ class Curves:
         """Draw the samples of one checkpoint, on all ranks, and score them, on rank 0."""
         o = self.options
         out = self.folder(run, step)
+        # The first sampler was made before the work, to find errors.
         sampler = self._ready.pop((run, step), None) or self.sampler(run, step)
         sampler()
         if self.rank != 0:
@@ -327,6 +330,7 @@ class Curves:
         """Write curve.json and curve.png, and print the summary."""
         out = self.options.out or self.options.runs[0] / "curve"
         out.mkdir(parents=True, exist_ok=True)
+        # Nothing to draw: step 0 is not trained, so no score of it means anything.
         if not any(of_runs.values()):
             raise DataError("no checkpoint was scored; those of step 0 are not")
         plain = {str(run): rows for run, rows in of_runs.items()}
@@ -431,6 +435,7 @@ def best_text(run: Path, rows: Sequence[Row]) -> str:
         f"{run}: best {name} {figure['value']:.5g} +- {figure['error']:.2g} at step "
         f"{best['step']:,}"
     )
+    # The best of noisy scores is often chance: name what is as good within the errors.
     alike = []
     for row in rows:
         if row is not best and overlap(figure, row["figures"][name]):
@@ -484,6 +489,7 @@ def plot(of_runs: dict[Path, list[Row]], path: Path) -> None:
 
 def plot_run(axis: Any, run: Path, rows: Sequence[Row], name: str) -> None:
     """One run's curve of one figure, with the transitions of its stages."""
+    # Runs that were scored with other metrics have no point of this figure.
     scored = [row for row in rows if name in row["figures"]]
     if not scored:
         return

@@ -96,6 +96,7 @@ class Difficulty(Plan):
             f"train: {len(todo)} of {len(self.chosen)} models to train to step "
             f"{self.options.steps:,}"
         )
+        # The time left is that of the models so far, all of which are alike.
         start = time.perf_counter()
         for done, i in enumerate(todo):
             each = (time.perf_counter() - start) / max(done, 1)
@@ -311,12 +312,14 @@ class Difficulty(Plan):
             self.scored(),
             read_json(self.entropy_file),
         )
+        # What is missing is reported with the command that makes it.
         for stage, intervals in found.missing.items():
             what = names(intervals) if intervals else "the relative entropy is"
             self.log(
                 f"missing: {what} not there from the stage {stage}; run "
                 f"{self.command(stage, intervals)}"
             )
+        # A page without a single number is a mistake in the call.
         if not (found.curves or found.scored or found.entropy):
             raise DataError(f"{o.out} holds nothing to report yet")
         settings = json.loads(
@@ -342,6 +345,7 @@ def main(args: Sequence[str] | None = None) -> int:
     serve_stop_signals()
 
     def study() -> None:
+        # A study is a set of defaults, which the options change.
         default = look_up(STUDIES, name, "study")
         options = parse_options(
             Study, own, program=f"eval.difficulty {name}", description=None, default=default

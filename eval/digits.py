@@ -75,6 +75,7 @@ def load_samples(folder: Path, shape: torch.Size) -> tuple[Tensor, Tensor, str]:
             f"{folder} holds no samples; give a folder that eval.sample wrote, such as "
             "samples/cfg1.5"
         )
+    # Samples of another shape would be read as nonsense, and scored as such.
     data = ShardDataset(folder, verify=True)
     if data.info.shape != tuple(shape[1:]):
         raise DataError(

@@ -46,6 +46,7 @@ class Prompts:
     images: list[str] | None  # (n,) file name of the image of each, of a frozen list
 
 
+# One row of COCO's captions, in the words of its file: the keys of a frozen list's rows.
 class _Caption(NamedTuple):
     image_id: int
     file_name: str
@@ -54,17 +55,19 @@ class _Caption(NamedTuple):
 
 
 def read_prompts(path: Path) -> Prompts:
-    """A list that this program froze (.json), or a text file, one prompt a line.
+    """Read a list that this program froze (.json), or a text file, one prompt a line.
 
     Raises DataError for a file that is neither, or cannot be read; a frozen list that was altered;
     a prompt that is empty.
     """
+    # A table's first line would be taken for a prompt, and its commas for text.
     if path.suffix.lower() in TABLES:
         raise DataError(f"{path} is a table; give its prompts as a .txt file, one a line")
     text = _decoded(path, _content(path))
     if path.suffix.lower() == ".json":
         return _frozen(path, text)
-    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
+    # Empty lines are errors, not skipped: prompt i has to be line i.
+    lines = list(map(str.strip, text.removesuffix("\n").split("\n")))
     if not any(lines):
         raise DataError(f"{path} holds no prompts; give one a line")
     if "" in lines:
@@ -80,7 +83,9 @@ def freeze(captions: Path, num: int, seed: int) -> str:
     if num < 1:
         raise ConfigError(f"num={num} must be at least 1; set --num")
     content = _content(captions)
-    of_image: dict[int, _Caption] = {}  # the caption of lowest rank of each image
+
+    # Of each image the caption of the lowest rank.
+    of_image: dict[int, _Caption] = {}
     for row in _parse(captions, _decoded(captions, content)):
         best = of_image.setdefault(row.image_id, row)
         if _rank(seed, "caption", row.caption_id) < _rank(seed, "caption", best.caption_id):
@@ -91,10 +96,10 @@ def freeze(captions: Path, num: int, seed: int) -> str:
             f"{len(of_image)} or less, or give another --captions (captions_val2014.json has 40,504 "
             "images)"
         )
-    rows = [
-        of_image[number]._asdict()
-        for number in sorted(of_image, key=lambda i: _rank(seed, "image", i))[:num]
-    ]
+
+    # Of all images the first `num` by rank, so that a shorter list is the start of a longer one.
+    chosen = sorted(of_image, key=lambda number: _rank(seed, "image", number))[:num]
+    rows = [of_image[number]._asdict() for number in chosen]
     head = {
         "name": f"{captions.stem}-{num}-seed{seed}",
         "source": captions.name,
@@ -102,23 +107,25 @@ def freeze(captions: Path, num: int, seed: int) -> str:
         "seed": seed,
         "sha256": _sha256_of(rows),
     }
-    lines = ",\n".join(json.dumps(row) for row in rows)  # one a line, to be read and compared
+    # One row a line, to be read and compared.
+    lines = ",\n".join(map(json.dumps, rows))
     return f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n'
 
 
 def _rank(seed: int, what: str, number: int) -> tuple[bytes, int]:
-    """Orders images, and captions, as if by chance; the number tells two of the same hash apart."""
+    """A key that orders images, and captions, as if by chance; the number orders two of the same
+    hash."""
     return hashlib.blake2b(f"{seed}/{what}/{number}".encode(), digest_size=8).digest(), number
 
 
 def _sha256_of(value: Any) -> str:
-    """Of plain JSON in one spelling, ASCII."""
-    return hashlib.sha256(
-        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
+    """The hash of plain JSON in one spelling, ASCII."""
+    spelling = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(spelling.encode()).hexdigest()
 
 
 def _content(path: Path) -> bytes:
+    """The bytes of a file. Raises DataError for one that cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -126,6 +133,8 @@ def _content(path: Path) -> bytes:
 
 
 def _decoded(path: Path, content: bytes) -> str:
+    """The text of a file in UTF-8. Raises DataError, with the line, for another encoding."""
+    # Windows writes a byte order mark, which utf-8-sig drops.
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -136,41 +145,51 @@ def _decoded(path: Path, content: bytes) -> str:
 
 
 def _json(path: Path, text: str, remedy: str) -> Any:
+    """The value of a JSON file. Raises DataError, with line and column, for anything else."""
     try:
         return from_json(text)
-    except ValueError as error:  # says line and column
+    except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); {remedy}") from error
 
 
 def _frozen(path: Path, text: str) -> Prompts:
+    """The prompts of a frozen list. Raises DataError for one that was altered or damaged."""
     document = _json(
         path, text, "write it again with eval.prompts, or name a list of one prompt a line *.txt"
     )
+    # The usual mistake is COCO's own file.
     if not isinstance(document, dict) or not {"name", "sha256", "rows"} <= document.keys():
         raise DataError(
             f"{path} is no list of prompts; make one of COCO's captions with python -m eval.prompts "
             f"--captions {path} --out FILE, or give a .txt file, one prompt a line"
         )
+
+    # What is left of the document is its head: where the rows are from.
     rows = document.pop("rows")
-    expected, found = document.pop("sha256"), _sha256_of(rows)
+    expected = document.pop("sha256")
+    found = _sha256_of(rows)
     if found != expected:
         raise DataError(
             f"{path} was altered: its rows have the sha256 {found}, not {expected}; write it again "
             "with eval.prompts, or give other prompts as a .txt file, one a line"
         )
+
+    # A hash that fits does not make them prompts: the list may be another program's.
+    texts: list[str] = []
+    images: list[str] = []
     try:
-        texts, images = (
-            [row["caption"].strip() for row in rows],
-            [str(row["file_name"]) for row in rows],
-        )
+        for row in rows:
+            texts.append(row["caption"].strip())
+            images.append(str(row["file_name"]))
     except (AttributeError, LookupError, TypeError) as error:
         raise DataError(
             f"{path} has rows that are no prompts ({error!r}); write it again with eval.prompts"
         ) from error
-    if odd := [i for i, text in enumerate(texts) if not is_unicode(text)]:
-        raise DataError(
-            f"{path}: row {odd[0] + 1} is not Unicode; write it again with eval.prompts"
-        )
+    for number, caption in enumerate(texts, 1):
+        if not is_unicode(caption):
+            raise DataError(
+                f"{path}: row {number} is not Unicode; write it again with eval.prompts"
+            )
     if not all(texts) or not texts:
         what = f"row {texts.index('') + 1} is empty" if texts else "it holds no prompts"
         raise DataError(f"{path}: {what}; write it again with eval.prompts")
@@ -178,47 +197,47 @@ def _frozen(path: Path, text: str) -> Prompts:
 
 
 def _parse(path: Path, text: str) -> list[_Caption]:
-    """COCO's captions, without those of white space."""
+    """COCO's captions, without those of white space. Raises DataError for anything else."""
     document = _json(path, text, "give COCO's captions file, such as captions_val2014.json")
     try:
         files = [(int(image["id"]), str(image["file_name"])) for image in document["images"]]
-        file_of = dict(files)
-        captions = [
-            (int(a["image_id"]), int(a["id"]), a["caption"]) for a in document["annotations"]
-        ]
+        captions = []
+        for row in document["annotations"]:
+            captions.append((int(row["image_id"]), int(row["id"]), row["caption"]))
     except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"{path} is not COCO captions ({error!r}): images need id and file_name, annotations "
             "id, image_id and caption; give a file such as captions_val2014.json"
         ) from error
-    _refuse(path, "image ids that are given twice", _twice(number for number, _ in files))
-    _refuse(path, "caption ids that are given twice", _twice(number for _, number, _ in captions))
-    _refuse(
-        path,
-        "captions of images that it does not list, by image id",
-        [number for number, _, _ in captions if number not in file_of],
-    )
-    _refuse(
-        path,
-        "captions that are not Unicode text, by caption id",
-        [
-            number
-            for _, number, caption in captions
-            if not isinstance(caption, str) or not is_unicode(caption)
-        ],
-    )
-    return [
-        _Caption(image, file_of[image], number, text)
-        for image, number, caption in captions
-        if (text := caption.strip())
-    ]
+
+    # Ids that are given twice would make the choice depend on the order of the file.
+    file_of = dict(files)
+    _refuse(path, "image ids that are given twice", _twice([image for image, _ in files]))
+    _refuse(path, "caption ids that are given twice", _twice([row[1] for row in captions]))
+
+    # What else is wrong: all captions of one kind at once, with their number.
+    unlisted = []
+    not_text = []
+    found = []
+    for image, number, caption in captions:
+        if image not in file_of:
+            unlisted.append(image)
+        elif not isinstance(caption, str) or not is_unicode(caption):
+            not_text.append(number)
+        elif stripped := caption.strip():
+            found.append(_Caption(image, file_of[image], number, stripped))
+    _refuse(path, "captions of images that it does not list, by image id", unlisted)
+    _refuse(path, "captions that are not Unicode text, by caption id", not_text)
+    return found
 
 
 def _twice(values: Iterable[Hashable]) -> list[Hashable]:
+    """The values that occur more than once."""
     return [value for value, count in Counter(values).items() if count > 1]
 
 
-def _refuse(path: Path, what: str, found: list[Any]) -> None:
+def _refuse(path: Path, what: str, found: Sequence[Any]) -> None:
+    """Raises DataError where any are found, with their number and the first."""
     if found:
         raise DataError(
             f"{path} has {len(found):,} {what}, such as {found[0]}; correct it, or take the "
@@ -227,13 +246,15 @@ def _refuse(path: Path, what: str, found: list[Any]) -> None:
 
 
 def run(options: Freeze) -> str:
-    """Write the file, unless it is there; returns a line to say. Raises ConfigError where it holds
-    something else."""
+    """Write the file, unless it is there; returns a line on what was done. Raises ConfigError where
+    it holds something else."""
     if options.out.suffix.lower() != ".json":
         raise ConfigError(
-            f"--out {options.out} must end in .json, by which the list is told from a text file"
+            f"--out {options.out} must end in .json, which distinguishes the list from a text file"
         )
     text = freeze(options.captions, options.num, options.seed)
+
+    # A list that runs were compared on is never replaced by another.
     done = "written"
     try:
         if options.out.exists():

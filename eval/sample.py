@@ -3,9 +3,9 @@ prompts.
 
 DIR gets a folder for each scale, such as DIR/cfg1.5: Arrow shards, a picture of the first samples
 and provenance.json, with all that the samples depend on (eval/drawing/sample_set.py lists the
-files). Killed or stopped, it goes on where it was when the same command is run again; a whole set
-is left alone. Under torchrun or srun the ranks share the samples; they meet in the file system
-only, and need not be as many as before.
+files). Killed or stopped, it continues where it was when the same command is run again; a complete
+set is left alone. Under torchrun or srun the ranks share the samples; they coordinate only through
+files, and need not be as many as before.
 
 Sample i depends on (seed, i) alone: it is bitwise the same on one type of device at the same batch
 size and shard size, whatever the number of ranks and restarts, and the same up to rounding at
@@ -57,11 +57,14 @@ from largescale.models.build import latent_shape
 from largescale.models.half_precision import check_on_cpu
 from largescale.models.inference import compile_pays, prepare
 
-DECODED_AT_ONCE = 16  # latents; the decoder needs far more memory than the model
+# Latents that are decoded at a time: the decoder needs far more memory than the model.
+DECODED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
 class Sample:
+    """Options of eval.sample."""
+
     source: Annotated[Path, tyro.conf.Positional]
     """A run directory, such as runs/digits, or an export."""
     out: Path
@@ -141,17 +144,21 @@ class Sampler:
 
     def __init__(self, options: Sample) -> None:
         options.check()
-        self.options, self.rank, self.world_size = options, env_rank(), env_world_size()
+        self.options = options
+        self.rank = env_rank()
+        self.world_size = env_world_size()
         self.device = local_device(options.device)
-        self.trained = load_trained(
-            options.source,
-            self.checkpoint_of_unfinished_samples() if options.step is None else options.step,
-        )
-        self.sampler = options.sampler or self.trained.objective.samplers[0]
-        self.steps = (
-            self.trained.objective.default_steps if options.steps is None else options.steps
-        )
-        model, info = self.trained.config.model, self.trained.info
+
+        # The model, and what it is by default sampled with.
+        step = options.step
+        if step is None:
+            step = self.checkpoint_of_unfinished_samples()
+        self.trained = load_trained(options.source, step)
+        objective = self.trained.objective
+        self.sampler = options.sampler or objective.samplers[0]
+        self.steps = objective.default_steps if options.steps is None else options.steps
+        model = self.trained.config.model
+        info = self.trained.info
         if not model.class_dropout_prob and set(options.cfg_scale) != {1.0}:
             raise ConfigError(
                 "the model was trained with class_dropout_prob=0 and knows no null label to guide "
@@ -159,6 +166,8 @@ class Sampler:
             )
         self.weights_sha256 = weights_sha256(self.trained.model)
         self.pixels = info["data_info"]["kind"] == "pixels"
+
+        # What the samples are conditioned on, and what decodes them.
         made_with = info.get("made_with", {})
         self.conditions = make_conditions(
             self.trained,
@@ -175,67 +184,77 @@ class Sampler:
         self.conditions.prepare()
         vae = options.vae or made_with.get("vae") or "none"
         self.vae = None if vae == "none" else self.decoder(vae)
-        self.batch_size = min(
-            options.batch_size or (128 if self.device.type == "cuda" else 32), options.shard_size
-        )
-        self.configs = [
-            self.config(scale) for scale in options.cfg_scale
-        ]  # what is wrong with them is said now
-        # Once for all scales, by the whole of the work, not by what is left of it here.
+        default = 128 if self.device.type == "cuda" else 32
+        self.batch_size = min(options.batch_size or default, options.shard_size)
+
+        # All scales are checked before the first of them is drawn.
+        self.configs = list(map(self.config, options.cfg_scale))
         self.compile = options.compile == "on" or (
-            options.compile == "auto"
-            and compile_pays(
-                self.trained.model,
-                device=self.device,
-                precision=self.configs[0].precision,
-                evaluations=sum(map(self.evaluations, self.configs)),
-            )
+            options.compile == "auto" and self.compile_pays()
         )
         self._model: Model | None = None
 
+    def compile_pays(self) -> bool:
+        """Whether torch.compile pays: decided once for all scales, by all of the work, not by what
+        is left of it here, as a compiled model rounds differently."""
+        return compile_pays(
+            self.trained.model,
+            device=self.device,
+            precision=self.configs[0].precision,
+            evaluations=sum(map(self.evaluations, self.configs)),
+        )
+
     def evaluations(self, config: SamplingConfig) -> int:
-        """Images that all ranks show to the model."""
+        """How many images all ranks show to the model; guidance shows each twice."""
         rounds = evaluations(self.trained.objective, config.sampler, config.steps)
         return self.options.num_samples * rounds * (1 if config.cfg_scale == 1 else 2)
 
     def checkpoint_of_unfinished_samples(self) -> int | None:
-        """The checkpoint of these very samples, where they are half drawn, or whole and not to be
-        replaced: a run that goes on has a newer one by now."""
-        o = self.options
-        for scale in o.cfg_scale:
-            wanted = {
-                "cfg_scale": scale,
-                "eta": o.eta,
-                "seed": o.seed,
-                "guidance_interval": list(o.guidance_interval),
-                "cfg_channels": o.cfg_channels,
-            }
-            wanted |= {
-                key: value
-                for key, value in {"sampler": o.sampler, "steps": o.steps}.items()
-                if value
-            }
-            for name in (JOB, *([] if o.replace else [MANIFEST])):
+        """The step of the checkpoint of these very samples, where they are partly drawn, or complete
+        and not to be replaced: a run that is still training has a newer one by now."""
+        names = (JOB,) if self.options.replace else (JOB, MANIFEST)
+        for scale in self.options.cfg_scale:
+            folder = folder_of(self.options.out, scale)
+            for name in names:
+                # A file that is missing or damaged is that of no samples.
                 with suppress(OSError, CheckpointError), usable(name):
-                    found = json.loads((folder_of(o.out, scale) / name).read_text())
+                    found = json.loads((folder / name).read_text())
                     job = found if name == JOB else found["job"]
-                    checkpoint = CheckpointDir.at(o.source, int(job["step"]))
-                    if (
-                        checkpoint.exists
-                        and checkpoint.manifest()["state"]["config"]["name"] == job["run"]
-                        and job["num_samples"] == o.num_samples
-                        and wanted.items() <= job["sampling"].items()
-                    ):
-                        return checkpoint.step
+                    if self.is_job_of(job, scale):
+                        return int(job["step"])
         return None
 
-    def config(self, cfg_scale: float) -> SamplingConfig:
-        o, trained_in = self.options, self.trained.info.get("precision", "fp32")
-        precision = (
-            (trained_in if self.device.type == "cuda" else "fp32")
-            if o.precision == "auto"
-            else o.precision
+    def is_job_of(self, job: dict[str, Any], scale: float) -> bool:
+        """Whether `job`, of samples on disk, is what these options ask for at this scale, and its
+        checkpoint still exists."""
+        o = self.options
+        wanted: dict[str, Any] = {
+            "cfg_scale": scale,
+            "eta": o.eta,
+            "seed": o.seed,
+            "guidance_interval": list(o.guidance_interval),
+            "cfg_channels": o.cfg_channels,
+        }
+        # What is not given depends on the objective, which is not loaded yet.
+        if o.sampler:
+            wanted["sampler"] = o.sampler
+        if o.steps:
+            wanted["steps"] = o.steps
+        checkpoint = CheckpointDir.at(o.source, int(job["step"]))
+        return bool(
+            checkpoint.exists
+            and checkpoint.manifest()["state"]["config"]["name"] == job["run"]
+            and job["num_samples"] == o.num_samples
+            and wanted.items() <= job["sampling"].items()
         )
+
+    def config(self, cfg_scale: float) -> SamplingConfig:
+        """How samples are drawn at one guidance scale. Raises ConfigError."""
+        o = self.options
+        precision = o.precision
+        if precision == "auto":
+            on_gpu = self.device.type == "cuda"
+            precision = self.trained.info.get("precision", "fp32") if on_gpu else "fp32"
         config = SamplingConfig(
             self.sampler,
             self.steps,
@@ -251,7 +270,8 @@ class Sampler:
         return config
 
     def decoder(self, spec: str) -> Vae:
-        """Raises ConfigError for a VAE that is not the one that made the model's latents."""
+        """Load the VAE. Raises ConfigError for another one than made the model's latents."""
+        # A model of pixels, or of latents of unknown origin, has nothing to compare the VAE with.
         encoder = self.trained.info["data_info"].get("encoders", {}).get("vae")
         if encoder is None:
             raise ConfigError(
@@ -265,28 +285,33 @@ class Sampler:
         return vae
 
     def __call__(self) -> None:
-        """A sample set for each scale."""
-        sets = [
-            SampleSet(
-                folder_of(self.options.out, config.cfg_scale),
-                self.info(),
-                self.job(config),
-                self.options.num_samples,
-                self.options.shard_size,
-                self.rank,
-                self.world_size,
-            )
-            for config in self.configs
-        ]
+        """Make a sample set for each scale."""
+        sets = list(map(self.sample_set, self.configs))
+        # Room is made for all scales at once: later the ranks may be hours apart.
         for made in sets if self.options.replace else ():
-            made.parts.make_room()  # of all scales at once: ranks are apart by hours later
+            made.parts.make_room()
         for config, made in zip(self.configs, sets, strict=True):
             self.make(config, made)
 
+    def sample_set(self, config: SamplingConfig) -> SampleSet:
+        """The sample set of one scale, as far as it is drawn."""
+        return SampleSet(
+            folder_of(self.options.out, config.cfg_scale),
+            self.info(),
+            self.job(config),
+            self.options.num_samples,
+            self.options.shard_size,
+            self.rank,
+            self.world_size,
+        )
+
     def make(self, config: SamplingConfig, made: SampleSet) -> None:
-        """One sample set: left alone where it is whole already, else drawn, and by rank 0
-        completed."""
-        o, start, done = self.options, time.perf_counter(), "already drawn, left alone"
+        """Make one sample set: a complete one is left alone, any other drawn, and completed by rank
+        0."""
+        o = self.options
+        start = time.perf_counter()
+        done = "already drawn, left alone"
+        # A rank that fails leaves a note, or the others would wait for its shards.
         try:
             if made.parts.claim():
                 before = made.done()
@@ -296,8 +321,9 @@ class Sampler:
                 seconds = time.perf_counter() - start
                 new = o.num_samples - before
                 done = f"{new:,} drawn now in {seconds:.1f} s, {new / seconds:.1f} images/s"
+        # A stop is no failure: the same ranks continue later.
         except Stopped:
-            raise  # no failure: the same ranks go on later
+            raise
         except BaseException as error:
             made.parts.failed(error)
             raise
@@ -313,8 +339,9 @@ class Sampler:
             )
 
     def draw(self, config: SamplingConfig, made: SampleSet, before: int) -> None:
-        """This rank's shards."""
-        n, c = made.n, self.trained.config.model
+        """Draw the shards of this rank that are missing; `before`: samples drawn already."""
+        n = made.n
+        model = self.trained.config.model
         bar = tqdm(
             total=n,
             initial=before,
@@ -327,6 +354,7 @@ class Sampler:
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f}{unit} "
             "[{elapsed}<{remaining}, {rate_fmt}]",
         )
+        # A batch is decoded and stored by a thread while the next one is drawn.
         with bar, Worker(self.use_device) as finish:
             for part in made.todo():
                 numbers = made.numbers(part)
@@ -337,11 +365,11 @@ class Sampler:
                     config,
                     index=numbers,
                     condition=self.conditions.of,
-                    shape=latent_shape(c),
-                    num_classes=c.num_classes,
+                    shape=latent_shape(model),
+                    num_classes=model.num_classes,
                     batch_size=self.batch_size,
                     device=self.device,
-                    # the other ranks keep pace
+                    # The bar is of all ranks, which are taken to be as fast as this one.
                     progress=lambda images: bar.update(min(images * self.world_size, n - bar.n)),
                     stop=stop_requested,
                 )
@@ -354,12 +382,13 @@ class Sampler:
     def finish_batch(
         self, x: Tensor, numbers: Sequence[int], ready: Any, precision: str, into: npt.NDArray[Any]
     ) -> None:
-        """Samples (B, C, H, W) to what is stored; in the worker's thread, on a GPU in a stream of
-        its own."""
+        """Convert samples (B, C, H, W) to what is stored, in the worker's thread and, on a GPU, in
+        a stream of its own. Raises DataError for samples that are not finite."""
         with torch.cuda.stream(self._stream) if ready else nullcontext():
             if ready:
                 torch.cuda.current_stream().wait_event(ready)
-            into[...] = self.stored(x)  # ends in copies to the host, which are waited for here
+            # Both end in a copy to the host, which is waited for here.
+            into[...] = self.stored(x)
             finite = x.isfinite().flatten(1).all(1).cpu()
         if not finite.all():
             raise DataError(
@@ -368,6 +397,7 @@ class Sampler:
             )
 
     def stored(self, x: Tensor) -> npt.NDArray[Any]:
+        """Samples as they are stored: uint8 pixels, or float16 latents that nothing decodes."""
         if self.vae:
             return torch.cat([self.vae.decode(part) for part in x.split(DECODED_AT_ONCE)]).numpy()
         if self.pixels:
@@ -375,6 +405,7 @@ class Sampler:
         return x.half().cpu().numpy()
 
     def ready(self) -> Any:
+        """On a GPU an event that marks the end of the work so far; None on a CPU."""
         if self.device.type != "cuda":
             return None
         event = torch.cuda.Event()
@@ -382,13 +413,16 @@ class Sampler:
         return event
 
     def use_device(self) -> None:
+        """Prepare the worker's thread."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             self._stream = torch.cuda.Stream()
         else:
-            torch.set_num_threads(1)  # beside the thread that draws
+            # The cores belong to the thread that draws.
+            torch.set_num_threads(1)
 
     def save(self, made: SampleSet, part: int, latents: npt.NDArray[Any]) -> None:
+        """Write one shard, with the labels and texts of its samples."""
         numbers = made.numbers(part)
         made.save(
             part,
@@ -399,7 +433,8 @@ class Sampler:
         )
 
     def model(self, config: SamplingConfig) -> Model:
-        """Made ready when it is first needed: a whole set needs none."""
+        """The model on its device; prepared when it is first needed, as a complete set needs
+        none."""
         if self._model is None:
             self._model = prepare(
                 self.trained.model,
@@ -410,14 +445,15 @@ class Sampler:
         return self._model
 
     def info(self) -> DatasetInfo:
-        side, encoders = (
-            self.trained.config.model.input_size,
-            self.trained.info["data_info"].get("encoders", {}),
-        )
-        shape = latent_shape(self.trained.config.model)
+        """The samples as a data set."""
+        model = self.trained.config.model
+        shape = latent_shape(model)
         if self.vae:
-            shape = (3, side * self.vae.downsampling, side * self.vae.downsampling)
-        kept = {key: value for key, value in encoders.items() if key == "vae"}
+            side = model.input_size * self.vae.downsampling
+            shape = (3, side, side)
+        # The text encoder's captions are not stored beside samples.
+        encoders = self.trained.info["data_info"].get("encoders", {})
+        kept = {"vae": encoders["vae"]} if "vae" in encoders else {}
         return DatasetInfo(
             name=f"samples of {self.trained.config.name}",
             kind="pixels" if self.pixels or self.vae else "latents",
@@ -429,24 +465,27 @@ class Sampler:
     def job(self, config: SamplingConfig) -> dict[str, Any]:
         """All that the samples depend on but for rounding, as plain JSON values."""
         c = self.trained.config
+        decoder = {"decoder": self.vae.identity} if self.vae else {}
         facts = {
             "sampling": asdict(config),
             "num_samples": self.options.num_samples,
             **self.conditions.facts,
-            **({"decoder": self.vae.identity} if self.vae else {}),
-            "device": self.device.type,  # torch draws other noise on each type
+            **decoder,
+            # torch draws other noise on each type of device.
+            "device": self.device.type,
             "run": c.name,
             "model": asdict(c.model),
             "diffusion": asdict(c.diffusion),
             "weights": "ema",
-            "weights_sha256": self.weights_sha256,  # two runs can agree in all of the rest
+            # Two runs can agree in everything else.
+            "weights_sha256": self.weights_sha256,
             **self.trained.info,
         }
         plain: dict[str, Any] = json.loads(json.dumps(facts))
         return plain
 
     def drawn_with(self) -> dict[str, Any]:
-        """What changes the rounding only."""
+        """What the samples depend on by rounding only."""
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         return {
             "batch_size": self.batch_size,
@@ -459,10 +498,12 @@ class Sampler:
 
 
 def folder_of(out: Path, cfg_scale: float) -> Path:
+    """The folder of the samples at one guidance scale."""
     return out / f"cfg{cfg_scale}"
 
 
 def weights_sha256(model: nn.Module) -> str:
+    """The hash of a model's weights, on the CPU, with their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -476,6 +517,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     def draw() -> None:
         sampler = Sampler(options)
+        # An EMA early in a run still holds the weights of the start, and draws noise.
         note = ema_note(sampler.trained.config, sampler.trained.info["step"])
         if note and sampler.rank == 0:
             print(f"note: {note}", file=sys.stderr, flush=True)

@@ -6,8 +6,8 @@ packed data set of pixels, or statistics: those that --save-reference wrote, or 
 Inception's Frechet distance is called FID; that of another network is FD with its name, and
 comparable with nothing but itself.
 
-Each set gets a row in its own results.jsonl. One process, on one device: 50,000 images are a matter
-of minutes.
+Each set gets a row in its own results.jsonl. Scoring is one process, on one device: 50,000 images
+are a matter of minutes.
 """
 
 import json
@@ -57,6 +57,8 @@ RESULTS = "results.jsonl"
 
 @dataclass(frozen=True)
 class Score:
+    """Options of eval.score."""
+
     samples: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Sets of samples, each scored by itself. Without any, only a reference is made."""
     reference: Path | None = None
@@ -89,9 +91,11 @@ class Score:
     """What this runs on; by default a GPU if there is one."""
 
     def check(self) -> None:
+        """Raises ConfigError for options that cannot work together."""
         check_counts(self, "num_samples", "batch_size")
         if self.keep < 2:
             raise ConfigError(f"keep={self.keep} must be at least 2; 10,000 serve most ends")
+        # clip is among the metrics by default, and is then left out without --clip.
         if bool(self.clip) != ("clip" in self.metrics) and (self.clip or self.metrics == ("clip",)):
             raise ConfigError(
                 "the CLIP score needs both --clip MODEL/WEIGHTS and clip among --metrics, where it "
@@ -109,31 +113,35 @@ class Score:
 
 
 class Scorer:
-    """One extractor and one reference, for any number of sets; `options.samples` are looked at
-    before any work."""
+    """One extractor and one reference, for any number of sets. All of `options.samples` are opened
+    and checked before any work."""
 
     def __init__(self, options: Score, sizes: Sequence[tuple[int, int]] = ()) -> None:
-        """`sizes`: (height, width) of sets that are not there yet."""
+        """`sizes`: (height, width) of sets that do not exist yet."""
         options.check()
-        self.options, self.device = options, local_device(options.device)
-        require_writable(
-            *filter(None, [options.out, options.save_reference]), remedy="choose another"
-        )
+        self.options = options
+        self.device = local_device(options.device)
+        # What cannot be written or opened is an error now, not after minutes of work.
+        outputs = filter(None, [options.out, options.save_reference])
+        require_writable(*outputs, remedy="choose another")
         self.results = {path: self._results(path) for path in options.samples}
         self.sets = {path: self._open(path) for path in options.samples}
+
+        # The networks, and the reference's features by them.
         self.clip: Clip | None = load_clip(options.clip, self.device) if options.clip else None
         self.reference: Reference | None = None
         if options.reference:
             extractor = load_extractor(
                 options.extractor, self.device, inception_weights=options.inception_weights
             )
-            sizes = [*sizes, *(images.resolution for images in self.sets.values())]
+            sizes = [*sizes, *[images.resolution for images in self.sets.values()]]
             self.reference = self._open_reference(options.reference, extractor, sizes)
 
     def _results(self, path: Path) -> list[Path]:
-        """What gets a set's row: a file beside it, and --out, which is enough where nobody may
-        write beside it."""
-        beside, out = folder_of(path) / RESULTS, list(filter(None, [self.options.out]))
+        """The files that get a set's row: one beside it, and --out, which is enough where nobody
+        may write beside it."""
+        beside = folder_of(path) / RESULTS
+        out = [self.options.out] if self.options.out else []
         try:
             require_writable(beside, remedy="or give --out FILE, which is enough")
         except (CheckpointError, StorageError):
@@ -143,15 +151,15 @@ class Scorer:
         return [beside, *out]
 
     def _open(self, path: Path) -> ImageSet:
-        images, n = (
-            open_images(path, verify=True, resize=self.options.resize),
-            self.options.num_samples,
-        )
+        """Open a set. Raises DataError, or ConfigError where the options do not fit it."""
+        images = open_images(path, verify=True, resize=self.options.resize)
+        n = self.options.num_samples
         if self.options.clip and images.texts(np.arange(1)) is None:
             raise ConfigError(
                 f"{path} has no texts that its samples were asked for, so no CLIP score; leave out "
                 "--clip"
             )
+        # The jackknife needs a sample in each of its groups.
         if (n or len(images)) < GROUPS:
             raise ConfigError(
                 f"{path}: {n or len(images)} samples are too few for any figure; score {GROUPS} or "
@@ -167,6 +175,7 @@ class Scorer:
     def _open_reference(
         self, path: Path, extractor: Extractor, sizes: Sequence[tuple[int, int]]
     ) -> Reference:
+        """Open the reference, and save its statistics where that was asked for."""
         o = self.options
         reference = open_reference(
             path,
@@ -182,31 +191,15 @@ class Scorer:
         return reference
 
     def __call__(self, path: Path) -> dict[str, Any]:
-        """The row of one set."""
-        o, images, start = (
-            self.options,
-            self.sets.get(path) or self._open(path),
-            time.perf_counter(),
-        )
+        """Score one set; returns its row."""
+        o = self.options
+        images = self.sets.get(path) or self._open(path)
+        start = time.perf_counter()
         n = o.num_samples or len(images)
         found: list[Figure] = []
         notes: list[str] = []
         if self.reference:
-            check_resolution(
-                o.reference or path, self.reference.statistics.resolution, [images.resolution]
-            )
-            keep = o.keep if {"kid", "neighbours"} & set(o.metrics) else 0
-            seen = extract_features(
-                images,
-                self.reference.extractor,
-                n=n,
-                keep=keep,
-                batch_size=o.batch_size,
-                device=self.device,
-                what=path.name,
-                logits_too="class" in o.metrics,
-            )
-            found, notes = figures(seen, self.reference, o.metrics, self.device)
+            found, notes = self._against_reference(self.reference, images, n, path)
         if self.clip and "clip" in o.metrics:
             found.append(
                 text_figure(images, self.clip, n=n, batch_size=o.batch_size, device=self.device)
@@ -225,20 +218,40 @@ class Scorer:
             "versions": {"torch": str(torch.__version__), "largescale": largescale.__version__},
         }
 
+    def _against_reference(
+        self, reference: Reference, images: ImageSet, n: int, path: Path
+    ) -> tuple[list[Figure], list[str]]:
+        """The figures of a set against the reference, and notes on them."""
+        o = self.options
+        check_resolution(o.reference or path, reference.statistics.resolution, [images.resolution])
+        # Single features are needed by KID, Precision and Recall only.
+        keep = o.keep if {"kid", "neighbours"} & set(o.metrics) else 0
+        features = extract_features(
+            images,
+            reference.extractor,
+            n=n,
+            keep=keep,
+            batch_size=o.batch_size,
+            device=self.device,
+            what=path.name,
+            logits_too="class" in o.metrics,
+        )
+        return figures(features, reference, o.metrics, self.device)
+
     def keep(self, path: Path, row: dict[str, Any]) -> None:
-        """Appends the row to the set's results."""
+        """Append the row to the set's results."""
         for file in self.results[path]:
             file.parent.mkdir(parents=True, exist_ok=True)
             append_line(file, json.dumps(row))
 
 
 def folder_of(path: Path) -> Path:
+    """The folder of a set; of a file the one that it lies in."""
     return path if path.is_dir() else path.parent
 
 
 def drawn(path: Path) -> dict[str, Any] | None:
-    """How the samples were made, where eval.sample says it: what a score must always be read
-    with."""
+    """How the samples were made, where eval.sample recorded it: a score means nothing without."""
     with suppress(OSError, CheckpointError), usable(path):
         known = json.loads((folder_of(path) / "provenance.json").read_text())
         return {"run": known["run"], "step": int(known["step"]), **known["sampling"]}
@@ -247,17 +260,7 @@ def drawn(path: Path) -> dict[str, Any] | None:
 
 def text(row: dict[str, Any]) -> str:
     """One set's figures as a table."""
-    d = row["drawn"]
-    usual = {"eta": 0.0, "guidance_interval": [0.0, 1.0], "cfg_channels": None}
-    how = (
-        ""
-        if d is None
-        else (
-            f"; {d['run']} at step {d['step']:,}, {d['sampler']} {d['steps']} steps, cfg_scale "
-            f"{d['cfg_scale']}, seed {d['seed']}, {d['precision']}"
-            + "".join(f", {key} {d[key]}" for key in usual if d.get(key) != usual[key])
-        )
-    )
+    how = "" if row["drawn"] is None else f"; {drawn_text(row['drawn'])}"
     lines = [f"{row['samples']}: {row['n']:,} images{how}"]
     width = max(map(len, row["figures"]), default=0)
     for name, figure in row["figures"].items():
@@ -265,7 +268,22 @@ def text(row: dict[str, Any]) -> str:
             f"  {name:<{width}}  {figure['value']:>10.5g} +- {figure['error']:.2g} "
             f"({figure['error_is']}; {figure['better']} is better)"
         )
-    return "\n".join([*lines, *(f"  note: {note}" for note in row["notes"])])
+    lines += [f"  note: {note}" for note in row["notes"]]
+    return "\n".join(lines)
+
+
+def drawn_text(d: dict[str, Any]) -> str:
+    """How samples were drawn, in one line; settings that hardly anybody changes only where they
+    are."""
+    text = (
+        f"{d['run']} at step {d['step']:,}, {d['sampler']} {d['steps']} steps, cfg_scale "
+        f"{d['cfg_scale']}, seed {d['seed']}, {d['precision']}"
+    )
+    usual = {"eta": 0.0, "guidance_interval": [0.0, 1.0], "cfg_channels": None}
+    for key, value in usual.items():
+        if d.get(key) != value:
+            text += f", {key} {d[key]}"
+    return text
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -276,6 +294,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def run(options: Score) -> None:
     """Score each set in turn. Raises Stopped with what is done and what is not."""
+    # Under torchrun every rank would score everything, and append its row.
     if env_world_size() > 1:
         raise ConfigError(
             f"scoring is one process, not {env_world_size()}; start it without torchrun or "
@@ -294,8 +313,8 @@ def run(options: Score) -> None:
             scorer.keep(path, row)
     except Stopped:
         raise Stopped(
-            "asked to stop; sets whose figures are printed are done, everything else begins "
-            "anew: name the others only; what takes long of a reference is kept by "
+            "asked to stop; sets whose figures are printed are done, everything else starts "
+            "again: name the others only; what takes long of a reference is kept by "
             "--save-reference FILE.npz"
         ) from None
     if options.save_reference and scorer.reference:

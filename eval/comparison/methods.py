@@ -93,6 +93,7 @@ def read_method(name: str) -> Method:
     # An order or kind of stages means nothing without a pacing: then it is the paper's.
     staged = {"curriculum.order", "curriculum.stages"} & options.keys()
     options.setdefault(PACING, "patience" if staged else "none")
+    # A setting that its pacing does not read would compare a method with itself.
     for key in options:
         if options[PACING] not in _READ_BY.get(key, (options[PACING],)):
             raise ConfigError(
@@ -105,6 +106,7 @@ def read_method(name: str) -> Method:
 def merge(name: str, parts: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     """The settings of all parts of a method. Raises ConfigError where two of them contradict each
     other."""
+    # The first part to set a field decides it; a later part may only agree.
     options: dict[str, str] = {}
     set_by: dict[str, str] = {}
     for part, chosen in parts.items():

@@ -48,6 +48,7 @@ def plan(
     check_extra(preset, base, taken)
 
     runs: list[Run] = []
+    # Seed by seed, as the report can be written once a seed has all methods.
     for seed in range(first, first + seeds):
         for method in settings:
             own = {
@@ -75,6 +76,7 @@ def check_distinct(runs: Sequence[Run]) -> None:
 def check_extra(preset: str, base: Config, taken: set[str]) -> None:
     """Raises ConfigError for a setting of all runs that is also one of those that differ between
     the runs."""
+    # What the options after -- have changed of the preset.
     before = dict(flatten(to_dict(PRESETS[preset]())))
     after = dict(flatten(to_dict(base)))
     for key in sorted(taken):

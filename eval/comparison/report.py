@@ -53,6 +53,7 @@ class Findings:
 
     def of_runs(self, rows: Mapping[Path, Sequence[Row]]) -> OfRuns:
         """Raises DataError where runs were scored at different steps, and so cannot be compared."""
+        # All runs must have the steps of the first: curves of other steps have no differences.
         found: dict[str, dict[int, Sequence[Row]]] = {}
         for run in self.runs:
             found.setdefault(run.method, {})[run.seed] = rows[run.folder]
@@ -223,6 +224,7 @@ def transitions(run: Run) -> list[tuple[int, int]]:
 def results(f: Findings, found: Mapping[str, Mapping[str, Standing]]) -> dict[str, Any]:
     """The content of results.json."""
     config = f.runs[0].config
+    # Dataclasses are no JSON.
     plain: dict[str, dict[str, Any]] = {}
     for name, of_methods in found.items():
         plain[name] = {method: asdict(standing) for method, standing in of_methods.items()}
@@ -257,6 +259,7 @@ def run_results(f: Findings, run: Run) -> dict[str, Any]:
     starts = read_starts(run.folder)
     seconds = {}
     for kind in KINDS:
+        # Over all starts: a run that was stopped has several.
         spent = [start.seconds.get(kind, 0.0) for start in starts]
         seconds[kind] = round(sum(spent), 1)
     return {
@@ -309,6 +312,7 @@ def plot_panels(runs: OfRuns, names: Sequence[str], path: Path, relative: bool =
 def plot_method(axis: Any, runs: OfRuns, method: str, name: str, relative: bool) -> None:
     """One method's curve of one figure, shaded by the standard deviation over seeds."""
     first = next(iter(runs))
+    # By step, the value of each seed.
     each: dict[int, list[float]] = {}
     for seed, rows in runs[method].items():
         base = dict(points(runs[first][seed], name))
@@ -318,6 +322,7 @@ def plot_method(axis: Any, runs: OfRuns, method: str, name: str, relative: bool)
             elif step in base:
                 each.setdefault(step, []).append(100 * (value / base[step] - 1))
 
+    # Means over seeds, and one standard deviation to both sides.
     steps = sorted(each)
     means = [mean(each[step]) for step in steps]
     middle = np.array([m.value for m in means])
@@ -340,6 +345,7 @@ def plot_side_by_side(grids: Mapping[str, Path], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    # Of one size for all methods, by the largest picture.
     pictures = {}
     for method, grid in grids.items():
         pictures[method] = np.asarray(Image.open(grid).convert("RGB"))

@@ -142,6 +142,7 @@ def curves_of(runs: OfRuns, name: str) -> dict[str, list[list[tuple[int, float]]
 
     Raises DataError for a run whose figure was never finite."""
     first = next(iter(runs))
+    # In the order of one method's seeds, so that values of the same seed can be paired.
     curves: dict[str, list[list[tuple[int, float]]]] = {}
     for method, of_seed in runs.items():
         curves[method] = [points(of_seed[seed], name) for seed in runs[first]]

@@ -95,12 +95,14 @@ class ValidationLoss:
     def add(self, run: Path, step: int) -> None:
         """Measure the EMA and the raw weights of a checkpoint, and append a row to the run's
         results: the loss of each cluster, and over all noise levels. Raises Stopped."""
+        # The EMA is what is used; the raw weights show what it hides early in a run.
         trained = load_trained(run, step)
         model = trained.model.to(self.device)
         figures: dict[str, Any] = {}
         for name, kind in WEIGHTS.items():
             model.load_state_dict(named_weights(CheckpointDir.at(run, step), kind))
             clusters = self(model, trained.objective)
+            # A loss that is not finite would make every mean and test of the comparison so.
             if not np.isfinite(clusters).all():
                 raise DataError(
                     f"{run} at step {step:,}: the validation loss of its {name} is not finite; "

@@ -124,6 +124,7 @@ def meaning(trained: Trained) -> dict[str, Any]:
 def asked_levels(trained: Trained, config: SamplingConfig) -> list[float]:
     """The noise levels at which sampling asks the network, in the order asked. No network is
     needed, as its answers do not change them."""
+    # The shapes that a network would return.
     noise_level = noise_level_of(trained)
     shape = latent_shape(trained.config.model)
     channels = shape[0] * (2 if trained.config.model.learn_sigma else 1)

@@ -111,6 +111,7 @@ class Findings:
         have it: where harder tasks are those of less noise, near -1 for the steps, the distance and
         the relative entropy, near 1 for the smoothed rises."""
         columns: dict[str, list[float | None]] = {}
+        # A correlation over some of the intervals would not be comparable with one over all.
         if len(self.convergence) == len(self.intervals):
             for name, field in (
                 ("oscillates from", "oscillates_from"),
@@ -121,6 +122,7 @@ class Findings:
                 columns[name] = [getattr(self.convergence[i], field) for i in self.intervals]
         if self.scored.keys() >= set(self.intervals):
             columns["distance"] = [self.scored[i]["value"] for i in self.intervals]
+        # A short noise axis has intervals without a timestep.
         entropies = [row["relative_entropy"] for row in self.rows]
         if self.entropy and all(entropies):
             columns["D_KL a timestep"] = [entropy["value"] for entropy in entropies]

@@ -18,7 +18,9 @@ def draw(found: "Findings") -> dict[str, bytes]:
     """The pictures of what has been measured: file name -> PNG."""
     import matplotlib
 
+    # Without a display.
     matplotlib.use("Agg")
+    # A study is looked at before it is complete: each picture needs its own stage only.
     pictures = {}
     if found.curves:
         pictures["losses.png"] = _losses(found)

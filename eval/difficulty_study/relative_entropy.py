@@ -146,6 +146,7 @@ def relative_entropy(
     parts = data.split(max(1, min(points, CHUNK // width)))
     square = torch.cat([part.double().square().sum(1) for part in parts])
 
+    # Which data point each sample starts from; the draws are those of all pairs.
     generator = torch.Generator().manual_seed(stream_seed(seed, "point", 0))
     chosen = torch.randint(points, (samples,), generator=generator)
     found = torch.zeros(3, len(p), samples, dtype=torch.float64, device=data.device)
@@ -159,6 +160,7 @@ def relative_entropy(
             found[:, k, first : first + rows] = _pair(batch, *level, *other)
             progress(len(own) / samples / len(p))
 
+    # ln p - ln q is the log ratio of the own kernels, and what the others add to it.
     single, rest, entropy = found.cpu().numpy()
     bound = one_kernel(p, q, width, square.mean().item())
     log_ratio = single + rest
@@ -245,6 +247,7 @@ def _noise(seed: int, sample: int, width: int) -> Tensor:
 
 def check(data: Tensor, levels: Array, samples: int) -> None:
     """Raises DataError for data, noise levels or a number of samples that allow no estimate."""
+    # A standard error needs two.
     if len(data) < 2 or samples < 2:
         raise DataError(
             f"a relative entropy of {len(data)} images by {samples} samples; give 2 or more of both"

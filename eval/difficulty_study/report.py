@@ -70,6 +70,7 @@ def summary(found: Findings) -> str:
     """One line on the easiest and the hardest interval, as far as they are measured."""
     parts = []
     last = len(found.edges) - 1
+    # The two ends of the noise axis show whether difficulty falls with the noise.
     if {1, last} <= found.convergence.keys():
         a = found.convergence[1]
         b = found.convergence[last]
@@ -150,6 +151,7 @@ def table_row(tag: str, texts: Sequence[str]) -> str:
 
 def page(found: Findings, pictures: dict[str, bytes], settings: Row) -> str:
     """The report as one HTML file, with the pictures in it."""
+    # The pictures are part of the file, which can then be sent by itself.
     images = ""
     for name, picture in pictures.items():
         data = base64.b64encode(picture).decode()

@@ -215,6 +215,7 @@ class Plan:
             raise ConfigError(
                 "--output after -- would put all runs into one folder; give --out before"
             )
+        # What the study sets would be set twice; telemetry changes no result, so it is free.
         found = dict(flatten(to_dict(self.config)))
         own = configure(self.options.preset, self.own_arguments(0))
         ours = dict(flatten(to_dict(own)))
@@ -245,6 +246,7 @@ class Plan:
         """The settings of the training program for one interval. Every step is logged, as the rises
         of the loss are counted from step to step; nothing else is."""
         o = self.options
+        # Interval 0 is all of the noise axis, for which only_cluster is 0.
         settings: Row = {"data.path": o.data} if o.data else {}
         return settings | {
             "train.steps": o.steps,
@@ -280,6 +282,7 @@ class Plan:
         runs in the folder that are other ones."""
         o = self.options
         data = self.data
+        # As the training program would find out, but before all models.
         if data.info.x_shape != latent_shape(self.config.model):
             raise DataError(
                 f"{data.path} holds {data.info.kind} of shape {data.info.x_shape}, the model takes "
@@ -297,6 +300,7 @@ class Plan:
         """Raises DataError for too few images for a relative entropy."""
         data = self.data
         wanted = self.options.entropy_images
+        # A density of few points is that of the points, whatever they show.
         few = min(len(data), wanted)
         if few < MIN_POINTS:
             raise DataError(

@@ -1,6 +1,7 @@
-"""What each sample is told: classes, captions of a packed data set, prompts, or nothing; found when
-it is asked for."""
+"""What each sample is conditioned on: a class, a caption of a packed data set, a prompt, or
+nothing; found when it is asked for."""
 
+import operator
 import sys
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -25,37 +26,45 @@ from largescale.host.files import is_unicode
 from largescale.host.launch import env_rank, printable
 from largescale.randomness import stream_seed
 
-CACHE_BYTES = 2**29  # of encoded prompts in a process; COCO's 30,000 by CLIP ViT-L/14 take as much
+# Of encoded prompts in a process; COCO's 30,000 by CLIP ViT-L/14 take as much.
+CACHE_BYTES = 2**29
+# Labels that one generator draws: a generator a sample would take 10 us each.
 _LABELS_A_BLOCK = 4096
+# Cut prompts that are listed at most.
+_CUT_SHOWN = 20
 
 Numbers = npt.NDArray[np.int64]
 
 
 class Conditions(ABC):
-    """Of samples 0 .. n - 1, a function of their numbers. Raises IndexError for any other
-    number."""
+    """The conditions of samples 0 .. n - 1, a function of their numbers. Raises IndexError for any
+    other number."""
 
     def __init__(self, n: int, facts: dict[str, Any], num_classes: int = 0) -> None:
+        """`facts`: all that the conditions depend on, plain JSON, for the provenance.
+        `num_classes`: of a data set of the samples; 0 without labels."""
         self.n = n
-        self.facts = facts  # all that they depend on, plain JSON: for the provenance
-        self.num_classes = num_classes  # of a data set of the samples; 0 without labels
+        self.facts = facts
+        self.num_classes = num_classes
 
     @abstractmethod
     def of(self, index: Sequence[int]) -> Condition:
-        """What the model is told of these samples, on the CPU."""
+        """The model's input for these samples, on the CPU."""
 
     def labels(self, index: Sequence[int]) -> Numbers:
-        """(len(index),), to stand beside these samples; 0 where they have none."""
+        """The labels stored beside these samples, (len(index),); 0 where they have none."""
         return np.zeros_like(self._numbers(index))
 
     def texts(self, index: Sequence[int]) -> list[str] | None:
-        """As many, to stand beside these samples; None where they have none."""
+        """The texts stored beside these samples, one each; None where they have none."""
         return None
 
     def prepare(self) -> None:  # noqa: B027  most have nothing to load
-        """Load what `of` would load when first asked, to hear now of what is wrong with it."""
+        """Load what `of` would load when first called, so that what is wrong with it is an error
+        now."""
 
     def _numbers(self, index: Sequence[int]) -> Numbers:
+        """These sample numbers as an array. Raises IndexError outside [0, n)."""
         numbers = np.asarray(index, np.int64)
         if not 0 <= numbers.min(initial=0) <= numbers.max(initial=0) < self.n:
             raise IndexError(
@@ -77,12 +86,11 @@ def make_conditions(
     text_encoder: str | None = None,
     device: torch.device,
 ) -> Conditions:
-    """Of samples 0 .. n - 1: balanced labels, unless something else is given.
+    """The conditions of samples 0 .. n - 1: balanced labels, unless something else is given.
 
     seed: of drawn labels. text_encoder: encodes prompts on `device`; loaded when the first of them
-    is asked for, and not looked at otherwise. Raises ConfigError for a model that is told something
-    else than it was trained on, and DataError for a file of prompts or a data set that cannot be
-    used.
+    is asked for, and not otherwise. Raises ConfigError for conditions of another kind than the
+    model was trained on, and DataError for a file of prompts or a data set that cannot be used.
     """
     model = trained.config.model
     texts = {"--prompts": prompts, "--prompts-file": prompts_file, "--captions": captions}
@@ -93,21 +101,38 @@ def make_conditions(
     if not model.max_caption_tokens:
         return _of_labels(trained.num_classes, n, seed, of_labels, classes)
 
+    # Captions of a data set are encoded already; prompts need the encoder of the training.
     trained_with = trained.info["data_info"].get("encoders", {}).get("text")
     if captions:
         return OfData(n, ShardDataset(captions), trained_with)
+    load = _encoder_loader(given[0], text_encoder, trained_with, model, device)
+    texts_of, facts = _prompt_list(prompts, prompts_file)
+    facts["text_encoder"] = trained_with
+    return OfPrompts(n, texts_of, EncodingCache(load), model, facts)
+
+
+def _encoder_loader(
+    option: str,
+    text_encoder: str | None,
+    trained_with: str | None,
+    model: ModelConfig,
+    device: torch.device,
+) -> Callable[[], TextEncoder]:
+    """The function that loads the text encoder. Raises ConfigError where there is none to load; the
+    function does for another one than the model was trained with. `option`: gave the prompts."""
     if text_encoder is None:
         raise ConfigError(
-            f"{given[0]} needs --text-encoder, the one that the model was trained with: "
+            f"{option} needs --text-encoder, the one that the model was trained with: "
             f"{trained_with}"
         )
     if trained_with is None:
         raise ConfigError(
-            f"{given[0]}: the model's data do not say which text encoder made their captions; give "
+            f"{option}: the model's data do not say which text encoder made their captions; give "
             "--captions, a packed data set whose captions to use"
         )
 
     def load() -> TextEncoder:
+        # The same name can be another version: identities compare the weights.
         encoder = load_text_encoder(text_encoder, device, max_tokens=model.max_caption_tokens)
         if encoder.identity != trained_with:
             raise ConfigError(
@@ -116,9 +141,7 @@ def make_conditions(
             )
         return encoder
 
-    texts_of, facts = _prompt_list(prompts, prompts_file)
-    facts["text_encoder"] = trained_with
-    return OfPrompts(n, texts_of, EncodingCache(load), model, facts)
+    return load
 
 
 def _check_given(model: ModelConfig, given: list[str], of_labels: list[str]) -> None:
@@ -134,17 +157,18 @@ def _check_given(model: ModelConfig, given: list[str], of_labels: list[str]) -> 
             f"the model was trained on captions, not on labels; leave out {' and '.join(of_labels)}"
         )
     if len(given) != 1:
+        several = f"; one of them, not {' and '.join(given)}" if given else ""
         raise ConfigError(
             "the model was trained on captions: give --prompts TEXT ..., or --captions DIR, a "
-            "packed data set whose captions to use, or --prompts-file FILE"
-            + (f"; one of them, not {' and '.join(given)}" if given else "")
+            f"packed data set whose captions to use, or --prompts-file FILE{several}"
         )
 
 
 def _prompt_list(
     prompts: Sequence[str], prompts_file: Path | None
 ) -> tuple[list[str], dict[str, Any]]:
-    """(the prompts, what provenance.json says of them). Raises ConfigError and DataError."""
+    """The prompts, and their entry in provenance.json. Raises ConfigError and DataError."""
+    # A file is recorded by its hash, prompts of the command line as they are.
     if prompts_file:
         read = read_prompts(prompts_file)
         fact = {"name": read.source["name"], "sha256": read.sha256, "count": len(read.texts)}
@@ -164,8 +188,7 @@ def _prompt_list(
 
 
 class OfLabels(Conditions):
-    """`label_of`: sample numbers -> their labels; for an unconditional model 0, which it
-    ignores."""
+    """Labels of samples; for an unconditional model 0, which it ignores."""
 
     def __init__(
         self,
@@ -174,6 +197,7 @@ class OfLabels(Conditions):
         label_of: Callable[[Numbers], Numbers],
         facts: dict[str, Any],
     ) -> None:
+        """`label_of`: sample numbers -> their labels."""
         super().__init__(n, facts, num_classes)
         self._label_of = label_of
 
@@ -187,6 +211,7 @@ class OfLabels(Conditions):
 def _of_labels(
     num_classes: int, n: int, seed: int, given: list[str], classes: Sequence[int]
 ) -> OfLabels:
+    """Labels as the options ask for them. `given`: the options of labels. Raises ConfigError."""
     if not num_classes:
         if given:
             raise ConfigError(
@@ -194,13 +219,16 @@ def _of_labels(
             )
         return OfLabels(n, 0, np.zeros_like, {"labels": "none"})
     if len(given) > 1:
-        raise ConfigError("--classes says which label each sample has; leave out --labels drawn")
+        raise ConfigError("--classes sets the label of each sample; leave out --labels drawn")
+
+    # --classes: in turn.
     if classes:
-        if outside := [label for label in classes if not 0 <= label < num_classes]:
-            raise ConfigError(
-                f"--classes: label {outside[0]} lies outside the classes 0..{num_classes - 1} that "
-                "the model was trained on; leave it out"
-            )
+        for label in classes:
+            if not 0 <= label < num_classes:
+                raise ConfigError(
+                    f"--classes: label {label} lies outside the classes 0..{num_classes - 1} that "
+                    "the model was trained on; leave it out"
+                )
         each = np.array(classes, np.int64)
         return OfLabels(
             n,
@@ -208,6 +236,8 @@ def _of_labels(
             lambda i: each[i % len(each)],
             {"labels": f"sample i has classes[i % {len(each)}]", "classes": each.tolist()},
         )
+
+    # --labels drawn: uniformly.
     if given:
         return OfLabels(
             n,
@@ -218,6 +248,8 @@ def _of_labels(
                 "labels_seed": seed,
             },
         )
+
+    # By default all classes in turn.
     return OfLabels(
         n,
         num_classes,
@@ -227,18 +259,18 @@ def _of_labels(
 
 
 def _drawn(seed: int, num_classes: int) -> Callable[[Numbers], Numbers]:
-    """Labels by (seed, i). Golden values in the tests pin them."""
+    """The function that draws labels by (seed, i). Golden values in the tests pin them."""
 
-    @lru_cache(maxsize=64)  # a generator a sample would take 10 us each
+    @lru_cache(maxsize=64)
     def block(number: int) -> Numbers:
         generator = torch.Generator().manual_seed(stream_seed(seed, "label", number))
         u = torch.rand(_LABELS_A_BLOCK, dtype=torch.float64, generator=generator)
-        drawn: Numbers = (
-            (u * num_classes).long().numpy()
-        )  # u <= 1 - 2**-53: rounds to below num_classes
+        # u <= 1 - 2**-53, so it rounds to below num_classes.
+        drawn: Numbers = (u * num_classes).long().numpy()
         return drawn
 
     def label_of(index: Numbers) -> Numbers:
+        # Samples are asked for in any order, and some at a time: by the blocks that hold them.
         labels = np.empty_like(index)
         numbers, within = np.divmod(index, _LABELS_A_BLOCK)
         for number in np.unique(numbers):
@@ -250,10 +282,11 @@ def _drawn(seed: int, num_classes: int) -> Callable[[Numbers], Numbers]:
 
 
 class OfData(Conditions):
-    """Sample i has a caption of row i % len(data): the first, the next time round the second, and
-    so on."""
+    """Captions of a data set: sample i has one of row i % len(data), the first, the next time round
+    the second, and so on."""
 
     def __init__(self, n: int, data: ShardDataset, trained_with: str | None) -> None:
+        # Captions by another encoder are another language to the model.
         found = data.info.encoders.get("text")
         if data.info.captions is None or found != trained_with:
             raise ConfigError(
@@ -271,46 +304,53 @@ class OfData(Conditions):
 
     def of(self, index: Sequence[int]) -> Condition:
         rows, captions, turns = self._chosen(index)
-        choice = [(k + 0.5) / len(of_row) for of_row, k in zip(captions, turns, strict=True)]
-        gathered = self._data.gather(rows, choice=np.array(choice))
-        return to_condition({name: torch.from_numpy(values) for name, values in gathered.items()})
+        # The middle of caption k's share of [0, 1).
+        counts = np.array(list(map(len, captions)))
+        gathered = {}
+        for name, values in self._data.gather(
+            rows, choice=(np.array(turns) + 0.5) / counts
+        ).items():
+            gathered[name] = torch.from_numpy(values)
+        return to_condition(gathered)
 
     def texts(self, index: Sequence[int]) -> list[str]:
         _, captions, turns = self._chosen(index)
-        return [of_row[k] for of_row, k in zip(captions, turns, strict=True)]
+        return list(map(operator.getitem, captions, turns))
 
     def _chosen(self, index: Sequence[int]) -> tuple[Numbers, list[list[str]], list[int]]:
         """The row of each sample, all captions of it, and which of them is the sample's."""
         rounds, rows = np.divmod(self._numbers(index), len(self._data))
         captions = self._data.texts(rows)
-        return (
-            rows,
-            captions,
-            [k % len(of_row) for k, of_row in zip(rounds.tolist(), captions, strict=True)],
-        )
+        turns = [k % len(of_row) for k, of_row in zip(rounds.tolist(), captions, strict=True)]
+        return rows, captions, turns
 
 
 class EncodingCache:
-    """Encodings of texts, each made once while it is kept: the last used, of `limit` bytes at
-    most."""
+    """Encodings of texts, each made once while it is kept: the last used, up to `limit` bytes."""
 
     def __init__(self, load: Callable[[], TextEncoder], limit: int = CACHE_BYTES) -> None:
-        self._load, self._limit = load, limit
-        self._kept: OrderedDict[str, EncodedCaption] = OrderedDict()  # the last used at the end
+        self._load = load
+        self._limit = limit
+        # In the order of use, the last used at the end.
+        self._kept: OrderedDict[str, EncodedCaption] = OrderedDict()
         self.nbytes = 0
 
     @cached_property
     def encoder(self) -> TextEncoder:
+        """The text encoder; loaded when it is first needed."""
         return self._load()
 
     def __call__(self, texts: Sequence[str]) -> list[EncodedCaption]:
-        """In the order of the texts. Raises what loading the encoder and encoding raise."""
+        """The encodings of these texts, in their order. Raises what loading the encoder and
+        encoding raise."""
         missing = [text for text in dict.fromkeys(texts) if text not in self._kept]
         if missing:
             for text, encoded in zip(missing, self.encoder(missing), strict=True):
                 self._kept[text] = encoded
                 self.nbytes += _nbytes(encoded)
-        found = [self._kept[text] for text in texts]  # before any of them may have to go
+
+        # Taken before any of them may have to go.
+        found = [self._kept[text] for text in texts]
         for text in texts:
             self._kept.move_to_end(text)
         while self.nbytes > self._limit:
@@ -324,7 +364,7 @@ def _nbytes(encoded: EncodedCaption) -> int:
 
 
 class OfPrompts(Conditions):
-    """Sample i has prompt i % len(prompts)."""
+    """Prompts in turn: sample i has prompt i % len(prompts)."""
 
     def __init__(
         self,
@@ -335,40 +375,45 @@ class OfPrompts(Conditions):
         facts: dict[str, Any],
     ) -> None:
         super().__init__(n, facts)
-        self._prompts, self._encodings, self._model = prompts, encodings, model
+        self._prompts = prompts
+        self._encodings = encodings
+        self._model = model
 
     def prepare(self) -> None:
-        """Load the encoder; rank 0 names prompts that it cuts, as two that begin alike would be
+        """Load the encoder; rank 0 reports prompts that it cuts, as two that start alike would be
         drawn as one."""
         encoder = self._encodings.encoder
-        if env_rank() == 0 and (cut := encoder.cut(self._prompts)):
-            some = "".join(f"\n  {printable(text[:100])}" for text in cut[:20]) + "\n  ..." * (
-                len(cut) > 20
-            )
-            print(
-                f"{len(cut):,} of {len(self._prompts):,} prompts are cut, as they are longer than "
-                f"{encoder.max_tokens} tokens:{some}",
-                file=sys.stderr,
-                flush=True,
-            )
+        if env_rank() != 0:
+            return
+        cut = encoder.cut(self._prompts)
+        if not cut:
+            return
+        lines = [printable(text[:100]) for text in cut[:_CUT_SHOWN]]
+        if len(cut) > _CUT_SHOWN:
+            lines.append("...")
+        print(
+            f"{len(cut):,} of {len(self._prompts):,} prompts are cut, as they are longer than "
+            f"{encoder.max_tokens} tokens:",
+            *lines,
+            sep="\n  ",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def of(self, index: Sequence[int]) -> Condition:
-        m, each = self._model, self._encodings(self.texts(index))
-        rows = {
-            "caption_tokens": torch.zeros(
-                len(each), m.max_caption_tokens, m.caption_width, dtype=torch.float16
-            ),
-            "caption_length": torch.tensor(
-                [len(encoded.tokens) for encoded in each], dtype=torch.int64
-            ),
-            "caption_pooled": torch.zeros(len(each), m.caption_pooled_width, dtype=torch.float16),
-        }
-        for tokens, pooled, encoded in zip(
-            rows["caption_tokens"], rows["caption_pooled"], each, strict=True
-        ):
-            tokens[: len(encoded.tokens)] = torch.from_numpy(encoded.tokens)
-            pooled[:] = torch.from_numpy(encoded.pooled)
-        return to_condition(rows)
+        m = self._model
+        each = self._encodings(self.texts(index))
+        # Padded with zeros, as the loader pads the captions of a batch.
+        tokens = torch.zeros(len(each), m.caption_tokens, m.caption_width, dtype=torch.float16)
+        length = torch.zeros(len(each), dtype=torch.int64)
+        pooled = torch.zeros(len(each), m.caption_pooled_width, dtype=torch.float16)
+        for i, encoded in enumerate(each):
+            length[i] = len(encoded.tokens)
+            tokens[i, : len(encoded.tokens)] = torch.from_numpy(encoded.tokens)
+            pooled[i] = torch.from_numpy(encoded.pooled)
+        return to_condition(
+            {"caption_tokens": tokens, "caption_length": length, "caption_pooled": pooled}
+        )
 
     def texts(self, index: Sequence[int]) -> list[str]:
         return [self._prompts[i % len(self._prompts)] for i in self._numbers(index).tolist()]

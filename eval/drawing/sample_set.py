@@ -1,4 +1,4 @@
-"""The folder of one sample set.
+"""The folder of one sample set: its shards, and what is made of them once it is complete.
 
 DIR/shard_00000.arrow ...   id, label, latent: the image (of a latent model without a VAE the
                             latent); captions
@@ -41,19 +41,20 @@ from largescale.errors import Stopped
 from largescale.host.files import write_atomically
 from largescale.host.signals import stop_requested
 
-PROVENANCE, GRID, PNG = "provenance.json", "grid.png", "png"
-NPZ = {
-    "pixels": "samples.npz",
-    "latents": "latents.npz",
-}  # a latent's would get an FID, but no true one
+PROVENANCE = "provenance.json"
+GRID = "grid.png"
+PNG = "png"
+# Another name for latents: as samples.npz they would get an FID, but no true one.
+NPZ = {"pixels": "samples.npz", "latents": "latents.npz"}
 Format = Literal["npz", "png"]
 Array = npt.NDArray[Any]
-_BLOCK = 256  # rows read at a time
+# Rows that are read at a time.
+_BLOCK = 256
 
 
 class SampleSet:
-    """Samples 0 .. n - 1, `shard_size` to a shard. A shard is what one rank draws between two
-    savings."""
+    """Samples 0 .. n - 1, `shard_size` to a shard. A shard is what one rank draws before it saves
+    again."""
 
     def __init__(
         self,
@@ -66,13 +67,11 @@ class SampleSet:
         world_size: int,
     ) -> None:
         """`job`: all that the samples depend on, plain JSON."""
-        self.folder, self.info, self.n, self.shard_size, self.rank = (
-            folder,
-            info,
-            n,
-            shard_size,
-            rank,
-        )
+        self.folder = folder
+        self.info = info
+        self.n = n
+        self.shard_size = shard_size
+        self.rank = rank
         self.parts = Parts(
             folder,
             job | {"shard_size": shard_size},
@@ -83,18 +82,20 @@ class SampleSet:
         )
 
     def numbers(self, part: int) -> range:
+        """The numbers of the samples in a shard."""
         return range(part * self.shard_size, min(self.n, (part + 1) * self.shard_size))
 
     def todo(self) -> list[int]:
+        """The shards of this rank that are not drawn yet."""
         return [part for part in self.parts.mine if not self.parts.record(part)["done"]]
 
     def done(self) -> int:
-        """Samples in whole shards, of every rank."""
-        return sum(
-            len(self.numbers(part))
-            for part in range(self.parts.parts)
-            if self.parts.record(part)["done"]
-        )
+        """How many samples are in complete shards, of every rank."""
+        count = 0
+        for part in range(self.parts.parts):
+            if self.parts.record(part)["done"]:
+                count += len(self.numbers(part))
+        return count
 
     def save(
         self,
@@ -104,14 +105,16 @@ class SampleSet:
         texts: Sequence[str] | None,
         drawn_with: dict[str, Any],
     ) -> None:
-        """The samples `numbers(part)`: latents (n, *info.shape) uint8 or float16. `drawn_with`:
-        what changes them up to rounding."""
+        """Write the samples `numbers(part)`: latents (n, *info.shape) uint8 or float16.
+        `drawn_with`: what changes them up to rounding."""
         shard = Shard(self.info)
-        captions = [None] * len(latents) if texts is None else [[text] for text in texts]
-        for i, latent, label, caption in zip(
-            self.numbers(part), latents, labels.tolist(), captions, strict=True
-        ):
-            shard.add(id=f"{i:06d}", latent=latent, label=label, captions=caption)
+        for i, number in enumerate(self.numbers(part)):
+            captions = None if texts is None else [texts[i]]
+            shard.add(
+                id=f"{number:06d}", latent=latents[i], label=int(labels[i]), captions=captions
+            )
+
+        # The record comes after the shard: what has a record is complete.
         entry = shard.write(self.folder / f"shard_{part:05d}.arrow")
         self.parts.save(
             part,
@@ -127,17 +130,19 @@ class SampleSet:
         )
 
     def finish(self) -> None:
-        """Rank 0, once every rank's shards are done."""
+        """Make the shards one data set; on rank 0, once every rank's shards are done."""
         records = self.parts.all_records()
-        for name in (PROVENANCE, GRID, *NPZ.values(), PNG):  # of samples that these replace
+        # What was made of samples that these replace.
+        for name in (PROVENANCE, GRID, *NPZ.values(), PNG):
             _remove(self.folder / name)
-        shards = [shard for record in records for shard in record["shards"]]
-        drawn_with = [
-            with_
-            for i, record in enumerate(records)
-            if (with_ := record["drawn_with"])
-            not in [before["drawn_with"] for before in records[:i]]
-        ]
+
+        # Starts on several machines have drawn with several things, each of which is listed once.
+        shards = []
+        drawn_with: list[dict[str, Any]] = []
+        for record in records:
+            shards += record["shards"]
+            if record["drawn_with"] not in drawn_with:
+                drawn_with.append(record["drawn_with"])
         write_manifest(
             self.folder,
             self.info,
@@ -150,46 +155,57 @@ class SampleSet:
 
 
 class Worker(AbstractContextManager["Worker"]):
-    """One thread that finishes batches while the next is drawn; at most two wait. What it raises
-    comes out here."""
+    """One thread that finishes batches while the next is drawn; at most two wait. Its errors are
+    raised in the thread that submits."""
 
     def __init__(self, prepare: Callable[[], None]) -> None:
-        self._pool, self._pending = ThreadPoolExecutor(1, "finish", prepare), deque[Future[None]]()
+        """`prepare`: runs first, in the thread."""
+        self._pool = ThreadPoolExecutor(1, "finish", prepare)
+        self._pending: deque[Future[None]] = deque()
 
     def __call__(self, work: Callable[..., None], *args: Any) -> None:
+        """Submit work(*args), after the oldest of two that wait."""
         while len(self._pending) >= 2:
             self._pending.popleft().result()
         self._pending.append(self._pool.submit(work, *args))
 
     def __exit__(self, *error: Any) -> None:
-        self._pool.shutdown(
-            cancel_futures=error[0] is not None and not issubclass(error[0], Stopped)
-        )
+        # After a stop what was drawn is still saved; after an error it is not.
+        failed = error[0] is not None and not issubclass(error[0], Stopped)
+        self._pool.shutdown(cancel_futures=failed)
+        # An error of the thread must not hide the one that ended the block.
         while self._pending and error[0] is None:
             self._pending.popleft().result()
 
 
 def make_of(folder: Path, also: Sequence[Format]) -> None:
-    """What the folder of a whole set holds besides its shards, as far as it is missing. For rank 0.
-    Raises Stopped."""
-    data, known = ShardDataset(folder), (folder / PROVENANCE).is_file()
+    """Write what the folder of a complete set holds besides its shards, as far as it is missing.
+    For rank 0. Raises Stopped."""
+    data = ShardDataset(folder)
     makers: dict[str, Callable[[Path, ShardDataset], None]] = {GRID: _write_grid}
-    makers |= {NPZ[data.info.kind]: _write_npz} if "npz" in also else {}
-    makers |= {PNG: _write_png} if "png" in also else {}
+    if "npz" in also:
+        makers[NPZ[data.info.kind]] = _write_npz
+    if "png" in also:
+        makers[PNG] = _write_png
+
+    # Without provenance, which is written last, the files are of samples before these.
+    known = (folder / PROVENANCE).is_file()
     for name, make in makers.items():
         if known and (folder / name).exists():
             continue
         temporary = folder / f"{name}.tmp"
-        for path in (folder / name, temporary):  # cut short
-            _remove(path)
+        _remove(folder / name)
+        _remove(temporary)
         make(temporary, data)
         temporary.replace(folder / name)
     if not known:
+        # Written last: with it, all other files are of these samples.
         provenance = data.manifest["job"] | {"drawn_with": data.manifest["drawn_with"]}
         write_atomically(folder / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
 
 
 def _remove(path: Path) -> None:
+    """Remove a file or a folder, if there is one."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -213,7 +229,7 @@ def blocks(data: ShardDataset, what: str) -> Iterator[dict[str, Array]]:
 
 
 def pictures(rows: dict[str, Array]) -> npt.NDArray[np.uint8]:
-    """(N, H, W, 3) uint8: of latents the first three channels."""
+    """Rows as pictures (N, H, W, 3) uint8; of latents the first three channels."""
     latent = rows["latent"]
     if latent.dtype == np.uint8:
         return np.broadcast_to(latent, (len(latent), 3, *latent.shape[2:])).transpose(0, 2, 3, 1)
@@ -221,13 +237,13 @@ def pictures(rows: dict[str, Array]) -> npt.NDArray[np.uint8]:
 
 
 def _write_grid(path: Path, data: ShardDataset) -> None:
+    """The first 100 samples as one picture, ten columns, with their texts as titles."""
     first = np.arange(min(100, len(data)))
-    images, columns = pictures(data.gather(first)), min(10, len(first))
-    titles = (
-        [texts[0] for texts in data.texts(first)]
-        if "captions" in data.manifest["columns"]
-        else None
-    )
+    images = pictures(data.gather(first))
+    columns = min(10, len(first))
+    titles = _texts(data, first)
+
+    # Small images are enlarged by a whole number, more where there are titles to read.
     scale = max(1, (96 if titles else 64) // images.shape[2])
     sheet = titled(images, titles, columns, scale) if titles else grid(images, columns, scale)
     if data.info.kind != "pixels":
@@ -235,41 +251,49 @@ def _write_grid(path: Path, data: ShardDataset) -> None:
     Image.fromarray(sheet).save(path, "PNG")
 
 
+def _texts(data: ShardDataset, rows: npt.NDArray[np.int64]) -> list[str] | None:
+    """The text of each of these samples; None where they have none."""
+    if "captions" not in data.manifest["columns"]:
+        return None
+    return [texts[0] for texts in data.texts(rows)]
+
+
 def _write_npz(path: Path, data: ShardDataset) -> None:
-    """Block by block: 50,000 images of 256 x 256 are 9.8 GB."""
-    pixels, (channels, height, width) = data.info.kind == "pixels", data.info.shape
+    """ADM's npz, written block by block: 50,000 images of 256 x 256 are 9.8 GB."""
+    pixels = data.info.kind == "pixels"
+    channels, height, width = data.info.shape
     shape = (len(data), height, width, 3) if pixels else (len(data), channels, height, width)
-    labels: Array = np.array([], np.int64)
-    if "captions" in data.manifest["columns"]:
-        labels = np.array([texts[0] for texts in data.texts(np.arange(len(data)))])
+    texts = _texts(data, np.arange(len(data)))
     with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as array:
             header = {"descr": "|u1" if pixels else "<f2", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(array, header)
-            each = []
+            labels = []
             for rows in blocks(data, "npz"):
                 array.write(np.ascontiguousarray(pictures(rows) if pixels else rows["latent"]).data)
-                each.append(rows["label"])
+                labels.append(rows["label"])
+        # Of a text-to-image model the texts stand in for labels.
         with archive.open("arr_1.npy", "w") as array:
-            np.lib.format.write_array(
-                array, labels if len(labels) else np.concatenate(each), allow_pickle=False
-            )
+            extra = np.array(texts) if texts else np.concatenate(labels)
+            np.lib.format.write_array(array, extra, allow_pickle=False)
+        # The directory of the archive has to be on the disk too.
         archive.close()
         file.flush()
         os.fsync(file.fileno())
 
 
 def _write_png(path: Path, data: ShardDataset) -> None:
+    """A folder of PNGs, named by the samples' numbers."""
     path.mkdir()
     start = 0
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for rows in blocks(data, "png"):
-            names = [path / f"{start + i:06d}.png" for i in range(len(rows["label"]))]
-            list(
-                pool.map(
-                    lambda name, image: Image.fromarray(image).save(name, "PNG"),
-                    names,
-                    pictures(rows),
-                )
-            )
-            start += len(names)
+            images = pictures(rows)
+            files = [path / f"{start + i:06d}.png" for i in range(len(images))]
+            # The list waits for the block, and raises what a thread raised.
+            list(pool.map(_save_png, images, files))
+            start += len(files)
+
+
+def _save_png(image: Array, file: Path) -> None:
+    Image.fromarray(image).save(file, "PNG")

@@ -1,5 +1,5 @@
-"""How a set of samples stands against a reference: features, then every figure that the two
-allow."""
+"""The figures of a set of samples against a reference: features of both, then every figure that
+they allow."""
 
 import math
 import sys
@@ -33,13 +33,14 @@ from largescale.host.signals import stop_requested
 
 Metric = Literal["frechet", "spatial", "class", "kid", "neighbours", "clip"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
-GROUPS = 10  # of the jackknife
+# Groups of the jackknife: a distance is computed again without each of them.
+GROUPS = 10
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of a result. `error`: its standard error, or the deviation between its parts, as
-    `error_is` says."""
+    """One number of a result. `error`: its standard error, or the deviation between its parts;
+    `error_is` names which."""
 
     name: str
     value: float
@@ -50,7 +51,7 @@ class Figure:
 
 @dataclass
 class ExtractedFeatures:
-    """What an extractor saw of a set of images."""
+    """What is kept of the features of a set of images."""
 
     n: int
     moments: GroupedMoments
@@ -70,29 +71,34 @@ def extract_features(
     what: str,
     logits_too: bool = False,
 ) -> ExtractedFeatures:
-    """The first n images. Keeps the features of `keep` of them. Raises DataError, Stopped."""
+    """Extract the features of the first n images, and keep those of `keep` of them. `what`: the
+    title of the progress bar. Raises DataError, Stopped."""
     moments = GroupedMoments(extractor.width, GROUPS, device)
-    spatial = (
-        GroupedMoments(extractor.spatial_width, GROUPS, device) if extractor.spatial_width else None
-    )
+    spatial = None
+    if extractor.spatial_width:
+        spatial = GroupedMoments(extractor.spatial_width, GROUPS, device)
+
+    # Evenly spaced, as data sets are often sorted by class.
     keep = min(keep, n)
     chosen = np.zeros(n, bool)
     chosen[np.arange(keep) * n // max(keep, 1)] = True
-    kept, logits = [], []
+
+    kept = []
+    logits = []
     for numbers in _batches(n, batch_size, what):
-        seen = extractor(images.read(numbers))
-        moments.add(seen.pooled, numbers)
-        if spatial is not None and seen.spatial is not None:
-            spatial.add(seen.spatial, numbers)
-        kept.append(seen.pooled[torch.from_numpy(chosen[numbers]).to(device)].float().cpu())
-        if logits_too and seen.logits is not None:
-            logits.append(seen.logits.float().cpu())
-    return ExtractedFeatures(
-        n, moments, spatial, torch.cat(logits) if logits else None, torch.cat(kept)
-    )
+        features = extractor(images.read(numbers))
+        moments.add(features.pooled, numbers)
+        if spatial is not None and features.spatial is not None:
+            spatial.add(features.spatial, numbers)
+        kept.append(features.pooled[torch.from_numpy(chosen[numbers]).to(device)].float().cpu())
+        if logits_too and features.logits is not None:
+            logits.append(features.logits.float().cpu())
+    all_logits = torch.cat(logits) if logits else None
+    return ExtractedFeatures(n, moments, spatial, all_logits, torch.cat(kept))
 
 
 def _batches(n: int, batch_size: int, what: str) -> Any:
+    """The numbers 0 .. n - 1 in batches, with a progress bar. Raises Stopped."""
     with tqdm(
         total=n,
         desc=what,
@@ -117,7 +123,12 @@ class Reference:
     sets."""
 
     def __init__(self, extractor: Extractor, statistics: Statistics, facts: dict[str, Any]) -> None:
-        self.extractor, self.statistics, self.facts = extractor, statistics, facts
+        """Raises DataError for statistics of another extractor. `facts`: the reference's entry in a
+        result."""
+        self.extractor = extractor
+        self.statistics = statistics
+        self.facts = facts
+        # ADM's files do not name the network; then the width is all that can be compared.
         if statistics.extractor not in (None, extractor.identity):
             raise DataError(
                 f"the reference was made with {statistics.extractor}, the extractor is "
@@ -134,17 +145,19 @@ class Reference:
     def frechet(
         self, kind: Literal["pooled", "spatial"], device: torch.device
     ) -> FrechetReference | None:
+        """The Gaussian of one kind of features, kept for all sets; None where there is none."""
         s = self.statistics
         mean, cov = (s.mean, s.cov) if kind == "pooled" else (s.mean_spatial, s.cov_spatial)
         if mean is None or cov is None:
             return None
         if kind not in self._frechet:
             self._frechet[kind] = FrechetReference(
-                *(torch.as_tensor(x, device=device) for x in (mean, cov))
+                torch.as_tensor(mean, device=device), torch.as_tensor(cov, device=device)
             )
         return self._frechet[kind]
 
     def balls(self, device: torch.device) -> Balls | None:
+        """The balls of Precision, kept for all sets; None where there are no single features."""
         if self._balls is None and self.statistics.features is not None:
             features = torch.as_tensor(self.statistics.features, device=device)
             self._balls = Balls(features, name="reference features")
@@ -154,7 +167,10 @@ class Reference:
 def statistics_of(
     seen: ExtractedFeatures, extractor: Extractor, resolution: tuple[int, int] | None
 ) -> Statistics:
-    pooled, spatial = seen.moments.total(), seen.spatial and seen.spatial.total()
+    """The statistics of extracted features, as a file can hold them."""
+    # On the CPU, as that is what a file holds.
+    pooled = seen.moments.total()
+    spatial = seen.spatial and seen.spatial.total()
     return Statistics(
         mean=pooled.mean.cpu().numpy(),
         cov=pooled.cov.cpu().numpy(),
@@ -177,43 +193,36 @@ def open_reference(
     batch_size: int,
     device: torch.device,
 ) -> Reference:
-    """From images, which are looked at now, or a file of statistics, for samples of these sizes.
-    Raises DataError."""
+    """The reference of samples of these sizes: a file of statistics, or images, whose features are
+    extracted now. Raises DataError."""
+
+    def extract(images: ImageSet) -> ExtractedFeatures:
+        return extract_features(
+            images,
+            extractor,
+            n=len(images),
+            keep=keep,
+            batch_size=batch_size,
+            device=device,
+            what="reference",
+        )
+
     holds = npz.names(path)
     if {"mu", "sigma"} <= holds:
         statistics = read_statistics(path)
         check_resolution(path, statistics.resolution, sizes)
+        # ADM's files: statistics of all images, and some of the images for Precision, Recall and
+        # KID.
         if statistics.features is None and "arr_0" in holds:
-            # ADM's files: statistics of all images, and some of the images for Precision, Recall
-            # and KID
-            some = open_images(path)
-            seen = extract_features(
-                some,
-                extractor,
-                n=len(some),
-                keep=keep,
-                batch_size=batch_size,
-                device=device,
-                what="reference",
-            )
-            statistics = replace(statistics, features=seen.kept.numpy())
-        return Reference(
-            extractor,
-            statistics,
-            {"path": str(path), "fingerprint": sha256(path), "count": statistics.count},
-        )
+            features = extract(open_images(path)).kept.numpy()
+            statistics = replace(statistics, features=features)
+        facts = {"path": str(path), "fingerprint": sha256(path), "count": statistics.count}
+        return Reference(extractor, statistics, facts)
+
+    # The sizes are compared before the minutes that extraction takes.
     images = open_images(path, verify=True, resize=resize)
     check_resolution(path, images.resolution, sizes)
-    seen = extract_features(
-        images,
-        extractor,
-        n=len(images),
-        keep=keep,
-        batch_size=batch_size,
-        device=device,
-        what="reference",
-    )
-    statistics = statistics_of(seen, extractor, images.resolution)
+    statistics = statistics_of(extract(images), extractor, images.resolution)
     facts = {"path": str(path), "fingerprint": images.fingerprint, "count": len(images)}
     return Reference(extractor, statistics, facts)
 
@@ -221,11 +230,13 @@ def open_reference(
 def check_resolution(
     path: Path, resolution: tuple[int, int] | None, sizes: Sequence[tuple[int, int]]
 ) -> None:
-    """Networks scale whatever they are given: the difference would be taken for one between the
-    pictures."""
+    """Raises DataError for samples of another size than the reference. Networks scale whatever they
+    are given: the difference would be taken for one between the pictures."""
     for size in sizes:
+        # A file of statistics need not know the size of its images.
         if resolution is not None and resolution != size:
-            of_reference, of_samples = ("x".join(map(str, r)) for r in (resolution, size))
+            of_reference = "x".join(map(str, resolution))
+            of_samples = "x".join(map(str, size))
             raise DataError(
                 f"the reference {path} has images of {of_reference}, the samples {of_samples}; give "
                 f"one of their size, or images and eval.score --resize {size[0]}"
@@ -239,13 +250,16 @@ def figures(
     device: torch.device,
     kid_subset: int = 1000,
 ) -> tuple[list[Figure], list[str]]:
-    """(every figure that samples and reference allow, what a reader must know of them)."""
-    found, notes = list[Figure](), list[str]()
+    """Every figure that samples and reference allow, and notes on what a reader must know."""
+    found: list[Figure] = []
+    notes: list[str] = []
     if {"frechet", "spatial"} & set(metrics):
         notes += _notes_on_counts(seen, reference)
     found += _frechet_figures(seen, reference, metrics, device)
     if "class" in metrics and seen.logits is not None:
         found.append(_class_figure(seen, reference.extractor, device))
+
+    # Those that need the features of single images.
     if {"kid", "neighbours"} & set(metrics):
         notes += _notes_on_features(seen, reference)
     if "kid" in metrics and reference.statistics.features is not None:
@@ -259,9 +273,13 @@ def figures(
 
 
 def _notes_on_counts(seen: ExtractedFeatures, reference: Reference) -> list[str]:
-    """What to know of a Frechet distance of so many images."""
-    width, count = reference.extractor.width, reference.statistics.count
-    notes = [note for note in [bias_note(seen.n, width)] if note]
+    """Notes on a Frechet distance of so many images."""
+    width = reference.extractor.width
+    count = reference.statistics.count
+    notes = []
+    if note := bias_note(seen.n, width):
+        notes.append(note)
+    # The reference's covariance is singular too where it has fewer images than features.
     if count is not None and count <= width:
         notes.append(
             f"the reference has {count:,} images for {width:,} features: its covariance is "
@@ -271,11 +289,12 @@ def _notes_on_counts(seen: ExtractedFeatures, reference: Reference) -> list[str]
 
 
 def _notes_on_features(seen: ExtractedFeatures, reference: Reference) -> list[str]:
-    """Of how many images KID, Precision and Recall are."""
+    """Notes on how many images KID, Precision and Recall are computed from."""
     features = reference.statistics.features
     if features is None:
         return ["no KID, Precision and Recall: the reference has neither images nor features"]
     notes = []
+    # Both are estimates over what was kept, which a reader has to know.
     if len(seen.kept) < seen.n:
         notes.append(f"KID, Precision and Recall of {len(seen.kept):,} of the {seen.n:,} samples")
     if len(features) != reference.statistics.count:
@@ -287,7 +306,9 @@ def _frechet_figures(
     seen: ExtractedFeatures, reference: Reference, metrics: Sequence[Metric], device: torch.device
 ) -> list[Figure]:
     """FID and sFID, or the distances of another network by its own name."""
-    extractor, count, found = reference.extractor, short(seen.n), list[Figure]()
+    extractor = reference.extractor
+    count = short(seen.n)
+    found = []
     if "frechet" in metrics and (frechet := reference.frechet("pooled", device)):
         of = frechet_jackknife(frechet, seen.moments)
         name = f"{extractor.frechet_name}-{count}"
@@ -313,7 +334,8 @@ def _kid_figure(
     """KID and the size of its subsets: `subset`, or half of the images where there are fewer."""
     extractor = reference.extractor
     features = torch.as_tensor(reference.statistics.features, device=device)
-    fewest = min(len(seen.kept), len(features))  # subsets that are the whole would not differ
+    # Subsets that hold all images would not differ.
+    fewest = min(len(seen.kept), len(features))
     size = subset if fewest >= subset else max(2, fewest // 2)
     spread = kernel_distance(seen.kept.to(device), features, subset_size=size)
     name = "KID" if extractor.fid else f"KD-{extractor.name}"
@@ -325,14 +347,15 @@ def _neighbour_figures(
 ) -> list[Figure]:
     """Precision and Recall."""
     balls = reference.balls(device)
+    # Statistics without features, as pytorch-fid's, have no neighbours.
     if not balls:
         return []
     both = precision_recall(Balls(seen.kept.to(device), name="samples"), balls)
     suffix = "" if reference.extractor.fid else f"-{reference.extractor.name}"
-    return [
-        Figure(name + suffix, share.value, share.standard_error, "binomial", "higher")
-        for name, share in (("Precision", both.precision), ("Recall", both.recall))
-    ]
+    found = []
+    for name, share in (("Precision", both.precision), ("Recall", both.recall)):
+        found.append(Figure(name + suffix, share.value, share.standard_error, "binomial", "higher"))
+    return found
 
 
 def text_figure(
@@ -340,7 +363,8 @@ def text_figure(
 ) -> Figure:
     """How well the images fit the texts that they were asked for. Raises DataError where they have
     none."""
-    of_images, of_texts = [], []
+    of_images = []
+    of_texts = []
     for numbers in _batches(n, batch_size, "CLIP score"):
         texts = images.texts(numbers)
         if texts is None:
@@ -349,6 +373,7 @@ def text_figure(
                 "none; leave out --clip"
             )
         of_images.append(clip(images.read(numbers)).pooled)
+        # Of several captions the first is the one that was asked for.
         of_texts.append(clip.encode_text([captions[0] for captions in texts]))
     score = clip_score(torch.cat(of_images), torch.cat(of_texts))
     return Figure(
@@ -357,9 +382,10 @@ def text_figure(
 
 
 def short(n: int) -> str:
-    """50000 -> 50K, as the names of figures have it."""
+    """A number of samples as the names of figures have it: 50000 as 50K."""
     return f"{n // 1000}K" if n % 1000 == 0 else str(n)
 
 
 def plain(figure: Figure) -> dict[str, Any]:
+    """A figure as JSON values, which have no infinity: a value that is not finite is None."""
     return {**asdict(figure), "value": figure.value if math.isfinite(figure.value) else None}

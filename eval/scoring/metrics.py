@@ -1,12 +1,11 @@
 """The numbers that judge samples by their features: Frechet distance, KID, class score, CLIP score.
 
-Features (N, D) come from whoever asks: which network made them decides what a number is comparable
-with. Precision and Recall are in neighbours.py.
+Features (N, D) are the caller's: which network made them decides what a number is comparable with.
+Precision and Recall are in precision_recall.py.
 """
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -15,26 +14,35 @@ from torch import Tensor
 from eval.scoring.moments import Array, GroupedMoments, check_features, check_width
 from largescale.errors import ConfigError, DataError
 
-SEED = 2020  # torch-fidelity's, so that the draws are its draws
-COMPARABLE = 50_000  # the number of samples that papers report
+# torch-fidelity's, so that the draws are its draws.
+SEED = 2020
+# The number of samples that papers report.
+COMPARABLE = 50_000
 
 
 @dataclass(frozen=True)
 class Estimate:
+    """A number with its standard error."""
+
     value: float
     standard_error: float
-    """Of `value`, were the samples drawn anew."""
+    """The deviation of `value`, were the samples drawn again."""
 
 
 @dataclass(frozen=True)
 class Spread:
+    """A number that is the mean of parts."""
+
     mean: float
     std: float
-    """Between the parts, ddof 0 as in torch-fidelity: not a standard error of `mean`."""
+    """The deviation between the parts, ddof 0 as in torch-fidelity: not a standard error of
+    `mean`."""
 
 
 @dataclass(frozen=True)
 class FrechetEstimate(Estimate):
+    """A Frechet distance with its standard error and its bias."""
+
     extrapolated: float
     """`value` less its bias of order 1 / N (the jackknife's estimate of it); noisier, and not what
     papers report."""
@@ -51,12 +59,14 @@ class FrechetReference:
     def __init__(self, mean: Array, cov: Array) -> None:
         self.mean, self.cov = _check_gaussian(torch.as_tensor(mean), torch.as_tensor(cov))
         values, vectors = torch.linalg.eigh(self.cov)
-        if values[0] < -1e-5 * values[-1].abs():  # a file in float32 has some 1e-7
+        # Rounding to float32 makes eigenvalues of some -1e-7.
+        if values[0] < -1e-5 * values[-1].abs():
             raise DataError(
                 f"the covariance has the eigenvalue {values[0]:.3g}; give one of features, in "
                 "float64"
             )
-        self._root = vectors * values.clamp(min=0).sqrt()  # root root^T = cov
+        # root root^T = cov.
+        self._root = vectors * values.clamp(min=0).sqrt()
 
     def distance(self, mean: Array, cov: Array) -> float:
         """|m1 - m2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)) (arXiv:1706.08500, eq. 6). Raises DataError.
@@ -66,14 +76,19 @@ class FrechetReference:
         mean, cov = _check_gaussian(torch.as_tensor(mean), torch.as_tensor(cov))
         mean, cov = mean.to(self.mean), cov.to(self.cov)
         check_width(len(mean), len(self.mean))
+
+        # Eigenvalues below 0 are rounding.
         eigenvalues = torch.linalg.eigvalsh(self._root.T @ cov @ self._root)
-        product = 2 * eigenvalues.clamp(min=0).sqrt().sum()  # below 0 is rounding
+        product = 2 * eigenvalues.clamp(min=0).sqrt().sum()
         squared = (mean - self.mean).square().sum() + self.cov.trace() + cov.trace() - product
         return max(squared.item(), 0.0)
 
 
 def _check_gaussian(mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
-    mean, cov = mean.double(), cov.double()
+    """Both in float64. Raises DataError unless they are a mean and a covariance."""
+    mean = mean.double()
+    cov = cov.double()
+    # Shapes first: what follows would broadcast.
     if mean.ndim != 1 or not len(mean) or cov.shape != (len(mean), len(mean)):
         raise DataError(
             f"mean {tuple(mean.shape)} and covariance {tuple(cov.shape)}; give (D,) and (D, D)"
@@ -91,25 +106,32 @@ def _check_gaussian(mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> float:
-    """Between two Gaussians, with means (D,) and covariances (D, D); squared, as FID is. Raises
-    DataError."""
+    """The Frechet distance between two Gaussians, with means (D,) and covariances (D, D); squared,
+    as FID is. Raises DataError."""
     return FrechetReference(mean1, cov1).distance(mean2, cov2)
 
 
 def frechet_jackknife(reference: FrechetReference, samples: GroupedMoments) -> FrechetEstimate:
-    """The distance of all samples, with the error that deleting one of the G groups at a time shows
-    (Efron and Stein, 1981). The reference counts as known. Costs G + 1 distances. Raises
-    DataError."""
+    """The distance of all samples, with its jackknife error: what deleting one of the G groups at a
+    time changes (Efron and Stein, 1981). The reference counts as known. Costs G + 1 distances.
+    Raises DataError."""
+    # Groups of equal size, give or take one, or their means would not be comparable.
     counts = [group.count for group in samples.groups]
     if max(counts) - min(counts) > 1 or not min(counts):
         raise DataError(
             f"groups of {min(counts)} to {max(counts)} samples; number {len(counts)} samples or "
             "more 0, 1, 2 ... without gaps, and merge all ranks"
         )
-    total, n = samples.total(), len(counts)
+    total = samples.total()
+    n = len(counts)
     value = reference.distance(total.mean, total.cov)
-    without = (samples.without(i) for i in range(n))  # one at a time: each is (D, D)
-    left = np.array([reference.distance(moments.mean, moments.cov) for moments in without])
+
+    # One at a time, as each has a covariance (D, D).
+    distances = []
+    for i in range(n):
+        moments = samples.without(i)
+        distances.append(reference.distance(moments.mean, moments.cov))
+    left = np.array(distances)
     error = math.sqrt((n - 1) / n * float(np.square(left - left.mean()).sum()))
     return FrechetEstimate(value, error, n * value - (n - 1) * float(left.mean()), total.singular)
 
@@ -126,11 +148,10 @@ def kernel_distance(
     for equal distributions.
 
     Raises ConfigError, DataError."""
-    samples, reference = (
-        check_features(samples, "samples"),
-        check_features(reference, "reference features"),
-    )
+    samples = check_features(samples, "samples")
+    reference = check_features(reference, "reference features")
     check_width(samples.shape[1], reference.shape[1])
+    # The estimator divides by m (m - 1).
     if subsets < 1 or subset_size < 2:
         raise ConfigError(
             f"subsets={subsets} of subset_size={subset_size}; give 1 or more of 2 or more"
@@ -140,41 +161,46 @@ def kernel_distance(
             f"subset_size={subset_size} of {len(samples)} samples and {len(reference)} reference "
             f"ones; try subset_size={fewest}, and compare only with the same, or make more samples"
         )
+
+    # The samples are drawn before the reference, each time, as torch-fidelity does.
     draw = np.random.RandomState(seed)
-    drawn = []
+    values = []
     for _ in range(subsets):
-        x, y = (
-            features[
-                torch.from_numpy(draw.choice(len(features), subset_size, replace=False)).to(
-                    features.device
-                )
-            ]
-            for features in (samples, reference)
-        )  # draws of the samples come first
-        drawn.append(_mmd2(x.double(), y.double()))
-    return Spread(float(np.mean(drawn)), float(np.std(drawn)))
+        x = _random_rows(samples, subset_size, draw).double()
+        y = _random_rows(reference, subset_size, draw).double()
+        values.append(_mmd2(x, y))
+    return Spread(float(np.mean(values)), float(np.std(values)))
+
+
+def _random_rows(features: Tensor, n: int, draw: np.random.RandomState) -> Tensor:
+    """n different rows of `features`."""
+    chosen = torch.from_numpy(draw.choice(len(features), n, replace=False))
+    return features[chosen.to(features.device)]
 
 
 def _mmd2(x: Tensor, y: Tensor) -> float:
-    """Of (m, D) and (m, D): the estimator of lemma 6 of Gretton et al. (2012)."""
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
+    """MMD^2 between samples (m, D) and (m, D): the estimator of lemma 6 of Gretton et al. (2012)."""
     m = len(x)
-    within = sum(
-        (k.sum() - k.trace()).item() for k in (kernel(x, x), kernel(y, y))
-    )  # no sample paired with itself
-    return within / (m * (m - 1)) - 2 * kernel(x, y).mean().item()
+    # Without the diagonal: no sample is paired with itself.
+    of_x = _kid_kernel(x, x)
+    of_y = _kid_kernel(y, y)
+    within = (of_x.sum() - of_x.trace()).item() + (of_y.sum() - of_y.trace()).item()
+    return within / (m * (m - 1)) - 2 * _kid_kernel(x, y).mean().item()
+
+
+def _kid_kernel(a: Tensor, b: Tensor) -> Tensor:
+    """KID's polynomial kernel between all rows, (len(a), len(b))."""
+    return (a @ b.T / a.shape[1] + 1) ** 3
 
 
 def class_score(
     outputs: Tensor, splits: int = 10, seed: int | None = SEED, probabilities: bool = False
 ) -> Spread:
-    """exp(E KL(p(y|x) || p(y))) (arXiv:1606.03498) of a classifier's logits, or probabilities, (N,
-    classes): the Inception score if Inception gave them. Over splits of the samples, shuffled as
-    torch-fidelity shuffles them, or in order with seed None, which for 10 splits of 50,000 is
-    ADM's. Raises ConfigError, DataError."""
+    """The Inception Score exp(E KL(p(y|x) || p(y))) (arXiv:1606.03498), if Inception gave the
+    logits, or probabilities, (N, classes); of another classifier a score of its own.
+
+    Over splits of the samples, shuffled as torch-fidelity shuffles them, or in order with seed
+    None, which for 10 splits of 50,000 is ADM's. Raises ConfigError, DataError."""
     outputs = check_features(outputs, "the classifier's outputs")
     n = len(outputs)
     if not 1 <= splits <= n:
@@ -186,28 +212,26 @@ def class_score(
             f"probabilities from {outputs.min().item():.3g} up whose sums miss 1 by "
             f"{off.item():.3g}; give those of a softmax, or logits with probabilities=False"
         )
+
+    # Samples are often sorted by class, so that a split in order would have few of them.
     if seed is not None:
-        outputs = outputs[
-            torch.from_numpy(np.random.RandomState(seed).permutation(n)).to(outputs.device)
-        ]
-    edges = [i * n // splits for i in range(splits + 1)]
+        order = torch.from_numpy(np.random.RandomState(seed).permutation(n))
+        outputs = outputs[order.to(outputs.device)]
     scores = []
-    for start, end in pairwise(edges):
-        part = outputs[start:end].double()
+    for i in range(splits):
+        part = outputs[i * n // splits : (i + 1) * n // splits].double()
         p = part if probabilities else part.softmax(1)
+        # KL as negative entropies, of each sample and of the marginal; 0 ln 0 is 0.
         marginal = p.mean(0)
-        scores.append(
-            math.exp(
-                torch.special.xlogy(p, p).sum(1).mean()
-                - torch.special.xlogy(marginal, marginal).sum()
-            )
-        )
+        of_samples = torch.special.xlogy(p, p).sum(1).mean()
+        of_marginal = torch.special.xlogy(marginal, marginal).sum()
+        scores.append(math.exp(of_samples - of_marginal))
     return Spread(float(np.mean(scores)), float(np.std(scores)))
 
 
 def clip_score(image_features: Tensor, text_features: Tensor) -> Estimate:
-    """Mean of 100 max(cos, 0) over pairs of features (N, D) (arXiv:2104.08718, with w = 100).
-    Raises DataError."""
+    """The CLIP score: the mean of 100 max(cos, 0) over pairs of features (N, D) (arXiv:2104.08718,
+    with w = 100). Raises DataError."""
     images = check_features(image_features, "image features", at_least=2).double()
     texts = check_features(text_features, "text features").to(images)
     if images.shape != texts.shape:
@@ -215,6 +239,7 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> Estimate:
             f"image features {tuple(images.shape)} and text features {tuple(texts.shape)}; give one "
             "text for each image, by the same CLIP model"
         )
+    # A vector of length 0 has no angle.
     lengths = images.norm(dim=1) * texts.norm(dim=1)
     if not lengths.all():
         raise DataError(
@@ -226,8 +251,9 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> Estimate:
 
 
 def bias_note(n: int, d: int) -> str | None:
-    """What a reader must know of a Frechet distance of n samples with d features; None from 50,000
+    """A note on the bias of a Frechet distance of n samples with d features; None from 50,000
     on."""
+    # Fewer samples than features: the covariance cannot have full rank.
     if n <= d:
         return (
             f"{n:,} samples of {d:,} features: the covariance is singular and the distance biased "

@@ -1,5 +1,5 @@
-"""Mean and covariance of features that come batch by batch, from several ranks, with parts that can
-be left out."""
+"""Mean and covariance of features that arrive batch by batch, from several ranks, with parts that
+can be left out."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ Array = Tensor | npt.NDArray[Any]
 
 
 def check_features(features: Tensor, name: str, at_least: int = 1) -> Tensor:
-    """`features` (N, D) if they can be used. Raises DataError for another shape, too few or not
+    """The features (N, D), if they can be used. Raises DataError for another shape, too few or not
     finite ones."""
     if features.ndim != 2 or features.shape[1] == 0:
         raise DataError(
@@ -25,6 +25,7 @@ def check_features(features: Tensor, name: str, at_least: int = 1) -> Tensor:
         )
     if len(features) < at_least:
         raise DataError(f"{name} are of {len(features)} samples; give {at_least} or more")
+    # A single one would make the whole covariance so.
     finite = features.isfinite().all(1)
     if not finite.all():
         bad = (~finite).nonzero()[:, 0]
@@ -36,7 +37,7 @@ def check_features(features: Tensor, name: str, at_least: int = 1) -> Tensor:
 
 
 def check_width(width: int, other: int) -> None:
-    """Raises DataError."""
+    """Raises DataError for features of two widths."""
     if width != other:
         raise DataError(
             f"{width} features a sample against {other}; take both from one layer of one network"
@@ -44,49 +45,53 @@ def check_width(width: int, other: int) -> None:
 
 
 class Moments:
-    """Count, mean and covariance of features that come batch by batch, in float64.
+    """Count, mean and covariance of features that arrive batch by batch, in float64.
 
     By the update of Chan, Golub and LeVeque (1979): deviations from the mean so far, so an offset
     of the features costs no digits."""
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
-        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)  # (D,)
-        self.scatter = torch.zeros(
-            dim, dim, dtype=torch.float64, device=device
-        )  # (D, D), of (x - mean)(x - mean)^T
+        # (D,).
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        # (D, D), the sum of (x - mean)(x - mean)^T.
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
     @property
     def cov(self) -> Tensor:
-        """(D, D), over count - 1, as numpy.cov(rowvar=False), torch-fidelity and ADM have it.
-        Raises DataError."""
+        """The covariance (D, D), over count - 1, as numpy.cov(rowvar=False), torch-fidelity and ADM
+        have it. Raises DataError."""
         if self.count < 2:
             raise DataError(f"a covariance of {self.count} samples; give 2 or more")
         return self.scatter / (self.count - 1)
 
     @property
     def singular(self) -> bool:
+        """Whether there are too few samples for a covariance of full rank."""
         return self.count <= len(self.mean)
 
     def add(self, features: Tensor) -> None:
-        """Features (B, D). Raises DataError."""
+        """Add features (B, D). Raises DataError."""
         rows = check_features(features, "features", at_least=0).to(self.mean)
         check_width(rows.shape[1], len(self.mean))
         if not len(rows):
             return
-        mean, total = rows.mean(0), self.count + len(rows)
+        mean = rows.mean(0)
+        total = self.count + len(rows)
         delta = mean - self.mean
-        step = math.sqrt(self.count * len(rows) / total) * delta  # between the means: one more row
+        # What lies between the two means counts as one more row of deviations.
+        step = math.sqrt(self.count * len(rows) / total) * delta
         deviations = torch.cat([rows - mean, step[None]])
         self.scatter.addmm_(deviations.T, deviations)
         self.mean += delta * (len(rows) / total)
         self.count = total
 
     def merge(self, other: "Moments") -> None:
-        """Adds the samples of `other`. Raises DataError."""
+        """Add the samples of `other`. Raises DataError."""
         check_width(len(other.mean), len(self.mean))
         if not other.count:
             return
+        # The same update as for a batch, whose scatter is known here.
         total = self.count + other.count
         delta = other.mean.to(self.mean) - self.mean
         self.scatter.add_(other.scatter.to(self.scatter)).addr_(
@@ -114,16 +119,17 @@ class GroupedMoments:
         self.groups = [Moments(dim, device) for _ in range(groups)]
 
     def add(self, features: Tensor, numbers: Array) -> None:
-        """Features (B, D) of the samples of these numbers (B,). Raises DataError."""
+        """Add features (B, D) of the samples of these numbers (B,). Raises DataError."""
         if len(numbers) != len(features):
             raise DataError(f"{len(numbers)} numbers for {len(features)} samples; give one each")
-        check_features(features, "features", at_least=0)  # before any group is touched
+        # Checked before any group is changed.
+        check_features(features, "features", at_least=0)
         group_of = torch.as_tensor(numbers, device=features.device) % len(self.groups)
         for number, group in enumerate(self.groups):
             group.add(features[group_of == number])
 
     def merge(self, other: "GroupedMoments") -> None:
-        """Adds the samples of another rank. Raises DataError."""
+        """Add the samples of another rank. Raises DataError."""
         if len(other.groups) != len(self.groups):
             raise DataError(
                 f"{len(other.groups)} groups cannot join {len(self.groups)}; use one number on all "
@@ -133,13 +139,15 @@ class GroupedMoments:
             mine.merge(theirs)
 
     def total(self) -> Moments:
+        """The moments of all samples."""
         return self._sum(self.groups)
 
     def without(self, group: int) -> Moments:
-        return self._sum([moments for i, moments in enumerate(self.groups) if i != group])
+        """The moments of all samples but those of one group."""
+        return self._sum(self.groups[:group] + self.groups[group + 1 :])
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Plain arrays: count (G,), mean (G, D), scatter (G, D, D)."""
+        """The state as plain arrays: count (G,), mean (G, D), scatter (G, D, D)."""
         return {
             "count": np.array([g.count for g in self.groups], np.int64),
             "mean": torch.stack([g.mean for g in self.groups]).cpu().numpy(),
@@ -150,8 +158,8 @@ class GroupedMoments:
     def from_state(
         cls, state: Mapping[str, npt.NDArray[Any]], device: torch.device | str = "cpu"
     ) -> "GroupedMoments":
-        """The inverse of `state`. Raises DataError."""
-        shapes = tuple(state[key].shape for key in ("count", "mean", "scatter"))
+        """The groups of which `state` returned the state. Raises DataError."""
+        shapes = (state["count"].shape, state["mean"].shape, state["scatter"].shape)
         groups, dim = state["mean"].shape if state["mean"].ndim == 2 else (0, 0)
         if shapes != ((groups,), (groups, dim), (groups, dim, dim)):
             raise DataError(
@@ -166,6 +174,7 @@ class GroupedMoments:
         return new
 
     def _sum(self, groups: list[Moments]) -> Moments:
+        # One after another, in the same order every time: sums round.
         total = Moments(len(groups[0].mean), groups[0].mean.device)
         for moments in groups:
             total.merge(moments)

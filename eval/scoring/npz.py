@@ -17,20 +17,27 @@ import numpy.typing as npt
 from largescale.errors import DataError
 
 Array = npt.NDArray[Any]
-MOST_BYTES = 2**30  # of an array that is a hundredth of it when compressed
+# The most bytes of an array that is a hundredth of that when compressed.
+MOST_BYTES = 2**30
 
 
 def names(path: Path) -> set[str]:
-    """Of the arrays in an .npz; none where it is something else."""
+    """The names of the arrays in an .npz; none where it is something else."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return {name.removesuffix(".npy") for name in archive.namelist()}
+            return array_names(archive)
     except (OSError, zipfile.BadZipFile):
         return set()
 
 
+def array_names(archive: zipfile.ZipFile) -> set[str]:
+    """The names of the arrays in an archive."""
+    return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
 def load(archive: zipfile.ZipFile, name: str) -> Array:
-    """Raises ValueError for what a small file makes huge; images compress threefold at best."""
+    """Load an array. Raises ValueError for one that a small file makes huge: images compress
+    threefold at best."""
     info = archive.getinfo(name)
     if info.file_size > MOST_BYTES and info.file_size > 100 * info.compress_size:
         raise ValueError(
@@ -41,8 +48,9 @@ def load(archive: zipfile.ZipFile, name: str) -> Array:
 
 
 def header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """Of an array in an npz: its shape, whether the first index runs fastest, its type, and the
-    header's bytes."""
+    """The header of an array in an npz: its shape, whether the first index runs fastest, its type,
+    and the length of the header in bytes."""
+    # numpy has a function for each version of the format.
     with archive.open(name) as member:
         version = np.lib.format.read_magic(member)
         read = {
@@ -55,11 +63,14 @@ def header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], bool, 
 
 def mapped(path: Path, archive: zipfile.ZipFile, name: str) -> Array:
     """An array in an npz, not loaded but mapped, unless it is compressed."""
-    info, (shape, fortran, dtype, length) = archive.getinfo(name), header(archive, name)
+    info = archive.getinfo(name)
+    shape, fortran, dtype, length = header(archive, name)
+    # A header that does not fit the file would map bytes that are not the array's.
     if info.file_size != length + math.prod(shape) * dtype.itemsize:
         raise ValueError(
             f"{name} has {info.file_size} bytes, which are not an array of shape {shape}"
         )
+    # Compressed bytes cannot be mapped.
     if info.compress_type != zipfile.ZIP_STORED:
         print(
             f"{path}: {name} is compressed, so all of its {info.file_size / 1e9:.1f} GB are read "
@@ -67,14 +78,17 @@ def mapped(path: Path, archive: zipfile.ZipFile, name: str) -> Array:
             file=sys.stderr,
         )
         return load(archive, name)
+
+    # zip's local header of 30 bytes ends in the lengths of a name and of extra data, which follow.
     with path.open("rb") as file:
-        file.seek(info.header_offset + 26)  # in zip's local header: the lengths of what ends it
+        file.seek(info.header_offset + 26)
         start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))) + length
     return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
+    """A context in which whatever a damaged file raises becomes a DataError with its path."""
     try:
         yield
     except DataError:

@@ -1,7 +1,7 @@
 """Improved Precision and Recall (Kynkaanniemi et al., arXiv:1904.06991), decided exactly.
 
 A distance by matrix product is fast and rounds; the direct sum((a - b)^2) is slow. So the product,
-in float64, says what is clear beyond a bound of its rounding, and the direct sum decides the rest.
+in float64, decides what is clear beyond a bound of its rounding, and the direct sum the rest.
 The result is that of the direct sum alone, on every device and for every chunk size. ADM's
 evaluator takes these distances in float16, and differs a little.
 """
@@ -17,11 +17,14 @@ from eval.scoring.metrics import Estimate
 from eval.scoring.moments import check_features, check_width
 from largescale.errors import ConfigError, DataError
 
-CHUNK = 2**24  # numbers held at once: 128 MiB
+# Numbers that are held at once: 128 MiB.
+CHUNK = 2**24
 
 
 @dataclass(frozen=True)
 class PrecisionRecall:
+    """Improved Precision and Recall, each with its standard error."""
+
     precision: Estimate
     """The share of samples in a ball of the reference. Its error counts the balls as known
     (binomial)."""
@@ -30,8 +33,8 @@ class PrecisionRecall:
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
-    """(P,) of rows (P, D) and (P, D) float64, added in pairs: one fixed order, whatever the device
-    and P."""
+    """Squared distances (P,) of rows (P, D) and (P, D) float64, added in pairs: one fixed order,
+    whatever the device and P."""
     squares = (a - b).square()
     while (width := squares.shape[1]) > 1:
         if width % 2:
@@ -41,7 +44,7 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Points:
-    """The distinct rows of features (N, D), in float64: rows (U, D), how often each comes, and
+    """The distinct rows of features (N, D), in float64: rows (U, D), how often each occurs, and
     where each sample is.
 
     Copies would all lie within rounding of each other; kept once, they cost nothing."""
@@ -51,8 +54,9 @@ class Points:
         self.rows, self.place, self.copies = torch.unique(
             features, dim=0, return_inverse=True, return_counts=True
         )
-        self.norms = self.rows.square().sum(1)  # (U,) |a|^2
-        if not (8 * self.norms).isfinite().all():  # no distance overflows either
+        # (U,), |a|^2; with a factor of 8 no distance overflows either.
+        self.norms = self.rows.square().sum(1)
+        if not (8 * self.norms).isfinite().all():
             raise DataError(
                 f"{name} reach {self.rows.abs().max().item():.3g}, too much to square; scale them "
                 "down"
@@ -60,8 +64,8 @@ class Points:
 
 
 def _relative_error(dim: int) -> float:
-    """e: a squared distance by norms and product and one by the direct sum differ by at most e
-    (|a|^2 + |b|^2).
+    """The bound e of rounding: a squared distance by norms and product and one by the direct sum
+    differ by at most e (|a|^2 + |b|^2).
 
     A sum of n rounded terms is off by n u (1 + O(u)) of the sum of their sizes, u = 2^-53 (Higham,
     Accuracy and Stability of Numerical Algorithms, 3.1): 4 (D + 3) u in all. Twice that covers the
@@ -70,93 +74,108 @@ def _relative_error(dim: int) -> float:
 
 
 def _lower_bounds(a: Tensor, points: Points, lowered: Tensor) -> Tensor:
-    """(R, U): for rows a (R, D), `lowered` (U,) - 2 a.b; the norms of a are left to whoever
-    compares."""
+    """Lower bounds (R, U) of squared distances, less the norms of a: for rows a (R, D) and
+    `lowered` (U,) they are lowered - 2 a.b."""
     return torch.addmm(lowered, a, points.rows.T, alpha=-2)
 
 
 def _pairwise(a: Tensor, i: Tensor, b: Tensor, j: Tensor) -> Tensor:
     """The direct squared distances (P,) of rows i of a and j of b, both (P,)."""
-    size = max(CHUNK // (8 * a.shape[1]), 1)  # some 8 such are alive at once
-    parts = [
-        squared_distance(a[i[s : s + size]], b[j[s : s + size]]) for s in range(0, len(i), size)
-    ]
-    return torch.cat(parts) if parts else a.new_zeros(0)
+    # Some 8 tensors of this size are alive at once.
+    size = max(CHUNK // (8 * a.shape[1]), 1)
+    parts = []
+    for rows, columns in zip(i.split(size), j.split(size), strict=True):
+        parts.append(squared_distance(a[rows], b[columns]))
+    return torch.cat(parts)
 
 
 def _kth(row: Tensor, distance: Tensor, copies: Tensor, wanted: Tensor) -> Tensor:
-    """(R,): for each row, going from near to far, the distance at which `wanted` (R,) neighbours
-    are reached.
+    """The distance of each row, (R,), at which `wanted` (R,) neighbours are reached, from near to
+    far.
 
     Neighbours are (P,), each in the row that `row` names, `copies` of it."""
+    # By row, then by distance.
     order = distance.argsort(stable=True)
-    order = order[row[order].argsort(stable=True)]  # by row, then by distance
-    row, distance, copies = row[order], distance[order], copies[order]
+    order = order[row[order].argsort(stable=True)]
+    row = row[order]
+    distance = distance[order]
+    copies = copies[order]
+
+    # A table with a line for each row, filled from near to far; the rest is at infinity.
     counts = row.bincount(minlength=len(wanted))
     rank = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
     distances = distance.new_full((len(wanted), int(counts.max())), torch.inf)
     reached = torch.zeros_like(distances, dtype=torch.int64)
-    distances[row, rank], reached[row, rank] = distance, copies
+    distances[row, rank] = distance
+    reached[row, rank] = copies
     first = (reached.cumsum(1) >= wanted[:, None]).int().argmax(1)
     return distances.gather(1, first[:, None])[:, 0]
 
 
 class Balls:
-    """Around each sample the ball that reaches its k-th neighbour, among features (N, D).
-
-    Raises ConfigError, DataError."""
+    """Around each sample the ball that reaches its k-th neighbour, among features (N, D)."""
 
     def __init__(self, features: Tensor, k: int = 3, name: str = "features") -> None:
+        """Raises ConfigError, DataError."""
         self.points = Points(features, name)
         if not 1 <= k < len(features):
-            raise ConfigError(
-                f"k={k} neighbours of each of {len(features)} samples; "
-                + (f"give {k + 1} samples or more" if k >= 1 else "give k=1 or more")
-            )
+            remedy = f"give {k + 1} samples or more" if k >= 1 else "give k=1 or more"
+            raise ConfigError(f"k={k} neighbours of each of {len(features)} samples; {remedy}")
         self.k = k
+        # (U,), of the distinct rows.
+        parts = map(self._squared_radii, self._parts(len(self.points.rows)))
+        self._squared = torch.cat(list(parts))
+
+    def _parts(self, n: int) -> list[slice]:
+        """n rows in parts, so that their distances to all of ours fit into memory."""
         size = max(CHUNK // len(self.points.rows), 1)
-        starts = range(0, len(self.points.rows), size)
-        self._squared = torch.cat([self._squared_radii(slice(s, s + size)) for s in starts])  # (U,)
+        return [slice(start, start + size) for start in range(0, n, size)]
 
     @property
     def squared_radii(self) -> Tensor:
-        """(N,) float64."""
+        """The squared radius of each sample's ball, (N,) float64."""
         return self._squared[self.points.place]
 
     def _squared_radii(self, part: slice) -> Tensor:
-        points, e = self.points, _relative_error(self.points.rows.shape[1])
+        """The squared radii of some of the distinct rows."""
+        points = self.points
+        e = _relative_error(points.rows.shape[1])
+        # All samples are copies of one.
         if len(points.rows) == 1:
             return torch.zeros_like(points.norms)
         rows = points.rows[part]
         own = torch.arange(len(rows), device=rows.device)
         lower = _lower_bounds(rows, points, points.norms * (1 - e))
-        lower[own, own + part.start] = torch.inf  # itself
+        # No point is its own neighbour.
+        lower[own, own + part.start] = torch.inf
         # The k-th smallest upper bound is no less than the k-th distance, so what may be nearer
         # lies below it.
         reach = min(self.k, len(points.rows) - 1)
         near = lower.topk(reach, largest=False).indices
-        upper = (lower.gather(1, near) + 2 * e * points.norms[near]).amax(1) + 2 * e * points.norms[
-            part
-        ]
+        upper = (lower.gather(1, near) + 2 * e * points.norms[near]).amax(1)
+        upper = upper + 2 * e * points.norms[part]
         row, column = (lower <= upper[:, None]).nonzero(as_tuple=True)
         distance = _pairwise(rows, row, points.rows, column)
-        missing = self.k + 1 - points.copies[part]  # a copy is a neighbour at 0
+
+        # A copy is a neighbour at distance 0.
+        missing = self.k + 1 - points.copies[part]
         found = _kth(row, distance, points.copies[column], missing)
         return torch.where(missing > 0, found, torch.zeros_like(found))
 
     def contain(self, points: Points) -> Tensor:
-        """(N,) bool: whether each sample lies in any of the balls, their edge included. Raises
+        """Whether each sample lies in any of the balls, their edge included: (N,) bool. Raises
         DataError."""
         check_width(points.rows.shape[1], self.points.rows.shape[1])
-        size = max(CHUNK // len(self.points.rows), 1)
-        starts = range(0, len(points.rows), size)
-        return torch.cat([self._contain(points, slice(s, s + size)) for s in starts])[points.place]
+        parts = [self._contain(points, part) for part in self._parts(len(points.rows))]
+        return torch.cat(parts)[points.place]
 
     def _contain(self, points: Points, part: slice) -> Tensor:
+        """Whether each of some distinct rows lies in any of the balls."""
         e = _relative_error(points.rows.shape[1])
-        rows, norms = points.rows[part], points.norms[part]
-        # Of distance^2 - radius^2, less the norm of the row. A large radius takes its share of
-        # digits.
+        rows = points.rows[part]
+        norms = points.norms[part]
+        # Bounds of distance^2 - radius^2, less the norm of the row. A large radius takes its share
+        # of digits.
         lower = _lower_bounds(
             rows, self.points, self.points.norms * (1 - e) - self._squared * (1 + e)
         )
@@ -179,14 +198,14 @@ class Balls:
 def precision_recall(
     samples: Tensor | Balls, reference: Tensor | Balls, k: int = 3
 ) -> PrecisionRecall:
-    """Of the samples' features (N, D) and the reference's (M, D), or of their Balls, which can be
-    kept.
+    """Precision and Recall of the samples' features (N, D) against the reference's (M, D). Either
+    may be given as Balls, which can be kept.
 
     Raises ConfigError, DataError."""
     of_samples = samples if isinstance(samples, Balls) else Balls(samples, k, "samples")
-    of_reference = (
-        reference if isinstance(reference, Balls) else Balls(reference, k, "reference features")
-    )
+    of_reference = reference
+    if not isinstance(of_reference, Balls):
+        of_reference = Balls(of_reference, k, "reference features")
     if not of_samples.k == of_reference.k == k:
         raise ConfigError(f"k={k} for balls of k={of_samples.k} and k={of_reference.k}; use one k")
     return PrecisionRecall(
@@ -196,5 +215,6 @@ def precision_recall(
 
 
 def _share(inside: Tensor) -> Estimate:
+    """The share of samples that are inside, with its binomial error."""
     share = inside.double().mean().item()
     return Estimate(share, math.sqrt(share * (1 - share) / len(inside)))

@@ -402,7 +402,7 @@ UNCONDITIONAL: dict[str, Any] = {"num_classes": 0, "class_dropout_prob": 0.0}
 @pytest.mark.parametrize(("model", "options", "message"), [
     ({}, {"prompts": ["a"]}, "the model was not trained on captions; leave out --prompts"),
     ({}, {"prompts_file": Path("x.txt"), "captions": Path("x")}, "was not trained on captions; leave out --prompts-file and --captions"),
-    ({}, {"labels": "drawn", "classes": [1]}, "--classes says which label each sample has; leave out --labels drawn"),
+    ({}, {"labels": "drawn", "classes": [1]}, "--classes sets the label of each sample; leave out --labels drawn"),
     ({}, {"classes": [3, 10]}, r"--classes: label 10 lies outside the classes 0\.\.9 that the model was trained on"),
     ({}, {"classes": [-1]}, r"--classes: label -1 lies outside the classes 0\.\.9"),
     (UNCONDITIONAL, {"prompts": ["a"]}, "was not trained on captions; leave out --prompts"),

@@ -266,7 +266,7 @@ def test_asked_to_stop(sets: Path, capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setattr(figures, "stop_requested", lambda: True)
     assert run(sets / "good", "--reference", sets / "reference", "--extractor", "tiny") == 75
     said = capsys.readouterr().err
-    assert "asked to stop; sets whose figures are printed are done, everything else begins anew" in said and "to go on" not in said
+    assert "asked to stop; sets whose figures are printed are done, everything else starts again" in said and "to go on" not in said
 
 
 def test_several_ranks_are_refused(sets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
