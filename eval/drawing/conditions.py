@@ -404,7 +404,7 @@ class OfPrompts(Conditions):
         m = self._model
         each = self._encodings(self.texts(index))
         # Padded with zeros, as the loader pads the captions of a batch.
-        tokens = torch.zeros(len(each), m.caption_tokens, m.caption_width, dtype=torch.float16)
+        tokens = torch.zeros(len(each), m.max_caption_tokens, m.caption_width, dtype=torch.float16)
         length = torch.zeros(len(each), dtype=torch.int64)
         pooled = torch.zeros(len(each), m.caption_pooled_width, dtype=torch.float16)
         for i, encoded in enumerate(each):

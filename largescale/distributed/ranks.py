@@ -20,12 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from largescale.errors import DeviceError, LargescaleError, LostRankError
-from largescale.host.launch import env_local_rank, env_rank, env_world_size, heartbeat
+from largescale.host.launch import (
+    env_local_rank,
+    env_rank,
+    env_world_size,
+    heartbeat,
+    local_world_size,
+)
 
 T = TypeVar("T")
 
 # Ranks that start minutes apart are usual on a cluster; one that waits so long prints for whom.
 SAID_AFTER_S = 20.0
+# What NCCL's errors are called where another rank, or the way to it, is the cause.
+NCCL_ERRORS = ("ncclSystemError", "ncclRemoteError", "ncclInternalError", "Duplicate GPU")
 # Collectives on CPUs have no time limit of their own: the watchdog ends a run that hangs, and a run
 # that the cluster suspends for hours, in the middle of a collective, continues.
 NEVER = datetime.timedelta(days=365)
@@ -53,6 +61,7 @@ class Ranks:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
         timeout = datetime.timedelta(seconds=timeout_s)
+        self._collective_timeout = timeout if device == "cuda" else NEVER
         if self.world_size > 1:
             stay_on_this_machine(os.environ)
             require_resolvable(os.environ["MASTER_ADDR"])
@@ -66,11 +75,13 @@ class Ranks:
         except RuntimeError as error:
             if not is_lost_contact(error):
                 raise
+            if "Duplicate GPU" in str(error):
+                raise shared_gpu() from error
             raise not_met(self.world_size, timeout_s, _first_line(error)) from error
         finally:
             waiting.cancel()
         if device != "cuda":
-            never_time_out()
+            self.limit_waiting()
 
     def _init_groups(self, backend: str, timeout: datetime.timedelta) -> None:
         store = _make_store(self.rank, self.world_size, timeout)
@@ -82,9 +93,22 @@ class Ranks:
             )
         # Groups of their own: the agreed vector does not queue behind gradients, and plain values
         # need no GPU.
-        self._vectors: Any = dist.new_group(timeout=timeout if backend == "nccl" else NEVER)
+        self._vectors: Any = dist.new_group(timeout=self._collective_timeout)
         self._plain: Any = dist.new_group(backend="gloo", timeout=NEVER)
         self._roll: Any = _connect_to_store() if self.world_size > 1 else None
+
+    def limit_waiting(self, group: Any = None) -> None:
+        """Give a process group, by default that of all ranks, this run's time limit for collectives.
+        A group that others make, as DeepSpeed does, has torch's own limit until then."""
+        dist.set_timeout(self._collective_timeout, group)
+
+    def on_abort(self, action: Callable[[], None]) -> None:
+        """Have `action` called before NCCL's own watchdog ends this process, for a collective that
+        failed or outlasted its time limit. Without effect where the backend cannot do it."""
+        for number, group in enumerate((dist.group.WORLD, self._vectors)):
+            backend = group._get_backend(self.device)
+            if getattr(backend, "supports_abort_hooks", False):
+                backend.register_abort_hook(number, action)
 
     def _print_waiting(self, timeout_s: float) -> None:
         # One rank of each machine is enough.
@@ -135,10 +159,10 @@ class Ranks:
         dist.all_reduce(tensor, group=self._vectors)
         return tensor
 
-    def launch(self, vector: Tensor) -> "PendingVector":
+    def start_all_reduce(self, vector: Tensor) -> "PendingVector":
         """Start the sum of a small float64 vector over ranks; nobody waits until
         `PendingVector.read`."""
-        return PendingVector.launch(vector, self._vectors)
+        return PendingVector.start(vector, self._vectors)
 
     def raise_on_all_ranks(self, action: Callable[[], T]) -> T:
         """Do something, not collective itself, that can fail on one rank alone: if it does, every
@@ -248,11 +272,6 @@ def require_resolvable(address: str, patience_s: float = 40.0) -> None:
             time.sleep(1)
 
 
-def never_time_out(group: Any = None) -> None:
-    """Remove the time limit of a group of CPU ranks, by default that of all. See NEVER."""
-    dist.set_timeout(NEVER, group)
-
-
 def not_met(world_size: int, timeout_s: float, why: str = "") -> LostRankError:
     """The error of ranks that have not all started in time."""
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -311,10 +330,20 @@ def _listen(address: str, port: int) -> socket.socket:
 
 def is_lost_contact(error: BaseException) -> bool:
     """Whether the error is that another rank could not be reached, or did not answer in time."""
-    # gloo has no error class of its own.
     if isinstance(error, dist.DistError):
         return True
-    return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    # Neither gloo nor the new NCCL backend has an error class of its own.
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    return "gloo/transport" in text or any(name in text for name in NCCL_ERRORS)
+
+
+def shared_gpu() -> DeviceError:
+    """The error for two ranks that found the same GPU."""
+    return DeviceError(
+        f"two ranks share a GPU: {local_world_size(os.environ)} ranks run on "
+        f"{socket.gethostname()}, where rank {env_rank()} sees {torch.cuda.device_count()} of its "
+        "GPUs; start one rank a GPU, or let each see its own"
+    )
 
 
 def _first_line(error: BaseException) -> str:
@@ -368,7 +397,7 @@ class PendingVector:
     event: Any = None
 
     @classmethod
-    def launch(cls, vector: Tensor, group: Any) -> "PendingVector":
+    def start(cls, vector: Tensor, group: Any) -> "PendingVector":
         if vector.device.type == "cpu":
             return cls(dist.all_reduce(vector, group=group, async_op=True), vector)
         # On a GPU the sum and its copy to pinned memory run on a side stream: reading waits for

@@ -20,7 +20,6 @@ with warnings.catch_warnings():
     from deepspeed.runtime.fp16.loss_scaler import LossScalerBase
 
 from largescale.checkpoint.files import CLIENT_KEY, CheckpointDir, flat_state
-from largescale.distributed.ranks import never_time_out
 from largescale.engine.deepspeed_patches import StepPatches, check_deepspeed, patch_before_build
 from largescale.engine.optimizer import steps_of
 from largescale.errors import CheckpointError, ConfigError
@@ -52,9 +51,6 @@ class Engine:
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(trainable), config=ds, dist_init_required=False
         )
-        # gloo's own time limit is shorter than a suspended job may stand still.
-        if self._master.device.type == "cpu":
-            never_time_out(self._zero.dp_process_group)
         self._patches = StepPatches(self._engine, self._zero, self._master)
         self.module: nn.Module = self._engine.module
         self._rank = int(self._engine.global_rank)
@@ -68,6 +64,11 @@ class Engine:
             else:
                 p.data = initial[name].to(p.device)
         self._fill(self._master, pieces)
+
+    @property
+    def reduction_group(self) -> Any:
+        """The process group in which DeepSpeed reduces gradients and gathers weights."""
+        return self._zero.dp_process_group
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return cast(Tensor, self._engine(*args, **kwargs))

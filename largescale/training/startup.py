@@ -6,6 +6,7 @@ import dataclasses
 import os
 import socket
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,9 +20,15 @@ from largescale.data.compatibility import open_dataset
 from largescale.distributed.ranks import Ranks, is_lost_contact
 from largescale.distributed.watchdog import Watchdog, end_at_once, lost_rank
 from largescale.engine.optimizer import choose_kernel
-from largescale.errors import ConfigError, DeviceError
+from largescale.errors import ConfigError, DeviceError, LargescaleError
 from largescale.host.files import sources_sha256
-from largescale.host.launch import env_world_size, printable_lines, threads_per_rank
+from largescale.host.launch import (
+    env_world_size,
+    leave,
+    print_error,
+    printable_lines,
+    threads_per_rank,
+)
 from largescale.host.machine import cores, keep_freed_memory
 from largescale.host.signals import EXIT_REQUEUE
 from largescale.models.compile import failure, what_to_compile
@@ -54,6 +61,7 @@ def run(config: Config, start_time: float, *, warned_of_memory: bool) -> int:
     ds = final_ds_config(config, env_world_size())
     with Watchdog(config.train.timeout_s) as watchdog:
         ranks = watchdog.ranks = Ranks(config.train.device, watchdog.limit_s)
+        ranks.on_abort(lambda: print_error(lost_rank(ranks, watchdog.where, "a collective failed")))
         try:
             # Threads come first: what is measured or built later depends on their number.
             if config.train.threads or config.train.device == "cpu":
@@ -69,7 +77,7 @@ def run(config: Config, start_time: float, *, warned_of_memory: bool) -> int:
             ranks.raise_on_all_ranks(
                 lambda: None if warned_of_memory else check_memory(config, ds, ranks.world_size)
             )
-            return train(config, ds, ranks, watchdog, start_time)
+            status = train(config, ds, ranks, watchdog, start_time)
         except DeviceError as error:
             # The other ranks are in some collective, and notice as they do with a crash.
             end_at_once(error)
@@ -79,9 +87,27 @@ def run(config: Config, start_time: float, *, warned_of_memory: bool) -> int:
                 end_after_lost_contact(config, ranks, watchdog, start_time)
             if why := failure(error):
                 end_at_once(ConfigError(f"{why}; train without it: --train.compile off"))
+            end_where_others_wait(ranks, error)
             raise
-        finally:
-            ranks.close()
+        except Exception as error:
+            end_where_others_wait(ranks, error)
+            raise
+        ranks.close()
+        return status
+
+
+def end_where_others_wait(ranks: Ranks, error: Exception) -> None:
+    """Report an error that this rank has alone, and end the process; for one that all ranks have,
+    close the process group."""
+    # The other ranks wait in a collective, and NCCL's process group waits for them before it closes:
+    # the error would be printed after their time limit, or never.
+    agreed = isinstance(error, LargescaleError) and error.agreed
+    if ranks.world_size > 1 and not agreed:
+        if isinstance(error, LargescaleError):
+            end_at_once(error)
+        traceback.print_exception(error)
+        leave(1)
+    ranks.close()
 
 
 def end_after_lost_contact(

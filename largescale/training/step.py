@@ -75,6 +75,8 @@ class TrainStep:
             deepspeed_adam=adam,
         )
         self.engine = Engine(model, optimizer, ds)
+        # DeepSpeed makes its group of ranks itself, with torch's time limit: ten minutes for NCCL.
+        ranks.limit_waiting(self.engine.reduction_group)
         what = what_to_compile(config.train.compile, config.train.device, config.model.architecture)
         self.compiled = Compiled(model, what, config.train.device)
 
@@ -116,7 +118,9 @@ class TrainStep:
             with lap("agree"):
                 accumulator.add(losses, self.objective.noise_level(t), importance, self._rows[k])
                 if last:
-                    pending = self.ranks.launch(accumulator.vector(status(), cannot_read=unread))
+                    pending = self.ranks.start_all_reduce(
+                        accumulator.vector(status(), cannot_read=unread)
+                    )
             with lap("backward"):
                 self.engine.backward(losses.loss.mean())
             with lap("optimizer"):

@@ -40,6 +40,8 @@ parser.add_argument("--leap", type=int, metavar="STEP", help="a loss a million t
 parser.add_argument("--lost-files", type=int, nargs=2, metavar=("STEP", "RANK"), help="data that cannot be read any more")
 parser.add_argument("--damaged-data", type=int, nargs=2, metavar=("STEP", "RANK"), help="data that are not what was packed")
 parser.add_argument("--kill", type=int, nargs=2, metavar=("STEP", "RANK"), help="kill -9 of that rank in the step")
+parser.add_argument("--bug", type=int, nargs=2, metavar=("STEP", "RANK"), help="an error that nobody expects; and as on NCCL "
+                    "the process group waits for the other ranks before it closes")
 parser.add_argument("--hang", type=int, nargs=2, metavar=("STEP", "RANK"), help="that rank does not come back from its data")
 parser.add_argument("--freeze", type=int, nargs=2, metavar=("STEP", "RANK"), help="that rank is stopped, as by SIGSTOP")
 parser.add_argument("--watch-from", metavar="WHERE", help="the watch has no minute to spare, and looks from there on")
@@ -165,6 +167,17 @@ for fault in ("lost_files", "damaged_data", "kill", "hang", "freeze"):
 
         Loader.batch = batch  # type: ignore[assignment, method-assign]
         trainer.READ_RETRY_S = (0.01, 0.01)
+
+if faults.bug:
+    batch_of = Loader.batch
+
+    def batch_or_bug(self: Loader, step: int) -> object:
+        if [step, int(os.environ["RANK"])] == faults.bug:
+            raise ZeroDivisionError("a bug on this rank alone")
+        return batch_of(self, step)
+
+    Loader.batch = batch_or_bug  # type: ignore[method-assign,assignment]
+    startup.Ranks.close = lambda self: time.sleep(3600)  # type: ignore[method-assign]
 
 if faults.hang or faults.freeze or faults.watch_from:  # a slow machine is not to be taken for one that hangs, before it does
     reached, look, at, batch_before, make = (

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from largescale.checkpoint.files import checkpoints
+from largescale.distributed.ranks import NEVER
 from largescale.monitoring.run_record import read_starts
 from largescale.monitoring.telemetry import read_metrics
 from tests.conftest import QUIET, Train, assert_same_run, cut, ds_json, trace
-from tests.ranks import ranks_of, running
+from tests.ranks import ROOT, ranks_of, running
 
 ARGS = ("--train.steps", 12, "--telemetry.log-every", 1, "--checkpoint.every", 4, "--train.micro-batch-size", 4)
 
@@ -98,6 +99,25 @@ def test_data_that_are_damaged(tmp_path: Path, train: Train) -> None:
     assert "error: rank 0 cannot read the data of step 7: shard_00000.arrow is damaged" in done[0].stderr
     assert checkpoints(run)[0].step == 6
     assert checkpoints(run)[0].optimizer_state(0)["loss_scaler"]["cur_scale"] == 16
+
+
+def test_every_group_has_the_time_limit_of_the_run(tmp_path: Path, blobs: Path) -> None:
+    """DeepSpeed's own too, which torch would give ten minutes on NCCL and thirty on gloo."""
+    done = ranks_of(ROOT / "tests/dist/timeouts.py", "debug", "--data.path", blobs, *ARGS, "--output", tmp_path / "run")
+    assert done[0].returncode == 0, done[0].stderr
+    word, groups, *limits = done[0].stdout.split()[-3:]
+    assert (word, limits) == ("limits", [str(NEVER.total_seconds())]) and int(groups) >= 4
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_that_nobody_expects(rank: int, tmp_path: Path, train: Train) -> None:
+    """Its traceback is printed at once. NCCL's process group would wait, when it closes, for ranks that wait for this
+    one."""
+    run = tmp_path / "run"
+    done = train(*ARGS, "--output", run, driver=("--bug", 6, rank))
+    assert [each.returncode for each in done] == [1, 1]
+    assert "ZeroDivisionError: a bug on this rank alone" in done[rank].stderr
+    assert "lost contact" in done[1 - rank].stderr and "Traceback" not in done[1 - rank].stderr
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -4,12 +4,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from largescale.distributed import ranks
-from largescale.errors import LostRankError
+from largescale.errors import DeviceError, LostRankError
 from tests.ranks import free_port
 
 
@@ -27,6 +29,53 @@ def test_one_machine(env: MutableMapping[str, str], expected: str | None, monkey
     other = {"MASTER_ADDR": "127.0.0.1"}
     ranks.stay_on_this_machine(other)
     assert "GLOO_SOCKET_IFNAME" not in other
+
+
+NCCL_SAYS = "NCCL error in: ProcessGroupNCCL2.cpp:511, {}\nLast error:\n{}"  # as torch formats them
+
+
+@pytest.mark.parametrize(("error", "lost"), [
+    (RuntimeError(NCCL_SAYS.format("remote process exited or there was a network error, ncclRemoteError", "")), True),
+    (RuntimeError(NCCL_SAYS.format("unhandled system error (run with NCCL_DEBUG=INFO for details), ncclSystemError",
+                                   "socketStartConnect: Connect to 10.0.0.2<40123> failed : Connection refused")), True),
+    (RuntimeError(NCCL_SAYS.format("ncclInternalError: Internal check failed.", "Bootstrap : no socket interface found")), True),
+    (RuntimeError(NCCL_SAYS.format("ncclInvalidUsage", "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000")), True),
+    (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), True),
+    (RuntimeError(NCCL_SAYS.format("unhandled cuda error, ncclUnhandledCudaError", "Cuda failure 2 'out of memory'")), False),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    (ValueError("ncclRemoteError"), False),
+])
+def test_errors_of_the_network_are_told_from_others(error: Exception, lost: bool) -> None:
+    assert ranks.is_lost_contact(error) == lost
+
+
+def test_two_ranks_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun --nproc-per-node 2 starts them on a machine with one GPU: NCCL's words become ours."""
+    def init(self: object, backend: str, timeout: object) -> None:
+        raise RuntimeError(NCCL_SAYS.format("ncclInvalidUsage", "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000"))
+
+    monkeypatch.setattr(ranks.Ranks, "_init_groups", init)
+    monkeypatch.setattr(ranks, "local_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DeviceError, match=r"two ranks share a GPU: 2 ranks run on \S+, where rank 1 sees 1 of its GPUs; start one rank a GPU"):
+        ranks.Ranks("cuda")
+
+
+def test_before_nccl_ends_the_process_it_is_said_which_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's new NCCL backend has hooks for that, gloo and the old one have none."""
+    hooks: dict[int, Callable[[], None]] = {}
+    with_hooks = SimpleNamespace(supports_abort_hooks=True, register_abort_hook=hooks.__setitem__)
+    groups = [SimpleNamespace(_get_backend=lambda device, backend=backend: backend) for backend in (with_hooks, SimpleNamespace())]
+    monkeypatch.setattr(ranks.dist, "group", SimpleNamespace(WORLD=groups[0]))
+    some = ranks.Ranks.__new__(ranks.Ranks)
+    some.device, some._vectors = torch.device("cuda", 0), groups[1]
+    called: list[str] = []
+    some.on_abort(lambda: called.append("x"))
+    assert list(hooks) == [0]
+    hooks[0]()
+    assert called == ["x"]
 
 
 def test_a_name_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
