@@ -30,22 +30,26 @@ class Export:
 
 
 def export(run: Path, out: Path | None = None, step: int | None = None) -> Path:
+    """Write the EMA weights and the config of a run's checkpoint; returns the folder."""
     from safetensors.torch import save_file
 
     out = out or run / "export"
-    if checkpoints(run):  # that there are none is the better thing to say
-        require_writable(out / EXPORT_WEIGHTS, out / EXPORT_CONFIG, remedy="choose another --out")
+    weights_path = out / EXPORT_WEIGHTS
+    config_path = out / EXPORT_CONFIG
+    # Before the checkpoint is hashed, which takes long. A run without one is the clearer error.
+    if checkpoints(run):
+        require_writable(weights_path, config_path, remedy="choose another --out")
     checkpoint = find_checkpoint(run, step)
     description = describe(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in named_weights(checkpoint).items()}
-    # The config last: a folder with one is whole.
-    (out / EXPORT_CONFIG).unlink(missing_ok=True)
-    save_file(weights, out / EXPORT_WEIGHTS, metadata={"format": "pt", "weights": "ema"})
-    write_atomically(out / EXPORT_CONFIG, json.dumps(description, indent=1))
-    shutil.copymode(
-        out / EXPORT_CONFIG, out / EXPORT_WEIGHTS
-    )  # which safetensors makes for its owner alone
+
+    # The config comes last: a folder that has one is complete.
+    config_path.unlink(missing_ok=True)
+    save_file(weights, weights_path, metadata={"format": "pt", "weights": "ema"})
+    write_atomically(config_path, json.dumps(description, indent=1))
+    # safetensors makes its file readable for the owner alone.
+    shutil.copymode(config_path, weights_path)
     return out
 
 
@@ -56,6 +60,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def run(options: Export) -> None:
     out = export(options.run, options.out, options.step)
+    # A short run's EMA may still contain much of the first weights.
     description = json.loads((out / EXPORT_CONFIG).read_text())
     if note := ema_note(from_dict(description["config"]), description["step"]):
         print(f"note: {note}", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""python -m largescale.requeue RUN --status S: whether a batch script shall have Slurm start its
+"""python -m largescale.requeue RUN --status S: whether a batch script should have Slurm start its
 job again.
 
-Exit status 0: yes; 1: no; the reason is one line on stderr. Crashed or stopped in good order, a job
-goes on for as long as its starts get further. How many there were is known from
+Exit status 0: yes; 1: no; the reason is one line on stderr. Whether it crashed or was stopped in
+good order, a job is started again as long as its starts make progress. Their number is known from
 SLURM_RESTART_COUNT, what they reached from RUN. Without SLURM_JOB_ID there is no job to start
 again: no.
 """
@@ -24,6 +24,7 @@ from largescale.host.machine import KILL
 from largescale.host.signals import EXIT_REQUEUE
 from largescale.monitoring.run_record import Start, out_of_memory, read_starts
 
+# How many times as many starts without progress may follow each other where they are asked to stop.
 PATIENCE_WITH_STOPS = 4
 
 
@@ -44,69 +45,77 @@ def decide(
 ) -> tuple[bool, str]:
     """(whether to start `job` again, why). `restart`: how often Slurm has done so before. Raises
     OSError."""
+    # Where another start would change nothing, or cannot be asked for.
     if status == 0:
         return False, "the run is finished"
     if status == 2:
-        return (
-            False,
-            "status 2 is an error that another start would meet again; what to correct is said "
-            "above",
+        text = (
+            "status 2 is an error that another start would repeat; correct what is reported above"
         )
+        return False, text
     if job is None:
-        return (
-            False,
-            "SLURM_JOB_ID is not set, so this is no job of Slurm's; run the same command again to "
-            "go on",
-        )
-    starts_without_progress = restart - last_start_with_progress(run_dir, job)
-    ends = [start.ended or out_of_memory(start) or "" for start in read_starts(run_dir)[-1:]]
-    killed = "".join(f"; {end}" for end in ends if KILL in end)
+        text = "SLURM_JOB_ID is not set, so this is not a job of Slurm; run the same command again"
+        return False, f"{text} to continue"
+
+    # A job that is preempted while it starts makes no progress, and is not at fault.
     if status == EXIT_REQUEUE:
         max_restarts *= PATIENCE_WITH_STOPS
-    if starts_without_progress >= max_restarts:
-        row = (
-            "a start"
-            if starts_without_progress == 1
-            else f"{starts_without_progress} starts in a row"
-        )
+    without_progress = restart - last_start_with_progress(run_dir, job)
+    killed = _kill_for_memory(run_dir)
+    if without_progress >= max_restarts:
+        starts = "a start" if without_progress == 1 else f"{without_progress} starts in a row"
         return False, (
-            f"{row} of job {job} ended without a new checkpoint (the last with status {status}); "
+            f"{starts} of job {job} ended without a new checkpoint (the last with status {status}); "
             f"look at the log above, correct the cause, and sbatch again{killed}"
         )
+
     how = "stopped in good order" if status == EXIT_REQUEUE else f"ended with status {status}"
-    brought = (
-        f"{starts_without_progress} in a row without a new checkpoint, {max_restarts} are too many"
-        if starts_without_progress
-        else "with a new checkpoint"
-    )
-    return True, f"this one of job {job} {how}, {brought}{killed}"
+    progress = "with a new checkpoint"
+    if without_progress:
+        progress = (
+            f"{without_progress} in a row without a new checkpoint, {max_restarts} are too many"
+        )
+    return True, f"this one of job {job} {how}, {progress}{killed}"
+
+
+def _kill_for_memory(run_dir: Path) -> str:
+    """What to add where the last start was killed for memory, or nothing."""
+    starts = read_starts(run_dir)
+    if not starts:
+        return ""
+    end = starts[-1].ended or out_of_memory(starts[-1]) or ""
+    return f"; {end}" if KILL in end else ""
 
 
 def last_start_with_progress(run_dir: Path, job: str) -> int:
-    """The `restart` of the job's last start that brought the run further; -1 if none did."""
+    """The `restart` of the job's last start that made progress; -1 if none did."""
     starts = read_starts(run_dir)
-    fruitful = [-1]
+    last = -1
     for start, later in itertools.zip_longest(starts, starts[1:]):
-        # Where the next start went on is the truth; only for the last one must it be foreseen.
-        further = later.from_step > start.from_step if later else _has_saved(run_dir, start)
-        if further and start.job == job:
-            fruitful.append(start.restart)
-    return max(fruitful)
+        # The step from which the next start continued decides; of the last one it is predicted.
+        progress = later.from_step > start.from_step if later else _has_saved(run_dir, start)
+        if progress and start.job == job:
+            last = max(last, start.restart)
+    return last
 
 
 def _has_saved(run_dir: Path, start: Start) -> bool:
+    """Whether a start has saved a checkpoint from which the next one can continue."""
+    if start.made_progress:
+        return True
     # A kill can come after the checkpoint and before the record. A later step that is older than
-    # the start was passed over as damaged, and is nobody's progress: else a run that never gets
-    # beyond it would be started for ever.
-    return start.made_progress or any(
-        checkpoint.step > start.from_step
-        and _written_unix_s(checkpoint) >= start.began_unix_s - 1  # s, rounded
-        for checkpoint in checkpoints(run_dir)
-    )
+    # the start was skipped as damaged, and is nobody's progress: else a run that never gets beyond
+    # it would be started for ever.
+    for checkpoint in checkpoints(run_dir):
+        # The time in a manifest is rounded to seconds.
+        written_since = _written_unix_s(checkpoint) >= start.began_unix_s - 1
+        if checkpoint.step > start.from_step and written_since:
+            return True
+    return False
 
 
 def _written_unix_s(checkpoint: CheckpointDir) -> float:
-    """0 where the manifest cannot tell."""
+    """When the checkpoint was written; 0 where its manifest cannot be read."""
     try:
         return float(checkpoint.manifest()["written_unix_s"])
     except (CheckpointError, StorageError, LookupError, TypeError, ValueError, OverflowError):
@@ -119,14 +128,16 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def run(options: Requeue) -> int:
-    """1 if no other start is wanted."""
+    """Print the decision; the exit status, 1 if no other start is wanted."""
     check_counts(options, "max_restarts")
     job = os.environ.get("SLURM_JOB_ID")
     restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    # A run directory that cannot be read would not be written either.
     try:
         again, why = decide(options.run, options.status, options.max_restarts, job, restart)
     except OSError as error:
-        again, why = False, f"{options.run} cannot be read: {error}; when it can, sbatch again"
+        again = False
+        why = f"{options.run} cannot be read: {error}; when it can, sbatch again"
     print(f"{'asking' if again else 'not asking'} for another start: {why}", file=sys.stderr)
     return 0 if again else 1
 

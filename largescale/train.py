@@ -18,25 +18,28 @@ from largescale.host.launch import arguments, env_rank, leave, print_error
 from largescale.host.machine import check_process_memory
 from largescale.host.signals import serve_stop_signals
 
+# DeepSpeed's launcher and torch.distributed.launch put this first. They set the variable LOCAL_RANK
+# too, which is what is read.
 LOCAL_RANK_ARGUMENT = r"--local[-_]rank=\d+"
-"""What DeepSpeed's launcher and torch.distributed.launch put first. They set the variable
-LOCAL_RANK too."""
 
 
 def parse(args: Sequence[str] | None) -> Config:
-    """A preset with typed overrides. Exits with a message for an unknown key, naming the nearest
-    one, or a wrong type."""
+    """The config of a command line: a preset with typed overrides. Exits with a message for an
+    unknown key, naming the nearest one, or a wrong type."""
     given = [arg for arg in arguments(args) if not re.fullmatch(LOCAL_RANK_ARGUMENT, arg)]
     name, *overrides = given or ["--help"]
+    # Without a preset there are no settings to show, only the presets.
     if name in ("-h", "--help"):
         presets = "\n  ".join(PRESETS)
         print(f"{__doc__}\nPresets:\n  {presets}\n\nIts settings: PRESET --help")
         sys.exit(0)
-    program, default = f"largescale.train {name}", find_preset(name)
+    program = f"largescale.train {name}"
+    default = find_preset(name)
     return parse_options(Config, overrides, program=program, description=None, default=default)
 
 
 def main(args: Sequence[str] | None = None) -> int:
+    # Before anything that takes time: a signal may come while torch is loaded.
     start_time = time.time()
     serve_stop_signals()
     try:
@@ -48,8 +51,10 @@ def main(args: Sequence[str] | None = None) -> int:
         if config.fit_ranks:
             print(largest_world_size(config, config.fit_ranks))
             return 0
+
+        # This import loads torch, during which a small limit of memory may kill.
         warned = check_process_memory(config.train.device)
-        from largescale.training.startup import run  # loads torch
+        from largescale.training.startup import run
 
         return run(config, start_time, warned_of_memory=warned)
     except LargescaleError as error:
@@ -58,5 +63,6 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    faulthandler.enable()  # a shard that is cut short while it is mapped is a bus error, which Python does not see
+    # A shard that is cut short while it is mapped is a bus error, of which Python raises nothing.
+    faulthandler.enable()
     leave(main())

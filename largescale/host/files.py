@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Files: written atomically, locked, checked, and found again where they were moved."""
 
 import contextlib
 import fcntl
@@ -14,11 +14,14 @@ from typing import IO, Any
 from largescale.errors import CheckpointError, StorageError
 from largescale.host.launch import heartbeat
 
-LOCK = "lock"  # in a run directory, held by the one process that trains it
+# In a run directory, held by the one process that trains it.
+LOCK = "lock"
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
+    # A file of many GB takes longer than the watchdog's limit.
     with path.open("rb", buffering=0) as file:
         while part := file.read(2**20):
             digest.update(part)
@@ -27,8 +30,8 @@ def sha256(path: Path) -> str:
 
 
 def from_json(text: str | bytes) -> Any:
-    """As json.loads; JSON that is nested too deeply for Python is a ValueError too, like all that
-    cannot be read."""
+    """json.loads, but everything that cannot be read is a ValueError."""
+    # JSON that is nested too deeply for Python otherwise raises RecursionError.
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -36,8 +39,9 @@ def from_json(text: str | bytes) -> Any:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can hold it: not half of a surrogate pair, as which JSON can spell half an
-    emoji, and Python bytes of file names and arguments that are not UTF-8."""
+    """Whether the text can be encoded in UTF-8."""
+    # Half of a surrogate pair cannot. JSON can spell half an emoji so, and Python the bytes of file
+    # names and arguments that are not UTF-8.
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -46,10 +50,11 @@ def is_unicode(text: str) -> bool:
 
 
 def sources_sha256(folder: Path) -> str:
-    """Of the names and contents of all Python files in it."""
+    """The SHA-256 of the names and contents of all Python files in a folder."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         content = path.read_bytes()
+        # With its length, so that two files cannot look like one.
         digest.update(f"{path.relative_to(folder)} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
@@ -63,52 +68,66 @@ def fsync_dir(path: Path) -> None:
 
 
 def try_lock(path: Path) -> IO[str] | None:
-    """Held until it is closed, or the process dies. None where another process holds it."""
+    """Lock a file until it is closed or the process dies. None where another process holds it."""
     file = path.open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         return None
+    # A file system without locks: nothing protects the file there.
     except OSError:
-        pass  # a file system without locks
+        pass
     return file
 
 
 def require_writable(*files: Path, remedy: str) -> None:
-    """Proves, before any work, that files can be written, or made with the folders above them;
-    makes nothing. Raises CheckpointError that says what is in the way and whose it is, StorageError
-    for what may go away."""
+    """Prove, before any work, that files can be written, or made with the folders above them; makes
+    nothing.
+
+    Raises CheckpointError that names the obstacle and its owner, StorageError for what may go away.
+    """
     for file in files:
-        there = next(path for path in (file, *file.parents) if os.path.lexists(path))
+        existing = _nearest_existing(file)
+        # Opened, since permissions alone do not show a read-only file system.
         try:
-            if there == file:
+            if existing == file:
                 os.close(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK))
             else:
-                with tempfile.TemporaryFile(dir=there):
+                with tempfile.TemporaryFile(dir=existing):
                     pass
         except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
             raise CheckpointError(
-                f"cannot write to {file}: {error.strerror}; {_whose(there)}; {remedy}"
+                f"cannot write to {file}: {error.strerror}; {_whose(existing)}; {remedy}"
             ) from error
         except OSError as error:
             raise StorageError(f"cannot write to {file} at present: {error}") from error
 
 
+def _nearest_existing(path: Path) -> Path:
+    """The path itself where it exists, else the innermost of the folders above it that does."""
+    # A link that leads nowhere exists too: it is what is in the way.
+    while not os.path.lexists(path):
+        path = path.parent
+    return path
+
+
 def _whose(path: Path) -> str:
-    """Such as 'runs/x/lock belongs to ada (mode 644)'."""
+    """Whose file this is, such as 'runs/x/lock belongs to ada (mode 644)'."""
     facts = path.lstat()
     try:
         owner = pwd.getpwuid(facts.st_uid).pw_name
+    # A user of another machine, as in a container.
     except KeyError:
         owner = f"user {facts.st_uid}"
     return f"{path} belongs to {owner} (mode {stat.S_IMODE(facts.st_mode):o})"
 
 
 def located(path: Path, descriptor: int) -> Path:
-    """Where a file or folder lies now that was opened as `path`: it, or one above, may have been
-    renamed meanwhile. `path` where it was deleted, or nobody can tell."""
+    """The present path of a file or folder that was opened as `path`: it, or a folder above, may
+    have been renamed since. `path` where it was deleted, or where it cannot be found."""
     held = os.fstat(descriptor)
+    # Mostly it is where it was; Linux knows its path otherwise.
     with contextlib.suppress(OSError):
         if os.path.samestat(os.stat(path), held):
             return path
@@ -119,23 +138,26 @@ def located(path: Path, descriptor: int) -> Path:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """The file has its old content or all of the new one, whenever the machine stops."""
+    """Write a file that has its old content or all of the new one, whenever the machine stops."""
     temporary = path.with_name(path.name + ".tmp")
+    # On disk before the name is: else a power cut could leave an empty file under it.
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
     except OSError:
-        temporary.unlink(missing_ok=True)  # the space that it takes, on a full disk
+        # On a full disk it would only take space.
+        temporary.unlink(missing_ok=True)
         raise
     temporary.replace(path)
     fsync_dir(path.parent)
 
 
 def append_line(path: Path, line: str) -> None:
-    """Durable; a line that a crash cut short stays by itself."""
+    """Append a line to a file, and wait until it is on disk."""
     with path.open("a+b") as file:
+        # A line that a crash cut short stays by itself.
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
         cut_short = file.read(1) not in (b"", b"\n")
         file.write(("\n" * cut_short + line + "\n").encode())

@@ -1,4 +1,5 @@
-"""What the launcher (torchrun, srun) says of this process, before anything is initialised."""
+"""This process: its command line, its place among the ranks by the launcher's (torchrun's, srun's)
+variables, its messages and its end."""
 
 import contextlib
 import json
@@ -15,13 +16,16 @@ from largescale.errors import ConfigError, LargescaleError
 
 
 def arguments(args: Sequence[str] | None = None) -> list[str]:
-    """The command line's by default. ~ is the home directory, also where the shell leaves it: in
-    --output=~/runs/x."""
-    given = sys.argv[1:] if args is None else args
-    return [
-        re.sub(r"^(--[\w.-]+=)?(~.*)$", lambda m: (m[1] or "") + os.path.expanduser(m[2]), arg)
-        for arg in given
-    ]
+    """The arguments, by default of the command line, with ~ as the home directory."""
+    return list(map(_expand_home, sys.argv[1:] if args is None else args))
+
+
+def _expand_home(argument: str) -> str:
+    # A shell does not expand it inside of an argument, as in --output=~/runs/x.
+    match = re.fullmatch(r"(--[\w.-]+=)?(~.*)", argument)
+    if match is None:
+        return argument
+    return (match[1] or "") + os.path.expanduser(match[2])
 
 
 def env_rank() -> int:
@@ -38,17 +42,18 @@ def env_local_rank() -> int:
 
 
 def local_world_size(env: Mapping[str, str]) -> int:
-    """Ranks on this machine; where the launcher does not say, all of them count as being here."""
+    """The number of ranks on this machine; all of them where the launcher sets none."""
     if "LOCAL_WORLD_SIZE" in env:
         return int(env["LOCAL_WORLD_SIZE"])
-    if listed := env.get(
-        "SLURM_STEP_TASKS_PER_NODE"
-    ):  # as 4(x2),3: four on each of two nodes, three on the next
-        parts = [part.rstrip(")").split("(x") for part in listed.split(",")]
-        nodes = [
-            int(part[0]) for part in parts for _ in range(int(part[1]) if len(part) > 1 else 1)
-        ]
-        return nodes[int(env.get("SLURM_NODEID", 0))]
+
+    # Slurm's is such as 4(x2),3: four on each of two nodes, three on the next.
+    listed = env.get("SLURM_STEP_TASKS_PER_NODE")
+    if listed:
+        tasks_of_nodes: list[int] = []
+        for part in listed.split(","):
+            tasks, _, nodes = part.rstrip(")").partition("(x")
+            tasks_of_nodes += [int(tasks)] * int(nodes or 1)
+        return tasks_of_nodes[int(env.get("SLURM_NODEID", 0))]
     return int(env.get("WORLD_SIZE", 1))
 
 
@@ -56,11 +61,11 @@ def threads_per_rank(asked: int | None, env: Mapping[str, str], cores: int) -> i
     """Threads of a rank on a CPU: what was asked for, else $OMP_NUM_THREADS, else its share of this
     machine's `cores`.
 
-    torchrun sets OMP_NUM_THREADS=1 for several ranks where the user sets nothing. That cannot be
-    told from a user's own 1, so under torchrun 1 asks for the share; one thread is then
-    --train.threads 1. Raises ConfigError for more than two threads a core.
+    Under torchrun OMP_NUM_THREADS=1 asks for the share; one thread is then --train.threads 1.
+    Raises ConfigError for more than two threads a core.
     """
-    ranks, torchrun = local_world_size(env), "TORCHELASTIC_RUN_ID" in env
+    ranks = local_world_size(env)
+    torchrun = "TORCHELASTIC_RUN_ID" in env
     share = max(1, cores // ranks)
     if asked is not None:
         if asked > 2 * cores:
@@ -69,21 +74,23 @@ def threads_per_rank(asked: int | None, env: Mapping[str, str], cores: int) -> i
                 f"for its {ranks} rank{'s' if ranks > 1 else ''}; try --train.threads {share}"
             )
         return asked
-    omp = (
-        env.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    )  # a list where parallel regions are nested
-    if omp.isdecimal() and int(omp) > 0 and not (torchrun and ranks > 1 and omp == "1"):
+
+    # torchrun sets 1 for several ranks where the user sets nothing, which looks like a user's own
+    # 1. It is a list where parallel regions are nested.
+    omp = env.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    set_by_torchrun = torchrun and ranks > 1 and omp == "1"
+    if omp.isdecimal() and int(omp) > 0 and not set_by_torchrun:
         return int(omp)
-    if (
-        "SLURM_CPUS_PER_TASK" in env and not torchrun
-    ):  # this rank's own, by its affinity: not to be shared again
+
+    # These are this rank's own cores, by its affinity: not to be shared again.
+    if "SLURM_CPUS_PER_TASK" in env and not torchrun:
         return max(1, min(int(env["SLURM_CPUS_PER_TASK"]), cores))
     return share
 
 
 def heartbeat() -> None:
-    """Said now and then by what takes long outside of collectives, such as hashing: this process
-    does not hang."""
+    """Show that this process does not hang; called now and then by what takes long outside of
+    collectives, such as hashing."""
     if on_heartbeat:
         on_heartbeat()
 
@@ -92,43 +99,45 @@ on_heartbeat: Callable[[], None] | None = None
 
 
 def leave(status: int) -> NoReturn:
-    """End the process with nothing left to do. Not by the interpreter's way out: now and then a
-    thread of a process group or its store is still there then, and aborts the process with another
-    status (seen with torch 2.15)."""
+    """End the process at once, with nothing left to do."""
+    # tqdm's lock is a semaphore, which from Python 3.14 on has a name that must be removed.
     util: Any = multiprocessing.util
-    util._run_finalizers(
-        0
-    )  # tqdm's lock is a semaphore, which from Python 3.14 on has a name that must be taken back
+    util._run_finalizers(0)
+    # Not by the interpreter's usual exit: now and then a thread of a process group or its store
+    # still runs then, and aborts the process with another status (seen with torch 2.15).
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 def printable(text: object) -> str:
-    """`text` on one line that a terminal shows and does not obey: control characters (its escapes,
-    line breaks), invisible ones and halves of surrogate pairs are spelt as Python spells them."""
+    """The text on one line that a terminal shows and does not obey: characters that are not
+    printable are spelt as Python spells them."""
+    # These are control characters (escapes, line breaks), invisible ones, and halves of surrogate
+    # pairs.
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def printable_lines(text: object) -> str:
-    """`printable`, but that lines stay lines."""
+    """The text as by `printable`, but each line stays a line."""
     return "\n".join(map(printable, str(text).split("\n")))
 
 
 def tell_torchrun(text: str) -> None:
-    """Of a process that ends with another status than 0: torchrun shows this as the last line of
-    its report, where it otherwise says that no error file was found."""
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+    """Give torchrun the reason for an exit status other than 0: the last line of its report, which
+    otherwise is that no error file was found."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        # By the time, torchrun shows that of the rank which ended first.
+        extra = {"timestamp": int(time.time())}
         with contextlib.suppress(OSError):
-            extra = {
-                "timestamp": int(time.time())
-            }  # of several ranks torchrun shows the one that ended first
             Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
 
 
 def print_error(error: LargescaleError) -> None:
-    """Once: from rank 0 what all ranks know, from any other what it alone met."""
-    text = printable_lines(error)  # names from outside stand in it
+    """Print an error once: rank 0 those that all ranks have, any other rank only its own."""
+    # It can contain names of files from elsewhere.
+    text = printable_lines(error)
     tell_torchrun(text)
     if env_rank() == 0:
         print(f"error: {text}", file=sys.stderr, flush=True)

@@ -1,67 +1,83 @@
-"""What of this machine a process may use: the kernel's word, and that of the cgroups (version 1 or
-2) that it is in."""
+"""The cores and the memory of this machine that a process may use, by the kernel and by the cgroups
+(version 1 or 2) that it is in."""
 
 import ctypes
+import itertools
 import math
 import os
 import sys
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 
 from largescale.errors import ConfigError
 from largescale.host.launch import env_local_rank, local_world_size
 
-_PROC, _CPUS = Path("/proc"), Path("/sys/devices/system/cpu")
+_PROC = Path("/proc")
+_CPUS = Path("/sys/devices/system/cpu")
+
+# In the message of a kill, by which requeue.py finds it in a record.
 KILL = "out-of-memory kill"
 LESS_MEMORY = (
     "raise the job's memory (Slurm: --mem), start fewer ranks, or set "
     "--train.activation-checkpointing or a smaller --train.micro-batch-size"
 )
-# Of a process that has loaded torch; and DeepSpeed's engine too. RssAnon in /proc/PID/status, which
-# leaves out what can be read from files again, with torch 2.15 and DeepSpeed 0.19.8 on x86-64: 305
-# MB after `import torch`, at most 459 MB in `python -m largescale.train debug`; the rest is for the
-# kernel's part.
-TORCH_BYTES, PROCESS_BYTES = 300 * 10**6, 520 * 10**6
-_NO_LIMIT = 2**62  # version 1 has no word for it but a number near the largest
+# Memory of a process that has loaded torch, and of one that has DeepSpeed's engine too. RssAnon in
+# /proc/PID/status, which leaves out what can be read from files again, with torch 2.15 and
+# DeepSpeed 0.19.8 on x86-64: 305 MB after `import torch`, at most 459 MB in
+# `python -m largescale.train debug`; the rest is for the kernel's part.
+TORCH_BYTES = 300 * 10**6
+PROCESS_BYTES = 520 * 10**6
+# Version 1 writes "no limit" as a number near the largest.
+_NO_LIMIT = 2**62
 
 
 def cores() -> int:
-    """Cores that this process may run on: physical ones, since two threads of one core share its
-    arithmetic units."""
+    """The number of physical cores that this process may run on."""
     usable = (
         os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     )
-    own = len({_read(_CPUS / f"cpu{cpu}/topology/core_cpus_list") or str(cpu) for cpu in usable})
-    return min(
-        [own, *(math.ceil(quota) for folder in _cgroups("cpu") if (quota := _cpu_quota(folder)))]
-    )
+    # Two threads of one core share its arithmetic units, and name the same list.
+    own = set()
+    for cpu in usable:
+        own.add(_read(_CPUS / f"cpu{cpu}/topology/core_cpus_list") or str(cpu))
+
+    # A cgroup may allow less time than that of these cores.
+    count = len(own)
+    for folder in _cgroups("cpu"):
+        quota = _cpu_quota(folder)
+        if quota:
+            count = min(count, math.ceil(quota))
+    return count
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory that is freed: a step on a CPU takes and frees the same large
-    tensors each time, and fresh pages from the kernel cost a step of DiT-S/2 15 % in bf16.
-    Elsewhere nothing happens."""
+    """Have glibc keep the memory that is freed. Elsewhere nothing happens."""
+    # A step on a CPU takes and frees the same large tensors each time, and fresh pages from the
+    # kernel cost a step of DiT-S/2 15 % in bf16.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
-        mallopt(mmap_max, 0)  # nothing is mapped by itself, and so unmapped when freed
+        # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h.
+        mmap_max = -4
+        trim_threshold = -1
+        # Nothing is mapped by itself, and so unmapped when it is freed.
+        mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
 
 
 def available_bytes() -> int | None:
-    """Memory that processes here can still take without swapping; None where nobody says (not
-    Linux)."""
+    """Memory that processes here can still take without swapping; None where it is not known (not
+    on Linux)."""
     found = [1024 * kib for kib in _numbers(_PROC / "meminfo", "MemAvailable:")]
     for folder in _cgroups("memory"):
-        if limit := _limit(folder):
+        limit = _limit(folder)
+        if limit:
             used = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes")
-            stat = (
-                folder / "memory.stat"
-            )  # where version 1 tells "inactive_file" without the cgroups below
+            # The kernel gives up the cache first. Version 1 has "inactive_file" without the cgroups
+            # below.
+            stat = folder / "memory.stat"
             cache = sum(_numbers(stat, "total_inactive_file") or _numbers(stat, "inactive_file"))
-            found.append(
-                max(0, limit - int(used or 0) + cache)
-            )  # the kernel gives up the cache first
+            found.append(max(0, limit - int(used or 0) + cache))
     return min(found, default=None)
 
 
@@ -71,25 +87,27 @@ def has_swap() -> bool:
 
 @dataclass(frozen=True)
 class MemoryBound:
-    """Whoever takes more is killed: the smallest limit of this process's memory cgroups, or the
+    """The memory above which a process is killed: the smallest limit of its memory cgroups, or the
     machine's memory."""
 
     bytes: int
-    folder: Path | None  # the cgroup's; None for the machine
+    # The cgroup's; None for the machine.
+    folder: Path | None
 
     def __str__(self) -> str:
         who = "the machine has" if self.folder is None else "the job's memory cgroup has a limit of"
         return f"{who} {self.bytes / 1e9:.1f} GB"
 
     def killed_since(self, kills: int) -> str | None:
-        """What to say where the kernel has killed since there were so many `kills`."""
-        if (more := self.kills() - kills) <= 0:
+        """A message where the kernel has killed a process since there were so many `kills`, or
+        None."""
+        more = self.kills() - kills
+        if more <= 0:
             return None
         # The machine counts those of other programs too.
-        return (
-            f"{'perhaps ' if self.folder is None else ''}killed by signal 9; {self}, and counts "
-            f"{'an' if more == 1 else more} {KILL}{'s' * (more > 1)}: {LESS_MEMORY}"
-        )
+        perhaps = "perhaps " if self.folder is None else ""
+        counted = f"an {KILL}" if more == 1 else f"{more} {KILL}s"
+        return f"{perhaps}killed by signal 9; {self}, and counts {counted}: {LESS_MEMORY}"
 
     def kills(self) -> int:
         """Processes that the kernel has killed there so far because memory had run out."""
@@ -98,41 +116,46 @@ class MemoryBound:
         if (self.folder / "memory.events").exists():
             return sum(_numbers(self.folder / "memory.events", "oom_kill"))
         # Version 1 counts a kill in the victim's own cgroup only.
-        return sum(
-            sum(_numbers(file, "oom_kill")) for file in self.folder.rglob("memory.oom_control")
-        )
+        count = 0
+        for file in self.folder.rglob("memory.oom_control"):
+            count += sum(_numbers(file, "oom_kill"))
+        return count
 
 
 def memory_bound() -> MemoryBound | None:
-    """Of equal limits the outermost, whose count outlives a step of a job. None where nobody says
-    (not Linux)."""
-    machine = [MemoryBound(1024 * kib, None) for kib in _numbers(_PROC / "meminfo", "MemTotal:")]
-    cgroups = [
-        MemoryBound(limit, folder)
-        for folder in reversed(_cgroups("memory"))
-        if (limit := _limit(folder))
-    ]
-    return min([*machine, *cgroups], key=lambda bound: bound.bytes, default=None)
+    """The smallest bound of this process's memory; None where it is not known (not on Linux)."""
+    bounds = [MemoryBound(1024 * kib, None) for kib in _numbers(_PROC / "meminfo", "MemTotal:")]
+    # The outermost cgroup comes first: of equal limits its count outlives a step of a job.
+    for folder in reversed(_cgroups("memory")):
+        limit = _limit(folder)
+        if limit:
+            bounds.append(MemoryBound(limit, folder))
+    return min(bounds, key=attrgetter("bytes"), default=None)
 
 
 def check_process_memory(device: str) -> bool:
-    """Before torch is loaded, during which a small limit may kill: warn, once on a machine, where
-    the processes of its ranks need more memory, without their models, than the kernel will give
-    them. Of a rank on a GPU only torch itself is counted. True where it warned. Raises ConfigError
-    where not even torch fits."""
-    bound, ranks = memory_bound(), local_world_size(os.environ)
+    """Whether the processes of this machine's ranks need more memory, without their models, than
+    the kernel will give them, of which local rank 0 warns.
+
+    Called before torch is loaded, during which a small limit may kill. Of a rank on a GPU only
+    torch itself is counted. Raises ConfigError where not even torch fits.
+    """
+    bound = memory_bound()
+    ranks = local_world_size(os.environ)
     if bound is None:
         return False
     needed = launcher_bytes() + ranks * (PROCESS_BYTES if device == "cpu" else TORCH_BYTES)
     if launcher_bytes() + ranks * TORCH_BYTES > bound.bytes and not has_swap():
         error = ConfigError(_too_little(needed, bound))
-        error.agreed = env_local_rank() != 0  # said on each machine: another may have more
+        # Printed once on each machine: another may have more memory.
+        error.agreed = env_local_rank() != 0
         raise error
     return warn_of_memory(needed, bound)
 
 
 def warn_of_memory(needed: int, bound: MemoryBound) -> bool:
-    """Whether the ranks of this machine need more bytes than `bound`; local rank 0 says so."""
+    """Whether the ranks of this machine need more bytes than `bound`, of which local rank 0
+    warns."""
     if needed > bound.bytes and env_local_rank() == 0:
         print(f"warning: {_too_little(needed, bound)}", file=sys.stderr, flush=True)
     return needed > bound.bytes
@@ -140,15 +163,17 @@ def warn_of_memory(needed: int, bound: MemoryBound) -> bool:
 
 def _too_little(needed: int, bound: MemoryBound) -> str:
     ranks = local_world_size(os.environ)
+    who = "1 rank needs" if ranks == 1 else f"{ranks} ranks need"
+    # Then a smaller model would not help much.
     whose = ", most of it for torch and DeepSpeed" if 2 * ranks * PROCESS_BYTES > needed else ""
     return (
-        f"{ranks} rank{'s need' if ranks > 1 else ' needs'} about {needed / 1e9:.2f} GB of this "
-        f"machine's memory{whose}, but {bound}: {LESS_MEMORY}"
+        f"{who} about {needed / 1e9:.2f} GB of this machine's memory{whose}, but {bound}: "
+        f"{LESS_MEMORY}"
     )
 
 
 def launcher_bytes() -> int:
-    """torchrun has torch loaded, too."""
+    """Memory of the launcher itself: torchrun has torch loaded, too."""
     return TORCH_BYTES if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
@@ -171,36 +196,49 @@ def _cpu_quota(folder: Path) -> float | None:
 
 def _cgroups(controller: str) -> list[Path]:
     """This process's cgroup and those around it, innermost first: of version 2, and of version 1
-    for the `controller`.
+    for the `controller`."""
+    # The path of this process's cgroup by controller; that of version 2 is "".
+    own: dict[str, PurePosixPath] = {}
+    for line in _read(_PROC / "self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        for name in controllers.split(","):
+            own[name] = PurePosixPath(path)
 
-    In a container the path may be the host's, of which only the root is there."""
-    lines = [line.split(":", 2) for line in _read(_PROC / "self/cgroup").splitlines()]
-    own = {
-        name: PurePosixPath(path) for _, names, path in lines for name in names.split(",")
-    }  # "" is version 2
+    # Where the cgroups' file systems are mounted, and which of their folders is the mount's root.
     found = []
     for line in _read(_PROC / "self/mountinfo").splitlines():
         mount, _, file_system = line.partition(" - ")
         kind, _, options = file_system.split(" ", 2)
-        name = {"cgroup": controller, "cgroup2": ""}.get(kind)
-        if name in own and name in ("", *options.split(",")):
-            path, (root, top) = own[name], mount.split()[3:5]
-            below = (
-                path.relative_to(root).parts
-                if path.is_relative_to(root) and ".." not in path.parts
-                else ()
-            )
-            found += [Path(top, *below[:n]) for n in range(len(below), -1, -1)]
+        mounted = {"cgroup": controller, "cgroup2": ""}.get(kind)
+        if mounted in own and mounted in ("", *options.split(",")):
+            root, top = mount.split()[3:5]
+            found += _folders_up_to_mount(own[mounted], root, Path(top))
     return found
 
 
+def _folders_up_to_mount(cgroup: PurePosixPath, root: str, top: Path) -> list[Path]:
+    """The folders of a cgroup and of those around it, innermost first, where its `root` is mounted
+    at `top`."""
+    # In a container the path may be the host's, and only the root is visible.
+    if not cgroup.is_relative_to(root) or ".." in cgroup.parts:
+        return [top]
+    folder = top / cgroup.relative_to(root)
+    above = len(cgroup.relative_to(root).parts)
+    return [folder, *itertools.islice(folder.parents, above)]
+
+
 def _numbers(file: Path, name: str) -> list[int]:
-    lines = (line.split() for line in _read(file).splitlines())
-    return [int(words[1]) for words in lines if words[:1] == [name]]
+    """The numbers after `name` in a file with a name and a number on each line."""
+    numbers = []
+    for line in _read(file).splitlines():
+        words = line.split()
+        if words[:1] == [name]:
+            numbers.append(int(words[1]))
+    return numbers
 
 
 def _read(path: Path) -> str:
-    """Empty where there is no such file."""
+    """The text of a file; empty where there is no such file."""
     try:
         return path.read_text().strip()
     except OSError:

@@ -6,6 +6,7 @@ import gzip
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Self
 
 from torch.autograd.profiler_util import EventList
@@ -13,17 +14,21 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from largescale.monitoring.telemetry import Telemetry
 
-SKIPPED = 5  # steps before it begins: kernels are loaded and compiled, the allocator finds its size
-WARM_UP = 1  # the profiler's own
-RECORDED = 3  # a trace of more is too large for a browser
+# Steps before it begins, in which kernels are loaded and compiled and the allocator finds its size.
+SKIPPED = 5
+# Steps of the profiler's own warm-up.
+WARM_UP = 1
+# A trace of more steps is too large for a browser.
+RECORDED = 3
 
 
 class Profile:
-    """Around the loop, which says `step` after each one. Costs nothing where it is not wanted, nor
-    once it is written.
+    """Records a trace of a few steps; the loop calls `step` after each one.
 
     RUN/profile/step_00000009.pt.trace.json.gz shows the steps up to 9, with the parts of a step as
-    named ranges, and step_00000009.txt the ten largest operations."""
+    named ranges, and step_00000009.txt the ten largest operations. Costs nothing where it is not
+    wanted, nor once it is written.
+    """
 
     def __init__(
         self,
@@ -34,16 +39,22 @@ class Profile:
         cuda: bool,
     ):
         """`lap` times what the profiler itself takes."""
-        self._lap, self._telemetry, self._cuda = lap, telemetry, cuda
-        self._wanted = wanted and telemetry.active  # on rank 0
-        self._taken = self._step = 0
+        self._lap = lap
+        self._telemetry = telemetry
+        self._cuda = cuda
+        # On rank 0 only.
+        self._wanted = wanted and telemetry.active
+        # Steps that were tried, and the step counter, which some do not move.
+        self._taken = 0
+        self._step = 0
         self._profiler: Any = None
 
     def step(self, step: int) -> None:
-        """One more was tried; `step`: how many are applied."""
+        """Count a step that was tried. `step`: how many are applied."""
         if not self._wanted:
             return
-        self._taken, self._step = self._taken + 1, step
+        self._taken += 1
+        self._step = step
         if self._taken == SKIPPED:
             self._begin()
         elif self._taken == SKIPPED + WARM_UP + RECORDED:
@@ -52,9 +63,12 @@ class Profile:
             self._profiler.step()
 
     def _begin(self) -> None:
-        if not self._cuda:  # where it finds no GPU, it calls that an error
+        activities = [ProfilerActivity.CPU]
+        if self._cuda:
+            activities.append(ProfilerActivity.CUDA)
+        else:
+            # Without a GPU the profiler would print that as an error.
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
         steps = schedule(wait=0, warmup=WARM_UP, active=RECORDED)
         with self._lap("profile"):
             self._profiler = profile(activities=activities, schedule=steps, record_shapes=True)
@@ -66,7 +80,10 @@ class Profile:
 
     def _end(self) -> None:
         """Write what was recorded."""
-        profiler, self._profiler, self._wanted = self._profiler, None, False
+        # Even if it fails, it is not tried again.
+        profiler = self._profiler
+        self._profiler = None
+        self._wanted = False
         with self._lap("profile"):
             profiler.stop()
             if self._taken > SKIPPED + WARM_UP:
@@ -77,19 +94,9 @@ class Profile:
             folder = self._telemetry.run_dir / "profile"
             folder.mkdir(exist_ok=True)
             name = f"step_{self._step:08d}"
-            packed, listed, unfinished = (
-                folder / (name + end) for end in (".pt.trace.json.gz", ".txt", ".unfinished")
-            )
-            try:
-                profiler.export_chrome_trace(str(unfinished))  # says nothing where it fails
-                trace = unfinished.read_bytes() if unfinished.exists() else b""
-                if not trace.rstrip().endswith(b"}"):
-                    raise OSError(f"{packed} would not be whole; is the disk full?")
-                unfinished.write_bytes(gzip.compress(trace))
-                unfinished.replace(packed)
-            finally:
-                for left in folder.glob(unfinished.name + "*"):  # its own file of another name, too
-                    left.unlink()
+            packed = folder / f"{name}.pt.trace.json.gz"
+            listed = folder / f"{name}.txt"
+            _export_trace(profiler, folder / f"{name}.unfinished", packed)
             listed.write_text(self._largest(profiler))
             self._telemetry.message(
                 f"profiled the steps up to {self._step}: open {packed} at https://ui.perfetto.dev, "
@@ -98,13 +105,13 @@ class Profile:
             )
 
     def _largest(self, profiler: Any) -> str:
+        """A table of the operations that took longest, without the named ranges around them."""
         operations = EventList(
             (event for event in profiler.key_averages() if not event.is_user_annotation),
             use_device="cuda" if self._cuda else None,
         )
-        table: str = operations.table(
-            sort_by=f"self_{'device' if self._cuda else 'cpu'}_time_total", row_limit=10
-        )
+        where = "device" if self._cuda else "cpu"
+        table: str = operations.table(sort_by=f"self_{where}_time_total", row_limit=10)
         return table
 
     def __enter__(self) -> Self:
@@ -115,8 +122,23 @@ class Profile:
             self._telemetry.message(
                 f"too few steps for a profile, which begins after {SKIPPED + WARM_UP}"
             )
+        # An error of the loop must not be hidden by one of the profiler's.
         if self._profiler is not None:
-            with (
-                contextlib.suppress(RuntimeError) if kind else contextlib.nullcontext()
-            ):  # that error is the news
+            with contextlib.suppress(RuntimeError) if kind else contextlib.nullcontext():
                 self._end()
+
+
+def _export_trace(profiler: Any, unfinished: Path, packed: Path) -> None:
+    """Write the trace, compressed, as `packed`, by way of `unfinished`. Raises OSError."""
+    try:
+        # The profiler reports no error where this fails: a complete trace ends with a brace.
+        profiler.export_chrome_trace(str(unfinished))
+        trace = unfinished.read_bytes() if unfinished.exists() else b""
+        if not trace.rstrip().endswith(b"}"):
+            raise OSError(f"{packed} would not be complete; is the disk full?")
+        unfinished.write_bytes(gzip.compress(trace))
+        unfinished.replace(packed)
+    finally:
+        # Also the profiler's own temporary file, which has another ending.
+        for left in unfinished.parent.glob(unfinished.name + "*"):
+            left.unlink()

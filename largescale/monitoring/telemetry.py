@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, and a progress bar, all from rank 0."""
+"""What a run logs: metrics.jsonl, TensorBoard, and a progress bar, all from rank 0."""
 
 import contextlib
 import json
@@ -16,6 +16,7 @@ from largescale.host.files import from_json, located
 from largescale.host.launch import printable_lines
 
 # Dense half-precision peaks in FLOP/s, from the makers' data sheets; elsewhere MFU is not reported.
+# The first name that a device's name contains counts, so "H100 PCIe" comes before "H100".
 _PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -27,20 +28,25 @@ _PEAK_FLOPS = {
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
+    """The peak of a device in FLOP/s; None where it is not known."""
     if precision == "fp32":
         return None
-    return next((peak for name, peak in _PEAK_FLOPS.items() if name in device_name), None)
+    for name, peak in _PEAK_FLOPS.items():
+        if name in device_name:
+            return peak
+    return None
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl. What is none, as a line that a crash cut short, is left out."""
+    """The rows of metrics.jsonl, without lines that are no rows."""
+    # A crash can cut a line short.
     path = run_dir / "metrics.jsonl"
     rows = map(_row, path.read_bytes().splitlines() if path.exists() else [])
     return [row for row in rows if row is not None]
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """None for what is no object with a number for a step."""
+    """The row on this line; None where it is no object with a number for a step."""
     try:
         row = from_json(line)
     except ValueError:
@@ -49,8 +55,9 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def _end_of_step(path: Path, step: int) -> int:
-    """The length of the file up to the first row of a later step, or the first half line at its
-    end: to cut it there takes no space on a full disk."""
+    """The length of the file up to the first row of a later step, or up to a half line at its
+    end."""
+    # The file is cut there, which takes no space on a full disk.
     end = 0
     with path.open("rb") as file:
         for line in file:
@@ -63,7 +70,10 @@ def _end_of_step(path: Path, step: int) -> int:
 
 
 class Telemetry:
-    """On ranks other than 0 every method does nothing."""
+    """Writes metrics.jsonl and TensorBoard, and shows the progress bar.
+
+    On ranks other than 0 every method does nothing.
+    """
 
     def __init__(self, run_dir: Path, *, active: bool, tensorboard: bool, step: int, steps: int):
         """`step`: where the run stands. Rows of later steps, written before an interruption, are
@@ -71,14 +81,21 @@ class Telemetry:
         self.active = active
         if not active:
             return
-        self._run_dir, self._failure_reported, self._tensorboard = run_dir, False, tensorboard
+        self._run_dir = run_dir
+        self._tensorboard = tensorboard
+        self._failure_reported = False
+        # Open, so that the run directory is found under another name too.
         run_dir.mkdir(parents=True, exist_ok=True)
         self._folder = os.open(run_dir, os.O_RDONLY)
+
+        # Unbuffered: what could not be written is kept in `_unwritten`, not in a buffer.
         self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
         self._file.truncate(_end_of_step(run_dir / "metrics.jsonl", step))
         self._unwritten = b""
         self._board: Any = None
         self._open_board(step)
+
+        # In a log file a bar is only a line now and then.
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=steps,
@@ -91,11 +108,11 @@ class Telemetry:
 
     @property
     def run_dir(self) -> Path:
-        """Under its name of now: it is renamed at times while the run goes on."""
+        """The run directory under its present name: it may be renamed while the run trains."""
         run_dir = located(self._run_dir, self._folder)
         if run_dir != self._run_dir:
             self.message(
-                f"{self._run_dir} was moved: going on in {run_dir}; a later start needs --output "
+                f"{self._run_dir} was moved: continuing in {run_dir}; a later start needs --output "
                 f"{run_dir}"
             )
             self._run_dir = run_dir
@@ -105,11 +122,13 @@ class Telemetry:
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            # TensorBoard drops what it has of later steps itself.
             with self.tolerate_disk_errors():
                 self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
 
     def _on_board(self, step: int, add: Callable[[Any], Any]) -> None:
-        """TensorBoard's writer does not outlive an error: it is made anew."""
+        """Add something to TensorBoard."""
+        # Its writer cannot be used after an error: another one is made.
         if self._board is None:
             self._open_board(step)
         try:
@@ -120,12 +139,13 @@ class Telemetry:
             self._board = None
 
     def roll_back(self, step: int) -> None:
-        """Rows of later steps are dropped."""
+        """Drop rows of steps later than `step`."""
         if not self.active:
             return
         with self.tolerate_disk_errors():
             self._file.truncate(_end_of_step(self.run_dir / "metrics.jsonl", step))
         self._unwritten = b""
+        # Another writer, since only a new one drops what there is of later steps.
         self._close_board()
         self._board = None
         self._open_board(step)
@@ -141,7 +161,7 @@ class Telemetry:
                 self._bar.update(step - self._bar.n)
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Values that are None (unknown here) are left out."""
+        """Log a row of metrics, without those that are None (unknown here)."""
         if not self.active:
             return
         known = {key: value for key, value in metrics.items() if value is not None}
@@ -154,6 +174,7 @@ class Telemetry:
         self._on_board(step, add)
 
     def event(self, step: int, kind: str, text: str, **facts: Any) -> None:
+        """Log an event, and print its text."""
         if not self.active:
             return
         self._write({"step": step, "event": kind, "text": text, **facts})
@@ -161,7 +182,7 @@ class Telemetry:
         self.message(text)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """`image`: (H, W, 3) uint8, to TensorBoard and as RUN/NAME/step_00001000.png."""
+        """Log an image, (H, W, 3) uint8, to TensorBoard and as RUN/NAME/step_00001000.png."""
         if not self.active:
             return
         with self.tolerate_disk_errors():
@@ -171,17 +192,20 @@ class Telemetry:
         self._on_board(step, lambda board: board.add_image(name, image, step, dataformats="HWC"))
 
     def message(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        # The disk that is full may be the one to which stderr is written.
         if self.active:
-            with contextlib.suppress(OSError):  # the disk that is full may be the log's
+            with contextlib.suppress(OSError):
                 tqdm.write(printable_lines(text), file=sys.stderr)
 
     def sync(self) -> None:
-        """What was logged so far outlives a power cut."""
+        """Wait until what was logged so far is on disk, where it survives a power cut."""
         if self.active:
             with self.tolerate_disk_errors():
                 os.fsync(self._file.fileno())
 
     def _write(self, row: dict[str, Any]) -> None:
+        # After an error the rest of the row is written with the next one.
         self._unwritten += json.dumps(row).encode() + b"\n"
         with self.tolerate_disk_errors():
             while self._unwritten:
@@ -189,7 +213,8 @@ class Telemetry:
 
     @contextlib.contextmanager
     def tolerate_disk_errors(self) -> Iterator[None]:
-        """A full disk does not end the run: rank 0 must not leave the others in a collective."""
+        """Report an error of the disk instead of raising it."""
+        # Rank 0 must not leave the others waiting in a collective.
         try:
             yield
         except OSError as error:

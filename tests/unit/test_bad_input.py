@@ -731,7 +731,7 @@ def test_a_run_directory_that_is_renamed(old_name: str, run_here: RunHere, monke
     monkeypatch.setattr(Trainer, "commit_step", rename)
     outcome = run_here(*settings)
     assert outcome.code == 0 and locks == [None, None], outcome.err
-    assert f"{old} was moved: going on in {new}; a later start needs --output {new}" in outcome.err
+    assert f"{old} was moved: continuing in {new}; a later start needs --output {new}" in outcome.err
     assert [*old.rglob("*")] == ([] if old_name == "free" else [old / "starts"]) and old.exists() == (old_name != "free")
     assert_same_run(new, truth)
     assert read_starts(new)[-1].ended == "finished" and (new / "samples/step_00000009.png").exists()

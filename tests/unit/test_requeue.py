@@ -105,7 +105,7 @@ def test_damage_is_no_progress(tmp_path: Path) -> None:
 @pytest.mark.parametrize("env, args, code, says", [
     ({}, ["--status", "75"], 1, "not asking for another start: SLURM_JOB_ID is not set"),
     ({}, ["--status", "0"], 1, "not asking for another start: the run is finished"),
-    ({}, ["--status", "2"], 1, "what to correct is said above"),
+    ({}, ["--status", "2"], 1, "correct what is reported above"),
     ({"SLURM_JOB_ID": "7"}, ["--status", "75"], 0, "asking for another start: this one of job 7 stopped in good order, with a new checkpoint"),
     ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "4"}, ["--status", "1"], 0, "job 7 ended with status 1, 4 in a row without a new checkpoint, 5 are too many"),
     ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "5"}, ["--status", "1"], 1,
