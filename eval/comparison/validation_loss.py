@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eval.curve import lines
+from eval.curve import rows_of_protocol
 from eval.score import RESULTS
 from largescale.checkpoint.files import CheckpointDir, named_weights
 from largescale.checkpoint.weights import load_trained
@@ -86,11 +86,7 @@ class ValidationLoss:
 
     def rows(self, run: Path) -> list[dict[str, Any]]:
         """What is known of a run's checkpoints by this protocol, in the order of steps."""
-        found = {}
-        for line in lines(run / "loss" / RESULTS):
-            if line.get("protocol") == self.protocol:
-                found[line["step"]] = line
-        return [found[step] for step in sorted(found)]
+        return rows_of_protocol(run / "loss" / RESULTS, self.protocol)
 
     def add(self, run: Path, step: int) -> None:
         """Measure the EMA and the raw weights of a checkpoint, and append a row to the run's
