@@ -37,9 +37,9 @@ import torch
 
 from eval.comparison.methods import read_methods
 from eval.comparison.plan import plan
-from eval.comparison.report import Findings, write_report
+from eval.comparison.report import Findings, seeds_of, write_report
 from eval.comparison.validation_loss import ValidationLoss, check_like
-from eval.curve import Curve, Curves, make_scorer, steps_to_score
+from eval.curve import Curve, Curves, make_scorer, steps_of, steps_to_score
 from eval.sample import Sample, Sampler, folder_of
 from eval.score import Scorer
 from eval.training_runs import Run, check_same, configure
@@ -301,7 +301,7 @@ class Comparison:
 
     def __call__(self) -> None:
         """Train and score the chosen runs, and report after each complete seed."""
-        todo = [run for run in self.chosen if not self.complete(run)]
+        todo = self.incomplete(self.chosen)
         # A reference that cannot be used is an error before hours of training, not after.
         if todo and self.curve:
             self._scorer = make_scorer(self.curve)
@@ -328,7 +328,7 @@ class Comparison:
         if reports and not todo:
             self.report(reported)
         if not reports:
-            missing = len([run for run in self.runs if not self.complete(run)])
+            missing = len(self.incomplete(self.runs))
             print(
                 f"done; of all {len(self.runs)} runs {missing} are not. The same command without "
                 "--only and --run does what is missing, and writes the report",
@@ -352,9 +352,13 @@ class Comparison:
             and not (self.curve and self.curves(run).missing(run.folder))
         )
 
+    def incomplete(self, runs: Sequence[Run]) -> list[Run]:
+        """Those of these runs that are not trained and scored."""
+        return [run for run in runs if not self.complete(run)]
+
     def unscored(self, run: Run) -> list[int]:
         """The steps of checkpoints without a validation loss."""
-        known = {row["step"] for row in self.loss.rows(run.folder)}
+        known = steps_of(self.loss.rows(run.folder))
         return steps_to_score(run.folder, known, run.config.checkpoint.every)
 
     def curves(self, run: Run) -> Curves:
@@ -377,20 +381,20 @@ class Comparison:
 
     def complete_seeds(self) -> list[int]:
         """The seeds of which every method is trained and scored."""
-        parts = {run.seed for run in self.runs if not self.complete(run)}
-        return sorted({run.seed for run in self.runs} - parts)
+        return sorted(seeds_of(self.runs) - seeds_of(self.incomplete(self.runs)))
 
     def report(self, seeds: Sequence[int]) -> None:
         """Write the report of these seeds."""
         runs = [run for run in self.runs if run.seed in seeds]
-        loss = {run.folder: self.loss.rows(run.folder) for run in runs}
-
-        # The Frechet distances, and a picture of each method by the first seed.
+        loss = {}
         frechet = {}
         grids = {}
-        for run in runs if self.curve else ():
-            frechet[run.folder] = self.curves(run).rows(run.folder)
-            if run.seed == seeds[0]:
+        for run in runs:
+            loss[run.folder] = self.loss.rows(run.folder)
+            if self.curve:
+                frechet[run.folder] = self.curves(run).rows(run.folder)
+            # A picture of each method, by the first seed.
+            if self.curve and run.seed == seeds[0]:
                 grids[run.method] = self.grid(run)
         write_report(
             Findings(

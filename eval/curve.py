@@ -9,7 +9,7 @@ steps and images.
 For a RUN that may only be read, OUT/RUN-5e6f/ takes the place of RUN/curve.
 
 A small protocol, the same for all: 10,000 samples by DDIM in 50 steps (SiT and EDM: Heun, 18). A
-checkpoint that has a row of this protocol is left alone: run it again while training goes on, and
+checkpoint that has a row of this protocol is left alone: run it again while training continues, and
 it adds what is new. Under torchrun or srun the ranks share the drawing, and rank 0 scores.
 """
 
@@ -127,6 +127,7 @@ class Curve:
         """Raises ConfigError, or CheckpointError, for options that cannot work."""
         if self.every < 1:
             raise ConfigError(f"every={self.every} must be at least 1; it counts training steps")
+        # By resolved path: a run under two names would be scored twice.
         if len(set(map(Path.resolve, self.runs))) < len(self.runs):
             raise ConfigError("a run is named twice; name each once")
         for run in self.runs:
@@ -189,7 +190,8 @@ class Curves:
         """Score what is missing, and draw the curves."""
         missing = []
         for run in self.options.runs:
-            missing += [(run, step) for step in self.missing(run)]
+            for step in self.missing(run):
+                missing.append((run, step))
 
         # What is wrong with a model or the reference is an error before the work, not in it.
         existing = [(run, step) for run, step in missing if CheckpointDir.at(run, step).exists]
@@ -240,15 +242,12 @@ class Curves:
 
     def rows(self, run: Path) -> list[Row]:
         """The rows of this protocol, in the order of steps; of two of one step, the later."""
-        found: dict[int, Row] = {}
-        for line in lines(self.homes[run] / RESULTS):
-            if line.get("protocol") == self.options.protocol():
-                found[line["step"]] = line
-        return [found[step] for step in sorted(found)]
+        return rows_of_protocol(self.homes[run] / RESULTS, self.options.protocol())
 
     def missing(self, run: Path) -> list[int]:
         """The steps of the checkpoints that have no row of this protocol."""
-        known = {row["step"] for row in self.rows(run)}
+        # A checkpoint that is gone but has a row stays on the curve.
+        known = steps_of(self.rows(run))
         return steps_to_score(run, known, self.options.every)
 
     def sampler(self, run: Path, step: int) -> Sampler:
@@ -292,6 +291,8 @@ class Curves:
 
         scored = self.scorer()(folder_of(out, o.cfg_scale))
         info = sampler.trained.info
+
+        # All that a curve needs, as the checkpoint itself may be removed.
         row = {
             "run": str(run),
             "step": step,
@@ -310,6 +311,8 @@ class Curves:
         for name, figure in row["figures"].items():
             shown.append(f"{name} {figure['value']:.5g} +- {figure['error']:.2g}")
         print(f"{run} at step {step:,}: {', '.join(shown)}", flush=True)
+
+        # Samples of a checkpoint take far more disk than its row.
         if not o.keep_samples:
             shutil.rmtree(out)
             # Not empty where another step's samples lie in it.
@@ -342,7 +345,21 @@ class Curves:
         print(f"{count} checkpoints on the curve: {out / 'curve.png'}", flush=True)
 
 
-def steps_to_score(run: Path, known: set[int], every: int) -> list[int]:
+def rows_of_protocol(path: Path, protocol: Row) -> list[Row]:
+    """The rows of one protocol in a file, in the order of steps; of two of one step, the later."""
+    found = {}
+    for row in lines(path):
+        if row.get("protocol") == protocol:
+            found[row["step"]] = row
+    return [found[step] for step in sorted(found)]
+
+
+def steps_of(rows: Sequence[Row]) -> list[int]:
+    """The steps of some rows."""
+    return [row["step"] for row in rows]
+
+
+def steps_to_score(run: Path, known: Sequence[int], every: int) -> list[int]:
     """The steps of a run's checkpoints that are not `known`: multiples of `every`, and the newest,
     but never step 0, at which nothing is trained."""
     steps = sorted([checkpoint.step for checkpoint in checkpoints(run)])
@@ -416,7 +433,7 @@ def overlap(one: Row, other: Row) -> bool:
 def summary(of_runs: dict[Path, list[Row]]) -> list[str]:
     """Lines on the best of each run, and on which run reaches another's best how much earlier."""
     scored = {run: rows for run, rows in of_runs.items() if rows}
-    found = [best_text(run, rows) for run, rows in scored.items()]
+    found = list(map(best_text, scored, scored.values()))
     for one, other in itertools.permutations(scored, 2):
         # Distances of two extractors have nothing to do with each other.
         if main_figure(scored[one]) != main_figure(scored[other]):
@@ -462,12 +479,15 @@ def plot(of_runs: dict[Path, list[Row]], path: Path) -> None:
 
     # The figures that any run has, in the order of the first that has them.
     all_rows = list(itertools.chain.from_iterable(of_runs.values()))
-    names = list(dict.fromkeys(itertools.chain.from_iterable([row["figures"] for row in all_rows])))
+    names: dict[str, None] = {}
+    for row in all_rows:
+        names.update(dict.fromkeys(row["figures"]))
     columns = min(3, len(names))
     down = -(-len(names) // columns)
     plots, axes = plt.subplots(
         down, columns, figsize=(5 * columns, 4 * down), squeeze=False, layout="constrained"
     )
+    # A grid has more places than there are figures.
     for unused in axes.flat[len(names) :]:
         unused.set_axis_off()
 
@@ -481,6 +501,7 @@ def plot(of_runs: dict[Path, list[Row]], path: Path) -> None:
             add_image_axis(axis, *batch_sizes)
         axis.legend(fontsize="small")
 
+    # Under another name until it is complete.
     temporary = path.with_name("curve.tmp.png")
     plots.savefig(temporary, dpi=120)
     plt.close(plots)
@@ -489,20 +510,18 @@ def plot(of_runs: dict[Path, list[Row]], path: Path) -> None:
 
 def plot_run(axis: Any, run: Path, rows: Sequence[Row], name: str) -> None:
     """One run's curve of one figure, with the transitions of its stages."""
-    # Runs that were scored with other metrics have no point of this figure.
-    scored = [row for row in rows if name in row["figures"]]
-    if not scored:
+    # A run that was scored with other metrics has no point of this figure.
+    steps, values, errors = [], [], []
+    for row in rows:
+        if name in row["figures"]:
+            steps.append(row["step"])
+            values.append(row["figures"][name]["value"])
+            errors.append(row["figures"][name]["error"])
+    if not steps:
         return
-    figures = [row["figures"][name] for row in scored]
-    line = axis.errorbar(
-        [row["step"] for row in scored],
-        [figure["value"] for figure in figures],
-        [figure["error"] for figure in figures],
-        marker="o",
-        markersize=3,
-        capsize=2,
-        label=str(run),
-    )
+    line = axis.errorbar(steps, values, errors, marker="o", markersize=3, capsize=2, label=str(run))
+
+    # Where a stage of the curriculum ended.
     for step, _index in rows[-1]["transitions"]:
         axis.axvline(step, color=line[0].get_color(), linestyle=":", linewidth=0.6)
 

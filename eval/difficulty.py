@@ -106,6 +106,7 @@ class Difficulty(Plan):
 
     def denoise(self) -> None:
         """Sample with the models that have no score yet, and score the samples."""
+        # The full model is part of every score.
         self.check_trained(sorted({0, *self.chosen}))
         todo = sorted(set(self.chosen) - self.scored().keys())
         self.log(f"denoise: {len(todo)} of {len(self.chosen)} models to sample with")
@@ -137,6 +138,7 @@ class Difficulty(Plan):
         # How often the sampler asks the model of the interval at all.
         levels = asked_levels(sampler.trained, sampler.configs[0])
         inside = len([u for u in levels if low <= u < high])
+        # Frechet is the only metric, so there is one figure.
         ((name, figure),) = scored["figures"].items()
         row = {
             "interval": i,
@@ -157,6 +159,7 @@ class Difficulty(Plan):
             f"{inside} of {len(levels)} evaluations inside"
         )
         shutil.copyfile(made / GRID, folder.with_suffix(".png"))
+        # The picture of the first samples stays.
         if not o.keep_samples:
             shutil.rmtree(folder)
 
@@ -237,6 +240,7 @@ class Difficulty(Plan):
         }
         # As JSON has it: tuples are lists there.
         settings: Row = json.loads(json.dumps(facts))
+        # Other settings are measured again; the same ones never.
         if (read_json(self.entropy_file) or {}).get("settings") == settings:
             self.log(f"entropy: {self.entropy_file} is there, left alone")
             return
@@ -339,6 +343,7 @@ def read_json(path: Path) -> Row | None:
 def main(args: Sequence[str] | None = None) -> int:
     given, training = split_at_dashes(args)
     name, *own = given or ["--help"]
+    # Without a study there are no defaults to show.
     if name in ("-h", "--help"):
         print(__doc__ + "\nStudies:\n  " + "\n  ".join(STUDIES) + "\n\nIts options: STUDY --help")
         return 0

@@ -58,6 +58,7 @@ def to_input(images: npt.NDArray[np.uint8]) -> Tensor:
 def load_real(path: Path) -> tuple[Tensor, Tensor, str]:
     """Images (N, 1, H, W), labels (N,), and the data set's fingerprint. Raises DataError."""
     data = ShardDataset(path)
+    # Another data set would train a classifier of something else.
     if data.info.kind != "pixels" or data.info.shape[0] != 1:
         raise DataError(
             f"{path} holds {data.info.kind} of shape {data.info.shape}, not grey digits; "
@@ -75,8 +76,8 @@ def load_samples(folder: Path, shape: torch.Size) -> tuple[Tensor, Tensor, str]:
             f"{folder} holds no samples; give a folder that eval.sample wrote, such as "
             "samples/cfg1.5"
         )
-    # Samples of another shape would be read as nonsense, and scored as such.
     data = ShardDataset(folder, verify=True)
+    # Samples of another shape would be read as nonsense, and scored as such.
     if data.info.shape != tuple(shape[1:]):
         raise DataError(
             f"{folder} holds images of shape {data.info.shape}, the real digits have "
@@ -91,6 +92,7 @@ def split(labels: Tensor) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(SEED)
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
+        # Class by class, so that both parts have all digits.
         members = (labels == label).nonzero()[:, 0]
         order = torch.randperm(len(members), generator=generator)
         held_out[members[order[: round(HELD_OUT * len(members))]]] = True
@@ -115,6 +117,7 @@ def train(images: Tensor, labels: Tensor) -> nn.Module:
     )
     # The first call lets the last layer find its size, which the optimizer needs.
     model(images[:2])
+    # A cycle of the learning rate that ends near 0: a few epochs are enough.
     optimizer = torch.optim.AdamW(model.parameters())
     steps = EPOCHS * math.ceil(len(images) / BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
@@ -146,10 +149,13 @@ def score(sample_dirs: tuple[Path, ...], data: Path, earlier: Path | None = None
     returned where they are of the same images and settings."""
     images, labels, fingerprint = load_real(data)
     # All sets are loaded before training: an error comes before the work.
-    sets = {str(folder): load_samples(folder, images.shape) for folder in sample_dirs}
+    sets = {}
+    fingerprints = {}
+    for folder in sample_dirs:
+        drawn, asked, fingerprints[str(folder)] = load_samples(folder, images.shape)
+        sets[str(folder)] = (drawn, asked)
 
     # What the results depend on.
-    fingerprints = {name: loaded[2] for name, loaded in sets.items()}
     of = {
         "classifier": [EPOCHS, BATCH_SIZE, LR, HELD_OUT, SEED],
         "data": fingerprint,
@@ -168,7 +174,7 @@ def score(sample_dirs: tuple[Path, ...], data: Path, earlier: Path | None = None
     )
     on_real = recognised(model, images[held_out], labels[held_out])
     on_samples = {}
-    for name, (drawn, asked, _) in sets.items():
+    for name, (drawn, asked) in sets.items():
         on_samples[name] = recognised(model, drawn, asked)
     return {"of": of, "trained_on": len(kept), "held_out": on_real, "samples": on_samples}
 
@@ -181,6 +187,7 @@ def line(name: str, result: dict[str, Any]) -> str:
 
 def in_plain_words(results: dict[str, Any]) -> str:
     """A sentence for somebody who does not know the scores."""
+    # The best of the sets, as guidance scales are tried to find it.
     folder, best = max(results["samples"].items(), key=lambda item: item[1]["recognised"])
     real = results["held_out"]
     return (

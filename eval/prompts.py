@@ -90,6 +90,7 @@ def freeze(captions: Path, num: int, seed: int) -> str:
         best = of_image.setdefault(row.image_id, row)
         if _rank(seed, "caption", row.caption_id) < _rank(seed, "caption", best.caption_id):
             of_image[row.image_id] = row
+    # Captions repeat images: the number of images is what limits the list.
     if num > len(of_image):
         raise ConfigError(
             f"num={num}: {captions} has captions of {len(of_image)} images; set --num "

@@ -135,6 +135,7 @@ class Sample:
                 "--cfg-scale names no scale; give one or more, such as --cfg-scale 1.5 2.0"
             )
         check_cuda(self.device)
+        # A CPU may compute in half precision slowly, or not at all.
         if self.device == "cpu" and self.precision != "auto":
             check_on_cpu(self.precision, "--precision {}")
 
@@ -157,18 +158,12 @@ class Sampler:
         objective = self.trained.objective
         self.sampler = options.sampler or objective.samplers[0]
         self.steps = objective.default_steps if options.steps is None else options.steps
-        model = self.trained.config.model
-        info = self.trained.info
-        if not model.class_dropout_prob and set(options.cfg_scale) != {1.0}:
-            raise ConfigError(
-                "the model was trained with class_dropout_prob=0 and knows no null label to guide "
-                "with; set --cfg-scale 1"
-            )
+        self.check_guidance()
         self.weights_sha256 = weights_sha256(self.trained.model)
-        self.pixels = info["data_info"]["kind"] == "pixels"
+        self.pixels = self.trained.info["data_info"]["kind"] == "pixels"
 
         # What the samples are conditioned on, and what decodes them.
-        made_with = info.get("made_with", {})
+        made_with = self.trained.info.get("made_with", {})
         self.conditions = make_conditions(
             self.trained,
             n=options.num_samples,
@@ -194,6 +189,16 @@ class Sampler:
         )
         self._model: Model | None = None
 
+    def check_guidance(self) -> None:
+        """Raises ConfigError for guidance of a model that was not trained for it."""
+        # Guidance needs predictions without a condition, which training has to teach.
+        dropout = self.trained.config.model.class_dropout_prob
+        if not dropout and set(self.options.cfg_scale) != {1.0}:
+            raise ConfigError(
+                "the model was trained with class_dropout_prob=0 and knows no null label to guide "
+                "with; set --cfg-scale 1"
+            )
+
     def compile_pays(self) -> bool:
         """Whether torch.compile pays: decided once for all scales, by all of the work, not by what
         is left of it here, as a compiled model rounds differently."""
@@ -206,6 +211,7 @@ class Sampler:
 
     def evaluations(self, config: SamplingConfig) -> int:
         """How many images all ranks show to the model; guidance shows each twice."""
+        # Solvers of order two ask the model twice in a step.
         rounds = evaluations(self.trained.objective, config.sampler, config.steps)
         return self.options.num_samples * rounds * (1 if config.cfg_scale == 1 else 2)
 
@@ -278,6 +284,7 @@ class Sampler:
                 "the model draws pixels, or latents of no VAE that its data name; leave out --vae"
             )
         vae = load_vae(spec, self.device)
+        # Latents of another VAE decode to something that looks nearly right.
         if vae.identity != encoder:
             raise ConfigError(
                 f"--vae {spec} is {vae.identity}, the model was trained with {encoder}"
@@ -374,6 +381,7 @@ class Sampler:
                     stop=stop_requested,
                 )
                 for drawn, x in batches:
+                    # Batches arrive in order, so each has its place in the shard.
                     into = latents[drawn[0] - numbers[0] :][: len(drawn)]
                     finish(self.finish_batch, x, drawn, self.ready(), config.precision, into)
                 finish(self.save, made, part, latents)
@@ -400,6 +408,7 @@ class Sampler:
         """Samples as they are stored: uint8 pixels, or float16 latents that nothing decodes."""
         if self.vae:
             return torch.cat([self.vae.decode(part) for part in x.split(DECODED_AT_ONCE)]).numpy()
+        # From [-1, 1] to 0 .. 255, rounded to the nearest.
         if self.pixels:
             return ((x + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
         return x.half().cpu().numpy()
@@ -408,6 +417,7 @@ class Sampler:
         """On a GPU an event that marks the end of the work so far; None on a CPU."""
         if self.device.type != "cuda":
             return None
+        # The worker's stream waits for it before it reads the samples.
         event = torch.cuda.Event()
         event.record()  # type: ignore[no-untyped-call]
         return event
@@ -505,6 +515,7 @@ def folder_of(out: Path, cfg_scale: float) -> Path:
 def weights_sha256(model: nn.Module) -> str:
     """The hash of a model's weights, on the CPU, with their names."""
     digest = hashlib.sha256()
+    # Sorted: the order of modules is no part of a model.
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().numpy())

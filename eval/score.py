@@ -105,6 +105,7 @@ class Score:
             raise ConfigError(
                 f"--metrics names none; choose of {', '.join(METRICS)}, or leave it out for all"
             )
+        # Only the CLIP score does without a reference.
         if self.reference is None and (self.save_reference or not self.clip):
             raise ConfigError("no reference; give --reference, real images or statistics of them")
         if self.save_reference and self.save_reference.suffix != ".npz":
@@ -131,11 +132,14 @@ class Scorer:
         self.clip: Clip | None = load_clip(options.clip, self.device) if options.clip else None
         self.reference: Reference | None = None
         if options.reference:
+            # Sizes are compared before the reference's features are extracted.
             extractor = load_extractor(
                 options.extractor, self.device, inception_weights=options.inception_weights
             )
-            sizes = [*sizes, *[images.resolution for images in self.sets.values()]]
-            self.reference = self._open_reference(options.reference, extractor, sizes)
+            all_sizes = list(sizes)
+            for images in self.sets.values():
+                all_sizes.append(images.resolution)
+            self.reference = self._open_reference(options.reference, extractor, all_sizes)
 
     def _results(self, path: Path) -> list[Path]:
         """The files that get a set's row: one beside it, and --out, which is enough where nobody
@@ -165,6 +169,7 @@ class Scorer:
                 f"{path}: {n or len(images)} samples are too few for any figure; score {GROUPS} or "
                 "more"
             )
+        # Fewer than asked for would be scored under the wrong name.
         if n and n > len(images):
             raise ConfigError(
                 f"{path} holds {len(images):,} samples, not --num-samples {n:,}; draw more, or ask "
@@ -186,6 +191,7 @@ class Scorer:
             batch_size=o.batch_size,
             device=self.device,
         )
+        # Kept before any set is scored: it is what takes longest.
         if o.save_reference:
             write_statistics(o.save_reference, reference.statistics)
         return reference
@@ -200,6 +206,8 @@ class Scorer:
         notes: list[str] = []
         if self.reference:
             found, notes = self._against_reference(self.reference, images, n, path)
+
+        # The CLIP score needs texts, not a reference.
         if self.clip and "clip" in o.metrics:
             found.append(
                 text_figure(images, self.clip, n=n, batch_size=o.batch_size, device=self.device)
@@ -262,6 +270,7 @@ def text(row: dict[str, Any]) -> str:
     """One set's figures as a table."""
     how = "" if row["drawn"] is None else f"; {drawn_text(row['drawn'])}"
     lines = [f"{row['samples']}: {row['n']:,} images{how}"]
+    # Names in one column, values in the next.
     width = max(map(len, row["figures"]), default=0)
     for name, figure in row["figures"].items():
         lines.append(
@@ -279,6 +288,7 @@ def drawn_text(d: dict[str, Any]) -> str:
         f"{d['run']} at step {d['step']:,}, {d['sampler']} {d['steps']} steps, cfg_scale "
         f"{d['cfg_scale']}, seed {d['seed']}, {d['precision']}"
     )
+    # What the paper and most others use goes without saying.
     usual = {"eta": 0.0, "guidance_interval": [0.0, 1.0], "cfg_channels": None}
     for key, value in usual.items():
         if d.get(key) != value:
@@ -306,8 +316,10 @@ def run(options: Score) -> None:
             "keep the reference's statistics only"
         )
     try:
+        # A signal can arrive while the reference is opened, too.
         scorer = Scorer(options)
         for path in options.samples:
+            # Printed before it is kept: a row that cannot be written is at least seen.
             row = scorer(path)
             print(text(row), flush=True)
             scorer.keep(path, row)

@@ -87,7 +87,11 @@ def read_method(name: str) -> Method:
     for word in words.split("+"):
         parts[word] = look_up(METHODS, word, "method")
     if settings:
-        parts["@"] = dict([setting(name, part) for part in settings.split(",")])
+        own: dict[str, str] = {}
+        for part in settings.split(","):
+            key, value = setting(name, part)
+            own[key] = value
+        parts["@"] = own
     options = merge(name, parts)
 
     # An order or kind of stages means nothing without a pacing: then it is the paper's.

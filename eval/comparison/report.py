@@ -25,7 +25,7 @@ from eval.comparison.statistics import (
     table,
 )
 from eval.comparison.validation_loss import WEIGHTS, figure
-from eval.curve import Row, main_figure
+from eval.curve import Row, main_figure, steps_of
 from eval.training_runs import Run
 from largescale.checkpoint.files import checkpoints
 from largescale.config.validation import ema_note
@@ -57,8 +57,8 @@ class Findings:
         found: dict[str, dict[int, Sequence[Row]]] = {}
         for run in self.runs:
             found.setdefault(run.method, {})[run.seed] = rows[run.folder]
-            steps = [row["step"] for row in rows[run.folder]]
-            first = [row["step"] for row in rows[self.runs[0].folder]]
+            steps = steps_of(rows[run.folder])
+            first = steps_of(rows[self.runs[0].folder])
             if steps != first:
                 raise DataError(
                     f"{run.folder} was scored at steps {steps}, {self.runs[0].folder} at {first}, "
@@ -77,6 +77,7 @@ def write_report(f: Findings) -> None:
     name = figure("EMA")
     figures = {}
     if f.frechet:
+        # Its name says which network it is of.
         name = main_figure(f.frechet[f.runs[0].folder])
         figures[name] = f.of_runs(f.frechet)
         plot_panels(figures[name], [name], f.out / "frechet.png")
@@ -121,8 +122,8 @@ def heading(f: Findings, name: str) -> list[str]:
         f"# {config.name}: {', '.join(methods_of(f.runs))}",
         "",
         f"{seeds_text(f)}; {config.train.steps:,} steps of {config.train.global_batch_size} "
-        f"images; scored every {config.checkpoint.every:,} steps, which is how finely steps are "
-        f"told. {spread_text(f)}",
+        f"images; scored every {config.checkpoint.every:,} steps, which is how exactly steps are "
+        f"known. {spread_text(f)}",
         "",
         f"Validation loss: unweighted, of {f.loss_protocol['images']} images a cluster that were "
         + ("not trained on." if f.held_out else "trained on (no --validation was given)."),
@@ -139,20 +140,22 @@ def methods_of(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys([run.method for run in runs]))
 
 
-def num_seeds(f: Findings) -> int:
-    return len({run.seed for run in f.runs})
+def seeds_of(runs: Sequence[Run]) -> set[int]:
+    """The seeds of some runs."""
+    return {run.seed for run in runs}
 
 
 def seeds_text(f: Findings) -> str:
     """How many seeds the numbers are of."""
-    done = num_seeds(f)
+    done = len(seeds_of(f.runs))
     text = f"{done} seed{'s' if done > 1 else ''}"
     return text if done == f.seeds else f"{text} of {f.seeds}, so far"
 
 
 def spread_text(f: Findings) -> str:
     """How to read the numbers behind ±."""
-    if num_seeds(f) == 1:
+    # Without a second seed there is neither a deviation nor a test.
+    if len(seeds_of(f.runs)) == 1:
         return "One seed tells nothing of the spread: a difference may be chance."
     return (
         "± is the standard deviation over seeds; of differences, of runs of the same seed, the "
@@ -165,11 +168,12 @@ def spread_text(f: Findings) -> str:
 def frechet_text(f: Findings) -> str:
     """How the samples of the Frechet distance were drawn, and at which steps."""
     p = f.frechet_protocol
-    steps = ", ".join([f"{row['step']:,}" for row in f.frechet[f.runs[0].folder]])
+    # All runs have the steps of the first.
+    steps = [f"{step:,}" for step in steps_of(f.frechet[f.runs[0].folder])]
     return (
         f"{p['num_samples']:,} samples of the EMA by {p['sampler']} in {p['steps']} "
         f"steps, cfg_scale {p['cfg_scale']}, seed {p['seed']}, against {p['reference']}, by "
-        f"{p['extractor']}, at steps {steps}."
+        f"{p['extractor']}, at steps {', '.join(steps)}."
     )
 
 
@@ -203,8 +207,11 @@ def stages(f: Findings) -> list[str]:
         # Curriculum index 0 trains on the complete noise axis.
         ends = []
         for run in of_method:
-            ends += [step for step, index in transitions(run) if index == 0]
+            for step, index in transitions(run):
+                if index == 0:
+                    ends.append(step)
 
+        # A run can end before the last stage.
         text = "none" if of_method[0].config.curriculum.pacing == "none" else "not in this run"
         if ends:
             text = str(mean(ends))
@@ -216,6 +223,7 @@ def stages(f: Findings) -> list[str]:
 
 def transitions(run: Run) -> list[tuple[int, int]]:
     """The stages of a run: (step, curriculum index from then on)."""
+    # The newest checkpoint has all transitions of the run.
     state = checkpoints(run.folder)[0].manifest()["state"]
     found: list[tuple[int, int]] = state["curriculum"]["transitions"]
     return found
@@ -324,18 +332,15 @@ def plot_method(axis: Any, runs: OfRuns, method: str, name: str, relative: bool)
 
     # Means over seeds, and one standard deviation to both sides.
     steps = sorted(each)
-    means = [mean(each[step]) for step in steps]
-    middle = np.array([m.value for m in means])
-    spread = np.array([m.spread or 0.0 for m in means])
+    middle, low, high = [], [], []
+    for step in steps:
+        over_seeds = mean(each[step])
+        spread = over_seeds.spread or 0.0
+        middle.append(over_seeds.value)
+        low.append(over_seeds.value - spread)
+        high.append(over_seeds.value + spread)
     line = axis.plot(steps, middle, marker=".", label=method)
-    axis.fill_between(
-        steps,
-        middle - spread,
-        middle + spread,
-        color=line[0].get_color(),
-        alpha=0.2,
-        linewidth=0,
-    )
+    axis.fill_between(steps, low, high, color=line[0].get_color(), alpha=0.2, linewidth=0)
 
 
 def plot_side_by_side(grids: Mapping[str, Path], path: Path) -> None:
@@ -358,6 +363,7 @@ def plot_side_by_side(grids: Mapping[str, Path], path: Path) -> None:
         figsize=(5 * len(pictures), 5 * height / width + 0.4),
     )
     for (method, picture), axis in zip(pictures.items(), axes.flat, strict=True):
+        # Pixels as they are: interpolation would flatter the samples.
         axis.imshow(picture, interpolation="nearest")
         axis.set_title(method)
         axis.set_axis_off()

@@ -49,9 +49,11 @@ class Difference:
     def __str__(self) -> str:
         if self.error is None:
             return f"{self.value:+.3g}"
+        # Less is better, of every figure that is compared.
         verdict = "no significant difference"
         if self.is_significant:
             verdict = "better" if self.value < 0 else "worse"
+        # Both p-values are shown where they differ.
         p = f"p = {self.p_adjusted:.3g}"
         if self.p_adjusted != self.p_value:
             p += f", raw {self.p_value:.3g}"
@@ -60,7 +62,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Standing:
-    """One method by one figure, of which less is better."""
+    """How one method stands by one figure; less is better."""
 
     final: Mean
     best: Mean
@@ -81,6 +83,7 @@ def paired(values: Sequence[float], others: Sequence[float]) -> Difference:
     seeds = len(each)
     if seeds == 1:
         return Difference(value, None, seeds, None, None)
+    # The standard error of the mean of the pairs' differences.
     error = stdev(each) / math.sqrt(seeds)
     p_value = t_test(value, error, seeds)
     return Difference(value, error, seeds, p_value, p_value)
@@ -101,6 +104,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction: the k-th smallest of n is multiplied by n - k + 1, and none
     falls below a smaller one's."""
     adjusted = [0.0] * len(p_values)
+    # From the smallest p-value to the largest.
     so_far = 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         so_far = max(so_far, min(1.0, (len(p_values) - rank) * p_values[i]))
@@ -126,6 +130,7 @@ def of_figure(rows: Sequence[Row], name: str) -> list[Row]:
     """The rows with this figure only; a row whose distance was not finite is left out."""
     found = []
     for row in rows:
+        # The scorer writes None for a distance that is not finite.
         figures = row["figures"]
         if figures.get(name, {}).get("value") is not None:
             found.append({"step": row["step"], "figures": {name: figures[name]}})
@@ -163,6 +168,7 @@ def standings(runs: OfRuns, name: str) -> dict[str, Standing]:
     for method, of_method in curves.items():
         finals[method] = [curve[-1][1] for curve in of_method]
     differences = against_first(finals)
+    # Against which a speed-up is measured.
     best_step_of_first, _ = mean_best(curves[first])
 
     found = {}

@@ -1,7 +1,6 @@
 """The validation loss of a comparison: unweighted, per noise cluster, on a fixed set of (image, u,
 noise) that is the same for all runs, whatever noise levels and weights each was trained with."""
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,21 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eval.curve import lines
+from eval.curve import rows_of_protocol
 from eval.score import RESULTS
 from largescale.checkpoint.files import CheckpointDir, named_weights
 from largescale.checkpoint.weights import load_trained
-from largescale.condition import select, to_device
 from largescale.config.schema import Config
-from largescale.data.loader import to_condition, to_x_start
-from largescale.data.order import sample_indices
+from largescale.data.fixed_noise_set import FixedNoiseSet
 from largescale.data.shards import ShardDataset
 from largescale.diffusion.objective import Objective
-from largescale.errors import DataError, Stopped
+from largescale.errors import DataError
 from largescale.host.files import append_line
 from largescale.host.signals import stop_requested
 from largescale.models.build import latent_shape
-from largescale.randomness import step_draws
 
 SEED = 0x5EED  # of this set, the same for runs of all seeds
 WEIGHTS = {"EMA": "ema", "raw weights": "master"}
@@ -48,33 +44,16 @@ class ValidationLoss:
         self.batch_size = batch_size
         self.device = device
         self.n_clusters = len(edges) - 1
-        n = images * self.n_clusters
-        info = data.info
-
-        # The middles of equal bins, so that no level lies on the edge of two clusters.
-        inside = (np.arange(images) + 0.5) / images
-        levels = [low + inside * (high - low) for low, high in itertools.pairwise(edges)]
-        self._u = torch.from_numpy(np.concatenate(levels))
-
-        # Drawn on the CPU: the same numbers on every device.
-        draws = step_draws(
-            SEED,
-            0,
-            n,
-            latent_shape(config.model),
-            dropout_prob=0.0,
-            posterior=info.kind == "moments",
+        # On the CPU: the same numbers whatever device the losses are computed on.
+        self._set = FixedNoiseSet(
+            data,
+            edges,
+            images,
+            seed=SEED,
+            shape=latent_shape(config.model),
+            captions=config.model.max_caption_tokens > 0,
             device=torch.device("cpu"),
         )
-        # Of several captions of an image the first, in every run.
-        chosen = sample_indices(np.arange(n), len(data), SEED)
-        choice = np.zeros(n) if config.model.max_caption_tokens else None
-        rows = {}
-        for name, values in data.gather(chosen, choice=choice).items():
-            rows[name] = torch.from_numpy(values)
-        self._x_start = to_x_start(rows["latent"], info.kind, info.scale_factor, draws.posterior)
-        self._noise = draws.noise
-        self._y = to_condition(rows)
 
         # Only losses with the same protocol are comparable.
         self.protocol = {
@@ -86,11 +65,7 @@ class ValidationLoss:
 
     def rows(self, run: Path) -> list[dict[str, Any]]:
         """What is known of a run's checkpoints by this protocol, in the order of steps."""
-        found = {}
-        for line in lines(run / "loss" / RESULTS):
-            if line.get("protocol") == self.protocol:
-                found[line["step"]] = line
-        return [found[step] for step in sorted(found)]
+        return rows_of_protocol(run / "loss" / RESULTS, self.protocol)
 
     def add(self, run: Path, step: int) -> None:
         """Measure the EMA and the raw weights of a checkpoint, and append a row to the run's
@@ -123,17 +98,8 @@ class ValidationLoss:
     @torch.no_grad()
     def __call__(self, model: nn.Module, objective: Objective) -> np.ndarray:
         """The mean of each cluster, C_1 first, (n_clusters,) float64."""
-        losses = []
-        for part in torch.arange(len(self._u)).split(self.batch_size):
-            if stop_requested():
-                raise Stopped
-            t = objective.draw(self._u[part].to(self.device))
-            x_start = self._x_start[part].to(self.device)
-            noise = self._noise[part].to(self.device)
-            y = to_device(select(self._y, part), self.device)
-            loss = objective.training_losses(model, x_start, t, noise, y).loss
-            losses.append(loss.double().cpu())
-
+        batches = self._set.losses(model, objective, self.batch_size, self.device, stop_requested)
+        losses = [loss.cpu() for _, loss in batches]
         # Each cluster has the same number of images, one after another.
         means: Tensor = torch.cat(losses).view(self.n_clusters, -1).mean(1)
         return means.numpy()

@@ -34,7 +34,7 @@ class Convergence:
     final: float
     """The smoothed loss at step S."""
     rises: int
-    """Steps s > 100 with L_s > L_{s-1}: the paper's count, as far as it says."""
+    """Steps s > 100 with L_s > L_{s-1}: the paper's count, as far as the paper describes it."""
     smoothed_rises: int
     """Steps s > 100 at which the smoothed loss rises: the fewer, the longer it keeps falling."""
     oscillates_from: int | None

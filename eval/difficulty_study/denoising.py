@@ -51,6 +51,7 @@ class Spliced:
             return self.inside(x_t, t, y)
         if not chosen.any():
             return self.outside(x_t, t, y)
+        # Both models see all images: a batch at two levels is rare.
         return torch.where(
             chosen[:, None, None, None], self.inside(x_t, t, y), self.outside(x_t, t, y)
         )
@@ -61,6 +62,7 @@ class SplicedSampler(Sampler):
 
     def __init__(self, options: Sample, part: Path, interval: tuple[float, float]) -> None:
         super().__init__(options)
+        # The two have to agree, or splicing them would draw nonsense.
         self.part = load_trained(part)
         self.interval = interval
         check_fits(self.part, self.trained, part, options.source)
@@ -69,6 +71,7 @@ class SplicedSampler(Sampler):
     def model(self, config: SamplingConfig) -> Model:
         """Both models as one; prepared when first needed, like the base class's."""
         if self._spliced is None:
+            # Both at the same precision, or the samples would depend on where the interval lies.
             outside = super().model(config)
             inside = prepare(
                 self.part.model,
@@ -81,6 +84,8 @@ class SplicedSampler(Sampler):
 
     def job(self, config: SamplingConfig) -> dict[str, Any]:
         """All that the samples depend on, the model inside the interval included."""
+
+        # With this the provenance of the samples names both models.
         spliced = {
             "interval": list(self.interval),
             "step": self.part.info["step"],
@@ -110,6 +115,7 @@ def check_fits(part: Trained, full: Trained, part_path: Path, full_path: Path) -
 def meaning(trained: Trained) -> dict[str, Any]:
     """What a model's inputs and outputs mean: its objective, their shapes, and its data."""
     model = trained.config.model
+    # Not the width or depth, in which the two may differ.
     facts: dict[str, Any] = {
         "diffusion": trained.config.diffusion,
         "shape": latent_shape(model),
@@ -131,6 +137,7 @@ def asked_levels(trained: Trained, config: SamplingConfig) -> list[float]:
     asked: list[float] = []
 
     def note(x_t: Tensor, t: Tensor, y: Condition) -> Tensor:
+        # All samples of a batch are asked for at the same level.
         asked.extend(noise_level(t[:1]).tolist())
         return x_t.new_zeros(len(x_t), channels, *x_t.shape[2:])
 

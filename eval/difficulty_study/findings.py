@@ -46,6 +46,7 @@ class Findings:
         """The loss curves of the intervals that are trained to the end."""
         found = {}
         for i in self.intervals:
+            # A curve that ends early would be compared with complete ones.
             curve = read_losses(self.folders[i])
             if len(curve.step) and curve.step[-1] >= self.steps:
                 found[i] = curve
@@ -60,6 +61,7 @@ class Findings:
         """The stages that are not complete -> the intervals that lack; none for the relative
         entropy, which is one measurement over all of them."""
         found: dict[Stage, list[int]] = {}
+        # The full model may be given instead of trained, so only the intervals count.
         if lost := set(self.intervals) - self.curves.keys():
             found["train"] = sorted(lost)
         if lost := {0, *self.intervals} - self.scored.keys():
@@ -77,6 +79,7 @@ class Findings:
         end = bisect_left(self.entropy["u"], self.edges[i])
         if start == end:
             return None
+        # The extremes, as a mean over timesteps would hide where the estimate fails.
         kernels = self.entropy["kernels"][start:end]
         return {
             "value": fmean(self.entropy["value"][start:end]),

@@ -131,10 +131,6 @@ def relative_entropy(
     of each pair. `samples`: M, the same draws for all pairs. `chunk` bounds the memory, and changes
     rounding only. `progress` is called with shares of the work, in all 1.
 
-    Everything is float64: squared distances of 10^4 pixels are divided by variances down to 10^-5,
-    and in float32 would be wrong by some hundreds. All pairs share two matrix products, x_l x_j and
-    noise x_j.
-
     Raises DataError for fewer than 2 points or samples, values that are not finite, or sigma that
     is not positive; Stopped.
     """
@@ -142,7 +138,11 @@ def relative_entropy(
     points, width = data.shape
     check(data, np.concatenate([p, q]), samples)
 
-    # A few rows of data at a time are float64; `square` is |x_j|^2, (L,).
+    # Everything is float64: squared distances of 10^4 pixels are divided by variances down to
+    # 10^-5, and in float32 would be wrong by some hundreds. All pairs share two matrix products,
+    # x_l x_j and noise x_j.
+
+    # A few rows of data at a time are converted; `square` is |x_j|^2, (L,).
     parts = data.split(max(1, min(points, CHUNK // width)))
     square = torch.cat([part.double().square().sum(1) for part in parts])
 
@@ -160,9 +160,14 @@ def relative_entropy(
             found[:, k, first : first + rows] = _pair(batch, *level, *other)
             progress(len(own) / samples / len(p))
 
+    return _estimates(found.cpu().numpy(), one_kernel(p, q, width, square.mean().item()))
+
+
+def _estimates(found: Array, bound: Array) -> RelativeEntropy:
+    """The estimates from the terms of all samples (3, K, M); `bound`: one kernel's relative
+    entropy, (K,)."""
     # ln p - ln q is the log ratio of the own kernels, and what the others add to it.
-    single, rest, entropy = found.cpu().numpy()
-    bound = one_kernel(p, q, width, square.mean().item())
+    single, rest, entropy = found
     log_ratio = single + rest
     return RelativeEntropy(
         *_controlled(log_ratio, single - bound[:, None]),

@@ -11,9 +11,10 @@ from eval.difficulty_study.pictures import draw
 from eval.difficulty_study.study import Row
 from largescale.host.files import write_atomically
 
+# The caption of each picture.
 PICTURES = {
     "losses.png": "Loss of each M_i, trained on its interval only (figure A of the paper). Left: "
-    "smoothed, and scaled to its own range. Middle: where it begins to oscillate "
+    "smoothed, and scaled to its own range. Middle: where it starts to oscillate "
     "(hatched: not before the end), and where 90 % of its fall are done. Right: how "
     "often the smoothed loss rises after step 100.",
     "denoising.png": "Samples drawn with M_i inside its interval and with the full model "
@@ -25,6 +26,7 @@ PICTURES = {
     "finitely many images, whatever they show, and only an upper bound. "
     "Where it is few, more images would give another value.",
 }
+# The head of the table, in the order of `cells`.
 COLUMNS = (
     "interval",
     "u",
@@ -86,11 +88,13 @@ def summary(found: Findings) -> str:
             f"{number(of[1]['value'])} with M_1, {number(of[last]['value'])} with M_{last}"
         )
     if found.entropy:
+        # One kernel's relative entropy says nothing about the data.
         degenerate = found.entropy["degenerate"]
         parts.append(
             f"the relative entropy is one kernel's at {sum(degenerate):,} of "
             f"{len(degenerate):,} timesteps"
         )
+    # One number for what the table shows.
     if found.correlations:
         each = [f"{name} {value:+.2f}" for name, value in found.correlations.items()]
         parts.append(f"rank correlation with the interval: {', '.join(each)}")
@@ -168,7 +172,9 @@ def page(found: Findings, pictures: dict[str, bytes], settings: Row) -> str:
     for row in found.scored.values():
         notes.update(row["notes"])
     noted = "".join([f"<p>Note: {html.escape(note)}.</p>" for note in sorted(notes)])
-    rows = "".join([table_row("td", cells(row)) for row in found.rows])
+    rows = ""
+    for row in found.rows:
+        rows += table_row("td", cells(row))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Denoising difficulty: {html.escape(found.study)}</title>
 <style>body{{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}}

@@ -120,6 +120,7 @@ class Study:
             raise ConfigError(
                 f"--stages names none; choose of {', '.join(STAGES)}, or leave it out for all"
             )
+        # A standard error needs two samples.
         if self.entropy_samples < 2:
             raise ConfigError(
                 f"entropy_samples={self.entropy_samples} must be at least 2; set --entropy-samples"
@@ -168,6 +169,7 @@ STUDIES: dict[str, Study] = {
     "paper": Study(
         "dit_b2_ffhq256", Path("runs/difficulty/paper"), sampler="ddpm", sampler_steps=250
     ),
+    # SiT's own sampler, at the paper's number of steps.
     "paper_sit": Study("sit_b2_ffhq256", Path("runs/difficulty/paper_sit"), sampler_steps=250),
     # 4,000 thousand images, in batches of 256.
     "paper_edm": Study(
@@ -177,6 +179,7 @@ STUDIES: dict[str, Study] = {
         sampler="euler",
         sampler_steps=40,
     ),
+    # Minutes on two CPU cores.
     "digits": digits("digits", "ddim", 50),
     "digits_sit": digits("digits_sit", "euler", 50),
     "digits_edm": digits("digits_edm", "euler", 40),
@@ -196,6 +199,7 @@ class Plan:
         self.config = configure(options.preset, self.arguments(0)[1:])
         self.check_extra()
         self.check_objective()
+        # Validated once: the runs differ in their interval only.
         validate(self.config, options.nproc)
 
         # Interval 0 is the full model.
@@ -229,6 +233,7 @@ class Plan:
     def check_objective(self) -> None:
         """Raises ConfigError for a preset of another objective than the study's, whose sampler it
         could not use."""
+        # Each study's sampler and steps are those of its objective.
         objective = self.config.diffusion.objective
         kind = PRESETS[STUDIES[self.name].preset]().diffusion.objective
         if objective != kind:
@@ -246,13 +251,13 @@ class Plan:
         """The settings of the training program for one interval. Every step is logged, as the rises
         of the loss are counted from step to step; nothing else is."""
         o = self.options
-        # Interval 0 is all of the noise axis, for which only_cluster is 0.
         settings: Row = {"data.path": o.data} if o.data else {}
         return settings | {
             "train.steps": o.steps,
             "output": self.folder(i),
             "curriculum.pacing": "none",
             "curriculum.n_clusters": o.intervals,
+            # 0: all of the noise axis.
             "curriculum.only_cluster": i,
             "telemetry.log_every": 1,
             "telemetry.preview_every": 0,
@@ -265,6 +270,7 @@ class Plan:
         flat = []
         for key, value in self.settings(i).items():
             flat += [cli_flag(key), str(value)]
+        # TensorBoard would write a file for each of many runs.
         return (*flat, "--telemetry.no-tensorboard")
 
     def arguments(self, i: int) -> tuple[str, ...]:
@@ -273,6 +279,7 @@ class Plan:
 
     def run(self, i: int) -> Run:
         """The training run of one interval."""
+        # What `configure` would make of the arguments, without parsing them N times.
         curriculum = replace(self.config.curriculum, only_cluster=i)
         config = replace(self.config, curriculum=curriculum, output=str(self.folder(i)))
         return Run(f"interval {i}", config.train.seed, config, self.arguments(i))
@@ -347,9 +354,13 @@ class Plan:
 
     def untrained(self, intervals: Sequence[int]) -> list[int]:
         """Those of these intervals whose model is not trained to the end."""
-        # A full model that was given is not ours to train.
-        ours = [i for i in intervals if i or not self.options.full]
-        return [i for i in ours if not self.runs[i].finished]
+        missing = []
+        for i in intervals:
+            # A full model that was given is not trained here.
+            given = i == 0 and self.options.full is not None
+            if not given and not self.runs[i].finished:
+                missing.append(i)
+        return missing
 
     def check_trained(self, intervals: Sequence[int]) -> None:
         """Raises CheckpointError, with the command that trains them, for models that are missing."""
@@ -366,12 +377,14 @@ class Plan:
         for field in fields(Study):
             if field.name in ("stages", "interval"):
                 continue
+            # Only what differs from the study's defaults, so that the command can be read.
             value = getattr(self.options, field.name)
             if value != getattr(default, field.name):
                 words.append(f"--{field.name.replace('_', '-')}")
                 # A flag that is on has no value.
                 words += [] if value is True else [str(value)]
         words += ["--stages", stage]
+        # A single interval can be given; several are found by the stage itself.
         if len(intervals) == 1:
             words += ["--interval", str(intervals[0])]
         if self.extra:

@@ -65,6 +65,7 @@ class Conditions(ABC):
 
     def _numbers(self, index: Sequence[int]) -> Numbers:
         """These sample numbers as an array. Raises IndexError outside [0, n)."""
+        # A negative number would silently be another sample's.
         numbers = np.asarray(index, np.int64)
         if not 0 <= numbers.min(initial=0) <= numbers.max(initial=0) < self.n:
             raise IndexError(
@@ -92,6 +93,7 @@ def make_conditions(
     is asked for, and not otherwise. Raises ConfigError for conditions of another kind than the
     model was trained on, and DataError for a file of prompts or a data set that cannot be used.
     """
+    # Checked first: options of labels for a model of captions, and the reverse.
     model = trained.config.model
     texts = {"--prompts": prompts, "--prompts-file": prompts_file, "--captions": captions}
     given = [option for option, value in texts.items() if value]
@@ -134,6 +136,7 @@ def _encoder_loader(
     def load() -> TextEncoder:
         # The same name can be another version: identities compare the weights.
         encoder = load_text_encoder(text_encoder, device, max_tokens=model.max_caption_tokens)
+        # Another version of the same encoder is another language to the model.
         if encoder.identity != trained_with:
             raise ConfigError(
                 f"--text-encoder {text_encoder} is {encoder.identity}, the model was trained with "
@@ -212,6 +215,7 @@ def _of_labels(
     num_classes: int, n: int, seed: int, given: list[str], classes: Sequence[int]
 ) -> OfLabels:
     """Labels as the options ask for them. `given`: the options of labels. Raises ConfigError."""
+    # An unconditional model takes a label, and ignores it.
     if not num_classes:
         if given:
             raise ConfigError(
@@ -319,6 +323,7 @@ class OfData(Conditions):
 
     def _chosen(self, index: Sequence[int]) -> tuple[Numbers, list[list[str]], list[int]]:
         """The row of each sample, all captions of it, and which of them is the sample's."""
+        # How often the data set was gone through before, and the row in it.
         rounds, rows = np.divmod(self._numbers(index), len(self._data))
         captions = self._data.texts(rows)
         turns = [k % len(of_row) for k, of_row in zip(rounds.tolist(), captions, strict=True)]
@@ -353,6 +358,7 @@ class EncodingCache:
         found = [self._kept[text] for text in texts]
         for text in texts:
             self._kept.move_to_end(text)
+        # The least recently used goes first.
         while self.nbytes > self._limit:
             _, dropped = self._kept.popitem(last=False)
             self.nbytes -= _nbytes(dropped)

@@ -231,6 +231,7 @@ def blocks(data: ShardDataset, what: str) -> Iterator[dict[str, Array]]:
 def pictures(rows: dict[str, Array]) -> npt.NDArray[np.uint8]:
     """Rows as pictures (N, H, W, 3) uint8; of latents the first three channels."""
     latent = rows["latent"]
+    # Grey pixels are repeated in three channels.
     if latent.dtype == np.uint8:
         return np.broadcast_to(latent, (len(latent), 3, *latent.shape[2:])).transpose(0, 2, 3, 1)
     return to_uint8(torch.from_numpy(latent))
@@ -266,6 +267,7 @@ def _write_npz(path: Path, data: ShardDataset) -> None:
     texts = _texts(data, np.arange(len(data)))
     with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as array:
+            # numpy's own writer would need the complete array in memory.
             header = {"descr": "|u1" if pixels else "<f2", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(array, header)
             labels = []
@@ -286,6 +288,7 @@ def _write_png(path: Path, data: ShardDataset) -> None:
     """A folder of PNGs, named by the samples' numbers."""
     path.mkdir()
     start = 0
+    # Compression takes most of the time, and releases the interpreter's lock.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for rows in blocks(data, "png"):
             images = pictures(rows)

@@ -374,9 +374,9 @@ def _load_efficientnet(device: torch.device, dtype: torch.dtype) -> Extractor:
     return _finish(Extractor, "efficientnet-lite0", identity, device, forward)
 
 
-def _load_dino(source: str, device: torch.device, dtype: torch.dtype) -> Extractor:
-    """A DINO of timm; `source`: MODEL, MODEL/FILE, or nothing for the usual one."""
-    timm = library("timm", "eval")
+def _dino_name(timm: Any, source: str) -> tuple[str, str]:
+    """The model of MODEL or MODEL/FILE, and the file of its weights or nothing. Raises
+    DataError."""
     name, _, file = (source or DINO).partition("/")
     # timm names many models; those without DINO's training have other features.
     if "dino" not in name or not timm.is_model(name.partition(".")[0]):
@@ -390,7 +390,13 @@ def _load_dino(source: str, device: torch.device, dtype: torch.dtype) -> Extract
             f"dino:{source}: {file!r} is not a file; correct the path (one from the root has two "
             f"slashes: dino:{name}//weights/FILE)"
         )
+    return name, file
 
+
+def _load_dino(source: str, device: torch.device, dtype: torch.dtype) -> Extractor:
+    """A DINO of timm; `source`: MODEL, MODEL/FILE, or nothing for the usual one."""
+    timm = library("timm", "eval")
+    name, file = _dino_name(timm, source)
     # Where the weights' own num_classes is another, timm lets any of them be missing.
     overlay = {"num_classes": 0} | ({"file": str(Path(file).expanduser())} if file else {})
     with loading(

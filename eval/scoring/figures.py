@@ -83,6 +83,7 @@ def extract_features(
     chosen = np.zeros(n, bool)
     chosen[np.arange(keep) * n // max(keep, 1)] = True
 
+    # Kept on the CPU, so that the GPU's memory does not limit how many.
     kept = []
     logits = []
     for numbers in _batches(n, batch_size, what):
@@ -109,6 +110,7 @@ def _batches(n: int, batch_size: int, what: str) -> Any:
         mininterval=0.5 if sys.stderr.isatty() else 20,
     ) as bar:
         for start in range(0, n, batch_size):
+            # Between batches, where nothing is half done.
             if stop_requested():
                 raise Stopped
             numbers = np.arange(start, min(n, start + batch_size))
@@ -147,6 +149,7 @@ class Reference:
     ) -> FrechetReference | None:
         """The Gaussian of one kind of features, kept for all sets; None where there is none."""
         s = self.statistics
+        # Roots of covariances are computed once for all sets.
         mean, cov = (s.mean, s.cov) if kind == "pooled" else (s.mean_spatial, s.cov_spatial)
         if mean is None or cov is None:
             return None
@@ -167,8 +170,8 @@ class Reference:
 def statistics_of(
     seen: ExtractedFeatures, extractor: Extractor, resolution: tuple[int, int] | None
 ) -> Statistics:
-    """The statistics of extracted features, as a file can hold them."""
-    # On the CPU, as that is what a file holds.
+    """The statistics of extracted features."""
+    # Arrays on the CPU, as a file can hold them.
     pooled = seen.moments.total()
     spatial = seen.spatial and seen.spatial.total()
     return Statistics(
@@ -256,6 +259,7 @@ def figures(
     if {"frechet", "spatial"} & set(metrics):
         notes += _notes_on_counts(seen, reference)
     found += _frechet_figures(seen, reference, metrics, device)
+    # The Inception Score needs no reference.
     if "class" in metrics and seen.logits is not None:
         found.append(_class_figure(seen, reference.extractor, device))
 
@@ -291,6 +295,7 @@ def _notes_on_counts(seen: ExtractedFeatures, reference: Reference) -> list[str]
 def _notes_on_features(seen: ExtractedFeatures, reference: Reference) -> list[str]:
     """Notes on how many images KID, Precision and Recall are computed from."""
     features = reference.statistics.features
+    # ADM's and pytorch-fid's files may hold neither.
     if features is None:
         return ["no KID, Precision and Recall: the reference has neither images nor features"]
     notes = []
@@ -309,6 +314,7 @@ def _frechet_figures(
     extractor = reference.extractor
     count = short(seen.n)
     found = []
+    # The name holds the number of samples: distances of different numbers do not compare.
     if "frechet" in metrics and (frechet := reference.frechet("pooled", device)):
         of = frechet_jackknife(frechet, seen.moments)
         name = f"{extractor.frechet_name}-{count}"
@@ -333,6 +339,7 @@ def _kid_figure(
 ) -> tuple[Figure, int]:
     """KID and the size of its subsets: `subset`, or half of the images where there are fewer."""
     extractor = reference.extractor
+    # In subsets, as papers report it, so that an error comes with it.
     features = torch.as_tensor(reference.statistics.features, device=device)
     # Subsets that hold all images would not differ.
     fewest = min(len(seen.kept), len(features))

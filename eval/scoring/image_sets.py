@@ -198,6 +198,7 @@ class _Npz(ImageSet):
         with npz.reading(path), zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             if "arr_0.npy" not in names:
+                # Statistics are the usual mistake: they are .npz files too.
                 what = "statistics" if "mu.npy" in names else ", ".join(names) or "nothing"
                 raise DataError(
                     f"{path} holds {what}, but no images (arr_0); give one with images (N, H, W, 3) "

@@ -25,7 +25,7 @@ def check_features(features: Tensor, name: str, at_least: int = 1) -> Tensor:
         )
     if len(features) < at_least:
         raise DataError(f"{name} are of {len(features)} samples; give {at_least} or more")
-    # A single one would make the whole covariance so.
+    # A single value that is not finite would spread to all of the covariance.
     finite = features.isfinite().all(1)
     if not finite.all():
         bad = (~finite).nonzero()[:, 0]
@@ -72,6 +72,7 @@ class Moments:
 
     def add(self, features: Tensor) -> None:
         """Add features (B, D). Raises DataError."""
+        # In float64 from here on.
         rows = check_features(features, "features", at_least=0).to(self.mean)
         check_width(rows.shape[1], len(self.mean))
         if not len(rows):

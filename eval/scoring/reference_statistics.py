@@ -50,6 +50,7 @@ class Statistics:
         """Raises ValueError for arrays that do not fit each other, or are not finite."""
         _check_shapes(self.mean, self.cov)
         _check_shapes(self.mean_spatial, self.cov_spatial)
+        # Features of another network would give a wrong KID, not an error.
         if self.features is not None and self.features.shape[1:] != self.mean.shape:
             raise ValueError(
                 f"features of shape {self.features.shape} do not fit a mean of shape "
@@ -75,6 +76,7 @@ def _check_shapes(mean: Array | None, cov: Array | None) -> None:
         return
     of_mean = None if mean is None else mean.shape
     of_cov = None if cov is None else cov.shape
+    # A mean without its covariance is as useless as one of another width.
     if of_mean is None or len(of_mean) != 1 or of_cov != of_mean * 2:
         raise ValueError(f"a mean of shape {of_mean} does not fit a covariance of shape {of_cov}")
 
@@ -97,6 +99,7 @@ def write_statistics(path: Path, statistics: Statistics) -> None:
     for key, array in statistics._arrays().items():
         arrays[key] = _stored(key, array)
     arrays[ABOUT] = np.array(json.dumps(about))
+    # The hash is of the arrays as they are stored, in their precision.
     content: dict[str, Any] = {**arrays, HASH: np.array(_digest(arrays))}
 
     # Under another name until it is on the disk.
@@ -120,6 +123,7 @@ def read_statistics(path: Path) -> Statistics:
         )
     with npz.reading(path), zipfile.ZipFile(path) as archive:
         names = npz.array_names(archive)
+        # Sets of images are .npz files too.
         if not {"mu", "sigma"} <= names:
             raise DataError(
                 f"{path} holds {', '.join(sorted(names)) or 'nothing'}, and no statistics (mu, "
@@ -153,6 +157,7 @@ def read_statistics(path: Path) -> Statistics:
 def _digest(arrays: Mapping[str, Array]) -> str:
     """The hash of named arrays: of their names, types, shapes and content."""
     digest = hashlib.sha256()
+    # Sorted: the order of an archive says nothing.
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).data)
