@@ -85,7 +85,8 @@ class Anomalies:
         return policy
 
     def count_rollback(self, anomaly: Anomaly, last_saved: int) -> None:
-        """Raises NonFiniteError where the run has left out as many windows of inputs as it may."""
+        """Count a roll back. Raises NonFiniteError where the run has left out as many windows of
+        inputs as it may."""
         # The state loses windows that a later roll back includes; this count does not.
         limit = self._config.max_skips
         if self._num_rollbacks >= limit or len(self._state.skips) >= limit:
