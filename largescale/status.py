@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,7 +74,7 @@ def facts(run_dir: Path, verify: bool = True) -> Facts:
     step = _latest_step(last, rows, found)
     steps = _at(config, "train", "steps")
     batch = _at(config, "train", "global_batch_size", default=0)
-    logged = [row for row in rows if "loss" in row]
+    logged, reference, events = _kinds_of_rows(rows)
     seen_unix_s = last.seen_unix_s if last else _last_change(run_dir)
     patience_s = max(SILENT_S, _at(config, "train", "timeout_s", default=0.0))
     finished = step >= (steps or step + 1)
@@ -95,15 +96,13 @@ def facts(run_dir: Path, verify: bool = True) -> Facts:
         "device": last.device if last else _at(config, "train", "device"),
         "curriculum": _curriculum(manifest, rows, logged[-1:]),
         "log": logged if len(logged) <= 6 else [logged[0], *logged[-5:]],
-        "reference": [
-            [row["step"], row["reference/loss"]] for row in rows if "reference/loss" in row
-        ],
+        "reference": reference,
         "verified": verify,
         "checkpoints": found,
         "damaged": [c["step"] for c in found if c["problem"]],
         "skips": _at(manifest, "state", "skips", default=[]),
-        "events": [row for row in rows if row.get("event", "transition") != "transition"],
-        "starts": [dataclasses.asdict(start) for start in starts],
+        "events": events,
+        "starts": list(map(dataclasses.asdict, starts)),
         "account": {"wall_s": spent.wall_s, "goodput": spent.goodput, "seconds": spent.seconds},
     }
 
@@ -151,6 +150,22 @@ def _metrics(run_dir: Path) -> tuple[list[Facts], list[str]]:
     return rows, [f"lines of {path} that are no rows, and are left out: {lines - len(rows)}"]
 
 
+def _kinds_of_rows(rows: list[Facts]) -> tuple[list[Facts], list[list[Any]], list[Facts]]:
+    """(rows of metrics, [step, loss] on the reference set, events) of the log."""
+    logged: list[Facts] = []
+    reference: list[list[Any]] = []
+    events: list[Facts] = []
+    for row in rows:
+        if "loss" in row:
+            logged.append(row)
+        if "reference/loss" in row:
+            reference.append([row["step"], row["reference/loss"]])
+        # Transitions are shown with the curriculum.
+        if row.get("event", "transition") != "transition":
+            events.append(row)
+    return logged, reference, events
+
+
 def _latest_step(last: Start | None, rows: list[Facts], found: list[Facts]) -> int:
     """The greatest step that the record, the log or a usable checkpoint has."""
     # A kill can come after a checkpoint, and before the log and the record of its step.
@@ -181,7 +196,7 @@ def _last_change(run_dir: Path) -> float:
 def _checkpoints(run_dir: Path, verify: bool, last: Start | None) -> tuple[list[Facts], Facts]:
     """(all, newest first; the manifest of the best one, or nothing)."""
     manifests = {folder: _manifest(folder) for folder in step_folders(run_dir)}
-    problems = _problems({folder: m for folder, m in manifests.items() if m is not None}, verify)
+    problems = _problems(manifests, verify)
     found = []
     best: Facts = {}
     best_rank = (False, False, -1)
@@ -240,12 +255,17 @@ def _sizes(manifest: Facts | None) -> list[int]:
     return [_at(files[name], "bytes", default=0) for name in sorted(files)]
 
 
-def _problems(manifests: dict[CheckpointDir, Facts], verify: bool) -> dict[CheckpointDir, str]:
+def _problems(
+    manifests: dict[CheckpointDir, Facts | None], verify: bool
+) -> dict[CheckpointDir, str]:
     """What is wrong with checkpoints, by folder. With `verify`, files are hashed."""
     # Files and sizes first; what is wrong then need not be hashed.
     problems: dict[CheckpointDir, str] = {}
     files: list[tuple[CheckpointDir, int, int]] = []
     for folder, manifest in manifests.items():
+        # Without a manifest it is not finished, which is no damage.
+        if manifest is None:
+            continue
         problem = _problem(folder, slice(0))
         if problem:
             problems[folder] = problem
@@ -317,15 +337,18 @@ def _curriculum(manifest: Facts, rows: list[Facts], last: list[Facts]) -> Facts:
     for row in last:
         known.append((row["step"], [row.get(f"curriculum/{key}") for key in keys]))
     known.append((saved_step, _saved_curriculum(state)))
-    later = [row for row in rows if row.get("event") == "transition" and row["step"] > saved_step]
-    for row in later[-1:]:
-        values = [row.get("index"), row.get("lowest"), row.get("highest", 1), 0, None]
-        known.append((row["step"], values))
-    _, latest = max(known, key=itemgetter(0))
 
+    # The checkpoint has the transitions before it, and the log those since.
     transitions = list(_at(state, "transitions", default=[]))
-    for row in later:
-        transitions.append([row["step"], row.get("index")])
+    newest: Facts | None = None
+    for row in rows:
+        if row.get("event") == "transition" and row["step"] > saved_step:
+            transitions.append([row["step"], row.get("index")])
+            newest = row
+    if newest:
+        values = [newest.get("index"), newest.get("lowest"), newest.get("highest", 1), 0, None]
+        known.append((newest["step"], values))
+    _, latest = max(known, key=itemgetter(0))
     return {
         **dict(zip(keys, latest, strict=True)),
         "n_clusters": len(edges) - 1 if edges else None,
@@ -335,7 +358,7 @@ def _curriculum(manifest: Facts, rows: list[Facts], last: list[Facts]) -> Facts:
     }
 
 
-def _saved_curriculum(state: Facts | None) -> list[Any]:
+def _saved_curriculum(state: Any) -> list[Any]:
     """[index, lowest, highest, patience, best loss] of a checkpoint's state of the curriculum."""
     pacing = _at(state, "pacing", default={})
     edges = _at(state, "edges")
@@ -343,7 +366,10 @@ def _saved_curriculum(state: Facts | None) -> list[Any]:
     lowest = highest = None
     if edges and index is not None:
         # A checkpoint of an older version lacks some of these.
-        ways = {k: v for k, v in (state or {}).items() if k in ("order", "stages", "only_cluster")}
+        ways = {}
+        for key in ("order", "stages", "only_cluster"):
+            if key in state:
+                ways[key] = state[key]
         lowest, highest = active_levels(edges, index, **ways)
     return [index, lowest, highest, pacing.get("patience_count"), pacing.get("best_loss")]
 
@@ -352,26 +378,26 @@ def describe(f: Facts) -> str:
     """Tables for a person who looks once in the morning, and a line of summary."""
     lines = _head(f)
     lines += _section(
-        "losses", "step images/s index loss mse vb grad_norm", map(_log_row, f["log"])
+        "losses", "step|images/s|index|loss|mse|vb|grad norm", map(_log_row, f["log"])
     )
     # The first and the last ones show the progress; all are in metrics.jsonl.
     reference = [*f["reference"][:1], *f["reference"][1:][-5:]]
-    lines += _section("loss on the reference set", "step loss", map(_reference_row, reference))
+    lines += _section("loss on the reference set", "step|loss", map(_reference_row, reference))
     lines += _section(
         "checkpoints",
-        "step written size ranks why index state",
-        (_checkpoint_row(c, f) for c in f["checkpoints"]),
+        "step|written|size|ranks|why|index|state",
+        map(partial(_checkpoint_row, f), f["checkpoints"]),
     )
 
     # What has gone wrong, and how each start ended.
     lines += _section(
-        "data that were left out", "from_step inputs_of why", map(_skip_row, f["skips"])
+        "data that were left out", "from step|inputs of|why", map(_skip_row, f["skips"])
     )
-    lines += _section("events", "step what", map(_event_row, f["events"][-10:]))
+    lines += _section("events", "step|what", map(_event_row, f["events"][-10:]))
     lines += _section(
         "starts",
-        "no. began job ranks from to lasted ended",
-        (_start_row(start, f) for start in f["starts"][-20:]),
+        "no.|began|job|ranks|from|to|lasted|ended",
+        map(partial(_start_row, f), f["starts"][-20:]),
     )
 
     # Where the time went.
@@ -380,7 +406,7 @@ def describe(f: Facts) -> str:
     if spent.wall_s > 0:
         for kind, seconds in spent.seconds.items():
             shares.append((f"{seconds / spent.wall_s:.1%}", duration(seconds), kind))
-    lines += _section(str(spent), "share time for", shares)
+    lines += _section(str(spent), "share|time|for", shares)
     return "\n".join([*lines, "", _summary(f)])
 
 
@@ -420,7 +446,10 @@ def _log_row(row: Facts) -> tuple[str, ...]:
         f"{row['step']:,}",
         _number(row.get("images_per_s"), ",.1f"),
         _number(row.get("curriculum/index"), "d"),
-        *(_number(row.get(key)) for key in ("loss", "mse", "vb", "optimizer/grad_norm")),
+        _number(row.get("loss")),
+        _number(row.get("mse")),
+        _number(row.get("vb")),
+        _number(row.get("optimizer/grad_norm")),
     )
 
 
@@ -437,7 +466,7 @@ def _event_row(row: Facts) -> tuple[str, ...]:
     return f"{row['step']:,}", row["text"] if "text" in row else row["event"]
 
 
-def _checkpoint_row(c: Facts, f: Facts) -> tuple[str, ...]:
+def _checkpoint_row(f: Facts, c: Facts) -> tuple[str, ...]:
     return (
         f"{c['step']:,}",
         _date(c["written_unix_s"]),
@@ -449,7 +478,7 @@ def _checkpoint_row(c: Facts, f: Facts) -> tuple[str, ...]:
     )
 
 
-def _start_row(start: Facts, f: Facts) -> tuple[str, ...]:
+def _start_row(f: Facts, start: Facts) -> tuple[str, ...]:
     # Only of the newest start it can be open how it ends.
     newest = start in f["starts"][-1:]
     return (
@@ -545,18 +574,20 @@ def _checkpoints_summary(f: Facts) -> str:
         state = f"damaged: {steps}"
 
     # The newest comes first.
-    usable = [c["step"] for c in done if c["usable"]]
-    newest = f"newest {usable[0]:,}" if usable else "none can be used"
+    newest = "none can be used"
+    for c in done:
+        if c["usable"]:
+            newest = f"newest {c['step']:,}"
+            break
     return f"{_n(len(done), 'checkpoint')} ({state}; {newest})"
 
 
 def _section(title: str, header: str, rows: Iterable[tuple[str, ...]]) -> list[str]:
     """A table, each row on one line, the last column to the left; nothing where there are no
     rows."""
-    # Messages in the last column may have several lines.
-    table = [[name.replace("_", " ") for name in header.split()]]
+    table = [header.split("|")]
     for row in rows:
-        table.append([" ".join(cell.split()) for cell in row])
+        table.append(list(map(_on_one_line, row)))
     if len(table) == 1:
         return []
 
@@ -567,6 +598,11 @@ def _section(title: str, header: str, rows: Iterable[tuple[str, ...]]) -> list[s
         padded = [*map(str.rjust, cells[:-1], widths), cells[-1]]
         lines.append("  " + "  ".join(padded).rstrip())
     return lines
+
+
+def _on_one_line(text: str) -> str:
+    # The message of an error may have several lines.
+    return " ".join(text.split())
 
 
 def _n(count: int, thing: str) -> str:

@@ -63,6 +63,6 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # A shard that is cut short while it is mapped is a bus error, of which Python raises nothing.
+    # A shard that is cut short while it is mapped is a bus error, which is no Python exception.
     faulthandler.enable()
     leave(main())

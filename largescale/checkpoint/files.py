@@ -122,8 +122,8 @@ class CheckpointDir:
         """What is wrong with the files, or None. Hashes `part` of them, so that ranks can share the
         work.
 
-        Raises StorageError where they cannot be read, which does not say that they are damaged, and
-        NewerVersionError.
+        Raises StorageError where they cannot be read, which does not mean that they are damaged,
+        and NewerVersionError.
         """
         error = self.check(part)
         if isinstance(error, StorageError | NewerVersionError):

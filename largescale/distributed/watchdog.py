@@ -138,7 +138,7 @@ def end_at_once(error: LargescaleError) -> NoReturn:
 
 
 def rank_names(ranks: list[int]) -> str:
-    """Such as 'rank 3', or 'ranks 0, 1, 2' of which at most eight are named."""
+    """Such as 'rank 3' or 'ranks 0, 1, 2'; at most eight are named."""
     shown = ", ".join(map(str, ranks[:8]))
     if len(ranks) > 8:
         shown += f" and {len(ranks) - 8} more"

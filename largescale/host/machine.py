@@ -135,7 +135,7 @@ def memory_bound() -> MemoryBound | None:
 
 def check_process_memory(device: str) -> bool:
     """Whether the processes of this machine's ranks need more memory, without their models, than
-    the kernel will give them, of which local rank 0 warns.
+    the kernel will give them. Local rank 0 prints a warning then.
 
     Called before torch is loaded, during which a small limit may kill. Of a rank on a GPU only
     torch itself is counted. Raises ConfigError where not even torch fits.
@@ -154,8 +154,8 @@ def check_process_memory(device: str) -> bool:
 
 
 def warn_of_memory(needed: int, bound: MemoryBound) -> bool:
-    """Whether the ranks of this machine need more bytes than `bound`, of which local rank 0
-    warns."""
+    """Whether the ranks of this machine need more bytes than `bound`; local rank 0 prints a warning
+    then."""
     if needed > bound.bytes and env_local_rank() == 0:
         print(f"warning: {_too_little(needed, bound)}", file=sys.stderr, flush=True)
     return needed > bound.bytes

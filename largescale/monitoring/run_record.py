@@ -78,7 +78,7 @@ def read_starts(run_dir: Path) -> list[Start]:
 
 
 def _start_of(record: dict[str, Any]) -> Start:
-    """The start of which this is the record. Raises ValueError, TypeError or AttributeError where
+    """The start that this record describes. Raises ValueError, TypeError or AttributeError where
     its values cannot be right."""
     # A newer version may have more fields.
     known = {f.name for f in dataclasses.fields(Start)}

@@ -1,5 +1,5 @@
 """Losses and gradients that are not finite, and losses that leap: found, named by rank and noise
-cluster, and, where the config says so, left out of the run."""
+cluster, and, where the config asks for it, left out of the run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from largescale.training.step import TrainStep
 @dataclass(frozen=True)
 class Anomaly:
     kind: Literal["not_finite", "spike"]
-    """The field of AnomalyConfig that says what is done."""
+    """The field of AnomalyConfig that decides what is done."""
     text: str
     ranks: list[int]
     clusters: list[int]
@@ -45,7 +45,8 @@ class Anomalies:
         self._state = state
         self._ranks = ranks
         self._heartbeat = heartbeat
-        self._num_rollbacks = 0  # by this process
+        # By this process: a run that is resumed has the windows it left out before in its state.
+        self._num_rollbacks = 0
 
     def detect(
         self, report: StepReport, batch: Batch, *, applied: bool, can_retry: bool
@@ -84,7 +85,9 @@ class Anomalies:
         return policy
 
     def count_rollback(self, anomaly: Anomaly, last_saved: int) -> None:
-        """Raises NonFiniteError where the run has left out as many windows of inputs as it may."""
+        """Count a roll back. Raises NonFiniteError where the run has left out as many windows of
+        inputs as it may."""
+        # The state loses windows that a later roll back includes; this count does not.
         limit = self._config.max_skips
         if self._num_rollbacks >= limit or len(self._state.skips) >= limit:
             raise NonFiniteError(
@@ -107,7 +110,7 @@ def loss_not_finite(report: StepReport, where: str) -> Anomaly:
 
 def spike(report: StepReport, usual: float, where: str) -> Anomaly:
     """A loss far above the usual one, with the rank and the cluster where it is highest."""
-    # A cluster of which no row was drawn has no mean.
+    # A cluster from which no row was drawn has no mean.
     means = []
     for loss, count in zip(report.cluster_loss, report.cluster_count, strict=True):
         means.append(loss / count if count else 0.0)

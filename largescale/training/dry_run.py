@@ -136,7 +136,8 @@ def print_cost(plan: Plan) -> None:
 
     # MFU (the share of the peak that is reached) decides the time: the model's, then the range of
     # published trainers.
-    times, shares = [], []
+    times = []
+    shares = []
     for mfu in PUBLISHED_MFU:
         published = plan.at(mfu)
         times.append(span(published.hours))

@@ -39,7 +39,7 @@ def load_decoder(dataset: ShardDataset) -> tuple[Vae | None, str]:
     made_with = dataset.manifest.get("made_with")
     spec = made_with.get("vae") if isinstance(made_with, dict) else None
     if not spec:
-        return None, f"{dataset.path} does not say where its VAE was"
+        return None, f"{dataset.path} does not record where its VAE was"
 
     # Making a network draws from torch's generator, which training must not notice.
     try:
@@ -179,7 +179,7 @@ class Preview:
     def _sheet(self, x: Tensor) -> np.ndarray:
         """All samples as one image, with captions and, for undecoded latents, a heading. Raises
         Stopped."""
-        # A heading says what is shown where that is not a picture of the data's kind.
+        # Latents that are not decoded need a heading.
         images = self._decoded(x)
         heading = ""
         if images is None and self._rgb:

@@ -51,6 +51,7 @@ class Recorder:
             precision,
             state.curriculum.n_clusters,
         )
+        # Rank 0's record of this start, and a profile where it is asked for.
         self.goodput = Goodput(
             telemetry,
             self.timer,
@@ -71,6 +72,7 @@ class Recorder:
     def lap(self, name: str) -> Iterator[None]:
         """A named part of a step, or of what is done beside it: timed, a range of the profile, and
         a heartbeat."""
+        # What hangs is reported by this name.
         self.watchdog.heartbeat(f"{name} of step {self._state.step + 1}")
         with self.profile.annotate(name), self.timer.lap(name):
             yield
@@ -141,6 +143,7 @@ class Recorder:
         self.telemetry.progress(state.step, **shown)
 
     def log_anomaly(self, anomaly: Anomaly, text: str) -> None:
+        # The kind of the event, as a person reads it in TensorBoard and in largescale.status.
         kind = anomaly.kind.replace("_", " ")
         self.telemetry.event(
             self._state.step, kind, text, ranks=anomaly.ranks, clusters=anomaly.clusters
@@ -149,4 +152,5 @@ class Recorder:
     def rolled_back(self) -> None:
         """Drop what was logged of later steps than the state's, which is that of a checkpoint."""
         self.telemetry.roll_back(self._state.step)
+        # The means of the next row are of steps that stay.
         self.timer.restart()

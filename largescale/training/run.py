@@ -143,6 +143,7 @@ def log_end(
     """Log how the run ended; where it is not finished, torchrun reports it too."""
     text = last_line(state, run_dir, goodput, finished)
     log(text)
+    # A short run's EMA still contains much of the first weights.
     if finished and (note := ema_note(config)):
         log(f"note: {note}")
     if not finished:
@@ -150,7 +151,7 @@ def log_end(
 
 
 def run_identity(config: Config, ds: dict[str, Any], dataset: ShardDataset) -> dict[str, Any]:
-    """What a checkpoint says about its run besides the progress: a resumed run is compared with
+    """What a checkpoint records of its run besides the progress: a resumed run is compared with
     it."""
     # "made_with" is where the data set's encoders were found, for sampling.
     return {
@@ -225,6 +226,7 @@ def first_line(
 
 def last_line(state: TrainingState, run_dir: Path, goodput: Goodput, finished: bool) -> str:
     """Where the run ended, and what its time was spent on."""
+    # The account shows what was lost to kills, waits and checkpoints.
     ended = "finished" if finished else "stopped"
     remedy = "" if finished else "; run again to continue"
     return (

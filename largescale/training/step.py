@@ -146,7 +146,7 @@ class TrainStep:
         )
 
     def draws(self) -> Draws:
-        """Every random number of the next step, for the whole global batch."""
+        """Every random number of the next step, for the global batch."""
         return step_draws(
             self.config.train.seed,
             self.state.input_step,
@@ -173,8 +173,8 @@ class TrainStep:
         x_start = to_x_start(rows["latent"], info.kind, info.scale_factor, draws.posterior)
         y = drop(to_condition(rows), draws.dropout, self.config.model.num_classes)
 
-        # EDM's augmentation, of which the network sees the parameters. Its normal draws are the
-        # inverse distribution function of uniform ones.
+        # EDM's augmentation, whose parameters the network sees. Its normal draws are the inverse
+        # distribution function of uniform ones.
         if draws.augment is not None:
             uniform, normal = draws.augment.split((AUGMENT_UNIFORMS, AUGMENT_NORMALS), dim=1)
             x_start, labels = augment(

@@ -41,7 +41,7 @@ class Trainer:
         recorder: Recorder,
         identity: dict[str, Any],
     ):
-        """Collective. `identity`: what a checkpoint says about the run besides its progress (see
+        """Collective. `identity`: what a checkpoint records of the run besides its progress (see
         `run_identity` in run.py)."""
         self.config = config
         self.ranks = ranks

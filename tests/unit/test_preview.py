@@ -68,7 +68,7 @@ def test_latents_are_decoded_by_the_vae_that_packed_them(vae_folder: Path, drawn
 
 
 @pytest.mark.parametrize(("identity", "made_with", "why"), [
-    ("AutoencoderKL sha256:0123456789abcdef", {}, "does not say where its VAE was"), (None, "x", "does not say where its VAE was"),
+    ("AutoencoderKL sha256:0123456789abcdef", {}, "does not record where its VAE was"), (None, "x", "does not record where its VAE was"),
     ("AutoencoderKL sha256:0123456789abcdef", {"vae": "/nowhere/gone"}, "/nowhere/gone is not a folder"),
     ("AutoencoderKL sha256:0123456789abcdef", {"vae": "nobody/has-this-vae"}, "nobody/has-this-vae cannot be loaded"),
     ("AutoencoderKL sha256:0123456789abcdef", {"vae": "HERE"}, ", the data are of AutoencoderKL sha256:0123456789abcdef"),
