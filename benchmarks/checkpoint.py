@@ -3,9 +3,9 @@ one run.
 
     background   as the trainer does it: a snapshot in host memory, written by a thread while steps
                  are taken
-    waited for   the same files and hashes, but nothing goes on until they are valid
-    DeepSpeed    `engine.save_checkpoint` with its own checkpoint engine: no hashes, no fsync, not
-                 whole or absent
+    waited for   the same files and hashes, but no step is taken until they are valid
+    DeepSpeed    `engine.save_checkpoint` with its own checkpoint engine: no hashes, no fsync, and a
+                 kill leaves a part of it
 
 A model of the preset's size on made-up data, ZeRO-2 fp32 on this machine's CPU, two ranks. The ways
 take turns, round by round; what is printed is the median. `stall` is time without a step; `slower`
@@ -33,6 +33,7 @@ WAYS = ("background", "waited for", "DeepSpeed")
 
 
 def rank_main(preset: str, folder: Path, rounds: int) -> None:
+    """Measure on one of the ranks; rank 0 prints the numbers as JSON."""
     import torch
 
     from largescale.checkpoint.checkpointer import Checkpointer
@@ -44,8 +45,10 @@ def rank_main(preset: str, folder: Path, rounds: int) -> None:
     from largescale.engine.optimizer import build_optimizer
     from largescale.models.build import blank_condition, build_model, latent_shape
 
+    # One thread a rank, so that what writes has a share of the machine too.
     torch.set_num_threads(1)
-    config, ranks = PRESETS[preset](), Ranks("cpu")
+    config = PRESETS[preset]()
+    ranks = Ranks("cpu")
     ds = load_ds_config("ds_configs/zero2_fp32.json") | {
         "train_batch_size": ranks.world_size,
         "train_micro_batch_size_per_gpu": 1,
@@ -58,11 +61,11 @@ def rank_main(preset: str, folder: Path, rounds: int) -> None:
         partial(build_optimizer, config=config.optimizer, device="cpu", deepspeed_adam=adam),
         ds,
     )
-    x, t, y = (
-        torch.randn(1, *latent_shape(config.model)),
-        torch.tensor([5]),
-        blank_condition(config.model, 1),
-    )
+    x = torch.randn(1, *latent_shape(config.model))
+    t = torch.tensor([5])
+    y = blank_condition(config.model, 1)
+
+    # The engine's own checkpoint engine, which the checkpointer replaces.
     stock = engine._engine.checkpoint_engine
     (folder / "ours").mkdir(parents=True, exist_ok=True)
     checkpointer = Checkpointer(
@@ -77,11 +80,13 @@ def rank_main(preset: str, folder: Path, rounds: int) -> None:
         return time.perf_counter() - start
 
     found: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in WAYS}
+    # The first steps are slower.
     for _ in range(3):
         step()
     for number in range(1, rounds + 1):
         for way in WAYS:
-            usual = statistics.median(step() for _ in range(5))
+            # What a step takes while nothing is written.
+            usual = statistics.median([step() for _ in range(5)])
             during: list[float] = []
             start = time.perf_counter()
             if way == "DeepSpeed":
@@ -91,9 +96,11 @@ def rank_main(preset: str, folder: Path, rounds: int) -> None:
                 )
                 stall = time.perf_counter() - start
             else:
+                # Two checkpoints a round, each of a step of its own.
                 at = 2 * number + (way == "waited for")
                 checkpointer.save(at, {"step": at}, engine, "schedule")
                 stall = time.perf_counter() - start
+                # Steps until all ranks have written; then only what is left is waited for.
                 while way == "background" and ranks.any(checkpointer.writing):
                     during.append(step())
                 start = time.perf_counter()
@@ -105,15 +112,19 @@ def rank_main(preset: str, folder: Path, rounds: int) -> None:
             found[way]["slower_s"].append(sum(during) - len(during) * usual)
             found[way]["steps_meanwhile"].append(len(during))
             found[way]["step_s"].append(usual)
+        # Ours keeps the newest only; DeepSpeed's would fill the disk.
         if ranks.rank == 0:
             shutil.rmtree(folder / "stock", ignore_errors=True)
     if ranks.rank == 0:
-        size = sum(path.stat().st_size for path in (folder / "ours").rglob("*.pt"))
+        size = 0
+        for path in (folder / "ours").rglob("*.pt"):
+            size += path.stat().st_size
         print(json.dumps({"found": found, "bytes": size, "parameters": engine.numel}))
     ranks.close()
 
 
 def main() -> None:
+    """Start the ranks, and print the medians of what they measured."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -124,26 +135,13 @@ def main() -> None:
     )
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    # This file is also the program of each rank.
     if options.rank:
         return rank_main(options.preset, options.folder, options.rounds)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--local-addr",
-            "127.0.0.1",
-            "--nproc-per-node",
-            "2",
-            __file__,
-            "--rank",
-            "--preset",
-            options.preset,
-            "--rounds",
-            str(options.rounds),
-            "--folder",
-            folder,
-        ]
+        command = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1"]
+        command += ["--nproc-per-node", "2", __file__, "--rank", "--preset", options.preset]
+        command += ["--rounds", str(options.rounds), "--folder", folder]
         done = subprocess.run(
             command,
             cwd=ROOT,
@@ -153,19 +151,19 @@ def main() -> None:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     result = json.loads(done.stdout.splitlines()[-1])
-    medians = {
-        way: {key: statistics.median(values) for key, values in of.items()}
-        for way, of in result["found"].items()
-    }
+    medians: dict[str, dict[str, float]] = {}
+    for way, of in result["found"].items():
+        medians[way] = {key: statistics.median(values) for key, values in of.items()}
     size = f"{result['parameters']:,} parameters, {result['bytes'] / 1e6:,.0f} MB a checkpoint"
     print(f"{options.preset}: {size}, 2 ranks")
     print(f"{'':12} {'stall':>9} {'slower':>9} {'steps meanwhile':>16} {'of waiting':>11}")
-    whole = medians["waited for"]["stall_s"]
-    for way, of in medians.items():
-        lost = (of["stall_s"] + of["slower_s"]) / whole
+    # All that a way costs, as a share of waiting.
+    waited = medians["waited for"]["stall_s"]
+    for way, seconds in medians.items():
+        lost = (seconds["stall_s"] + seconds["slower_s"]) / waited
         print(
-            f"{way:12} {of['stall_s']:7.2f} s {of['slower_s']:7.2f} s {of['steps_meanwhile']:16.0f} "
-            f"{lost:11.0%}"
+            f"{way:12} {seconds['stall_s']:7.2f} s {seconds['slower_s']:7.2f} s "
+            f"{seconds['steps_meanwhile']:16.0f} {lost:11.0%}"
         )
 
 
