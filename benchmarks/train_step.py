@@ -294,7 +294,9 @@ def report(results: list[dict[str, Any]], base: str) -> str:
     parts: dict[str, None] = {}
     for r in ours:
         parts.update(dict.fromkeys(r["parts"]))
-    rows = [[PARTS.get(part, part), *[part_text(r["parts"], part) for r in ours]] for part in parts]
+    rows = []
+    for part in parts:
+        rows.append([PARTS.get(part, part), *[part_text(r["parts"], part) for r in ours]])
     lines += table(["part of a step, ms", *names], *rows)
     lines.append("")
     for r in ours:
@@ -447,13 +449,9 @@ def parse(args: list[str] | None) -> tuple[argparse.Namespace, Config, dict[str,
                 f"--against {peer}: it "
                 + ("takes no path" if path else f"is {kind}=PATH, of a checkout")
             )
-        if path and not all(
-            Path(path, name).exists() for name in ("models.py", "train.py", "diffusion")
-        ):
-            parser.error(
-                f"--against {peer}: no checkout of it; there is no models.py, train.py and "
-                "diffusion/"
-            )
+        for name in ("models.py", "train.py", "diffusion"):
+            if path and not Path(path, name).exists():
+                parser.error(f"--against {peer}: no checkout of it; there is no {name}")
         if kind in ("diffusers", "fast-dit") and not find_spec("accelerate"):
             parser.error(f"--against {kind} needs accelerate: pip install accelerate")
         against[kind] = str(Path(path).resolve()) if path else None
@@ -522,9 +520,11 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
             ways = make_ways(options, against)
             load = os.getloadavg()[0]
             take_turns(ways, preset, options, batch, data, Path(temporary))
+            # Speeds are compared with the first peer, losses with our first way.
             alive = [way for way in ways if way.turns]
             reference = (alive or ways)[0]
-            base = next((way for way in alive if way.kind != "ours"), reference)
+            peers = [way for way in alive if way.kind != "ours"]
+            base = peers[0] if peers else reference
             results = [found(way, ways, base, reference, batch, flops, peak) for way in ways]
             # Written after each batch size, as the next may fail.
             measured["batches"].append(
