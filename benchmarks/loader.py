@@ -7,15 +7,13 @@ read once before anything is timed: all read from a warm page cache, so what is 
 software, not disks. Peers run in an environment of their own.
 
 - images/s: each library's own shuffle, batches of 256 as torch tensors, thrown away;
-  OMP_NUM_THREADS=1 for all. Two
-  processes are two ranks that read half each, started together, their rates summed. Peers get the
-    number of DataLoader
-  workers (0, 1 or 2 in all) that is best for them, found first; ours has its two threads.
+  OMP_NUM_THREADS=1 for all. Two processes are two ranks that read half each, started together,
+  their rates summed. Peers get the number of DataLoader workers (0, 1 or 2 in all) that is best for
+  them, found first; ours has its two threads.
 - first batch: from the constructor to the first batch in a fresh process, without imports (they
   have a column too).
 - seek: the same, resumed at the middle of an epoch from the state that the library itself saved
-  there. `same rows`: the
-  first batch after it is the one an uninterrupted run would have read.
+  there. `same rows`: the first batch after it is the one an uninterrupted run would have read.
 - `gather` is our reading without order and thread, `memcpy` NumPy's fancy indexing on one mapped
   array: the bounds.
 
@@ -24,6 +22,7 @@ shows in the load.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -34,8 +33,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,9 @@ from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
 
 HERE = Path(__file__).parent
-ENVIRONMENT, REQUIREMENTS = HERE / ".venv-loaders", HERE / "requirements-loader.txt"
+ENVIRONMENT = HERE / ".venv-loaders"
+REQUIREMENTS = HERE / "requirements-loader.txt"
+# What needs none of the peers' packages.
 OURS = ("ours", "gather", "memcpy")
 PEERS = tuple(name for name in OPEN if name not in OURS)
 NAMES = {
@@ -61,6 +64,7 @@ NAMES = {
     "datasets": "datasets, numpy format",
     "datasets, arrow": "datasets, arrow format, unwrapped by hand",
 }
+# Libraries that do not shuffle all rows.
 SHUFFLES = {"webdataset": "tars, then 1,000 rows", "litdata": "chunks, then 256 rows"}
 REPEATS = 3
 # CLIP tokens, start and end included, of the 25,014 captions of COCO's captions_val2017.json:
@@ -104,32 +108,30 @@ COCO_LENGTHS = {
     53: 1,
     58: 1,
 }
-TOKENS, WIDTH, CAPTIONS = 77, 768, 5
+# CLIP ViT-L/14's tokens and width; captions an image, as COCO has them.
+TOKENS = 77
+WIDTH = 768
+CAPTIONS = 5
 
 
 def make_environment() -> None:
-    """The peers' environment, as the requirements say; made once."""
+    """Make the peers' environment by the requirements, once."""
+    # Copied last, so that an environment that was cut short is made again.
     installed = ENVIRONMENT / "installed.txt"
     if installed.is_file() and installed.read_text() == REQUIREMENTS.read_text():
         return
     print(f"making {ENVIRONMENT} (minutes, some GB) ...", flush=True)
     subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
-    command = [
-        str(ENVIRONMENT / "bin/python"),
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "-r",
-        str(REQUIREMENTS),
-    ]
+    command = [str(ENVIRONMENT / "bin/python"), "-m", "pip", "install", "-q"]
+    command += ["-r", str(REQUIREMENTS)]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        errors = [
-            line for line in done.stderr.splitlines() if line.startswith("ERROR")
-        ] or done.stderr.splitlines()
+        # pip ends with hints: the last error is what matters.
+        lines = done.stderr.splitlines()
+        errors = [line for line in lines if line.startswith("ERROR")]
+        last = (errors or lines or ["no message"])[-1]
         raise SystemExit(
-            f"pip could not install {REQUIREMENTS} ({errors[-1] if errors else 'no message'}); "
+            f"pip could not install {REQUIREMENTS} ({last}); "
             "it needs a package index: run this once where there is one"
         )
     shutil.copy(REQUIREMENTS, installed)
@@ -139,14 +141,17 @@ class Bench:
     """Runs loader_peers.py in processes of its own, on the samples in one folder."""
 
     def __init__(self, work: Path, rows: int, seconds: float) -> None:
-        self.work, self.rows, self.seconds = work, rows, seconds
+        self.work = work
+        self.rows = rows
+        self.seconds = seconds
 
     def folder(self, library: str) -> Path:
+        """Where a library's files are; two ways of reading share one."""
         return self.work / {"gather": "ours"}.get(library, library.partition(",")[0])
 
     def run(self, task: str, library: str, world: int = 1, **job: Any) -> list[dict[str, Any]]:
-        """What each rank printed. Raises SystemExit with the last line of a rank that fails."""
-        python = sys.executable if library in OURS else str(ENVIRONMENT / "bin/python")
+        """Run a task; returns what each rank printed. Exits with the last line of a rank that
+        fails."""
         job = {
             "task": task,
             "library": library,
@@ -156,31 +161,18 @@ class Bench:
             "world": world,
             **job,
         }
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        # HOME, TMPDIR: what a library leaves behind goes with the folder
-        shared = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "HOME": str(self.work),
-            "TMPDIR": str(self.work),
-            "HF_HUB_OFFLINE": "1",
-            "LITDATA_DISABLE_VERSION_CHECK": "1",
-            "PYTHONWARNINGS": "ignore",
-            "PYTHONPATH": str(HERE.parent),
-        }
+        shared = self.environment(world)
+        python = sys.executable if library in OURS else str(ENVIRONMENT / "bin/python")
+        command = [python, HERE / "loader_peers.py", json.dumps(job)]
         with ExitStack() as stack:
+            # Into files: a pipe that nobody reads would stop a rank.
             ranks = []
             for rank in range(world):
-                output, errors = (
-                    stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)
-                )
-                own = {name: str(rank) for name in ("RANK", "LOCAL_RANK", "GLOBAL_RANK")}
+                output = stack.enter_context(tempfile.TemporaryFile("w+"))
+                errors = stack.enter_context(tempfile.TemporaryFile("w+"))
+                own = dict.fromkeys(("RANK", "LOCAL_RANK", "GLOBAL_RANK"), str(rank))
                 process = subprocess.Popen(
-                    [python, HERE / "loader_peers.py", json.dumps(job)],
+                    command,
                     env=shared | own,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -188,20 +180,41 @@ class Bench:
                 )
                 stack.callback(process.kill)
                 ranks.append((process, output, errors))
+
+            # The last line of each is its result, or its error.
             results = []
             for process, output, errors in ranks:
                 code = process.wait(timeout=300)
-                for file in (output, errors):
-                    file.seek(0)
+                output.seek(0)
+                errors.seek(0)
                 if code:
-                    raise SystemExit(
-                        f"{library}, {task}: {(errors.read().splitlines() or [f'exit {code}'])[-1]}"
-                    )
+                    lines = errors.read().splitlines() or [f"exit {code}"]
+                    raise SystemExit(f"{library}, {task}: {lines[-1]}")
                 results.append(json.loads(output.read().splitlines()[-1]))
         return results
 
+    def environment(self, world: int) -> dict[str, str]:
+        """The variables that all ranks have."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        return os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            # What a library leaves behind is removed with the folder.
+            "HOME": str(self.work),
+            "TMPDIR": str(self.work),
+            "HF_HUB_OFFLINE": "1",
+            "LITDATA_DISABLE_VERSION_CHECK": "1",
+            "PYTHONWARNINGS": "ignore",
+            "PYTHONPATH": str(HERE.parent),
+        }
+
 
 def make_samples(folder: Path, rows: int) -> None:
+    """Random latents, and labels, as NumPy's files."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     latents = np.lib.format.open_memmap(folder / LATENTS, "w+", np.float16, (rows, *SHAPE))
@@ -213,44 +226,63 @@ def make_samples(folder: Path, rows: int) -> None:
 
 
 def size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """The bytes of all files in a folder."""
+    total = 0
+    for path in folder.rglob("*"):
+        if path.is_file():
+            total += path.stat().st_size
+    return total
+
+
+def total_rate(ranks: list[dict[str, Any]]) -> float:
+    """The rates of all ranks together."""
+    return sum([rank["images_s"] for rank in ranks])
+
+
+def best_workers(bench: Bench, processes: list[int]) -> dict[tuple[str, int], int]:
+    """The number of DataLoader workers in each process that is best: (library, processes) -> it.
+    Ours has none."""
+    found = dict.fromkeys(itertools.product(OPEN, processes), 0)
+    for library, world in tqdm(found, "number of workers", leave=False):
+        if library not in PEERS:
+            continue
+        # Two workers at most in all, as ours has two threads.
+        rates = {}
+        for n in (0, 1, 2):
+            if n * world <= 2:
+                rates[n] = total_rate(bench.run("rate", library, world, workers=n))
+        found[library, world] = max(rates, key=rates.__getitem__)
+    return found
 
 
 def compare(bench: Bench, processes: list[int]) -> dict[str, dict[str, Any]]:
-    """{library: its row of the table}."""
+    """Measure all libraries: library -> its row of the table."""
     make_samples(bench.work / "samples", bench.rows)
     for library in tqdm(WRITE, "write", leave=False):
         bench.run("write", library)
+    # Read once, into the page cache.
     for path in bench.work.rglob("*"):
         if path.is_file():
-            path.read_bytes()  # into the page cache
+            path.read_bytes()
 
-    workers = {(library, world): 0 for library in OPEN for world in processes}
-    choices = {key: [n for n in (0, 1, 2) if n * key[1] <= 2] for key in workers if key[0] in PEERS}
-    for (library, world), counts in tqdm(choices.items(), "number of workers", leave=False):
-        rates = {
-            n: sum(rank["images_s"] for rank in bench.run("rate", library, world, workers=n))
-            for n in counts
-        }
-        workers[library, world] = max(rates, key=lambda n: rates[n])
+    # What each library saves at the middle of an epoch, and reads after it.
+    workers = best_workers(bench, processes)
+    halves = {}
+    for library in tqdm(("ours", *PEERS), "halfway", leave=False):
+        halves[library] = bench.run("halfway", library, workers=workers[library, processes[0]])[0]
 
-    halves = {
-        library: bench.run("halfway", library, workers=workers[library, processes[0]])[0]
-        for library in tqdm(("ours", *PEERS), "halfway", leave=False)
-    }
-    found: dict[str, dict[str, list[Any]]] = {library: {} for library in OPEN}
+    # The libraries take turns, so that what else runs on the machine slows all of them.
+    found: dict[str, dict[str, list[Any]]] = {library: defaultdict(list) for library in OPEN}
     for library in tqdm(REPEATS * list(OPEN), f"{REPEATS} rounds", leave=False):
         values = found[library]
         for world in processes:
             ranks = bench.run(
                 "rate", library, world, workers=workers[library, world], seconds=bench.seconds
             )
-            values.setdefault(f"images_s_{world}", []).append(
-                sum(rank["images_s"] for rank in ranks)
-            )
-            values.setdefault("import_s", []).append(ranks[0]["import_s"])
+            values[f"images_s_{world}"].append(total_rate(ranks))
+            values["import_s"].append(ranks[0]["import_s"])
             if world == processes[0]:
-                values.setdefault("first_s", []).append(ranks[0]["first_s"])
+                values["first_s"].append(ranks[0]["first_s"])
         if library in halves:
             seek = bench.run(
                 "seek",
@@ -259,34 +291,40 @@ def compare(bench: Bench, processes: list[int]) -> dict[str, dict[str, Any]]:
                 start=bench.rows // 2 // BATCH * BATCH,
                 state=halves[library]["state"],
             )[0]
-            values.setdefault("seek_s", []).append(seek["first_s"])
-            values.setdefault("same_rows", []).append(seek["labels"] == halves[library]["labels"])
+            values["seek_s"].append(seek["first_s"])
+            values["same_rows"].append(seek["labels"] == halves[library]["labels"])
         values["version"] = [ranks[0]["version"]]
-    return {
-        library: {
-            "version": values["version"][0],
-            "same_rows": all(values.get("same_rows", [False])),
+
+    rows = {}
+    for library, values in found.items():
+        rows[library] = row_of(values) | {
             "workers": {str(world): workers[library, world] for world in processes},
             "bytes_per_sample": None
             if library == "memcpy"
             else size(bench.folder(library)) / bench.rows,
-            "measured": values,
         }
-        | {
-            name: statistics.median(values[name])
-            for name in values
-            if name not in ("version", "same_rows")
-        }
-        for library, values in found.items()
+    return rows
+
+
+def row_of(values: dict[str, list[Any]]) -> dict[str, Any]:
+    """The medians of what was measured of one library."""
+    row: dict[str, Any] = {
+        "version": values["version"][0],
+        # A library that was not asked to seek has not shown that it can.
+        "same_rows": all(values.get("same_rows", [False])),
+        "measured": dict(values),
     }
+    for name, measured in values.items():
+        if name not in row:
+            row[name] = statistics.median(measured)
+    return row
 
 
 def markdown(rows: dict[str, dict[str, Any]], processes: list[int]) -> str:
-    speeds = [
-        head
-        for world in processes
-        for head in (f"images/s, {world} process{'es' * (world > 1)}", "ours is")
-    ]
+    """The table of all libraries, in Markdown."""
+    speeds = []
+    for world in processes:
+        speeds += [f"images/s, {world} process{'es' * (world > 1)}", "ours is"]
     heads = [
         "library",
         "shuffles",
@@ -322,6 +360,7 @@ def markdown(rows: dict[str, dict[str, Any]], processes: list[int]) -> str:
 
 
 def median_ms(call: Callable[[], Any], repeats: int = 30) -> float:
+    """The median time of a call."""
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -331,8 +370,8 @@ def median_ms(call: Callable[[], Any], repeats: int = 30) -> float:
 
 
 def constant_seek(data: Path) -> list[dict[str, Any]]:
-    """Our first batch at places near and far, the data set being open; and the order alone, with
-    ten times the rows."""
+    """The time to our first batch at places near and far, with the data set open; and to the order
+    alone, with ten times the rows."""
     dataset = ShardDataset(data)
     result = []
     for place, position in (("0", 0), ("N/2", len(dataset) // 2), ("100 N", 100 * len(dataset))):
@@ -353,25 +392,22 @@ def constant_seek(data: Path) -> list[dict[str, Any]]:
         def order(n_rows: int, position: int = position) -> None:
             sample_indices(position + np.arange(BATCH), n_rows, 0)
 
+        # The first call maps the shards.
         first_batch()
-        result.append(
-            {"position": place, "first_batch_ms": median_ms(first_batch)}
-            | {
-                f"order_ms_{times}N": median_ms(lambda times=times: order(times * len(dataset)))
-                for times in (1, 10)
-            }
-        )
+        row: dict[str, Any] = {"position": place, "first_batch_ms": median_ms(first_batch)}
+        for times in (1, 10):
+            row[f"order_ms_{times}N"] = median_ms(partial(order, times * len(dataset)))
+        result.append(row)
     return result
 
 
 def captions_on_disk(folder: Path, rows: int, seconds: float) -> dict[str, float]:
-    """Five captions an image, as long as COCO's, stored to their last token; beside all padded to
-    77."""
+    """The size and speed of five captions an image, as long as COCO's, stored to their last token;
+    beside the size of all padded to 77."""
     random = np.random.default_rng(0)
     info = DatasetInfo("made-up", "moments", SHAPE, 0, captions=CaptionInfo(TOKENS, WIDTH, WIDTH))
-    lengths = random.choice(
-        list(COCO_LENGTHS), (rows, CAPTIONS), p=np.array([*COCO_LENGTHS.values()]) / 25_014
-    )
+    shares = np.array(list(COCO_LENGTHS.values())) / 25_014
+    lengths = random.choice(list(COCO_LENGTHS), (rows, CAPTIONS), p=shares)
 
     def normal(*shape: int) -> np.ndarray:
         return random.standard_normal(shape, np.float32).astype(np.float16)
@@ -387,11 +423,12 @@ def captions_on_disk(folder: Path, rows: int, seconds: float) -> dict[str, float
                 caption_tokens=[normal(n, WIDTH) for n in lengths[i]],
                 caption_pooled=[normal(WIDTH) for _ in range(CAPTIONS)],
             )
-    stored = (
-        size(folder) - rows * 2 * np.prod(SHAPE)
-    ) / rows  # all but the latents: ids, texts and offsets too
+    # All but the latents: ids, texts and offsets too. Numbers have 2 bytes.
+    stored = (size(folder) - rows * 2 * np.prod(SHAPE)) / rows
     padded = CAPTIONS * 2 * (TOKENS * WIDTH + WIDTH)
-    images, begin = 0, 0.0
+
+    images = 0
+    begin = 0.0
     with Loader(
         ShardDataset(folder),
         seed=0,
@@ -403,7 +440,8 @@ def captions_on_disk(folder: Path, rows: int, seconds: float) -> dict[str, float
     ) as loader:
         for step in range(1 << 30):
             loader.batch(step)
-            if step * BATCH < rows:  # all shards mapped
+            # The clock starts once all shards are mapped.
+            if step * BATCH < rows:
                 begin = time.perf_counter()
             elif (spent := time.perf_counter() - begin) < seconds:
                 images += BATCH
@@ -433,11 +471,11 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if options.rows < 4 * BATCH * max(options.processes):
-        parser.error(
-            f"--rows {options.rows} are too few; give at least {4 * BATCH * max(options.processes)}"
-        )
-    begin, load = time.perf_counter(), os.getloadavg()[0]
+    least = 4 * BATCH * max(options.processes)
+    if options.rows < least:
+        parser.error(f"--rows {options.rows} are too few; give at least {least}")
+    begin = time.perf_counter()
+    load = os.getloadavg()[0]
     make_environment()
     with ExitStack() as stack:
         work = (options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))).resolve()
@@ -456,11 +494,9 @@ def main() -> None:
         "|\n|---|---:|---:|---:|"
     )
     for row in seeks:
-        print(
-            "| "
-            + " | ".join([row["position"], *(f"{value:.2f}" for value in list(row.values())[1:])])
-            + " |"
-        )
+        position, *times = row.values()
+        cells = [position, *[f"{value:.2f}" for value in times]]
+        print(f"| {' | '.join(cells)} |")
     print(
         f"\ncaptions: {captions['bytes_per_image']:,.0f} bytes an image, "
         f"{captions['bytes_per_caption']:,.0f} each of {captions['tokens_mean']:.1f} tokens: "
@@ -479,19 +515,14 @@ def main() -> None:
         f"peer ({best})"
     )
     if options.json:
-        options.json.write_text(
-            json.dumps(
-                {
-                    "options": {k: str(v) for k, v in vars(options).items()},
-                    "load": loads,
-                    "rows": rows,
-                    "seek": seeks,
-                    "captions": captions,
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+        results = {
+            "options": {name: str(value) for name, value in vars(options).items()},
+            "load": loads,
+            "rows": rows,
+            "seek": seeks,
+            "captions": captions,
+        }
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

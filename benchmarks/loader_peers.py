@@ -24,9 +24,13 @@ from typing import Any
 
 import numpy as np
 
-BATCH, SHAPE = 256, (8, 32, 32)
-LATENTS, LABELS = "latents.npy", "labels.npy"  # the samples, as benchmarks/loader.py makes them
-SHARD_BYTES = 1 << 26  # 64 MiB: streaming's default, and 4,096 rows, which is ours
+BATCH = 256
+SHAPE = (8, 32, 32)
+# The files of the samples, as benchmarks/loader.py makes them.
+LATENTS = "latents.npy"
+LABELS = "labels.npy"
+# 64 MiB: streaming's default, and 4,096 rows, which is ours.
+SHARD_BYTES = 1 << 26
 # {library: (the module whose import is timed, the distribution whose version is shown)}; the order
 # is the tables'
 LIBRARIES = {
@@ -43,6 +47,8 @@ LIBRARIES = {
 
 @dataclass(frozen=True)
 class Job:
+    """What one process has to do."""
+
     task: str
     library: str
     samples: str  # folder of LATENTS and LABELS
@@ -51,7 +57,7 @@ class Job:
     world: int = 1
     workers: int = 0  # of the DataLoader, in each process
     seconds: float = 0.0  # at least; epochs are read to their end
-    start: int = 0  # row of the epoch to begin at
+    start: int = 0  # row of the epoch to start at
     state: Any = None  # the loader's own, saved there; None where it has none
 
     @property
@@ -67,8 +73,8 @@ class Job:
 
 
 class Epochs:
-    """Each `iter()` is the next epoch of a generator of epochs, once it is read (DataLoader makes
-    one in vain)."""
+    """A loader whose every `iter()` is the next epoch of a generator of epochs, taken when it is
+    first read (DataLoader makes one in vain)."""
 
     def __init__(self, epochs: Iterator[Iterable[Any]]) -> None:
         self.epochs = epochs
@@ -78,6 +84,7 @@ class Epochs:
 
 
 def slices(order: np.ndarray) -> list[np.ndarray]:
+    """An order of rows in batches."""
     return [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
 
 
@@ -98,7 +105,8 @@ def open_ours(job: Job) -> Epochs:
     from largescale.data.loader import Loader
     from largescale.data.shards import ShardDataset
 
-    steps, start = job.rows // (BATCH * job.world), job.start // (BATCH * job.world)
+    steps = job.rows // (BATCH * job.world)
+    start = job.start // (BATCH * job.world)
     loader = Loader(
         ShardDataset(job.data),
         seed=0,
@@ -109,13 +117,15 @@ def open_ours(job: Job) -> Epochs:
         start_step=start,
     )
 
+    def read_batch(step: int) -> tuple[Any, Any]:
+        batch = loader.batch(step)
+        return batch["latent"][0], batch["label"][0]
+
     def epochs() -> Iterator[Iterable[Any]]:
-        for epoch in range(1 << 30):
-            batches = (
-                loader.batch(step)
-                for step in range(epoch * steps + start * (epoch == 0), (epoch + 1) * steps)
-            )
-            yield ((batch["latent"][0], batch["label"][0]) for batch in batches)
+        # The first epoch is read from where the run is resumed.
+        yield map(read_batch, range(start, steps))
+        for epoch in range(1, 1 << 30):
+            yield map(read_batch, range(epoch * steps, (epoch + 1) * steps))
 
     return Epochs(epochs())
 
@@ -137,10 +147,8 @@ def open_gather(job: Job) -> Epochs:
 def open_memcpy(job: Job) -> Epochs:
     import torch
 
-    latents, labels = (
-        np.load(Path(job.samples, LATENTS), mmap_mode="r"),
-        np.load(Path(job.samples, LABELS)),
-    )
+    latents = np.load(Path(job.samples, LATENTS), mmap_mode="r")
+    labels = np.load(Path(job.samples, LABELS))
 
     def batch(indices: np.ndarray) -> tuple[Any, Any]:
         return torch.from_numpy(latents[indices]), torch.from_numpy(labels[indices])
@@ -253,9 +261,8 @@ def open_datasets(job: Job, arrow: bool = False) -> Any:
     from torch.utils.data import DataLoader
 
     def from_numpy(rows: Any) -> tuple[Any, Any]:
-        return torch.from_numpy(rows["latent"]).view(-1, *SHAPE), torch.from_numpy(
-            rows["label"]
-        ).long()
+        latent = torch.from_numpy(rows["latent"]).view(-1, *SHAPE)
+        return latent, torch.from_numpy(rows["label"]).long()
 
     def from_arrow(rows: Any) -> tuple[Any, Any]:
         latent = rows["latent"].combine_chunks().flatten().to_numpy()
@@ -298,10 +305,13 @@ OPEN: dict[str, Callable[[Job], Any]] = {
 
 
 def pair(batch: Any) -> tuple[Any, Any]:
+    """Latents and labels of a batch of any library."""
     return (batch["latent"], batch["label"]) if isinstance(batch, dict) else tuple(batch)
 
 
 def read(job: Job) -> dict[str, Any]:
+    """Read with one library; returns what the task asks for."""
+    # The import of the library is timed with torch, which all of them need.
     begin = time.perf_counter()
     import torch
     import torch.distributed as dist
@@ -317,26 +327,30 @@ def read(job: Job) -> dict[str, Any]:
     loader = OPEN[job.library](job)
     batches = iter(loader)
     latent, label = pair(next(batches))
-    result["first_s"] = time.perf_counter() - begin  # or, begun in the middle, the seek's
-    assert latent.shape == (BATCH, *SHAPE) and latent.dtype == torch.float16, (
-        latent.shape,
-        latent.dtype,
-    )
+    # Where the job starts in the middle of an epoch, this is the seek.
+    result["first_s"] = time.perf_counter() - begin
+
+    # All have to give the same, or less work would look like speed.
+    what = (latent.shape, latent.dtype)
+    assert latent.shape == (BATCH, *SHAPE) and latent.dtype == torch.float16, what
     assert label.shape == (BATCH,) and label.dtype == torch.int64, (label.shape, label.dtype)
     if job.task == "seek":
         return result | {"labels": label.tolist()}
-    if job.task == "halfway":  # what a checkpoint would hold there, and the rows that follow
+    # What a checkpoint would hold there, and the rows that follow.
+    if job.task == "halfway":
         for _ in range(job.rows // 2 // BATCH - 1):
             next(batches)
         state = loader.state_dict() if hasattr(loader, "state_dict") else None
         return {"state": state, "labels": pair(next(batches))[1].tolist()}
 
-    # Whole epochs, until every rank has had its seconds (a rank that stops alone would leave others
+    # Complete epochs, until every rank has had its seconds (a rank that stops alone would leave others
     # in a barrier). The clock stands still from an epoch's last batch to the next one's first: here
     # epochs are 64 times as short as ImageNet's, where starting one costs next to nothing. That
     # favours libraries that are slow to start an epoch; for ours, whose thread reads on from epoch
-    # to epoch, the clock goes on.
-    images, spent, more = 0, 0.0, torch.ones(1)
+    # to epoch, the clock continues.
+    images = 0
+    spent = 0.0
+    more = torch.ones(1)
     if job.world > 1:
         dist.barrier()
     while more:
@@ -352,7 +366,8 @@ def read(job: Job) -> dict[str, Any]:
             batches = iter(loader)
             next(batches)
             if job.library == "ours":
-                images, spent = images + BATCH, spent + time.perf_counter() - end
+                images += BATCH
+                spent += time.perf_counter() - end
     if job.world > 1:
         dist.destroy_process_group()
     return result | {"images_s": images / spent}

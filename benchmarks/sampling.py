@@ -15,10 +15,12 @@ where that is more than rounding in fp32. `first`: ten steps, and compiling.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -38,35 +40,44 @@ from largescale.models.inference import prepare
 from largescale.monitoring.telemetry import peak_flops
 from largescale.noise_schedule import make_betas
 
+# Width, depth, heads.
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-CFG_SCALE, CLASSES, SHAPE, SEED = 1.5, 1000, (4, 32, 32), 0
-INTERVAL = (0.1, 0.5)  # of noise levels, in the last way: guided at 40 % of the steps
-ROUNDING = 1e-5  # in fp32, of the largest value; bf16 is at 6e-5 and more
-PEER, REFERENCE = "facebookresearch/DiT, fp32", "ours, fp32"
+CFG_SCALE = 1.5
+CLASSES = 1000
+SHAPE = (4, 32, 32)
+SEED = 0
+# Noise levels that are guided in the last way: 40 % of the steps.
+INTERVAL = (0.1, 0.5)
+# The largest difference in fp32, of the largest value; bf16 is at 6e-5 and more.
+ROUNDING = 1e-5
+PEER = "facebookresearch/DiT, fp32"
+REFERENCE = "ours, fp32"
 
-Way = Callable[
-    [str, int, int], tuple[Tensor, int]
-]  # (sampler, steps, images) -> samples, images that the model saw
-Run = tuple[str, str]  # of a way, with a sampler
+# (sampler, steps, images) -> samples, and how many images the model was shown.
+Way = Callable[[str, int, int], tuple[Tensor, int]]
+# The name of a way, and of a sampler.
+Run = tuple[str, str]
 
 
 def make_model(size: str) -> DiT:
+    """A model with random weights."""
     width, depth, heads = SIZES[size]
     model = DiT(patch_size=2, hidden_size=width, depth=depth, num_heads=heads, num_classes=CLASSES)
+    # adaLN-Zero starts as a function that is 0 everywhere: a wrong one would not be noticed.
     torch.manual_seed(SEED)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            nn.init.normal_(
-                parameter, std=0.02
-            )  # adaLN-Zero starts as a function that is 0 everywhere
+            nn.init.normal_(parameter, std=0.02)
     return model.eval()
 
 
 def labels(index: Any) -> Tensor:
-    return torch.tensor([i % CLASSES for i in index])
+    """The classes in turn."""
+    return torch.tensor(list(index)) % CLASSES
 
 
 def ours(model: Model, device: torch.device, interval: tuple[float, float] = (0.0, 1.0)) -> Way:
+    """Our sampler; guided inside `interval` only."""
     diffusion = GaussianDiffusion(make_betas("linear", 1000), learn_sigma=True)
 
     def draw(sampler: Any, steps: int, images: int) -> tuple[Tensor, int]:
@@ -95,7 +106,8 @@ def ours(model: Model, device: torch.device, interval: tuple[float, float] = (0.
 
 
 def peers(checkout: Path, size: str, state: dict[str, Tensor], device: torch.device) -> Way:
-    """Its random numbers are replaced by the noise that ours draws, drawn before."""
+    """The sampler of facebookresearch/DiT. Its random numbers are replaced by the noise that ours
+    draws, drawn before."""
     sys.path.insert(0, str(checkout))
     import diffusion as dit_diffusion
     import models as dit_models
@@ -107,6 +119,7 @@ def peers(checkout: Path, size: str, state: dict[str, Tensor], device: torch.dev
     @cache
     def noise(steps: int, images: int) -> list[Tensor]:
         draw = SampleNoise(SEED, range(images), SHAPE, device)
+        # Twice: it draws with and without the label as one batch.
         return [draw().repeat(2, 1, 1, 1) for _ in range(steps + 1)]
 
     @torch.no_grad()
@@ -131,19 +144,20 @@ def peers(checkout: Path, size: str, state: dict[str, Tensor], device: torch.dev
 
 
 def seconds(action: Callable[[], Any], device: torch.device) -> float:
-    """Of wall-clock time; with one thread on a CPU its own time, which what else runs does not
-    lengthen so much."""
+    """How long `action` takes by the wall clock; with one thread on a CPU the process's own time,
+    which other programs lengthen less."""
     if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         start.record()
         action()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1000
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    began = clock()
+    begin = clock()
     action()
-    return clock() - began
+    return clock() - begin
 
 
 def peaks(device: torch.device) -> dict[str, float]:
@@ -152,13 +166,16 @@ def peaks(device: torch.device) -> dict[str, float]:
         return {"fp32": peak, "bf16": peak}
     found = {}
     for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
-        a, b = (torch.randn(4096, 4096, device=device).to(dtype) for _ in range(2))
-        times = [seconds(lambda a=a, b=b: torch.mm(a, b), device) for _ in range(8)][3:]
-        found[name] = 2 * 4096**3 / statistics.median(times)
+        a = torch.randn(4096, 4096, device=device).to(dtype)
+        b = torch.randn(4096, 4096, device=device).to(dtype)
+        times = [seconds(lambda a=a, b=b: torch.mm(a, b), device) for _ in range(8)]
+        # The first ones warm up; 2 n^3 FLOP a product.
+        found[name] = 2 * 4096**3 / statistics.median(times[3:])
     return found
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -174,7 +191,26 @@ def main() -> None:
         "--threads", type=int, help="of the CPU; with 1, CPU time is measured, for a busy machine"
     )
     parser.add_argument("--samplers", nargs="*", default=["ddpm", "ddim"])
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def make_ways(options: argparse.Namespace, model: DiT, device: torch.device) -> dict[str, Way]:
+    """All ways of drawing that are compared, the peer first."""
+    found: dict[str, Way] = {}
+    if options.dit:
+        found[PEER] = peers(options.dit, options.size, model.state_dict(), device)
+    for precision in ("fp32", "bf16"):
+        for compiled in (False, True):
+            prepared = prepare(model, device=device, precision=precision, compile=compiled)
+            name = f"ours, {precision}{', compiled' * compiled}"
+            found[name] = ours(prepared, device)
+    # The last one, compiled in bf16, once more with less guidance.
+    found[f"{name}, guided in {INTERVAL}"] = ours(prepared, device, INTERVAL)
+    return found
+
+
+def main() -> None:
+    options = parse()
     device = torch.device(options.device)
     gpu = device.type == "cuda"
     if options.threads:
@@ -182,32 +218,22 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
     model = make_model(options.size)
-    fp32, bf16, fp32_compiled, bf16_compiled = (
-        prepare(model, device=device, precision=precision, compile=compiled)
-        for compiled in (False, True)
-        for precision in ("fp32", "bf16")
-    )
-    ways: dict[str, Way] = {
-        REFERENCE: ours(fp32, device),
-        "ours, fp32, compiled": ours(fp32_compiled, device),
-        "ours, bf16": ours(bf16, device),
-        "ours, bf16, compiled": ours(bf16_compiled, device),
-        f"ours, bf16, compiled, guided in {INTERVAL}": ours(bf16_compiled, device, INTERVAL),
-    }
-    if options.dit:
-        ways = {PEER: peers(options.dit, options.size, model.state_dict(), device)} | ways
-    cost, peak = flops_per_image(model), peaks(device)
+    ways = make_ways(options, model, device)
+    cost = flops_per_image(model)
+    peak = peaks(device)
+    reached = [f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in peak.items()]
+    where = f"{torch.get_num_threads()} threads,"
+    if gpu:
+        where = torch.cuda.get_device_name(device)
     print(
         f"DiT-{options.size}/2, {cost / 1e9:.2f} GFLOP an image and evaluation; peak "
-        + ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in peak.items())
-        + f"; torch {torch.__version__}, "
-        f"{torch.cuda.get_device_name(device) if gpu else torch.get_num_threads()} "
-        + f"{'' if gpu else 'threads, '}load {os.getloadavg()[0]:.1f}",
+        f"{', '.join(reached)}; torch {torch.__version__}, {where} load {os.getloadavg()[0]:.1f}",
         flush=True,
     )
 
     for images in options.images or ([32, 64, 128, 256] if gpu else [8]):
-        torch.compiler.reset()  # only so many graphs are kept
+        # torch.compile keeps a limited number of graphs.
+        torch.compiler.reset()
         drawn: dict[Run, tuple[Tensor, int]] = {}
 
         def timed(
@@ -218,13 +244,11 @@ def main() -> None:
 
             return seconds(draw, device)
 
+        # The ways take turns, so that what else runs on the machine slows all of them.
         first = {name: timed(name, "ddim", 10) for name in tqdm(ways, "first", leave=False)}
-        times: dict[Run, list[float]] = {
-            (name, sampler): [] for name in ways for sampler in options.samplers
-        }
-        for name, sampler in tqdm(
-            list(times) * options.rounds, f"{options.rounds} rounds", leave=False
-        ):
+        runs = list(itertools.product(ways, options.samplers))
+        times: dict[Run, list[float]] = defaultdict(list)
+        for name, sampler in tqdm(runs * options.rounds, f"{options.rounds} rounds", leave=False):
             times[name, sampler].append(timed(name, sampler, options.steps))
         print(f"\nbatches of {images}, {options.steps} steps, load {os.getloadavg()[0]:.1f}\n")
         report(images, times, drawn, first, cost, peak)
@@ -238,19 +262,21 @@ def report(
     cost: float,
     peak: dict[str, float],
 ) -> None:
-    samplers = list(dict.fromkeys(sampler for _, sampler in times))
+    """Print a Markdown table. Exits with a message where samples in fp32 differ by more than
+    rounding."""
+    samplers = list(dict.fromkeys([sampler for _, sampler in times]))
     base = PEER if PEER in first else REFERENCE
-    print(
-        "| way |",
-        " | ".join(f"{s.upper()}, images/s | spread | of {base} | of the peak" for s in samplers),
-        "| farthest | first, s |",
-    )
+    heads = [f"{s.upper()}, images/s | spread | of {base} | of the peak" for s in samplers]
+    print("| way |", " | ".join(heads), "| farthest | first, s |")
     print("|---|", "---:|" * (4 * len(samplers) + 2), sep="")
     wrong = []
     for name, before in first.items():
-        cells, precision = [], "bf16" if "bf16" in name else "fp32"
+        precision = "bf16" if "bf16" in name else "fp32"
+        cells = []
+        differences = []
         for sampler in samplers:
-            runs, (_, evaluated) = times[name, sampler], drawn[name, sampler]
+            runs = times[name, sampler]
+            samples, evaluated = drawn[name, sampler]
             median = statistics.median(runs)
             cells += [
                 f"{images / median:.3f}",
@@ -258,14 +284,12 @@ def report(
                 f"{statistics.median(times[base, sampler]) / median:.2f} x",
                 f"{evaluated * cost / median / peak[precision]:.0%}",
             ]
-        away = max(
-            (
-                (drawn[name, s][0] - (right := drawn[REFERENCE, s][0])).abs().max()
-                / right.abs().max()
-            ).item()
-            for s in samplers
-        )
-        wrong += [f"{name} by {away:.1e}"] * (precision == "fp32" and away > ROUNDING)
+            right, _ = drawn[REFERENCE, sampler]
+            differences.append(((samples - right).abs().max() / right.abs().max()).item())
+        away = max(differences)
+        # In bf16 rounding differs with the order of operations.
+        if precision == "fp32" and away > ROUNDING:
+            wrong.append(f"{name} by {away:.1e}")
         print(f"| {name} |", " | ".join(cells), f"| {away:.1e} | {before:.0f} |")
     if wrong:
         raise SystemExit(

@@ -1,11 +1,11 @@
 """python benchmarks/scaling.py: what a run costs on 8, 64 and 256 GPUs, by the model of
 largescale/planning/cost.py.
 
-With --check the model is held against this machine's CPU: the trainer runs on one rank and on two,
+With --check the model is compared with this machine's CPU: the trainer runs on one rank and on two,
 one thread each, at the same global batch; the step of two is predicted from that of one and from
-what two processes reach here together, in matrix products, copies and gloo's collectives. It says
-whether the arithmetic holds, and nothing about a GPU. Beside it one rank that has both threads: the
-same machine without anything to send.
+what two processes reach here together, in matrix products, copies and gloo's collectives. This
+shows whether the arithmetic holds, and nothing about a GPU. Beside it one rank that has both
+threads: the same machine without anything to send.
 """
 
 import argparse
@@ -33,13 +33,26 @@ from largescale.training.dry_run import workload
 
 ROOT = Path(__file__).parent.parent
 FP32 = "ds_configs/zero2_fp32.json"
+# Steps of --check that are not counted.
+WARM_UP_STEPS = 3
+# Fields of Hardware that an option can set, as the data sheet does not have them.
+ASSUMED = (
+    "mfu",
+    "intra-bandwidth",
+    "inter-bandwidth",
+    "data-bandwidth",
+    "write-bandwidth",
+    "storage-bandwidth",
+    "node-mtbf-hours",
+    "restart-s",
+)
 
 
 # ---- the table
 
 
 def plan(config: Config, hardware: Hardware, gpus: int, steps: int) -> Plan:
-    """Of a preset's run, in as many micro steps as memory asks for."""
+    """The plan of a preset's run, in as many micro steps as memory asks for."""
     ds = load_ds_config(config.train.ds_config)
     micro = largest_micro_batch(config, ds, gpus, hardware.usable_bytes)
     if not micro:
@@ -49,7 +62,14 @@ def plan(config: Config, hardware: Hardware, gpus: int, steps: int) -> Plan:
 
 
 def tables(plans: list[Plan]) -> str:
-    work, hardware = plans[0].work, plans[0].hardware
+    """Two Markdown tables: what a step costs, and what checkpoints and failures cost."""
+    return "\n".join([*step_table(plans), "", *checkpoint_table(plans)])
+
+
+def step_table(plans: list[Plan]) -> list[str]:
+    """A Markdown table of the step, and of what takes its time."""
+    work = plans[0].work
+    hardware = plans[0].hardware
     names = [name for name in plans[0].step.parts if name != "compute"]
     lines = [
         "| GPUs | images a GPU | step, ms | images/s | hours | GPU hours | compute | "
@@ -58,7 +78,7 @@ def tables(plans: list[Plan]) -> str:
     ]
     for p in plans:
         s = p.step
-        shares = " | ".join(f"{100 * s.share(name):.1f} %" for name in names)
+        shares = " | ".join([f"{100 * s.share(name):.1f} %" for name in names])
         micro = f" x {work.grad_accum_steps}" if p.work.grad_accum_steps > 1 else ""
         images = work.global_batch_size // (p.gpus * p.work.grad_accum_steps)
         lines.append(
@@ -67,28 +87,35 @@ def tables(plans: list[Plan]) -> str:
             f"{shares} | {s.bottleneck} | {s.data_rate / 1e6:,.0f} | "
             f"{s.data_rate / 1e6 / hardware.nodes(p.gpus):,.0f} |"
         )
-    lines += [
-        "",
+    return lines
+
+
+def checkpoint_table(plans: list[Plan]) -> list[str]:
+    """A Markdown table of checkpoints: how long they take, and how often they are best made."""
+    lines = [
         "| GPUs | checkpoint, GB | stall, s | written after, s | failure every, h | best every, "
         "min (Young) | (Daly) | in steps | wasted | configured | wasted |",
         f"|---{'|---:' * 10}|",
     ]
     for p in plans:
-        by_young, by_daly = (rule(p.stall_s, p.mtbf_s) / 60 for rule in (young, daly))
+        # Both rules weigh the stall of a checkpoint against what a failure loses; in minutes.
+        by_young = young(p.stall_s, p.mtbf_s) / 60
+        by_daly = daly(p.stall_s, p.mtbf_s) / 60
         lines.append(
             f"| {p.gpus} | {p.work.checkpoint_bytes / 1e9:.1f} | {p.stall_s:.2f} | {p.write_s:.1f} "
             f"| {p.mtbf_s / 3600:,.0f} | {by_young:.1f} | {by_daly:.1f} | {p.best_every:,} | "
             f"{100 * p.wasted(p.best_every):.2f} % | {p.every:,} | {100 * p.wasted(p.every):.2f} % "
             "|"
         )
-    return "\n".join(lines)
+    return lines
 
 
 # ---- the check
 
 
 def ranks_of(count: int, *program: str) -> str:
-    """Run a Python program on so many processes of one thread each; what rank 0 prints."""
+    """Run a Python program on so many processes of one thread each; returns what rank 0 prints."""
+    # Any free port: several checks may run on one machine.
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -100,38 +127,46 @@ def ranks_of(count: int, *program: str) -> str:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
-    processes = [
-        subprocess.Popen(
+    processes = []
+    for rank in range(count):
+        process = subprocess.Popen(
             [sys.executable, *program],
             cwd=ROOT,
             env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             text=True,
             stdout=subprocess.PIPE,
+            # All ranks report the same; one is enough.
             stderr=None if rank == 0 else subprocess.DEVNULL,
         )
-        for rank in range(count)
-    ]
+        processes.append(process)
+
+    # A rank that fails leaves the others waiting for it.
     try:
         outputs = [process.communicate()[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    if failed := [process.returncode for process in processes if process.returncode]:
-        raise SystemExit(f"{' '.join(program)} on {count} ranks: exit status {failed[0]}")
+    for process in processes:
+        if process.returncode:
+            status = process.returncode
+            raise SystemExit(f"{' '.join(program)} on {count} ranks: exit status {status}")
     return outputs[0]
 
 
 def probe(elements: int, bucket: int) -> None:
-    """On one of two ranks: seconds of the same work alone and beside the other, and of a step's
-    collectives in fp32."""
+    """Measure, on one of two ranks, the seconds of the same work alone and beside the other rank,
+    and of a step's collectives in fp32."""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    flat, part = torch.randn(elements), torch.randn(elements // 2)
-    whole = torch.empty(2 * len(part))
+    a = torch.randn(1024, 1024)
+    b = torch.randn(1024, 1024)
+    # ZeRO-2 reduces all gradients, and gathers the half of the weights that each rank updates.
+    flat = torch.randn(elements)
+    part = torch.randn(elements // 2)
+    gathered = torch.empty(2 * len(part))
 
     def median_s(work: Callable[[], object], times: int = 7) -> float:
         def once() -> float:
@@ -139,8 +174,9 @@ def probe(elements: int, bucket: int) -> None:
             work()
             return time.perf_counter() - start
 
+        # The first time warms caches up.
         work()
-        return statistics.median(once() for _ in range(times))
+        return statistics.median([once() for _ in range(times)])
 
     def reduce_buckets() -> None:
         for bucket_of in flat.split(bucket):
@@ -155,7 +191,7 @@ def probe(elements: int, bucket: int) -> None:
         dist.barrier()
     found["all-reduce"] = median_s(reduce_buckets)
     dist.barrier()
-    found["all-gather"] = median_s(lambda: dist.all_gather_into_tensor(whole, part))
+    found["all-gather"] = median_s(lambda: dist.all_gather_into_tensor(gathered, part))
     if dist.get_rank() == 0:
         print(json.dumps(found))
     dist.destroy_process_group()
@@ -164,53 +200,46 @@ def probe(elements: int, bucket: int) -> None:
 def measure(
     preset: str, data: Path, run: Path, ranks: int, threads: int, batch: int, steps: int
 ) -> dict[str, float]:
-    """Seconds of forward and backward, and of `engine.step`: medians over the steps after warming
-    up."""
-    ranks_of(
-        ranks,
-        "-m",
-        "largescale.train",
-        preset,
-        "--data.path",
-        str(data),
-        "--output",
-        str(run),
-        "--train.device",
-        "cpu",
-        "--train.ds-config",
-        FP32,
-        "--train.steps",
-        str(steps),
-        "--train.global-batch-size",
-        str(batch),
-        "--telemetry.log-every",
-        "1",
-        "--telemetry.reference-every",
-        "0",
-        "--telemetry.preview-every",
-        "0",
-        "--telemetry.no-tensorboard",
-        "--train.threads",
-        str(threads),
-    )
-    rows = [row for row in read_metrics(run) if "loss" in row][3:]
-    laps = {
-        "forward and backward": [row["time/forward_ms"] + row["time/backward_ms"] for row in rows],
-        "optimizer": [row["time/optimizer_ms"] for row in rows],
+    """Train, and measure the seconds of forward and backward, and of `engine.step`: medians over
+    the steps after warming up."""
+    options = {
+        "data.path": data,
+        "output": run,
+        "train.device": "cpu",
+        "train.ds-config": FP32,
+        "train.steps": steps,
+        "train.global-batch-size": batch,
+        "train.threads": threads,
+        # Every step is logged, and nothing else is done.
+        "telemetry.log-every": 1,
+        "telemetry.reference-every": 0,
+        "telemetry.preview-every": 0,
     }
-    return {name: statistics.median(values) / 1e3 for name, values in laps.items()}
+    words = ["-m", "largescale.train", preset, "--telemetry.no-tensorboard"]
+    for name, value in options.items():
+        words += [f"--{name}", str(value)]
+    ranks_of(ranks, *words)
+
+    # The first steps are slower, as memory is touched for the first time.
+    rows = [row for row in read_metrics(run) if "loss" in row][WARM_UP_STEPS:]
+    compute = [row["time/forward_ms"] + row["time/backward_ms"] for row in rows]
+    optimizer = [row["time/optimizer_ms"] for row in rows]
+    return {
+        "forward and backward": statistics.median(compute) / 1e3,
+        "optimizer": statistics.median(optimizer) / 1e3,
+    }
 
 
 def calibrated(work: Workload, one: dict[str, float], probed: dict[str, float]) -> Hardware:
     """This machine, one core a rank, as two ranks find it together. What one rank reaches alone is
     slowed down by what the probe lost to the other rank: cores of one processor share its
     memory."""
+    # What one rank alone reaches: bytes/s in the update, FLOP/s in the rest of its step.
     memory = work.update_bytes / one["optimizer"]
     compute_s = one["forward and backward"] - work.staging_bytes(1) / memory
     flops = work.flops_per_image * work.global_batch_size / compute_s
-    sent = work.parameters * (
-        work.reduce_bytes + work.weight_bytes / 2
-    )  # of two ranks, each to the other
+    # Bytes that each of two ranks sends to the other.
+    sent = work.parameters * (work.reduce_bytes + work.weight_bytes / 2)
     link = sent / (probed["all-reduce"] + probed["all-gather"])
     return Hardware(
         "CPU",
@@ -225,7 +254,7 @@ def calibrated(work: Workload, one: dict[str, float], probed: dict[str, float]) 
 
 
 def predicted(work: Workload, hardware: Hardware) -> dict[str, float]:
-    """As `measure`, on two ranks."""
+    """What `measure` should find on two ranks, by the model."""
     parts = step(work, hardware, 2).parts
     return {
         "forward and backward": parts["compute"] + parts["gradient reduction"],
@@ -234,6 +263,7 @@ def predicted(work: Workload, hardware: Hardware) -> dict[str, float]:
 
 
 def check(preset: str, batch: int, steps: int) -> None:
+    """Measure one rank and two, and print how well the model predicts the latter."""
     config = PRESETS[preset]()
     config = replace(
         config, train=replace(config.train, device="cpu", ds_config=FP32, global_batch_size=batch)
@@ -241,30 +271,22 @@ def check(preset: str, batch: int, steps: int) -> None:
     work = workload(config, load_ds_config(FP32), grad_accum_steps=1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_latents(folder / "data", config.model, 512)
-        one, two, both = (
-            measure(
-                preset,
-                folder / "data",
-                folder / f"run{ranks}x{threads}",
-                ranks,
-                threads,
-                batch,
-                steps,
-            )
-            for ranks, threads in ((1, 1), (2, 1), (1, 2))
-        )
+        data = folder / "data"
+        make_latents(data, config.model, 512)
+        one = measure(preset, data, folder / "run1x1", 1, 1, batch, steps)
+        two = measure(preset, data, folder / "run2x1", 2, 1, batch, steps)
+        # One rank with both threads has nothing to send.
+        both = measure(preset, data, folder / "run1x2", 1, 2, batch, steps)
     options = (str(work.parameters), str(work.reduce_bucket_size))
     probed = json.loads(ranks_of(2, __file__, "--probe", *options).splitlines()[-1])
     hardware = calibrated(work, one, probed)
     guess = predicted(work, hardware)
     print(
-        f"{preset}, {work.parameters:,} parameters, fp32, batch {batch}, medians of {steps - 3} "
-        "steps, one thread a rank"
+        f"{preset}, {work.parameters:,} parameters, fp32, batch {batch}, medians of "
+        f"{steps - WARM_UP_STEPS} steps, one thread a rank"
     )
-    print(
-        "seconds of the probe: " + ", ".join(f"{key} {value:.4f}" for key, value in probed.items())
-    )
+    seconds = [f"{key} {value:.4f}" for key, value in probed.items()]
+    print(f"seconds of the probe: {', '.join(seconds)}")
     print(
         f"so two ranks have {hardware.peak_flops / 1e9:.1f} GFLOP/s, "
         f"{hardware.memory_bandwidth / 1e9:.1f} GB/s of memory each, and "
@@ -274,17 +296,22 @@ def check(preset: str, batch: int, steps: int) -> None:
         "\n| | 1 rank, s | 2 ranks, predicted | measured | predicted / measured "
         "|\n|---|---:|---:|---:|---:|"
     )
-    for name in (*one, "step"):
-        a, b, c = (sum(of.values()) if name == "step" else of[name] for of in (one, guess, two))
-        print(f"| {name} | {a:.3f} | {b:.3f} | {c:.3f} | {b / c:.2f} |")
-    a, b = (sum(of.values()) for of in (both, two))
+    # The step is the sum of its parts.
+    for times in (one, two, both, guess):
+        times["step"] = sum(times.values())
+    for name in one:
+        print(
+            f"| {name} | {one[name]:.3f} | {guess[name]:.3f} | {two[name]:.3f} | "
+            f"{guess[name] / two[name]:.2f} |"
+        )
     print(
-        f"\none rank with two threads: {a:.3f} s a step; two ranks take {a / b:.2f} times as many "
-        "images/s"
+        f"\none rank with two threads: {both['step']:.3f} s a step; two ranks take "
+        f"{both['step'] / two['step']:.2f} times as many images/s"
     )
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """The options of the program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -300,35 +327,34 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="by default 2,000,000; of --check, 15")
     parser.add_argument("--batch-size", type=int, help="by default the preset's; of --check, 8")
     parser.add_argument("--hardware", choices=HARDWARE, default="h100")
-    for name in (
-        "mfu",
-        "intra-bandwidth",
-        "inter-bandwidth",
-        "data-bandwidth",
-        "write-bandwidth",
-        "storage-bandwidth",
-        "node-mtbf-hours",
-        "restart-s",
-    ):
+    for name in ASSUMED:
         default = getattr(HARDWARE["h100"], name.replace("-", "_"))
         unit = " bytes/s" if name.endswith("bandwidth") else ""
         parser.add_argument(
             f"--{name}", type=float, help=f"of an H100 {default:g}{unit}; see Hardware in cost.py"
         )
     parser.add_argument(
-        "--check", action="store_true", help="hold the model against 1 and 2 ranks on this machine"
+        "--check",
+        action="store_true",
+        help="compare the model with 1 and 2 ranks on this machine",
     )
     parser.add_argument("--probe", type=int, nargs=2, help=argparse.SUPPRESS)
+    return parser
+
+
+def check_positive(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Exit with a message for a number that is not positive."""
+    for key, value in vars(options).items():
+        if isinstance(value, int | float) and key != "check" and value <= 0:
+            parser.error(f"--{key.replace('_', '-')} must be positive")
+    if min(options.gpus) < 1:
+        parser.error("--gpus must be positive")
+
+
+def main() -> None:
+    parser = make_parser()
     options = parser.parse_args()
-    numbers = {
-        key: value
-        for key, value in vars(options).items()
-        if isinstance(value, int | float) and key != "check"
-    }
-    if wrong := [key for key, value in numbers.items() if value <= 0] + ["gpus"] * (
-        min(options.gpus) < 1
-    ):
-        parser.error(f"--{wrong[0].replace('_', '-')} must be positive")
+    check_positive(parser, options)
     if (options.mfu or 0) > 1:
         parser.error(f"--mfu {options.mfu:g} is a share of the peak, at most 1")
     if options.probe:
@@ -337,19 +363,23 @@ def main() -> None:
         return check(
             options.preset or "dit_s2_imagenet256", options.batch_size or 8, options.steps or 15
         )
-    given = {key: value for key, value in vars(options).items() if value is not None}
-    fields = Hardware.__dataclass_fields__.keys()
-    hardware = replace(
-        HARDWARE[options.hardware], **{key: value for key, value in given.items() if key in fields}
-    )
+
+    # What is not given is as the machine has it.
+    given = {}
+    for name in ASSUMED:
+        key = name.replace("-", "_")
+        if getattr(options, key) is not None:
+            given[key] = getattr(options, key)
+    hardware = replace(HARDWARE[options.hardware], **given)
     config = PRESETS[options.preset or "dit_l2_imagenet256"]()
     batch = options.batch_size or config.train.global_batch_size
     config = replace(config, train=replace(config.train, global_batch_size=batch))
-    if odd := [n for n in options.gpus if batch % n]:
-        parser.error(
-            f"a batch of {batch} cannot be shared by {odd[0]} GPUs; give --batch-size or other "
-            "--gpus"
-        )
+    for gpus in options.gpus:
+        if batch % gpus:
+            parser.error(
+                f"a batch of {batch} cannot be shared by {gpus} GPUs; give --batch-size or other "
+                "--gpus"
+            )
     steps = options.steps or 2_000_000
     print(
         f"{config.name}, batch {batch}, {steps:,} steps, {hardware.name}. Predicted, not measured: "

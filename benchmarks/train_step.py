@@ -11,7 +11,7 @@ ours has what the trainer sets.
 
 Each way lives in a process of its own and they take turns, A B C A B C, one at a time. A turn is a
 step that is not counted and --steps that are; ours takes as many more, whose time is split (apart,
-for clocks are read during backward). A turn gives its mean, a way the median of its turns; a ratio is
+as clocks are read during backward). A turn gives its mean, a way the median of its turns; a ratio is
 the median of those between turns of the same round. Times are wall-clock, on a GPU those of its
 events; with --threads 1 the process's own time. Rows are copied to a GPU a step ahead: "data wait"
 has what is left of that. On a CPU ours has glibc keep freed memory, as train.py does.
@@ -28,6 +28,7 @@ compared.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -60,10 +61,13 @@ NAMES = {
     "diffusers": "diffusers",
     "ddp": "our model in DDP",
 }
+# Peers that are no packages: a path has to be given.
 CHECKOUTS = ("dit", "fast-dit")
-ROUNDING = {"cpu": 2e-6, "cuda": 1e-3}  # in fp32, on a GPU with TF32; it is 1e-7, bf16 1e-5 to 1e-4
-FAR = 1 << 30  # steps: never
-# The trainer's own names of parts, and those of the tables
+# The largest difference of losses in fp32, on a GPU with TF32; it is 1e-7, in bf16 1e-5 to 1e-4.
+ROUNDING = {"cpu": 2e-6, "cuda": 1e-3}
+# A step that no run reaches: never.
+FAR = 1 << 30
+# The trainer's own names of parts, and those of the tables.
 PARTS = {
     "data": "data wait",
     "draws": "draws",
@@ -78,12 +82,15 @@ PARTS = {
     "pacing": "pacing and checks",
     "telemetry": "telemetry",
 }
+# Parts that any trainer has, and those that are ours only.
 COMPUTE = ("forward", "backward", "reduce", "AdamW", "EMA", "optimizer")
 OVERHEAD = ("draws", "agree", "pacing", "telemetry")
 
 
 @dataclass
 class Way:
+    """One way of taking a step, its process while it has one, and what it has measured."""
+
     kind: str
     precision: str
     compile: str = "off"
@@ -104,6 +111,7 @@ class Way:
     def config(
         self, preset: Config, options: argparse.Namespace, batch: int, data: Path, run: Path
     ) -> Config:
+        """The preset, with a schedule that all peers have, and without checkpoints and previews."""
         return replace(
             preset,
             diffusion=replace(preset.diffusion, schedule="linear"),
@@ -125,7 +133,7 @@ class Way:
         )
 
     def seconds(self) -> list[float]:
-        """A step, by turn."""
+        """The mean time of a step, by turn."""
         return [statistics.fmean(turn["times"]) for turn in self.turns]
 
 
@@ -137,11 +145,12 @@ def take_turns(
     data: Path,
     folder: Path,
 ) -> None:
-    """A way that fails is left out from there on."""
-    plan = [(turn, way, i) for turn in range(1 + options.rounds) for i, way in enumerate(ways)]
+    """Let the ways take turns; one that fails is left out from there on."""
+    # Turn 0 is not counted: it builds and compiles.
+    plan = list(itertools.product(range(1 + options.rounds), enumerate(ways)))
     bar = tqdm(plan, f"batches of {batch}", leave=False)
     try:
-        for turn, way, i in bar:
+        for turn, (i, way) in bar:
             if way.error:
                 continue
             bar.set_postfix_str(way.name)
@@ -158,7 +167,8 @@ def take_turns(
                         },
                         run,
                     )
-                    way.child.answer()  # once it is built
+                    # It answers once it is built.
+                    way.child.answer()
                     first = way.child.ask()
                     way.first = way.first or first
                 if turn:
@@ -180,9 +190,10 @@ def take_turns(
 
 
 def ratio(one: Way, other: Way) -> float | None:
-    """How many times as fast the other is."""
-    pairs = list(zip(one.seconds(), other.seconds(), strict=False))
-    return statistics.median(a / b for a, b in pairs) if pairs else None
+    """How many times as fast the other is: the median over turns of the same round."""
+    # One that failed has fewer turns.
+    ratios = [a / b for a, b in zip(one.seconds(), other.seconds(), strict=False)]
+    return statistics.median(ratios) if ratios else None
 
 
 def found(
@@ -194,7 +205,7 @@ def found(
     flops: float,
     peak: dict[str, float],
 ) -> dict[str, Any]:
-    """What is known of a way, for JSON and tables."""
+    """What was measured of a way, for JSON and tables."""
     known = {
         "name": way.name,
         "kind": way.kind,
@@ -208,38 +219,44 @@ def found(
         return known
     seconds = way.seconds()
     step_s = statistics.median(seconds)
+    # diffusers has no vb, so that its loss is another.
     which = "mses" if way.first["losses"][0] is None else "losses"
+    differences = []
+    for a, b in zip(way.first[which], reference.first[which], strict=True):
+        differences.append(abs(a / b - 1))
     known |= {
         "step_s": step_s,
         "images_s": batch / step_s,
         "spread": [min(seconds) / step_s - 1, max(seconds) / step_s - 1],
         "ratio": ratio(base, way),
         "of_peak": flops * batch / step_s / peak[way.precision],
-        "away": max(
-            abs(a / b - 1) for a, b in zip(way.first[which], reference.first[which], strict=True)
-        ),
+        "away": max(differences),
         "compile_s": way.first["first_s"] - step_s,
-        "peak_bytes": max(turn["peak_bytes"] for turn in way.turns),
+        "peak_bytes": max([turn["peak_bytes"] for turn in way.turns]),
         "turns": way.turns,
     }
     if way.kind == "ours":
-        times = {
-            name: statistics.median(turn["parts"].get(name, 0.0) for turn in way.turns)
-            for name in dict.fromkeys([*PARTS, *way.turns[0]["parts"]])
-        }
-        whole = sum(times.values())
-        known |= {
-            "parts": times,
-            "outside": 1 - sum(times[name] for name in COMPUTE) / whole,
-            "overhead": sum(times[name] for name in OVERHEAD) / whole,
-            "times_as_fast_as": {
-                other.name: ratio(other, way) for other in ways if other.kind != "ours"
-            },
-        }
+        known |= parts_of(way)
+        peers = [other for other in ways if other.kind != "ours"]
+        known["times_as_fast_as"] = {other.name: ratio(other, way) for other in peers}
     return known
 
 
+def parts_of(way: Way) -> dict[str, Any]:
+    """What the time of a step of ours goes to."""
+    times: dict[str, float] = {}
+    for name in [*PARTS, *way.turns[0]["parts"]]:
+        times[name] = statistics.median([turn["parts"].get(name, 0.0) for turn in way.turns])
+    total = sum(times.values())
+    return {
+        "parts": times,
+        "outside": 1 - sum(map(times.__getitem__, COMPUTE)) / total,
+        "overhead": sum(map(times.__getitem__, OVERHEAD)) / total,
+    }
+
+
 def commit(checkout: str | None) -> str | None:
+    """The commit of a checkout, where there is one."""
     if checkout is None:
         return None
     try:
@@ -252,16 +269,52 @@ def commit(checkout: str | None) -> str | None:
 
 
 def table(*rows: list[str]) -> list[str]:
-    return [
-        "",
-        *(
-            f"| {' | '.join(row)} |"
-            for row in (rows[0], ["---"] + ["---:"] * (len(rows[0]) - 1), *rows[1:])
-        ),
-    ]
+    """A Markdown table after an empty line; the first row is its head."""
+    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
+    return ["", *[f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]]
 
 
 def report(results: list[dict[str, Any]], base: str) -> str:
+    """All ways in one table, then ours beside peers, and what its time goes to."""
+    lines = table_of_ways(results, base)
+    ours = [r for r in results if "parts" in r]
+    if not ours:
+        return "\n".join([*lines, ""])
+
+    # Only peers that were measured.
+    names = [r["name"] for r in ours]
+    rows = []
+    for peer, times_as_fast in ours[0]["times_as_fast_as"].items():
+        if times_as_fast:
+            rows.append([peer, *[f"{r['times_as_fast_as'][peer]:.2f}" for r in ours]])
+    if rows:
+        lines += table(["times as fast as", *names], *rows)
+
+    # Each part of a step, in ms and as a share of it.
+    parts: dict[str, None] = {}
+    for r in ours:
+        parts.update(dict.fromkeys(r["parts"]))
+    rows = []
+    for part in parts:
+        rows.append([PARTS.get(part, part), *[part_text(r["parts"], part) for r in ours]])
+    lines += table(["part of a step, ms", *names], *rows)
+    lines.append("")
+    for r in ours:
+        lines.append(
+            f"{r['name']}: outside forward, backward and optimizer {r['outside']:.2%} of a "
+            f"step; curriculum, draws, telemetry and agreed vector {r['overhead']:.2%}"
+        )
+    return "\n".join(lines)
+
+
+def part_text(times: dict[str, float], part: str) -> str:
+    """One part of a step in ms, with its share."""
+    seconds = times.get(part, 0)
+    return f"{1e3 * seconds:.2f} ({seconds / sum(times.values()):.1%})"
+
+
+def table_of_ways(results: list[dict[str, Any]], base: str) -> list[str]:
+    """A Markdown table of all ways, those that failed included."""
     rows = [
         [
             "way",
@@ -292,46 +345,11 @@ def report(results: list[dict[str, Any]], base: str) -> str:
                 f"{r['away']:.0e}",
             ]
         )
-    lines = table(*rows)
-    ours = [r for r in results if "parts" in r]
-    if peers := [
-        name
-        for name in (ours[0]["times_as_fast_as"] if ours else {})
-        if ours[0]["times_as_fast_as"][name]
-    ]:
-        lines += table(
-            ["times as fast as", *(r["name"] for r in ours)],
-            *([name, *(f"{r['times_as_fast_as'][name]:.2f}" for r in ours)] for name in peers),
-        )
-    if ours:
-        lines += table(
-            ["part of a step, ms", *(r["name"] for r in ours)],
-            *(
-                [
-                    PARTS.get(name, name),
-                    *(
-                        f"{1e3 * r['parts'].get(name, 0):.2f} "
-                        f"({r['parts'].get(name, 0) / sum(r['parts'].values()):.1%})"
-                        for r in ours
-                    ),
-                ]
-                for name in dict.fromkeys(name for r in ours for name in r["parts"])
-            ),
-        )
-    return "\n".join(
-        [
-            *lines,
-            "",
-            *(
-                f"{r['name']}: outside forward, backward and optimizer {r['outside']:.2%} of a "
-                f"step; curriculum, draws, telemetry and agreed vector {r['overhead']:.2%}"
-                for r in ours
-            ),
-        ]
-    )
+    return table(*rows)
 
 
-def parse(args: list[str] | None) -> tuple[argparse.Namespace, Config, dict[str, str | None]]:
+def make_parser() -> argparse.ArgumentParser:
+    """The options; their defaults are those of this machine."""
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -394,8 +412,14 @@ def parse(args: list[str] | None) -> tuple[argparse.Namespace, Config, dict[str,
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="for everything that was measured"
     )
+    return parser
+
+
+def parse(args: list[str] | None) -> tuple[argparse.Namespace, Config, dict[str, str | None]]:
+    """The options, the preset, and the peers with their checkouts. Exits for what is wrong."""
+    parser = make_parser()
     options = parser.parse_args(args)
-    if options.device == "cuda" and not gpu:
+    if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     if min(*options.batch, options.rounds, options.steps) < 1:
         parser.error("--batch, --rounds and --steps are 1 or more")
@@ -425,20 +449,33 @@ def parse(args: list[str] | None) -> tuple[argparse.Namespace, Config, dict[str,
                 f"--against {peer}: it "
                 + ("takes no path" if path else f"is {kind}=PATH, of a checkout")
             )
-        if path and not all(
-            Path(path, name).exists() for name in ("models.py", "train.py", "diffusion")
-        ):
-            parser.error(
-                f"--against {peer}: no checkout of it; there is no models.py, train.py and "
-                "diffusion/"
-            )
+        for name in ("models.py", "train.py", "diffusion"):
+            if path and not Path(path, name).exists():
+                parser.error(f"--against {peer}: no checkout of it; there is no {name}")
         if kind in ("diffusers", "fast-dit") and not find_spec("accelerate"):
             parser.error(f"--against {kind} needs accelerate: pip install accelerate")
         against[kind] = str(Path(path).resolve()) if path else None
     return options, preset, against
 
 
+def make_ways(options: argparse.Namespace, against: dict[str, str | None]) -> list[Way]:
+    """All ways that are compared, ours first."""
+    ways = []
+    for precision, compiled, on in itertools.product(
+        options.precision, options.compile, options.activation_checkpointing
+    ):
+        ways.append(Way("ours", precision, compiled, on == "on"))
+    for kind, path in against.items():
+        # Peers with models of their own are not compiled, as their programs do not.
+        compiles = options.compile if kind == "ddp" else ["off"]
+        for precision, compiled in itertools.product(options.precision, compiles):
+            ways.append(Way(kind, precision, compiled, checkout=path))
+    return ways
+
+
 def main(args: list[str] | None = None) -> dict[str, Any]:
+    """Measure, print the tables, and return all numbers. Exits where ways differ by more than
+    rounding."""
     options, preset, against = parse(args)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -468,12 +505,11 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         "peak_flops": peak,
         "batches": [],
     }
+    reached = [f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in peak.items()]
+    installed = [f"{name} {number}" for name, number in versions.items()]
     print(
         f"{options.preset}, {measured['parameters']:,} parameters, {flops / 1e9:.1f} GFLOP an "
-        f"image; {where}; peak "
-        + ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in peak.items())
-        + "; "
-        + ", ".join(f"{name} {number}" for name, number in versions.items()),
+        f"image; {where}; peak {', '.join(reached)}; {', '.join(installed)}",
         flush=True,
     )
     wrong: list[str] = []
@@ -481,24 +517,16 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         data = Path(temporary, "data")
         make_latents(data, preset.model, max(512, 2 * max(options.batch)))
         for batch in options.batch:
-            ways = [
-                Way("ours", p, c, on == "on")
-                for p in options.precision
-                for c in options.compile
-                for on in options.activation_checkpointing
-            ]
-            ways += [
-                Way(kind, p, c, checkout=path)
-                for kind, path in against.items()
-                for p in options.precision
-                for c in (options.compile if kind == "ddp" else ["off"])
-            ]
+            ways = make_ways(options, against)
             load = os.getloadavg()[0]
             take_turns(ways, preset, options, batch, data, Path(temporary))
+            # Speeds are compared with the first peer, losses with our first way.
             alive = [way for way in ways if way.turns]
             reference = (alive or ways)[0]
-            base = next((way for way in alive if way.kind != "ours"), reference)
+            peers = [way for way in alive if way.kind != "ours"]
+            base = peers[0] if peers else reference
             results = [found(way, ways, base, reference, batch, flops, peak) for way in ways]
+            # Written after each batch size, as the next may fail.
             measured["batches"].append(
                 {"batch": batch, "base": base.name, "load": load, "ways": results}
             )
@@ -507,13 +535,11 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
                 f"{load:.1f} before, {os.getloadavg()[0]:.1f} after\n{report(results, base.name)}",
                 flush=True,
             )
-            wrong += [
-                f"{r['name']} by {r['away']:.0e} from {reference.name}"
-                for r in results
-                if r["precision"] == reference.precision == "fp32"
-                and r["kind"] != "diffusers"
-                and r.get("away", 0) > ROUNDING[options.device]
-            ]
+            for r in results:
+                # In bf16 rounding differs, and diffusers embeds t differently.
+                exact = r["precision"] == reference.precision == "fp32" and r["kind"] != "diffusers"
+                if exact and r.get("away", 0) > ROUNDING[options.device]:
+                    wrong.append(f"{r['name']} by {r['away']:.0e} from {reference.name}")
             if options.json:
                 options.json.write_text(json.dumps(measured, indent=1) + "\n")
     if wrong:

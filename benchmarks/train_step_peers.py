@@ -2,8 +2,8 @@
 function that takes its step.
 
 Each takes images that lie in memory, with labels: it has nothing to read. Its weights are ours; in
-its first steps it is given our t, noise and dropped labels too, in all others it draws them as it
-does. Each reads its loss after every step where its own program does.
+its first steps it is given our t, noise and dropped labels too, in all others it draws them itself.
+Each reads its loss after every step where its own program does.
 """
 
 import contextlib
@@ -30,15 +30,18 @@ from largescale.models.compile import what_to_compile
 from largescale.models.dit import DiT
 from largescale.randomness import step_draws
 
-GIVEN = 2  # first steps, which all ways take with the same draws
-Inputs = tuple[
-    Tensor, Tensor, Tensor | None, Tensor | None
-]  # x_start, y; t, noise, which a peer draws where None
-Step = Callable[[], tuple[Any, Any]]  # returns loss and mse; diffusers has the latter only
+# First steps, which all ways take with the same draws.
+GIVEN = 2
+# x_start, y; t and noise, which a peer draws where they are None.
+Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+# Takes a step; returns loss and mse, of which diffusers has the latter only.
+Step = Callable[[], tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
 class Job:
+    """What one way has to do."""
+
     kind: str
     precision: str
     config: Config
@@ -49,12 +52,14 @@ class Job:
         return torch.device(self.config.train.device)
 
     def autocast(self) -> Any:
+        """The context of the forward pass in this precision."""
         half = self.precision == "bf16"
         return (
             torch.autocast(self.device.type, torch.bfloat16) if half else contextlib.nullcontext()
         )
 
     def accelerator(self) -> Any:
+        """Hugging Face's accelerator, in this precision."""
         try:
             from accelerate import Accelerator
         except ImportError as error:
@@ -63,7 +68,7 @@ class Job:
         return Accelerator(mixed_precision=mixed, cpu=self.device.type == "cpu")
 
     def adamw(self, model: nn.Module, **more: Any) -> torch.optim.Optimizer:
-        """DiT's, for the settings of DiT's."""
+        """The optimizer of DiT's train.py, with the preset's settings."""
         o = self.config.optimizer
         return torch.optim.AdamW(
             model.parameters(),
@@ -75,11 +80,15 @@ class Job:
         )
 
     def inputs(self) -> Iterator[Inputs]:
-        """Those of our first steps; then the same images in turn, with labels, t and noise for the
+        """The inputs of our first steps; then the same images in turn, with t and noise left to the
         peer to draw."""
-        c, dataset, batches = self.config, ShardDataset(self.config.data.path), []
-        objective, active = build_objective(c), make_curriculum(c).active
-        size, shape = c.train.global_batch_size, latent_shape(c.model)
+        c = self.config
+        dataset = ShardDataset(c.data.path)
+        objective = build_objective(c)
+        active = make_curriculum(c).active
+        size = c.train.global_batch_size
+        shape = latent_shape(c.model)
+        batches = []
         with Loader(
             dataset,
             seed=c.train.seed,
@@ -90,9 +99,10 @@ class Job:
             flip=c.data.horizontal_flip,
         ) as loader:
             for step in range(GIVEN):
-                rows = {
-                    name: values[0].to(self.device) for name, values in loader.batch(step).items()
-                }
+                rows = {}
+                for name, values in loader.batch(step).items():
+                    rows[name] = values[0].to(self.device)
+                # The draws of the trainer's step, by seed and step.
                 draws = step_draws(
                     c.train.seed,
                     step,
@@ -117,9 +127,10 @@ class Job:
 
 
 def same_weights(config: ModelConfig) -> DiT:
-    """Normal: adaLN-Zero starts as a function that is 0 everywhere, and a wrong one would not be
-    noticed."""
-    model, generator = build_model(config), torch.Generator().manual_seed(0)
+    """Our model with random weights, the same in every process."""
+    model = build_model(config)
+    generator = torch.Generator().manual_seed(0)
+    # adaLN-Zero starts as a function that is 0 everywhere: a wrong one would not be noticed.
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.4 / config.hidden_size**0.5, generator=generator)
@@ -127,7 +138,7 @@ def same_weights(config: ModelConfig) -> DiT:
 
 
 def drop_labels(model: nn.Module, probability: float) -> None:
-    """What peers do in their models."""
+    """Set the probability with which peers drop labels, in their models."""
     for module in model.modules():
         if hasattr(module, "dropout_prob"):
             module.dropout_prob = probability
@@ -157,9 +168,12 @@ def dit(job: Job, fast: bool = False) -> Step:
     model = its_models.DiT(**{name: getattr(job.config.model, name) for name in names})
     model.load_state_dict(same_weights(job.config.model).state_dict())
     model.to(job.device)
+
+    # In the order of its main().
     ema = deepcopy(model)
     its_train.requires_grad(ema, False)
-    diffusion, opt = its_diffusion.create_diffusion(timestep_respacing=""), job.adamw(model)
+    diffusion = its_diffusion.create_diffusion(timestep_respacing="")
+    opt = job.adamw(model)
     its_train.update_ema(ema, model, decay=0)
     model.train()
     ema.eval()
@@ -173,6 +187,7 @@ def dit(job: Job, fast: bool = False) -> Step:
 
     def step() -> tuple[float, Tensor]:
         x, y, t, noise = next(inputs)
+        # Labels that are given are dropped already.
         drop_labels(model, job.config.model.class_dropout_prob if t is None else 0.0)
         if t is None:
             t = torch.randint(0, diffusion.num_timesteps, (x.shape[0],), device=job.device)
@@ -210,9 +225,8 @@ def hugging_face(job: Job) -> Step:
         patch_size=m.patch_size,
         num_embeds_ada_norm=m.num_classes,
     )
-    model.load_state_dict(
-        renamed(same_weights(m).state_dict(), m.depth), strict=False
-    )  # but for the fixed pos_embed
+    # Not strict: the fixed pos_embed is its own.
+    model.load_state_dict(renamed(same_weights(m).state_dict(), m.depth), strict=False)
     model.to(job.device).train()
     ema = EMAModel(model.parameters(), decay=job.config.optimizer.ema_decay, foreach=True)
     ema.to(job.device)
@@ -225,9 +239,9 @@ def hugging_face(job: Job) -> Step:
         if t is None or noise is None:
             noise = torch.randn_like(x)
             t = torch.randint(0, scheduler.config.num_train_timesteps, (len(x),), device=x.device)
-        predicted = model(scheduler.add_noise(x, noise, t), timestep=t, class_labels=y).sample[
-            :, : x.shape[1]
-        ]
+        output = model(scheduler.add_noise(x, noise, t), timestep=t, class_labels=y).sample
+        # The other channels are the variance, which it does not train.
+        predicted = output[:, : x.shape[1]]
         loss = F.mse_loss(predicted.float(), noise.float())
         accelerator.backward(loss)
         opt.step()
@@ -240,34 +254,32 @@ def hugging_face(job: Job) -> Step:
 
 
 def renamed(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """DiT's weights by diffusers' names; each of its blocks embeds t and y anew."""
-    new = {
-        f"pos_embed.{name}": state[f"x_embedder.{name}"] for name in ("proj.weight", "proj.bias")
-    }
+    """DiT's weights by diffusers' names; each of its blocks embeds t and y by itself."""
+    new = {}
     for kind in ("weight", "bias"):
+        new[f"pos_embed.proj.{kind}"] = state[f"x_embedder.proj.{kind}"]
         new[f"proj_out_1.{kind}"] = state[f"final_layer.adaLN_modulation.1.{kind}"]
         new[f"proj_out_2.{kind}"] = state[f"final_layer.linear.{kind}"]
     for i in range(depth):
-        its, mine = f"transformer_blocks.{i}", f"blocks.{i}"
-        new[f"{its}.norm1.emb.class_embedder.embedding_table.weight"] = state[
-            "y_embedder.embedding_table.weight"
-        ]
+        its = f"transformer_blocks.{i}"
+        mine = f"blocks.{i}"
+        labels = state["y_embedder.embedding_table.weight"]
+        new[f"{its}.norm1.emb.class_embedder.embedding_table.weight"] = labels
+        names = {
+            "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+            "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+            "norm1.linear": f"{mine}.adaLN_modulation.1",
+            "attn1.to_out.0": f"{mine}.attn.proj",
+            "ff.net.0.proj": f"{mine}.mlp.fc1",
+            "ff.net.2": f"{mine}.mlp.fc2",
+        }
         for kind in ("weight", "bias"):
-            new |= {
-                f"{its}.attn1.to_{name}.{kind}": part
-                for name, part in zip("qkv", state[f"{mine}.attn.qkv.{kind}"].chunk(3), strict=True)
-            }
-            new |= {
-                f"{its}.{theirs}.{kind}": state[f"{name}.{kind}"]
-                for theirs, name in {
-                    "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
-                    "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
-                    "norm1.linear": f"{mine}.adaLN_modulation.1",
-                    "attn1.to_out.0": f"{mine}.attn.proj",
-                    "ff.net.0.proj": f"{mine}.mlp.fc1",
-                    "ff.net.2": f"{mine}.mlp.fc2",
-                }.items()
-            }
+            # Our product of queries, keys and values is three of theirs.
+            parts = state[f"{mine}.attn.qkv.{kind}"].chunk(3)
+            for name, part in zip("qkv", parts, strict=True):
+                new[f"{its}.attn1.to_{name}.{kind}"] = part
+            for theirs, name in names.items():
+                new[f"{its}.{theirs}.{kind}"] = state[f"{name}.{kind}"]
     return new
 
 
@@ -282,9 +294,11 @@ def ddp(job: Job) -> Step:
     gpu = job.device.type == "cuda"
     dist.init_process_group("nccl" if gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     module = same_weights(c.model).to(job.device)
+    # One fused update for all weights.
     weights = [p.detach() for p in module.parameters() if p.requires_grad]
     ema = [p.clone() for p in weights]
-    objective, opt = build_objective(c), job.adamw(module, fused=True)
+    objective = build_objective(c)
+    opt = job.adamw(module, fused=True)
     what = what_to_compile(c.train.compile, c.train.device)
     if what == "blocks":
         for block in module.blocks:
@@ -296,15 +310,10 @@ def ddp(job: Job) -> Step:
     def step() -> tuple[Tensor, Tensor]:
         x, y, t, noise = next(inputs)
         if t is None or noise is None:
-            t, noise = (
-                torch.randint(0, c.diffusion.timesteps, (len(x),), device=x.device),
-                torch.randn_like(x),
-            )
-            y = drop(
-                y,
-                torch.rand(len(x), device=x.device) < c.model.class_dropout_prob,
-                c.model.num_classes,
-            )
+            t = torch.randint(0, c.diffusion.timesteps, (len(x),), device=x.device)
+            noise = torch.randn_like(x)
+            dropped = torch.rand(len(x), device=x.device) < c.model.class_dropout_prob
+            y = drop(y, dropped, c.model.num_classes)
         with job.autocast():
             losses = objective.training_losses(model, x, t, noise, y)
         losses.loss.mean().backward()
