@@ -262,6 +262,7 @@ class Parts:
                 if not missing:
                     break
 
+                # A failure is reported at once, a death only after a while without progress.
                 self._check_failures(missing)
                 if time.monotonic() - reported > _REPORT_S:
                     reported = time.monotonic()
