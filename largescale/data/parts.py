@@ -178,7 +178,7 @@ class Parts:
         stray = list(self.out.glob("shard_*.arrow"))
         if stray and not job_file.exists():
             raise DataError(
-                f"{self.out} holds {stray[0].name}, and nothing that says of which data set; give "
+                f"{self.out} holds {stray[0].name}, and nothing that says whose they are; give "
                 "another --out, or delete the folder"
             )
 

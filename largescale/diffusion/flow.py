@@ -74,7 +74,7 @@ class Flow:
     def __init__(
         self, interpolant: Literal["linear", "gvp"] = "linear", *, learn_sigma: bool = False
     ):
-        """`learn_sigma`: the model's output has 2C channels, of which the last C are not used
+        """`learn_sigma`: the model's output has 2C channels, and the last C are not used
         (released SiT's)."""
         self.learn_sigma = learn_sigma
         self.interpolant = look_up(INTERPOLANTS, interpolant, "diffusion.interpolant")

@@ -19,7 +19,7 @@ class ClassifierFreeGuidance:
 
     eps = uncond + cfg_scale * (cond - uncond); 1 is no guidance, 0 drops the condition. Variance
     channels stay the conditional ones. `channels`: guide the first so many only (DiT's released
-    numbers: 3); None guides the whole image. `interval`: the noise levels u, both ends included, at
+    numbers: 3); None guides all channels. `interval`: the noise levels u, both ends included, at
     which `at` guides.
     """
 
