@@ -7,8 +7,8 @@
 import itertools
 import posixpath
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,11 +28,20 @@ from data_prep.sources import (
 from largescale.errors import DataError
 from largescale.host.files import from_json, sha256
 
-Id = tuple[bool, int | str]  # (whether it is text, it): all can be sorted
+# (whether it is text, the id): so that numbers and texts can be sorted together.
+Id = tuple[bool, int | str]
+
+
+class Annotation(NamedTuple):
+    """A caption, by the ids of its image and of itself."""
+
+    image: Id
+    id: Id
+    text: Any
 
 
 class Listed(NamedTuple):
-    """What a captions file holds, by image id."""
+    """The content of a captions file, by image id."""
 
     files: dict[Id, str]
     captions: dict[Id, tuple[str, ...]]  # in the order of the annotations' ids
@@ -67,36 +76,34 @@ def read(
     """
     listed = parse(captions, splits)
     missing, unlisted = missing_files(images, list(listed.files.values()), captions, skip_missing)
-    no_text = {number: "its caption is no text" for number, _ in listed.no_text}
-    reasons = {
-        number: "the file is missing"
-        if file in missing
-        else no_text.get(number, "it has no caption")
-        for number, file in sorted(listed.files.items())
-        if file in missing or not listed.captions.get(number)
-    }
-    kept = [number for number in sorted(listed.files) if number not in reasons]
-    facts = {
+    chosen = choose(listed, missing)
+
+    # The list's hash identifies it, wherever it is.
+    facts: dict[str, Any] = {
         "program": "data_prep.coco",
         "images": str(images.resolve()),
         "captions": str(captions.resolve()),
         "captions_sha256": sha256(captions),
         "images_listed": len(listed.files),
         "images_missing": len(missing),
-        "images_without_caption": len(reasons) - len(missing),
+        "images_without_caption": len(chosen.skipped) - len(missing),
         "images_not_listed": unlisted,
-        "captions_of_packed": sum(len(listed.captions[number]) for number in kept),
+        "captions_of_packed": sum(map(len, chosen.captions)),
         "captions_empty": listed.empty,
-    } | ({"splits": sorted(splits)} if splits else {})
+    }
+    if splits:
+        facts["splits"] = sorted(splits)
     source = ListSource(
         f"coco-{name_of(captions)}",
         images,
-        [listed.files[number] for number in kept],
-        ids=[str(number) for _, number in kept],
-        captions=[listed.captions[number] for number in kept],
+        chosen.files,
+        ids=chosen.ids,
+        captions=chosen.captions,
         facts=facts,
-        skipped=[(str(number), reason) for (_, number), reason in reasons.items()],
+        skipped=chosen.skipped,
     )
+
+    # A list of hundreds of thousands may have a few nulls.
     if listed.no_text:
         facts["captions_no_text"] = len(listed.no_text)
         ids = first_three(id for _, (_, id) in listed.no_text)
@@ -104,7 +111,38 @@ def read(
     return source
 
 
+class Chosen(NamedTuple):
+    """The images that are packed, and why the others are not."""
+
+    files: list[str]
+    ids: list[str]
+    captions: list[tuple[str, ...]]
+    skipped: list[tuple[str, str]]  # (id, reason)
+
+
+def choose(listed: Listed, missing: Container[str]) -> Chosen:
+    """Packs the listed images in the order of their ids, and skips those that lack something."""
+    chosen = Chosen([], [], [], [])
+    no_text = dict(listed.no_text)
+    # The reason is that of the first thing that lacks.
+    for image, file in sorted(listed.files.items()):
+        id = str(image[1])
+        if file in missing:
+            chosen.skipped.append((id, "the file is missing"))
+        elif listed.captions.get(image):
+            chosen.files.append(file)
+            chosen.ids.append(id)
+            chosen.captions.append(listed.captions[image])
+        elif image in no_text:
+            chosen.skipped.append((id, "its caption is no text"))
+        else:
+            chosen.skipped.append((id, "it has no caption"))
+    return chosen
+
+
 def parse(path: Path, splits: Sequence[str] = ()) -> Listed:
+    """The content of a captions file. Raises DataError for one that is not COCO captions, and for
+    ids or file names that are given twice."""
     text = text_of(path)
     try:
         document = from_json(text)
@@ -114,26 +152,7 @@ def parse(path: Path, splits: Sequence[str] = ()) -> Listed:
             "captions_train2014.json"
         ) from error
     try:
-        if "annotations" not in document and any(
-            "sentences" in image for image in document.get("images", ())
-        ):
-            document = _karpathy(path, document["images"], splits)
-        elif splits:
-            raise DataError(f"--splits {' '.join(splits)}: {path} has no splits; leave it out")
-        annotations = document["annotations"]
-        if annotations and not any("caption" in annotation for annotation in annotations):
-            raise DataError(
-                f"{path} holds no captions: its annotations have {', '.join(annotations[0])}; give "
-                f"{_captions_file(path)} of the same images"
-            )
-        images = [
-            (_id(image["id"]), relative_name(image["file_name"], path))
-            for image in document["images"]
-        ]
-        texts = sorted(
-            ((_id(a["image_id"]), _id(a["id"]), a["caption"]) for a in annotations),
-            key=lambda a: a[:2],
-        )
+        images, annotations = _images_and_annotations(path, document, splits)
     except DataError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
@@ -141,68 +160,120 @@ def parse(path: Path, splits: Sequence[str] = ()) -> Listed:
             f"{path} is not COCO captions ({error!r}): images need id and file_name, annotations "
             "id, image_id and caption; give a file such as captions_train2014.json"
         ) from error
+
+    # With any of these, other captions than meant would be packed.
     files = dict(images)
-    _refuse(path, "image ids that are given twice", _twice(number for (_, number), _ in images))
-    _refuse(path, "file names that are given twice", _twice(file for _, file in images))
-    _refuse(
-        path,
-        "captions of images that it does not list, by image id",
-        [number[1] for number, _, _ in texts if number not in files],
-    )
-    captions: dict[Id, list[str]] = defaultdict(list)
-    empty, no_text = 0, []
-    for number, caption, text in texts:
+    ids = []
+    names = []
+    for (_, id), name in images:
+        ids.append(id)
+        names.append(name)
+    strangers = [a.image[1] for a in annotations if a.image not in files]
+    _refuse(path, "image ids that are given twice", _twice(ids))
+    _refuse(path, "file names that are given twice", _twice(names))
+    _refuse(path, "captions of images that it does not list, by image id", strangers)
+
+    # Captions that are null or half an emoji are dropped, as empty ones are, and counted apart.
+    captions: dict[Id, tuple[str, ...]] = {}
+    empty = 0
+    no_text: list[tuple[Id, Id]] = []
+    for annotation in annotations:
         try:
-            cleaned = clean([text])
-            captions[number] += cleaned
-            empty += not cleaned
-        except (AttributeError, Unusable):  # null, or half an emoji
-            no_text.append((number, caption))
-    return Listed(files, {number: tuple(some) for number, some in captions.items()}, empty, no_text)
+            cleaned = clean([annotation.text])
+        except (AttributeError, Unusable):
+            no_text.append((annotation.image, annotation.id))
+            continue
+        captions[annotation.image] = captions.get(annotation.image, ()) + cleaned
+        empty += not cleaned
+    return Listed(files, captions, empty, no_text)
+
+
+def _images_and_annotations(
+    path: Path, document: Any, splits: Sequence[str]
+) -> tuple[list[tuple[Id, str]], list[Annotation]]:
+    """The ids and file names of the images, and the captions sorted by image and then by their own
+    id."""
+    if "annotations" not in document and _has_sentences(document.get("images", ())):
+        document = _karpathy(path, document["images"], splits)
+    elif splits:
+        raise DataError(f"--splits {' '.join(splits)}: {path} has no splits; leave it out")
+
+    # instances_*.json and person_keypoints_*.json have annotations too.
+    annotations = document["annotations"]
+    if annotations and not any("caption" in annotation for annotation in annotations):
+        raise DataError(
+            f"{path} holds no captions: its annotations have {', '.join(annotations[0])}; give "
+            f"{_captions_file(path)} of the same images"
+        )
+
+    images = []
+    for image in document["images"]:
+        images.append((_id(image["id"]), relative_name(image["file_name"], path)))
+    captions = []
+    for annotation in annotations:
+        image, id = _id(annotation["image_id"]), _id(annotation["id"])
+        captions.append(Annotation(image, id, annotation["caption"]))
+    captions.sort(key=lambda caption: (caption.image, caption.id))
+    return images, captions
+
+
+def _has_sentences(images: Iterable[Any]) -> bool:
+    """Whether captions stand with their images, as in Karpathy's file."""
+    return any("sentences" in image for image in images)
 
 
 def _id(value: Any) -> Id:
-    """Raises ValueError for a number that is not whole, and what is neither number nor text."""
-    number = int(value) if not isinstance(value, str) or value.isdecimal() else None
+    """An id that can be sorted among others. Raises ValueError for a number that is not whole, and
+    for a value that is neither number nor text."""
+    # "007" and 7 are two ids, "7" and 7 are one.
     if isinstance(value, str):
-        return (False, number) if number is not None and str(number) == value else (True, value)
-    if number is None or number != value:
+        if value.isdecimal() and str(int(value)) == value:
+            return False, int(value)
+        return True, value
+    number = int(value)
+    if number != value:
         raise ValueError(f"id {value} is not a whole number")
     return False, number
 
 
 def _karpathy(path: Path, images: list[dict[str, Any]], splits: Sequence[str]) -> dict[str, Any]:
-    """As COCO spells it: the images of the splits, which lie where filepath says."""
+    """Karpathy's images of the splits as COCO's document."""
+    # A split that is misspelt would silently give fewer images.
     found = sorted({image["split"] for image in images})
     if unknown := set(splits) - set(found):
         raise DataError(f"--splits {first_three(unknown)}: {path} has {', '.join(found)}")
     if not splits:
         refuse_splits(path, found, "choose with --splits, such as --splits train restval")
+
+    # Files of other data sets than COCO lack cocoid, sentid and filepath.
     number = itertools.count()
     document: dict[str, Any] = {"images": [], "annotations": []}
     for image in images:
-        if not splits or image["split"] in splits:
-            id = image.get("cocoid", image.get("imgid"))
-            file = posixpath.join(image.get("filepath", ""), image["filename"])
-            document["images"].append({"id": id, "file_name": file})
-            document["annotations"] += [
-                {"image_id": id, "id": text.get("sentid", next(number)), "caption": text["raw"]}
-                for text in image["sentences"]
-            ]
+        if splits and image["split"] not in splits:
+            continue
+        id = image.get("cocoid", image.get("imgid"))
+        file = posixpath.join(image.get("filepath", ""), image["filename"])
+        document["images"].append({"id": id, "file_name": file})
+        for text in image["sentences"]:
+            sentence = text.get("sentid", next(number))
+            document["annotations"].append({"image_id": id, "id": sentence, "caption": text["raw"]})
     return document
 
 
 def _captions_file(path: Path) -> str:
-    """instances_val2017.json -> captions_val2017.json"""
+    """The captions file that belongs to another: captions_val2017.json for
+    instances_val2017.json."""
     _, separator, split = path.name.rpartition("_")
     return f"captions_{split}" if separator else "captions_*.json"
 
 
 def _twice(values: Iterable[Any]) -> list[Any]:
+    """The values that occur more than once."""
     return [value for value, count in Counter(values).items() if count > 1]
 
 
 def _refuse(path: Path, what: str, found: list[Any]) -> None:
+    """Raises DataError if anything was found."""
     if found:
         raise DataError(
             f"{path} has {len(found):,} {what}: {first_three(found)}; correct it, or take the "

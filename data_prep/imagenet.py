@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -57,22 +57,30 @@ class ImageNet(packing.Packing):
         return read(self.images, self.labels, self.classes, self.skip_missing)
 
 
+class Row(NamedTuple):
+    """A row of the CSV file."""
+
+    line: int
+    label: str
+
+
 def read(
     images: Path,
     labels: Path | None = None,
     classes: Path | None = None,
     skip_missing: bool = False,
 ) -> ListSource:
-    """From class folders sorted by path, from a CSV in its order.
+    """Labelled images: from class folders sorted by path, from a CSV in its order.
 
     Raises DataError for a label that is not in the label map, a file given twice, and images that
     are missing.
     """
     names = _class_names(classes) if classes else None
     facts: dict[str, Any] = {"program": "data_prep.imagenet", "images": str(images.resolve())}
+    # Lists are identified by their content, wherever they are.
     for key, path in {"labels": labels, "classes": classes}.items():
         if path:
-            text_of(path)  # raises what is to be said of a file that is not there
+            text_of(path)  # raises the error of a file that is missing
             facts |= {key: str(path.resolve()), f"{key}_sha256": sha256(path)}
     if labels is None:
         return _from_folders(images, names, classes, facts)
@@ -82,38 +90,46 @@ def read(
 def _from_folders(
     images: Path, names: Sequence[str] | None, classes: Path | None, facts: dict[str, Any]
 ) -> ListSource:
+    # Images beside the folders have no class. They are counted, and not packed.
     files, others = list_images(images, names)
     inside = [file for file in files if "/" in file]
-    folders = sorted(
-        entry.name
-        for entry in os.scandir(images)
-        if entry.is_dir() and not entry.name.startswith(".")
-    )
+    folders = []
+    for entry in os.scandir(images):
+        if entry.is_dir() and not entry.name.startswith("."):
+            folders.append(entry.name)
+    folders.sort()
     if not folders or (files and not inside):
         raise DataError(
             f"{images} has no class folders with images; give --labels FILE, or for images without "
             "labels python -m data_prep.folder"
         )
-    filled = {file.partition("/")[0] for file in inside}
+
+    class_of = [file.partition("/")[0] for file in inside]
+    filled = set(class_of)
     if names is None:
+        # A folder without images would shift the labels behind it: probably a mistake.
         splits = [folder for folder in folders if SPLIT.fullmatch(folder.lower())]
         refuse_splits(
             images, splits, "give one with --images, or if they are classes, --classes FILE"
         )
-        if inside and (empty := [folder for folder in folders if folder not in filled]):
+        empty = sorted(set(folders) - filled)
+        if inside and empty:
             raise DataError(
                 f"{images} has {len(empty):,} folders without images, which would be classes: "
                 f"{first_three(empty)}; remove them, or name the classes with --classes FILE"
             )
         names = folders
     elif unknown := sorted(filled - set(names)):
+        # Images of a class without a label cannot be left out silently.
         raise DataError(
             f"{images} has {len(unknown)} folders that {classes} does not name: "
             f"{first_three(unknown)}; add them to it, or leave out --classes to take the folders' "
             "sorted names"
         )
-    index = {name: label for label, name in enumerate(names)}
-    labels = np.fromiter((index[file.partition("/")[0]] for file in inside), np.int32, len(inside))
+
+    # A class's label is its place in the list.
+    index = dict(zip(names, range(len(names)), strict=True))
+    labels = np.fromiter(map(index.__getitem__, class_of), np.int32, len(class_of))
     facts |= {
         "images_listed": len(files),
         "images_outside_classes": len(files) - len(inside),
@@ -126,39 +142,41 @@ def _from_csv(
     images: Path, path: Path, names: Sequence[str] | None, skip_missing: bool, facts: dict[str, Any]
 ) -> ListSource:
     try:
-        lines = _rows(path)  # file: (line, label)
+        rows = _rows(path)
     except csv.Error as error:  # a field of more than 131,072 characters
         raise DataError(f"{path} is no CSV ({error}); give one line for each image") from error
 
+    # How often each label occurs, and the file that has it first.
+    counts: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for file, row in rows.items():
+        counts[row.label] += 1
+        first.setdefault(row.label, file)
+
     def where(label: str) -> str:
-        return next(
-            f"{path}, line {line} ({file})"
-            for file, (line, found) in lines.items()
-            if found == label
-        )
+        return f"{path}, line {rows[first[label]].line} ({first[label]})"
 
     index_of, names, count = class_labels(
-        Counter(label for _, label in lines.values()),
-        names or (),
-        where,
-        "correct it, or give the label map with --classes FILE",
+        counts, names or (), where, "correct it, or give the label map with --classes FILE"
     )
-    missing, unlisted = missing_files(images, list(lines), path, skip_missing)
-    kept = [file for file in lines if file not in missing]
+
+    # In the order of the file, which is that of the data set.
+    missing, unlisted = missing_files(images, list(rows), path, skip_missing)
+    kept: list[str] = []
+    labels: list[int] = []
+    skipped: list[tuple[str, str]] = []
+    for file, row in rows.items():
+        if file in missing:
+            skipped.append((file, "the file is missing"))
+        else:
+            kept.append(file)
+            labels.append(index_of[row.label])
     facts |= {
-        "images_listed": len(lines),
+        "images_listed": len(rows),
         "images_missing": len(missing),
         "images_not_listed": unlisted,
     }
-    return _source(
-        images,
-        kept,
-        np.array([index_of[lines[file][1]] for file in kept], np.int32),
-        count,
-        names,
-        facts,
-        [(file, "the file is missing") for file in lines if file in missing],
-    )
+    return _source(images, kept, np.array(labels, np.int32), count, names, facts, skipped)
 
 
 def _source(
@@ -170,11 +188,11 @@ def _source(
     facts: dict[str, Any],
     skipped: list[tuple[str, str]],
 ) -> ListSource:
-    empty = np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0).tolist()
-    facts |= {
-        "num_classes": num_classes,
-        "classes_without_images": [names[i] if names else i for i in empty],
-    }
+    """The source, with a note on classes that have no images."""
+    # Folders without images are errors before this; a list of classes may name some.
+    numbers = np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0).tolist()
+    empty = list(map(names.__getitem__, numbers)) if names else numbers
+    facts |= {"num_classes": num_classes, "classes_without_images": empty}
     source = ListSource(
         f"imagenet-{name_of(images)}",
         images,
@@ -185,25 +203,30 @@ def _source(
         facts=facts,
         skipped=skipped,
     )
-    if empty := facts["classes_without_images"]:
+    if empty:
         source.notes.append(f"{len(empty):,} classes without images ({first_three(empty)})")
     return source
 
 
 def _class_names(path: Path) -> list[str]:
-    names = [line.strip() for line in text_of(path).rstrip().split("\n")]
-    if not all(names) or len(set(names)) != len(names):
-        line = next(i for i, name in enumerate(names) if not name or name in names[:i]) + 1
-        raise DataError(
-            f"{path}, line {line}: {names[line - 1]!r} is empty or given twice; write each class "
-            "name once, one a line"
-        )
-    return names
+    """The names in a file, one a line. Raises DataError for one that is empty or given twice."""
+    # A dict for its order: a line's number is the label.
+    names: dict[str, None] = {}
+    for number, line in enumerate(text_of(path).rstrip().split("\n"), start=1):
+        name = line.strip()
+        if not name or name in names:
+            raise DataError(
+                f"{path}, line {number}: {name!r} is empty or given twice; write each class name "
+                "once, one a line"
+            )
+        names[name] = None
+    return list(names)
 
 
-def _rows(path: Path) -> dict[str, tuple[int, str]]:
-    """file -> (line, label), in the file's order."""
-    rows: dict[str, tuple[int, str]] = {}
+def _rows(path: Path) -> dict[str, Row]:
+    """The rows by file name, in the order of the CSV file."""
+    rows: dict[str, Row] = {}
+    # With newline="" csv itself finds the ends of lines, also inside quotes.
     reader = csv.DictReader(io.StringIO(text_of(path), newline=""))
     if not {"file", "label"} <= set(reader.fieldnames or ()):
         raise DataError(
@@ -220,9 +243,9 @@ def _rows(path: Path) -> dict[str, tuple[int, str]]:
         if file in rows:
             raise DataError(
                 f"{path}, line {reader.line_num}: {file} is given a second time, first in line "
-                f"{rows[file][0]}; keep one"
+                f"{rows[file].line}; keep one"
             )
-        rows[file] = reader.line_num, row["label"].strip()
+        rows[file] = Row(reader.line_num, row["label"].strip())
     if not rows:
         raise DataError(f"{path} lists no images; give one line for each")
     return rows

@@ -1,16 +1,16 @@
-"""What every packer does: decode, crop, encode, write. Killed at any moment, it goes on when it is
-run again.
+"""What every packer does: decode, crop, encode, write. Killed at any moment, it continues when it
+is run again.
 
     OUT/shard_00000.arrow ...  OUT/manifest.json     the data set (largescale/data/format.py)
     OUT/skipped.jsonl                                what was left out, and why
     OUT/latent_rgb.json                              of latents: a linear map to colours, for
                                                      previews without the VAE
-    OUT/packing/                                     while packing: what is done of each part
+    OUT/packing/                                     while packing: the progress of each part
                                                      (parts.py)
 
 A source is cut into parts (4,096 images, or one tar file), and rank r packs the parts r, r +
-world_size, ... by itself: what comes out does not depend on the number of ranks. Ranks meet in the
-file system only: rank 0 finishes when it finds every part done.
+world_size, ... by itself: the data set does not depend on the number of ranks. Ranks coordinate
+through files only: rank 0 finishes when it finds every part done.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -33,7 +33,7 @@ import tyro
 from tqdm import tqdm
 
 from data_prep import images
-from data_prep.sources import Item, Source
+from data_prep.sources import Item, Source, first_reasons
 from largescale.config.command_line import check_counts, parse_options, run_program
 from largescale.data.format import LATENT_RGB, CaptionInfo, DatasetInfo
 from largescale.data.loader import to_x_start
@@ -56,11 +56,19 @@ from largescale.host.machine import cores
 from largescale.host.signals import serve_stop_signals, stop_requested
 from largescale.models.half_precision import check_on_cpu
 
+# Keys of a job that say where its source is, not what it holds.
 PLACES = {
     "info.name",
-    *(f"source.{key}" for key in ("images", "captions", "labels", "classes", "files", "shards")),
+    "source.images",
+    "source.captions",
+    "source.labels",
+    "source.classes",
+    "source.files",
+    "source.shards",
 }
-MOST_HELD = 2**30  # bytes of image files that wait in memory to be decoded
+# Bytes of image files that wait in memory to be decoded.
+MOST_HELD = 2**30
+
 A = TypeVar("A")
 B = TypeVar("B")
 Image = npt.NDArray[np.uint8]  # (3, R, R)
@@ -69,7 +77,7 @@ Image = npt.NDArray[np.uint8]  # (3, R, R)
 @dataclass(frozen=True, kw_only=True)
 class Packing:
     out: Path
-    """The folder for the shards. Run again after an interruption, packing goes on there."""
+    """The folder for the shards. Run again after an interruption, packing continues there."""
     vae: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(required)")] = None
     """The VAE that makes latents: a folder, or a name on the hub (stabilityai/sd-vae-ft-ema); none:
     pack pixels."""
@@ -122,8 +130,42 @@ class Packer:
     """A source, the encoders, and this process's share of the parts."""
 
     def __init__(self, options: Packing) -> None:
+        # Everything that can be wrong is found before the encoders are loaded.
         options.check()
-        self.options, self.source = options, options.source()
+        self.options = options
+        self.source = options.source()
+        self._check_text_encoder()
+
+        self.rank = env_rank()
+        self.world_size = env_world_size()
+        if options.device == "cuda":
+            self.device = torch.device("cuda", env_local_rank() % torch.cuda.device_count())
+            self.precision = options.precision or "bf16"
+        else:
+            self.device = torch.device("cpu")
+            self.precision = options.precision or "fp32"
+            torch.set_num_threads(1)  # see `pack`
+
+        # "none" is a choice, of pixels or of texts; None is an option that was not given.
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        self.vae: Vae | None = None
+        if options.vae is not None and options.vae != "none":
+            self.vae = load_vae(options.vae, self.device, dtype)
+        self.text: TextEncoder | None = None
+        spec = options.text_encoder
+        if self.source.captioned and spec is not None and spec != "none":
+            self.text = load_text_encoder(spec, self.device, dtype, options.max_tokens)
+
+        # A quarter of the resolution: smaller images would be enlarged more than four times.
+        self.info = self._info()
+        self.min_side = options.min_side or max(options.resolution // 4, 1)
+        parts = self.source.parts(options.rows_per_shard)
+        self.parts = Parts(options.out, self._job(), parts, self.rank, self.world_size, _places)
+
+    def _check_text_encoder(self) -> None:
+        """Raises ConfigError unless captions have a text encoder, and only they."""
+        options = self.options
+        # Texts without embeddings cannot be trained on, so they have to be asked for.
         if self.source.captioned and options.text_encoder is None:
             raise ConfigError(
                 "the images have captions: give --text-encoder (such as open_clip:ViT-L-14/openai "
@@ -140,30 +182,36 @@ class Packer:
                 f"--max-tokens {options.max_tokens} is a setting of --text-encoder; give both or "
                 "none"
             )
-        self.rank, self.world_size = env_rank(), env_world_size()
-        cuda = options.device == "cuda"
-        device = (
-            torch.device("cuda", env_local_rank() % torch.cuda.device_count())
-            if cuda
-            else torch.device("cpu")
+
+    def _info(self) -> DatasetInfo:
+        side = self.options.resolution
+        # Pixels, unless there is a VAE.
+        info = DatasetInfo(
+            name=self.source.name,
+            num_classes=self.source.num_classes,
+            kind="pixels",
+            shape=(3, side, side),
         )
-        if not cuda:  # see `pack`
-            torch.set_num_threads(1)
-        self.precision = options.precision or ("bf16" if cuda else "fp32")
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        self.vae: Vae | None = None
-        if options.vae is not None and options.vae != "none":
-            self.vae = load_vae(options.vae, device, dtype)
-        self.text: TextEncoder | None = None
-        if (
-            self.source.captioned
-            and options.text_encoder is not None
-            and options.text_encoder != "none"
-        ):
-            self.text = load_text_encoder(options.text_encoder, device, dtype, options.max_tokens)
-        self.device, self.info = device, self._info()
-        self.min_side = options.min_side or max(options.resolution // 4, 1)
-        job = {  # what the result depends on, to the byte
+        if vae := self.vae:
+            info = replace(
+                info,
+                kind=vae.kind,
+                shape=vae.stored_shape(side),
+                scale_factor=vae.scale_factor,
+                encoders={"vae": vae.identity},
+            )
+        if text := self.text:
+            info = replace(
+                info,
+                encoders=info.encoders | {"text": text.identity},
+                captions=CaptionInfo(text.max_tokens, text.width, text.pooled_width),
+            )
+        return info
+
+    def _job(self) -> dict[str, Any]:
+        """Everything that the shards depend on, to the byte."""
+        options = self.options
+        job: dict[str, Any] = {
             "source": self.source.facts | {"fingerprint": self.source.fingerprint},
             "info": self.info.plain(),
             "rows_per_shard": options.rows_per_shard,
@@ -172,43 +220,31 @@ class Packer:
             "max_pixels": options.max_pixels,
             "mirror": self.vae is not None and options.mirror,
         }
+        # Encoders round differently in another type, on another device and in another batch.
         if self.vae or self.text:
             job |= {
                 "precision": self.precision,
-                "device": device.type,
+                "device": self.device.type,
                 "batch_size": options.batch_size,
             }
-        parts = self.source.parts(options.rows_per_shard)
-        self.parts = Parts(options.out, job, parts, self.rank, self.world_size, _places)
-
-    def _info(self) -> DatasetInfo:
-        side, vae, text = self.options.resolution, self.vae, self.text
-        encoders = {"vae": vae.identity} if vae else {}
-        return DatasetInfo(
-            name=self.source.name,
-            num_classes=self.source.num_classes,
-            kind=vae.kind if vae else "pixels",
-            shape=vae.stored_shape(side) if vae else (3, side, side),
-            scale_factor=vae.scale_factor if vae else 1.0,
-            encoders=encoders | ({"text": text.identity} if text else {}),
-            captions=CaptionInfo(text.max_tokens, text.width, text.pooled_width) if text else None,
-        )
+        return job
 
     def __call__(self) -> str:
-        """Pack this rank's parts; rank 0 then waits for the others' and writes the manifest.
-        Returns a line to say."""
+        """Packs this rank's parts; rank 0 then waits for the others' and writes the manifest.
+        Returns a line to print."""
         start = time.perf_counter()
         try:
             if not self.parts.claim():
                 return self.summary("already packed; to pack it anew, delete the folder first")
             if self.rank == 0:
                 print(announcement(self.source), file=sys.stderr, flush=True)
-            self.info = replace(self.info, name=self.parts.job["info"]["name"])  # as it was begun
+            # A job that was started under another name keeps it.
+            self.info = replace(self.info, name=self.parts.job["info"]["name"])
             new = self.pack()
             if self.rank == 0:
                 self.finish()
         except Stopped:
-            raise  # no failure: the same ranks go on later
+            raise  # not a failure: the same ranks continue later
         except BaseException as error:
             self.parts.failed(error)
             raise
@@ -220,16 +256,20 @@ class Packer:
         )
 
     def pack(self) -> int:
-        """This rank's parts; returns how many images were packed now."""
-        cpus, new = max(1, cores() // local_world_size(os.environ)), 0
-        # On a GPU one thread; it is on GPU 0 until told, and pinning would open a context there for
-        # every rank. On the CPU threads of one core each: how many cores share a sum changes its
-        # last digit, and the shards' bytes.
-        encoders, prepare = (
-            (1, (torch.cuda.set_device, (self.device,)))
-            if self.device.type == "cuda"
-            else (cpus, (torch.set_num_threads, (1,)))
-        )
+        """Packs this rank's parts; returns how many images were packed now."""
+        cpus = max(1, cores() // local_world_size(os.environ))
+        if self.device.type == "cuda":
+            # A new thread starts on GPU 0. Left there, pinning memory would open a context on that
+            # GPU for every rank.
+            encoders = 1
+            encoder = ThreadPoolExecutor(1, "encode", torch.cuda.set_device, (self.device,))
+        else:
+            # Threads of one core each: how many cores share a sum changes its last digit, and the
+            # shards' bytes.
+            encoders = cpus
+            encoder = ThreadPoolExecutor(cpus, "encode", torch.set_num_threads, (1,))
+
+        new = 0
         done = sum(self.parts.record(part)["items"] for part in self.parts.mine)
         bar = tqdm(
             total=self._share(),
@@ -244,74 +284,80 @@ class Packer:
         with (
             bar,
             ThreadPoolExecutor(self.options.workers or cpus, "decode") as decoders,
-            ThreadPoolExecutor(encoders, "encode", *prepare) as encoder,
+            encoder,
         ):
             try:
                 for part in self.parts.mine:
                     new += self.pack_part(part, decoders, encoder, encoders + 1, bar)
-            except BaseException:  # a pool's exit would first finish what is queued
+            except BaseException:
+                # A pool's exit would first finish what is queued.
                 decoders.shutdown(wait=False, cancel_futures=True)
                 encoder.shutdown(wait=False, cancel_futures=True)
                 raise
         return new
 
     def _share(self) -> int | None:
-        """Items of this rank's parts, where that is known."""
-        rows, size = self.options.rows_per_shard, self.source.size
-        return (
-            None if size is None else sum(min(rows, size - part * rows) for part in self.parts.mine)
-        )
+        """The number of items of this rank's parts, where it is known."""
+        rows = self.options.rows_per_shard
+        size = self.source.size
+        if size is None:
+            return None
+        # Only the last part may have fewer rows than a shard.
+        return sum(min(rows, size - part * rows) for part in self.parts.mine)
 
     def pack_part(
         self, part: int, decoders: Executor, encoder: Executor, batches_ahead: int, bar: Any
     ) -> int:
-        """Goes on behind the part's last whole shard; returns how many images were encoded now."""
+        """Packs a part, from behind its last complete shard; returns how many images were encoded
+        now."""
         record = self.parts.record(part)
         if record["done"] or self.parts.finished:
             return 0
-        encoded, items = (
-            0,
-            islice(self.source.part(part, self.options.rows_per_shard), record["items"], None),
-        )
+        rows_per_shard = self.options.rows_per_shard
+        encoded = 0
+        items = islice(self.source.part(part, rows_per_shard), record["items"], None)
         while not record["done"]:
-            chunk = _Counted(islice(items, self.options.rows_per_shard))
-            shard, skipped = Shard(self.info), record["skipped"]
-            batches = self.batches(
-                _ahead(decoders, self.decode, chunk, 2 * self.options.batch_size), skipped, bar
-            )
+            # Decoders and encoders work ahead of this loop, in order.
+            chunk = _Counted(islice(items, rows_per_shard))
+            shard = Shard(self.info)
+            decoded = _ahead(decoders, self.decode, chunk, 2 * self.options.batch_size)
+            batches = self.batches(decoded, record["skipped"], bar)
             for rows in _ahead(encoder, self.encode, batches, batches_ahead):
                 bar.update(len(rows))
                 for row, cut in rows:
                     shard.add(**row)
                     record["captions"] += len(row.get("captions", ()))
                     record["captions_cut"] = record.get("captions_cut", 0) + cut
+
+            # All images of a chunk may have been skipped.
             if len(shard):
                 number = len(record["shards"])  # only tar files have more than one
                 name = f"shard_{part:05d}" + (f"_{number}" if number else "") + ".arrow"
                 record["shards"].append(shard.write(self.options.out / name))
                 record["columns"] = shard.columns
                 encoded += len(shard)
+
+            # The shard first, then the record of it: a kill between the two packs it again.
             record["items"] += chunk.count
-            record["done"] = (
-                chunk.count < self.options.rows_per_shard or self.source.size is not None
-            )
+            record["done"] = chunk.count < rows_per_shard or self.source.size is not None
             self.parts.save(part, record)
         return encoded
 
     def decode(self, item: Item) -> tuple[Item, Image | str]:
-        """The cropped image, or why there is none."""
+        """The item with its cropped image, or with the reason why there is none."""
+        options = self.options
         try:
             if not is_unicode(item.id):
                 raise images.Unusable("its name is not UTF-8")
             data = item.read()
             if self.source.captioned and not item.captions:
                 raise images.Unusable("it has no caption")
-            return item, images.decode(
-                data, self.options.resolution, self.min_side, self.options.max_pixels
-            )
+            image = images.decode(data, options.resolution, self.min_side, options.max_pixels)
+            return item, image
         except (images.Unusable, FileNotFoundError) as error:
             return item, str(error)
-        except OSError as error:  # a file system that is ill must not thin out the data set
+        except OSError as error:
+            # A file system with errors must not thin out the data set.
             raise DataError(
                 f"{item.id} cannot be read: {error}; when it can, run again to go on"
             ) from error
@@ -319,10 +365,12 @@ class Packer:
     def batches(
         self, decoded: Iterable[tuple[Item, Image | str]], skipped: list[list[str]], bar: Any
     ) -> Iterator[list[tuple[Item, Image]]]:
+        """Batches of the images that could be decoded; the others are added to `skipped`."""
         batch: list[tuple[Item, Image]] = []
         for item, image in decoded:
             if stop_requested():
                 raise Stopped
+            # A text is the reason why there is no image.
             if isinstance(image, str):
                 bar.update()
                 skipped.append([item.id, image])
@@ -338,72 +386,88 @@ class Packer:
     def encode(self, batch: list[tuple[Item, Image]]) -> list[tuple[dict[str, Any], int]]:
         """The rows of a batch, as `Shard.add` takes them, each with the number of its captions that
         are cut."""
-        pixels = np.stack([image for _, image in batch])
-        columns: dict[str, Iterable[Any]] = {"latent": pixels}
-        if self.vae:
-            x = torch.from_numpy(pixels)
-            x = (x.pin_memory() if self.device.type == "cuda" else x).to(
-                self.device, non_blocking=True
-            )
-            columns["latent"] = self.vae.encode(x).cpu().numpy()
-            if self.options.mirror:
-                columns["latent_mirror"] = self.vae.encode(x.flip(-1)).cpu().numpy()
-        if self.source.captioned:
-            columns["captions"] = [list(item.captions) for item, _ in batch]
-        cut = [0] * len(batch)
-        if self.text:
-            of_all = iter(self.text([caption for item, _ in batch for caption in item.captions]))
-            encoded = [list(islice(of_all, len(item.captions))) for item, _ in batch]
-            cut = [
-                self._cut(item.captions, of_item)
-                for (item, _), of_item in zip(batch, encoded, strict=True)
-            ]
-            columns["caption_tokens"] = [
-                [caption.tokens for caption in captions] for captions in encoded
-            ]
-            columns["caption_pooled"] = [
-                [caption.pooled for caption in captions] for captions in encoded
-            ]
-        values = [
-            dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
-        ]
-        rows = [
-            {"id": item.id, "label": item.label, **row}
-            for (item, _), row in zip(batch, values, strict=True)
-        ]
+        rows: list[dict[str, Any]] = []
+        pictures: list[Image] = []
+        for item, picture in batch:
+            row: dict[str, Any] = {"id": item.id, "label": item.label}
+            if self.source.captioned:
+                row["captions"] = list(item.captions)
+            rows.append(row)
+            pictures.append(picture)
+        self._encode_images(np.stack(pictures), rows)
+        cut = self._encode_captions(rows) if self.text else [0] * len(rows)
         return list(zip(rows, cut, strict=True))
 
-    def _cut(self, captions: Sequence[str], encoded: Sequence[EncodedCaption]) -> int:
-        """How many of an image's captions are longer than what is kept; only those that fill it are
-        looked at again."""
+    def _encode_images(self, pixels: npt.NDArray[np.uint8], rows: list[dict[str, Any]]) -> None:
+        """Adds to each row its image as it is stored, and the mirrored one where it is packed.
+        `pixels`: (N, 3, R, R)."""
+        stored: npt.NDArray[Any] = pixels
+        mirrored: npt.NDArray[Any] | None = None
+        # Pixels are mirrored when they are read. Latents are not those of the mirrored image.
+        if self.vae:
+            x = torch.from_numpy(pixels)
+            if self.device.type == "cuda":
+                x = x.pin_memory()
+            x = x.to(self.device, non_blocking=True)
+            stored = self.vae.encode(x).cpu().numpy()
+            if self.options.mirror:
+                mirrored = self.vae.encode(x.flip(-1)).cpu().numpy()
+        for i, row in enumerate(rows):
+            row["latent"] = stored[i]
+            if mirrored is not None:
+                row["latent_mirror"] = mirrored[i]
+
+    def _encode_captions(self, rows: list[dict[str, Any]]) -> list[int]:
+        """Adds to each row the embeddings of its captions; returns how many of them are cut."""
         assert self.text
-        full = [
-            text
-            for text, e in zip(captions, encoded, strict=True)
-            if len(e.tokens) == self.text.max_tokens
-        ]
+        # All captions of the batch are encoded together, and then dealt out again.
+        texts = list(chain.from_iterable(row["captions"] for row in rows))
+        encoded = iter(self.text(texts))
+        cut = []
+        for row in rows:
+            of_row = list(islice(encoded, len(row["captions"])))
+            row["caption_tokens"] = [caption.tokens for caption in of_row]
+            row["caption_pooled"] = [caption.pooled for caption in of_row]
+            cut.append(self._count_cut(row["captions"], of_row))
+        return cut
+
+    def _count_cut(self, captions: Sequence[str], encoded: Sequence[EncodedCaption]) -> int:
+        """How many of an image's captions are longer than what is kept."""
+        assert self.text
+        # Only captions that fill all tokens can be, so only these are tokenised again.
+        full = []
+        for text, encoding in zip(captions, encoded, strict=True):
+            if len(encoding.tokens) == self.text.max_tokens:
+                full.append(text)
         return len(self.text.cut(full))
 
     def finish(self) -> None:
-        """Rank 0, once every part is done: the manifest, and what only packing needed goes."""
+        """Writes the manifest once every part is done, and removes what only packing needed. For
+        rank 0."""
         records = self.parts.all_records()
-        skipped = [
-            *map(list, self.source.skipped),
-            *(entry for record in records for entry in record["skipped"]),
-        ]
-        shards = [shard for record in records for shard in record["shards"]]
+        skipped = list(map(list, self.source.skipped))
+        shards: list[dict[str, Any]] = []
+        columns: list[str] = []
+        captions = captions_cut = 0
+        for record in records:
+            skipped += record["skipped"]
+            shards += record["shards"]
+            captions += record["captions"]
+            captions_cut += record.get("captions_cut", 0)
+            columns = columns or record["columns"]
         if not shards:
             raise DataError(
                 f"not one image of {self.source.name} could be used; the first: "
-                + "; ".join(f"{id}: {reason}" for id, reason in skipped[:3])
+                f"{first_reasons(skipped)}"
             )
-        out, empty = self.options.out, None
+
+        # All other files come before the manifest, with which the data set exists.
+        out = self.options.out
+        empty = None
         if self.text:
             (encoding,) = self.text([""])
             empty = write_empty_caption(out, self.info, encoding.tokens, encoding.pooled)
-        lines = (json.dumps({"id": id, "reason": reason}) + "\n" for id, reason in skipped)
-        write_atomically(out / "skipped.jsonl", "".join(lines))
-        columns = next(record["columns"] for record in records if record["columns"])
+        reasons = self._write_skipped(skipped)
         write_manifest(
             out,
             self.info,
@@ -412,46 +476,55 @@ class Packer:
             empty,
             job=self.parts.job,
             class_names=list(self.source.class_names),
-            captions=sum(record["captions"] for record in records),
-            captions_cut=sum(record.get("captions_cut", 0) for record in records),
-            skipped={
-                "count": len(skipped),
-                "reasons": dict(Counter(reason for _, reason in skipped).most_common(20)),
-            },
+            captions=captions,
+            captions_cut=captions_cut,
+            skipped={"count": len(skipped), "reasons": dict(reasons.most_common(20))},
             made_with={"vae": _resolved(self.options.vae), "text_encoder": self._text_encoder()},
         )
+        # The map to colours is fitted to latents as they are read from the data set.
         if self.vae:
-            write_atomically(
-                out / LATENT_RGB, json.dumps(self.vae.fit_rgb(self._some_latents())) + "\n"
-            )
+            matrix = self.vae.fit_rgb(self._some_latents())
+            write_atomically(out / LATENT_RGB, json.dumps(matrix) + "\n")
         self.parts.remove()
 
+    def _write_skipped(self, skipped: list[list[str]]) -> Counter[str]:
+        """Writes the list of (id, reason); returns how often each reason occurs."""
+        reasons: Counter[str] = Counter()
+        lines = []
+        for id, reason in skipped:
+            lines.append(json.dumps({"id": id, "reason": reason}) + "\n")
+            reasons[reason] += 1
+        write_atomically(self.options.out / "skipped.jsonl", "".join(lines))
+        return reasons
+
     def _some_latents(self) -> torch.Tensor:
-        """Of a few of the images, from first to last, as a model learns them: (n, C, H, W)."""
+        """The latents of a few images, from first to last, as a model learns them: (n, C, H, W)."""
         data = ShardDataset(self.options.out)
         rows = np.linspace(0, len(data) - 1, min(8, len(data))).astype(np.int64)
         latent = torch.from_numpy(data.gather(rows)["latent"])
-        return to_x_start(
-            latent,
-            self.info.kind,
-            self.info.scale_factor,
-            torch.zeros(len(rows), *data.info.x_shape),
-        )
+        # Of moments the mean: the posterior without noise.
+        no_noise = torch.zeros(len(rows), *data.info.x_shape)
+        return to_x_start(latent, self.info.kind, self.info.scale_factor, no_noise)
 
     def _text_encoder(self) -> str | None:
         scheme, _, where = (self.options.text_encoder or "").partition(":")
         return f"{scheme}:{_resolved(where)}" if self.text else None
 
     def summary(self, done: str) -> str:
+        """A line about the packed data set; empty but on rank 0."""
         if self.rank != 0:
             return ""
+        # Of the data set as it is on disk, also where it was packed before.
         data = ShardDataset(self.options.out)
         manifest = data.manifest
         size = sum(shard["bytes"] for shard in manifest["shards"])
         captions = f", {manifest['captions']:,} captions" if manifest["captions"] else ""
-        if (cut := manifest.get("captions_cut")) and data.info.captions:
-            captions += f", of which {cut:,} are cut at {data.info.captions.tokens} tokens"
-        encoders = "".join(f"; {name}: {identity}" for name, identity in data.info.encoders.items())
+        cut = manifest.get("captions_cut")
+        if cut and data.info.captions:
+            captions += f" ({cut:,} are cut at {data.info.captions.tokens} tokens)"
+        encoders = ""
+        for name, identity in data.info.encoders.items():
+            encoders += f"; {name}: {identity}"
         left_out = manifest["skipped"]["count"]
         listed = f", see {data.path / 'skipped.jsonl'}" if left_out else ""
         return (
@@ -462,24 +535,25 @@ class Packer:
 
 
 def _places(found: Mapping[str, Any], ours: Mapping[str, Any]) -> set[str]:
-    """Names and places of folders are not what the data are: lists, sizes and hashes are. A job
-    that was begun before sizes were noted is still told by its places."""
+    """The keys by which a job does not differ from another: lists, sizes and hashes tell two data
+    sets apart, and names and places of folders do not."""
+    # A job of an older version, without sizes, is still identified by its places.
     return {"source.sizes"} if "source.sizes" in ours.keys() - found.keys() else PLACES
 
 
 def announcement(source: Source) -> str:
-    """What is about to be packed, and what is odd about it: to be read before hours of work."""
+    """A line about what will be packed, and what is odd about it: to be read before hours of
+    work."""
     count = f"{source.parts(1):,} tar files" if source.size is None else f"{source.size:,} images"
-    names = source.class_names or range(source.num_classes)
-    of = (
-        f" of {source.num_classes:,} classes ({names[0]} ... {names[-1]})"
-        if source.num_classes
-        else ""
-    )
-    return printable(f"{source.name}: " + ", ".join([count + of, *source.notes]))
+    if source.num_classes:
+        names = source.class_names or range(source.num_classes)
+        count += f" of {source.num_classes:,} classes ({names[0]} ... {names[-1]})"
+    return printable(f"{source.name}: " + ", ".join([count, *source.notes]))
 
 
 class _Counted(Iterator[A]):
+    """An iterator that counts the items that were taken from it."""
+
     def __init__(self, items: Iterable[A]) -> None:
         self._items, self.count = iter(items), 0
 
@@ -490,12 +564,13 @@ class _Counted(Iterator[A]):
 
 
 def _ahead(pool: Executor, work: Callable[[A], B], items: Iterable[A], window: int) -> Iterator[B]:
-    """`work` of each item in order; under way are up to `window` of them, or those that hold
-    MOST_HELD bytes."""
+    """The results of `work` of each item, in order. Up to `window` items are in progress, or fewer
+    where they hold more than MOST_HELD bytes."""
     pending: deque[tuple[Any, int]] = deque()
     held = 0
     for item in items:
-        pending.append((pool.submit(work, item), weight := getattr(item, "held", 0)))
+        weight = getattr(item, "held", 0)
+        pending.append((pool.submit(work, item), weight))
         held += weight
         while len(pending) == window or (pending and held > MOST_HELD):
             future, weight = pending.popleft()
@@ -506,18 +581,17 @@ def _ahead(pool: Executor, work: Callable[[A], B], items: Iterable[A], window: i
 
 
 def _resolved(spec: str | None) -> str | None:
-    """A local path as it is found from anywhere; a hub name as it is."""
-    return (
-        str(Path(spec).expanduser().resolve())
-        if spec and Path(spec).expanduser().exists()
-        else spec
-    )
+    """A local path made absolute; a hub name as it is."""
+    if spec and Path(spec).expanduser().exists():
+        return str(Path(spec).expanduser().resolve())
+    return spec
 
 
 def main(program: type[Packing], args: Sequence[str] | None, description: str | None) -> int:
     """The main program of every packer. `program`: its options."""
     name = Path(inspect.getfile(program)).stem
     options = parse_options(program, args, program=f"data_prep.{name}", description=description)
+    # From here on a signal stops between two batches.
     serve_stop_signals()
 
     def pack() -> None:

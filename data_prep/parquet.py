@@ -4,12 +4,13 @@ python -m data_prep.parquet --files train.parquet --label-column label --vae non
 --out data/cifar10
 """
 
+import os
 import sys
 from bisect import bisect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,12 @@ from data_prep.sources import (
 from largescale.errors import DataError
 from largescale.host.files import from_json
 
-ROWS_READ = 64  # at a time: images are large
-BYTES_READ = 2**28  # at a time, were every value as large as its column chunk
-MOST_BYTES = 2**30  # of a column chunk that is a hundredth of it when compressed
+# Rows that are read at a time: images are large.
+ROWS_READ = 64
+# Bytes that are read at a time, if every value were as large as its column chunk.
+BYTES_READ = 2**28
+# Bytes of a column chunk that is less than a hundredth of it when compressed.
+MOST_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +68,8 @@ class Parquet(packing.Packing):
 
 
 class ParquetSource:
-    """Rows of all files, one after the other; a part is `rows_per_shard` rows, and reads only their
-    row groups.
+    """The rows of all files, one file after the other. A part is `rows_per_shard` rows, and reads
+    only their row groups.
 
     Raises DataError for files that cannot be read or are given twice, splits in one folder, a
     missing or unfit column, labels outside the classes, and ids that are given twice.
@@ -79,42 +83,43 @@ class ParquetSource:
         caption_column: str | None = None,
         id_column: str | None = None,
     ) -> None:
-        self._files = [
-            file
-            for given_ in files
-            for file in (_in_folder(given_) if given_.is_dir() else [given_])
-        ]
-        if not self._files:
-            raise DataError(f"there are no *.parquet in {first_three(files)}; correct --files")
-        refuse_twice("--files", self._files)
+        self._files = _expand(files)
         self._columns = {
             "image": image_column,
             "label": label_column,
             "caption": caption_column,
             "id": id_column,
         }
-        rows = [self._check(file) for file in self._files]
+
+        # Every file's columns are checked before the labels of any are read.
+        rows = list(map(self._check, self._files))
         self._starts = [0, *accumulate(rows)]
         self.size: int | None = self._starts[-1]
         if not self.size:
             raise DataError(f"{first_three(self._files)} hold no rows; correct --files")
-        self.name, self.captioned = f"parquet-{name_of(files[0])}", caption_column is not None
+
+        self.name = f"parquet-{name_of(files[0])}"
+        self.captioned = caption_column is not None
         self.skipped: list[tuple[str, str]] = []
         self.class_names: Sequence[str] = ()
         self.num_classes = 0
         self.notes = self._not_packed()
-        if len(splits := splits_in(self._files)) > 1:
+        splits = splits_in(self._files)
+        if len(splits) > 1:
             self.notes.append(f"the splits {', '.join(splits)} together")
+
+        # Labels and ids of all rows are kept in memory; images and captions are read part by part.
         self._labels = self._read_labels() if label_column else None
         self._ids = self._read_ids() if id_column else None
         self.facts: dict[str, Any] = {
             "program": "data_prep.parquet",
-            "files": [str(file) for file in self._files],
+            "files": list(map(str, self._files)),
             "rows": self.size,
-            "bytes": sum(file.stat().st_size for file in self._files),
+            "bytes": sum(map(os.path.getsize, self._files)),
             "columns": self._columns,
             "num_classes": self.num_classes,
         }
+        # The files' footers stand for their content, which would take hours to hash.
         self.fingerprint = fingerprint(
             (name or "" for name in self._columns.values()),
             self.class_names,
@@ -128,48 +133,47 @@ class ParquetSource:
         return -(-self._starts[-1] // rows_per_shard)
 
     def part(self, number: int, rows_per_shard: int) -> Iterator[Item]:
+        # A part may begin in one file and end in another.
         start = number * rows_per_shard
         stop = min(start + rows_per_shard, self._starts[-1])
-        for file, first, last in zip(self._files, self._starts, self._starts[1:], strict=False):
+        for file, (first, last) in zip(self._files, pairwise(self._starts), strict=True):
             if first < stop and start < last:
                 with _reading(file):
                     yield from self._rows(file, first, start, stop)
 
     def _rows(self, path: Path, row: int, start: int, stop: int) -> Iterator[Item]:
-        """Items of the rows in [start, stop); `row` is the number of the file's first."""
-        columns = [name for key in ("image", "caption") if (name := self._columns[key])]
+        """The items of the rows in [start, stop); `row` is the number of the file's first."""
+        columns = list(filter(None, (self._columns["image"], self._columns["caption"])))
         with pq.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                count = file.metadata.row_group(group).num_rows
-                if row < stop and start < row + count:
+            for number in range(file.num_row_groups):
+                group = file.metadata.row_group(number)
+                if row < stop and start < row + group.num_rows:
+                    # Fewer rows at a time where one value may be very large.
+                    rows = min(ROWS_READ, BYTES_READ // _largest(path, group, columns))
                     at = row
-                    rows = min(
-                        ROWS_READ,
-                        max(
-                            1, BYTES_READ // _largest(path, file.metadata.row_group(group), columns)
-                        ),
-                    )
-                    for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
+                    for batch in file.iter_batches(
+                        max(rows, 1), row_groups=[number], columns=columns
+                    ):
                         for i in range(max(start - at, 0), min(stop - at, len(batch))):
                             yield self._item(at + i, batch, i)
                         at += len(batch)
                         if at >= stop:
                             return
-                row += count
+                row += group.num_rows
 
     def _item(self, row: int, batch: pa.RecordBatch, i: int) -> Item:
-        id, sound = (str(row), True) if self._ids is None else _text(self._ids[row])
+        """The item of row i of a batch; one that cannot be read where something is missing."""
+        id, is_utf8 = (str(row), True) if self._ids is None else _text(self._ids[row])
         label = 0 if self._labels is None else int(self._labels[row])
         try:
-            if not sound:
+            if not is_utf8:
                 raise Unusable("its id is not UTF-8")
             captions = self._captions(batch, i)
-            image = batch.column(self._columns["image"])[i]
-            image = (
-                image["bytes"].as_py()
-                if pa.types.is_struct(image.type) and image.is_valid
-                else image.as_py()
-            )
+            value = batch.column(self._columns["image"])[i]
+            # Hugging Face's struct of bytes and path
+            if pa.types.is_struct(value.type) and value.is_valid:
+                value = value["bytes"]
+            image = value.as_py()
             if image is None:
                 raise Unusable("it has no image bytes")
         except Unusable as error:
@@ -177,41 +181,46 @@ class ParquetSource:
         return Item(id, given(image), label, captions, len(image))
 
     def _captions(self, batch: pa.RecordBatch, i: int) -> tuple[str, ...]:
+        """The captions of row i of a batch. Raises Unusable where there are none."""
         if not self._columns["caption"]:
             return ()
         try:
             value = batch.column(self._columns["caption"])[i].as_py()
         except UnicodeDecodeError as error:
             raise Unusable(f"its caption is not UTF-8 ({error.reason})") from error
-        if captions := clean(
-            text for text in ([value] if isinstance(value, str) else value or ()) if text
-        ):
-            return captions
-        raise Unusable("it has no caption")
+        texts = [value] if isinstance(value, str) else value or ()
+        captions = clean(filter(None, texts))
+        if not captions:
+            raise Unusable("it has no caption")
+        return captions
 
     def _check(self, path: Path) -> int:
         """Raises DataError for a column that is missing, or of a type that does not fit; returns
         the number of rows."""
         with _reading(path), pq.ParquetFile(path) as file:
-            schema, rows = file.schema_arrow, file.metadata.num_rows
+            schema = file.schema_arrow
+            rows = int(file.metadata.num_rows)
+        # The message lists the columns that there are: their names differ between data sets.
         for key, name in self._columns.items():
-            if name is not None and (
-                name not in schema.names or not _fits(key, schema.field(name).type)
-            ):
-                what = (
-                    f"is {schema.field(name).type}, not {NEEDED[key]}"
-                    if name in schema.names
-                    else "does not exist"
-                )
-                has = ", ".join(f"{field.name} ({field.type})" for field in schema)
-                raise DataError(
-                    f"{path}: column {name} {what}; it has {has}: give one with --{key}-column"
-                )
-        return int(rows)
+            if name is None:
+                continue
+            if name not in schema.names:
+                what = "does not exist"
+            elif not _fits(key, schema.field(name).type):
+                what = f"is {schema.field(name).type}, not {NEEDED[key]}"
+            else:
+                continue
+            has = ", ".join(f"{field.name} ({field.type})" for field in schema)
+            raise DataError(
+                f"{path}: column {name} {what}; it has {has}: give one with --{key}-column"
+            )
+        return rows
 
     def _read(self, key: str, type: pa.DataType) -> pa.ChunkedArray:
-        """The column of all files."""
-        name, chunks = self._columns[key], []
+        """A column of all files, cast to a type. Raises DataError for a row without a value."""
+        name = self._columns[key]
+        chunks: list[pa.Array] = []
+        # Sizes are checked before a column is expanded.
         for path in self._files:
             with _reading(path), pq.ParquetFile(path) as file:
                 for group in range(file.num_row_groups):
@@ -227,52 +236,70 @@ class ParquetSource:
         return column
 
     def _where(self, row: int) -> str:
+        """The file and the row in it, for a message."""
         number = bisect(self._starts, row) - 1
         return f"{self._files[number]}, row {row - self._starts[number]}"
 
     def _not_packed(self) -> list[str]:
-        """Of columns that look like labels or captions and were not asked for."""
+        """Notes on columns that look like labels or captions and were not asked for."""
         schema = pq.read_schema(self._files[0])
-        return [
-            f"column {field.name} ({field.type}) is not packed (--{key}-column {field.name})"
-            for key, names in LIKELY.items()
-            if self._columns[key] is None
-            for field in schema
-            if field.name.lower() in names and _fits(key, field.type)
-        ]
+        notes = []
+        for key, names in LIKELY.items():
+            if self._columns[key] is not None:
+                continue
+            for field in schema:
+                if field.name.lower() in names and _fits(key, field.type):
+                    column = f"column {field.name} ({field.type})"
+                    notes.append(f"{column} is not packed (--{key}-column {field.name})")
+        return notes
 
     def _read_labels(self) -> npt.NDArray[np.int32]:
-        """Sets num_classes and class_names too."""
+        """The label of every row. Sets num_classes and class_names too."""
         name = str(self._columns["label"])
         column = self._read("label", pa.large_string()).dictionary_encode()
-        of_files = [_class_names(file, name) for file in self._files]
-        for file, names in zip(self._files, of_files, strict=True):
-            if names != of_files[0]:
+        names = self._stored_class_names(name)
+
+        # Of millions of rows only the distinct labels are looked at, and how often each occurs.
+        index = column.indices.to_numpy()
+        distinct = []
+        for value in column.dictionary:
+            text, is_utf8 = _text(value)
+            if not is_utf8:
+                raise DataError(
+                    f"column {name}: {text!r} is not UTF-8; correct it, or leave out --label-column"
+                )
+            distinct.append(text)
+        counts = dict(zip(distinct, np.bincount(index).tolist(), strict=True))
+
+        def where(label: str) -> str:
+            return self._where(int(np.argmax(index == distinct.index(label))))
+
+        # Numbers that are stored as text may be names; numbers that are stored as such are not.
+        numbers = not any(_is_text(pq.read_schema(file).field(name).type) for file in self._files)
+        labels, self.class_names, self.num_classes = class_labels(
+            counts, names, where, "correct the column, or leave out --label-column", numbers
+        )
+        if self.class_names and not names:
+            self.notes.append("classes numbered in the sorted order of their names")
+        return np.array(list(labels.values()), np.int32)[index]
+
+    def _stored_class_names(self, column: str) -> tuple[str, ...]:
+        """The names of the classes that the files' schemas have. Raises DataError where they
+        differ."""
+        first = _class_names(self._files[0], column)
+        for file in self._files[1:]:
+            if _class_names(file, column) != first:
                 raise DataError(
                     f"{file} has other names of classes than {self._files[0]}; pack them each on "
                     "its own"
                 )
-        found, index = [_text(value) for value in column.dictionary], column.indices.to_numpy()
-        if odd := [text for text, sound in found if not sound]:
-            raise DataError(
-                f"column {name}: {odd[0]!r} is not UTF-8; correct it, or leave out --label-column"
-            )
-        counts = dict(zip([text for text, _ in found], np.bincount(index).tolist(), strict=True))
-        numbers = not any(_is_text(pq.read_schema(file).field(name).type) for file in self._files)
-        labels, self.class_names, self.num_classes = class_labels(
-            counts,
-            of_files[0],
-            lambda label: self._where(int(np.argmax(index == list(counts).index(label)))),
-            "correct the column, or leave out --label-column",
-            numbers,
-        )
-        if self.class_names and not of_files[0]:
-            self.notes.append("classes numbered in the sorted order of their names")
-        return np.array(list(labels.values()), np.int32)[index]
+        return first
 
     def _read_ids(self) -> pa.Array:
+        """The id of every row. Raises DataError for ids that are given more than once."""
         ids = self._read("id", pa.large_string())
-        if len(counts := pc.value_counts(ids)) < len(ids):
+        counts = pc.value_counts(ids)
+        if len(counts) < len(ids):
             twice = [_text(count["values"])[0] for count in counts if count["counts"].as_py() > 1]
             raise DataError(
                 f"column {self._columns['id']}: {len(twice):,} ids are given more than once: "
@@ -281,19 +308,33 @@ class ParquetSource:
         return ids
 
 
+# What a column has to be, for a message.
 NEEDED = {
     "image": "binary",
     "label": "numbers or strings",
     "caption": "a string, or a list of them",
     "id": "a string or an integer",
 }
+# Names of columns that are probably labels or captions.
 LIKELY = {
     "label": ("label", "labels", "class", "class_id", "cls", "target", "fine_label"),
     "caption": ("caption", "captions", "text", "txt", "prompt"),
 }
 
 
+def _expand(given_files: Sequence[Path]) -> list[Path]:
+    """The files, and those of the folders. Raises DataError for none, and for one given twice."""
+    files: list[Path] = []
+    for path in given_files:
+        files += _in_folder(path) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"there are no *.parquet in {first_three(given_files)}; correct --files")
+    refuse_twice("--files", files)
+    return files
+
+
 def _in_folder(folder: Path) -> list[Path]:
+    """The files of a folder. Raises DataError where they are of several splits."""
     files = sorted(folder.glob("*.parquet"))
     refuse_splits(folder, splits_in(files), "give the files of one with --files")
     return files
@@ -308,9 +349,11 @@ def _is_text(type: pa.DataType) -> bool:
 
 
 def _fits(key: str, type: pa.DataType) -> bool:
+    """Whether a column of this type can be the images, the labels, the captions or the ids."""
     if pa.types.is_dictionary(type):
         type = type.value_type
     if key == "image":
+        # Hugging Face's struct of bytes and path
         if pa.types.is_struct(type) and type.get_field_index("bytes") >= 0:
             type = type.field("bytes").type
         return bool(
@@ -333,7 +376,8 @@ def _fits(key: str, type: pa.DataType) -> bool:
 
 
 def _text(value: pa.Scalar) -> tuple[str, bool]:
-    """Of a large_string, and whether it is UTF-8, which Arrow does not check."""
+    """The text of a large_string, and whether it is UTF-8, which Arrow does not check."""
+    # Bytes that are not UTF-8 are shown as \xNN, so that ids stay different.
     data = value.cast(pa.large_binary()).as_py()
     try:
         return data.decode(), True
@@ -342,25 +386,30 @@ def _text(value: pa.Scalar) -> tuple[str, bool]:
 
 
 def _largest(path: Path, group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
-    """Bytes of the largest chunk of these columns that shrinks to a quarter when compressed, as
-    images never do: a dictionary may repeat one of its values in every row. At least 1. Raises
-    DataError for one that is made huge so."""
+    """Bytes of the largest chunk of these columns that shrinks to a quarter when compressed; at
+    least 1. Raises DataError for one that is made huge so."""
+    # Images do not shrink. A dictionary may repeat one large value in every row.
     largest = 1
-    for column in (group.column(i) for i in range(group.num_columns)):
-        if column.path_in_schema.split(".")[0] in columns:
-            size, stored = column.total_uncompressed_size, column.total_compressed_size
-            if size > MOST_BYTES and size > 100 * stored:
-                raise DataError(
-                    f"{path}: column {column.path_in_schema} expands from {stored:,} bytes to "
-                    f"{size:,}, more than {MOST_BYTES:,}; write smaller row groups, or leave it out "
-                    "of --files"
-                )
-            largest = max(largest, size if size > 4 * stored else 1)
+    for i in range(group.num_columns):
+        column = group.column(i)
+        if column.path_in_schema.split(".")[0] not in columns:
+            continue
+        size = column.total_uncompressed_size
+        stored = column.total_compressed_size
+        if size > MOST_BYTES and size > 100 * stored:
+            raise DataError(
+                f"{path}: column {column.path_in_schema} expands from {stored:,} bytes to "
+                f"{size:,}, more than {MOST_BYTES:,}; write smaller row groups, or leave it out "
+                "of --files"
+            )
+        if size > 4 * stored:
+            largest = max(largest, size)
     return largest
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
+    """Makes errors of reading a file a DataError."""
     try:
         yield
     except (OSError, pa.ArrowException) as error:
@@ -370,18 +419,18 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _class_names(path: Path, label_column: str) -> tuple[str, ...]:
-    """From the schema's own `classes`, or Hugging Face's description of the column; () where it has
-    neither."""
+    """The names of the classes, from the schema's own `classes` or Hugging Face's description of
+    the column; () where it has neither."""
     metadata = pq.read_schema(path).metadata or {}
+    # Whatever else stands there is not ours to read, and may be anything.
     try:
+        # Written as a JSON list, or as names with commas between them.
         if b"classes" in metadata:
             text = metadata[b"classes"].decode()
-            return tuple(
-                map(str, from_json(text) if text.lstrip().startswith("[") else text.split(","))
-            )
-        features = (
-            from_json(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        )
+            names = from_json(text) if text.lstrip().startswith("[") else text.split(",")
+            return tuple(map(str, names))
+        description = from_json(metadata.get(b"huggingface", b"{}"))
+        features = description.get("info", {}).get("features", {})
         return tuple(map(str, features.get(label_column, {}).get("names") or ()))
     except (AttributeError, TypeError, ValueError) as error:
         raise DataError(
@@ -390,8 +439,9 @@ def _class_names(path: Path, label_column: str) -> tuple[str, ...]:
 
 
 def _footer(path: Path) -> bytes:
-    """What Parquet says of its columns at the file's end: places, sizes and statistics, which tell
-    contents apart."""
+    """The description of a file's columns at its end: places, sizes and statistics, which differ
+    where the content does."""
+    # The last 8 bytes are the footer's length and a magic number.
     with path.open("rb") as file:
         file.seek(-8, 2)
         length = int.from_bytes(file.read(4), "little")

@@ -46,7 +46,8 @@ from largescale.errors import DataError
 from largescale.host.files import from_json
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
-MOST_BYTES = 2**28  # of a file in an archive, which may be compressed
+# Bytes of a file in an archive that are read at most: the archive may be compressed.
+MOST_BYTES = 2**28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,19 +78,17 @@ def read(
     label_key: str = "cls",
     allow_remote: bool = False,
 ) -> "TarSource":
+    """The source of these tar files. By default samples have captions, or labels where there are
+    classes."""
     if caption_key is None:
         caption_key = "none" if num_classes else "txt"
-    return TarSource(
-        list(shards),
-        "" if caption_key == "none" else caption_key,
-        num_classes,
-        label_key,
-        allow_remote,
-    )
+    if caption_key == "none":
+        caption_key = ""
+    return TarSource(list(shards), caption_key, num_classes, label_key, allow_remote)
 
 
 class TarSource:
-    """Tar files; each is a part. What lacks an image, caption or label becomes an item that cannot
+    """Tar files, each a part. A sample without image, caption or label becomes an item that cannot
     be read.
 
     Raises DataError for shards that are missing, given twice, or not local files; and while
@@ -106,24 +105,36 @@ class TarSource:
         allow_remote: bool,
     ) -> None:
         self._shards = expand(patterns, allow_remote)
-        self._caption_key, self._label_key = caption_key, label_key
-        self.captioned, self.num_classes = bool(caption_key), num_classes
+        self._caption_key = caption_key
+        self._label_key = label_key
+        self.captioned = bool(caption_key)
+        self.num_classes = num_classes
         self.class_names: Sequence[str] = ()
         self.skipped: list[tuple[str, str]] = []
         self.notes: list[str] = []
         self.size: int | None = None
-        self._stems = [shard.rsplit("/", 1)[-1].split(".tar")[0] for shard in self._shards]
-        if len(set(self._stems)) < len(
-            self._stems
-        ):  # a/000.tar b/000.tar: ids must differ all the same
+
+        # Ids start with the shard's name; those of a/000.tar and b/000.tar must differ too.
+        self._stems = list(map(_stem, self._shards))
+        if len(set(self._stems)) < len(self._stems):
             self._stems = [f"{number:05d}-{stem}" for number, stem in enumerate(self._stems)]
-        local = [shard for shard in self._shards if os.path.isfile(shard)]
-        sizes = [os.path.getsize(shard) for shard in local]
-        folder = (
-            os.path.basename(os.path.dirname(os.path.abspath(local[0])))
-            if local
-            else self._stems[0]
+        # Local shards are identified by name and size, as a folder may move; remote ones by address.
+        local = []
+        names = []
+        for shard, stem in zip(self._shards, self._stems, strict=True):
+            is_local = os.path.isfile(shard)
+            names.append(stem if is_local else shard)
+            if is_local:
+                local.append(shard)
+        sizes = list(map(os.path.getsize, local))
+        self.fingerprint = fingerprint(
+            names, map(str, sizes), [caption_key, str(num_classes), label_key]
         )
+
+        # The data set is named after the folder of its first shard.
+        folder = self._stems[0]
+        if local:
+            folder = os.path.basename(os.path.dirname(os.path.abspath(local[0])))
         self.name = f"webdataset-{folder}"
         self.facts: dict[str, Any] = {
             "program": "data_prep.webdataset",
@@ -135,14 +146,6 @@ class TarSource:
             "caption_key": caption_key or None,
             "label_key": label_key if num_classes else None,
         }
-        here = set(local)  # by name, as a folder may move
-        names = [
-            stem if shard in here else shard
-            for stem, shard in zip(self._stems, self._shards, strict=True)
-        ]
-        self.fingerprint = fingerprint(
-            names, map(str, sizes), [caption_key, str(num_classes), label_key]
-        )
 
     def parts(self, rows_per_shard: int) -> int:
         return len(self._shards)
@@ -150,7 +153,9 @@ class TarSource:
     def part(self, number: int, rows_per_shard: int) -> Iterator[Item]:
         from webdataset.tariterators import group_by_keys
 
-        shard, seen = self._shards[number], set[str]()
+        shard = self._shards[number]
+        seen: set[str] = set()
+        # Of keys that come twice webdataset makes two samples, each with a part of the files.
         try:
             with closing(_open(shard)) as stream:
                 for sample in group_by_keys(_files(stream, shard)):
@@ -165,6 +170,7 @@ class TarSource:
         except DataError:
             raise
         except (OSError, EOFError, ValueError, TarError, zlib.error, LZMAError) as error:
+            # A ValueError may be webdataset's, whose other arguments are the complete sample.
             reason = error.args[0] if isinstance(error, ValueError) and error.args else error
             raise DataError(
                 f"{shard} cannot be read to its end: {reason}; restore or download it again, or "
@@ -172,11 +178,10 @@ class TarSource:
             ) from error
 
     def _items(self, id: str, sample: dict[str, Any], shard: str) -> Iterator[Item]:
-        """Of a sample; of one without an image several, where dots in file names put images
-        together."""
-        dotted = [key for key in sample if key.rpartition(".")[2] in IMAGES]
-        if dotted and not set(dotted) & set(IMAGES):
-            for key in dotted:
+        """The item of a sample; several where dots in file names put several images into one."""
+        images = [key for key in sample if key.rpartition(".")[2] in IMAGES]
+        if images and not set(images) & set(IMAGES):
+            for key in images:
                 yield Item(
                     f"{id}.{key}",
                     unusable("its name has dots: a sample's name ends at the first; rename it"),
@@ -185,14 +190,11 @@ class TarSource:
             yield self._item(id, sample, shard)
 
     def _item(self, id: str, sample: dict[str, Any], shard: str) -> Item:
+        """The item of a sample; one that cannot be read where something is missing."""
         label = 0
         captions: tuple[str, ...] = ()
         try:
-            kind = next((key for key in IMAGES if key in sample), None)
-            if kind is None:
-                has = ", ".join(key for key in sample if not key.startswith("__"))
-                raise Unusable(f"it has no image ({', '.join(IMAGES)}), but {has}")
-            image = _content(sample, kind)
+            image = _image(sample)
             if self.captioned:
                 captions = _captions(sample, self._caption_key)
             if self.num_classes:
@@ -202,8 +204,11 @@ class TarSource:
         return Item(id, given(image), label, captions, len(image))
 
     def _label(self, id: str, sample: dict[str, Any], shard: str) -> int:
+        """The label of a sample. Raises Unusable where it has none, and DataError for one that is
+        outside the classes, as then all are probably wrong."""
         if self._label_key not in sample:
             raise Unusable(f"it has no label ({self._label_key})")
+        # A label that is not UTF-8 is not a number either, and stands in the message.
         text = _content(sample, self._label_key).decode("utf-8-sig", "replace").strip()
         try:
             label = class_index(text)
@@ -217,13 +222,32 @@ class TarSource:
         return label
 
 
+def _stem(shard: str) -> str:
+    """The name of a tar file without its folder and suffixes."""
+    return shard.rsplit("/", 1)[-1].split(".tar")[0]
+
+
+def _image(sample: dict[str, Any]) -> bytes:
+    """A sample's image. Raises Unusable where it has none."""
+    for key in IMAGES:
+        if key in sample:
+            return _content(sample, key)
+    has = ", ".join(key for key in sample if not key.startswith("__"))
+    raise Unusable(f"it has no image ({', '.join(IMAGES)}), but {has}")
+
+
 def _captions(sample: dict[str, Any], key: str) -> tuple[str, ...]:
+    """A sample's captions, of the file `key`, or where there is none, of the field caption in its
+    JSON. Raises Unusable where it has none."""
+    # Content of any kind is possible here: each error is a reason to skip the sample.
+    texts: Any = ()
     try:
         if key in sample and key != "json":
-            captions = clean([_content(sample, key).decode()])
-        else:
-            value = from_json(_content(sample, "json"))["caption"] if "json" in sample else None
-            captions = clean([value] if isinstance(value, str) else value or ())
+            texts = [_content(sample, key).decode()]
+        elif "json" in sample:
+            value = from_json(_content(sample, "json"))["caption"]
+            texts = [value] if isinstance(value, str) else value or ()
+        captions = clean(texts)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise Unusable(f"its caption cannot be read: {error!r}") from error
     if not captions:
@@ -232,7 +256,8 @@ def _captions(sample: dict[str, Any], key: str) -> tuple[str, ...]:
 
 
 def _content(sample: dict[str, Any], key: str) -> bytes:
-    """Of one of its files. Raises Unusable for one that was too large to read."""
+    """The content of one of a sample's files. Raises Unusable for one that was too large to
+    read."""
     if sample[key] is None:
         raise Unusable(f"its {key} is larger than {MOST_BYTES:,} bytes")
     content: bytes = sample[key]
@@ -240,8 +265,8 @@ def _content(sample: dict[str, Any], key: str) -> bytes:
 
 
 class _Strict(TarInfo):
-    """tarfile takes a member that begins with garbage, or the file's sudden end, for the archive's
-    end."""
+    """A member whose damaged header is an error. tarfile takes garbage, or the file's sudden end,
+    for the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tarfile: TarFile) -> Self:
@@ -257,15 +282,20 @@ class _Strict(TarInfo):
 
 
 def _files(stream: IO[bytes], shard: str) -> Iterator[dict[str, Any]]:
-    """What webdataset's tar_file_iterator yields, but never a part of the archive only."""
+    """The files that webdataset's tar_file_iterator yields. Raises an error where the archive ends
+    early, which that does not notice."""
     with TarFile.open(fileobj=stream, mode="r|*", tarinfo=_Strict, encoding="utf-8") as tar:
         while (member := tar.next()) is not None:
+            # webdataset skips names such as __meta__ too.
             if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):
                 file = tar.extractfile(member)
                 assert file is not None
                 data = file.read() if member.size <= MOST_BYTES else None
                 yield {"fname": member.name, "data": data, "__url__": shard}
-            tar.members = []  # type: ignore[attr-defined] # else the list of them grows
+            # tarfile keeps a list of all members, which would grow with the archive.
+            tar.members = []  # type: ignore[attr-defined]
+
+        # Only zeros may follow the end of the archive.
         while rest := tar.fileobj.read(1 << 20):  # type: ignore[union-attr]
             if rest.strip(b"\0"):
                 raise ReadError(
@@ -274,8 +304,9 @@ def _files(stream: IO[bytes], shard: str) -> Iterator[dict[str, Any]]:
 
 
 def _open(shard: str) -> IO[bytes]:
+    # Not gopen, which may rewrite the name of a local file.
     if os.path.isfile(shard):
-        return open(shard, "rb")  # not gopen, which may rewrite the name
+        return open(shard, "rb")
     from webdataset.gopen import gopen
 
     stream: IO[bytes] = gopen(shard)
@@ -283,8 +314,8 @@ def _open(shard: str) -> IO[bytes]:
 
 
 def expand(patterns: list[str], allow_remote: bool) -> list[str]:
-    """Shards in the order given. Raises DataError for what is no local file, and addresses unless
-    allowed."""
+    """The shards that patterns stand for, in the order given. Raises DataError for files that are
+    missing, and for addresses unless they are allowed."""
     try:
         from webdataset.shardlists import expand_urls
     except ImportError as error:
@@ -296,28 +327,18 @@ def expand(patterns: list[str], allow_remote: bool) -> list[str]:
     for pattern in patterns:
         try:
             names = [pattern] if os.path.isfile(pattern) else expand_urls(pattern)
-        except (
-            AssertionError,
-            ValueError,
-        ) as error:  # a variable that is not set, braces that do not close
+        except (AssertionError, ValueError) as error:
+            # A variable that is not set, or braces that do not close.
             raise DataError(
                 f"--shards {pattern} cannot be expanded: {error}; correct it"
             ) from error
         for name in names:
-            if os.path.isfile(name):
-                shards.append(name)
-            elif urlparse(name).scheme:  # what webdataset would open other than as a local path
-                if not allow_remote:
-                    raise DataError(
-                        f"--shards {name} is not a local file, and webdataset opens such addresses "
-                        "by running commands; correct the path, or allow them with --allow-remote"
-                    )
-                shards.append(name)
-            else:
-                found = sorted(glob.glob(name)) if glob.has_magic(name) else []
-                refuse_splits(name, splits_in(found), "name those of one with --shards")
-                shards += found
-                missing += [] if found else [name]
+            found = _shards_named(name, allow_remote)
+            shards += found
+            if not found:
+                missing.append(name)
+
+    # All that are missing are reported at once.
     if not patterns:
         raise DataError("--shards names no tar file; give at least one")
     if missing:
@@ -327,6 +348,23 @@ def expand(patterns: list[str], allow_remote: bool) -> list[str]:
         )
     refuse_twice("--shards", shards)
     return shards
+
+
+def _shards_named(name: str, allow_remote: bool) -> list[str]:
+    """The shards of a path, a glob or an address; none where there are no such files."""
+    if os.path.isfile(name):
+        return [name]
+    # webdataset would open this other than as a local path.
+    if urlparse(name).scheme:
+        if not allow_remote:
+            raise DataError(
+                f"--shards {name} is not a local file, and webdataset opens such addresses "
+                "by running commands; correct the path, or allow them with --allow-remote"
+            )
+        return [name]
+    found = sorted(glob.glob(name)) if glob.has_magic(name) else []
+    refuse_splits(name, splits_in(found), "name those of one with --shards")
+    return found
 
 
 def main(args: list[str] | None = None) -> int:

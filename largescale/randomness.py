@@ -1,6 +1,6 @@
 """Every random draw of a step, a function of (seed, step).
 
-A step's draws are made for the whole global batch and each rank takes its rows, so they do not
+A step's draws are made for the complete global batch and each rank takes its rows, so they do not
 depend on the number of ranks, and a resumed run sees what the uninterrupted run would have seen.
 Nothing of this is ever saved. Only a U-Net's dropout draws in the network, by a seed for each step,
 rank and micro step: see `TrainStep`.

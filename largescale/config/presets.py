@@ -193,6 +193,7 @@ def emoji() -> Config:
 
 def debug() -> Config:
     """20 steps of everything that a run does, in seconds."""
+    # Every interval is short enough that each thing happens.
     return Config(
         name="debug",
         model=ModelConfig(

@@ -156,7 +156,7 @@ class DataConfig:
     horizontal_flip: bool = True
     """Whether to mirror images at random."""
     augment: Annotated[float, between(0, 1)] = 0.0
-    """Probability of each of EDM's augmentations, which the network is told about
+    """Probability of each of EDM's augmentations, whose labels the network gets
     (model.unet.augment_dim=9); 0: none."""
     prefetch: Annotated[int, at_least(1)] = 4
     """Steps whose data a thread reads ahead."""

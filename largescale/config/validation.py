@@ -60,6 +60,7 @@ def remarks(config: Config, classes_of_data: int) -> list[str]:
     are none, or where it is unknown."""
     m = config.model
     notes = []
+    # Allowed, as more data may come later.
     if 0 < classes_of_data < m.num_classes:
         notes.append(
             f"model.num_classes={m.num_classes:,}, and the data have {classes_of_data:,}: the "
@@ -70,6 +71,7 @@ def remarks(config: Config, classes_of_data: int) -> list[str]:
             "model.class_dropout_prob=0: samples of this model cannot be guided; if they are to "
             "be, --model.class-dropout-prob 0.1"
         )
+    # Even if every stage ends as early as it can.
     if (least := least_steps(config)) > config.train.steps:
         settings = pacing_settings(config.curriculum.pacing)
         flags = [cli_flag(f"curriculum.{name}") for name in settings]

@@ -35,11 +35,13 @@ def snr_clusters(
         first = np.searchsorted(-log_snr, -reference_log_snr[np.array(inner, dtype=int)])
         return (0.0, *(float(t) / len(log_snr) for t in first), 1.0)
 
-    uniform_clusters(n_clusters)  # refuses what is no number of clusters
+    # Raises the error of a number of clusters below 1.
+    uniform_clusters(n_clusters)
+    # The largest N that gives every cluster a timestep. N = 1 always does.
     for n in range(min(n_clusters, len(log_snr), len(reference_log_snr)), 0, -1):
         found = edges(n)
         if all(low < high for low, high in itertools.pairwise(found)):
-            break  # at n = 1 at the latest
+            break
     if n < n_clusters:
         raise ConfigError(
             f"n_clusters={n_clusters} leaves a cluster without timesteps under this schedule; "

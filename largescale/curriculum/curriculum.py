@@ -1,4 +1,4 @@
-"""The object that a training loop holds."""
+"""The curriculum as an object: which noise levels are active, and the losses that change that."""
 
 import itertools
 import math
@@ -11,6 +11,7 @@ from largescale.errors import CheckpointError, ConfigError
 
 Order = Literal["easy_first", "hard_first"]
 Stages = Literal["accumulating", "separate"]
+# The paper's choices, which stand for those that an older state does not have.
 _PAPER = {"order": "easy_first", "stages": "accumulating", "only_cluster": 0}
 
 
@@ -21,12 +22,14 @@ def active_levels(
     stages: str = "accumulating",
     only_cluster: int = 0,
 ) -> tuple[float, float]:
-    """See `Curriculum.active`."""
+    """The active noise levels [low, high) at a curriculum index; `Curriculum.active` says which."""
     n_clusters = len(edges) - 1
+    # At index 0 everything is active: C_1 .. C_N.
     first, last = 1, n_clusters
     if only_cluster:
         first = last = only_cluster
     elif index > 0:
+        # Stage n = N - index + 1 adds C_{N-n+1} = C_index, or in the reverse order C_n.
         newest = index if order == "easy_first" else n_clusters - index + 1
         if order == "easy_first" or stages == "separate":
             first = newest
@@ -36,7 +39,7 @@ def active_levels(
 
 
 def stage(index: int, n_clusters: int) -> str:
-    """Such as 'stage 3 of 20', of an index that counts down from 20; 'complete' at 0."""
+    """The stage of an index that counts down, as 'stage 3 of 20'; 'complete' at 0."""
     return f"stage {n_clusters - index + 1} of {n_clusters}" if index else "complete"
 
 
@@ -60,6 +63,7 @@ class Curriculum:
         clusters of those before it, as in the paper, or has its own cluster only. `only_cluster`: k
         trains on C_k alone, with NoPacing.
         """
+        # Plain floats, so that a saved state compares equal.
         edges = tuple(float(edge) for edge in edges)
         if (
             len(edges) < 2
@@ -77,6 +81,8 @@ class Curriculum:
                 f"only_cluster={only_cluster} must be one of the clusters 1..{len(edges) - 1}, or 0 "
                 "for those that pacing activates"
             )
+
+        # Only a pacing without stages is at index 0 from the start.
         self.edges, self.pacing = edges, pacing
         self.order, self.stages, self.only_cluster = order, stages, only_cluster
         self.state: PacingState = pacing.start(self.n_clusters)
@@ -86,9 +92,8 @@ class Curriculum:
                 "set --curriculum.pacing none"
             )
         self.observations = 0
-        self.transitions: list[
-            tuple[int, int]
-        ] = []  # (observations so far, index from then on), at most N of them
+        # (observations so far, index from then on), at most N of them
+        self.transitions: list[tuple[int, int]] = []
 
     @property
     def n_clusters(self) -> int:
@@ -108,13 +113,14 @@ class Curriculum:
 
     @property
     def lowest(self) -> float:
-        """The lowest active noise level. In the paper's order it says all: the highest is always
-        1."""
+        """The lowest active noise level. In the paper's order it is enough, as the highest is
+        always 1."""
         return self.active[0]
 
     def observe(self, loss: float) -> bool:
-        """Take the loss of one applied step, averaged over the global batch; True if a transition
-        followed."""
+        """Takes the loss of one applied step, averaged over the global batch; returns True if a
+        transition followed."""
+        # A NaN is never below the best loss, so it would count as patience that is used up.
         if not math.isfinite(loss):
             raise ValueError(
                 f"the pacing was shown loss={loss}; only finite losses of applied steps may reach "
@@ -128,8 +134,9 @@ class Curriculum:
         return self.index != before
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values only: strict JSON and weights-only torch files both take it."""
+        """The state as plain values, which strict JSON and weights-only torch files both take."""
         pacing = asdict(self.state)
+        # Before the first loss of a stage the best one is infinite, which JSON does not have.
         return {
             "edges": list(self.edges),
             **{name: getattr(self, name) for name in _PAPER},
@@ -142,6 +149,7 @@ class Curriculum:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a saved state. Raises CheckpointError for that of another curriculum."""
         if tuple(state["edges"]) != self.edges:
             raise CheckpointError(
                 f"this curriculum has {self.n_clusters} clusters with edges {self.edges}, the saved "
@@ -149,15 +157,14 @@ class Curriculum:
                 "clusters of the saved run"
             )
         for name, paper in _PAPER.items():
-            mine, saved = (
-                getattr(self, name),
-                state.get(name, paper),
-            )  # absent: saved when there was only the paper's
+            # Absent in a state that was saved when there was only the paper's choice.
+            mine, saved = getattr(self, name), state.get(name, paper)
             if mine != saved:
                 raise CheckpointError(
                     f"this curriculum has {name}={mine}, the saved state has {name}={saved}; go on "
                     f"with --curriculum.{name.replace('_', '-')} {saved}"
                 )
+        # The inverse of `state_dict`.
         best = state["pacing"]["best_loss"]
         self.state = PacingState(
             **{**state["pacing"], "best_loss": math.inf if best is None else best}

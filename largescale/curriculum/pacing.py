@@ -1,4 +1,5 @@
-"""When the curriculum goes on to the next stage. Every rule is a pure function of (state, loss)."""
+"""When the curriculum moves on to the next stage. Every rule is a pure function of (state,
+loss)."""
 
 import math
 from collections.abc import Callable
@@ -8,8 +9,8 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class PacingState:
-    """`index` counts N down to 0; at 0 the curriculum is complete and training covers all noise
-    levels."""
+    """Where a curriculum stands. `index` counts N down to 0; at 0 the curriculum is complete and
+    training covers all noise levels."""
 
     index: int
     best_loss: float = math.inf  # L_best, of this stage
@@ -21,6 +22,8 @@ class PacingState:
 
 
 class Pacing(Protocol):
+    """A rule that ends stages."""
+
     @property
     def shortest_stage(self) -> int:
         """Observations that a stage takes at least; 0 where there are no stages."""
@@ -40,7 +43,7 @@ class PatiencePacing:
 
     @property
     def shortest_stage(self) -> int:
-        # The first loss is the best so far, and the (patience + 1)-th that is none ends the stage.
+        # The first loss is the best so far, and the (patience + 1)-th that is not ends the stage.
         return self.patience + 2
 
     def start(self, n_clusters: int) -> PacingState:
@@ -49,6 +52,7 @@ class PatiencePacing:
     def advance(self, state: PacingState, loss: float) -> PacingState:
         if state.index == 0:
             return state
+        # Algorithm 2: a new best loss resets tau, and tau > tau_max ends the stage.
         if loss < state.best_loss:
             return replace(
                 state, best_loss=loss, patience_count=0, observations=state.observations + 1
@@ -79,6 +83,7 @@ class FixedPacing:
             return state
         if state.observations + 1 >= self.interval:
             return state.next_stage()
+        # The best loss is kept for the log only.
         return replace(
             state, best_loss=min(loss, state.best_loss), observations=state.observations + 1
         )
@@ -104,4 +109,4 @@ PACINGS: dict[str, Callable[..., Pacing]] = {
     "fixed": FixedPacing,
     "none": NoPacing,
 }
-"""Every rule by its name."""
+"""The rules by name, as curriculum.pacing has them."""

@@ -1,8 +1,8 @@
 """The augmentation pipeline of EDM, Karras et al., arXiv:2206.00364, appendix F.2, with its
 settings for CIFAR-10.
 
-Non-leaky: the network is told in nine labels what was done to its image, and with all labels 0 it
-makes images as they are. Image and labels are a function of given random numbers, row by row.
+Non-leaky: the network gets nine labels of what was done to its image, and with all labels 0 it makes
+images as they are. Image and labels are a function of given random numbers, row by row.
 
 Images that are scaled, rotated, stretched or moved are interpolated once, bicubically, where EDM
 goes through twice the resolution with the filters of a wavelet (sym6): given the same draws, 248

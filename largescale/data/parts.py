@@ -178,7 +178,7 @@ class Parts:
         stray = list(self.out.glob("shard_*.arrow"))
         if stray and not job_file.exists():
             raise DataError(
-                f"{self.out} holds {stray[0].name}, and nothing that says of which data set; give "
+                f"{self.out} holds {stray[0].name}, and nothing that says whose they are; give "
                 "another --out, or delete the folder"
             )
 
@@ -262,6 +262,7 @@ class Parts:
                 if not missing:
                     break
 
+                # A failure is reported at once, a death only after a while without progress.
                 self._check_failures(missing)
                 if time.monotonic() - reported > _REPORT_S:
                     reported = time.monotonic()

@@ -84,6 +84,7 @@ class ShardDataset:
             raise DataError(
                 f"{self.path} lacks the encoding of the empty caption; {remedy(self.path)}"
             )
+        # What costs nothing at each start; the content is read only where that is asked for.
         self._check_sizes()
         self._check_labels()
         if verify:

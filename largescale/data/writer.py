@@ -61,6 +61,7 @@ class Shard:
         width) each, caption_pooled: (pooled_width,) each, float16. Every row gives the same of
         these.
         """
+        # In the order of the file's columns.
         given: dict[str, Any] = {
             "id": id,
             "label": label,

@@ -14,9 +14,10 @@ from largescale.registry import look_up
 
 def _gaussian(config: Config) -> GaussianDiffusion:
     d = config.diffusion
-    betas = noise_schedule.make_betas(d.schedule, d.timesteps)
     return GaussianDiffusion(
-        betas, learn_sigma=config.model.learn_sigma, fixed_variance=d.fixed_variance
+        noise_schedule.make_betas(d.schedule, d.timesteps),
+        learn_sigma=config.model.learn_sigma,
+        fixed_variance=d.fixed_variance,
     )
 
 
@@ -29,6 +30,7 @@ def _edm(config: Config) -> Edm:
     return Edm(d.p_mean, d.p_std, d.sigma_data)
 
 
+# The values of diffusion.objective
 OBJECTIVES: dict[str, Callable[[Config], Objective]] = {
     "gaussian": _gaussian,
     "flow": _flow,
@@ -37,10 +39,12 @@ OBJECTIVES: dict[str, Callable[[Config], Objective]] = {
 
 
 def build_objective(config: Config) -> Objective:
+    """The training objective of a config."""
     return look_up(OBJECTIVES, config.diffusion.objective, "diffusion.objective")(config)
 
 
 def build_noise_sampler(config: Config, objective: Objective) -> NoiseSampler:
+    """The draw of noise levels of a config, which depends on the objective's SNRs."""
     bins = config.diffusion.timesteps
     t = objective.draw(middle_of_bins(bins))
     return make_noise_sampler(config.noise, bins, objective.log_snr(t).numpy())

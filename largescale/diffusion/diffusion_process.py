@@ -1,4 +1,4 @@
-"""The Markov chain of Gaussian diffusion: its tables, and p(x_{t-1} | x_t) of what a model says.
+"""The Markov chain of Gaussian diffusion: its tables, and p(x_{t-1} | x_t) from a model's output.
 
 Equations: Ho et al., arXiv:2006.11239 (DDPM); Nichol and Dhariwal, arXiv:2102.09672 (IDDPM).
 """
@@ -25,8 +25,8 @@ class Prediction(NamedTuple):
 
 
 class DiffusionProcess:
-    """Images (N, C, H, W), timesteps t (N,) int64 in 0 .. T - 1, 0 = least noise. Arithmetic is
-    float32 throughout."""
+    """A chain of T steps over images (N, C, H, W); timesteps t (N,) int64 in 0 .. T - 1, 0 = least
+    noise. Arithmetic is float32 throughout."""
 
     def __init__(
         self,
@@ -41,6 +41,7 @@ class DiffusionProcess:
         ("large"). `timestep_map`: (T,), the timestep that the model is given for each t; set by
         `respaced`.
         """
+        # The tables are computed in float64, and rounded once.
         betas = np.asarray(betas, dtype=np.float64)
         if betas.ndim != 1 or len(betas) < 2 or not (0 < betas.min() <= betas.max() < 1):
             raise ConfigError(
@@ -53,11 +54,9 @@ class DiffusionProcess:
         self.betas, self.learn_sigma, self.fixed_variance = betas, learn_sigma, fixed_variance
         self.timesteps_total = len(betas)
         self.tables = _tables(betas, fixed_variance)
-        self.timestep_map = (
-            np.arange(len(betas))
-            if timestep_map is None
-            else np.asarray(timestep_map, dtype=np.int64)
-        )
+        if timestep_map is None:
+            timestep_map = np.arange(len(betas))
+        self.timestep_map = np.asarray(timestep_map, dtype=np.int64)
         self._on_device: dict[torch.device, dict[str, Tensor]] = {}
 
     def respaced(self, kept: np.ndarray) -> Self:
@@ -70,12 +69,14 @@ class DiffusionProcess:
         )
 
     def _table(self, name: str, t: Tensor) -> Tensor:
-        if t.device not in self._on_device:  # once a device: no host-to-device copy in a step
-            tables = {
-                key: torch.from_numpy(table).float().to(t.device)
-                for key, table in self.tables.items()
-            }
-            tables["log_snr"] = torch.from_numpy(log_snr(self.betas)).to(t.device)  # float64
+        """A table at t, (N,)."""
+        # Copied once for each device: a step makes no copy from the host.
+        if t.device not in self._on_device:
+            tables = {}
+            for key, table in self.tables.items():
+                tables[key] = torch.from_numpy(table).float().to(t.device)
+            # float64, as the noise axis is
+            tables["log_snr"] = torch.from_numpy(log_snr(self.betas)).to(t.device)
             tables["timestep_map"] = torch.from_numpy(self.timestep_map).to(t.device)
             self._on_device[t.device] = tables
         return self._on_device[t.device][name][t]
@@ -92,10 +93,11 @@ class DiffusionProcess:
         )
 
     def model_output(self, model: Model, x_t: Tensor, t: Tensor, y: Condition) -> Tensor:
-        """What the model says, float32, at the original timesteps."""
+        """The model's output, float32. A respaced process asks at the original timesteps."""
         return model(x_t, self._table("timestep_map", t), y).float()
 
     def _split(self, model_output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+        """The predicted noise, and where the variance lies between its bounds, if it is learned."""
         expected = 2 * channels if self.learn_sigma else channels
         if model_output.shape[1] != expected:
             raise ConfigError(
@@ -111,43 +113,48 @@ class DiffusionProcess:
     def p_mean_variance(
         self, model_output: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool = False
     ) -> Prediction:
-        """`clip_denoised` holds the predicted image in [-1, 1]; latents are not bounded, so not for
-        them."""
+        """p(x_{t-1} | x_t). `clip_denoised` holds the predicted image in [-1, 1], for pixels;
+        latents have no bounds."""
         model_output, x_t = model_output.float(), x_t.float()
         eps, fraction = self._split(model_output, x_t.shape[1])
         if fraction is None:
             variance = self.at("fixed_variance", t).expand_as(x_t)
             log_variance = self.at("fixed_log_variance", t).expand_as(x_t)
         else:
+            # IDDPM eq. 15
             log_variance = torch.lerp(
                 self.at("min_log_variance", t), self.at("max_log_variance", t), (fraction + 1) / 2
-            )  # IDDPM eq. 15
+            )
             variance = log_variance.exp()
+
+        # DDPM eq. 4, solved for x_start
         pred_x_start = (
             self.at("sqrt_recip_alphas_cumprod", t) * x_t
             - self.at("sqrt_recipm1_alphas_cumprod", t) * eps
         )
         if clip_denoised:
             pred_x_start = pred_x_start.clamp(-1, 1)
-        return Prediction(
-            self._posterior_mean(pred_x_start, x_t, t), variance, log_variance, pred_x_start
-        )
+        mean = self._posterior_mean(pred_x_start, x_t, t)
+        return Prediction(mean, variance, log_variance, pred_x_start)
 
     def _posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The mean of x_{t-1} given x_t and x_start, DDPM eq. 7."""
         return (
             self.at("posterior_mean_coef1", t) * x_start + self.at("posterior_mean_coef2", t) * x_t
         )
 
 
 def _tables(betas: np.ndarray, fixed_variance: str) -> dict[str, np.ndarray]:
-    """Of each timestep, (T,) float64."""
+    """The coefficients of every timestep, (T,) float64 each."""
     alpha_bar = alphas_cumprod(betas)
     previous = np.append(1.0, alpha_bar[:-1])
+
     # DDPM eq. 7: the variance beta~_t of x_{t-1} given x_t and x_start, and its mean's factors
     posterior_variance = betas * (1 - previous) / (1 - alpha_bar)
     of_x_start = betas * np.sqrt(previous) / (1 - alpha_bar)
     of_x_t = (1 - previous) * np.sqrt(1 - betas) / (1 - alpha_bar)
-    # beta~_0 = 0 has no logarithm: the next one stands for it
+
+    # beta~_0 = 0 has no logarithm: the next one stands for it.
     small = np.append(posterior_variance[1], posterior_variance[1:])
     large = np.append(posterior_variance[1], betas[1:])
     return {

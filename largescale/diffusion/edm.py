@@ -21,12 +21,13 @@ from largescale.diffusion.objective import (
 from largescale.diffusion.ode import edm_sigmas, euler, heun
 from largescale.errors import ConfigError
 
-SIGMA_MAX = 80.0  # where sampling starts; also edm_sigmas' default
+# The noise level at which sampling starts; also edm_sigmas' default.
+SIGMA_MAX = 80.0
 
 
 class Edm:
-    """Images (N, C, H, W) of standard deviation `sigma_data`; t (N,) float64 is sigma. x_t =
-    x_start + sigma noise.
+    """EDM's objective for images (N, C, H, W) of standard deviation `sigma_data`; t (N,) float64 is
+    sigma. x_t = x_start + sigma noise.
 
     ln(sigma) is normal in training, with `p_mean` and `p_std`, so ln(sigma) = p_mean + p_std
     Phi^-1(u). The model F is given c_in x_t and c_noise = ln(sigma) / 4, and D = c_skip x_t + c_out
@@ -64,7 +65,8 @@ class Edm:
         return -2 * t.double().log()
 
     def x_start_weight(self, t: Tensor) -> Tensor:
-        """lambda(sigma) = 1 / c_out^2 (eq. 8): the error of F is that of D over c_out."""
+        """The factor from the squared error of x_start to the mse: lambda(sigma) = 1 / c_out^2."""
+        # Eq. 8: the error of F is that of D over c_out.
         sigma = t.double()
         return (sigma.square() + self.sigma_data**2) / (sigma * self.sigma_data).square()
 
@@ -79,7 +81,8 @@ class Edm:
     # ---- training
 
     def network(self, model: Model, x_t: Tensor, sigma: Tensor, y: Condition) -> Tensor:
-        """F, float32."""
+        """The network's output F, float32."""
+        # Table 1: c_in makes the input's variance 1, and c_noise = ln(sigma) / 4.
         c_in = (sigma.square() + self.sigma_data**2).rsqrt()
         output = model(c_in.float()[:, None, None, None] * x_t, sigma.log() / 4, y).float()
         if output.shape != x_t.shape:
@@ -90,9 +93,11 @@ class Edm:
         return output
 
     def denoised(self, model: Model, x_t: Tensor, sigma: Tensor, y: Condition) -> Tensor:
-        """D(x_t; sigma), float32. `sigma`: (N,) float64."""
+        """The denoised image D(x_t; sigma), float32. `sigma`: (N,) float64."""
+        # Eq. 7 with the coefficients of table 1.
         total = sigma.square() + self.sigma_data**2
-        c_skip, c_out = self.sigma_data**2 / total, sigma * self.sigma_data / total.sqrt()
+        c_skip = self.sigma_data**2 / total
+        c_out = sigma * self.sigma_data / total.sqrt()
         x_t = x_t.float()
         skipped = c_skip.float()[:, None, None, None] * x_t
         return skipped + c_out.float()[:, None, None, None] * self.network(model, x_t, sigma, y)
@@ -100,20 +105,18 @@ class Edm:
     def training_losses(
         self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, y: Condition
     ) -> Losses:
-        """The mean of lambda |D - x_start|^2 (eq. 8), as |F - target|^2 with target = (x_start -
-        c_skip x_t) / c_out: written out, since for small sigma that difference would cancel."""
+        """The mean of lambda |D - x_start|^2 (eq. 8), as |F - target|^2."""
+        # target = (x_start - c_skip x_t) / c_out, written out: for small sigma that difference
+        # would cancel.
         x_start, noise = x_start.float(), noise.float()
         scale = 1 / (self.sigma_data * (t.square() + self.sigma_data**2).sqrt())
-        of_x_start, of_noise, sigma = (
-            c.float()[:, None, None, None] for c in (t * scale, self.sigma_data**2 * scale, t)
-        )
+        of_x_start = (t * scale).float()[:, None, None, None]
+        of_noise = (self.sigma_data**2 * scale).float()[:, None, None, None]
         target = of_x_start * x_start - of_noise * noise
-        mse = (
-            (self.network(model, x_start + sigma * noise, t, y) - target)
-            .square()
-            .flatten(1)
-            .mean(1)
-        )
+
+        x_t = x_start + t.float()[:, None, None, None] * noise
+        error = self.network(model, x_t, t, y) - target
+        mse = error.square().flatten(1).mean(1)
         return Losses(mse, mse, torch.zeros_like(mse))
 
     # ---- sampling
@@ -142,6 +145,7 @@ class Edm:
 
         def derivative(x: Tensor, sigma: float) -> Tensor:
             each = torch.full((len(x),), sigma, dtype=torch.float64, device=x.device)
+            # The noise level, as `noise_level` has it, but on the host.
             u = 0.5 * math.erfc((self.p_mean - math.log(sigma)) / (self.p_std * math.sqrt(2)))
             output = (x - self.denoised(at(model, u), x, each, y)) / sigma
             tick()

@@ -26,18 +26,20 @@ from largescale.diffusion.ode import Derivative, euler, heun, heun3
 from largescale.errors import ConfigError
 from largescale.registry import look_up
 
-LAST_STEP = 0.04  # SiT's: where noise is not added any more
+# SiT's length of the last step, which adds no noise.
+LAST_STEP = 0.04
 
+# alpha, sigma and their derivatives by t
 Coefficients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Interpolant(NamedTuple):
-    """How x_t = alpha(t) x_start + sigma(t) noise gets from noise at t = 0 to data at t = 1."""
+    """A path x_t = alpha(t) x_start + sigma(t) noise from noise at t = 0 to data at t = 1."""
 
     coefficients: Callable[[Tensor], Coefficients]
     """alpha, sigma and their derivatives by t, of t's shape."""
     sigma: Callable[[float], float]
-    """The same sigma, on the host."""
+    """sigma as `coefficients` has it, on the host."""
     determinant: float
     """alpha sigma' - sigma alpha', which does not depend on t."""
 
@@ -58,8 +60,8 @@ INTERPOLANTS: dict[str, Interpolant] = {
 
 
 class Flow:
-    """Images (N, C, H, W), t (N,) float64 in the open (0, 1), 1 = data. The model is given this t,
-    as released SiT is.
+    """SiT's objective for images (N, C, H, W); t (N,) float64 in the open (0, 1), 1 = data. The
+    model is given this t, as released SiT is.
 
     linear: alpha = t, sigma = 1 - t. gvp: alpha = sin(pi t / 2), sigma = cos(pi t / 2).
     """
@@ -72,7 +74,7 @@ class Flow:
     def __init__(
         self, interpolant: Literal["linear", "gvp"] = "linear", *, learn_sigma: bool = False
     ):
-        """`learn_sigma`: the model's output has 2C channels, of which the last C are not used
+        """`learn_sigma`: the model's output has 2C channels, and the last C are not used
         (released SiT's)."""
         self.learn_sigma = learn_sigma
         self.interpolant = look_up(INTERPOLANTS, interpolant, "diffusion.interpolant")
@@ -96,8 +98,9 @@ class Flow:
         return 2 * (alpha.log() - sigma.log())
 
     def x_start_weight(self, t: Tensor) -> Tensor:
-        """Where x_t is given, an error e of x_start is an error of the velocity of |determinant| /
-        sigma e."""
+        """The factor from the squared error of x_start to the mse."""
+        # Where x_t is given, an error e of x_start is an error of the velocity of
+        # |determinant| / sigma e.
         return (self.determinant / self.alpha_sigma(t)[1]).square()
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,16 +113,16 @@ class Flow:
     # ---- training
 
     def interpolate(self, x_start: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """(x_t, velocity dx_t/dt), float32."""
-        alpha, sigma, d_alpha, d_sigma = (
-            c.float()[:, None, None, None] for c in self.coefficients(t)
-        )
+        """x_t and its velocity dx_t/dt, float32."""
+        alpha, sigma, d_alpha, d_sigma = map(_of_images, self.coefficients(t))
         x_start, noise = x_start.float(), noise.float()
         return alpha * x_start + sigma * noise, d_alpha * x_start + d_sigma * noise
 
     def velocity(self, model: Model, x_t: Tensor, t: Tensor, y: Condition) -> Tensor:
-        """What the model says, float32."""
-        output, channels = model(x_t, t, y).float(), x_t.shape[1]
+        """The velocity that the model predicts, float32."""
+        output = model(x_t, t, y).float()
+        channels = x_t.shape[1]
+        # Released SiT has C more channels, which nothing reads.
         if output.shape[1] != channels * (2 if self.learn_sigma else 1):
             raise ConfigError(
                 f"the model returned {output.shape[1]} channels for {channels}-channel images with "
@@ -136,7 +139,7 @@ class Flow:
 
     def noise_of(self, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The noise that a velocity implies; the score is -noise / sigma (SiT, eq. 9)."""
-        alpha, _, d_alpha, _ = (c.float()[:, None, None, None] for c in self.coefficients(t))
+        alpha, _, d_alpha, _ = map(_of_images, self.coefficients(t))
         return (alpha * velocity - d_alpha * x_t) / self.determinant
 
     # ---- sampling
@@ -160,14 +163,16 @@ class Flow:
         clip_denoised: bool,
         tick: Callable[[], object],
     ) -> Tensor:
-        """x at t = 1 from noise x_T at t = 0. sde: Euler-Maruyama, over `steps` times; the others:
-        that many steps of the probability flow ODE."""
+        """Samples at t = 1 from noise x_T at t = 0. sde: Euler-Maruyama, over `steps` times; the
+        others: that many steps of the probability flow ODE."""
 
         def velocity(x: Tensor, time: float) -> Tensor:
+            # Guidance is by the noise level u = 1 - t.
             output = self.velocity(at(model, 1 - time), x, _of_each(x, time), y)
             tick()
             return output
 
+        # The SDE needs the score, which the ODE's solvers do not.
         count = int(steps)
         if sampler == "sde":
             return self._euler_maruyama(velocity, x_T, count, noise)
@@ -184,11 +189,17 @@ class Flow:
             v = velocity(x, time)
             return v - self.noise_of(v, x, _of_each(x, time))
 
+        # Equal steps up to the last one, whose length is fixed.
         h = (1 - LAST_STEP) / (steps - 1)
         for i in range(steps - 1):
             scale = math.sqrt(2 * self.interpolant.sigma(h * i) * h)
             x = x + h * drift(x, h * i) + scale * noise(i)
         return x + LAST_STEP * drift(x, h * (steps - 1))
+
+
+def _of_images(coefficient: Tensor) -> Tensor:
+    """A coefficient of each image, (N,), as float32 (N, 1, 1, 1)."""
+    return coefficient.float()[:, None, None, None]
 
 
 def _of_each(x: Tensor, time: float) -> Tensor:

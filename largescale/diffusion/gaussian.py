@@ -20,7 +20,8 @@ from largescale.diffusion.objective import Losses, Model, SamplerName, check_dra
 
 
 class GaussianDiffusion(DiffusionProcess):
-    """Images (N, C, H, W), timesteps t (N,) int64 in 0 .. T - 1, 0 = least noise."""
+    """DDPM's objective for images (N, C, H, W); timesteps t (N,) int64 in 0 .. T - 1, 0 = least
+    noise."""
 
     samplers: ClassVar[tuple[SamplerName, ...]] = ("ddpm", "ddim", "dpm++2m", "euler", "heun")
     default_steps: ClassVar[int] = 250
@@ -30,9 +31,11 @@ class GaussianDiffusion(DiffusionProcess):
     # ---- the noise axis
 
     def _integers(self, low: float, high: float) -> tuple[int, int]:
-        """First and last of the timesteps whose noise level lies in [low, high); the nearest one
-        where none does."""
-        first, end = (math.ceil(u * self.timesteps_total - 0.5) for u in (low, high))
+        """The first and last of the timesteps whose noise level lies in [low, high); the nearest
+        one where none does."""
+        # The noise level of t is (t + 0.5) / T.
+        first = math.ceil(low * self.timesteps_total - 0.5)
+        end = math.ceil(high * self.timesteps_total - 0.5)
         first = min(first, self.timesteps_total - 1)
         return first, max(first, end - 1)
 
@@ -44,6 +47,7 @@ class GaussianDiffusion(DiffusionProcess):
         """t, (N,) int64, uniform over the timesteps whose noise level lies in [low, high)."""
         check_draw(v, low, high)
         first, last = self._integers(low, high)
+        # Rounding may give last + 1 for a v close to 1.
         return (first + (v * (last + 1 - first)).floor().long()).clamp(max=last)
 
     def noise_level(self, t: Tensor) -> Tensor:
@@ -54,15 +58,15 @@ class GaussianDiffusion(DiffusionProcess):
         return self._table("log_snr", t)
 
     def x_start_weight(self, t: Tensor) -> Tensor:
-        """x_start = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar), so |eps error|^2 = SNR
-        |x_start error|^2."""
+        """The factor from the squared error of x_start to the mse: the SNR."""
+        # x_start = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar), so
+        # |eps error|^2 = SNR |x_start error|^2.
         return self.log_snr(t).exp()
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, sigma = (
-            torch.from_numpy(self.tables[name]).to(t.device)
-            for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
-        )
+        # From the float64 tables: those on the device are float32.
+        alpha = torch.from_numpy(self.tables["sqrt_alphas_cumprod"]).to(t.device)
+        sigma = torch.from_numpy(self.tables["sqrt_one_minus_alphas_cumprod"]).to(t.device)
         return alpha[t], sigma[t]
 
     def time_of_input(self, t: Tensor) -> Tensor:
@@ -73,8 +77,8 @@ class GaussianDiffusion(DiffusionProcess):
     def training_losses(
         self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, y: Condition
     ) -> Losses:
-        """`x_start`, `noise`: (N, C, H, W). `model(x_t, t, y)`: (N, 2C or C, H, W) of any float
-        type."""
+        """L_simple, DDPM eq. 14, and with a learned variance L_vlb (IDDPM, section 3.1). `x_start`,
+        `noise`: (N, C, H, W). `model(x_t, t, y)`: (N, 2C or C, H, W) of any float type."""
         x_start, noise = x_start.float(), noise.float()
         x_t = self.q_sample(x_start, t, noise)
         model_output = self.model_output(model, x_t, t, y)
@@ -82,7 +86,8 @@ class GaussianDiffusion(DiffusionProcess):
         mse = (noise - eps).square().flatten(1).mean(1)
         if fraction is None:
             return Losses(mse, mse, torch.zeros_like(mse))
-        # IDDPM section 3.1: vb moves the variance only
+
+        # IDDPM section 3.1: the gradient of vb reaches the variance only.
         frozen_mean = torch.cat([eps.detach(), fraction], dim=1)
         vb = self._variational_bound(frozen_mean, x_start, x_t, t)
         return Losses(mse + vb, mse, vb)
@@ -95,6 +100,7 @@ class GaussianDiffusion(DiffusionProcess):
         p = self.p_mean_variance(model_output, x_t, t)
         true_mean = self._posterior_mean(x_start, x_t, t)
         true_log_variance = self.at("min_log_variance", t)
+        # KL divergence of two Gaussians, per element
         kl = 0.5 * (
             p.log_variance
             - true_log_variance

@@ -7,6 +7,7 @@ x_{t-1}; `ancestral` adds the noise. The others are deterministic; their coeffic
 from the float64 tables on the host.
 """
 
+import bisect
 import math
 from collections.abc import Callable
 
@@ -19,13 +20,13 @@ from largescale.errors import ConfigError
 from largescale.noise_schedule import space_timesteps
 
 Ask = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-"""(x_t, a timestep of the process) -> what the model says, and that timestep for each image."""
+"""(x_t, a timestep of the process) -> the model's output, and that timestep for each image."""
 
 
 def kept_timesteps(sampler: str, steps: int | str, timesteps: int) -> np.ndarray:
     """The timesteps that a sampler visits, rising. Raises ConfigError for fewer than two."""
     if sampler == "dpm++2m" and str(steps).isdecimal() and int(steps) < timesteps:
-        # As diffusers has it: without t = 0, towards which the extrapolation would reach too far.
+        # As in diffusers: without t = 0, towards which the extrapolation would reach too far.
         kept = space_timesteps(timesteps, int(steps) + 1)[1:]
     else:
         kept = space_timesteps(timesteps, steps)
@@ -56,9 +57,12 @@ def ddim_step(
 ) -> tuple[Tensor, Tensor]:
     """Mean and std of x_{t-1}; eta = 0 is deterministic, eta = 1 has DDPM's small variance."""
     pred_x_start = process.p_mean_variance(model_output, x_t, t, clip_denoised).pred_x_start
+
     # Not the model's eps: clipping may have moved the image that it implies.
     off = process.at("sqrt_recip_alphas_cumprod", t) * x_t - pred_x_start
     eps = off / process.at("sqrt_recipm1_alphas_cumprod", t)
+
+    # DDIM eq. 12
     variance = eta**2 * process.at("posterior_variance", t)  # DDIM eq. 16; 0 at t = 0
     towards_x_t = (process.at("one_minus_alphas_cumprod_prev", t) - variance).sqrt()
     mean = process.at("alphas_cumprod_prev", t).sqrt() * pred_x_start + towards_x_t * eps
@@ -76,12 +80,15 @@ def dpm_solver_2m(
     same.
     """
     alpha_bar = process.tables["alphas_cumprod"]
-    alpha, sigma = np.sqrt(alpha_bar).tolist(), np.sqrt(1 - alpha_bar).tolist()
+    alpha = np.sqrt(alpha_bar).tolist()
+    sigma = np.sqrt(1 - alpha_bar).tolist()
     before: tuple[Tensor, float] | None = None  # x_start and h of the step before
     for t in range(len(alpha) - 1, 0, -1):
         x_start = x_start_at(x_t, t)
+        # The step in lambda = ln(alpha / sigma)
         h = math.log(alpha[t - 1] / sigma[t - 1]) - math.log(alpha[t] / sigma[t])
-        ahead = x_start  # D_i
+        # D_i: x_start extrapolated by half a step, from the last two.
+        ahead = x_start
         if before is not None:
             ahead = x_start + h / (2 * before[1]) * (x_start - before[0])
         x_t = sigma[t - 1] / sigma[t] * x_t - alpha[t - 1] * math.expm1(-h) * ahead
@@ -105,9 +112,11 @@ def probability_flow(
     difference of two eps would be most of x.
     """
     sigma = process.tables["sqrt_recipm1_alphas_cumprod"].tolist()
-    turn = min((t for t in range(len(sigma)) if sigma[t] >= 1), default=len(sigma) - 1)
+    last = len(sigma) - 1
+    # The first timestep with sigma >= 1, at which z becomes x; sigma rises with t.
+    turn = min(bisect.bisect_left(sigma, 1.0), last)
     # Times in the order taken, and the timestep of each.
-    above = {1 / sigma[t]: t for t in range(len(sigma) - 1, turn - 1, -1)}
+    above = {1 / sigma[t]: t for t in range(last, turn - 1, -1)}
     below = {sigma[t]: t for t in range(turn, -1, -1)}
 
     def dz(z: Tensor, time: float) -> Tensor:
@@ -116,6 +125,7 @@ def probability_flow(
     def dx(x: Tensor, time: float) -> Tensor:
         return (x - x_start_at(x / math.hypot(1, time), below[time])) / time
 
+    # x_t in the variable z; the state's factors come from x_t = x / sqrt(1 + sigma^2).
     z = x_t * math.hypot(1, 1 / sigma[-1])
     if second_order:
         return heun(dx, heun(dz, z, list(above)) * sigma[turn], [*below, 0.0], euler_last=True)
@@ -140,7 +150,9 @@ def ancestral(
             mean, std = ddpm_step(process, model_output, x_t, t, clip_denoised)
         else:
             mean, std = ddim_step(process, model_output, x_t, t, eta, clip_denoised)
-        x_t = mean + std * noise(i) if i < last and (sampler == "ddpm" or eta) else mean
+        # The last step ends at the image, and DDIM without eta is deterministic.
+        adds_noise = i < last and (sampler == "ddpm" or eta)
+        x_t = mean + std * noise(i) if adds_noise else mean
     return x_t
 
 
@@ -160,6 +172,7 @@ def sample(
         model_output, t = ask(x_t, timestep)
         return process.p_mean_variance(model_output, x_t, t, clip_denoised).pred_x_start
 
+    # The deterministic samplers need the predicted image only.
     if sampler == "dpm++2m":
         return dpm_solver_2m(process, x_start_at, x_T)
     if sampler in ("euler", "heun"):

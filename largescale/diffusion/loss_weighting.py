@@ -17,17 +17,18 @@ float32."""
 
 
 def unweighted() -> Weighting:
-    """1 at every noise level."""
+    """The weighting that is 1 at every noise level."""
     return lambda log_snr, x_start_weight: torch.ones_like(log_snr, dtype=torch.float32)
 
 
 def min_snr(gamma: float) -> Weighting:
-    """arXiv:2303.09556: min(SNR, gamma) times the squared error of the predicted x_start, whatever
-    is predicted. So min(SNR, gamma) / SNR for noise prediction."""
+    """Min-SNR weighting, arXiv:2303.09556: min(SNR, gamma) times the squared error of the predicted
+    x_start, whatever is predicted. So min(SNR, gamma) / SNR for noise prediction."""
     if not 0 < gamma < math.inf:
         raise ConfigError(
             f"min_snr_gamma={gamma} must be positive; set --noise.min-snr-gamma (5 in the paper)"
         )
+    # In logarithms, as SNRs span many orders of magnitude.
     log_gamma = math.log(gamma)
     return lambda log_snr, x_start_weight: (
         (log_snr.clamp(max=log_gamma) - x_start_weight.log()).exp().float()
@@ -35,8 +36,8 @@ def min_snr(gamma: float) -> Weighting:
 
 
 def p2(k: float, gamma: float) -> Weighting:
-    """Eq. 8 of arXiv:2204.00227: 1 / (k + SNR) ** gamma times the mse; there of noise prediction,
-    here of any."""
+    """P2 weighting, eq. 8 of arXiv:2204.00227: 1 / (k + SNR) ** gamma times the mse; there of noise
+    prediction, here of any."""
     if not (0 <= k < math.inf and 0 <= gamma < math.inf):
         raise ConfigError(
             f"p2_k={k} and p2_gamma={gamma} must be 0 or more; set --noise.p2-k and "
@@ -48,6 +49,7 @@ def p2(k: float, gamma: float) -> Weighting:
     )
 
 
+# The values of noise.weighting
 WEIGHTINGS: dict[str, Callable[[NoiseConfig], Weighting]] = {
     "none": lambda config: unweighted(),
     "min_snr": lambda config: min_snr(config.min_snr_gamma),
@@ -56,10 +58,12 @@ WEIGHTINGS: dict[str, Callable[[NoiseConfig], Weighting]] = {
 
 
 def make_weighting(config: NoiseConfig) -> Weighting:
+    """The weighting of a config."""
     return look_up(WEIGHTINGS, config.weighting, "noise.weighting")(config)
 
 
 def weighted(losses: Losses, weight: Tensor, importance: Tensor) -> Tensor:
-    """The loss that is optimised, per sample, (N,) float32. As in the papers' codes a weighting is
-    of the mse alone, and resampling's `importance` of the whole loss."""
+    """The loss that is optimised, per sample, (N,) float32."""
+    # As in the papers' code, a weighting is of the mse alone, and the `importance` of resampling is
+    # of the complete loss.
     return importance * (weight * losses.mse + losses.vb)

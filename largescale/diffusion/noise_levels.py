@@ -1,4 +1,4 @@
-"""Which noise levels are drawn, among those that the curriculum has active.
+"""How noise levels are drawn among those that the curriculum has active.
 
 A sampler bends v, uniform in the open (0, 1), so that u = low + v (high - low) has the sampler's
 density, restricted to the active [low, high) and renormalised. All that is random stays in v, so a
@@ -21,25 +21,28 @@ from largescale.registry import look_up
 
 
 class NoiseSampler:
+    """A density of noise levels."""
+
     name: str
     needs_losses = False
 
     def warp(self, v: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-        """`v`: (N,) float64 in the open (0, 1); `low`, `high`: the active noise levels, from
-        `Objective.active`. Returns v bent, (N,) float64 in the open (0, 1), and (N,) float32
-        factors on the samples' losses."""
+        """v bent, (N,) float64 in the open (0, 1), and (N,) float32 factors on the samples' losses.
+        `v`: (N,) float64 in the open (0, 1); `low`, `high`: the active noise levels, from
+        `Objective.snap_to_timesteps`."""
         raise NotImplementedError
 
     def observe(self, bins: list[int], losses: list[float]) -> None:
-        """Once per applied step, the same on every rank: of each row of the global batch, in order,
-        floor(u n_bins) and the loss before the factor of `warp`. Without effect unless
-        `needs_losses`."""
+        """Takes the losses of an applied step, the same on every rank: of each row of the global
+        batch, in order, floor(u n_bins) and the loss before the factor of `warp`. Without effect
+        unless `needs_losses`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values only: strict JSON and weights-only torch files both take it."""
+        """The state as plain values, which strict JSON and weights-only torch files both take."""
         return {"sampling": self.name}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a saved state. Raises CheckpointError for that of another sampler."""
         if state["sampling"] != self.name:
             raise CheckpointError(
                 f"this run draws noise levels by {self.name}, the saved state is of "
@@ -48,6 +51,8 @@ class NoiseSampler:
 
 
 class Uniform(NoiseSampler):
+    """Every active noise level is as likely as any other."""
+
     name = "uniform"
 
     def warp(self, v: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
@@ -56,7 +61,8 @@ class Uniform(NoiseSampler):
 
 
 class LogitNormal(NoiseSampler):
-    """logit(u) is normal: eq. 19 of arXiv:2403.03206, whose t, like u, is 1 for noise."""
+    """Noise levels whose logit is normal: eq. 19 of arXiv:2403.03206, whose t, like u, is 1 for
+    noise."""
 
     name = "logit_normal"
 
@@ -70,8 +76,9 @@ class LogitNormal(NoiseSampler):
 
     def warp(self, v: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
         check_draw(v, low, high)
-        a, b = ((_logit(u) - self.mean) / self.std for u in (low, high))
-        # By symmetry in the lower half: a tail's digits are in its own mass, not in 1 minus it
+        a = (_logit(low) - self.mean) / self.std
+        b = (_logit(high) - self.mean) / self.std
+        # By symmetry in the lower half: a tail's digits are in its own mass, not in 1 minus it.
         z = -_truncated_normal(1 - v, -b, -a) if a + b > 0 else _truncated_normal(v, a, b)
         u = torch.sigmoid(self.mean + self.std * z)
         return _open((u - low) / (high - low)), torch.ones_like(v, dtype=torch.float32)
@@ -88,14 +95,16 @@ def _log_cdf(z: float) -> float:
 
 
 def _truncated_normal(v: Tensor, a: float, b: float) -> Tensor:
-    """z of the standard normal within (a, b), at the share v of its mass there; accurate where a +
-    b <= 0."""
-    log_a, log_b = _log_cdf(a), _log_cdf(b)
+    """The z of a standard normal within (a, b), at the share v of its mass there; accurate where
+    a + b <= 0."""
+    log_a = _log_cdf(a)
+    log_b = _log_cdf(b)
     below = v + (1 - v) * math.exp(log_a - log_b)  # Phi(z) / Phi(b)
     if b > -30:
         return torch.special.ndtri(below * math.exp(log_b))
+
     # Phi(b) nears the smallest float64: solve ln Phi(z) = ln(below) + ln Phi(b), from the tail's
-    # leading term, by Newton's method with d/dz ln Phi(z) = -z (1 + O(z ** -2))
+    # leading term, by Newton's method with d/dz ln Phi(z) = -z (1 + O(z ** -2)).
     z = -(b * b - 2 * below.log()).sqrt()
     for _ in range(3):
         z = z + (torch.special.log_ndtr(z) - log_b - below.log()) / z
@@ -103,7 +112,8 @@ def _truncated_normal(v: Tensor, a: float, b: float) -> Tensor:
 
 
 def _open(v: Tensor) -> Tensor:
-    """Rounding may reach the ends; the smallest and largest v that are drawn."""
+    """v inside the open (0, 1), whose ends rounding may reach."""
+    # The smallest and the largest v that are drawn.
     return v.clamp(2.0**-53, 1 - 2.0**-53)
 
 
@@ -115,28 +125,30 @@ class _Binned(NoiseSampler):
         self._tables: dict[tuple[float, float, torch.device], Tensor] = {}
 
     def density(self, bins: np.ndarray, width: np.ndarray) -> np.ndarray:
-        """Of the active `bins`, (K,), relative to the uniform one. `width`: (K,), the share of the
-        active noise levels that each bin covers, less at the ends where an edge of the interval
-        cuts a bin."""
+        """The density over the active `bins`, (K,), relative to the uniform one. `width`: (K,), the
+        share of the active noise levels that each bin covers, less at the ends where an edge of the
+        interval cuts a bin."""
         raise NotImplementedError
 
     def _table(self, low: float, high: float, device: torch.device) -> Tensor:
-        """(3, K): each active bin's lower end as a share of [low, high), the CDF there, its
-        density."""
+        """The table of the active bins, (3, K): each one's lower end as a share of [low, high), the
+        CDF there, and its density."""
         key = low, high, device
         if key not in self._tables:
+            # The margin keeps out a bin that only rounding makes active.
             edges = np.arange(self.n_bins + 1) / self.n_bins
-            inside = edges[
-                (edges > low + 1e-9) & (edges < high - 1e-9)
-            ]  # no bin that only rounding makes active
+            inside = edges[(edges > low + 1e-9) & (edges < high - 1e-9)]
             edges = np.concatenate([[low], inside, [high]])
             bins = np.floor((edges[:-1] + edges[1:]) / 2 * self.n_bins).astype(int)
+
+            # The CDF at a bin's lower end is the mass of all bins up to it, without its own.
             start = (edges - low) / (high - low)
             density = self.density(bins, np.diff(start))
             cdf = np.cumsum(density * np.diff(start)) - density * np.diff(start)
             table = torch.from_numpy(np.stack([start[:-1], cdf, density]))
+            # From pinned memory the copy does not wait for the GPU.
             if device.type == "cuda":
-                table = table.pin_memory()  # a copy that nobody waits for
+                table = table.pin_memory()
             self._tables[key] = table.to(device, non_blocking=True)
         return self._tables[key]
 
@@ -144,20 +156,24 @@ class _Binned(NoiseSampler):
         """v bent, and the density there relative to the uniform one."""
         check_draw(v, low, high)
         table = self._table(low, high, v.device)
+        # The inverse CDF, which is linear within a bin.
         start, cdf, density = table[:, torch.searchsorted(table[1, 1:], v, right=True)]
         return _open(start + (v - cdf) / density), density
 
 
 class LossSecondMoment(_Binned):
-    """Section 3.3 of arXiv:2102.09672: p proportional to sqrt(E[L ** 2]), and losses divided by it,
-    so that their mean is that of uniform sampling. E is over a bin's last 10 losses. Under a
-    curriculum, p is over the active bins, and uniform until each of these, not each of all, has its
-    10."""
+    """Resampling by the loss, section 3.3 of arXiv:2102.09672: p proportional to sqrt(E[L ** 2]),
+    and losses divided by it, so that their mean is that of uniform sampling.
+
+    E is over a bin's last 10 losses. Under a curriculum, p is over the active bins, and uniform
+    until each of these, not each of all, has its 10.
+    """
 
     name = "loss_second_moment"
     needs_losses = True
     history = 10
-    uniform_prob = 0.001  # of guided-diffusion: no bin is forgotten
+    # guided-diffusion's share of uniform draws, with which no bin is forgotten.
+    uniform_prob = 0.001
 
     def __init__(self, n_bins: int):
         super().__init__(n_bins)
@@ -180,12 +196,14 @@ class LossSecondMoment(_Binned):
                 "loss-second-moment sampling was shown a loss that is not finite; only those of "
                 "applied steps may reach it"
             )
+        # One by one: several rows of a batch may lie in one bin.
         for i, loss in zip(bins, losses, strict=True):
             if self._counts[i] == self.history:
                 self._losses[i, :-1] = self._losses[i, 1:]
             else:
                 self._counts[i] += 1
             self._losses[i, self._counts[i] - 1] = loss
+        # The density has changed.
         self._tables.clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -206,10 +224,13 @@ class LossSecondMoment(_Binned):
 
 
 class SpeeD(_Binned):
-    """arXiv:2405.17403: noise levels are `ratio` times as likely where the noise's share of x_t, s
-    = sqrt(noise power), grows by 1e-4 a step of 1000 or more, ds/du >= 0.1, as where it hardly
-    grows. Its weights are weighting=p2 with k = gamma = 1. Left out is its code's pairing, which
-    mirrors half of a batch's timesteps, those of the suppressed part out of it."""
+    """SpeeD, arXiv:2405.17403: noise levels are `ratio` times as likely where the noise's share of
+    x_t, s = sqrt(noise power), grows by 1e-4 a step of 1000 or more, ds/du >= 0.1, as where it
+    hardly grows.
+
+    Its weights are weighting=p2 with k = gamma = 1. Left out is its code's pairing, which mirrors
+    half of a batch's timesteps, those of the suppressed part out of it.
+    """
 
     name = "speed"
     least_growth = 0.1
@@ -221,7 +242,8 @@ class SpeeD(_Binned):
                 f"speed_ratio={ratio} must be positive; set --noise.speed-ratio (5 in the paper)"
             )
         super().__init__(len(log_snr))
-        s = np.exp(-0.5 * np.logaddexp(0, log_snr))  # sqrt(1 - alpha_bar): 1 / sqrt(1 + SNR)
+        # s = sqrt(1 - alpha_bar) = 1 / sqrt(1 + SNR)
+        s = np.exp(-0.5 * np.logaddexp(0, log_snr))
         self._relative = np.where(np.gradient(s) * self.n_bins < self.least_growth, 1.0, ratio)
 
     def warp(self, v: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
@@ -233,6 +255,7 @@ class SpeeD(_Binned):
         return relative / np.sum(relative * width)
 
 
+# The values of noise.sampling
 NOISE_SAMPLERS: dict[str, Callable[[NoiseConfig, int, np.ndarray], NoiseSampler]] = {
     "uniform": lambda config, n_bins, log_snr: Uniform(),
     "logit_normal": lambda config, n_bins, log_snr: LogitNormal(
@@ -244,6 +267,6 @@ NOISE_SAMPLERS: dict[str, Callable[[NoiseConfig, int, np.ndarray], NoiseSampler]
 
 
 def make_noise_sampler(config: NoiseConfig, n_bins: int, log_snr: np.ndarray) -> NoiseSampler:
-    """`log_snr`: (n_bins,) float64, of the objective at the middle of n_bins equal shares of the
-    noise axis."""
+    """The sampler of a config. `log_snr`: (n_bins,) float64, of the objective at the middle of
+    n_bins equal shares of the noise axis."""
     return look_up(NOISE_SAMPLERS, config.sampling, "noise.sampling")(config, n_bins, log_snr)

@@ -1,9 +1,9 @@
-"""What the trainer, the evaluations and the samplers ask of a training objective. Those that there
-are stand in `build.OBJECTIVES`.
+"""The interface of training objectives, which the trainer, the evaluations and the samplers use.
+`build.OBJECTIVES` has the objectives.
 
-Each has its own idea of time: Gaussian diffusion's integer timesteps 0 .. T - 1 rising with the noise; SiT's t, falling
-from 1, data, to 0; EDM's sigma. They meet in one noise axis: u in the open (0, 1), 0 towards no
-noise, uniform in ordinary training.
+Each has its own time: Gaussian diffusion's integer timesteps 0 .. T - 1 rise with the noise; SiT's
+t falls from 1, data, to 0; EDM has sigma. All of them map to one noise axis: u in the open (0, 1),
+0 towards no noise, uniform in ordinary training.
 """
 
 import math
@@ -16,14 +16,15 @@ from torch import Tensor
 from largescale.condition import Condition
 from largescale.errors import ConfigError
 
-Model = Callable[[Tensor, Tensor, Condition], Tensor]  # (x_t, t, y) -> model_output
+# (x_t, t, y) -> model_output
+Model = Callable[[Tensor, Tensor, Condition], Tensor]
 
 SamplerName = Literal["ddpm", "ddim", "dpm++2m", "euler", "heun", "heun3", "sde"]
 
 
 class Losses(NamedTuple):
-    """Per sample, (N,) float32: loss = mse + vb, before any weighting. mse per element; vb in bits
-    per element, 0 without `learn_sigma`."""
+    """The losses of each sample, (N,) float32: loss = mse + vb, before any weighting. mse per
+    element; vb in bits per element, 0 without `learn_sigma`."""
 
     loss: Tensor
     mse: Tensor
@@ -31,14 +32,15 @@ class Losses(NamedTuple):
 
 
 class Objective(Protocol):
-    """`t` is the objective's own time, (N,)."""
+    """A training objective. `t` is its own time, (N,)."""
 
     samplers: ClassVar[tuple[SamplerName, ...]]
-    """Names that `sample` takes; the first by default ..."""
+    """The samplers that `sample` has; the first is the default."""
     default_steps: ClassVar[int]
-    """... with so many steps."""
+    """Steps of the default sampler."""
     preview_sampler: ClassVar[SamplerName]
-    """That draws the samples shown while training: deterministic, so that they can be compared."""
+    """The sampler of the images shown while training: deterministic, so that they can be
+    compared."""
     clips_predictions: ClassVar[bool]
     """Whether `sample` can hold the predicted images in [-1, 1]."""
 
@@ -53,7 +55,7 @@ class Objective(Protocol):
         ...
 
     def noise_level(self, t: Tensor) -> Tensor:
-        """u in (0, 1), (N,) float64."""
+        """The noise level u in (0, 1) of a time, (N,) float64."""
         ...
 
     def log_snr(self, t: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ class Objective(Protocol):
         ...
 
     def x_start_weight(self, t: Tensor) -> Tensor:
-        """How many times the squared error of the predicted x_start the mse is, (N,) float64."""
+        """The factor from the squared error of the predicted x_start to the mse, (N,) float64."""
         ...
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,14 +72,14 @@ class Objective(Protocol):
         ...
 
     def time_of_input(self, t: Tensor) -> Tensor:
-        """The time at which the model is given `t`: the same, but where it is given a function of
-        it."""
+        """The time at which the model's input is `t`; another one where the model is given a
+        function of the time."""
         ...
 
     def training_losses(
         self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, y: Condition
     ) -> Losses:
-        """`x_start`, `noise`: (N, C, H, W)."""
+        """The losses of each sample. `x_start`, `noise`: (N, C, H, W)."""
         ...
 
     def check_steps(self, sampler: str, steps: int | str) -> None:
@@ -101,29 +103,30 @@ class Objective(Protocol):
         clip_denoised: bool,
         tick: Callable[[], object],
     ) -> Tensor:
-        """What `samplers.sample` returns, of settings that it has checked: `eta` is 0 but for ddim,
-        `clip_denoised` is False unless the objective `clips_predictions`."""
+        """The samples that `samplers.sample` returns, with settings that it has checked: `eta` is 0
+        except for ddim, `clip_denoised` is False unless the objective `clips_predictions`."""
         ...
 
 
 def clamp_to_open_interval(u: Tensor, low: float, high: float) -> Tensor:
-    """u, float64, within [low, high) and the open (0, 1), which rounding can leave."""
+    """Moves u, float64, back into [low, high) and the open (0, 1), which rounding can leave."""
     return u.clamp(max(low, 2.0**-53), math.nextafter(high, 0.0))
 
 
 def middle_of_bins(n: int) -> Tensor:
-    """Of n equal shares of the noise axis the noise level in the middle, (n,) float64, rising."""
+    """The noise level in the middle of each of n equal shares of the noise axis, (n,) float64."""
     return (torch.arange(n, dtype=torch.float64) + 0.5) / n
 
 
 def check_step_count(steps: int | str) -> None:
-    """Raises ConfigError for what is no count of steps that end in an image."""
+    """Raises ConfigError unless `steps` is a count of 2 or more."""
     if not str(steps).isdecimal() or int(steps) < 2:
         raise ConfigError(f"steps={steps!r} must be a count of 2 or more")
 
 
 def check_draw(v: Tensor, low: float, high: float) -> None:
-    """Raises ConfigError for what no noise level can be drawn from."""
+    """Raises ConfigError for arguments that no noise level can be drawn from."""
+    # float32 cannot represent draws as close to 1 as 1 - 2**-53.
     if v.dtype != torch.float64 or not 0 <= low < high <= 1:
         raise ConfigError(
             f"noise levels are drawn from float64 v and 0 <= low < high <= 1, got {v.dtype} and "

@@ -34,6 +34,7 @@ def heun(derivative: Derivative, x: Tensor, times: Times, *, euler_last: bool = 
     Euler's; 2n - 1.
     """
     steps = len(times) - 1
+    # The trapezoidal rule, with Euler's step as the prediction of its end.
     for i, (time, following) in enumerate(pairwise(map(float, times))):
         slope = derivative(x, time)
         predicted = x + (following - time) * slope
@@ -46,6 +47,7 @@ def heun(derivative: Derivative, x: Tensor, times: Times, *, euler_last: bool = 
 def heun3(derivative: Derivative, x: Tensor, times: Times) -> Tensor:
     """x at the last time: Heun's third-order method, torchdiffeq's and so SiT's `heun3`; 3n
     evaluations."""
+    # Butcher tableau: slopes at 0, 1/3 and 2/3 of a step, with weights 1/4, 0 and 3/4.
     for time, following in pairwise(map(float, times)):
         third = (following - time) / 3
         slope = derivative(x, time)
@@ -71,7 +73,8 @@ def edm_sigmas(
             f"sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho} make no noise levels; they "
             "need 0 < sigma_min < sigma_max and rho > 0, the paper uses 0.002, 80 and 7"
         )
+    # Equal steps in sigma^(1 / rho).
     share = np.arange(steps, dtype=np.float64) / max(steps - 1, 1)
-    return (
-        sigma_max ** (1 / rho) + share * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))
-    ) ** rho
+    first = sigma_max ** (1 / rho)
+    last = sigma_min ** (1 / rho)
+    return (first + share * (last - first)) ** rho

@@ -1,6 +1,6 @@
-"""What is asked of any objective's samplers: is it possible, how much work is it, and the samples.
+"""Sampling with any objective: checks of the settings, the amount of work, and the samples.
 
-The samplers themselves are each objective's own.
+The samplers themselves are part of each objective.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,8 @@ from largescale.condition import Condition
 from largescale.diffusion.objective import Model, Objective, SamplerName
 from largescale.errors import ConfigError
 
-QUICK: dict[SamplerName, int] = {"ddim": 50, "heun": 18}  # good in so few steps
+# Samplers that are good in few steps, and how many.
+QUICK: dict[SamplerName, int] = {"ddim": 50, "heun": 18}
 
 
 def quick_sampler(
@@ -20,8 +21,8 @@ def quick_sampler(
     sampler: SamplerName | None = None,
     steps: int | None = None,
 ) -> tuple[SamplerName, int]:
-    """What is asked for; by default, for scores along the way, DDIM in 50 steps, or Heun's method
-    in 18 where the objective has no DDIM, or what is its own default where it has neither."""
+    """The sampler and steps that are asked for; by default those for scores along the way: DDIM in
+    50 steps, Heun's method in 18 where the objective has no DDIM, or else its own default."""
     if sampler is None:
         quick = [name for name in objective.samplers if name in QUICK]
         sampler = (quick or objective.samplers)[0]
@@ -35,7 +36,7 @@ def evaluations(objective: Objective, sampler: SamplerName, steps: int | str) ->
 
 
 def check_sampler(objective: Objective, sampler: str, steps: int | str, eta: float) -> None:
-    """Raises ConfigError for what `sample` could not do."""
+    """Raises ConfigError for settings that `sample` does not take."""
     if sampler not in objective.samplers:
         raise ConfigError(
             f"unknown sampler={sampler!r} for {type(objective).__name__}; choose one of "
@@ -64,7 +65,7 @@ def sample(
     clip_denoised: bool = False,
     tick: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """x_0, (N, C, H, W) float32, from pure noise x_T (N, C, H, W) and conditions y.
+    """Samples x_0, (N, C, H, W) float32, from pure noise x_T (N, C, H, W) and conditions y.
 
     `objective`: the one trained with, over all T timesteps. `model`: guidance is asked for the
     model of each noise level. `steps`: a count; for Gaussian diffusion as `space_timesteps` takes
@@ -74,6 +75,7 @@ def sample(
     `clips_predictions`. `tick` is called after each of the `evaluations`.
     """
     check_sampler(objective, sampler, steps, eta)
+    # A setting that is silently ignored would be written beside the samples as if it had counted.
     if clip_denoised and not objective.clips_predictions:
         raise ConfigError(
             f"clip_denoised=True is no setting of {type(objective).__name__}; leave it off"

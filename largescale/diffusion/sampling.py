@@ -1,4 +1,4 @@
-"""Samples from a model: sample i depends on (seed, i), not on the batch it is drawn in or the
+"""Samples from a model. Sample i depends on (seed, i), not on the batch that it is drawn in or the
 number of ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,14 +19,14 @@ from largescale.randomness import stream_seed
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Everything that samples depend on besides the weights; written beside them."""
+    """Everything that samples depend on besides the weights; it is saved with them."""
 
     sampler: SamplerName = "ddpm"
     steps: int = 250
     cfg_scale: float = 1.5
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Guide at these noise levels u only (arXiv:2404.07724); elsewhere the conditional model alone
-    is asked."""
+    """Guide at these noise levels u only (arXiv:2404.07724); elsewhere the conditional model is used
+    alone."""
     cfg_channels: int | None = None
     """Guide the first k channels only; by default all of the image's."""
     eta: float = 0.0
@@ -38,11 +38,13 @@ class SamplingConfig:
     """Of the model's matrix products; the sampler's own arithmetic is fp32."""
 
     def check(self, objective: Objective) -> None:
-        """Raises ConfigError for what no sample could be drawn with."""
+        """Raises ConfigError for settings that no sample can be drawn with."""
         check_sampler(objective, self.sampler, self.steps, self.eta)
+        # Guidance checks its own settings when it is made.
         self.guided(lambda x_t, t, y: x_t, null_label=0)
 
     def guided(self, model: Model, null_label: int) -> ClassifierFreeGuidance:
+        """The model with guidance as these settings ask for."""
         return ClassifierFreeGuidance(
             model, self.cfg_scale, null_label, self.cfg_channels, self.guidance_interval
         )
@@ -54,16 +56,19 @@ class SampleNoise:
     def __init__(
         self, seed: int, index: Sequence[int], shape: tuple[int, ...], device: torch.device
     ):
-        self._shape, self._device = shape, device
-        self._generators = [
-            torch.Generator(device).manual_seed(stream_seed(seed, "sample", i)) for i in index
-        ]
+        self._shape = shape
+        self._device = device
+        self._generators = []
+        for i in index:
+            seed_of_sample = stream_seed(seed, "sample", i)
+            self._generators.append(torch.Generator(device).manual_seed(seed_of_sample))
 
     def __call__(self, step: int = 0) -> Tensor:
         """The next draw, (N, C, H, W); `step` only names it."""
-        return torch.stack(
-            [torch.randn(self._shape, device=self._device, generator=g) for g in self._generators]
-        )
+        draws = []
+        for generator in self._generators:
+            draws.append(torch.randn(self._shape, device=self._device, generator=generator))
+        return torch.stack(draws)
 
 
 def draw_batches(
@@ -80,13 +85,12 @@ def draw_batches(
     progress: Callable[[float], Any] = lambda images: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """(numbers, samples (N, C, H, W) float32 on the device, in the model's space), batch after
-    batch of `index`.
+    """Draws samples batch by batch: (their numbers, samples (N, C, H, W) float32 on the device, in
+    the model's space).
 
-    `condition`: what the model is told of these sample numbers, on the CPU; asked for batch by
-    batch. `progress` is told of the work done, in images, after each evaluation of the model.
-    Raises ConfigError for a label outside the classes, and Stopped within one evaluation after
-    `stop()` has become true.
+    `condition`: of these sample numbers, on the CPU; called batch by batch. `progress` is called
+    with the work done, in images, after each evaluation of the model. Raises ConfigError for a
+    label outside the classes, and Stopped within one evaluation after `stop()` has become true.
     """
 
     def unless_stopped(*inputs: Any) -> Tensor:
@@ -99,29 +103,32 @@ def draw_batches(
     for start in range(0, len(index), batch_size):
         part = index[start : start + batch_size]
         y = condition(part)
-        if (
-            isinstance(y, Tensor)
-            and num_classes
-            and (outside := (y < 0) | (y >= num_classes)).any()
-        ):
-            raise ConfigError(
-                f"label {y[outside][0]} lies outside the model's classes 0..{num_classes - 1}"
-            )
+        _check_labels(y, num_classes)
+        # The first draw of each generator is x_T, the others are the sampler's.
         noise = SampleNoise(config.seed, part, shape, device)
-        yield (
-            part,
-            sample(
-                objective,
-                guided,
-                noise(),
-                to_device(y, device),
-                sampler=config.sampler,
-                steps=config.steps,
-                noise=noise,
-                eta=config.eta,
-                clip_denoised=config.clip_denoised,
-                tick=partial(progress, len(part) / rounds),
-            ),
+        samples = sample(
+            objective,
+            guided,
+            noise(),
+            to_device(y, device),
+            sampler=config.sampler,
+            steps=config.steps,
+            noise=noise,
+            eta=config.eta,
+            clip_denoised=config.clip_denoised,
+            tick=partial(progress, len(part) / rounds),
+        )
+        yield part, samples
+
+
+def _check_labels(y: Condition, num_classes: int) -> None:
+    """Raises ConfigError for a label outside the classes, also for the null label."""
+    if not isinstance(y, Tensor) or not num_classes:
+        return
+    outside = (y < 0) | (y >= num_classes)
+    if outside.any():
+        raise ConfigError(
+            f"label {y[outside][0]} lies outside the model's classes 0..{num_classes - 1}"
         )
 
 
@@ -135,7 +142,7 @@ def draw_samples(
     **how: Any,
 ) -> Tensor:
     """All samples of `draw_batches` at once: (N, C, H, W), on the CPU."""
-    drawn = [
-        x.cpu() for _, x in draw_batches(model, objective, config, index=index, shape=shape, **how)
-    ]
-    return torch.cat(drawn) if drawn else torch.empty(0, *shape)
+    drawn = [torch.empty(0, *shape)]
+    for _, samples in draw_batches(model, objective, config, index=index, shape=shape, **how):
+        drawn.append(samples.cpu())
+    return torch.cat(drawn)

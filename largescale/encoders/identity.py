@@ -35,6 +35,7 @@ def weights_identity(module: nn.Module) -> str:
 
 def library(name: str, extra: str = "prep") -> Any:
     """The optional module `name`. Raises DataError where it is not installed."""
+    # Some libraries log or warn when they are imported.
     try:
         with silence():
             return importlib.import_module(name)

@@ -212,6 +212,7 @@ def open_clip_weights(open_clip: Any, source: str) -> tuple[str, str, bool]:
     """The model, the tag or file, and whether the tag's weights were trained with QuickGELU, from
     MODEL/TAG or MODEL/PATH."""
     name, _, weights = source.partition("/")
+    # Architectures that open_clip knows, each with the tags of its pretrained weights.
     models = open_clip.list_models()
     if name not in models:
         near = difflib.get_close_matches(name, models, n=3, cutoff=0.3)

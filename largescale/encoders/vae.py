@@ -188,6 +188,7 @@ def _find_config(diffusers: Any, spec: str, subfolders: list[str]) -> tuple[str,
     is there."""
     found: tuple[str, str | None] | None = None
     failure: OSError | None = None
+    # A pipeline's own config comes before its vae's, and is of another class.
     for subfolder in subfolders:
         try:
             config = diffusers.AutoencoderKL.load_config(spec, subfolder=subfolder)

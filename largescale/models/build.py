@@ -1,4 +1,4 @@
-"""The objects that a config describes."""
+"""The network that a config describes, and what follows from its shapes."""
 
 import torch
 
@@ -12,14 +12,18 @@ Network = DiT | DDPMpp
 
 
 def build_model(config: ModelConfig) -> Network:
-    """Initialised from torch's global seed."""
-    fields = {
-        key: value for key, value in vars(config).items() if key not in ("architecture", "unet")
-    }
-    if config.architecture == "dit":
-        return DiT(**fields)
-    common = ("input_size", "in_channels", "num_classes")
-    return DDPMpp(**{key: fields[key] for key in common}, **vars(config.unet))
+    """The network, initialised from torch's global generator."""
+    if config.architecture == "ddpmpp":
+        return DDPMpp(
+            input_size=config.input_size,
+            in_channels=config.in_channels,
+            num_classes=config.num_classes,
+            **vars(config.unet),
+        )
+    # DiT's arguments have the names of the config's fields.
+    fields = dict(vars(config))
+    del fields["architecture"], fields["unet"]
+    return DiT(**fields)
 
 
 def flops_per_image(model: Network) -> int:
@@ -29,11 +33,12 @@ def flops_per_image(model: Network) -> int:
 
 
 def blank_condition(model: ModelConfig, n: int) -> Condition:
-    """Of the right shapes for n images, on torch's default device: for counting, and for models
-    that need none."""
+    """A condition of the right shapes for n images, on torch's default device: to count with, and
+    for models that need none."""
     zeros = torch.zeros(n, dtype=torch.long)
     if not model.max_caption_tokens:
         return zeros
+    # Captions of full length, none of them dropped.
     tokens = torch.zeros(n, model.max_caption_tokens, model.caption_width)
     pooled = torch.zeros(n, model.caption_pooled_width)
     return Captions(tokens, zeros + model.max_caption_tokens, pooled, null=zeros > 0)

@@ -1,5 +1,4 @@
-"""torch.compile: where it is used, what it is given, and where what it made is kept for the next
-start."""
+"""torch.compile: where it is used, what it compiles, and where its cache lies."""
 
 import contextlib
 import hashlib
@@ -23,28 +22,31 @@ What = Literal["off", "blocks", "model"]
 
 
 class Gelu(nn.Module):
-    """GELU's tanh approximation by 1 + tanh z = 2 sigmoid(2 z): the same up to rounding, and on a
-    CPU generated code computes exp several times faster than tanh."""
+    """GELU's tanh approximation by a sigmoid: the same up to rounding, and faster when compiled for
+    a CPU, where generated code computes exp several times faster than tanh."""
 
     def forward(self, x: Tensor) -> Tensor:
+        # 1 + tanh z = 2 sigmoid(2 z)
         return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
 
 
 def has_compiler() -> bool:
-    """For the code that is generated: all of it on a CPU, what starts the kernels on a GPU."""
+    """Whether there is a C++ compiler, which builds all generated code on a CPU, and the code that
+    starts the kernels on a GPU."""
     return shutil.which(os.environ.get("CXX") or "g++") is not None
 
 
 def what_to_compile(
     wanted: Literal["auto", "off", "blocks", "model"], device: str, architecture: str = "dit"
 ) -> What:
-    """Raises ConfigError where it is wanted and there is no compiler."""
+    """What is compiled, with a choice for auto. Raises ConfigError where it is asked for and there
+    is no compiler."""
     if wanted == "auto":
-        return (
-            ("blocks" if architecture == "dit" else "model")
-            if device == "cuda" and has_compiler()
-            else "off"
-        )
+        # On a CPU it has to be asked for.
+        if device != "cuda" or not has_compiler():
+            return "off"
+        # DiT's blocks are alike, so that one is compiled for all. A U-Net's are not.
+        return "blocks" if architecture == "dit" else "model"
     if wanted != "off" and not has_compiler():
         raise ConfigError(
             "compiling needs a C++ compiler, and $CXX, by default g++, is not found on PATH; "
@@ -54,18 +56,19 @@ def what_to_compile(
 
 
 def use_private_cache(env: MutableMapping[str, str] = os.environ) -> None:
-    """Have torch.compile and Triton cache in a folder that this user alone can write, unless `env`
+    """Makes torch.compile and Triton cache in a folder that this user alone can write, unless `env`
     names one.
 
-    What lies in such a cache is run. torch's own default, /tmp/torchinductor_USER, can be made by
+    Code in such a cache is run. torch's own default, /tmp/torchinductor_USER, can be made by
     anybody before us. A folder for each kind of CPU: a home directory is shared by machines, and
     code is generated for the one it runs on.
     """
-    usual = (
-        Path(tempfile.gettempdir()) / "torchinductor_"
-    )  # set by torch itself, when parts of it are imported
+    # torch itself sets the variable to its default when parts of it are imported.
+    usual = Path(tempfile.gettempdir()) / "torchinductor_"
     if not env.get("TORCHINDUCTOR_CACHE_DIR", str(usual)).startswith(str(usual)):
         return
+
+    # The user's own cache first; in /tmp where the home directory cannot be written.
     cache = env.get("XDG_CACHE_HOME") or os.path.join(env.get("HOME", "/"), ".cache")
     for folder in (
         Path(cache) / "largescale",
@@ -80,7 +83,7 @@ def use_private_cache(env: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _is_private(folder: Path) -> bool:
-    """Make the folder; whether it is ours, writable, and closed to all others."""
+    """Makes the folder, and returns whether it is ours, writable, and closed to all others."""
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
@@ -92,10 +95,10 @@ def _is_private(folder: Path) -> bool:
 def _cpu_kind() -> str:
     """A short name that machines with the same instruction set share."""
     kind = os.uname().machine
+    # The first core's list of instructions: "flags" of x86, "Features" of Arm.
     with contextlib.suppress(OSError):
-        kind += "".join(
-            re.findall(r"(?m)^(?:flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text())[:1]
-        )
+        flags = re.search(r"(?m)^(?:flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text())
+        kind += flags[0] if flags else ""
     return hashlib.sha256(kind.encode()).hexdigest()[:12]
 
 
@@ -107,28 +110,29 @@ class Compiled:
         if what == "off":
             return
         use_private_cache()
-        for block in model.blocks if isinstance(model, DiT) else ():
-            assert isinstance(block, Block)
-            if device == "cpu":
-                block.mlp.act = Gelu()
-            if what == "blocks":  # compiled once for all, as they are alike
-                block.compile(dynamic=False)
+        if isinstance(model, DiT):
+            for block in model.blocks:
+                assert isinstance(block, Block)
+                if device == "cpu":
+                    block.mlp.act = Gelu()
+                # All blocks share what is compiled for the first, as they are alike.
+                if what == "blocks":
+                    block.compile(dynamic=False)
         if what == "model":
             model.compile(dynamic=False)
 
     def eager(self) -> contextlib.AbstractContextManager[None]:
-        """Here nothing runs compiled: other shapes, once in a while, are not worth compiling."""
-        return (
-            contextlib.nullcontext()
-            if self.what == "off"
-            else torch.compiler.set_stance("force_eager")
-        )
+        """A context in which nothing runs compiled: other shapes, once in a while, are not worth
+        compiling."""
+        if self.what == "off":
+            return contextlib.nullcontext()
+        return torch.compiler.set_stance("force_eager")
 
 
 def failure(error: BaseException) -> str | None:
-    """What it says, and why, if torch.compile raised it."""
+    """A message with the reason of an error that torch.compile raised; None for another error."""
     if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return None
-    # "backend='inductor' raised:", and on the next line the reason
+    # The first line is "backend='inductor' raised:", and the next has the reason.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"torch.compile failed ({type(error).__name__}: {' '.join(lines[:2])})"

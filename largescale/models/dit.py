@@ -21,8 +21,8 @@ from largescale.models.embedders import CaptionEmbedder, LabelEmbedder, LinearFp
 
 
 def sincos_position(hidden_size: int, grid: int) -> Tensor:
-    """(1, grid ** 2, hidden_size) float32: half of the channels for the column, half for the
-    row."""
+    """Position embedding (1, grid ** 2, hidden_size) float32: half of the channels for the column,
+    half for the row."""
     quarter = hidden_size // 4
     position = torch.arange(grid, dtype=torch.float64)
     angles = position[:, None] / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
@@ -58,18 +58,22 @@ class PatchEmbed(nn.Module):
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over the last two dimensions, (..., T, D) each."""
+    # The backward pass of torch's kernel takes four times as long here.
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
-        return attention_by_products(q, k, v)  # the backward pass of torch's kernel takes four times as long here
+        return attention_by_products(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Keeps its (..., T, T) weights for the backward pass."""
+    """Attention by two matrix products, which keeps its (..., T, T) weights for the backward
+    pass."""
     weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1, dtype=torch.float32)
     return weights.to(v.dtype) @ v
 
 
 class Attention(nn.Module):
+    """Self-attention over x (N, T, D)."""
+
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
@@ -84,7 +88,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """From x (N, T, D) to those of the tokens (N, L, D) where the mask (N, L) is true."""
+    """Attention from x (N, T, D) to the tokens (N, L, D) where the mask (N, L) is true."""
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -124,6 +128,8 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
+    """Tokens -> the pixels of their patches."""
+
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
         self.linear = LinearFp32(hidden_size, patch_size**2 * out_channels)
@@ -166,9 +172,11 @@ class DiT(nn.Module):
                               "exclude each other; set one of them to 0")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.hidden_size, self.mlp_ratio, self.num_classes = hidden_size, mlp_ratio, num_classes
-        self.learn_sigma, self.out_channels = learn_sigma, in_channels * (2 if learn_sigma else 1)
+        self.learn_sigma = learn_sigma
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.grid = input_size // patch_size
 
+        # The names are those of released checkpoints.
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder: CaptionEmbedder | LabelEmbedder | None = None
@@ -186,41 +194,50 @@ class DiT(nn.Module):
     def initialize_weights(self) -> None:
         """As in the paper: each block starts as the identity (adaLN-Zero) and the output as 0."""
         for name, parameter in self.named_parameters():
+            # The position embedding and an encoded null caption have fixed values.
             if not parameter.requires_grad:
-                continue                                                 # fixed values
+                continue
             zero = "adaLN_modulation" in name or "cross_attn.proj" in name or name.startswith("final_layer")
             if zero or name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif name.startswith(("t_embedder", "y_embedder")) and "token_proj" not in name:
                 nn.init.normal_(parameter, std=0.02)
             else:
-                nn.init.xavier_uniform_(parameter.flatten(1))            # a view: the patch projection as a matrix
+                # The patch projection is initialised as the matrix that it is; flatten gives a view.
+                nn.init.xavier_uniform_(parameter.flatten(1))
 
     @property
     def compute_type(self) -> torch.dtype:
-        """Of the large matrix products."""
+        """The type of the large matrix products."""
         return next(self.blocks.parameters()).dtype
 
     def forward(self, x: Tensor, t: Tensor, y: Condition) -> Tensor:
-        """x (N, C, H, W) of any float type, t (N,) of any type, y for N images -> (N, C or 2C, H,
-        W) float32."""
+        """The prediction (N, C or 2C, H, W) float32, from x (N, C, H, W) of any float type, t (N,)
+        of any type, and y for N images."""
         if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
             raise ConfigError(f"this model takes (N, {self.in_channels}, {self.input_size}, "
                               f"{self.input_size}), got {tuple(x.shape)}; set input_size and "
                               "in_channels to the data's")
         x = self.x_embedder(x) + self.pos_embed.float()                  # (N, T, D), T = (H / patch_size) ** 2
-        c, captions = self.t_embedder(t), None                           # (N, D)
+
+        # The condition is added to the timestep; captions are also attended to.
+        c = self.t_embedder(t)                                           # (N, D)
+        captions = None
         if isinstance(self.y_embedder, CaptionEmbedder):
             pooled, tokens, mask = self.y_embedder(y)                    # (N, D), (N, L, D), (N, L)
             c, captions = c + pooled, (tokens, mask)
         elif self.y_embedder is not None:
             c = c + self.y_embedder(y)
         c = c.to(self.compute_type)
+
+        # A block draws nothing, so checkpointing keeps no state of the generator.
         for block in self.blocks:
-            if self.checkpoint_blocks and torch.is_grad_enabled():       # a block draws nothing: no generator to keep
+            if self.checkpoint_blocks and torch.is_grad_enabled():
                 x = checkpoint(block, x, c, captions, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, c, captions)                                # (N, T, D)
+
+        # Tokens -> patches -> the image
         x = self.final_layer(x, c)                                       # (N, T, p ** 2 * out_channels)
         x = x.reshape(len(x), self.grid, self.grid, self.patch_size, self.patch_size, self.out_channels)
         return torch.einsum("nhwpqc->nchpwq", x).reshape(len(x), -1, self.input_size, self.input_size)
@@ -231,8 +248,11 @@ def flops_per_image(model: DiT) -> int:
     products only."""
     tokens, d, depth = model.grid**2, model.hidden_size, len(model.blocks)
     patch = model.patch_size**2
+
+    # Multiply-adds of a token: patch projections; attention's projections, MLP, and two products.
     per_token = d * patch * (model.in_channels + model.out_channels)
     per_token += depth * (4 * d * d + 2 * d * int(d * model.mlp_ratio) + 2 * tokens * d)
+    # Of an image: the embedding of t and the modulations.
     per_image = (model.t_embedder.frequency_dim + d) * d + (6 * depth + 2) * d * d
     if isinstance(model.y_embedder, CaptionEmbedder):
         length, width = model.y_embedder.null_tokens.shape

@@ -1,4 +1,4 @@
-"""Embeddings of timesteps, labels and captions: float32 in all precisions, but for the tokens of
+"""Embeddings of timesteps, labels and captions: float32 in all precisions, except for the tokens of
 captions."""
 
 import math
@@ -20,7 +20,9 @@ class LinearFp32(nn.Linear):
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
-    """(N,) -> (N, dim) float32: cosines, then sines, at wavelengths from 2 pi towards 20000 pi."""
+    """Sinusoidal embedding (N,) -> (N, dim) float32: cosines, then sines, at wavelengths from 2 pi
+    towards 20000 pi."""
+    # The last frequency is not 1 / 10000 itself: DiT divides by dim / 2, EDM by dim / 2 - 1.
     half = dim // 2
     frequencies = torch.exp(
         -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
@@ -30,8 +32,8 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
 
 
 class TimestepEmbedder(nn.Module):
-    """t (N,) -> (N, hidden_size) float32. In half precision, neighbouring timesteps would become
-    one."""
+    """Timesteps t (N,) -> (N, hidden_size) float32. In half precision, neighbouring timesteps would
+    become one."""
 
     def __init__(self, hidden_size: int, frequency_dim: int = 256):
         super().__init__()
@@ -45,7 +47,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """y (N,) int64 -> (N, hidden_size) float32.
+    """Labels y (N,) int64 -> (N, hidden_size) float32.
 
     Where labels are dropped in training there is one more row, the null label `num_classes`.
     Dropping is the caller's: it passes the null label, so that the model has no random state.
@@ -94,8 +96,8 @@ class CaptionEmbedder(nn.Module):
             torch.zeros(max_caption_tokens, caption_width), requires_grad=learned
         )
         self.null_pooled = nn.Parameter(torch.zeros(caption_pooled_width), requires_grad=learned)
-        # 1 for a real token. Frozen values are parameters, as pos_embed is, to travel with
-        # checkpoints and exports.
+        # 1 for a real token. Frozen values are parameters, as pos_embed is, so that checkpoints and
+        # exports contain them.
         first = (torch.arange(max_caption_tokens) == 0).float()
         self.null_mask = nn.Parameter(
             torch.ones(max_caption_tokens) if learned else first, requires_grad=False
@@ -103,9 +105,10 @@ class CaptionEmbedder(nn.Module):
 
     @torch.no_grad()
     def set_null_caption(self, tokens: Tensor, pooled: Tensor) -> None:
-        """The encoding of the empty caption: `tokens` (n, width), n <= L, and `pooled`
-        (pooled_width,)."""
-        (length, width), n = self.null_tokens.shape, len(tokens)
+        """Sets the null caption to the encoding of the empty one: `tokens` (n, width), n <= L, and
+        `pooled` (pooled_width,)."""
+        n = len(tokens)
+        length, width = self.null_tokens.shape
         if self.null_tokens.requires_grad:
             raise ConfigError("null_caption=learned is not set from data; use null_caption=encoded")
         if (
@@ -119,6 +122,7 @@ class CaptionEmbedder(nn.Module):
                 f"{tuple(pooled.shape)}; set max_caption_tokens, caption_width and caption_pooled_width "
                 "to the data's"
             )
+        # Behind its n tokens is padding, which the mask leaves out.
         self.null_tokens.zero_()[:n].copy_(tokens)
         self.null_mask.zero_()[:n].fill_(1)
         self.null_pooled.copy_(pooled)
@@ -140,13 +144,15 @@ class CaptionEmbedder(nn.Module):
                 f"{tuple(y.pooled.shape)}; set max_caption_tokens, caption_width and "
                 "caption_pooled_width to the data's"
             )
+
+        # Dropped captions get the null one, with a mask of its own.
         null = y.null[:, None]
         real = torch.arange(y.tokens.shape[1], device=y.length.device) < y.length[:, None]
         mask = torch.where(null, self.null_mask > 0, real)  # (N, L)
         tokens = torch.where(null[..., None], self.null_tokens.float(), y.tokens.float())
-        tokens = tokens.masked_fill(
-            ~mask[..., None], 0
-        )  # padding may be nan, which attention keeps
+
+        # Padding may be NaN, and attention's weight of 0 times NaN is NaN.
+        tokens = tokens.masked_fill(~mask[..., None], 0)
         tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6).to(self.token_proj.weight.dtype)
         pooled = torch.where(null, self.null_pooled.float(), y.pooled.float())
         pooled = F.layer_norm(pooled, pooled.shape[-1:], eps=1e-6)

@@ -1,4 +1,4 @@
-"""Half precision on a CPU: whether torch computes in it there, and whether fast."""
+"""Half precision on a CPU: whether torch can compute in it, and whether it is fast."""
 
 import functools
 import sys
@@ -11,28 +11,30 @@ from largescale.errors import ConfigError
 from largescale.host.launch import env_rank
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-IN_TRAINING = "--train.ds-config ds_configs/zero2_{}.json"  # for `option` below
+# The option of training that sets the precision, for `check_on_cpu`.
+IN_TRAINING = "--train.ds-config ds_configs/zero2_{}.json"
+# How to ask oneDNN for instructions, by precision.
 _SUPPORTED = {"bf16": "_is_mkldnn_bf16_supported", "fp16": "_is_mkldnn_fp16_supported"}
 
 
 def has_instructions(precision: Precision) -> bool:
-    """Whether this CPU multiplies matrices in `precision` itself. Where it does not, torch still
-    does, slower than in fp32: a step of `digits` in fp16 took 650 ms with AVX512-BF16 and 38 with
-    AVX512-FP16 (torch 2.15)."""
+    """Whether this CPU has instructions that multiply matrices in `precision`."""
+    # Without them torch computes slower than in fp32: a step of `digits` in fp16 took 650 ms with
+    # AVX512-BF16 and 38 ms with AVX512-FP16 (torch 2.15).
     if precision == "fp32":
         return True
-    return torch.backends.mkldnn.is_available() and bool(
-        getattr(torch.ops.mkldnn, _SUPPORTED[precision])()
-    )
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return bool(getattr(torch.ops.mkldnn, _SUPPORTED[precision])())
 
 
-@functools.cache  # said once
+@functools.cache  # reported once
 def check_on_cpu(precision: Precision, option: str) -> None:
-    """Say, on rank 0, that `precision` is slow on this CPU, where it is. `option`: what sets
-    another one, with {} for its name. Raises ConfigError where torch does not compute in it at
-    all."""
+    """Reports, on rank 0, that `precision` is slow on this CPU. Raises ConfigError where torch does
+    not compute in it at all. `option`: what sets another precision, with {} for its name."""
     if has_instructions(precision):
         return
+    # A trial: what torch supports without the instructions differs between versions.
     try:
         _compute(DTYPES[precision])
     except RuntimeError as error:
@@ -51,7 +53,8 @@ def check_on_cpu(precision: Precision, option: str) -> None:
 
 
 def _compute(dtype: torch.dtype) -> None:
-    """Forward and backward, every kind of layer that our networks have in half precision."""
+    """Runs forward and backward passes of every kind of layer that our networks have in half
+    precision."""
     with torch.enable_grad():
         x = torch.ones(2, 4, 4, 4, dtype=dtype, requires_grad=True)
         x = F.group_norm(F.conv2d(x, torch.ones(4, 4, 3, 3, dtype=dtype), padding=1), 2)

@@ -1,5 +1,5 @@
-"""A network made ready to sample from. Nothing global is set, and the model that is given stays as
-it is."""
+"""A copy of a network that samples are drawn from fast. Nothing global is set, and the model that is
+given stays as it is."""
 
 import copy
 
@@ -14,16 +14,19 @@ from largescale.models.compile import Gelu, failure, has_compiler, use_private_c
 from largescale.models.dit import Block, DiT
 from largescale.models.half_precision import DTYPES, has_instructions
 
-CPU_ROWS = 8  # images that the model sees at once on a CPU, where larger activations leave the caches and malloc's heap
+# Images that the model sees at once on a CPU. The activations of more leave the caches and malloc's
+# heap.
+CPU_ROWS = 8
 
 
 class Packed(nn.Module):
     """A linear layer, and the GELU after it, as the operation of oneDNN that torch.compile uses,
-    with the weights in its order. Eager, the bias is copied into place before, and GELU reads and
-    writes everything again."""
+    with the weights in its order. torch's eager layer copies the bias into place before, and GELU
+    reads and writes everything again."""
 
     def __init__(self, linear: nn.Linear, gelu: bool):
         super().__init__()
+        # The second argument is the rows that the order is chosen for: 256 tokens an image.
         self.weight = torch.ops.mkldnn._reorder_linear_weight(
             linear.weight.detach(), CPU_ROWS * 256
         )
@@ -38,16 +41,16 @@ class Packed(nn.Module):
 
 
 class Linear(nn.Linear):
-    """Adds the bias in an operation of its own, which a compiler fuses with the next; addmm copies
-    it into place."""
+    """A linear layer that adds the bias in an operation of its own, which a compiler fuses with the
+    next; addmm copies the bias into place."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.t() + self.bias
 
 
 class Prepared(nn.Module):
-    """(x, t, y) -> output as DiT's, from `run` in parts of `rows` images. `pad`: also the last part
-    is of that size."""
+    """A model (x, t, y) -> output that runs another in parts of `rows` images. `pad`: the last part
+    is of that size too."""
 
     def __init__(self, run: nn.Module, rows: int | None, pad: bool):
         super().__init__()
@@ -56,19 +59,23 @@ class Prepared(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, y: Condition) -> Tensor:
-        n, rows = len(x), self.rows or len(x)
-        index = torch.arange(-(-n // rows) * rows if self.pad else n, device=x.device) % n
+        n = len(x)
+        rows = self.rows or n
+        # Padding repeats the first images: a compiled model takes one batch size only.
+        padded = -(-n // rows) * rows if self.pad else n
+        index = torch.arange(padded, device=x.device) % n
         # Copies: tensors made inside and outside inference mode would have a graph each.
         x, t, y = x[index], t[index], select(y, index)
+        parts = []
         try:
-            parts = [
-                self.run(x[i : i + rows], t[i : i + rows], select(y, slice(i, i + rows)))
-                for i in range(0, len(x), rows)
-            ]
+            for i in range(0, padded, rows):
+                part = slice(i, i + rows)
+                parts.append(self.run(x[part], t[part], select(y, part)))
         except RuntimeError as error:
-            if not (why := failure(error)):
+            reason = failure(error)
+            if not reason:
                 raise
-            raise ConfigError(f"{why}; sample without it: --compile off") from error
+            raise ConfigError(f"{reason}; sample without it: --compile off") from error
         return torch.cat(parts)[:n]
 
 
@@ -90,12 +97,17 @@ def prepare(
             "install it, or sample without it: --compile off"
         )
     model = copy.deepcopy(model).eval().requires_grad_(False).to(device)
-    in_blocks = {module for block in model.blocks for module in block.modules()}
+
+    # The type itself, as LinearFp32 stays float32. Convolutions are cast in a U-Net's blocks only.
     for module in model.modules():
-        if type(module) is nn.Linear or (
-            isinstance(module, nn.Conv2d) and module in in_blocks
-        ):  # not LinearFp32
+        if type(module) is nn.Linear:
             module.to(DTYPES[precision])
+    for block in model.blocks:
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(DTYPES[precision])
+
+    # On a CPU a DiT gets other layers, for the compiler or instead of it.
     on_cpu = device.type == "cpu"
     if on_cpu and isinstance(model, DiT):
         if compile:
@@ -109,6 +121,7 @@ def prepare(
 
 
 def for_compiler(model: DiT) -> None:
+    """Replaces layers by others that compiled code computes faster on a CPU."""
     for block in model.blocks:
         assert isinstance(block, Block)
         block.mlp.act = Gelu()
@@ -118,8 +131,10 @@ def for_compiler(model: DiT) -> None:
 
 
 def pack(model: DiT) -> None:
+    """Replaces the linear layers of the blocks by `Packed` ones."""
     for block in model.blocks:
         assert isinstance(block, Block)
+        # fc1 computes the GELU of the MLP too.
         for part in filter(None, (block.attn, block.cross_attn, block.mlp)):
             for name, linear in part.named_children():
                 if isinstance(linear, nn.Linear):
@@ -128,8 +143,9 @@ def pack(model: DiT) -> None:
 
 
 def packs(precision: Precision) -> bool:
-    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return there and has_instructions(precision)
+    """Whether `pack` works on this CPU, and is faster."""
+    exists = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return exists and has_instructions(precision)
 
 
 def compile_pays(
@@ -137,19 +153,20 @@ def compile_pays(
 ) -> bool:
     """Whether compiling saves more time than it takes. `evaluations`: images that this process
     shows to the model in all, which is images times evaluations of the sampler, twice that while
-    guided.
-
-    CPU: as measured, docs/benchmarks.md. CUDA: assumed, not measured: 150 TFLOP/s before, a third
-    of the time saved.
-    """
+    guided."""
     flops = evaluations * flops_per_image(model)
     if not has_compiler():
         return False
+    # Compiled code calls oneDNN's convolutions too.
     if device.type == "cpu" and not isinstance(model, DiT):
-        return False  # oneDNN's convolutions are what they are
+        return False
     if device.type == "cuda":
+        # Assumed, not measured: 150 TFLOP/s before, and a third of the time saved.
         return flops / 150e12 / 3 > 30 + 2 * len(model.blocks)
-    flops_per_s, saved = (
-        (145e9, 0.03) if precision == "fp32" else (500e9, 0.17)
-    )  # a thread's, eager
+
+    # A thread's rate before, and the share of the time saved, as measured: docs/benchmarks.md.
+    if precision == "fp32":
+        flops_per_s, saved = 145e9, 0.03
+    else:
+        flops_per_s, saved = 500e9, 0.17
     return flops / (flops_per_s * torch.get_num_threads()) * saved > 20 + 0.7 * len(model.blocks)

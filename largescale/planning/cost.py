@@ -233,7 +233,7 @@ def slowdown(
     `interval_s` of steps and failures at random (Daly 2006): to first order 1 + stall/interval +
     (interval/2 + write + restart)/mtbf.
 
-    Our checkpoints are written while training goes on and count once they are on disk, so a failure
+    Our checkpoints are written while training continues and count once they are on disk, so a failure
     takes back `write_s` more than with one that is waited for. Infinite where no interval is ever
     completed."""
     exponent = (interval_s + stall_s) / mtbf_s

@@ -117,7 +117,7 @@ def test_samples_and_what_no_program_wrote(blobs: Path, tmp_path: Path, capsys: 
     for odd in {"job": 5}, {"job": {"source": {}}}, {"skipped": None, "job": {"source": {}, "crop": "x", "rows_per_shard": 1}}, {"made_with": "x"}:
         (data / "manifest.json").write_text(json.dumps(manifest | odd))
         assert describe.main([str(data)]) == 2
-        assert "manifest.json says what no packing program writes" in capsys.readouterr().err
+        assert "manifest.json is not what packing programs write" in capsys.readouterr().err
 
 
 def test_packed_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

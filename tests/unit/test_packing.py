@@ -335,7 +335,7 @@ def test_a_damaged_job_is_said(images: Path, tmp_path: Path, capsys: pytest.Capt
 def test_a_folder_of_shards_of_unknown_origin(images: Path, truth: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(truth / "shard_00002.arrow", tmp_path)
     assert pack(images, tmp_path) == 2
-    assert "holds shard_00002.arrow, and nothing that says of which data set" in capsys.readouterr().err
+    assert "holds shard_00002.arrow, and nothing that says whose they are" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -573,7 +573,7 @@ def test_captions_that_are_cut_are_counted(tars: Path, tmp_path: Path, monkeypat
         out = tmp_path / str(limit)
         assert pack(tars, out, "--text-encoder", "fake", "--max-tokens", limit, program="webdataset") == 0
         assert ShardDataset(out).manifest["captions_cut"] == cut
-        assert (", 43 captions, of which 43 are cut at 3 tokens," in capsys.readouterr().out) == (cut > 0)
+        assert (", 43 captions (43 are cut at 3 tokens)," in capsys.readouterr().out) == (cut > 0)
         assert data_inspect.main([str(out)]) == 0
         assert ("a caption; 43 were longer, and are cut" in capsys.readouterr().out) == (cut > 0)
 

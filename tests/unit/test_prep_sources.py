@@ -159,7 +159,7 @@ GOOD: dict[str, Any] = {"images": [(1, "a.png"), (2, "b.png")], "captions": [(1,
     ({"images": [(1, "a.png"), (1, "b.png"), (2, "c.png")]}, "1 image ids that are given twice: 1;"),
     ({"images": [(1, "a.png"), (2, "./a.png")]}, r"1 file names that are given twice: a\.png;"),
     ({"captions": [(1, 1, "x"), (7, 2, "y"), (8, 3, "z")]}, "2 captions of images that it does not list, by image id: 7, 8;"),
-    ({"images": [(1, "a.png"), (2, "gone.png")]}, r"names 2 images, of which 1 are not in .*: gone\.png; .* --skip-missing"),
+    ({"images": [(1, "a.png"), (2, "gone.png")]}, r"names 2 images, and 1 are not in .*: gone\.png; .* --skip-missing"),
     ({"images": [(1, "../a.png"), (2, "b.png")]}, r"'\.\./a\.png' does not lie below --images"),
     ({"images": [(1.5, "a.png")]}, r"is not COCO captions .*id 1\.5 is not a whole number"),
     ({"images": [(None, "a.png")]}, "is not COCO captions"),
@@ -250,7 +250,7 @@ def test_real_coco() -> None:
     assert not source.skipped and found[0].id == "139"
     for item in found:
         assert decode(item.read(), 256, 64).shape == (3, 256, 256)
-    with pytest.raises(DataError, match=r"names 5,000 images, of which 4,717 are not in .*val2017: 0+13291\.jpg, .* \.\.\.; .*--skip-missing"):
+    with pytest.raises(DataError, match=r"names 5,000 images, and 4,717 are not in .*val2017: 0+13291\.jpg, .* \.\.\.; .*--skip-missing"):
         coco.read(root / "val2017", root / "annotations/captions_val2017.json")
     full = coco.read(root / "val2017", root / "annotations/captions_val2017.json", skip_missing=True)
     assert full.size == 283 and len(full.skipped) == 4717 and [i.id for i in full.part(0, 999)] == [i.id for i in found]
@@ -373,7 +373,7 @@ def test_a_csv_of_labels(tmp_path: Path) -> None:
     ([("a.png", 1), ("b.png",)], None, "line 3: no file, or no label"),
     ([("a.png", 1), ("b.png", 0), ("./a.png", 1)], None, r"line 4: a\.png is given a second time, first in line 2"),
     ([("a.png", 1), ("/b.png", 0)], None, r"line 3: '/b\.png' does not lie below --images"),
-    ([("a.png", 1), ("gone.png", 0)], None, r"names 2 images, of which 1 are not in .*: gone\.png; .*--skip-missing"),
+    ([("a.png", 1), ("gone.png", 0)], None, r"names 2 images, and 1 are not in .*: gone\.png; .*--skip-missing"),
     ([], None, "lists no images"),
 ])
 def test_bad_labels(tmp_path: Path, rows: Any, classes: str | None, message: str) -> None:
