@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,8 +63,19 @@ def make_weighting(config: NoiseConfig) -> Weighting:
     return look_up(WEIGHTINGS, config.weighting, "noise.weighting")(config)
 
 
-def weighted(losses: Losses, weight: Tensor, importance: Tensor) -> Tensor:
-    """The loss that is optimised, per sample, (N,) float32."""
+class OptimisedLosses(NamedTuple):
+    """The losses of each sample, (N,) float32: `loss` is what is optimised and what the pacing
+    observes, weighted; mse and vb are the objective's, unweighted."""
+
+    loss: Tensor
+    mse: Tensor
+    vb: Tensor
+
+
+def weighted(losses: Losses, weight: Tensor, importance: Tensor) -> OptimisedLosses:
+    """The losses of a training step. `weight`: the weighting's factors, `importance`: those of
+    resampling, (N,) each."""
     # As in the papers' code, a weighting is of the mse alone, and the `importance` of resampling is
     # of the complete loss.
-    return importance * (weight * losses.mse + losses.vb)
+    loss = importance * (weight * losses.mse + losses.vb)
+    return OptimisedLosses(loss, losses.mse, losses.vb)

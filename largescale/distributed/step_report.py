@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from largescale.diffusion.objective import Losses
+from largescale.diffusion.loss_weighting import OptimisedLosses
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class StepAccumulator:
         self._by_row = zeros(2, n_rows)  # bin, loss
 
     @torch.no_grad()
-    def add(self, losses: Losses, u: Tensor, importance: Tensor, rows: Tensor) -> None:
+    def add(self, losses: OptimisedLosses, u: Tensor, importance: Tensor, rows: Tensor) -> None:
         """Add a micro step. (B,) each: losses, noise levels in float64, the factor by which
         resampling has multiplied the loss, and the rows' numbers in the global batch."""
         # Every mean counts a row `importance` times, so that resampling changes none. `loss` has

@@ -30,28 +30,14 @@ ROWS = 32
 WARPS = 4
 
 
+# fmt: off
 @triton.jit
 def forward_kernel(
-    x: tl.tensor,
-    branch: tl.tensor,
-    bias: tl.tensor,
-    gate: tl.tensor,
-    shift: tl.tensor,
-    scale: tl.tensor,
-    x_new: tl.tensor,
-    y: tl.tensor,
-    mean: tl.tensor,
-    rstd: tl.tensor,
-    tokens: tl.tensor,
-    gate_stride: tl.tensor,
-    shift_stride: tl.tensor,
-    scale_stride: tl.tensor,
-    width: tl.constexpr,
-    eps: tl.constexpr,
-    has_bias: tl.constexpr,
-    has_gate: tl.constexpr,
-    has_modulation: tl.constexpr,
-    block: tl.constexpr,
+    x: tl.tensor, branch: tl.tensor, bias: tl.tensor, gate: tl.tensor, shift: tl.tensor,
+    scale: tl.tensor, x_new: tl.tensor, y: tl.tensor, mean: tl.tensor, rstd: tl.tensor,
+    tokens: tl.tensor, gate_stride: tl.tensor, shift_stride: tl.tensor, scale_stride: tl.tensor,
+    width: tl.constexpr, has_bias: tl.constexpr, has_gate: tl.constexpr,
+    has_modulation: tl.constexpr, block: tl.constexpr, eps: tl.constexpr,
 ) -> None:
     """A program a token."""
     kind = x.dtype.element_ty
@@ -81,32 +67,29 @@ def forward_kernel(
     tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
     tl.store(mean + row, row_mean)
     tl.store(rstd + row, row_rstd)
+# fmt: on
 
 
 @triton.jit
+def through_layer_norm(
+    grad_normed: tl.tensor, normed: tl.tensor, rstd: tl.tensor, width: tl.constexpr
+) -> tl.tensor:
+    """The gradient of what was normalised, a row; both rows are 0 beyond its width."""
+    # What changes the mean or the length of the row is taken out.
+    along_mean = tl.sum(grad_normed, 0) / width
+    along_row = tl.sum(grad_normed * normed, 0) / width
+    return rstd * (grad_normed - along_mean - normed * along_row)
+
+
+# fmt: off
+@triton.jit
 def backward_kernel(
-    dx_new: tl.tensor,
-    dy: tl.tensor,
-    saved: tl.tensor,
-    branch: tl.tensor,
-    bias: tl.tensor,
-    gate: tl.tensor,
-    scale: tl.tensor,
-    mean: tl.tensor,
-    rstd: tl.tensor,
-    dx: tl.tensor,
-    dbranch: tl.tensor,
-    partial: tl.tensor,
-    tokens: tl.tensor,
-    gate_stride: tl.tensor,
-    scale_stride: tl.tensor,
-    width: tl.constexpr,
-    has_bias: tl.constexpr,
-    has_gate: tl.constexpr,
-    has_modulation: tl.constexpr,
-    saved_is_input: tl.constexpr,
+    dx_new: tl.tensor, dy: tl.tensor, saved: tl.tensor, branch: tl.tensor, bias: tl.tensor,
+    gate: tl.tensor, scale: tl.tensor, mean: tl.tensor, rstd: tl.tensor, dx: tl.tensor,
+    dbranch: tl.tensor, partial: tl.tensor, tokens: tl.tensor, gate_stride: tl.tensor,
+    scale_stride: tl.tensor, width: tl.constexpr, has_bias: tl.constexpr, has_gate: tl.constexpr,
+    has_modulation: tl.constexpr, block: tl.constexpr, saved_is_input: tl.constexpr,
     rows: tl.constexpr,
-    block: tl.constexpr,
 ) -> None:
     """A program for `rows` tokens of an image. `saved` is x or x_new. `partial` (images, programs
     an image, 4, width) receives their sums for shift, scale, gate and bias."""
@@ -117,14 +100,12 @@ def backward_kernel(
     inside = column < width
     # What all tokens of an image share is read once.
     factor = tl.full((block,), 1.0, kind)
-    if has_modulation:
-        at_image = image * scale_stride + column
-        factor += tl.load(scale + at_image, mask=inside, other=0.0).to(kind)
     weight = tl.full((block,), 1.0, kind)
-    if has_gate:
-        at_image = image * gate_stride + column
-        weight = tl.load(gate + at_image, mask=inside, other=0.0).to(kind)
     offset = tl.zeros((block,), kind)
+    if has_modulation:
+        factor += tl.load(scale + image * scale_stride + column, mask=inside, other=0.0).to(kind)
+    if has_gate:
+        weight = tl.load(gate + image * gate_stride + column, mask=inside, other=0.0).to(kind)
     if has_bias:
         offset = tl.load(bias + column, mask=inside, other=0.0).to(kind)
     sum_dy = tl.zeros((block,), kind)
@@ -133,8 +114,7 @@ def backward_kernel(
     sum_dx = tl.zeros((block,), kind)
 
     for i in range(rows):
-        token = part * rows + i
-        row = image * tokens + token
+        row = image * tokens + part * rows + i
         at = row * width + column
         value = tl.load(saved + at, mask=inside, other=0.0)
         added = tl.load(branch + at, mask=inside, other=0.0).to(kind) + offset
@@ -142,30 +122,22 @@ def backward_kernel(
             value += weight * added
         row_rstd = tl.load(rstd + row)
         normed = tl.where(inside, (value - tl.load(mean + row)) * row_rstd, 0.0)
-
-        # The gradient of a layer norm: what changes the mean or the length of a row is taken out.
         grad_y = tl.load(dy + at, mask=inside, other=0.0).to(kind)
-        sum_dy += grad_y
-        sum_dy_normed += grad_y * normed
-        grad_normed = grad_y * factor
-        along_mean = tl.sum(tl.where(inside, grad_normed, 0.0), 0) / width
-        along_row = tl.sum(grad_normed * normed, 0) / width
-        grad = row_rstd * (grad_normed - along_mean - normed * along_row)
+        grad = through_layer_norm(grad_y * factor, normed, row_rstd, width)
         grad += tl.load(dx_new + at, mask=inside, other=0.0)
-        grad = tl.where(inside, grad, 0.0)
         tl.store(dx + at, grad, mask=inside)
         tl.store(dbranch + at, (grad * weight).to(dbranch.dtype.element_ty), mask=inside)
+        sum_dy += grad_y
+        sum_dy_normed += grad_y * normed
         sum_dx_branch += grad * added
         sum_dx += grad
 
     into = partial + (image * tl.num_programs(1) + part) * 4 * width + column
-    if has_modulation:
-        tl.store(into, sum_dy, mask=inside)
-        tl.store(into + width, sum_dy_normed, mask=inside)
-    if has_gate:
-        tl.store(into + 2 * width, sum_dx_branch, mask=inside)
-    if has_bias:
-        tl.store(into + 3 * width, sum_dx * weight, mask=inside)
+    tl.store(into, sum_dy, mask=inside)
+    tl.store(into + width, sum_dy_normed, mask=inside)
+    tl.store(into + 2 * width, sum_dx_branch, mask=inside)
+    tl.store(into + 3 * width, sum_dx * weight, mask=inside)
+# fmt: on
 
 
 def residual_norm(
@@ -211,9 +183,35 @@ def residual_norm_eager(
     return x_new, y.to(branch.dtype)
 
 
-def _runnable(kernel: Any) -> Any:
-    """Triton's interpreter, which tests put in a kernel's place, is called as it is."""
-    return wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
+def _launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    given: list[Any],
+    per_image: list[Tensor | None],
+    **constants: Any,
+) -> None:
+    """`per_image`: tensors (N, D), or absent: the kernel is given their strides."""
+    strides = [0 if each is None else each.stride(0) for each in per_image]
+    # Triton's interpreter, which stands in a kernel's place in tests, is called as it is.
+    runnable = wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
+    runnable[grid](*given, *strides, **constants, num_warps=WARPS)
+
+
+def _pointers(instead: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """The tensors; in the place of an absent one, which a kernel does not read, another."""
+    return [instead if each is None else each for each in tensors]
+
+
+def _constants(
+    width: int, bias: Tensor | None, gate: Tensor | None, scale: Tensor | None
+) -> dict[str, Any]:
+    return {
+        "width": width,
+        "has_bias": bias is not None,
+        "has_gate": gate is not None,
+        "has_modulation": scale is not None,
+        "block": triton.next_power_of_2(width),
+    }
 
 
 def _is_eager(x: Tensor) -> bool:
@@ -240,29 +238,13 @@ def _forward(
     x_new, y = torch.empty_like(x), torch.empty_like(branch)
     mean = x.new_empty(images, tokens)
     rstd = x.new_empty(images, tokens)
-    # A kernel reads nothing through the pointers of what is absent.
-    _runnable(forward_kernel)[(images * tokens,)](
-        x,
-        branch,
-        x if bias is None else bias,
-        x if gate is None else gate,
-        x if shift is None else shift,
-        x if scale is None else scale,
-        x_new,
-        y,
-        mean,
-        rstd,
-        tokens,
-        0 if gate is None else gate.stride(0),
-        0 if shift is None else shift.stride(0),
-        0 if scale is None else scale.stride(0),
-        width=width,
+    _launch(
+        forward_kernel,
+        (images * tokens,),
+        [x, *_pointers(x, branch, bias, gate, shift, scale), x_new, y, mean, rstd, tokens],
+        [gate, shift, scale],
+        **_constants(width, bias, gate, scale),
         eps=EPS,
-        has_bias=bias is not None,
-        has_gate=gate is not None,
-        has_modulation=scale is not None,
-        block=triton.next_power_of_2(width),
-        num_warps=WARPS,
     )
     return x_new, y, mean, rstd
 
@@ -281,7 +263,7 @@ def _backward(
     saved_is_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dbranch, sums): the sums (N, 4, D) over an image's tokens are the gradients of shift,
-    scale, gate and, over images too, of the bias. Those of what is absent are undefined."""
+    scale, gate and, over images too, of the bias. Those of what is absent mean nothing."""
     images, tokens, width = saved.shape
     if _is_eager(saved):
         return _backward_eager(
@@ -292,30 +274,15 @@ def _backward(
     rows = math.gcd(tokens, ROWS)
     parts = tokens // rows
     partial = saved.new_empty(images, parts, 4, width)
-    _runnable(backward_kernel)[(images, parts)](
-        dx_new,
-        dy,
-        saved,
-        branch,
-        saved if bias is None else bias,
-        saved if gate is None else gate,
-        saved if scale is None else scale,
-        mean,
-        rstd,
-        dx,
-        dbranch,
-        partial,
-        tokens,
-        0 if gate is None else gate.stride(0),
-        0 if scale is None else scale.stride(0),
-        width=width,
-        has_bias=bias is not None,
-        has_gate=gate is not None,
-        has_modulation=scale is not None,
+    pointers = _pointers(saved, branch, bias, gate, scale)
+    _launch(
+        backward_kernel,
+        (images, parts),
+        [dx_new, dy, saved, *pointers, mean, rstd, dx, dbranch, partial, tokens],
+        [gate, scale],
+        **_constants(width, bias, gate, scale),
         saved_is_input=saved_is_input,
         rows=rows,
-        block=triton.next_power_of_2(width),
-        num_warps=WARPS,
     )
     return dx, dbranch, partial.sum(1)
 

@@ -16,8 +16,8 @@ from largescale.config.schema import Config
 from largescale.data.augment import AUGMENT_NORMALS, AUGMENT_UNIFORMS, augment
 from largescale.data.loader import Batch, to_condition, to_x_start
 from largescale.data.shards import ShardDataset
-from largescale.diffusion.loss_weighting import make_weighting, weighted
-from largescale.diffusion.objective import Losses, Objective
+from largescale.diffusion.loss_weighting import OptimisedLosses, make_weighting, weighted
+from largescale.diffusion.objective import Objective
 from largescale.distributed.ranks import PendingVector, Ranks
 from largescale.distributed.step_report import RankStatus, StepAccumulator, StepReport, read_report
 from largescale.engine.deepspeed_engine import Engine, adam
@@ -160,10 +160,9 @@ class TrainStep:
 
     def micro_step_losses(
         self, model: Any, batch: Batch, draws: Draws, k: int
-    ) -> tuple[Losses, Tensor, Tensor]:
-        """This rank's k-th micro step: (losses as they are optimised, times, importance), (B,)
-        each. Importance is the factor by which the draw of noise levels has multiplied a row's
-        loss."""
+    ) -> tuple[OptimisedLosses, Tensor, Tensor]:
+        """This rank's k-th micro step: (losses, times, importance), (B,) each. Importance is the
+        factor by which the draw of noise levels has multiplied a row's loss."""
         info = self.data_info
         objective = self.objective
 
@@ -193,7 +192,7 @@ class TrainStep:
         # The loss of each row, by the objective and then by the weighting.
         losses = objective.training_losses(model, x_start, t, draws.noise, y)
         weight = self.weighting(objective.log_snr(t), objective.x_start_weight(t))
-        return losses._replace(loss=weighted(losses, weight, importance)), t, importance
+        return weighted(losses, weight, importance), t, importance
 
     def _seed_network(self, k: int) -> None:
         """Seed torch's own generator, from which DDPM++ drops activations, for each (step, micro

@@ -34,6 +34,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 from largescale import train
 from largescale.data.loader import Batch, Loader
 from largescale.diffusion.gaussian import GaussianDiffusion
+from largescale.diffusion.loss_weighting import OptimisedLosses
 from largescale.diffusion.objective import Losses
 from largescale.distributed.ranks import Ranks
 from largescale.engine.deepspeed_engine import Engine, plain
@@ -96,7 +97,7 @@ class Rows:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        def hashing(train_step: TrainStep, model: Any, batch: Batch, draws: Draws, k: int) -> tuple[Losses, Tensor, Tensor]:
+        def hashing(train_step: TrainStep, model: Any, batch: Batch, draws: Draws, k: int) -> tuple[OptimisedLosses, Tensor, Tensor]:
             def hashed(self_: GaussianDiffusion, model: Any, *inputs: Tensor) -> Losses:
                 for row, *values in zip(train_step._rows[k].tolist(), *inputs, strict=True):
                     found = hashlib.blake2b(b"".join(v.numpy().tobytes() for v in values), digest_size=8).hexdigest()

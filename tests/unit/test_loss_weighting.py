@@ -75,12 +75,12 @@ def test_none_leaves_the_loss_bitwise() -> None:
     losses = Losses(mse + vb, mse, vb)
     ones = make_weighting(NoiseConfig())(torch.linspace(-30, 30, 1000).double(), torch.full((1000,), 7.0).double())
     assert ones.dtype == torch.float32 and torch.equal(ones, torch.ones(1000))
-    assert torch.equal(weighted(losses, ones, torch.ones(1000)), losses.loss)
+    assert torch.equal(weighted(losses, ones, torch.ones(1000)).loss, losses.loss)
 
 
 def test_a_weight_is_of_the_mse_and_importance_of_the_whole() -> None:
     losses = Losses(torch.tensor([9.0]), torch.tensor([2.0]), torch.tensor([7.0]))
-    assert weighted(losses, torch.tensor([0.5]), torch.tensor([3.0])).tolist() == [3 * (0.5 * 2 + 7)]
+    assert weighted(losses, torch.tensor([0.5]), torch.tensor([3.0])).loss.tolist() == [3 * (0.5 * 2 + 7)]
 
 
 @pytest.mark.parametrize("config, named", [

@@ -1,18 +1,18 @@
 import pytest
 import torch
 
-from largescale.diffusion.objective import Losses
+from largescale.diffusion.loss_weighting import OptimisedLosses
 from largescale.distributed.step_report import RankStatus, StepAccumulator, read_report
 
 EDGES = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
 
 
-def losses(*values: float) -> Losses:
+def losses(*values: float) -> OptimisedLosses:
     loss = torch.tensor(values)
-    return Losses(loss, loss * 0.75, loss * 0.25)
+    return OptimisedLosses(loss, loss * 0.75, loss * 0.25)
 
 
-def vector(rank: int, stop: bool = False, writing: bool = False, *micro: tuple[Losses, list[float]]) -> torch.Tensor:
+def vector(rank: int, stop: bool = False, writing: bool = False, *micro: tuple[OptimisedLosses, list[float]]) -> torch.Tensor:
     accumulator = StepAccumulator(EDGES, rank, 2)
     for each, u in micro:
         accumulator.add(each, torch.tensor(u, dtype=torch.float64), torch.ones(len(u)), torch.arange(len(u)))
@@ -68,7 +68,7 @@ def test_resampling_changes_no_mean_and_rows_are_told_without_it() -> None:
     for rank, rows in enumerate(([2, 3], [0, 1])):
         accumulator = StepAccumulator(EDGES, rank, 2, n_rows=4, n_bins=10)
         mine = torch.tensor(rows)
-        accumulator.add(Losses((importance * raw)[mine], raw[mine] * 0.75, raw[mine] * 0.25), u[mine], importance[mine], mine)
+        accumulator.add(OptimisedLosses((importance * raw)[mine], raw[mine] * 0.75, raw[mine] * 0.25), u[mine], importance[mine], mine)
         vector = accumulator.vector(RankStatus())
         summed = vector if summed is None else summed + vector
     assert summed is not None
