@@ -126,7 +126,7 @@ class TrainStep:
             with lap("optimizer"):
                 applied = self.engine.advance()
 
-        # Read last: on a GPU this is where the CPU waits.
+        # Read last, when the sum is ready: the optimizer's step has waited for the device.
         with lap("agree"):
             assert isinstance(pending, PendingVector)
             n_clusters = self.state.curriculum.n_clusters
