@@ -26,9 +26,9 @@ def batch_layout(config: Config, world_size: int) -> tuple[int, int]:
     total = config.train.global_batch_size
     # Ranks of unequal shares would need weights in the mean over ranks.
     if total % world_size:
-        divisors = _divisors(total)
-        above = bisect.bisect(divisors, world_size)
-        near = divisors[above - 1 : above + 1]
+        works = divisors(total)
+        above = bisect.bisect(works, world_size)
+        near = works[above - 1 : above + 1]
         raise ConfigError(
             f"global_batch_size={total} is not a multiple of world_size={world_size}; "
             f"start {' or '.join(map(str, near))} ranks, "
@@ -41,8 +41,8 @@ def batch_layout(config: Config, world_size: int) -> tuple[int, int]:
     if micro is None or micro == "auto":
         micro = share
     if total % (micro * world_size):
-        divisors = _divisors(share)
-        fits = divisors[bisect.bisect(divisors, micro) - 1]
+        works = divisors(share)
+        fits = works[bisect.bisect(works, micro) - 1]
         raise ConfigError(
             f"global_batch_size={total} is not a multiple of "
             f"micro_batch_size*world_size={micro * world_size} ({micro}*{world_size}); try "
@@ -51,7 +51,8 @@ def batch_layout(config: Config, world_size: int) -> tuple[int, int]:
     return micro, total // (micro * world_size)
 
 
-def _divisors(total: int) -> list[int]:
+def divisors(total: int) -> list[int]:
+    """The numbers that divide a batch into equal parts, rising."""
     return [n for n in range(1, total + 1) if total % n == 0]
 
 

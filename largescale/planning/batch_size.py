@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from largescale.config.deepspeed import precision
-from largescale.config.derived import batch_layout
+from largescale.config.derived import batch_layout, divisors
 from largescale.config.schema import Config
 from largescale.diffusion.build import build_objective
 from largescale.diffusion.objective import Objective
@@ -41,7 +41,7 @@ def resolve_micro_batch_size(
     if config.train.micro_batch_size != "auto":
         return config
     share, _ = batch_layout(config, ranks.world_size)
-    candidates = [n for n in range(share, 0, -1) if share % n == 0]
+    candidates = divisors(share)[::-1]
 
     def find_on_this_rank() -> tuple[int, int]:
         if ranks.device.type == "cuda":
@@ -222,7 +222,7 @@ def remedies(config: Config, micro: int, share: int, where: str) -> list[str]:
             "set --telemetry.preview-every 0, and draw samples from checkpoints with eval.sample"
         ]
     found = [*_checkpointing(config), _MORE_RANKS]
-    smaller = [n for n in range(1, micro) if share % n == 0]
+    smaller = [n for n in divisors(share) if n < micro]
     if smaller:
         flag = f"--train.micro-batch-size {smaller[-1]}"
         found.insert(0, f"set {flag} (or auto, which finds one)")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from largescale.config.deepspeed import precision
-from largescale.config.derived import batch_layout
+from largescale.config.derived import batch_layout, divisors
 from largescale.config.schema import Config, ModelConfig
 from largescale.host.launch import local_world_size
 from largescale.host.machine import PROCESS_BYTES, launcher_bytes, memory_bound, warn_of_memory
@@ -155,7 +155,7 @@ def largest_micro_batch(
     one = sum(memory(config, ds, world_size, 1).values())
     room = (memory_bytes - none) / (one - none)
     share = config.train.global_batch_size // world_size
-    fitting = [n for n in range(1, share + 1) if share % n == 0 and n <= room]
+    fitting = [n for n in divisors(share) if n <= room]
     return max(fitting, default=0)
 
 
