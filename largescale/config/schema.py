@@ -200,6 +200,9 @@ class TrainConfig:
     compile: Literal["auto", "off", "blocks", "model"] = "auto"
     """What torch.compile compiles: each block or the complete model. auto: blocks on a GPU with a
     compiler, off on a CPU."""
+    tf32: bool = True
+    """Whether a GPU multiplies float32 matrices in TensorFloat-32: 10 bits of mantissa, several
+    times as fast. Off: in float32 (the paper says fp32, and not which)."""
     threads: Annotated[int | None, at_least(1)] = None
     """Threads of each rank on a CPU; by default $OMP_NUM_THREADS, or this machine's cores shared
     among its ranks."""

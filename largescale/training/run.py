@@ -208,6 +208,8 @@ def first_line(
     """What this start trains, on what, and with which settings that `auto` may have chosen."""
     config = train_step.config
     ranks = train_step.ranks
+    if precision == "fp32" and config.train.device == "cuda" and config.train.tf32:
+        precision = "fp32 (products in TF32)"
     threads = ""
     if config.train.device == "cpu":
         n = torch.get_num_threads()
