@@ -200,6 +200,10 @@ class TrainConfig:
     compile: Literal["auto", "off", "blocks", "model"] = "auto"
     """What torch.compile compiles: each block or the complete model. auto: blocks on a GPU with a
     compiler, off on a CPU."""
+    kernels: Literal["auto", "inductor", "fused"] = "auto"
+    """What computes the residual stream of DiT's blocks. inductor: PyTorch's operations, as
+    torch.compile fuses them. fused: largescale's Triton kernels, which move fewer bytes; on a CPU the
+    same in plain PyTorch. auto: inductor, until fused has been measured to be faster."""
     tf32: bool = True
     """Whether a GPU multiplies float32 matrices in TensorFloat-32: 10 bits of mantissa, several
     times as fast. Off: in float32 (the paper says fp32, and not which)."""

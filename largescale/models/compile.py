@@ -127,8 +127,9 @@ class Compiled:
                 assert isinstance(block, Block)
                 if device == "cpu":
                     block.mlp.act = Gelu()
-                # All blocks share what is compiled for the first, as they are alike.
-                if what == "blocks":
+            # All blocks share what is compiled for the first, as they are alike.
+            if what == "blocks":
+                for block in getattr(model.fused_blocks, "blocks", model.blocks):
                     block.compile(dynamic=False)
         if what == "model":
             model.compile(dynamic=False)

@@ -20,7 +20,13 @@ from largescale.distributed.ranks import Ranks
 from largescale.errors import ConfigError, DeviceError, LargescaleError
 from largescale.host.launch import local_world_size
 from largescale.host.machine import available_bytes
-from largescale.models.build import Network, blank_condition, build_model, latent_shape
+from largescale.models.build import (
+    Network,
+    blank_condition,
+    build_model,
+    latent_shape,
+    set_up_blocks,
+)
 from largescale.models.compile import Compiled, what_to_compile
 from largescale.planning.memory import largest_micro_batch, memory
 
@@ -130,7 +136,7 @@ def largest_that_runs(
     objective = build_objective(config)
     with torch.device("meta"):
         model = build_model(config.model).to(dtype)
-    model.checkpoint_blocks = config.train.activation_checkpointing
+    set_up_blocks(model, config.train)
     try:
         reserved = torch.empty(beside, dtype=torch.uint8, device=device)
         model.to_empty(device=device)

@@ -223,6 +223,8 @@ def first_line(
         f"{precision}, batch {config.train.global_batch_size} = {train_step.micro_batch_size} x "
         f"{train_step.grad_accum_steps} x {ranks.world_size}, AdamW of {config.optimizer.kernel}, "
         f"compiled: {config.train.compile}{again}"
+        + ", fused kernels"
+        * (config.train.kernels == "fused")
     )
 
 

@@ -45,10 +45,12 @@ def resolve_auto(config: Config) -> Config:
     device = config.train.device
     kernel = choose_kernel(config.optimizer, device)
     compile = what_to_compile(config.train.compile, device, config.model.architecture)
+    # Fused kernels are not measured on any card yet.
+    kernels = "inductor" if config.train.kernels == "auto" else config.train.kernels
     return dataclasses.replace(
         config,
         optimizer=dataclasses.replace(config.optimizer, kernel=kernel),
-        train=dataclasses.replace(config.train, compile=compile),
+        train=dataclasses.replace(config.train, compile=compile, kernels=kernels),
     )
 
 
