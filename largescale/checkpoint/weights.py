@@ -64,9 +64,8 @@ def find_checkpoint(run_dir: Path, step: int | None) -> CheckpointDir:
         run_dir, checkpoints(run_dir), report=lambda text: print(text, file=sys.stderr)
     )
     if newest is None:
-        raise CheckpointError(
-            f"{run_dir} holds no checkpoint; give the folder of a run, such as runs/digits"
-        )
+        what = "is a file" if run_dir.is_file() else "holds no checkpoint"
+        raise CheckpointError(f"{run_dir} {what}; give the folder of a run, such as runs/digits")
     return newest
 
 

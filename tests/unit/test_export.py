@@ -155,6 +155,13 @@ def test_an_export_is_written_again(spoil: str, run_here: RunHere, tmp_path: Pat
     assert {path.name for path in out.iterdir()} <= {"config.json", "model.safetensors", ".gitattributes"}
 
 
+def test_a_file_is_no_run(run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:
+    log = run_here("--train.steps", 2).run / "metrics.jsonl"
+    for program in (lambda: export.main([str(log)]), lambda: sample.main([str(log), "--out", str(log.parent / "samples"), "--device", "cpu"])):
+        assert program() == 2
+        assert f"error: {log} is a file; give the folder of a run, such as runs/digits\n" == capsys.readouterr().err
+
+
 def test_damage(run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_here("--train.steps", 6, "--checkpoint.every", 3).run
     export.export(run)
