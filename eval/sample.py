@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 import largescale
 from eval.drawing.conditions import make_conditions
-from eval.drawing.sample_set import Format, SampleSet, Worker, make_of
-from largescale.checkpoint.files import CheckpointDir
+from eval.drawing.sample_set import Format, SampleSet, Worker, make_of, require_sample_folder
+from largescale.checkpoint.files import CheckpointDir, require_outside_checkpoints
 from largescale.checkpoint.weights import load_trained
 from largescale.config.command_line import check_counts, parse_options, run_program
 from largescale.config.validation import ema_note
@@ -123,7 +123,8 @@ class Sample:
     """What this runs on; by default a GPU if there is one."""
 
     def check(self) -> None:
-        """Raises ConfigError before any work is done, not after the first of several scales."""
+        """Raises ConfigError, or an error of --out, before any work is done, not after the first of
+        several scales."""
         check_counts(self, "num_samples", "batch_size", "shard_size")
         for scale in self.cfg_scale:
             if not 0 <= scale < math.inf:
@@ -138,6 +139,9 @@ class Sample:
         # A CPU may compute in half precision slowly, or not at all.
         if self.device == "cpu" and self.precision != "auto":
             check_on_cpu(self.precision, "--precision {}")
+        require_outside_checkpoints(self.out, "--out")
+        for scale in self.cfg_scale:
+            require_sample_folder(folder_of(self.out, scale), replace=self.replace)
 
 
 class Sampler:

@@ -38,7 +38,8 @@ from eval.scoring.figures import (
     text_figure,
 )
 from eval.scoring.image_sets import ImageSet, open_images
-from eval.scoring.reference_statistics import write_statistics
+from eval.scoring.reference_statistics import may_hold_statistics, write_statistics
+from largescale.checkpoint.files import require_outside_checkpoints
 from largescale.config.command_line import check_counts, parse_options, run_program
 from largescale.distributed.ranks import check_cuda, local_device
 from largescale.errors import (
@@ -110,7 +111,25 @@ class Score:
             raise ConfigError("no reference; give --reference, real images or statistics of them")
         if self.save_reference and self.save_reference.suffix != ".npz":
             raise ConfigError(f"--save-reference {self.save_reference} must end in .npz")
+        self._check_outputs()
         check_cuda(self.device)
+
+    def _check_outputs(self) -> None:
+        """Raises ConfigError for a file to be written that is another one, or another program's, and
+        CheckpointError for one in the checkpoints of a run."""
+        if self.save_reference:
+            require_outside_checkpoints(self.save_reference, "--save-reference")
+            _require_other(self.save_reference, self.reference, "--save-reference", "--reference")
+            _require_other(self.save_reference, self.out, "--save-reference", "--out")
+            if not may_hold_statistics(self.save_reference):
+                raise ConfigError(
+                    f"--save-reference {self.save_reference} is there, and holds no statistics of "
+                    "largescale; give a new file"
+                )
+        if self.out:
+            require_outside_checkpoints(self.out, "--out")
+            _require_other(self.out, self.reference, "--out", "--reference")
+            require_rows(self.out, "give a new file with --out")
 
 
 class Scorer:
@@ -148,7 +167,8 @@ class Scorer:
         out = [self.options.out] if self.options.out else []
         try:
             require_writable(beside, remedy="or give --out FILE, which is enough")
-        except (CheckpointError, StorageError):
+            require_rows(beside, "move it away, or give --out FILE, which is enough")
+        except (CheckpointError, ConfigError, StorageError):
             if not out:
                 raise
             return out
@@ -251,6 +271,26 @@ class Scorer:
         for file in self.results[path]:
             file.parent.mkdir(parents=True, exist_ok=True)
             append_line(file, json.dumps(row))
+
+
+def _require_other(path: Path, other: Path | None, option: str, other_option: str) -> None:
+    """Raise ConfigError where two options name one file."""
+    # By where they lead: one may be a link.
+    if other and path.resolve() == other.resolve():
+        raise ConfigError(f"{option} {path} is {other_option} too; give another file")
+
+
+def require_rows(path: Path, remedy: str) -> None:
+    """Raise ConfigError where a row cannot be appended to the file, as it holds something else."""
+    # What is no file is reported, with its owner, where it is tried out.
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        # A crash can cut any line short, but not all of them before this.
+        ours = any(line.startswith(b'{"samples": ') for line in file)
+        empty = file.tell() == 0
+    if not ours and not empty:
+        raise ConfigError(f"{path} is there, and holds no rows of eval.score; {remedy}")
 
 
 def folder_of(path: Path) -> Path:

@@ -1,7 +1,6 @@
 """The training runs of a comparison: what each is, whether it is there, and how it is started."""
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from largescale.checkpoint.files import MANIFEST, checkpoints
+from largescale.checkpoint.files import checkpoints
 from largescale.config.command_line import parse_options
 from largescale.config.deepspeed import final_ds_config, precision
 from largescale.config.presets import find_preset
@@ -93,9 +92,7 @@ class Run:
     def discard(self) -> None:
         """Remove all checkpoints but the newest."""
         for checkpoint in checkpoints(self.folder)[1:]:
-            # A checkpoint exists while its manifest does: a kill here leaves no damaged one.
-            (checkpoint.path / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(checkpoint.path)
+            checkpoint.remove()
 
 
 def configure(preset: str, arguments: Sequence[str]) -> Config:

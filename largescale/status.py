@@ -112,7 +112,11 @@ def _require_run(run_dir: Path) -> None:
     started = (run_dir / "metrics.jsonl").exists() or (run_dir / "starts").exists()
     if started or step_folders(run_dir):
         return
-    what = "is not a run" if run_dir.is_dir() else "does not exist"
+    what = "does not exist"
+    if run_dir.is_dir():
+        what = "is not a run"
+    elif run_dir.exists():
+        what = "is a file"
     runs = ", ".join(str(path.parent) for path in sorted(run_dir.glob("*/metrics.jsonl")))
     remedy = f"of one, such as {runs}" if runs else "that training wrote to, its --output"
     raise CheckpointError(f"{run_dir} {what}; give the folder {remedy}")

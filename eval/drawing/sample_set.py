@@ -32,13 +32,19 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from largescale.data.format import DatasetInfo
+from largescale.data.format import MANIFEST, DatasetInfo
 from largescale.data.images import UNDECODED, grid, headed, titled, to_uint8
-from largescale.data.parts import Parts
+from largescale.data.parts import JOB, Parts
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import Shard, write_manifest
-from largescale.errors import Stopped
-from largescale.host.files import write_atomically
+from largescale.errors import DataError, Stopped
+from largescale.host.files import (
+    from_json,
+    names_of,
+    require_writable,
+    visible,
+    write_atomically,
+)
 from largescale.host.signals import stop_requested
 
 PROVENANCE = "provenance.json"
@@ -50,6 +56,45 @@ Format = Literal["npz", "png"]
 Array = npt.NDArray[Any]
 # Rows that are read at a time.
 _BLOCK = 256
+
+
+def require_sample_folder(folder: Path, *, replace: bool) -> None:
+    """Raise an error, before anything is loaded, where samples cannot be drawn into the folder:
+    CheckpointError where it cannot be written to, DataError where it holds something else.
+
+    `replace`: other samples that lie there are to be removed; a data set never is."""
+    # In this order: another rank that finishes writes the manifest before it removes the job.
+    for file in (folder / JOB, folder / MANIFEST):
+        if file.exists():
+            if replace and not _is_of_samples(file):
+                raise DataError(
+                    f"{folder} holds a data set and no samples, so --replace does not remove it; "
+                    "give another --out"
+                )
+            return
+
+    # A set that is complete is not written to, this one is.
+    require_writable(folder / MANIFEST, remedy="choose another --out")
+    theirs = []
+    for path in visible(folder):
+        if path.name != "packing" and not path.name.startswith("shard_"):
+            theirs.append(path)
+    # Provenance stays while a complete set is replaced by another.
+    if theirs and not (folder / PROVENANCE).exists():
+        raise DataError(f"{folder} holds {names_of(theirs)} and no samples; give another --out")
+
+
+def _is_of_samples(file: Path) -> bool:
+    """Whether a manifest, or the job of a set that is not complete, is of samples."""
+    try:
+        content = from_json(file.read_bytes())
+        job = content["job"] if file.name == MANIFEST else content
+        return isinstance(job, dict) and "sampling" in job
+    # Another rank has removed it just now, to replace it.
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 class SampleSet:

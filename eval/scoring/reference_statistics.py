@@ -113,6 +113,13 @@ def write_statistics(path: Path, statistics: Statistics) -> None:
     fsync_dir(path.parent)
 
 
+def may_hold_statistics(path: Path) -> bool:
+    """Whether our statistics may be written to the file: it is absent, empty, or has older ones."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return True
+    return {ABOUT, HASH} <= npz.names(path)
+
+
 def read_statistics(path: Path) -> Statistics:
     """Read our own statistics, ADM's or pytorch-fid's. Raises DataError for a file that is missing,
     damaged, or holds none."""

@@ -9,7 +9,6 @@ and without a manifest the checkpoint does not exist.
 import contextlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -217,7 +216,7 @@ class Checkpointer:
         # A folder of this step is damaged or was never finished: else it would be `last_saved`.
         checkpoint = CheckpointDir.at(self.run_dir, step)
         if self.ranks.rank == 0:
-            self._writer.attempt(lambda: _remove(checkpoint))
+            self._writer.attempt(checkpoint.remove)
         self._damaged.discard(step)
 
         # The checksum is of the weights that the snapshot has.
@@ -277,7 +276,7 @@ class Checkpointer:
         # On a full disk the remains of a failed checkpoint would take the next one's space.
         try:
             if failed:
-                _remove(checkpoint)
+                checkpoint.remove()
             else:
                 self._retain()
         except OSError as error:
@@ -385,7 +384,7 @@ class Checkpointer:
         keep.update(on_stop[:1])
         for checkpoint in step_folders(self.run_dir):
             if checkpoint.step not in keep:
-                _remove(checkpoint)
+                checkpoint.remove()
 
 
 @dataclass(frozen=True)
@@ -447,18 +446,6 @@ def _reason(checkpoint: CheckpointDir) -> str | None:
         return str(checkpoint.manifest().get("reason"))
     except (CheckpointError, StorageError):
         return None
-
-
-def _remove(checkpoint: CheckpointDir) -> None:
-    """Remove the checkpoint; of a link, the link only. Raises OSError where it is still a
-    checkpoint afterwards."""
-    if checkpoint.path.is_symlink():
-        checkpoint.path.unlink()
-        return
-    # The manifest goes first: from then on the checkpoint does not exist.
-    with contextlib.suppress(IsADirectoryError):
-        (checkpoint.path / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint.path, ignore_errors=True)
 
 
 def _require_equal(states: list[str]) -> None:

@@ -14,6 +14,7 @@ RUN/checkpoints/step_00001000/           a checkpoint, once it holds a manifest,
 import contextlib
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -38,6 +39,11 @@ CLIENT_KEY = "largescale"
 MODEL_FILE = "mp_rank_00_model_states.pt"
 MANIFEST = "manifest.json"
 _SEAL = ',\n "sha256": '
+# All that a checkpoint's folder holds, finished or not.
+_OURS = re.compile(
+    r"manifest\.json(\.tmp)?|mp_rank_\d+_model_states\.pt"
+    r"|(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt"
+)
 # Pauses before files that could not be read are tried again.
 READ_AGAIN_S = (1.0, 5.0)
 # In format 1 the manifest had no hash of itself. Every later one must be sealed as 2 is, so that a
@@ -66,6 +72,26 @@ class CheckpointDir:
         """Whether there is a checkpoint: a folder without a manifest is a write that did not
         finish."""
         return (self.path / MANIFEST).exists()
+
+    def only_ours(self) -> bool:
+        """Whether the folder holds nothing but files of a checkpoint."""
+        return all(map(_is_ours, self.path.iterdir()))
+
+    def remove(self) -> None:
+        """Remove the checkpoint, and leave what others have put into its folder; of a link, remove
+        the link only. Raises OSError where it is still a checkpoint afterwards."""
+        if self.path.is_symlink():
+            self.path.unlink()
+            return
+        # The manifest goes first: from then on the checkpoint does not exist.
+        with contextlib.suppress(IsADirectoryError):
+            (self.path / MANIFEST).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for path in filter(_is_ours, list(self.path.iterdir())):
+                # A folder in the place of a file would block the next checkpoint of this step.
+                with contextlib.suppress(OSError):
+                    path.rmdir() if path.is_dir() else path.unlink()
+            self.path.rmdir()
 
     def manifest(self) -> dict[str, Any]:
         """The manifest, verified by its own hash.
@@ -168,6 +194,10 @@ class CheckpointDir:
                 )
 
 
+def _is_ours(path: Path) -> bool:
+    return _OURS.fullmatch(path.name) is not None
+
+
 def seal(manifest: dict[str, Any]) -> str:
     """A manifest as text, whose last line is the hash of those before."""
     # The manifest has the hash of every other file, so nothing else can verify it.
@@ -186,7 +216,7 @@ def step_folders(run_dir: Path) -> list[CheckpointDir]:
     # Files and folders with other names are not ours.
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in (run_dir / "checkpoints").iterdir():
-            match = re.fullmatch(r"step_(\d+)", path.name)
+            match = re.fullmatch(r"step_(\d{8,})", path.name)
             if match and not path.is_file():
                 found.append(CheckpointDir(path, int(match[1])))
     return sorted(found, key=lambda c: -c.step)
@@ -195,6 +225,25 @@ def step_folders(run_dir: Path) -> list[CheckpointDir]:
 def checkpoints(run_dir: Path) -> list[CheckpointDir]:
     """A run's checkpoints, newest first."""
     return [folder for folder in step_folders(run_dir) if folder.exists]
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run was trained in the folder: it holds the record of a start, or a checkpoint, also
+    a damaged one."""
+    return any((folder / "starts").glob("start_*.json")) or bool(checkpoints(folder))
+
+
+def require_outside_checkpoints(path: Path, option: str) -> None:
+    """Raise CheckpointError where what `option` names lies in the checkpoints of a run, which
+    removes old ones."""
+    # As it is written and where it leads: the run, its checkpoints, or one of them may be a link.
+    for place in (Path(os.path.abspath(path)), path.resolve()):
+        for folder in (place, *place.parents):
+            if folder.name == "checkpoints" and is_run(folder.parent):
+                raise CheckpointError(
+                    f"{path} lies in the checkpoints of the run {folder.parent}, which removes old "
+                    f"ones; give a folder outside of {folder} with {option}"
+                )
 
 
 def newest_valid(

@@ -1,5 +1,6 @@
 """A trained model from an export or a run directory, without DeepSpeed."""
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,10 @@ from largescale.models.build import Network, build_model
 EXPORT_WEIGHTS = "model.safetensors"
 EXPORT_CONFIG = "config.json"
 
+# In the metadata of an export's weights.
+EXPORT_METADATA = {"format": "pt", "weights": "ema"}
+# What an export's config has, which tells it from other libraries' config.json.
+_REQUIRED = {"config", "step", "data_info"}
 # What an export carries of a checkpoint's state.
 CARRIED = (
     "config",
@@ -59,9 +64,8 @@ def find_checkpoint(run_dir: Path, step: int | None) -> CheckpointDir:
         run_dir, checkpoints(run_dir), report=lambda text: print(text, file=sys.stderr)
     )
     if newest is None:
-        raise CheckpointError(
-            f"{run_dir} holds no checkpoint; give the folder of a run, such as runs/digits"
-        )
+        what = "is a file" if run_dir.is_file() else "holds no checkpoint"
+        raise CheckpointError(f"{run_dir} {what}; give the folder of a run, such as runs/digits")
     return newest
 
 
@@ -107,11 +111,9 @@ def _read_export(path: Path, step: int | None) -> tuple[dict[str, Any], dict[str
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    # Other libraries have a config.json beside a model.safetensors too.
-    required = {"config", "step", "data_info"}
     try:
         description = from_json((path / EXPORT_CONFIG).read_text())
-        if not isinstance(description, dict) or not required <= description.keys():
+        if not _is_description(description):
             raise CheckpointError(
                 f"{path} is no export, {_what(description)}; give a run, or the folder that "
                 "largescale.export wrote"
@@ -128,6 +130,26 @@ def _read_export(path: Path, step: int | None) -> tuple[dict[str, Any], dict[str
             f"{path} is an export of step {description['step']}, not of {step}; give the run"
         )
     return description, weights
+
+
+def _is_description(config: Any) -> bool:
+    """Whether the content of a config.json is that of an export."""
+    return isinstance(config, dict) and config.keys() >= _REQUIRED
+
+
+def is_export(folder: Path) -> bool:
+    """Whether the folder holds an export, or what a killed or damaged one leaves of its files."""
+    from safetensors import SafetensorError, safe_open
+
+    # Other libraries have a config.json beside a model.safetensors too.
+    with contextlib.suppress(OSError, ValueError):
+        if _is_description(from_json((folder / EXPORT_CONFIG).read_text())):
+            return True
+    # The config is written last, so a killed export has weights only.
+    with contextlib.suppress(OSError, SafetensorError):
+        with safe_open(folder / EXPORT_WEIGHTS, framework="pt") as weights:
+            return weights.metadata() == EXPORT_METADATA
+    return False
 
 
 def _what(description: Any) -> str:

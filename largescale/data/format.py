@@ -144,6 +144,8 @@ def _not_packed(path: Path) -> DataError:
         return DataError(
             f"{path} is not packed to the end; run the command that packed it again to continue"
         )
+    if path.is_file():
+        return DataError(f"{path} is a file; give the folder that holds the data set")
     if not path.is_dir():
         what = "does not exist"
     elif any(path.glob("shard_*")):

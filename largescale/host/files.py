@@ -69,7 +69,8 @@ def fsync_dir(path: Path) -> None:
 
 def try_lock(path: Path) -> IO[str] | None:
     """Lock a file until it is closed or the process dies. None where another process holds it."""
-    file = path.open("w")
+    # Never truncated: a file of this name may be another program's.
+    file = path.open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -94,7 +95,8 @@ def require_writable(*files: Path, remedy: str) -> None:
             if existing == file:
                 os.close(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK))
             else:
-                with tempfile.TemporaryFile(dir=existing):
+                # Hidden: some file systems cannot make one without a name.
+                with tempfile.TemporaryFile(dir=existing, prefix="."):
                     pass
         except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
             raise CheckpointError(
@@ -102,6 +104,20 @@ def require_writable(*files: Path, remedy: str) -> None:
             ) from error
         except OSError as error:
             raise StorageError(f"cannot write to {file} at present: {error}") from error
+
+
+def visible(folder: Path) -> list[Path]:
+    """What the folder holds, in order, but for hidden files; nothing where there is no folder."""
+    if not folder.exists():
+        return []
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def names_of(paths: list[Path]) -> str:
+    """The names of the first of these files, for a message."""
+    names = [path.name for path in paths[:3]]
+    more = len(paths) - len(names)
+    return ", ".join(names) + (f" and {more} more" if more else "")
 
 
 def _nearest_existing(path: Path) -> Path:

@@ -219,12 +219,14 @@ def print_run_directory(config: Config, ds: dict[str, Any], dataset: ShardDatase
         check_checkpoints_still_exist,
         check_same_run,
         finished_message,
+        require_run_directory,
     )
     from largescale.training.startup import resolve_auto
 
     def log(text: str) -> None:
         print(printable_lines(text))
 
+    require_run_directory(config.run_dir)
     # Sizes of the checkpoint's files are compared, not their hashes, which would take minutes.
     run_dir = config.run_dir
     newest, _ = newest_valid(

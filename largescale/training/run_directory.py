@@ -1,19 +1,25 @@
 """Checks of the run directory at start: that it is writable, that no other process trains it, that
 it is this run's, and that its checkpoints still exist."""
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from largescale.checkpoint.checkpointer import rounding_facts
-from largescale.checkpoint.files import CheckpointDir
+from largescale.checkpoint.files import (
+    CheckpointDir,
+    is_run,
+    require_outside_checkpoints,
+    step_folders,
+)
 from largescale.config.derived import batch_layout
 from largescale.config.schema import Config
 from largescale.config.serialise import differences, from_dict, to_dict
 from largescale.data.shards import ShardDataset
 from largescale.errors import CheckpointError, StorageError, usable
-from largescale.host.files import LOCK, require_writable, try_lock
+from largescale.host.files import LOCK, names_of, require_writable, try_lock, visible
 from largescale.host.launch import heartbeat
 from largescale.host.signals import stop_requested
 from largescale.monitoring.run_record import read_starts
@@ -22,9 +28,49 @@ from largescale.monitoring.run_record import read_starts
 LOCK_WAIT_S = 180
 
 
+def require_run_directory(run_dir: Path) -> None:
+    """Raise CheckpointError where a run may not be trained in the folder: another program's files
+    are there, or it lies in the checkpoints of another run."""
+    require_outside_checkpoints(run_dir, "--output DIR")
+    # Files first: where another process starts the run just now, its record comes before them.
+    try:
+        foreign = [path for path in visible(run_dir) if not _is_left_by_a_killed_start(path)]
+        refused = bool(foreign) and not is_run(run_dir)
+    except (PermissionError, NotADirectoryError) as error:
+        raise CheckpointError(
+            f"cannot read {run_dir}: {error.strerror}; choose another --output DIR"
+        ) from error
+    except OSError as error:
+        raise StorageError(f"{run_dir} cannot be read at present: {error}") from error
+    if refused:
+        raise CheckpointError(
+            f"{run_dir} holds {names_of(foreign)} and no run: training could overwrite what is "
+            "there; choose a new or an empty folder with --output DIR"
+        )
+
+
+def _is_left_by_a_killed_start(path: Path) -> bool:
+    """Whether the file or folder may lie in a run directory before the first record of a start."""
+    # A batch job's log, and what a file system has at its root, are nobody's work.
+    if path.name in (LOCK, "tensorboard", "lost+found") or path.suffix in (".log", ".out", ".err"):
+        return True
+    # Rows of metrics come after the record, only events can come before it.
+    if path.name == "metrics.jsonl":
+        lines = path.read_bytes().splitlines()
+        return all(re.match(rb'\{"step": \d+, "event": ', line) for line in lines)
+    if path.name == "starts":
+        return all(inner.name.endswith(".json.tmp") for inner in visible(path))
+    if path.name == "checkpoints":
+        unfinished = step_folders(path.parent)
+        return len(unfinished) == len(visible(path)) and all(
+            checkpoint.only_ours() for checkpoint in unfinished
+        )
+    return False
+
+
 def check_writable(run_dir: Path) -> None:
     """Make the run directory, and prove that this rank can write there, existing files too. Raises
-    CheckpointError where it never can."""
+    CheckpointError where it never can, or where the folder is no run's."""
     # Files of an earlier start may belong to another user, though the folder is writable.
     require_writable(
         run_dir / LOCK,
@@ -33,6 +79,7 @@ def check_writable(run_dir: Path) -> None:
         run_dir / "starts/new",
         remedy="choose another --output",
     )
+    require_run_directory(run_dir)
     # What fails now may succeed later, such as a file system that is full: a StorageError.
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -649,6 +649,79 @@ def test_a_write_that_did_not_finish_is_no_checkpoint(run_here: RunHere) -> None
     assert "at step 4" in run_here("--train.steps", 8).err
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+THEIRS = ("checkpoints/step_1000/model.pt", "checkpoints/step_5/model.pt", "checkpoints/step_00000003/model.pt", "metrics.jsonl",
+          "samples/step_00000020.png", "starts/notes.txt", "export/config.json", "paper.tex")
+
+
+@pytest.mark.parametrize("names", [(*THEIRS, "lock"), *((name,) for name in THEIRS)], ids=lambda names: names[0] if len(names) == 1 else "all")
+def test_a_folder_of_another_program(names: tuple[str, ...], run_here: RunHere, tmp_path: Path) -> None:
+    """Refused, by the dry run too, before anything is changed."""
+    folder = tmp_path / "theirs"
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('{"step": 5, "loss": 1.0}\n{"step": 3000, "loss": 0.5')
+    before = contents(folder)
+    for arguments in (("--train.steps", 4), ("--dry-run",)):
+        assert_refused(run_here(*arguments, output=folder), f"{folder} holds {names[0].split('/')[0]}", "and no run", "choose a new or an empty folder with --output DIR")
+    assert contents(folder) == before
+
+
+def test_a_data_set_as_run_directory(run_here: RunHere, blobs: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(blobs, tmp_path / "data")
+    assert_refused(run_here(output=data, data=data), f"{data} holds manifest.json, shard_", "and no run")
+    assert contents(data) == contents(blobs)
+
+
+def test_what_a_killed_start_leaves_is_no_obstacle(run_here: RunHere, tmp_path: Path) -> None:
+    """Nor are hidden files, the log of a batch job, and a link to the folder."""
+    run = tmp_path / "real"
+    for name, text in {"lock": "7", ".nfs1": "", "job-7.log": "x", "slurm-7.out": "x", "metrics.jsonl": '{"step": 0, "event": "note", "text": ""}\n',
+                       "tensorboard/events": "", "starts/start_00001.json.tmp": "{", "lost+found/x": "",
+                       "checkpoints/step_00000000/mp_rank_00_model_states.pt": "half", "checkpoints/step_00000000/manifest.json.tmp": ""}.items():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(text)
+    (tmp_path / "run").symlink_to(run)
+    outcome = run_here("--train.steps", 4)
+    assert outcome.code == 0, outcome.err
+    assert (run / "lock").read_text() == "7" and (run / "job-7.log").read_text() == "x"
+    assert "at step 4" in run_here("--train.steps", 8).err
+
+
+def test_retention_leaves_what_others_have_put_there(run_here: RunHere) -> None:
+    run = run_here("--train.steps", 4, "--checkpoint.every", 4).run
+    theirs = [run / "checkpoints" / name for name in ("step_1/model.pt", "step_00000003/model.pt", "step_00000004/notes.txt")]
+    for path in theirs:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    outcome = run_here("--train.steps", 16, "--checkpoint.every", 4, "--checkpoint.keep-last", 1)
+    assert outcome.code == 0, outcome.err
+    assert [path.read_text() for path in theirs] == ["mine"] * 3
+    assert [c.step for c in checkpoints(run)] == [16] and {path.name for path in theirs[2].parent.iterdir()} == {"notes.txt"}
+
+
+@pytest.mark.parametrize("inner", ["", "step_00000004", "step_00000004/inner", "mine"])
+@pytest.mark.parametrize("by", ["run", "linked run", "linked checkpoints"])
+def test_a_run_inside_the_checkpoints_of_another(by: str, inner: str, run_here: RunHere, tmp_path: Path) -> None:
+    """The outer run would remove it with its old checkpoints."""
+    run = run_here("--train.steps", 4).run
+    outer = run
+    if by == "linked run":
+        outer = tmp_path / "link"
+        outer.symlink_to(run)
+    elif by == "linked checkpoints":
+        (run / "checkpoints").rename(tmp_path / "elsewhere")
+        (run / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    before = contents(run)
+    folder = outer / "checkpoints" / inner
+    for arguments in (("--train.steps", 4), ("--dry-run",)):
+        assert_refused(run_here(*arguments, output=folder), f"{folder} lies in the checkpoints of the run {outer}", "with --output DIR")
+    assert contents(run) == before and not (folder / "lock").exists()
+
+
 def test_unwritable_run_directory(run_here: RunHere, tmp_path: Path) -> None:
     """Found at the start, not at the first checkpoint hours later."""
     (tmp_path / "file").write_text("")

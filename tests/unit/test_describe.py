@@ -86,6 +86,8 @@ def test_what_is_wrong_is_said(blobs: Path, tmp_path: Path, capsys: pytest.Captu
     assert describe.main([str(data), "--verify"]) == 2
     assert "shard_00001.arrow was altered" in capsys.readouterr().err
     assert describe.main([str(tmp_path / "nowhere")]) == 2 and "does not exist" in capsys.readouterr().err
+    assert describe.main([str(blobs / "manifest.json")]) == 2
+    assert f"error: {blobs / 'manifest.json'} is a file; give the folder that holds the data set\n" == capsys.readouterr().err
     assert describe.main([str(blobs), "--picture", str(tmp_path / "no/such/folder.png")]) == 2
     assert "cannot write" in capsys.readouterr().err
     assert describe.main([str(blobs), "--images", "0"]) == 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -152,6 +153,45 @@ def test_other_samples_are_kept_unless_replaced(
     assert images.shape != before[0].shape or (images != before[0]).any() or (labels != before[1]).any()
     provenance = json.loads((out / "cfg1.5/provenance.json").read_text())
     assert len(images) == provenance["num_samples"] and not list(out.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("content", ["a data set", "a data set that is half packed", "a damaged manifest", "pictures"])
+def test_what_is_no_sample_set_is_never_replaced(content: str, export: Path, blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before the model is loaded."""
+    folder = tmp_path / "out/cfg1.5"
+    if content == "pictures":
+        (folder / "png").mkdir(parents=True)
+        (folder / "png/mine.png").write_text("")
+    else:
+        shutil.copytree(blobs, folder)
+    if content == "a data set that is half packed":
+        (folder / "manifest.json").unlink()
+        (folder / "packing").mkdir()
+        (folder / "packing/job.json").write_text('{"source": {"images": "train"}}')
+    elif content == "a damaged manifest":
+        (folder / "manifest.json").write_text("{")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(sample, "load_trained", lambda *args: 1 / 0)
+    assert draw(export, tmp_path / "out", "--cfg-scale", "2.0", "1.5", "--replace") == 2
+    what = "png and no samples" if content == "pictures" else "a data set and no samples, so --replace does not remove it"
+    assert f"error: {folder} holds {what}; give another --out\n" == capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_cannot_be_drawn_into(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file, or a run's checkpoints: one line, before the model is loaded."""
+    (tmp_path / "file").write_text("mine")
+    checkpoint = tmp_path / "run/checkpoints/step_00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    monkeypatch.setattr(sample, "load_trained", lambda *args: 1 / 0)
+    for out, says in ((tmp_path / "file", f"cannot write to {tmp_path}/file/cfg1.5/manifest.json: Not a directory; {tmp_path}/file belongs to"),
+                      (checkpoint.parent, f"{checkpoint.parent} lies in the checkpoints of the run {tmp_path}/run"), (checkpoint, "lies in the checkpoints")):
+        assert draw(export, out, "--cfg-scale", "1.5") == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and says in said and "--out" in said and len(said.splitlines()) == 1
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_other_weights_of_the_same_step_are_other_samples(export: Path, tmp_path: Path) -> None:

@@ -113,6 +113,55 @@ def test_an_export_that_cannot_be_written(run_here: RunHere, tmp_path: Path, rea
         assert said.endswith("; choose another --out\n") and len(said.splitlines()) == 1
 
 
+@pytest.mark.parametrize("names", [("config.json", "model.safetensors"), ("config.json",), ("model.safetensors",), ("manifest.json",), ("notes.txt",)])
+def test_another_librarys_folder_is_not_overwritten(names: tuple[str, ...], run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    run, folder = run_here("--train.steps", 2).run, tmp_path / "theirs"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text('{"model_type": "bert"}')
+    monkeypatch.chdir(folder)
+    for out in (str(folder), ""):
+        assert export.main([str(run), "--out", out]) == 2
+        said = capsys.readouterr().err
+        assert f"holds {', '.join(sorted(names))} and no export of largescale" in said and "choose a new or an empty folder with --out" in said
+    assert {path.name: path.read_text() for path in folder.iterdir()} == dict.fromkeys(names, '{"model_type": "bert"}')
+
+
+def test_a_run_or_its_checkpoints_are_no_folder_for_an_export(run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_here("--train.steps", 2).run
+    before = sorted(run.rglob("*"))
+    for out, says in ((run, "and no export of largescale"), (run / "checkpoints/step_00000002", "lies in the checkpoints of the run"),
+                      (run / "checkpoints/new", "lies in the checkpoints of the run")):
+        assert export.main([str(run), "--out", str(out)]) == 2
+        assert says in capsys.readouterr().err
+    assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("spoil", ["nothing", "killed before the config", "damaged config", "hidden files"])
+def test_an_export_is_written_again(spoil: str, run_here: RunHere, tmp_path: Path) -> None:
+    run, out = run_here("--train.steps", 2).run, tmp_path / "out"
+    if spoil == "hidden files":
+        out.mkdir()
+        (out / ".gitattributes").write_text("")
+    else:
+        export.export(run, out)
+    if spoil.startswith("killed"):
+        (out / "config.json").unlink()
+        (out / ".model.safetensors.tmp").write_bytes(b"half")
+    elif spoil == "damaged config":
+        (out / "config.json").write_text("{")
+    assert export.main([str(run), "--out", str(out)]) == 0 and load_trained(out).info["step"] == 2
+    assert {path.name for path in out.iterdir()} <= {"config.json", "model.safetensors", ".gitattributes"}
+
+
+def test_a_file_is_no_run(run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:
+    log = run_here("--train.steps", 2).run / "metrics.jsonl"
+    for program in (lambda: export.main([str(log)]), lambda: sample.main([str(log), "--out", str(log.parent / "samples"), "--device", "cpu"])):
+        assert program() == 2
+        assert f"error: {log} is a file; give the folder of a run, such as runs/digits\n" == capsys.readouterr().err
+
+
 def test_damage(run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_here("--train.steps", 6, "--checkpoint.every", 3).run
     export.export(run)

@@ -253,6 +253,50 @@ def test_what_cannot_be_written_is_said_before_the_work(sets: Path, tmp_path: Pa
         assert "give --out FILE, which is enough" in capsys.readouterr().err
 
 
+def test_files_of_others_are_not_overwritten(sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused before any network is loaded, and every file stays as it is."""
+    np.savez(tmp_path / "real.npz", arr_0=images(30, 5).transpose(0, 2, 3, 1))
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(3), sigma=np.eye(3))
+    for name in ("provenance.json", "notes.npz"):
+        (tmp_path / name).write_text('{"run": "mine"}\n')
+    (tmp_path / "link.npz").symlink_to(tmp_path / "real.npz")
+    own = write(tmp_path / "own", images(30, 6))
+    (own / "results.jsonl").write_text('{"figure": 1}\n')
+    checkpoint = tmp_path / "run/checkpoints/step_00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(score, "load_extractor", lambda *args, **more: 1 / 0)
+    real, good = tmp_path / "real.npz", sets / "good"
+    for args, says in (
+        ((good, "--reference", real, "--save-reference", real), f"--save-reference {real} is --reference too; give another file"),
+        ((good, "--reference", real, "--save-reference", tmp_path / "link.npz"), "is --reference too"),
+        ((good, "--reference", sets / "reference", "--save-reference", real), f"{real} is there, and holds no statistics of largescale; give a new file"),
+        ((good, "--reference", real, "--save-reference", tmp_path / "adm.npz"), "holds no statistics of largescale"),
+        ((good, "--reference", real, "--save-reference", tmp_path / "notes.npz"), "holds no statistics of largescale"),
+        ((good, "--reference", real, "--out", tmp_path / "provenance.json"), "is there, and holds no rows of eval.score; give a new file with --out"),
+        ((good, "--reference", real, "--out", real), f"--out {real} is --reference too"),
+        ((good, "--reference", real, "--out", tmp_path / "new.npz", "--save-reference", tmp_path / "new.npz"), "is --out too"),
+        ((own, "--reference", real), f"{own}/results.jsonl is there, and holds no rows of eval.score; move it away, or give --out FILE"),
+        ((own, "--reference", real, "--out", checkpoint / "rows"), "lies in the checkpoints of the run"),
+        ((own, "--reference", real, "--save-reference", checkpoint / "kept.npz"), "lies in the checkpoints of the run"),
+    ):
+        assert run(*args, "--extractor", "tiny") == 2
+        said = capsys.readouterr().err
+        assert says in said and len(said.splitlines()) == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_files_of_ours_are_written_again(sets: Path, tmp_path: Path) -> None:
+    """Statistics replaced, rows appended, also after a line that a crash cut short."""
+    args = (sets / "good", "--reference", sets / "reference", "--extractor", "tiny", "--save-reference", tmp_path / "kept.npz", "--out", tmp_path / "rows")
+    (tmp_path / "kept.npz").write_bytes(b"")
+    (tmp_path / "rows").write_bytes(b"")
+    assert run(*args) == 0 and read_statistics(tmp_path / "kept.npz").count == 400
+    (tmp_path / "rows").write_bytes((tmp_path / "rows").read_bytes()[:40])
+    assert run(*args) == 0 and len((tmp_path / "rows").read_bytes().splitlines()) == 2
+
+
 def test_samples_that_one_may_only_read(sets: Path, tmp_path: Path, read_only: Any) -> None:
     """--out alone is enough."""
     before = rows(sets / "good") if (sets / "good/results.jsonl").exists() else []

@@ -347,6 +347,7 @@ def test_what_is_no_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert status.main([str(tmp_path)]) == 2
     assert f"{tmp_path} is not a run; give the folder of one, such as {run}\n" in capsys.readouterr().err
     assert status.main([str(run / "metrics.jsonl")]) == 2
+    assert f"{run / 'metrics.jsonl'} is a file; give the folder that training wrote to" in capsys.readouterr().err
 
 
 def test_nothing_is_written(run: Path) -> None:
