@@ -1,6 +1,7 @@
 """Files: written atomically, locked, checked, and found again where they were moved."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -14,6 +15,16 @@ from typing import IO, Any
 from largescale.errors import CheckpointError, StorageError
 from largescale.host.launch import heartbeat
 
+# Errors that another try does not change, unlike those of a full or a remote disk.
+_PERMANENT = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EINVAL,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 # In a run directory, held by the one process that trains it.
 LOCK = "lock"
 
@@ -95,15 +106,25 @@ def require_writable(*files: Path, remedy: str) -> None:
             if existing == file:
                 os.close(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK))
             else:
+                _require_names(file, existing)
                 # Hidden: some file systems cannot make one without a name.
                 with tempfile.TemporaryFile(dir=existing, prefix="."):
                     pass
-        except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
-            raise CheckpointError(
-                f"cannot write to {file}: {error.strerror}; {_whose(existing)}; {remedy}"
-            ) from error
         except OSError as error:
+            # A folder that is there, and in which nothing can be made, such as /proc.
+            no_new_names = error.errno == errno.ENOENT and existing.is_dir()
+            if error.errno in _PERMANENT or no_new_names:
+                raise CheckpointError(
+                    f"cannot write to {file}: {error.strerror}; {_whose(existing)}; {remedy}"
+                ) from error
             raise StorageError(f"cannot write to {file} at present: {error}") from error
+
+
+def _require_names(file: Path, existing: Path) -> None:
+    """Raise OSError where a name of the path, below the folder that exists, can be no file's."""
+    for name in file.relative_to(existing).parts:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(existing / name)
 
 
 def visible(folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """What a user gets wrong: one line that says what to do, before any work, and nothing lost."""
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -726,6 +727,26 @@ def test_unwritable_run_directory(run_here: RunHere, tmp_path: Path) -> None:
     """Found at the start, not at the first checkpoint hours later."""
     (tmp_path / "file").write_text("")
     assert_refused(run_here(output=tmp_path / "file" / "run"), f"cannot write to {tmp_path}/file/run", "--output")
+
+
+def test_a_folder_in_which_nothing_can_be_made(run_here: RunHere, tmp_path: Path) -> None:
+    """Status 2, not 75: another try changes nothing. What may go away, such as a link to a disk that is not mounted, stays 75."""
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for output, why in ((Path("/proc/largescale"), ""), (tmp_path / ("x" * 300), "File name too long"),
+                        (tmp_path / "new" / ("x" * 300), "File name too long"), (tmp_path / "loop", "Too many levels of symbolic links")):
+        assert_refused(run_here(output=output), f"error: cannot write to {output}/lock: {why}", "choose another --output")
+    (tmp_path / "not mounted").symlink_to(tmp_path / "nowhere")
+    assert run_here(output=tmp_path / "not mounted").code == 75
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOENT, errno.ENOSPC, errno.EIO, errno.ESTALE])
+def test_which_errors_are_permanent(error: int, run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**where: Any) -> Any:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr("largescale.host.files.tempfile.TemporaryFile", fail)
+    outcome = run_here()
+    assert outcome.code == (2 if error in (errno.EINVAL, errno.ENOENT) else 75) and os.strerror(error) in outcome.err
 
 
 @pytest.mark.parametrize("name", ["", "lock", "metrics.jsonl", "checkpoints", "starts"])
