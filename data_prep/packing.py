@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from data_prep import images
 from data_prep.sources import Item, Source, first_reasons
+from largescale.checkpoint.files import require_outside_checkpoints
 from largescale.config.command_line import check_counts, parse_options, run_program
 from largescale.data.format import LATENT_RGB, CaptionInfo, DatasetInfo
 from largescale.data.loader import to_x_start
@@ -111,7 +112,7 @@ class Packing:
         raise NotImplementedError
 
     def check(self) -> None:
-        """Raises ConfigError before anything is read."""
+        """Raises ConfigError, or CheckpointError for --out, before anything is read."""
         check_counts(self, "resolution", "rows_per_shard", "batch_size", "workers", "max_pixels")
         check_counts(self, "max_tokens", "min_side")
         if self.vae is None:
@@ -122,6 +123,7 @@ class Packing:
         check_cuda(self.device)
         if self.device == "cpu" and self.precision:
             check_on_cpu(self.precision, "--precision {}")
+        require_outside_checkpoints(self.out, "--out")
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"--out {self.out} is a file; give a folder")
 

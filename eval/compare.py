@@ -43,6 +43,7 @@ from eval.curve import Curve, Curves, make_scorer, steps_of, steps_to_score
 from eval.sample import Sample, Sampler, folder_of
 from eval.score import Scorer
 from eval.training_runs import Run, check_same, configure
+from largescale.checkpoint.files import require_outside_checkpoints
 from largescale.config.command_line import check_counts, parse_options, run_program, split_at_dashes
 from largescale.config.derived import cluster_edges
 from largescale.config.schema import Config
@@ -128,7 +129,10 @@ class Compare:
     --train.device, after --."""
 
     def check(self) -> None:
-        """Raises ConfigError for options that cannot work, whatever the preset."""
+        """Raises ConfigError for options that cannot work, whatever the preset, and CheckpointError
+        for an --out in the checkpoints of a run."""
+        if self.out:
+            require_outside_checkpoints(self.out, "--out")
         check_counts(self, "seeds", "nproc", "naive_interval", "every", "frechet_every", "clusters")
         check_counts(self, "loss_images", "batch_size")
         # A score has ten groups of samples, each of one at least.

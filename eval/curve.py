@@ -30,7 +30,7 @@ import tyro
 from eval.sample import Sample, Sampler, folder_of
 from eval.score import RESULTS, Score, Scorer
 from eval.scoring.figures import GROUPS
-from largescale.checkpoint.files import CheckpointDir, checkpoints
+from largescale.checkpoint.files import CheckpointDir, checkpoints, require_outside_checkpoints
 from largescale.config.command_line import parse_options, run_program
 from largescale.config.schema import Config
 from largescale.config.serialise import from_dict
@@ -125,6 +125,8 @@ class Curve:
 
     def check(self) -> None:
         """Raises ConfigError, or CheckpointError, for options that cannot work."""
+        if self.out:
+            require_outside_checkpoints(self.out, "--out")
         if self.every < 1:
             raise ConfigError(f"every={self.every} must be at least 1; it counts training steps")
         # By resolved path: a run under two names would be scored twice.

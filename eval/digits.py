@@ -24,6 +24,7 @@ import tyro
 from torch import Tensor, nn
 from tqdm import trange
 
+from largescale.checkpoint.files import require_outside_checkpoints
 from largescale.config.command_line import parse_options, run_program
 from largescale.data.shards import ShardDataset
 from largescale.errors import DataError
@@ -208,6 +209,7 @@ def run(options: Digits) -> None:
     """Print the results, and write them where --out is given."""
     # An --out that cannot be written is an error before training.
     if options.out:
+        require_outside_checkpoints(options.out, "--out")
         require_writable(options.out, remedy="choose another --out")
     results = score(options.samples, options.data, options.out)
     print(line("held-out real digits", results["held_out"]))

@@ -11,6 +11,7 @@ are a matter of minutes.
 """
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -276,7 +277,7 @@ class Scorer:
 def _require_other(path: Path, other: Path | None, option: str, other_option: str) -> None:
     """Raise ConfigError where two options name one file."""
     # By where they lead: one may be a link.
-    if other and path.resolve() == other.resolve():
+    if other and os.path.realpath(path) == os.path.realpath(other):
         raise ConfigError(f"{option} {path} is {other_option} too; give another file")
 
 

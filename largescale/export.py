@@ -55,12 +55,16 @@ def export(run: Path, out: Path | None = None, step: int | None = None) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in named_weights(checkpoint).items()}
 
-    # The config comes last: a folder that has one is complete.
-    config_path.unlink(missing_ok=True)
     # Whole or absent under its name: a part of it could not be told from another's file.
     temporary = weights_path.with_name(f".{EXPORT_WEIGHTS}.tmp")
-    save_file(weights, temporary, metadata=EXPORT_METADATA)
-    temporary.replace(weights_path)
+    try:
+        save_file(weights, temporary, metadata=EXPORT_METADATA)
+        # The config comes last: a folder that has one is complete.
+        config_path.unlink(missing_ok=True)
+        temporary.replace(weights_path)
+    # On a full disk it would only take space.
+    finally:
+        temporary.unlink(missing_ok=True)
     write_atomically(config_path, json.dumps(description, indent=1))
     # safetensors makes its file readable for the owner alone.
     shutil.copymode(config_path, weights_path)

@@ -13,6 +13,7 @@ import torch
 
 from eval.difficulty_study.relative_entropy import MIN_POINTS
 from eval.training_runs import Run, check_same, configure
+from largescale.checkpoint.files import require_outside_checkpoints
 from largescale.config.command_line import check_counts
 from largescale.config.derived import cluster_edges
 from largescale.config.presets import PRESETS
@@ -109,7 +110,8 @@ class Study:
     Training has --train.device, after --."""
 
     def check(self) -> None:
-        """Raises ConfigError, or DataError, for options that cannot work."""
+        """Raises ConfigError, DataError or CheckpointError for options that cannot work."""
+        require_outside_checkpoints(self.out, "--out")
         check_counts(self, "intervals", "steps", "patience", "nproc", "sampler_steps", "batch_size")
         if self.interval is not None and not 0 <= self.interval <= self.intervals:
             raise ConfigError(

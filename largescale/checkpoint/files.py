@@ -237,7 +237,7 @@ def require_outside_checkpoints(path: Path, option: str) -> None:
     """Raise CheckpointError where what `option` names lies in the checkpoints of a run, which
     removes old ones."""
     # As it is written and where it leads: the run, its checkpoints, or one of them may be a link.
-    for place in (Path(os.path.abspath(path)), path.resolve()):
+    for place in (Path(os.path.abspath(path)), Path(os.path.realpath(path))):
         for folder in (place, *place.parents):
             if folder.name == "checkpoints" and is_run(folder.parent):
                 raise CheckpointError(

@@ -16,7 +16,7 @@ from largescale.errors import CheckpointError, StorageError
 from largescale.host.launch import heartbeat
 
 # Errors that another try does not change, unlike those of a full or a remote disk.
-_PERMANENT = (
+PERMANENT = (
     errno.EACCES,
     errno.EPERM,
     errno.ENOTDIR,
@@ -113,7 +113,7 @@ def require_writable(*files: Path, remedy: str) -> None:
         except OSError as error:
             # A folder that is there, and in which nothing can be made, such as /proc.
             no_new_names = error.errno == errno.ENOENT and existing.is_dir()
-            if error.errno in _PERMANENT or no_new_names:
+            if error.errno in PERMANENT or no_new_names:
                 raise CheckpointError(
                     f"cannot write to {file}: {error.strerror}; {_whose(existing)}; {remedy}"
                 ) from error
@@ -129,9 +129,9 @@ def _require_names(file: Path, existing: Path) -> None:
 
 def visible(folder: Path) -> list[Path]:
     """What the folder holds, in order, but for hidden files; nothing where there is no folder."""
-    if not folder.exists():
-        return []
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    return []
 
 
 def names_of(paths: list[Path]) -> str:

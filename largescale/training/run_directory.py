@@ -19,7 +19,7 @@ from largescale.config.schema import Config
 from largescale.config.serialise import differences, from_dict, to_dict
 from largescale.data.shards import ShardDataset
 from largescale.errors import CheckpointError, StorageError, usable
-from largescale.host.files import LOCK, names_of, require_writable, try_lock, visible
+from largescale.host.files import LOCK, PERMANENT, names_of, require_writable, try_lock, visible
 from largescale.host.launch import heartbeat
 from largescale.host.signals import stop_requested
 from largescale.monitoring.run_record import read_starts
@@ -36,11 +36,11 @@ def require_run_directory(run_dir: Path) -> None:
     try:
         foreign = [path for path in visible(run_dir) if not _is_left_by_a_killed_start(path)]
         refused = bool(foreign) and not is_run(run_dir)
-    except (PermissionError, NotADirectoryError) as error:
-        raise CheckpointError(
-            f"cannot read {run_dir}: {error.strerror}; choose another --output DIR"
-        ) from error
     except OSError as error:
+        if error.errno in PERMANENT:
+            raise CheckpointError(
+                f"cannot read {run_dir}: {error.strerror}; choose another --output DIR"
+            ) from error
         raise StorageError(f"{run_dir} cannot be read at present: {error}") from error
     if refused:
         raise CheckpointError(

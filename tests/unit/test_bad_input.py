@@ -727,6 +727,7 @@ def test_unwritable_run_directory(run_here: RunHere, tmp_path: Path) -> None:
     """Found at the start, not at the first checkpoint hours later."""
     (tmp_path / "file").write_text("")
     assert_refused(run_here(output=tmp_path / "file" / "run"), f"cannot write to {tmp_path}/file/run", "--output")
+    assert_refused(run_here("--dry-run", output=tmp_path / "file"), f"cannot read {tmp_path}/file: Not a directory; choose another --output DIR")
 
 
 def test_a_folder_in_which_nothing_can_be_made(run_here: RunHere, tmp_path: Path) -> None:
@@ -735,6 +736,9 @@ def test_a_folder_in_which_nothing_can_be_made(run_here: RunHere, tmp_path: Path
     for output, why in ((Path("/proc/largescale"), ""), (tmp_path / ("x" * 300), "File name too long"),
                         (tmp_path / "new" / ("x" * 300), "File name too long"), (tmp_path / "loop", "Too many levels of symbolic links")):
         assert_refused(run_here(output=output), f"error: cannot write to {output}/lock: {why}", "choose another --output")
+        # It makes nothing, so it finds only what lies in a folder that is there.
+        if why and output.parent == tmp_path:
+            assert_refused(run_here("--dry-run", output=output), f"error: cannot read {output}: {why}; choose another --output DIR")
     (tmp_path / "not mounted").symlink_to(tmp_path / "nowhere")
     assert run_here(output=tmp_path / "not mounted").code == 75
 

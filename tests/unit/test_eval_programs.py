@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import largescale
-from eval import digits, sample
+from data_prep import digits as digits_packer
+from data_prep import folder as folder_packer
+from eval import compare, curve, difficulty, digits, sample
 from eval.drawing import sample_set
 from largescale.checkpoint.weights import EXPORT_CONFIG, EXPORT_WEIGHTS
 from largescale.config.presets import PRESETS
@@ -192,6 +194,22 @@ def test_a_folder_that_cannot_be_drawn_into(export: Path, tmp_path: Path, monkey
         said = capsys.readouterr().err
         assert said.startswith("error: ") and says in said and "--out" in said and len(said.splitlines()) == 1
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("program", "args"), [
+    (curve, ("RUN", "--reference", "real")), (compare, ("--preset", "digits")), (difficulty, ("digits",)), (digits, ("samples", "--data", "real")),
+    (digits_packer, ()), (folder_packer, ("--images", "real", "--vae", "none", "--resolution", "16"))], ids=lambda value: getattr(value, "__name__", ""))
+def test_no_program_writes_into_the_checkpoints_of_a_run(program: Any, args: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which the run would remove with its old checkpoints."""
+    checkpoint = tmp_path / "run/checkpoints/step_00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    assert program.main([*(arg.replace("RUN", str(tmp_path / "run")) for arg in args), "--out", str(checkpoint / "new")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == (f"error: {checkpoint}/new lies in the checkpoints of the run {tmp_path}/run, which removes old ones; give a folder outside of "
+                    f"{checkpoint.parent} with --out")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_other_weights_of_the_same_step_are_other_samples(export: Path, tmp_path: Path) -> None:

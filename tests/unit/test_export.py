@@ -162,6 +162,21 @@ def test_a_file_is_no_run(run_here: RunHere, capsys: pytest.CaptureFixture[str])
         assert f"error: {log} is a file; give the folder of a run, such as runs/digits\n" == capsys.readouterr().err
 
 
+def test_a_failed_export_leaves_nothing_half_written(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one before stays, and no part of the new one takes space."""
+    run = run_here("--train.steps", 6, "--checkpoint.every", 3).run
+    out = export.export(run, step=3)
+
+    def fail(weights: Any, path: Path, **more: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        export.export(run)
+    assert load_trained(out).info["step"] == 3 and {path.name for path in out.iterdir()} == {"config.json", "model.safetensors"}
+
+
 def test_damage(run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_here("--train.steps", 6, "--checkpoint.every", 3).run
     export.export(run)
