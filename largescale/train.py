@@ -62,9 +62,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
         # This import loads torch, during which a small limit of memory may kill.
         warned = check_process_memory(config.train.device)
-        from largescale.training.startup import run
+        from largescale.training.startup import start
 
-        return run(config, start_time, warned_of_memory=warned)
+        return start(config, start_time, warned_of_memory=warned)
     except LargescaleError as error:
         print_error(error)
         return error.exit_status

@@ -62,7 +62,7 @@ def train_run(
     checkpointer = Checkpointer(
         config.run_dir, config.checkpoint, ranks, patience_s=config.train.timeout_s / 2, lock=lock
     )
-    checkpoint = find_checkpoint(config, identity, checkpointer, ranks, dataset, log)
+    checkpoint = newest_to_resume(config, identity, checkpointer, ranks, dataset, log)
     if checkpoint is not None and checkpoint.step >= config.train.steps:
         log(finished_message(config, checkpoint))
         return 0
@@ -163,7 +163,7 @@ def run_identity(config: Config, ds: dict[str, Any], dataset: ShardDataset) -> d
     }
 
 
-def find_checkpoint(
+def newest_to_resume(
     config: Config,
     identity: dict[str, Any],
     checkpointer: Checkpointer,

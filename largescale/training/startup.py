@@ -54,7 +54,7 @@ def resolve_auto(config: Config) -> Config:
     )
 
 
-def run(config: Config, start_time: float, *, warned_of_memory: bool) -> int:
+def start(config: Config, start_time: float, *, warned_of_memory: bool) -> int:
     """Train; the process's exit status. `warned_of_memory`: this rank has warned already that
     memory is short."""
     # Settings are checked before ranks wait for each other.
@@ -81,7 +81,7 @@ def run(config: Config, start_time: float, *, warned_of_memory: bool) -> int:
             ranks.raise_on_all_ranks(
                 lambda: None if warned_of_memory else check_memory(config, ds, ranks.world_size)
             )
-            status = train(config, ds, ranks, watchdog, start_time)
+            status = open_and_train(config, ds, ranks, watchdog, start_time)
         except DeviceError as error:
             # The other ranks are in some collective, and notice as they do with a crash.
             end_at_once(error)
@@ -149,7 +149,7 @@ def require_one_version(ranks: Ranks) -> None:
             )
 
 
-def train(
+def open_and_train(
     config: Config, ds: dict[str, Any], ranks: Ranks, watchdog: Watchdog, start_time: float
 ) -> int:
     """Open the data set and the run directory, then train; the process's exit status."""
