@@ -19,9 +19,10 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
-from inductor_without_gpu import DEVICES, Half, attention, halves
+from inductor_without_gpu import DEVICES, Half, attention, halves, residual_norm
 from torch import Tensor, nn
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -29,7 +30,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 from largescale.config.deepspeed import load_ds_config, precision
 from largescale.config.presets import PRESETS
 from largescale.config.schema import Config
-from largescale.models import dit
+from largescale.models import dit, fused_blocks
 from largescale.models.build import build_model
 from largescale.models.dit import DiT, flops_per_image
 from largescale.planning.cost import HARDWARE, Hardware, step
@@ -80,8 +81,11 @@ class Kernel:
 # ---- what a block launches
 
 
-def kernels_of_block(config: Config, images: int, card: str) -> list[Kernel]:
-    """Of the forward and backward pass of one block of the preset's DiT, for `images` images."""
+def kernels_of_block(
+    config: Config, images: int, card: str, kernels: str = "inductor"
+) -> list[Kernel]:
+    """Of the forward and backward pass of one block of the preset's DiT, for `images` images, by
+    train.kernels=inductor or fused."""
     model, kind = config.model, TYPES[precision(load_ds_config(config.train.ds_config))]
     tokens, width = (model.input_size // model.patch_size) ** 2, model.hidden_size
     captions = model.max_caption_tokens
@@ -90,26 +94,50 @@ def kernels_of_block(config: Config, images: int, card: str) -> list[Kernel]:
         # The weights are in the compute type, as DeepSpeed casts them.
         torch.set_default_dtype(kind)
         try:
-            return dit.Block(width, model.num_heads, model.mlp_ratio, captions > 0)
+            block = dit.Block(width, model.num_heads, model.mlp_ratio, captions > 0)
         finally:
             torch.set_default_dtype(torch.float32)
+        return fused_blocks.FusedBlock(block) if kernels == "fused" else block
 
     def inputs() -> tuple[Any, ...]:
-        x = torch.empty(images, tokens, width).requires_grad_()
-        c = torch.empty(images, width, dtype=kind).requires_grad_()
-        if not captions:
-            return x, c, None
-        of_captions = torch.empty(images, captions, width, dtype=kind).requires_grad_()
-        return x, c, (of_captions, torch.empty(images, captions, dtype=torch.bool))
+        def of_stream(*size: int) -> Tensor:
+            return torch.empty(*size, width, dtype=kind).requires_grad_()
 
-    plain, dit.attention = dit.attention, attention
-    try:
+        x = torch.empty(images, tokens, width).requires_grad_()
+        c = of_stream(images)
+        of_captions = None
+        if captions:
+            mask = torch.empty(images, captions, dtype=torch.bool)
+            of_captions = (of_stream(images, captions), mask)
+        if kernels != "fused":
+            return x, c, of_captions
+        # A block in the middle: the one before hands on its last branch.
+        pending = fused_blocks.Pending(of_stream(images, tokens), of_stream(), of_stream(images))
+        return x, pending, c, of_captions
+
+    with (
+        mock.patch.object(dit, "attention", attention),
+        mock.patch.object(fused_blocks, "residual_norm", residual_norm),
+    ):
         passes = halves(build, inputs, DEVICES[card])
-    finally:
-        dit.attention = plain
     found: list[Kernel] = []
     for backward, half in enumerate(passes):
-        found += _inductors_kernels(half, bool(backward)) + _library_calls(half, bool(backward))
+        for kernels_of in (_inductors_kernels, _our_kernels, _library_calls):
+            found += kernels_of(half, bool(backward))
+    return found
+
+
+def _our_kernels(half: Half, backward: bool) -> list[Kernel]:
+    """The fused kernels, with the bytes of each argument and result counted once: a test compares
+    them with what Triton's interpreter sees the kernels touch."""
+    found = []
+    for node in half.graph.graph.nodes:
+        name = str(node.target)
+        if not name.startswith("roofline.residual_norm"):
+            continue
+        moved = {arg: arg.meta["val"] for arg in node.args if isinstance(arg, torch.fx.Node)}
+        size = sum(map(_bytes, (*moved.values(), *node.meta["val"])))
+        found.append(Kernel(name.split(".")[1], "ours", backward, size, 0.0))
     return found
 
 
@@ -132,13 +160,13 @@ def _library_calls(half: Half, backward: bool) -> list[Kernel]:
     found = []
     for node in half.graph.graph.nodes:
         name = str(node.target)
-        if not name.startswith(("aten.mm", "aten.addmm", "aten.bmm", "roofline.")):
+        if not name.startswith(("aten.mm", "aten.addmm", "aten.bmm", "roofline.attention")):
             continue
         operands = [arg.meta["val"] for arg in node.args if hasattr(arg, "meta")]
         results = node.meta["val"]
         results = list(results) if isinstance(results, tuple | list) else [results]
         moved = sum(map(_bytes, operands + results))
-        if name.startswith("roofline."):
+        if name.startswith("roofline.attention"):
             q, k = operands[-5:-3] if backward else operands[:2]
             n, heads, tokens, width = q.shape
             # q k^T and the weights times v; backward five products instead of two.
@@ -282,6 +310,7 @@ def main(args: list[str] | None = None) -> None:
     )
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 16, 64])
     parser.add_argument("--images", type=int, default=32, help="micro batch of the kernels' table")
+    parser.add_argument("--kernels", choices=["inductor", "fused"], default="inductor")
     parser.add_argument("--json", help="write everything to this file")
     options = parser.parse_args(args)
     config = PRESETS[options.preset]()
@@ -289,14 +318,17 @@ def main(args: list[str] | None = None) -> None:
 
     def kernels_for(images: int) -> list[Kernel]:
         if images not in made:
-            made[images] = kernels_of_block(config, images, options.card)
+            made[images] = kernels_of_block(config, images, options.card, options.kernels)
         return made[images]
 
     kernels = kernels_for(options.images)
     tokens = (config.model.input_size // config.model.patch_size) ** 2
     elements = options.images * tokens * config.model.hidden_size
     print(card_line(options.card))
-    print(f"\nA block of {config.name}, forward and backward, {options.images} images:\n")
+    print(
+        f"\nA block of {config.name}, train.kernels={options.kernels}, forward and backward, "
+        f"{options.images} images:\n"
+    )
     print(kernel_table(kernels, RATES[options.card], elements))
     moved = bytes_per_element(kernels, elements)
     print(f"\nbytes per residual element and block: {moved:.1f}\n")
@@ -306,6 +338,7 @@ def main(args: list[str] | None = None) -> None:
         report = {
             "preset": config.name,
             "card": options.card,
+            "train_kernels": options.kernels,
             "bytes_per_element": moved,
             "kernels": [asdict(kernel) for kernel in kernels],
             "steps": [asdict(prediction) for prediction in predictions],

@@ -12,6 +12,7 @@ without a GPU.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -314,16 +315,20 @@ def _backward_eager(
     return dx, weighted.to(branch.dtype), torch.stack([each.sum(1) for each in per_token], dim=1)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, branch, bias, gate, _, scale, keep_input = inputs
     x_new, _, mean, rstd = output
     ctx.save_for_backward(x if keep_input else x_new, branch, bias, gate, scale, mean, rstd)
     ctx.saved_is_input = keep_input
 
 
-def _gradients(ctx: Any, dx_new: Tensor, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def gradients(
+    ctx: Any, dx_new: Tensor, dy: Tensor, backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+) -> tuple[Tensor | None, ...]:
+    """Those of the inputs of `residual_norm`, by `backward`, which takes and gives what
+    `_backward` does."""
     saved, branch, bias, gate, scale, mean, rstd = ctx.saved_tensors
-    dx, dbranch, sums = torch.ops.largescale.residual_norm_backward(
+    dx, dbranch, sums = backward(
         dx_new, dy, saved, branch, bias, gate, scale, mean, rstd, ctx.saved_is_input
     )
     dshift, dscale, dgate, dbias = sums.unbind(1)
@@ -338,4 +343,8 @@ def _gradients(ctx: Any, dx_new: Tensor, dy: Tensor, *_: Tensor) -> tuple[Tensor
     )
 
 
-_forward.register_autograd(_gradients, setup_context=_keep)
+def _gradients(ctx: Any, dx_new: Tensor, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return gradients(ctx, dx_new, dy, torch.ops.largescale.residual_norm_backward)
+
+
+_forward.register_autograd(_gradients, setup_context=keep)

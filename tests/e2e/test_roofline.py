@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("triton", reason="Inductor writes code for GPUs with Triton only")
 from largescale.config.presets import PRESETS
+from largescale.models.fused_norm import ROWS
 from largescale.planning.cost import HARDWARE
 
-pytest.importorskip("triton", reason="Inductor writes code for GPUs with Triton only")
 ROOT = Path(__file__).parents[2]
 
 
@@ -30,6 +31,22 @@ def test_the_operations_of_a_block_are_the_formulas(preset: str, images: int, ro
     assert sum(forward.values()) == images * roofline.forward_flops(config)[0]
     # Each product has two in the backward pass; attention computes its weights again.
     assert backward["product"] == 2 * forward["product"] and backward["attention"] == 2.5 * forward["attention"]
+
+
+def test_the_bytes_of_fused_kernels(roofline: Any) -> None:
+    """Those that Triton's interpreter sees the kernels touch (tests/unit/test_fused_norm.py, in the same words)."""
+    images, tokens, width = 2, 256, 384
+    kernels = [k for k in roofline.kernels_of_block(PRESETS["dit_s2_imagenet256"](), images, "h100", "fused") if k.kind == "ours"]
+    elements, around = images * tokens * width, 2 * 4 * images * tokens + 2 * width
+    sums = 4 * 4 * width * images * tokens // ROWS
+    assert [k.bytes for k in kernels if not k.backward] == [12 * elements + around + 3 * 2 * images * width] * 2
+    assert [k.bytes for k in kernels if k.backward] == [18 * elements + around + 2 * 2 * images * width + sums] * 2
+
+
+def test_fused_kernels_move_fewer_bytes(roofline: Any) -> None:
+    config, elements = PRESETS["dit_s2_imagenet256"](), 2 * 256 * 384
+    moved = [roofline.bytes_per_element(roofline.kernels_of_block(config, 2, "h100", kernels), elements) for kernels in ("inductor", "fused")]
+    assert moved[1] < 0.85 * moved[0]
 
 
 def test_the_report(roofline: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
