@@ -2,6 +2,7 @@
 # make demo-text   the same for text-to-image: captioned emoji
 # make test        sets everything up and runs the tests
 # make docs        builds the pages of docs/ as a site, in site/
+# make clean       removes .venv, the site and the demo's data; runs/ stays
 
 PYTHON ?= python3
 RANKS ?= 2
@@ -27,14 +28,14 @@ unexport PYTHONDONTWRITEBYTECODE
 demo:
 	@$(PYTHON) install.py demo
 	$(PY) -m data_prep.digits --out data/digits
-	$(TORCHRUN) -m largescale.train demo --output $(RUN) $(DEMO_ARGS)
-	$(TORCHRUN) -m eval.sample $(RUN) --out $(RUN)/eval --num-samples $(SAMPLES) --cfg-scale 1.5 2.0 \
+	$(TORCHRUN) -m largescale.train demo --output "$(RUN)" $(DEMO_ARGS)
+	$(TORCHRUN) -m eval.sample "$(RUN)" --out "$(RUN)/eval" --num-samples $(SAMPLES) --cfg-scale 1.5 2.0 \
 		--sampler heun --steps 8 --replace
-	$(PY) -m eval.digits $(RUN)/eval/cfg1.5 $(RUN)/eval/cfg2.0 --out $(RUN)/eval/digits.json
+	$(PY) -m eval.digits "$(RUN)/eval/cfg1.5" "$(RUN)/eval/cfg2.0" --out "$(RUN)/eval/digits.json"
 	@echo
 	@echo "pictures     $(RUN)/eval/cfg2.0/grid.png, $(RUN)/eval/cfg1.5/grid.png (a column a class); while training: $(RUN)/samples"
 	@echo "logs         $(RUN)/metrics.jsonl; to look: $(PY) -m tensorboard.main --logdir $(RUN)/tensorboard"
-	@echo "checkpoint   $$(ls -d $(RUN)/checkpoints/step_* | tail -n 1)"
+	@echo "checkpoint   $$(ls -d '$(RUN)'/checkpoints/step_* | tail -n 1)"
 	@echo "measured     above, and in $(RUN)/eval/digits.json; this start took $$(($$(date +%s) - $(STARTED))) s"
 	@echo "to resume    make demo, after an interruption"
 	@echo "try next     make demo DEMO_ARGS='--train.steps 4000'                              # trains on"
@@ -49,8 +50,8 @@ demo-text:
 	@$(PYTHON) install.py demo-text
 	$(PY) -m data_prep.emoji --out data/emoji
 	$(PY) -m data_prep.describe data/emoji --picture data/emoji.png
-	$(TORCHRUN) -m largescale.train emoji --output $(TEXT_RUN) $(DEMO_ARGS)
-	$(TORCHRUN) -m eval.sample $(TEXT_RUN) --out $(TEXT_RUN)/eval --num-samples 50 --cfg-scale 2.0 --sampler dpm++2m --steps 20 --replace \
+	$(TORCHRUN) -m largescale.train emoji --output "$(TEXT_RUN)" $(DEMO_ARGS)
+	$(TORCHRUN) -m eval.sample "$(TEXT_RUN)" --out "$(TEXT_RUN)/eval" --num-samples 50 --cfg-scale 2.0 --sampler dpm++2m --steps 20 --replace \
 		--prompts $(PROMPTS)
 	@echo
 	@echo "pictures     $(TEXT_RUN)/eval/cfg2.0/grid.png (a column a prompt); while training: $(TEXT_RUN)/samples"
@@ -72,4 +73,4 @@ docs:
 	@echo "open site/index.html, or: $(PY) -m http.server --directory site"
 
 clean:
-	rm -rf .venv site runs data/digits data/emoji data/emoji.png
+	rm -rf .venv site data/digits data/emoji data/emoji.png

@@ -194,6 +194,7 @@ def ours(job: Job) -> None:
     from largescale.monitoring.telemetry import Telemetry
     from largescale.training import step as module
     from largescale.training.recorder import Recorder
+    from largescale.training.startup import use_tf32
     from largescale.training.state import TrainingState
     from largescale.training.trainer import Trainer
 
@@ -216,6 +217,8 @@ def ours(job: Job) -> None:
     start_time = time.time()
     ds = final_ds_config(c, 1)
     ranks = Ranks(c.train.device)
+    if c.train.device == "cuda":
+        use_tf32(c.train.tf32)
     dataset = ShardDataset(c.data.path)
     checkpointer = Checkpointer(c.run_dir, c.checkpoint, ranks, c.train.timeout_s)
     objective = build_objective(c)

@@ -74,6 +74,7 @@ def read(
     Raises DataError for a file that is not COCO captions, ids or file names given twice, captions
     without their image, and images that are missing.
     """
+    # Whatever can be refused is refused before the first image is opened.
     listed = parse(captions, splits)
     missing, unlisted = missing_files(images, list(listed.files.values()), captions, skip_missing)
     chosen = choose(listed, missing)
@@ -143,6 +144,7 @@ def choose(listed: Listed, missing: Container[str]) -> Chosen:
 def parse(path: Path, splits: Sequence[str] = ()) -> Listed:
     """The content of a captions file. Raises DataError for one that is not COCO captions, and for
     ids or file names that are given twice."""
+    # JSON first, then the shape of its content: each has a remedy of its own.
     text = text_of(path)
     try:
         document = from_json(text)

@@ -57,6 +57,7 @@ def describe(data: ShardDataset) -> list[str]:
 def _content(data: ShardDataset) -> list[tuple[str, str]]:
     """Names and values of what the data set holds."""
     info = data.info
+    # A line each, in the order in which a reader asks.
     manifest = data.manifest
     facts = [("data set", f"{info.name}, fingerprint {data.fingerprint[:12]}")]
     mirrored = ", with mirror images" if data.has_mirror else ""
@@ -77,6 +78,7 @@ def _content(data: ShardDataset) -> list[tuple[str, str]]:
         place = made_with.get(name) or made_with.get(f"{name}_encoder")
         facts.append((f"{name} encoder", f"{identity}, from {place}" if place else identity))
 
+    # What a copy to another disk takes.
     shards = manifest["shards"]
     size = sum(shard["bytes"] for shard in shards)
     on_disk = f"{size / 1e6:,.1f} MB, shards: {len(shards)}, {size / len(data):,.0f} bytes an image"

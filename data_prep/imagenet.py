@@ -104,6 +104,7 @@ def _from_folders(
             "labels python -m data_prep.folder"
         )
 
+    # The folder of an image is its class.
     class_of = [file.partition("/")[0] for file in inside]
     filled = set(class_of)
     if names is None:
@@ -156,6 +157,7 @@ def _from_csv(
     def where(label: str) -> str:
         return f"{path}, line {rows[first[label]].line} ({first[label]})"
 
+    # Numbers are labels; words are sorted, or looked up in --classes.
     index_of, names, count = class_labels(
         counts, names or (), where, "correct it, or give the label map with --classes FILE"
     )

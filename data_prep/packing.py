@@ -138,10 +138,13 @@ class Packer:
         self.source = options.source()
         self._check_text_encoder()
 
+        # Ranks do not talk to each other: each takes parts that no other has claimed.
         self.rank = env_rank()
         self.world_size = env_world_size()
         if options.device == "cuda":
+            # Of this rank, for every thread: memory that one takes elsewhere is on the first GPU.
             self.device = torch.device("cuda", env_local_rank() % torch.cuda.device_count())
+            torch.cuda.set_device(self.device)
             self.precision = options.precision or "bf16"
         else:
             self.device = torch.device("cpu")

@@ -158,7 +158,7 @@ class ListSource:
         for i in sorted(odd):
             self.skipped.append((self._ids[i], reason))
         # Files, ids, labels and captions stay in step.
-        kept = [i for i in range(len(self._files)) if i not in odd]
+        kept = sorted(set(range(len(self._files))) - odd)
         self._files = _chosen(self._files, kept)
         self._ids = _chosen(self._ids, kept)
         if self._labels is not None:
@@ -170,6 +170,7 @@ class ListSource:
         return -(-len(self._files) // rows_per_shard)
 
     def part(self, number: int, rows_per_shard: int) -> Iterator[Item]:
+        # Nothing is read here: a worker's thread reads the file when it decodes the item.
         first = number * rows_per_shard
         for i in range(first, min(first + rows_per_shard, len(self._files))):
             yield Item(
@@ -250,6 +251,7 @@ def list_images(root: Path, folders: Container[str] | None = None) -> tuple[list
     that cannot be listed. Where `folders` are given, another one in `root`, such as lost+found, is
     counted as a file instead.
     """
+    # A stack instead of recursion: folders may be nested more deeply than Python allows.
     found: list[str] = []
     others = 0
     # Folders to list: the path from `root`, and the identities of the folders above it.

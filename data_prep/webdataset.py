@@ -179,6 +179,7 @@ class TarSource:
 
     def _items(self, id: str, sample: dict[str, Any], shard: str) -> Iterator[Item]:
         """The item of a sample; several where dots in file names put several images into one."""
+        # `a.b.jpg` belongs to the sample `a`, with the key `b.jpg`.
         images = [key for key in sample if key.rpartition(".")[2] in IMAGES]
         if images and not set(images) & set(IMAGES):
             for key in images:
@@ -191,6 +192,7 @@ class TarSource:
 
     def _item(self, id: str, sample: dict[str, Any], shard: str) -> Item:
         """The item of a sample; one that cannot be read where something is missing."""
+        # A broken sample stays an item, which is skipped later, so that the reasons are in order.
         label = 0
         captions: tuple[str, ...] = ()
         try:
@@ -229,6 +231,7 @@ def _stem(shard: str) -> str:
 
 def _image(sample: dict[str, Any]) -> bytes:
     """A sample's image. Raises Unusable where it has none."""
+    # The first of the formats counts, where a sample has an image in several.
     for key in IMAGES:
         if key in sample:
             return _content(sample, key)

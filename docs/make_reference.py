@@ -104,7 +104,7 @@ def rows(cls: type, prefix: str = "") -> Iterator[str]:
         positional = typing.get_origin(hint) is typing.Annotated and "Positional" in str(hint)
         name = field.name.upper() if positional else flag
         stated = range_of(hint)
-        values = type_text(hint) + (f", {stated.text}" if stated else "")
+        values = type_text(hint) + (f", {stated.shown}" if stated else "")
         text = texts.get(field.name, "").replace("|", "\\|")
         yield f"| `{name}` | {values} | {default_text(field)} | {text} |"
     for name, hint in nested:

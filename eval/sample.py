@@ -126,6 +126,8 @@ class Sample:
         """Raises ConfigError, or an error of --out, before any work is done, not after the first of
         several scales."""
         check_counts(self, "num_samples", "batch_size", "shard_size")
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(f"seed={self.seed} must be in [0, 2**64); set --seed")
         for scale in self.cfg_scale:
             if not 0 <= scale < math.inf:
                 raise ConfigError(
@@ -201,6 +203,12 @@ class Sampler:
             raise ConfigError(
                 "the model was trained with class_dropout_prob=0 and knows no null label to guide "
                 "with; set --cfg-scale 1"
+            )
+        channels = self.trained.config.model.in_channels
+        if (self.options.cfg_channels or 0) > channels:
+            raise ConfigError(
+                f"cfg_channels={self.options.cfg_channels} must be at most {channels}, the model's "
+                "channels; leave it out to guide all of them"
             )
 
     def compile_pays(self) -> bool:

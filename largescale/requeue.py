@@ -20,6 +20,7 @@ import tyro
 from largescale.checkpoint.files import CheckpointDir, checkpoints
 from largescale.config.command_line import check_counts, parse_options, run_program
 from largescale.errors import CheckpointError, StorageError
+from largescale.host.launch import env_int
 from largescale.host.machine import KILL
 from largescale.host.signals import EXIT_REQUEUE
 from largescale.monitoring.run_record import Start, out_of_memory, read_starts
@@ -131,7 +132,7 @@ def run(options: Requeue) -> int:
     """Print the decision; the exit status, 1 if no other start is wanted."""
     check_counts(options, "max_restarts")
     job = os.environ.get("SLURM_JOB_ID")
-    restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    restart = env_int("SLURM_RESTART_COUNT", default=0)
     # A run directory that cannot be read would not be written either.
     try:
         again, why = decide(options.run, options.status, options.max_restarts, job, restart)

@@ -14,7 +14,14 @@ from largescale.config.derived import largest_world_size
 from largescale.config.presets import PRESETS, find_preset
 from largescale.config.schema import Config
 from largescale.errors import LargescaleError
-from largescale.host.launch import arguments, env_rank, leave, print_error
+from largescale.host.launch import (
+    arguments,
+    check_place_among_ranks,
+    env_rank,
+    leave,
+    print_error,
+    tolerate_lost_output,
+)
 from largescale.host.machine import check_process_memory
 from largescale.host.signals import serve_stop_signals
 
@@ -43,6 +50,7 @@ def main(args: Sequence[str] | None = None) -> int:
     start_time = time.time()
     serve_stop_signals()
     try:
+        check_place_among_ranks()
         config = parse(args)
         if config.dry_run:
             from largescale.training.dry_run import dry_run
@@ -63,6 +71,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    tolerate_lost_output()
     # A shard that is cut short while it is mapped is a bus error, which is no Python exception.
     faulthandler.enable()
     leave(main())

@@ -1,5 +1,6 @@
 """The shell of every program: options from the command line, errors as one line, an exit status."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -27,6 +28,12 @@ def parse_options(
     # Imported here, as a program's --help and a bad option are the only users of tyro.
     import tyro
 
+    try:
+        rank = env_rank()
+    except ConfigError as error:
+        print_error(error)
+        sys.exit(error.exit_status)
+
     return tyro.cli(
         kind,
         default=tyro.MISSING_NONPROP if default is None else default,
@@ -34,7 +41,7 @@ def parse_options(
         prog=f"python -m {program}",
         description=description,
         config=(tyro.conf.AvoidSubcommands,),
-        console_outputs=env_rank() == 0,  # one rank prints for all
+        console_outputs=rank == 0,  # one rank prints for all
         registry=ranges_in_help(),
     )
 

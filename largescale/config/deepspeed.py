@@ -4,6 +4,7 @@ A key given by both sides is an error, and so is a key that nobody reads: neithe
 This module does not import torch.
 """
 
+import contextlib
 import difflib
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal
 from largescale.config.derived import batch_layout
 from largescale.config.schema import Config
 from largescale.errors import ConfigError
+from largescale.host.files import from_json
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -61,6 +63,14 @@ _HALF_PRECISION_STATE = (
     "fp16_master_weights_and_grads",
 )
 
+# Settings that decide what is checked here
+_SWITCHES = (
+    ("bf16", "enabled"),
+    ("fp16", "enabled"),
+    ("bf16", "check_grad_overflow"),
+    ("zero_optimization", "compute_grad_norm"),
+)
+
 # The folder of JSON files that come with this package
 _SHIPPED = Path(__file__).parents[2] / "ds_configs"
 
@@ -69,8 +79,10 @@ def _resolve(path: str) -> Path:
     """The file as given, or relative to the clone that this package lies in, so that a run can be
     started from any folder."""
     for candidate in (Path(path), _SHIPPED.parent / path):
-        if candidate.is_file():
-            return candidate
+        # A name may be longer than a file system allows.
+        with contextlib.suppress(OSError):
+            if candidate.is_file():
+                return candidate
     shipped = sorted(file.name for file in _SHIPPED.glob("*.json"))
     raise ConfigError(
         f"train.ds_config={path} is not a file; ds_configs/ holds {', '.join(shipped)}"
@@ -80,15 +92,46 @@ def _resolve(path: str) -> Path:
 def load_ds_config(path: str) -> dict[str, Any]:
     """Reads the JSON, and raises ConfigError for unknown keys and for unsafe settings."""
     try:
-        ds: dict[str, Any] = json.loads(_resolve(path).read_text())
-    except json.JSONDecodeError as error:
+        ds: dict[str, Any] = from_json(_resolve(path).read_bytes())
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise ConfigError(
+            f"train.ds_config={path} cannot be read: {error.strerror}; correct it, or name another"
+        ) from error
+    _check_types(path, ds)
     # Keys first: a misspelt one would read as a setting that is left out.
     _check_keys(path, ds)
     _check_zero(path, ds.get("zero_optimization", {}))
     _check_numerics(path, ds)
     precision(ds)
     return ds
+
+
+def _check_types(path: str, ds: Any) -> None:
+    """Raises ConfigError where an object, a truth value or a type's name is something else."""
+    if not isinstance(ds, dict):
+        raise ConfigError(f"{path} must hold a JSON object ({{...}}), not {json.dumps(ds)[:40]}")
+    for section in ("zero_optimization", "bf16", "fp16", "data_types"):
+        if not isinstance(ds.get(section, {}), dict):
+            raise ConfigError(
+                f"{path}: {section}={json.dumps(ds[section])[:40]} must be an object, such as "
+                '{"enabled": true}'
+            )
+    # DeepSpeed reads "false" as false, where Python takes any text for true.
+    for section, key in _SWITCHES:
+        value = ds.get(section, {}).get(key, True)
+        if not isinstance(value, bool):
+            raise ConfigError(
+                f"{path}: {section}.{key}={json.dumps(value)[:40]} must be true or false, without "
+                "quotes"
+            )
+    communication = ds.get("communication_data_type")
+    if communication not in (None, "fp32", "fp16", "bf16"):
+        raise ConfigError(
+            f"{path}: communication_data_type={json.dumps(communication)[:40]} must be fp32, fp16 "
+            "or bf16; left out, gradients are reduced in the type of the weights"
+        )
 
 
 def _check_keys(path: str, ds: dict[str, Any]) -> None:

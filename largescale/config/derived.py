@@ -59,10 +59,11 @@ def divisors(total: int) -> list[int]:
 def largest_world_size(config: Config, available: int) -> int:
     """The largest number of ranks, at most `available`, that the batch can be split over. Raises
     ConfigError where one rank is too many already."""
-    for world_size in range(available, 1, -1):
-        with contextlib.suppress(ConfigError):
-            batch_layout(config, world_size)
-            return world_size
+    for world_size in reversed(divisors(config.train.global_batch_size)):
+        if 1 < world_size <= available:
+            with contextlib.suppress(ConfigError):
+                batch_layout(config, world_size)
+                return world_size
     batch_layout(config, 1)
     return 1
 

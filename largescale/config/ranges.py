@@ -20,8 +20,16 @@ if TYPE_CHECKING:
 class Range:
     """Which finite numbers a field takes; of a tuple, each of its numbers."""
 
-    text: str  # what messages and --help have after "must be"
+    text: str  # what messages have after "must be"
     holds: Callable[[float], bool]
+    at_most: float | None = None
+    """An upper end that no sensible run comes near: beyond it a typing error would run out of
+    memory or time, or overflow."""
+
+    @property
+    def shown(self) -> str:
+        """What --help has after "must be"."""
+        return self.text if self.at_most is None else f"{self.text}, at most {self.at_most:_}"
 
     def violation(self, value: Any) -> str:
         """The part of the range that the value violates; empty where it is inside. What is not a
@@ -33,20 +41,22 @@ class Range:
                 return "finite"
             if not self.holds(number):
                 return self.text
+            if self.at_most is not None and number > self.at_most:
+                return f"at most {self.at_most:_}"
         return ""
 
 
 ANY_NUMBER = Range("finite", lambda value: True)
 
 
-def at_least(low: int, zero_means: str = "") -> Range:
+def at_least(low: float, at_most: float | None = None, zero_means: str = "") -> Range:
     """`zero_means`: where 0 is no amount, what it stands for."""
     note = f", 0 for {zero_means}" if zero_means else ""
-    return Range(f"at least {low}{note}", lambda value: value >= low)
+    return Range(f"at least {low}{note}", lambda value: value >= low, at_most)
 
 
-def above(low: int) -> Range:
-    return Range(f"above {low}", lambda value: value > low)
+def above(low: int, at_most: float | None = None) -> Range:
+    return Range(f"above {low}", lambda value: value > low, at_most)
 
 
 def between(low: int, high: int, closed: Literal["both", "left"] = "both") -> Range:
@@ -99,7 +109,7 @@ def with_range(field: "StructFieldSpec") -> "StructFieldSpec":
     # tyro computes help texts only when they are shown, so this does too.
     def help_text() -> str:
         text = field.helptext() if callable(field.helptext) else field.helptext
-        must = f"Must be {stated.text}." if stated else ""
+        must = f"Must be {stated.shown}." if stated else ""
         return " ".join([*(text or "").split(), must]).strip()
 
     kind: Any = field.type

@@ -12,11 +12,11 @@ from largescale.config.ranges import ANY_NUMBER, above, at_least, between, one_o
 class UNetConfig:
     """DDPM++ as in EDM (arXiv:2206.00364, appendix F); only with model.architecture=ddpmpp."""
 
-    model_channels: Annotated[int, at_least(1)] = 128
+    model_channels: Annotated[int, at_least(1, 8192)] = 128
     """Channels at the highest resolution, before channel_mult."""
     channel_mult: Annotated[tuple[int, ...], at_least(1)] = (2, 2, 2)
     """Factors on model_channels, one per resolution, from the image's down."""
-    num_blocks: Annotated[int, at_least(1)] = 4
+    num_blocks: Annotated[int, at_least(1, 1000)] = 4
     """Residual blocks per resolution."""
     attn_resolutions: Annotated[tuple[int, ...], at_least(1)] = (16,)
     """Resolutions (sides in pixels) whose blocks have self-attention."""
@@ -34,29 +34,29 @@ class ModelConfig:
 
     architecture: Literal["dit", "ddpmpp"] = "dit"
     """The network: dit, a diffusion transformer, or ddpmpp, EDM's DDPM++ U-Net."""
-    input_size: Annotated[int, at_least(1)] = 32
+    input_size: Annotated[int, at_least(1, 8192)] = 32
     """Height and width of the images or latents."""
-    in_channels: Annotated[int, at_least(1)] = 4
+    in_channels: Annotated[int, at_least(1, 8192)] = 4
     """Channels of the images or latents."""
     # DiT's sizes
-    patch_size: Annotated[int, at_least(1)] = 2
+    patch_size: Annotated[int, at_least(1, 8192)] = 2
     """Side of the patches that become DiT's tokens."""
-    hidden_size: Annotated[int, at_least(1)] = 1024
+    hidden_size: Annotated[int, at_least(1, 65_536)] = 1024
     """Width of DiT's tokens."""
-    depth: Annotated[int, at_least(1)] = 24
+    depth: Annotated[int, at_least(1, 1000)] = 24
     """Number of DiT's blocks."""
-    num_heads: Annotated[int, at_least(1)] = 16
+    num_heads: Annotated[int, at_least(1, 1024)] = 16
     """Attention heads of each block."""
-    mlp_ratio: Annotated[float, above(0)] = 4.0
+    mlp_ratio: Annotated[float, above(0, 100)] = 4.0
     """Width of a block's MLP as a multiple of hidden_size."""
     # What the model is conditioned on: labels, captions, or nothing.
-    num_classes: Annotated[int, at_least(0, zero_means="no labels")] = 1000
+    num_classes: Annotated[int, at_least(0, 10_000_000, zero_means="no labels")] = 1000
     """Number of class labels."""
-    max_caption_tokens: Annotated[int, at_least(0, zero_means="no captions")] = 0
+    max_caption_tokens: Annotated[int, at_least(0, 8192, zero_means="no captions")] = 0
     """Tokens that captions are padded to, and so the most that one may have."""
-    caption_width: Annotated[int, at_least(1)] = 768
+    caption_width: Annotated[int, at_least(1, 65_536)] = 768
     """Channels of a caption's token; CLIP ViT-L/14 has 768."""
-    caption_pooled_width: Annotated[int, at_least(1)] = 768
+    caption_pooled_width: Annotated[int, at_least(1, 65_536)] = 768
     """Channels of the vector that stands for a complete caption."""
     null_caption: Literal["encoded", "learned"] = "encoded"
     """What stands for a dropped caption: the encoding of the empty caption, or learned values."""
@@ -77,7 +77,7 @@ class DiffusionConfig:
     denoising (EDM)."""
     schedule: Literal["linear", "cosine"] = "cosine"
     """The noise schedule (betas) of the objective gaussian."""
-    timesteps: Annotated[int, at_least(2)] = 1000
+    timesteps: Annotated[int, at_least(2, 100_000)] = 1000
     """Number of diffusion steps of the objective gaussian. For flow and edm: the bins in which
     noise.sampling keeps its statistics."""
     fixed_variance: Literal["small", "large"] = "small"
@@ -88,9 +88,9 @@ class DiffusionConfig:
     # EDM's noise levels (table 1 of arXiv:2206.00364)
     p_mean: Annotated[float, ANY_NUMBER] = -1.2
     """Mean of ln(sigma) in training, for the objective edm."""
-    p_std: Annotated[float, above(0)] = 1.2
+    p_std: Annotated[float, at_least(0.001, 100)] = 1.2
     """Standard deviation of ln(sigma) in training, for the objective edm."""
-    sigma_data: Annotated[float, above(0)] = 0.5
+    sigma_data: Annotated[float, above(0, 1000)] = 0.5
     """Standard deviation of the data, for the objective edm."""
 
 
@@ -106,7 +106,7 @@ class NoiseConfig:
     arXiv:2405.17403 (its weights are weighting=p2)."""
     logit_mean: Annotated[float, ANY_NUMBER] = 0.0
     """Mean of logit(u) with sampling=logit_normal."""
-    logit_std: Annotated[float, above(0)] = 1.0
+    logit_std: Annotated[float, at_least(0.001, 1000)] = 1.0
     """Standard deviation of logit(u) with sampling=logit_normal."""
     speed_ratio: Annotated[float, above(0)] = 5.0
     """With sampling=speed: how much more often levels are drawn at which noise grows fast."""
@@ -114,11 +114,11 @@ class NoiseConfig:
     """How much each noise level counts in the loss. min_snr: arXiv:2303.09556, min(SNR, gamma)
     times the error of x_start, whatever is predicted. p2: arXiv:2204.00227, the loss times 1 / (k +
     SNR) ** gamma, whatever is predicted."""
-    min_snr_gamma: Annotated[float, above(0)] = 5.0
+    min_snr_gamma: Annotated[float, above(0, 1_000_000)] = 5.0
     """Where weighting=min_snr cuts the SNR."""
-    p2_gamma: Annotated[float, at_least(0, zero_means="no weighting")] = 1.0
+    p2_gamma: Annotated[float, at_least(0, 100, zero_means="no weighting")] = 1.0
     """The exponent gamma of weighting=p2."""
-    p2_k: Annotated[float, at_least(0)] = 1.0
+    p2_k: Annotated[float, at_least(0, 1_000_000)] = 1.0
     """The constant k of weighting=p2."""
 
 
@@ -127,16 +127,16 @@ class CurriculumConfig:
     clusters: Literal["uniform", "snr"] = "uniform"
     """How the noise axis is cut. uniform: equal shares of the timesteps. snr: edges at the SNR that
     these have under the cosine schedule."""
-    n_clusters: Annotated[int, at_least(1)] = 20
+    n_clusters: Annotated[int, at_least(1, 10_000)] = 20
     """N: the number of noise clusters, so of stages; the paper has 20."""
     pacing: Literal["patience", "fixed", "none"] = "patience"
     """The rule that ends a stage. patience: the paper's. fixed: NaiveCL, a stage every `interval`
     steps. none: vanilla training."""
-    patience: Annotated[int, at_least(0)] = 200
+    patience: Annotated[int, at_least(0, 1_000_000_000)] = 200
     """tau_max: steps in a row without a new best loss that a stage may take. It watches the loss
     that is trained on: mse and vb, averaged over the global batch, and weighted where
     noise.weighting is set."""
-    interval: Annotated[int, at_least(1)] = 10_000
+    interval: Annotated[int, at_least(1, 1_000_000_000)] = 10_000
     """Steps of a stage with pacing=fixed."""
     order: Literal["easy_first", "hard_first"] = "easy_first"
     """easy_first: from the most noise, as in the paper. hard_first: the anti-curriculum, from the
@@ -158,7 +158,7 @@ class DataConfig:
     augment: Annotated[float, between(0, 1)] = 0.0
     """Probability of each of EDM's augmentations, whose labels the network gets
     (model.unet.augment_dim=9); 0: none."""
-    prefetch: Annotated[int, at_least(1)] = 4
+    prefetch: Annotated[int, at_least(1, 1024)] = 4
     """Steps whose data a thread reads ahead."""
     verify: bool = False
     """Whether to hash every shard again before training."""
@@ -171,13 +171,13 @@ class OptimizerConfig:
     deepspeed: DeepSpeed's own, which it compiles at the first start. auto: apex on a GPU where it
     is installed, else torch."""
     # DiT's, and so the paper's: no warm-up, no decay.
-    lr: Annotated[float, above(0)] = 1e-4
+    lr: Annotated[float, above(0, 1000)] = 1e-4
     """Learning rate, constant."""
     betas: Annotated[tuple[float, float], between(0, 1, closed="left")] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
-    eps: Annotated[float, at_least(0)] = 1e-8
+    eps: Annotated[float, at_least(0, 1)] = 1e-8
     """AdamW's term that keeps the division stable."""
-    weight_decay: Annotated[float, at_least(0)] = 0.0
+    weight_decay: Annotated[float, at_least(0, 1000)] = 0.0
     """AdamW's decoupled weight decay."""
     clip_grad_norm: Annotated[float, at_least(0, zero_means="no clipping")] = 0.0
     """Largest norm of the gradient."""
@@ -187,11 +187,11 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: Annotated[int, at_least(1)] = 400_000
+    steps: Annotated[int, at_least(1, 1_000_000_000)] = 400_000
     """Optimizer steps of the run."""
-    global_batch_size: Annotated[int, at_least(1)] = 256
+    global_batch_size: Annotated[int, at_least(1, 1_048_576)] = 256
     """Images of an optimizer step, over all ranks and accumulation steps."""
-    micro_batch_size: Annotated[int | Literal["auto"] | None, at_least(1)] = None
+    micro_batch_size: Annotated[int | Literal["auto"] | None, at_least(1, 1_048_576)] = None
     """Images that a rank takes through one forward and backward pass; by default its complete share
     of the global batch. auto: the largest part of it for which there is memory."""
     activation_checkpointing: bool = False
@@ -200,6 +200,13 @@ class TrainConfig:
     compile: Literal["auto", "off", "blocks", "model"] = "auto"
     """What torch.compile compiles: each block or the complete model. auto: blocks on a GPU with a
     compiler, off on a CPU."""
+    kernels: Literal["auto", "inductor", "fused"] = "auto"
+    """What computes the residual stream of DiT's blocks. inductor: PyTorch's operations, as
+    torch.compile fuses them. fused: largescale's Triton kernels, which move fewer bytes; on a CPU the
+    same in plain PyTorch. auto: inductor, until fused has been measured to be faster."""
+    tf32: bool = True
+    """Whether a GPU multiplies float32 matrices in TensorFloat-32: 10 bits of mantissa, several
+    times as fast. Off: in float32 (the paper says fp32, and not which)."""
     threads: Annotated[int | None, at_least(1)] = None
     """Threads of each rank on a CPU; by default $OMP_NUM_THREADS, or this machine's cores shared
     among its ranks."""
@@ -209,19 +216,19 @@ class TrainConfig:
     """What to train on."""
     seed: Annotated[int, between(0, 2**32, closed="left")] = 0
     """Seed of the weights, the data order and every random draw."""
-    timeout_s: Annotated[float, above(0)] = 600.0
+    timeout_s: Annotated[float, at_least(1, 604_800)] = 600.0
     """Seconds without a sign of life after which a run that hangs is ended, naming the rank that is
     missing; a minute more before the first step."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: Annotated[int, at_least(1)] = 5_000
+    every: Annotated[int, at_least(1, 1_000_000_000)] = 5_000
     """Steps between checkpoints. One more is written when a run is asked to stop."""
-    keep_last: Annotated[int, at_least(1)] = 3
+    keep_last: Annotated[int, at_least(1, 1_000_000)] = 3
     """How many of the newest of these to keep, besides the newest one that was written on a
     stop."""
-    keep_every: Annotated[int, at_least(0, zero_means="none")] = 50_000
+    keep_every: Annotated[int, at_least(0, 1_000_000_000, zero_means="none")] = 50_000
     """Keep checkpoints at multiples of this for ever."""
 
 
@@ -237,28 +244,28 @@ class AnomalyConfig:
     """What to do about a loss that leaps."""
     spike_factor: Annotated[float, above(1)] = 3.0
     """A loss leaps if it is above this many times the running geometric mean of its stage."""
-    max_skips: Annotated[int, at_least(0)] = 3
+    max_skips: Annotated[int, at_least(0, 1_000_000)] = 3
     """How many windows of inputs may be left out in a run before it stops after all."""
 
 
 @dataclass(frozen=True)
 class TelemetryConfig:
-    log_every: Annotated[int, at_least(1)] = 100
+    log_every: Annotated[int, at_least(1, 1_000_000_000)] = 100
     """Steps between rows of the log."""
     tensorboard: bool = True
     """Whether to write TensorBoard files too."""
-    reference_every: Annotated[int, at_least(0, zero_means="never")] = 5_000
+    reference_every: Annotated[int, at_least(0, 1_000_000_000, zero_means="never")] = 5_000
     """Steps between evaluations of the loss on a fixed set of (image, u, noise) per cluster."""
-    reference_images: Annotated[int, at_least(1)] = 16
+    reference_images: Annotated[int, at_least(1, 10_000)] = 16
     """Images of that fixed set, per cluster."""
-    preview_every: Annotated[int, at_least(0, zero_means="never")] = 50_000
+    preview_every: Annotated[int, at_least(0, 1_000_000_000, zero_means="never")] = 50_000
     """Steps between sample grids. Latents are decoded where the VAE that the data were packed with
     is on this machine; otherwise the grid says that they are not."""
-    preview_images: Annotated[int, at_least(1)] = 32
+    preview_images: Annotated[int, at_least(1, 10_000)] = 32
     """Images of a sample grid."""
-    preview_steps: Annotated[int, at_least(2)] = 50
+    preview_steps: Annotated[int, at_least(2, 10_000)] = 50
     """Sampling steps of a sample grid."""
-    preview_cfg_scale: Annotated[float, at_least(0)] = 1.5
+    preview_cfg_scale: Annotated[float, at_least(0, 1000)] = 1.5
     """Guidance scale of a sample grid; 1 is no guidance."""
 
 
@@ -281,7 +288,7 @@ class Config:
     """The run directory; by default runs/NAME."""
     dry_run: bool = False
     """Print what would run and what it costs, and start nothing."""
-    fit_ranks: Annotated[int, at_least(1)] | None = None
+    fit_ranks: Annotated[int | None, at_least(1, 1_048_576)] = None
     """Print the largest number of ranks, at most this, that the batch can be split over, and start
     nothing. slurm/env.sh asks it of every allocation."""
     verbose: bool = False

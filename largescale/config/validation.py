@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from largescale.config.derived import batch_layout, least_steps, make_curriculum, pacing_settings
+from largescale.config.presets import PRESETS
 from largescale.config.ranges import range_of
 from largescale.config.schema import Config, ModelConfig, UNetConfig
 from largescale.config.serialise import flatten, to_dict
@@ -71,6 +72,15 @@ def remarks(config: Config, classes_of_data: int) -> list[str]:
             "model.class_dropout_prob=0: samples of this model cannot be guided; if they are to "
             "be, --model.class-dropout-prob 0.1"
         )
+    every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
+    if keep_every % every:
+        notes.append(
+            f"checkpoint.keep_every={keep_every} is not a multiple of checkpoint.every={every}: "
+            f"only multiples of {math.lcm(keep_every, every)} are kept; try "
+            f"--checkpoint.keep-every {max(1, round(keep_every / every)) * every}"
+        )
+    for key, reason in without_effect(config):
+        notes.append(f"{cli_flag(key)} has no effect {reason}")
     # Even if every stage ends as early as it can.
     if (least := least_steps(config)) > config.train.steps:
         settings = pacing_settings(config.curriculum.pacing)
@@ -83,6 +93,40 @@ def remarks(config: Config, classes_of_data: int) -> list[str]:
     if note := ema_note(config):
         notes.append(note)
     return notes
+
+
+def without_effect(config: Config) -> list[tuple[str, str]]:
+    """Settings that nothing reads beside the others, and why: (key, reason). Only those that differ
+    from the preset's, as a preset serves several ways of training."""
+    c, t, anomaly = config.curriculum, config.telemetry, config.anomaly
+    never_skips = "skip" not in (anomaly.not_finite, anomaly.spike)
+    previews = (
+        "telemetry.preview_images",
+        "telemetry.preview_steps",
+        "telemetry.preview_cfg_scale",
+    )
+    captions = ("model.null_caption", "model.caption_width", "model.caption_pooled_width")
+    groups = [
+        (config.model.learn_sigma, "with a learned variance", ("diffusion.fixed_variance",)),
+        (not config.model.max_caption_tokens, "without captions", captions),
+        (c.pacing != "patience", f"with curriculum.pacing={c.pacing}", ("curriculum.patience",)),
+        (c.pacing != "fixed", f"with curriculum.pacing={c.pacing}", ("curriculum.interval",)),
+        (never_skips, "unless one of the policies is skip", ("anomaly.max_skips",)),
+        (not t.preview_every, "with telemetry.preview_every=0", previews),
+        (
+            not t.reference_every,
+            "with telemetry.reference_every=0",
+            ("telemetry.reference_images",),
+        ),
+    ]
+    usual = PRESETS[config.name]() if config.name in PRESETS else Config(config.name)
+    values, defaults = (dict(flatten(to_dict(each))) for each in (config, usual))
+    found = []
+    for unread, reason, keys in groups:
+        for key in keys:
+            if unread and values[key] != defaults[key]:
+                found.append((key, reason))
+    return found
 
 
 def ema_note(config: Config, step: int | None = None) -> str:

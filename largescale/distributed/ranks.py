@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from largescale.errors import DeviceError, LargescaleError, LostRankError
+from largescale.errors import DeviceError, LargescaleError, LostRankError, Stopped
 from largescale.host.launch import (
     env_local_rank,
     env_rank,
@@ -27,6 +27,7 @@ from largescale.host.launch import (
     heartbeat,
     local_world_size,
 )
+from largescale.host.signals import stop_requested
 
 T = TypeVar("T")
 
@@ -304,8 +305,44 @@ def _make_store(rank: int, world_size: int, timeout: datetime.timedelta) -> Any:
     # By itself torch would listen on every address of the machine, to anybody.
     address = os.environ["MASTER_ADDR"]
     port = int(os.environ["MASTER_PORT"])
-    listener = _listen(address, port).detach() if rank == 0 else None
-    return module.TCPStore(address, port, world_size, rank == 0, timeout, master_listen_fd=listener)
+    end = time.monotonic() + timeout.total_seconds()
+    late = not_met(world_size, timeout.total_seconds())
+    listener = None
+    if rank == 0:
+        listener = _listen(address, port).detach()
+    else:
+        _wait_until(lambda: _answers(address, port), end, late)
+    store = module.TCPStore(
+        address,
+        port,
+        world_size,
+        rank == 0,
+        timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener,
+    )
+    store.add("started", 1)
+    _wait_until(lambda: store.add("started", 0) >= world_size, end, late)
+    return store
+
+
+def _wait_until(done: Callable[[], bool], end: float, late: LostRankError) -> None:
+    """Wait until `done`. Raises `late` at `end` of the monotonic clock, and Stopped for a signal,
+    which torch's own waiting would leave unanswered."""
+    while not done():
+        if stop_requested():
+            raise Stopped
+        if time.monotonic() > end:
+            raise late
+        time.sleep(0.1)
+
+
+def _answers(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def _listen(address: str, port: int) -> socket.socket:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from largescale.errors import ConfigError
 
 WRITTEN_AGAINST = "0.19.8"
-# Elements to which a rank's part of the flat weights is padded: 64 bytes in half precision. DeepSpeed
-# checks the address of the first part against this, and a CPU's allocator gives no more.
-ALIGNMENT = 32
+# Elements to a multiple of which a rank's part of the flat weights is padded, by device: 64 bytes in
+# half precision for NCCL. On CPUs it stays DeepSpeed's, so that old runs continue bitwise (how AdamW
+# rounds depends on where a part ends).
+ALIGNMENT = {"cuda": 32, "cpu": 2}
 OTHER_DEEPSPEED = (
     "deepspeed {version}: {what} is not what largescale overrides, so training could go wrong "
     f"unnoticed; pip install deepspeed=={WRITTEN_AGAINST}"
@@ -83,12 +84,13 @@ def patch_before_build() -> None:
     # Needless once DeepSpeed builds it only where it is asked for.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-    # Parts of the flat weights and gradients start at multiples of 64 bytes, not 4: NCCL moves what is
-    # not aligned to 16 bytes an element at a time, on 8 ranks and more. The setter takes what
-    # DeepSpeed assigns. Needless once DeepSpeed has a setting for it (`parameter_alignment` pads
-    # between parameters, not between ranks).
+    # On GPUs parts of the flat weights and gradients start at multiples of 64 bytes, not 4: NCCL
+    # moves what is not aligned to 16 bytes an element at a time, on 8 ranks and more. The setter
+    # takes what DeepSpeed assigns. Needless once DeepSpeed has a setting for it (its
+    # `parameter_alignment` pads between parameters, not between ranks).
+    alignment = ALIGNMENT.get(deepspeed.get_accelerator().device_name(), 2)
     DeepSpeedZeroOptimizer.nccl_start_alignment_factor = property(
-        lambda self: ALIGNMENT, lambda self, value: None
+        lambda self: alignment, lambda self, value: None
     )
 
     # The first gradient imports Muon, whatever the optimizer is, and with it torch's compiler: 2 s.

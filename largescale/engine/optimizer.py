@@ -138,7 +138,8 @@ def build_optimizer(
         except Exception as error:
             raise ConfigError(
                 f"optimizer.kernel=deepspeed, but DeepSpeed cannot build it here ({error}); it "
-                "needs a C++ compiler and ninja, on a GPU nvcc too; or --optimizer.kernel torch"
+                "needs a C++ compiler and ninja, on a GPU also nvcc of torch's own CUDA version "
+                "(DS_SKIP_CUDA_CHECK=1 takes a near one); or --optimizer.kernel torch"
             ) from error
     # Its default is AdamW too: adam_w_mode.
     from apex.optimizers import FusedAdam

@@ -28,23 +28,56 @@ def _expand_home(argument: str) -> str:
     return (match[1] or "") + os.path.expanduser(match[2])
 
 
+def env_int(
+    *names: str, default: int, at_least: int = 0, env: Mapping[str, str] = os.environ
+) -> int:
+    """The first of these variables that is set and not empty. Raises ConfigError for one that is no
+    whole number, or too small."""
+    for name in names:
+        text = env.get(name, "").strip()
+        if not text:
+            continue
+        if not text.isdecimal() or int(text) < at_least:
+            raise ConfigError(
+                f"{name}={text!r} in the environment must be a whole number of at least {at_least}; "
+                "torchrun and srun set it, otherwise leave it unset"
+            )
+        return int(text)
+    return default
+
+
 def env_rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    return env_int("RANK", "SLURM_PROCID", default=0)
 
 
 def env_world_size() -> int:
     # Not SLURM_NTASKS: that is set for the batch script too, which is one process.
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", 1)))
+    return env_int("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", default=1, at_least=1)
 
 
 def env_local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    return env_int("LOCAL_RANK", "SLURM_LOCALID", default=0)
+
+
+def check_place_among_ranks() -> None:
+    """Raise ConfigError for a launcher's variables that contradict each other or are no numbers."""
+    rank = env_rank()
+    world_size = env_world_size()
+    env_local_rank()
+    if rank >= world_size:
+        error = ConfigError(
+            f"RANK={rank} must be below WORLD_SIZE={world_size}; ranks are counted from 0, and "
+            "torchrun and srun set both"
+        )
+        # There may be no rank 0 that prints it.
+        error.agreed = False
+        raise error
 
 
 def local_world_size(env: Mapping[str, str]) -> int:
     """The number of ranks on this machine; all of them where the launcher sets none."""
-    if "LOCAL_WORLD_SIZE" in env:
-        return int(env["LOCAL_WORLD_SIZE"])
+    if env.get("LOCAL_WORLD_SIZE"):
+        return env_int("LOCAL_WORLD_SIZE", default=1, at_least=1, env=env)
 
     # Slurm's is such as 4(x2),3: four on each of two nodes, three on the next.
     listed = env.get("SLURM_STEP_TASKS_PER_NODE")
@@ -53,8 +86,8 @@ def local_world_size(env: Mapping[str, str]) -> int:
         for part in listed.split(","):
             tasks, _, nodes = part.rstrip(")").partition("(x")
             tasks_of_nodes += [int(tasks)] * int(nodes or 1)
-        return tasks_of_nodes[int(env.get("SLURM_NODEID", 0))]
-    return int(env.get("WORLD_SIZE", 1))
+        return tasks_of_nodes[env_int("SLURM_NODEID", default=0, env=env)]
+    return env_int("WORLD_SIZE", default=1, at_least=1, env=env)
 
 
 def threads_per_rank(asked: int | None, env: Mapping[str, str], cores: int) -> int:
@@ -83,8 +116,9 @@ def threads_per_rank(asked: int | None, env: Mapping[str, str], cores: int) -> i
         return int(omp)
 
     # These are this rank's own cores, by its affinity: not to be shared again.
-    if "SLURM_CPUS_PER_TASK" in env and not torchrun:
-        return max(1, min(int(env["SLURM_CPUS_PER_TASK"]), cores))
+    if env.get("SLURM_CPUS_PER_TASK") and not torchrun:
+        own = env_int("SLURM_CPUS_PER_TASK", default=1, at_least=1, env=env)
+        return max(1, min(own, cores))
     return share
 
 
@@ -105,9 +139,45 @@ def leave(status: int) -> NoReturn:
     util._run_finalizers(0)
     # Not by the interpreter's usual exit: now and then a thread of a process group or its store
     # still runs then, and aborts the process with another status (seen with torch 2.15).
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # There is none where it was closed at the start, and nobody may read it any more.
+        if stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
     os._exit(status)
+
+
+def tolerate_lost_output() -> None:
+    """From now on this process works on whatever happens to its standard output and error: closed
+    from the start, a full disk, a reader that is gone."""
+    # A file that is opened later would take the number of a closed one, and what is printed.
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name) or os.fdopen(number, "w", closefd=False)
+        setattr(sys, name, _Tolerant(stream))
+
+
+class _Tolerant:
+    """A stream to which writing never fails."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def printable(text: object) -> str:
@@ -139,7 +209,11 @@ def print_error(error: LargescaleError) -> None:
     # It can contain names of files from elsewhere.
     text = printable_lines(error)
     tell_torchrun(text)
-    if env_rank() == 0:
+    try:
+        rank = env_rank()
+    except ConfigError:
+        rank = 0  # the error may be about that
+    if rank == 0:
         print(f"error: {text}", file=sys.stderr, flush=True)
     elif not error.agreed:
-        print(f"error on rank {env_rank()}: {text}", file=sys.stderr, flush=True)
+        print(f"error on rank {rank}: {text}", file=sys.stderr, flush=True)

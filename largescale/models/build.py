@@ -3,7 +3,7 @@
 import torch
 
 from largescale.condition import Captions, Condition
-from largescale.config.schema import ModelConfig
+from largescale.config.schema import ModelConfig, TrainConfig
 from largescale.models import dit, unet
 from largescale.models.dit import DiT
 from largescale.models.unet import DDPMpp
@@ -24,6 +24,17 @@ def build_model(config: ModelConfig) -> Network:
     fields = dict(vars(config))
     del fields["architecture"], fields["unet"]
     return DiT(**fields)
+
+
+def set_up_blocks(model: Network, train: TrainConfig) -> None:
+    """How the blocks of a network that is trained are computed: activation checkpointing, fused
+    kernels. Raises ConfigError where it has none."""
+    model.checkpoint_blocks = train.activation_checkpointing
+    if train.kernels == "fused":
+        # Triton, which they need, is not everywhere.
+        from largescale.models.fused_blocks import fuse_blocks
+
+        fuse_blocks(model)
 
 
 def flops_per_image(model: Network) -> int:

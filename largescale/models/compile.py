@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import stat
+import sysconfig
 import tempfile
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -36,6 +37,17 @@ def has_compiler() -> bool:
     return shutil.which(os.environ.get("CXX") or "g++") is not None
 
 
+def missing_for(device: str) -> str | None:
+    """What compiling for this device lacks here, with the remedy."""
+    if not has_compiler():
+        return "a C++ compiler, and $CXX, by default g++, is not found on PATH; install it"
+    # Triton builds a Python module that starts its kernels.
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if device == "cuda" and not header.exists():
+        return f"Python's header {header}, which is not there; install it (Debian: python3-dev)"
+    return None
+
+
 def what_to_compile(
     wanted: Literal["auto", "off", "blocks", "model"], device: str, architecture: str = "dit"
 ) -> What:
@@ -43,14 +55,14 @@ def what_to_compile(
     is no compiler."""
     if wanted == "auto":
         # On a CPU it has to be asked for.
-        if device != "cuda" or not has_compiler():
+        if device != "cuda" or missing_for(device):
             return "off"
         # DiT's blocks are alike, so that one is compiled for all. A U-Net's are not.
         return "blocks" if architecture == "dit" else "model"
-    if wanted != "off" and not has_compiler():
+    missing = missing_for(device)
+    if wanted != "off" and missing:
         raise ConfigError(
-            "compiling needs a C++ compiler, and $CXX, by default g++, is not found on PATH; "
-            f"install it, or train without it: --train.compile off (now {wanted})"
+            f"compiling needs {missing}, or train without it: --train.compile off (now {wanted})"
         )
     return wanted
 
@@ -115,8 +127,9 @@ class Compiled:
                 assert isinstance(block, Block)
                 if device == "cpu":
                     block.mlp.act = Gelu()
-                # All blocks share what is compiled for the first, as they are alike.
-                if what == "blocks":
+            # All blocks share what is compiled for the first, as they are alike.
+            if what == "blocks":
+                for block in getattr(model.fused_blocks, "blocks", model.blocks):
                     block.compile(dynamic=False)
         if what == "model":
             model.compile(dynamic=False)

@@ -8,6 +8,7 @@ float32 every cast here does nothing. Parts whose weights are float32 among thos
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -81,10 +82,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.attend(x))                                 # (N, T, D)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """What is projected last, (N, T, D)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))         # (N, T, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                             # (N, heads, T, D / heads) each
-        x = attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))                   # (N, T, D)
+        return attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class CrossAttention(nn.Module):
@@ -98,11 +102,15 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        return self.proj(self.attend(x, tokens, mask))                   # (N, T, D)
+
+    def attend(self, x: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """What is projected last, (N, T, D)."""
         q = self.q(x).unflatten(-1, (self.num_heads, -1))                # (N, T, heads, D / heads)
         kv = self.kv(tokens).unflatten(-1, (2, self.num_heads, -1))      # (N, L, 2, heads, D / heads)
         k, v = kv.permute(2, 0, 3, 1, 4)                                 # (N, heads, L, D / heads) each
         x = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask[:, None, None])
-        return self.proj(x.transpose(1, 2).flatten(2))                   # (N, T, D)
+        return x.transpose(1, 2).flatten(2)
 
 
 class Block(nn.Module):
@@ -147,6 +155,8 @@ class DiT(nn.Module):
 
     checkpoint_blocks: bool = False
     """Keep each block's input only, and compute the block again in the backward pass."""
+    fused_blocks: Callable[..., Tensor] | None = None
+    """What runs in place of `blocks`, with their weights: `fused_blocks.FusedBlocks`."""
 
     def __init__(self, *, patch_size: int, hidden_size: int, depth: int, num_heads: int, input_size: int = 32,
                  in_channels: int = 4, mlp_ratio: float = 4.0, num_classes: int = 1000,
@@ -231,8 +241,11 @@ class DiT(nn.Module):
         c = c.to(self.compute_type)
 
         # A block draws nothing, so checkpointing keeps no state of the generator.
-        for block in self.blocks:
-            if self.checkpoint_blocks and torch.is_grad_enabled():
+        checkpoint_blocks = self.checkpoint_blocks and torch.is_grad_enabled()
+        if self.fused_blocks is not None:
+            x = self.fused_blocks(x, c, captions, checkpoint_blocks=checkpoint_blocks)
+        for block in self.blocks if self.fused_blocks is None else ():
+            if checkpoint_blocks:
                 x = checkpoint(block, x, c, captions, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, c, captions)                                # (N, T, D)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from largescale.host.files import from_json, write_atomically
+from largescale.host.launch import env_int
 from largescale.host.machine import memory_bound
 
 # Where a start's seconds go: steps; waiting for data; previews and reference losses; standing still
@@ -126,7 +127,7 @@ def begin(
         from_step=from_step,
         step=from_step,
         job=os.environ.get("SLURM_JOB_ID"),
-        restart=int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+        restart=env_int("SLURM_RESTART_COUNT", default=0),
         host=socket.gethostname(),
         memory=str((bound and bound.folder) or ""),
         oom_kills=bound.kills() if bound else 0,

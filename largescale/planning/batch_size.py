@@ -20,13 +20,20 @@ from largescale.distributed.ranks import Ranks
 from largescale.errors import ConfigError, DeviceError, LargescaleError
 from largescale.host.launch import local_world_size
 from largescale.host.machine import available_bytes
-from largescale.models.build import Network, blank_condition, build_model, latent_shape
+from largescale.models.build import (
+    Network,
+    blank_condition,
+    build_model,
+    latent_shape,
+    set_up_blocks,
+)
+from largescale.models.compile import Compiled, what_to_compile
 from largescale.planning.memory import largest_micro_batch, memory
 
 # The share of a device's memory that is left to fragmentation.
 MARGIN = 0.05
-# Memory left to the buffers of NCCL's communicators, outside torch's allocator.
-NCCL_BYTES = 2**30
+# Memory left to the buffers of NCCL's communicators, outside torch's allocator: half a GiB each.
+NCCL_BYTES = 3 * 2**29
 
 _MORE_RANKS = "start more ranks, which share the optimizer's state"
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -129,7 +136,7 @@ def largest_that_runs(
     objective = build_objective(config)
     with torch.device("meta"):
         model = build_model(config.model).to(dtype)
-    model.checkpoint_blocks = config.train.activation_checkpointing
+    set_up_blocks(model, config.train)
     try:
         reserved = torch.empty(beside, dtype=torch.uint8, device=device)
         model.to_empty(device=device)
@@ -141,10 +148,19 @@ def largest_that_runs(
         p.detach().zero_()
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(_drop_gradient)
-    for n in candidates:
-        if step_fits(config, model, objective, device, n):
-            return n
-        _free_memory()
+    # Compiled as training will be: that keeps less than half of the activations.
+    what = what_to_compile(config.train.compile, device.type, config.model.architecture)
+    Compiled(model, what, device.type)
+    try:
+        for n in candidates:
+            if step_fits(config, model, objective, device, n):
+                return n
+            _free_memory()
+    finally:
+        # torch compiles a block for a few sizes only, and training's would be one too many. Its
+        # code comes from the cache on disk.
+        if what != "off":
+            torch.compiler.reset()
     del reserved
     return 0
 
@@ -202,10 +218,12 @@ def explain_out_of_memory(
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error is that a GPU's memory ran out, also in the compiler or in cuBLAS."""
+    """Whether an error is that a GPU's memory ran out, also in the compiler, cuBLAS or NCCL."""
     # The compiler raises an error of its own, with the first as its cause.
     while error is not None:
-        if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):
+        text = str(error)
+        of_nccl = "NCCL" in text and "out of memory" in text
+        if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in text or of_nccl:
             return True
         error = error.__cause__
     return False

@@ -27,6 +27,13 @@ class Anomaly:
     """1 for C_1."""
 
 
+# What to do about a run that was stopped for an anomaly, by the anomaly's kind.
+STOP_REMEDIES = {
+    "not_finite": "lower --optimizer.lr, or leave these inputs out with --anomaly.not-finite skip",
+    "spike": "lower --optimizer.lr, or leave these inputs out with --anomaly.spike skip",
+}
+
+
 class Anomalies:
     """Finds losses and gradients that are not finite, and spikes of the loss; reads from the config
     what to do about each."""

@@ -208,6 +208,8 @@ def first_line(
     """What this start trains, on what, and with which settings that `auto` may have chosen."""
     config = train_step.config
     ranks = train_step.ranks
+    if precision == "fp32" and config.train.device == "cuda" and config.train.tf32:
+        precision = "fp32 (products in TF32)"
     threads = ""
     if config.train.device == "cpu":
         n = torch.get_num_threads()
@@ -221,6 +223,8 @@ def first_line(
         f"{precision}, batch {config.train.global_batch_size} = {train_step.micro_batch_size} x "
         f"{train_step.grad_accum_steps} x {ranks.world_size}, AdamW of {config.optimizer.kernel}, "
         f"compiled: {config.train.compile}{again}"
+        + ", fused kernels"
+        * (config.train.kernels == "fused")
     )
 
 

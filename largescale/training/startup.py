@@ -45,10 +45,12 @@ def resolve_auto(config: Config) -> Config:
     device = config.train.device
     kernel = choose_kernel(config.optimizer, device)
     compile = what_to_compile(config.train.compile, device, config.model.architecture)
+    # Fused kernels are not measured on any card yet.
+    kernels = "inductor" if config.train.kernels == "auto" else config.train.kernels
     return dataclasses.replace(
         config,
         optimizer=dataclasses.replace(config.optimizer, kernel=kernel),
-        train=dataclasses.replace(config.train, compile=compile),
+        train=dataclasses.replace(config.train, compile=compile, kernels=kernels),
     )
 
 
@@ -69,6 +71,8 @@ def run(config: Config, start_time: float, *, warned_of_memory: bool) -> int:
                     lambda: threads_per_rank(config.train.threads, os.environ, cores())
                 )
                 torch.set_num_threads(threads)
+            if config.train.device == "cuda":
+                use_tf32(config.train.tf32)
 
             # What this machine cannot do ends the run here, on all ranks.
             if config.train.device == "cpu":
@@ -94,6 +98,13 @@ def run(config: Config, start_time: float, *, warned_of_memory: bool) -> int:
             raise
         ranks.close()
         return status
+
+
+def use_tf32(wanted: bool) -> None:
+    """Have a GPU compute float32 matrix products and convolutions in TF32, or exactly."""
+    # torch's own defaults are no for products and yes for convolutions.
+    torch.set_float32_matmul_precision("high" if wanted else "highest")
+    torch.backends.cudnn.allow_tf32 = wanted
 
 
 def end_where_others_wait(ranks: Ranks, error: Exception) -> None:

@@ -22,7 +22,7 @@ from largescale.distributed.ranks import PendingVector, Ranks
 from largescale.distributed.step_report import RankStatus, StepAccumulator, StepReport, read_report
 from largescale.engine.deepspeed_engine import Engine, adam
 from largescale.engine.optimizer import build_optimizer
-from largescale.models.build import build_model, flops_per_image, latent_shape
+from largescale.models.build import build_model, flops_per_image, latent_shape, set_up_blocks
 from largescale.models.compile import Compiled, what_to_compile
 from largescale.models.embedders import CaptionEmbedder
 from largescale.randomness import Draws, step_draws, stream_seed
@@ -60,7 +60,7 @@ class TrainStep:
         # Every rank draws the same first weights.
         torch.manual_seed(config.train.seed)
         model = build_model(config.model)
-        model.checkpoint_blocks = config.train.activation_checkpointing
+        set_up_blocks(model, config.train)
         if isinstance(model.y_embedder, CaptionEmbedder) and config.model.null_caption == "encoded":
             model.y_embedder.set_null_caption(*map(torch.tensor, dataset.empty_caption))
         model.to(ranks.device)

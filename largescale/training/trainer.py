@@ -15,7 +15,7 @@ from largescale.distributed.ranks import Ranks
 from largescale.distributed.step_report import RankStatus, StepReport
 from largescale.errors import DataError, LargescaleError, NonFiniteError, Stopped, StorageError
 from largescale.host.signals import stop_requested
-from largescale.training.anomalies import Anomalies, Anomaly
+from largescale.training.anomalies import STOP_REMEDIES, Anomalies, Anomaly
 from largescale.training.checkpoint_policy import CheckpointPolicy
 from largescale.training.preview import Preview
 from largescale.training.recorder import Recorder
@@ -148,7 +148,8 @@ class Trainer:
             self.checkpoints.finalize(self.state.step)
             self.recorder.log_anomaly(anomaly, anomaly.text)
             raise NonFiniteError(
-                f"{anomaly.text}; the last good checkpoint is step {self.checkpointer.last_saved}"
+                f"{anomaly.text}; the last good checkpoint is step {self.checkpointer.last_saved}; "
+                f"{STOP_REMEDIES[anomaly.kind]}"
             )
 
         # The same inputs are taken again, at a lower loss scale.

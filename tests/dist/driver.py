@@ -40,6 +40,7 @@ parser.add_argument("--leap", type=int, metavar="STEP", help="a loss a million t
 parser.add_argument("--lost-files", type=int, nargs=2, metavar=("STEP", "RANK"), help="data that cannot be read any more")
 parser.add_argument("--damaged-data", type=int, nargs=2, metavar=("STEP", "RANK"), help="data that are not what was packed")
 parser.add_argument("--kill", type=int, nargs=2, metavar=("STEP", "RANK"), help="kill -9 of that rank in the step")
+parser.add_argument("--alignment", type=int, help="pad each rank's part of the weights to a multiple of this, as on GPUs")
 parser.add_argument("--bug", type=int, nargs=2, metavar=("STEP", "RANK"), help="an error that nobody expects; and as on NCCL "
                     "the process group waits for the other ranks before it closes")
 parser.add_argument("--hang", type=int, nargs=2, metavar=("STEP", "RANK"), help="that rank does not come back from its data")
@@ -167,6 +168,11 @@ for fault in ("lost_files", "damaged_data", "kill", "hang", "freeze"):
 
         Loader.batch = batch  # type: ignore[assignment, method-assign]
         trainer.READ_RETRY_S = (0.01, 0.01)
+
+if faults.alignment:
+    from largescale.engine import deepspeed_patches
+
+    deepspeed_patches.ALIGNMENT["cpu"] = faults.alignment
 
 if faults.bug:
     batch_of = Loader.batch

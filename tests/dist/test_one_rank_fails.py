@@ -24,7 +24,7 @@ def test_loss(precision: str, tmp_path: Path, train: Train) -> None:
     args = (*ARGS, "--train.ds-config", ds_json(precision, tmp_path), "--output", run)
     done = train(*args, driver=("--bad-loss", 6, 1))
     assert [p.returncode for p in done] == [2, 2]
-    expected = "error: the loss is not finite at step 7, curriculum index 5, on rank 1, in C_5; the last good checkpoint is step 4"
+    expected = "error: the loss is not finite at step 7, curriculum index 5, on rank 1, in C_5; the last good checkpoint is step 4; lower --optimizer.lr, or leave"
     assert expected in done[0].stderr
     assert done[1].stderr.count("not finite") == 0, "one rank speaks for all"
     assert checkpoints(run)[0].step == 4

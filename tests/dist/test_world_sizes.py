@@ -19,7 +19,7 @@ from largescale.engine.deepspeed_engine import Engine
 from largescale.engine.deepspeed_patches import ALIGNMENT
 from largescale.engine.optimizer import carrying_ema
 from largescale.errors import CheckpointError
-from tests.conftest import QUIET, ds_json, trace
+from tests.conftest import QUIET, Train, ds_json, trace
 from tests.ranks import ranks_of
 
 CUT, STEPS, BATCH, NUMEL = 10, 30, 24, 32_451
@@ -30,7 +30,7 @@ ARGS = ("--train.steps", STEPS, "--train.global-batch-size", BATCH, "--model.dep
         "--checkpoint.every", CUT, "--checkpoint.keep-last", 100, "--telemetry.log-every", 1)
 TRANSITIONS = [[7, 4], [14, 3], [21, 2], [28, 1]]
 MICRO = {1: 6, 2: 6, 3: 4, 4: 6, 8: 3}  # so there are 4, 2, 2, 1 and 1 accumulation steps
-PADDING = {n: -NUMEL % (ALIGNMENT * n) for n in (1, 2, 3, 4, 8)}
+PADDING = {n: -NUMEL % (ALIGNMENT["cpu"] * n) for n in (1, 2, 3, 4, 8)}
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 WORLDS = (1, 2, 3, 4)
@@ -221,7 +221,7 @@ def test_negative_control_of_what_follows(precision: str, fault: str, folder: Pa
 # ---- many ranks
 
 
-def partition_size(numel: int, n: int, alignment: int = ALIGNMENT) -> int:
+def partition_size(numel: int, n: int, alignment: int = ALIGNMENT["cpu"]) -> int:
     """Of each of n ranks: the whole is rounded up to a multiple."""
     return -(-numel // (alignment * n)) * alignment
 
@@ -241,18 +241,18 @@ class OneOf(Engine):
         return {"master": self._master, **self._zero.optimizer.state[self._master], "scaler": vars(self._zero.loss_scaler)}
 
 
-def sharded(whole: Tensor, n: int, padding: float | None, alignment: int = ALIGNMENT) -> Iterator[Tensor]:
+def sharded(whole: Tensor, n: int, padding: float | None, alignment: int = ALIGNMENT["cpu"]) -> Iterator[Tensor]:
     """The parts of n ranks, in order: with their padding, as DeepSpeed saves moments, or without, as it saves masters."""
     for part in torch.arange(n * partition_size(len(whole), n, alignment)).view(n, -1):
         inside = whole[part[part < len(whole)]]
         yield inside if padding is None else torch.cat([inside, inside.new_full((len(part) - len(inside),), padding)])
 
 
-@pytest.mark.parametrize("alignment", [2, ALIGNMENT])
+@pytest.mark.parametrize("alignment", ALIGNMENT.values(), ids=ALIGNMENT)
 @pytest.mark.parametrize("numel", [1, 2, 7, 64, 129, 1000, 1023])
 def test_every_element_lands_once(numel: int, alignment: int) -> None:
-    """Fewer parameters than ranks, too: then some hold nothing but padding. What was padding is not read. 2: as DeepSpeed
-    alone has it, and checkpoints that older versions wrote."""
+    """Fewer parameters than ranks, too: then some hold nothing but padding. What was padding is not read. Also of a
+    checkpoint that GPUs wrote, whose parts are padded to more."""
     whole = torch.arange(1, numel + 1).float()
     for m, n, padding in itertools.product((1, 2, 3, 4, 8, 64), (1, 2, 3, 4, 8, 64), (None, torch.nan)):
         pieces = list(sharded(whole, m, padding, alignment))
@@ -264,11 +264,28 @@ def test_every_element_lands_once(numel: int, alignment: int) -> None:
         assert torch.equal(joined[:numel], whole) and not joined[numel:].any(), (m, n)
 
 
+def test_parts_that_are_padded_as_on_gpus(train: Train, tmp_path: Path) -> None:
+    """Three ranks whose parts start at multiples of 64 bytes train as others do, and two ranks without that continue."""
+    args = ("--train.steps", CUT, *ARGS[2:], "--train.ds-config", ds_json("bf16", tmp_path), "--train.micro-batch-size", 4)
+    plain, padded = (train(*args, "--output", tmp_path / name, ranks=3, driver=driver)
+                     for name, driver in (("plain", ()), ("padded", ("--alignment", ALIGNMENT["cuda"]))))
+    assert [done.returncode for done in (*plain, *padded)] == [0] * 6, padded[0].stderr
+    losses = [[row["loss"] for row in trace(tmp_path / name)] for name in ("plain", "padded")]
+    norms = [[row["optimizer/grad_norm"] for row in trace(tmp_path / name)] for name in ("plain", "padded")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6) and norms[1] == pytest.approx(norms[0], rel=1e-6)
+    parts = [[len(checkpoints(tmp_path / name)[0].optimizer_state(rank)["base_optimizer_state"]["state"][0]["exp_avg"])
+              for rank in range(3)] for name in ("plain", "padded")]
+    assert parts == [[partition_size(NUMEL, 3, a)] * 3 for a in (ALIGNMENT["cpu"], ALIGNMENT["cuda"])]
+    done = train(*args, "--output", tmp_path / "padded", "--train.steps", CUT + 2, ranks=2)
+    assert done[0].returncode == 0, done[0].stderr
+    assert [row["step"] for row in trace(tmp_path / "padded")] == list(range(1, CUT + 3))
+
+
 def test_a_state_that_is_too_short() -> None:
     """What a file that is left out held is not taken for zeros."""
     pieces = list(sharded(torch.ones(1000), 4, padding=None))
-    with pytest.raises(CheckpointError, match="the saved state has 768 of the model's 1000 parameters"):
-        OneOf(0, 2, 1000)._fill(torch.zeros(512), pieces[:3])
+    with pytest.raises(CheckpointError, match="the saved state has 750 of the model's 1000 parameters"):
+        OneOf(0, 2, 1000)._fill(torch.zeros(500), pieces[:3])
 
 
 def loaded_on(n: int, checkpoint: CheckpointDir, m: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:

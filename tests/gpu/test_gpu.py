@@ -13,7 +13,7 @@ from tests.waits import NO_WAITS, WAITS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-ARGS = ("--train.device", "cuda", "--train.steps", 24, "--telemetry.log-every", 1, "--checkpoint.every", 1,
+ARGS = ("--train.device", "cuda", "--train.no-tf32", "--train.steps", 24, "--telemetry.log-every", 1, "--checkpoint.every", 1,
         "--checkpoint.keep-last", 100, "--curriculum.patience", 1)
 
 

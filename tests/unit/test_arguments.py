@@ -3,9 +3,12 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from eval import sample
+from largescale import export, requeue, status
 from largescale.host.launch import arguments
 from tests.conftest import RunHere
 from tests.ranks import ROOT
@@ -19,6 +22,38 @@ def test_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert arguments(given) == expected
     monkeypatch.setattr(sys, "argv", ["program", *given])
     assert arguments() == expected
+
+
+@pytest.mark.parametrize(("variables", "says"), [
+    ({"RANK": "abc"}, "RANK='abc' in the environment must be a whole number of at least 0; torchrun and srun set it"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0' in the environment must be a whole number of at least 1"),
+    ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1' in the environment must be"),
+    ({"RANK": "5", "WORLD_SIZE": "2"}, "rank 5: RANK=5 must be below WORLD_SIZE=2; ranks are counted from 0"),
+    ({"LOCAL_RANK": "1.5"}, "LOCAL_RANK='1.5' in the environment must be"),
+    ({"SLURM_RESTART_COUNT": "abc"}, "SLURM_RESTART_COUNT='abc' in the environment must be"),
+    ({"SLURM_CPUS_PER_TASK": "many", "OMP_NUM_THREADS": ""}, "SLURM_CPUS_PER_TASK='many' in the environment must be"),
+])
+def test_a_launchers_variable_that_is_wrong(
+    variables: dict[str, str], says: str, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    outcome = run_here()
+    assert outcome.code == 2 and f"error: {says}".replace("error: rank", "error on rank") in outcome.err and "Traceback" not in outcome.err
+
+
+def test_a_launchers_variable_that_is_empty_counts_as_unset(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_RESTART_COUNT", "SLURM_CPUS_PER_TASK", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+    assert run_here("--train.steps", 2).code == 0
+
+
+@pytest.mark.parametrize("program", [status, export, requeue, sample])
+def test_a_wrong_rank_in_other_programs(program: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "abc")
+    with pytest.raises(SystemExit) as left:
+        program.main(["runs/none"])
+    assert left.value.code == 2 and "error: RANK='abc' in the environment" in capsys.readouterr().err
 
 
 def test_a_run_in_the_home_directory(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

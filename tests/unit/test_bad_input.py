@@ -998,3 +998,18 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(DeviceError, match="local rank 3 has no GPU of its own, 2 are visible"):
         local_device("cuda")
+
+
+def test_what_has_no_effect_is_said(run_here: RunHere) -> None:
+    """Of what was set beside the preset; a preset's own settings serve several ways of training."""
+    quiet = run_here("--dry-run", "--curriculum.pacing", "none")
+    assert quiet.code == 0 and "no effect" not in quiet.err
+    told = run_here("--dry-run", "--curriculum.pacing", "none", "--curriculum.patience", 7, "--model.caption-width", 5, "--anomaly.max-skips", 9,
+                    "--telemetry.preview-every", 0, "--telemetry.preview-images", 3, "--checkpoint.every", 10, "--checkpoint.keep-every", 7)
+    assert told.code == 0
+    for text in ("--curriculum.patience has no effect with curriculum.pacing=none", "--model.caption-width has no effect without captions",
+                 "--anomaly.max-skips has no effect unless one of the policies is skip",
+                 "--telemetry.preview-images has no effect with telemetry.preview_every=0",
+                 "checkpoint.keep_every=7 is not a multiple of checkpoint.every=10: only multiples of 70 are kept; try --checkpoint.keep-every 10"):
+        assert text in told.err
+    assert told.err.count("no effect") == 4

@@ -27,6 +27,10 @@ def test_what_auto_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile, "has_compiler", lambda: True)
     assert [what_to_compile("auto", device) for device in ("cuda", "cpu")] == ["blocks", "off"]
     assert what_to_compile("model", "cpu") == "model"
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/no/include")
+    assert what_to_compile("auto", "cuda") == "off" and what_to_compile("blocks", "cpu") == "blocks"
+    with pytest.raises(ConfigError, match=r"needs Python's header /no/include/Python.h, .*python3-dev.*--train.compile off"):
+        what_to_compile("blocks", "cuda")
     monkeypatch.setattr(compile, "has_compiler", lambda: False)
     assert what_to_compile("auto", "cuda") == what_to_compile("off", "cuda") == "off"
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler.*--train.compile off"):

@@ -101,6 +101,45 @@ def test_deepspeed_reads_the_settings_first(tmp_path: Path) -> None:
         check_ds_config(load_ds_config(write(tmp_path, zero_optimization={"stage": 2, "reduce_bucket_sise": 1})))
 
 
+@pytest.mark.parametrize(("content", "says"), [
+    ("[]", r"must hold a JSON object \({...}\), not \[\]"),
+    ("5", "must hold a JSON object"),
+    ("null", "must hold a JSON object"),
+    (b"\xff\xfe{", "is not valid JSON"),
+    ("[" * 100_000, "is not valid JSON: it is nested too deeply"),
+    ('{"zero_optimization": null}', "zero_optimization=null must be an object"),
+    ('{"zero_optimization": []}', r"zero_optimization=\[\] must be an object"),
+    ('{"zero_optimization": 2}', "zero_optimization=2 must be an object"),
+    ('{"zero_optimization": {"stage": 2}, "bf16": true}', 'bf16=true must be an object, such as {"enabled": true}'),
+    ('{"zero_optimization": {"stage": 2}, "fp16": []}', r"fp16=\[\] must be an object"),
+    ('{"zero_optimization": {"stage": 2}, "fp16": {"enabled": "false"}}', 'fp16.enabled="false" must be true or false, without quotes'),
+    ('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": "yes"}}', 'bf16.enabled="yes" must be true or false'),
+    ('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": 1}}', "bf16.enabled=1 must be true or false"),
+    ('{"zero_optimization": {"stage": 2, "compute_grad_norm": "false"}}', 'compute_grad_norm="false" must be true or false'),
+    ('{"zero_optimization": {"stage": 2}, "communication_data_type": "int8"}', 'communication_data_type="int8" must be fp32, fp16 or bf16'),
+])
+def test_a_file_of_another_kind(content: str | bytes, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=says):
+        load_ds_config(str(path))
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("x" * 300, str(tmp_path)):
+        with pytest.raises(ConfigError, match="is not a file; ds_configs/ holds"):
+            load_ds_config(name)
+    path = tmp_path / "ds.json"
+    path.write_text("{}")
+
+    def refuse(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ConfigError, match="cannot be read: Permission denied; correct it, or name another"):
+        load_ds_config(str(path))
+
+
 def test_the_most_ranks_that_a_batch_can_be_split_over(capsys: pytest.CaptureFixture[str]) -> None:
     """As slurm/env.sh asks, of a preset with a batch of 256."""
     def most(available: int, *options: str) -> int:

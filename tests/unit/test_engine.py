@@ -20,12 +20,12 @@ from tests.ranks import ROOT
 
 @pytest.mark.parametrize("preset", [name for name, make in PRESETS.items() if make().model.architecture == "dit"])
 def test_every_rank_has_its_part_at_16_bytes(preset: str) -> None:
-    """NCCL copies what is not aligned an element at a time. As DeepSpeed pads: the whole to a multiple of ALIGNMENT times
-    the number of ranks; without it DiT-L/2's parts lie at 8 bytes on 8 ranks, and at 4 on more."""
+    """NCCL copies what is not aligned an element at a time. As DeepSpeed pads: the whole to a multiple of the
+    alignment times the number of ranks; without it DiT-L/2's parts lie at 8 bytes on 8 ranks, and at 4 on more."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_model(PRESETS[preset]().model).parameters() if p.requires_grad)
     for ranks in (1, 2, 3, 6, 8, 16, 24, 32, 64, 256):
-        padded = parameters + -parameters % (ALIGNMENT * ranks)
+        padded = parameters + -parameters % (ALIGNMENT["cuda"] * ranks)
         assert 2 * padded // ranks % 16 == 0
     if preset == "dit_l2_imagenet256":
         assert 2 * (parameters + -parameters % (2 * 8)) // 8 % 16 == 8

@@ -450,6 +450,8 @@ def start_ranks(program: str, *args: Any, world_size: int) -> list[Forked]:
     (("--steps", "0"), "cannot sample 1000 timesteps with 0 steps"),
     (("--steps", "1001"), "cannot sample 1000 timesteps with 1001 steps; use a count from 1 to 1000"),
     (("--cfg-channels", "0"), "channels=0 leaves nothing to guide"),
+    (("--cfg-channels", "9"), "cfg_channels=9 must be at most 1, the model's channels"),
+    (("--seed", "-1"), "seed=-1 must be in [0, 2**64); set --seed"),
     (("--step", "7"), "is an export of step 20, not of 7; give the run"),
     (("--device", "cuda"), "device=cuda, but torch sees no CUDA device; to run on the CPU: --device cpu"),
 ])

@@ -92,6 +92,8 @@ ELSEWHERE = {
     "train.micro_batch_size": "test_micro_batch_size",
     "train.activation_checkpointing": "test_the_setting_reaches_the_model",
     "train.threads": "test_threads",
+    "train.kernels": "test_a_run_with_fused_kernels",
+    "train.tf32": "test_tf32_is_a_setting_of_gpus",
     "train.steps": "test_changed_lr_and_steps_are_said_and_in_force",
     "train.device": "test_missing_device_is_not_replaced",
     "checkpoint.every": "test_checkpoint_retention",

@@ -251,3 +251,18 @@ def test_the_makefile_starts_ranks_by_address_and_in_an_environment_of_its_own()
     shown = subprocess.run(["make", "--silent", "-f", "-", "show"], input=makefile + "\nshow:\n\t@env\n", text=True, cwd=ROOT,
                            capture_output=True, env=os.environ | {"PYTHONPATH": "/elsewhere", "PYTHONDONTWRITEBYTECODE": "1"}, check=True)
     assert "PYTHONPATH" not in shown.stdout and "PYTHONDONTWRITEBYTECODE" not in shown.stdout
+
+
+@pytest.mark.parametrize(("target", "variable"), [("demo", "RUN"), ("demo-text", "TEXT_RUN")])
+def test_a_run_of_the_demo_in_a_folder_with_spaces(target: str, variable: str, tmp_path: Path) -> None:
+    """The name of the folder is one word of every command, whatever is in it."""
+    place = "/tmp/a b; touch x"
+    shown = subprocess.run(["make", "-n", target, f"{variable}={place}"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    commands = [line for line in shown.replace("\\\n", " ").splitlines() if " -m largescale." in line or " -m eval." in line]
+    words = [word for command in commands for word in shlex.split(command) if "a b" in word]
+    assert len(commands) >= 2 and words and all(word.startswith(place) for word in words)
+
+
+def test_make_clean_leaves_runs() -> None:
+    shown = subprocess.run(["make", "-n", "clean"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert ".venv" in shown.split() and not any(word.startswith("runs") for word in shown.split())

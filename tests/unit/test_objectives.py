@@ -178,10 +178,20 @@ MISFITS = [
     ("debug", {"curriculum": {"only_cluster": 2}}, "only_cluster"),
     ("debug", {"curriculum": {"pacing": "none", "only_cluster": 6}}, "only_cluster"),
     ("debug", {"noise": {"logit_std": 2.0}}, "noise.logit_std=2.0 must stay 1.0: only noise.sampling=logit_normal reads it, and this is uniform; leave out --noise.logit-std, or set --noise.sampling logit_normal"),
-    ("debug", {"noise": {"sampling": "logit_normal", "logit_std": 0.0}}, "noise.logit_std=0.0 must be above 0; set --noise.logit-std"),
+    ("debug", {"noise": {"sampling": "logit_normal", "logit_std": 0.0}}, "noise.logit_std=0.0 must be at least 0.001; set --noise.logit-std"),
     ("debug", {"noise": {"sampling": "speed", "speed_ratio": 0.0}}, "noise.speed_ratio=0.0 must be above 0"),
     ("debug", {"noise": {"weighting": "min_snr", "min_snr_gamma": 0.0}}, "min_snr_gamma=0.0 must be above 0"),
     ("debug", {"noise": {"weighting": "p2", "p2_k": -1.0}}, "p2_k=-1.0 must be at least 0"),
+    ("debug", {"train": {"global_batch_size": 20_000_000_003}}, "global_batch_size=20000000003 must be at most 1_048_576; set --train.global-batch-size"),
+    ("debug", {"train": {"timeout_s": 1e300}}, "timeout_s=1e\\+300 must be at most 604_800"),
+    ("debug", {"train": {"timeout_s": 1e-9}}, "timeout_s=1e-09 must be at least 1"),
+    ("debug", {"diffusion": {"timesteps": 10**12}}, "timesteps=1000000000000 must be at most 100_000"),
+    ("debug", {"data": {"prefetch": 10**11}}, "prefetch=100000000000 must be at most 1_024"),
+    ("debug", {"model": {"depth": 10**8}}, "depth=100000000 must be at most 1_000"),
+    ("debug", {"telemetry": {"preview_images": 99_999_999_999}}, "preview_images=99999999999 must be at most 10_000"),
+    ("debug", {"optimizer": {"lr": 1e300}}, "lr=1e\\+300 must be at most 1_000"),
+    ("debug", {"optimizer": {"eps": 1e300}}, "eps=1e\\+300 must be at most 1"),
+    ("debug_edm", {"diffusion": {"p_std": 1e-300}}, "p_std=1e-300 must be at least 0.001"),
 ]
 
 

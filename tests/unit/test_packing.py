@@ -652,3 +652,14 @@ def test_a_vae_that_does_not_fit_the_preset_is_said_by_the_dry_run(images: Path,
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "holds moments of shape (4, 8, 8), the model takes (4, 32, 32); set --model.in-channels" in done.stderr
+
+
+def test_every_thread_of_a_rank_is_on_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the first one, where a stray allocation of each of eight ranks would take half a gigabyte."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    current: list[torch.device] = []
+    for name, value in {"is_available": lambda: True, "device_count": lambda: 8, "set_device": current.append}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    packing.Packer(folder.Folder(images=tmp_path, out=tmp_path / "out", vae="none", resolution=16, device="cuda"))
+    assert current == [torch.device("cuda", 3)]

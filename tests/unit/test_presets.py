@@ -204,10 +204,10 @@ def test_help_says_ranges(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
             help_of[flag] = ""
         elif flag:
             help_of[flag] = f"{help_of[flag]} {text}".strip()
-    assert help_of["--train.steps"] == "Optimizer steps of the run. Must be at least 1. (default: 20)"
-    assert help_of["--model.num-classes"] == "Number of class labels. Must be at least 0, 0 for no labels. (default: 10)"
+    assert help_of["--train.steps"] == "Optimizer steps of the run. Must be at least 1, at most 1_000_000_000. (default: 20)"
+    assert help_of["--model.num-classes"] == "Number of class labels. Must be at least 0, 0 for no labels, at most 10_000_000. (default: 10)"
     assert help_of["--optimizer.betas"] == "AdamW's decay rates of the first and second moment. Must be in [0, 1). (default: 0.9 0.999)"
     assert help_of["--train.device"] == "What to train on. (default: cpu)"
     for key, annotation in numbers(Config("x")).items():
         stated = range_of(annotation)
-        assert stated and f"Must be {stated.text}. (default: " in help_of[f"--{key.replace('_', '-')}"]
+        assert stated and f"Must be {stated.shown}. (default: " in help_of[f"--{key.replace('_', '-')}"]

@@ -92,6 +92,20 @@ def test_a_name_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
         ranks.require_resolvable("node7", patience_s=0)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_asked_to_stop_while_it_waits_for_others(rank: int) -> None:
+    """A requeued job whose other nodes do not come must answer the signal that comes before the kill."""
+    program = ("from largescale.distributed import ranks as distributed\nfrom largescale.errors import Stopped\n"
+               "from largescale.host.signals import serve_stop_signals\nserve_stop_signals()\ndistributed.SAID_AFTER_S = 0.1\n"
+               "try: distributed.Ranks('cpu', 900)\nexcept Stopped as error: print(error)")
+    env = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr and "has waited" in process.stderr.readline()
+        process.terminate()
+        said, _ = process.communicate(timeout=300)
+    assert said.startswith("asked to stop") and process.returncode == 0
+
+
 @pytest.mark.parametrize(("rank", "says"), [(0, "rank 0 of 2 has waited 0.1 s for the other ranks, to meet at 127.0.0.1:"),
                                             (1, "rank 1 of 2 has waited 0.1 s for rank 0, to meet at 127.0.0.1:")])
 def test_who_is_waited_for(rank: int, says: str) -> None:

@@ -15,7 +15,8 @@ from largescale.checkpoint.files import (
 from largescale.config.presets import debug
 from largescale.models.build import build_model
 from largescale.monitoring.telemetry import Telemetry
-from tests.conftest import RunHere, ds_json
+from largescale.training import startup
+from tests.conftest import RunHere, assert_same_run, ds_json
 
 
 def test_only_active_noise_levels_are_drawn(run_here: RunHere) -> None:
@@ -99,3 +100,17 @@ def test_a_loss_scale_that_grows_does_not_halve_the_gradient(run_here: RunHere, 
     assert grows[-1]["optimizer/loss_scale"] > stays[-1]["optimizer/loss_scale"] == 2**8
     for key in ("loss", "optimizer/grad_norm"):
         assert [row[key] for row in grows] == pytest.approx([row[key] for row in stays], rel=1e-3), key
+
+
+def test_tf32_is_a_setting_of_gpus(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU it changes nothing."""
+    asked: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for wanted in (True, False):
+        startup.use_tf32(wanted)
+        assert torch.backends.cudnn.allow_tf32 == wanted
+    assert asked == ["high", "highest"]
+    runs = [run_here("--train.steps", 3, *more, output=tmp_path / str(len(more))) for more in ((), ("--train.no-tf32",))]
+    assert [run.code for run in runs] == [0, 0] and len(asked) == 2
+    assert_same_run(runs[0].run, runs[1].run)
