@@ -218,7 +218,10 @@ def step_folders(run_dir: Path) -> list[CheckpointDir]:
         for path in (run_dir / "checkpoints").iterdir():
             match = re.fullmatch(r"step_(\d{8,})", path.name)
             if match and not path.is_file():
-                found.append(CheckpointDir(path, int(match[1])))
+                checkpoint = CheckpointDir.at(run_dir, int(match[1]))
+                # Of more than eight digits, none is a leading zero.
+                if checkpoint.path.name == path.name:
+                    found.append(checkpoint)
     return sorted(found, key=lambda c: -c.step)
 
 
@@ -230,7 +233,10 @@ def checkpoints(run_dir: Path) -> list[CheckpointDir]:
 def is_run(folder: Path) -> bool:
     """Whether a run was trained in the folder: it holds the record of a start, or a checkpoint, also
     a damaged one."""
-    return any((folder / "starts").glob("start_*.json")) or bool(checkpoints(folder))
+    # What may not be listed, such as a folder of all users' runs, is not taken for a run.
+    with contextlib.suppress(PermissionError):
+        return any((folder / "starts").glob("start_*.json")) or bool(checkpoints(folder))
+    return False
 
 
 def require_outside_checkpoints(path: Path, option: str) -> None:

@@ -694,14 +694,14 @@ def test_what_a_killed_start_leaves_is_no_obstacle(run_here: RunHere, tmp_path: 
 
 def test_retention_leaves_what_others_have_put_there(run_here: RunHere) -> None:
     run = run_here("--train.steps", 4, "--checkpoint.every", 4).run
-    theirs = [run / "checkpoints" / name for name in ("step_1/model.pt", "step_00000003/model.pt", "step_00000004/notes.txt")]
+    theirs = [run / "checkpoints" / name for name in ("step_1/model.pt", "step_000000003/manifest.json", "step_00000003/model.pt", "step_00000004/notes.txt")]
     for path in theirs:
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
     outcome = run_here("--train.steps", 16, "--checkpoint.every", 4, "--checkpoint.keep-last", 1)
     assert outcome.code == 0, outcome.err
-    assert [path.read_text() for path in theirs] == ["mine"] * 3
-    assert [c.step for c in checkpoints(run)] == [16] and {path.name for path in theirs[2].parent.iterdir()} == {"notes.txt"}
+    assert [path.read_text() for path in theirs] == ["mine"] * 4
+    assert [c.step for c in checkpoints(run)] == [16] and {path.name for path in theirs[3].parent.iterdir()} == {"notes.txt"}
 
 
 @pytest.mark.parametrize("inner", ["", "step_00000004", "step_00000004/inner", "mine"])
@@ -721,6 +721,21 @@ def test_a_run_inside_the_checkpoints_of_another(by: str, inner: str, run_here: 
     for arguments in (("--train.steps", 4), ("--dry-run",)):
         assert_refused(run_here(*arguments, output=folder), f"{folder} lies in the checkpoints of the run {outer}", "with --output DIR")
     assert contents(run) == before and not (folder / "lock").exists()
+
+
+def test_a_folder_named_checkpoints_that_may_not_be_listed(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where all users' runs lie in one: no run, so a run may be trained inside."""
+    real, shared = Path.iterdir, tmp_path / "checkpoints"
+
+    def listed(self: Path) -> Any:
+        if self == shared:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self)
+
+    shared.mkdir()
+    monkeypatch.setattr(Path, "iterdir", listed)
+    outcome = run_here("--train.steps", 2, output=shared / "mine")
+    assert outcome.code == 0, outcome.err
 
 
 def test_unwritable_run_directory(run_here: RunHere, tmp_path: Path) -> None:
