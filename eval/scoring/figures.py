@@ -3,7 +3,7 @@ they allow."""
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -258,21 +258,14 @@ def figures(
     notes: list[str] = []
     if {"frechet", "spatial"} & set(metrics):
         notes += _notes_on_counts(seen, reference)
-    found += _frechet_figures(seen, reference, metrics, device)
-    # The Inception Score needs no reference.
-    if "class" in metrics and seen.logits is not None:
-        found.append(_class_figure(seen, reference.extractor, device))
-
     # Those that need the features of single images.
     if {"kid", "neighbours"} & set(metrics):
         notes += _notes_on_features(seen, reference)
-    if "kid" in metrics and reference.statistics.features is not None:
-        kid, size = _kid_figure(seen, reference, device, kid_subset)
-        found.append(kid)
-        if size < kid_subset:
-            notes.append(f"KID over subsets of {size:,}, not of {kid_subset:,}")
-    if "neighbours" in metrics:
-        found += _neighbour_figures(seen, reference, device)
+    for metric, figures_of in FIGURES.items():
+        if metric in metrics:
+            more, remarks = figures_of(seen, reference, device, kid_subset)
+            found += more
+            notes += remarks
     return found, notes
 
 
@@ -307,37 +300,52 @@ def _notes_on_features(seen: ExtractedFeatures, reference: Reference) -> list[st
     return notes
 
 
-def _frechet_figures(
-    seen: ExtractedFeatures, reference: Reference, metrics: Sequence[Metric], device: torch.device
-) -> list[Figure]:
-    """FID and sFID, or the distances of another network by its own name."""
-    extractor = reference.extractor
-    count = short(seen.n)
-    found = []
+# The figures of one metric, and notes on them; none where the samples or the reference do not allow
+# it.
+Scored = tuple[list[Figure], list[str]]
+
+
+def _frechet(seen: ExtractedFeatures, reference: Reference, device: torch.device, _: int) -> Scored:
+    """FID, or the distance of another network by its own name."""
+    frechet = reference.frechet("pooled", device)
+    if not frechet:
+        return [], []
     # The name holds the number of samples: distances of different numbers do not compare.
-    if "frechet" in metrics and (frechet := reference.frechet("pooled", device)):
-        of = frechet_jackknife(frechet, seen.moments)
-        name = f"{extractor.frechet_name}-{count}"
-        found.append(Figure(name, of.value, of.standard_error, "jackknife", "lower"))
-    if "spatial" in metrics and seen.spatial and (frechet := reference.frechet("spatial", device)):
-        of = frechet_jackknife(frechet, seen.spatial)
-        name = f"sFID-{count}" if extractor.fid else f"s{extractor.frechet_name}-{count}"
-        found.append(Figure(name, of.value, of.standard_error, "jackknife", "lower"))
-    return found
+    name = f"{reference.extractor.frechet_name}-{short(seen.n)}"
+    of = frechet_jackknife(frechet, seen.moments)
+    return [Figure(name, of.value, of.standard_error, "jackknife", "lower")], []
 
 
-def _class_figure(seen: ExtractedFeatures, extractor: Extractor, device: torch.device) -> Figure:
-    """The Inception Score, or another network's."""
-    assert seen.logits is not None
+def _spatial(seen: ExtractedFeatures, reference: Reference, device: torch.device, _: int) -> Scored:
+    """sFID, or that of another network."""
+    frechet = reference.frechet("spatial", device) if seen.spatial else None
+    if not frechet or not seen.spatial:
+        return [], []
+    extractor = reference.extractor
+    name = "sFID" if extractor.fid else f"s{extractor.frechet_name}"
+    of = frechet_jackknife(frechet, seen.spatial)
+    figure = Figure(f"{name}-{short(seen.n)}", of.value, of.standard_error, "jackknife", "lower")
+    return [figure], []
+
+
+def _class_score(
+    seen: ExtractedFeatures, reference: Reference, device: torch.device, _: int
+) -> Scored:
+    """The Inception Score, or another network's; it needs no reference."""
+    if seen.logits is None:
+        return [], []
     spread = class_score(seen.logits.to(device), splits=min(10, seen.n))
+    extractor = reference.extractor
     name = "IS" if extractor.fid else f"class score-{extractor.name}"
-    return Figure(name, spread.mean, spread.std, "between splits", "higher")
+    return [Figure(name, spread.mean, spread.std, "between splits", "higher")], []
 
 
-def _kid_figure(
+def _kid(
     seen: ExtractedFeatures, reference: Reference, device: torch.device, subset: int
-) -> tuple[Figure, int]:
-    """KID and the size of its subsets: `subset`, or half of the images where there are fewer."""
+) -> Scored:
+    """KID over subsets of `subset` images, or of half of them where there are fewer."""
+    if reference.statistics.features is None:
+        return [], []
     extractor = reference.extractor
     # In subsets, as papers report it, so that an error comes with it.
     features = torch.as_tensor(reference.statistics.features, device=device)
@@ -346,23 +354,34 @@ def _kid_figure(
     size = subset if fewest >= subset else max(2, fewest // 2)
     spread = kernel_distance(seen.kept.to(device), features, subset_size=size)
     name = "KID" if extractor.fid else f"KD-{extractor.name}"
-    return Figure(name, spread.mean, spread.std, "between subsets", "lower"), size
+    notes = [f"KID over subsets of {size:,}, not of {subset:,}"] if size < subset else []
+    return [Figure(name, spread.mean, spread.std, "between subsets", "lower")], notes
 
 
-def _neighbour_figures(
-    seen: ExtractedFeatures, reference: Reference, device: torch.device
-) -> list[Figure]:
+def _neighbours(
+    seen: ExtractedFeatures, reference: Reference, device: torch.device, _: int
+) -> Scored:
     """Precision and Recall."""
     balls = reference.balls(device)
     # Statistics without features, as pytorch-fid's, have no neighbours.
     if not balls:
-        return []
+        return [], []
     both = precision_recall(Balls(seen.kept.to(device), name="samples"), balls)
     suffix = "" if reference.extractor.fid else f"-{reference.extractor.name}"
     found = []
     for name, share in (("Precision", both.precision), ("Recall", both.recall)):
         found.append(Figure(name + suffix, share.value, share.standard_error, "binomial", "higher"))
-    return found
+    return found, []
+
+
+# By metric, in the order of the report. The CLIP score, which reads texts too, is `text_figure`.
+FIGURES: dict[str, Callable[[ExtractedFeatures, Reference, torch.device, int], Scored]] = {
+    "frechet": _frechet,
+    "spatial": _spatial,
+    "class": _class_score,
+    "kid": _kid,
+    "neighbours": _neighbours,
+}
 
 
 def text_figure(

@@ -1,5 +1,7 @@
 """The network that a config describes, and what follows from its shapes."""
 
+from collections.abc import Callable
+
 import torch
 
 from largescale.condition import Captions, Condition
@@ -7,23 +9,33 @@ from largescale.config.schema import ModelConfig, TrainConfig
 from largescale.models import dit, unet
 from largescale.models.dit import DiT
 from largescale.models.unet import DDPMpp
+from largescale.registry import look_up
 
 Network = DiT | DDPMpp
 
 
-def build_model(config: ModelConfig) -> Network:
-    """The network, initialised from torch's global generator."""
-    if config.architecture == "ddpmpp":
-        return DDPMpp(
-            input_size=config.input_size,
-            in_channels=config.in_channels,
-            num_classes=config.num_classes,
-            **vars(config.unet),
-        )
+def _dit(config: ModelConfig) -> DiT:
     # DiT's arguments have the names of the config's fields.
     fields = dict(vars(config))
     del fields["architecture"], fields["unet"]
     return DiT(**fields)
+
+
+def _ddpmpp(config: ModelConfig) -> DDPMpp:
+    return DDPMpp(
+        input_size=config.input_size,
+        in_channels=config.in_channels,
+        num_classes=config.num_classes,
+        **vars(config.unet),
+    )
+
+
+ARCHITECTURES: dict[str, Callable[[ModelConfig], Network]] = {"dit": _dit, "ddpmpp": _ddpmpp}
+
+
+def build_model(config: ModelConfig) -> Network:
+    """The network, initialised from torch's global generator."""
+    return look_up(ARCHITECTURES, config.architecture, "model.architecture")(config)
 
 
 def set_up_blocks(model: Network, train: TrainConfig) -> None:

@@ -5,13 +5,15 @@ import importlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from eval.scoring import figures as figures_module
 from largescale import noise_schedule
 from largescale.config.presets import PRESETS
 from largescale.curriculum import PACINGS, Curriculum, uniform_clusters
@@ -92,6 +94,18 @@ def test_an_objective(monkeypatch: pytest.MonkeyPatch) -> None:
     for sampler in objective.samplers:
         found = sample(objective, knowing(0.0), noise, y, sampler=sampler, steps=10, noise=lambda i: torch.zeros_like(noise))
         torch.testing.assert_close(found, x_start, rtol=0, atol=2e-2)
+
+
+def test_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(figures_module.FIGURES, "mean distance", defined("A metric", figures_module)["mean_distance"])
+    generator = torch.Generator().manual_seed(0)
+    true, samples = torch.randn(4000, 3, generator=generator), torch.randn(4000, 3, generator=generator) + torch.tensor([3.0, 4.0, 0.0])
+    seen = figures_module.ExtractedFeatures(4000, cast(Any, None), None, None, samples)
+    reference: Any = SimpleNamespace(statistics=SimpleNamespace(features=true.numpy()))
+    (found,), notes = figures_module.figures(seen, reference, ("mean distance",), torch.device("cpu"))  # type: ignore[arg-type]
+    assert abs(found.value - 5) < 3 * found.error < 0.2 and found.better == "lower" and notes == []
+    reference.statistics.features = None
+    assert figures_module.figures(seen, reference, ("mean distance",), torch.device("cpu"))[0] == []  # type: ignore[arg-type]
 
 
 def test_a_packer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 
+from eval.scoring.figures import FIGURES, METRICS
 from largescale.config.derived import CLUSTERS, cluster_edges, pacing, pacing_settings
 from largescale.config.schema import Config, CurriculumConfig, DiffusionConfig, NoiseConfig
 from largescale.curriculum import PACINGS, Curriculum, uniform_clusters
@@ -16,17 +17,19 @@ from largescale.diffusion.flow import INTERPOLANTS
 from largescale.diffusion.loss_weighting import WEIGHTINGS, make_weighting
 from largescale.diffusion.noise_levels import NOISE_SAMPLERS, make_noise_sampler
 from largescale.errors import ConfigError
+from largescale.models.build import ARCHITECTURES
 from largescale.noise_schedule import SCHEDULES
 from largescale.registry import look_up
 
 TABLES: dict[str, dict[str, Any]] = {
+    "model.architecture": ARCHITECTURES,
     "curriculum.pacing": PACINGS, "curriculum.clusters": CLUSTERS, "noise.sampling": NOISE_SAMPLERS, "noise.weighting": WEIGHTINGS,
     "diffusion.objective": OBJECTIVES, "diffusion.schedule": SCHEDULES, "diffusion.interpolant": INTERPOLANTS,
 }
 # Ways of doing one thing, told apart where it is done: nothing is constructed for them.
 SWITCHES = {
-    "model.architecture", "model.null_caption", "diffusion.fixed_variance", "curriculum.order", "curriculum.stages", "optimizer.kernel",
-    "train.micro_batch_size", "train.compile", "train.device", "anomaly.not_finite", "anomaly.spike",
+    "model.null_caption", "diffusion.fixed_variance", "curriculum.order", "curriculum.stages", "optimizer.kernel",
+    "train.micro_batch_size", "train.compile", "train.kernels", "train.device", "anomaly.not_finite", "anomaly.spike",
 }
 
 
@@ -50,6 +53,11 @@ def test_every_choice_is_known_here() -> None:
 @pytest.mark.parametrize("key", TABLES)
 def test_a_choice_and_its_table_have_the_same_names(key: str) -> None:
     assert CHOICES[key] == tuple(TABLES[key])
+
+
+def test_every_metric_has_figures() -> None:
+    """The CLIP score needs texts too, and is made apart."""
+    assert (*FIGURES, "clip") == METRICS
 
 
 def test_a_name_that_is_not_there() -> None:
