@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from largescale.errors import ConfigError
 
 WRITTEN_AGAINST = "0.19.8"
-# Elements to a multiple of which a rank's part of the flat weights is padded, by device: 64 bytes in
-# half precision for NCCL. On CPUs it stays DeepSpeed's, so that old runs continue bitwise (how AdamW
-# rounds depends on where a part ends).
+# A rank's part of the flat weights is padded to a multiple of so many elements, by device: for NCCL
+# to 64 bytes in half precision. On CPUs it stays DeepSpeed's, so that old runs continue bitwise (how
+# AdamW rounds depends on where a part ends).
 ALIGNMENT = {"cuda": 32, "cpu": 2}
 OTHER_DEEPSPEED = (
     "deepspeed {version}: {what} is not what largescale overrides, so training could go wrong "
