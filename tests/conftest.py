@@ -23,6 +23,10 @@ from tests.ranks import ROOT, Done, ranks_of
 
 QUIET = ("--telemetry.no-tensorboard", "--telemetry.preview-every", 0, "--telemetry.reference-every", 0)
 
+# Under nohup programs ignore a closed terminal, and so would those that are tested.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 WORKER_BYTES = 4 * 10**9  # that a test takes with its ranks, at most
 
 

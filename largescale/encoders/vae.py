@@ -96,9 +96,9 @@ class Vae:
         the weights, in float32. With the VAE of Stable Diffusion at 256 pixels it was 0.43 GB on a
         CPU."""
         config = self.module.config
-        widths = config.decoder_block_out_channels
-        if self.kind == "moments":
-            widths = config.block_out_channels
+        # AutoencoderTiny names those of its decoder apart.
+        name = "block_out_channels" if self.kind == "moments" else "decoder_block_out_channels"
+        widths = getattr(config, name)
         # Feature maps of the full resolution, of 4 bytes a value.
         return 6 * max(widths[:2]) * side**2 * 4
 

@@ -60,8 +60,8 @@ micro_step_losses = TrainStep.micro_step_losses
 batch, training_losses = Loader.batch, GaussianDiffusion.training_losses
 
 
-class LoadedError(Exception):
-    """Enough was seen of this run."""
+class LoadedError(BaseException):
+    """Enough was seen of this run. No Exception: one of those that several ranks do not share ends the process."""
 
 
 # ---- what is written beside a run

@@ -73,6 +73,7 @@ def test_many_ranks_and_their_launcher(limit: Path, run_here: RunHere, monkeypat
     assert "warning: 2 ranks need about 1.3" in run_here("--train.steps", 1).err  # torch thrice is 0.9 GB
     bound(monkeypatch, 899 * 10**6, limit)
     assert "error: 2 ranks need about 1.3" in run_here("--train.steps", 1).err
+    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "2")  # the first of another machine, whose own limit it is
     assert "error on rank 2: 2 ranks need about 1.3" in run_here("--train.steps", 1).err
     monkeypatch.setenv("LOCAL_RANK", "1")

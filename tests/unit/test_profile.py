@@ -62,7 +62,7 @@ def test_profile_of_a_run_that_ends_too_soon(run_here: RunHere, tmp_path: Path) 
 
 def test_profile_that_cannot_be_written(run_here: RunHere, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    run.mkdir()
+    assert run_here("--train.steps", 2, output=run).code == 0
     (run / "profile").write_text("in the way")
     outcome = run_here("--train.steps", 12, "--profile", output=run)
     assert outcome.code == 0 and "telemetry cannot be written, training continues" in outcome.err
