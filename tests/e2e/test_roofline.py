@@ -1,5 +1,6 @@
 """benchmarks/roofline.py, which needs no GPU: what it counts is what the formulas say."""
 
+import functools
 import importlib
 import json
 from pathlib import Path
@@ -13,6 +14,7 @@ from largescale.models.fused_norm import ROWS
 from largescale.planning.cost import HARDWARE
 
 ROOT = Path(__file__).parents[2]
+IMAGES = 2
 
 
 @pytest.fixture(scope="module")
@@ -22,41 +24,42 @@ def roofline() -> Any:
         yield importlib.import_module("roofline")
 
 
-@pytest.mark.parametrize(("preset", "images"), [("dit_s2_imagenet256", 2), ("dit_s2_coco256", 2)])
-def test_the_operations_of_a_block_are_the_formulas(preset: str, images: int, roofline: Any) -> None:
-    config = PRESETS[preset]()
-    kernels = roofline.kernels_of_block(config, images, "h100")
+@pytest.fixture(scope="module")
+def kernels_of(roofline: Any) -> Any:
+    """(preset, train.kernels) -> the kernels of a block, for 2 images on an H100; compiled once."""
+    return functools.cache(lambda preset, kernels="inductor": roofline.kernels_of_block(PRESETS[preset](), IMAGES, "h100", kernels))
+
+
+@pytest.mark.parametrize("preset", ["dit_s2_imagenet256", "dit_s2_coco256"])
+def test_the_operations_of_a_block_are_the_formulas(preset: str, roofline: Any, kernels_of: Any) -> None:
+    kernels = kernels_of(preset)
     forward = {kind: sum(k.flops for k in kernels if k.kind == kind and not k.backward) for kind in ("product", "attention")}
     backward = {kind: sum(k.flops for k in kernels if k.kind == kind and k.backward) for kind in ("product", "attention")}
-    assert sum(forward.values()) == images * roofline.forward_flops(config)[0]
+    assert sum(forward.values()) == IMAGES * roofline.forward_flops(PRESETS[preset]())[0]
     # Each product has two in the backward pass; attention computes its weights again.
     assert backward["product"] == 2 * forward["product"] and backward["attention"] == 2.5 * forward["attention"]
 
 
-def test_the_bytes_of_fused_kernels(roofline: Any) -> None:
+def test_the_bytes_of_fused_kernels(roofline: Any, kernels_of: Any) -> None:
     """Those that Triton's interpreter sees the kernels touch (tests/unit/test_fused_norm.py, in the same words)."""
-    images, tokens, width = 2, 256, 384
-    kernels = [k for k in roofline.kernels_of_block(PRESETS["dit_s2_imagenet256"](), images, "h100", "fused") if k.kind == "ours"]
-    elements, around = images * tokens * width, 2 * 4 * images * tokens + 2 * width
-    sums = 4 * 4 * width * images * tokens // ROWS
-    assert [k.bytes for k in kernels if not k.backward] == [12 * elements + around + 3 * 2 * images * width] * 2
-    assert [k.bytes for k in kernels if k.backward] == [18 * elements + around + 2 * 2 * images * width + sums] * 2
-
-
-def test_fused_kernels_move_fewer_bytes(roofline: Any) -> None:
-    config, elements = PRESETS["dit_s2_imagenet256"](), 2 * 256 * 384
-    moved = [roofline.bytes_per_element(roofline.kernels_of_block(config, 2, "h100", kernels), elements) for kernels in ("inductor", "fused")]
-    assert moved[1] < 0.85 * moved[0]
+    tokens, width = 256, 384
+    ours = [k for k in kernels_of("dit_s2_imagenet256", "fused") if k.kind == "ours"]
+    elements, around = IMAGES * tokens * width, 2 * 4 * IMAGES * tokens + 2 * width
+    sums = 4 * 4 * width * IMAGES * tokens // ROWS
+    assert [k.bytes for k in ours if not k.backward] == [12 * elements + around + 3 * 2 * IMAGES * width] * 2
+    assert [k.bytes for k in ours if k.backward] == [18 * elements + around + 2 * 2 * IMAGES * width + sums] * 2
+    plain, fused = (roofline.bytes_per_element(kernels_of("dit_s2_imagenet256", kernels), elements) for kernels in ("inductor", "fused"))
+    assert fused < 0.85 * plain
 
 
 def test_the_report(roofline: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    roofline.main(["dit_s2_imagenet256", "--gpus", "1", "8", "--images", "4", "--json", str(tmp_path / "report.json")])
+    roofline.main(["dit_s2_imagenet256", "--gpus", "1", "8", "--images", "32", "--json", str(tmp_path / "report.json")])
     out, report = capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text())
     moved = report["bytes_per_element"]
     assert f"\nbytes per residual element and block: {moved:.1f}\n" in out
     # A block reads and writes the stream at least once in each pass, and today's code about 40 times.
     assert 16 < moved < 170
-    elements = 4 * 256 * 384
+    elements = 32 * 256 * 384
     assert moved == pytest.approx(sum(k["bytes"] for k in report["kernels"] if k["kind"] == "elementwise") / elements)
     one, eight = report["steps"]
     assert one["parts"]["all-gather"] == 0 < eight["parts"]["all-gather"]
