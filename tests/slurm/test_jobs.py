@@ -230,14 +230,14 @@ def test_packing(submit: Submit, tmp_path: Path) -> None:
     assert len(ShardDataset(out, verify=True)) == 120
 
 
-def test_as_many_nodes_as_are_free(lab: Lab, training: Submit, truth: Path, tmp_path: Path) -> None:
+def test_as_many_nodes_as_are_free(lab: Lab, training: Submit, tmp_path: Path) -> None:
     """--nodes=1-2: it starts on the one node that is free, on 2 of its 3 tasks, since the batch of 16 cannot be split
     over 3; at the next start on both nodes, on 4 of 6."""
     blocker = tmp_path / "blocker.sh"
     blocker.write_text("#!/bin/sh\nsleep 600\n")
     other = lab("sbatch", "--parsable", "--partition=high", "--nodes=1", "--exclusive", "--output=/dev/null", blocker)
     wait_until("the other job", lambda: lab("squeue", "-h", "-j", other, "-o", "%T") == "RUNNING", 600)
-    job = training(job=("--nodes=1-2", "--ntasks-per-node=3"))
+    job = training("--train.steps", 160, job=("--nodes=1-2", "--ntasks-per-node=3"))
     job.wait_for_step(STARTED)
     assert "training on 2 ranks: the batch cannot be split over 3; 1 stay idle" in job.text()
     lab("scancel", other)
@@ -246,7 +246,7 @@ def test_as_many_nodes_as_are_free(lab: Lab, training: Submit, truth: Path, tmp_
     assert "training on 4 ranks: the batch cannot be split over 6; 2 stay idle" in text
     saved_and_resumed(text)
     starts = [start.world_size for start in read_starts(tmp_path / "run")]
-    assert starts == [2, 4] and checkpoints(tmp_path / "run")[0].step == 600
+    assert starts == [2, 4] and checkpoints(tmp_path / "run")[0].step == 160
 
 
 def test_packing_that_crashes(submit: Submit, tmp_path: Path) -> None:

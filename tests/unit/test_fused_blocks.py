@@ -68,17 +68,17 @@ def test_compiled() -> None:
 
 
 def test_a_run_with_fused_kernels(run_here: RunHere, tmp_path: Path) -> None:
-    """Its losses are the other kernels' to rounding, over 200 steps: in fp32 to fp32's, and in bf16 as near to fp32 as
-    theirs are."""
+    """Its losses are the other kernels' to rounding, in fp32 over 200 steps, and in bf16 as near to fp32 as theirs
+    are."""
     losses: dict[tuple[str, str], torch.Tensor] = {}
-    for precision in ("fp32", "bf16"):
+    for precision, steps in (("fp32", 200), ("bf16", 80)):
         for kernels in ("inductor", "fused"):
-            run = run_here("--train.steps", 200, "--train.ds-config", f"ds_configs/zero2_{precision}.json", "--train.kernels", kernels,
+            run = run_here("--train.steps", steps, "--train.ds-config", f"ds_configs/zero2_{precision}.json", "--train.kernels", kernels,
                            "--curriculum.pacing", "fixed", "--curriculum.interval", 20, output=tmp_path / f"{precision}_{kernels}")
             assert run.code == 0 and ("fused kernels" in run.err) == (kernels == "fused"), run.err
             losses[precision, kernels] = torch.tensor([row["loss"] for row in run.trace()])
     exact = losses.pop(("fp32", "inductor"))
-    far = {name: (loss - exact).abs() / exact for name, loss in losses.items()}
+    far = {name: (loss - exact[: len(loss)]).abs() / exact[: len(loss)] for name, loss in losses.items()}
     assert 0 < far["fp32", "fused"].max() < 1e-4
     assert far["bf16", "fused"].mean() < 1.5 * far["bf16", "inductor"].mean()
 

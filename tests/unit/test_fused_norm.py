@@ -58,7 +58,7 @@ def values_and_gradients(function: Callable[..., tuple[Tensor, Tensor]], inputs:
 
 @pytest.mark.parametrize("keep_input", [True, False])
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
-@pytest.mark.parametrize("branch_type", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("branch_type", [torch.bfloat16] if INTERPRETED else [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [SHAPES["13 tokens"]] if INTERPRETED else SHAPES.values())
 def test_the_same_as_in_double_precision(
     shape: tuple[int, ...], branch_type: torch.dtype, parts: tuple[str, ...], keep_input: bool
@@ -136,7 +136,7 @@ def test_in_tritons_interpreter() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names],
         capture_output=True, text=True, cwd=Path(__file__).parents[2], env={**os.environ, "TRITON_INTERPRET": "1"})
-    assert done.returncode == 0 and re.search(r"\b24 passed", done.stdout), done.stdout
+    assert done.returncode == 0 and re.search(r"\b14 passed", done.stdout), done.stdout
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
