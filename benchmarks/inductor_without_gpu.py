@@ -6,7 +6,6 @@ written and never compiled. Attention is one opaque operator, as cuDNN's is.
 """
 
 import contextlib
-import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 
-from largescale.models import fused_norm
+from largescale.models import dit, fused_blocks, fused_norm, fused_products
 
 
 @dataclass(frozen=True)
@@ -77,27 +76,24 @@ class Half:
     code: str
 
 
-@torch.library.custom_op("roofline::attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError  # only traced
+def _opaque(name: str, schema: str, fake: Callable[..., Any]) -> Any:
+    """An operator that is only traced: `fake` makes results of the right shapes."""
+
+    def never(*_: Any) -> Any:
+        raise NotImplementedError
+
+    operator = torch.library.custom_op(f"roofline::{name}", never, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+    return operator
 
 
-@_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     n, heads, tokens, width = q.shape
     out = q.new_empty(n, tokens, heads, width).transpose(1, 2)
     return out, q.new_empty(n, heads, tokens, 1, dtype=torch.float32)
 
 
-@torch.library.custom_op("roofline::attention_backward", mutates_args=())
-def _attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    raise NotImplementedError  # only traced
-
-
-@_attention_backward.register_fake
-def _(
+def _fake_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     def like(x: Tensor) -> Tensor:
@@ -107,12 +103,23 @@ def _(
     return like(q), like(k), like(v)
 
 
+_attention = _opaque(
+    "attention", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)", _fake_attention
+)
+_attention_backward = _opaque(
+    "attention_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp)"
+    " -> (Tensor, Tensor, Tensor)",
+    _fake_attention_backward,
+)
+
+
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, *output)
 
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.ops.roofline.attention_backward(grad, *ctx.saved_tensors))
+    return tuple(_attention_backward(grad, *ctx.saved_tensors))
 
 
 _attention.register_autograd(_gradients, setup_context=_keep)
@@ -120,71 +127,45 @@ _attention.register_autograd(_gradients, setup_context=_keep)
 
 def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
     """In place of F.scaled_dot_product_attention. A mask of keys costs next to nothing."""
-    return torch.ops.roofline.attention(q, k, v)[0]
+    out: Tensor = _attention(q, k, v)[0]
+    return out
 
 
-@torch.library.custom_op("roofline::residual_norm", mutates_args=())
-def _residual_norm(
-    x: Tensor,
-    branch: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    keep_input: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    raise NotImplementedError  # only traced
+@contextlib.contextmanager
+def kernels_of(device: Device) -> Iterator[None]:
+    """What is traced on fake CPU tensors calls the kernels that it would call on this GPU: largescale's
+    own, and attention, an operator for the whole of it."""
+    with contextlib.ExitStack() as stack:
+        for module in (fused_norm, fused_products):
+            stack.enter_context(mock.patch.object(module, "is_eager", lambda _: False))
+        for module in (dit, fused_blocks):
+            stack.enter_context(mock.patch.object(module, "attention", attention))
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
+        stack.enter_context(_triton_for(device))
+        yield
 
 
-@_residual_norm.register_fake
-def _(x: Tensor, branch: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    of_rows = x.new_empty(x.shape[:2]), x.new_empty(x.shape[:2])
-    return torch.empty_like(x), torch.empty_like(branch), *of_rows
+@contextlib.contextmanager
+def _triton_for(device: Device) -> Iterator[None]:
+    """Triton finds this GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
 
-
-@torch.library.custom_op("roofline::residual_norm_backward", mutates_args=())
-def _residual_norm_backward(
-    dx_new: Tensor,
-    dy: Tensor,
-    saved: Tensor,
-    branch: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    saved_is_input: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    raise NotImplementedError  # only traced
-
-
-@_residual_norm_backward.register_fake
-def _(
-    dx_new: Tensor, dy: Tensor, saved: Tensor, branch: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    images, tokens, width = saved.shape
-    # Sums of parts of an image, which are added by another kernel.
-    parts = tokens // math.gcd(tokens, fused_norm.ROWS)
-    partial = saved.new_empty(images, parts, 4, width)
-    return torch.empty_like(saved), torch.empty_like(branch), partial
-
-
-def _residual_norm_gradients(ctx: Any, dx_new: Tensor, dy: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    def backward(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
-        dx, dbranch, partial = torch.ops.roofline.residual_norm_backward(*given)
-        return dx, dbranch, partial.sum(1)
-
-    return fused_norm.gradients(ctx, dx_new, dy, backward)
-
-
-_residual_norm.register_autograd(_residual_norm_gradients, setup_context=fused_norm.keep)
-
-
-def residual_norm(*args: Any, keep_input: bool) -> tuple[Tensor, Tensor]:
-    """In place of `fused_norm.residual_norm`: one opaque kernel, as it is on a GPU."""
-    given = [*args, *[None] * (6 - len(args))]
-    x_new, y, _, _ = torch.ops.roofline.residual_norm(*given, keep_input)
-    return x_new, y
+    major, minor = device.capability
+    target = GPUTarget("cuda", 10 * major + minor, 32)
+    driver = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: 0,
+        get_active_torch_device=lambda: torch.device("cuda:0"),
+        get_benchmarker=lambda: None,
+        is_active=lambda: True,
+    )
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(driver)
+    try:
+        yield
+    finally:
+        triton.runtime.driver._active = before
 
 
 def halves(
@@ -193,7 +174,7 @@ def halves(
     """The forward and the backward pass of `build()(*inputs())`. Both are made where tensors are
     fake, so their sizes cost nothing; inputs say by `requires_grad` whose gradient is wanted."""
     graphs: list[fx.GraphModule] = []
-    with FakeTensorMode(), mock.patch.object(F, "scaled_dot_product_attention", attention):
+    with FakeTensorMode(), kernels_of(device):
         module = build()
         tensors, rebuild = _flatten(inputs())
         parameters = dict(module.named_parameters())
@@ -242,9 +223,7 @@ def _flatten(values: tuple[Any, ...]) -> tuple[list[Tensor], Callable[[Any], tup
 def pretending(device: Device) -> Iterator[None]:
     """torch, Inductor and Triton find this GPU."""
     import torch._inductor.config as settings
-    import triton
     from torch._dynamo.device_interface import CudaInterface
-    from triton.backends.compiler import GPUTarget
 
     properties, capability = device.properties, device.capability
     answers = {
@@ -266,13 +245,6 @@ def pretending(device: Device) -> Iterator[None]:
         "is_triton_capable": True,
         "raise_if_triton_unavailable": None,
     }
-    driver = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", 10 * capability[0] + capability[1], 32),
-        get_current_device=lambda: 0,
-        get_active_torch_device=lambda: torch.device("cuda:0"),
-        get_benchmarker=lambda: None,
-        is_active=lambda: True,
-    )
 
     def answer(value: Any) -> Callable[..., Any]:
         return lambda *_, **__: value
@@ -292,12 +264,8 @@ def pretending(device: Device) -> Iterator[None]:
         stack.enter_context(
             settings.patch(compile_threads=1, benchmark_kernel=True, fx_graph_cache=False)
         )
-        before = triton.runtime.driver._active
-        triton.runtime.driver.set_active(driver)
-        try:
-            yield
-        finally:
-            triton.runtime.driver._active = before
+        stack.enter_context(_triton_for(device))
+        yield
 
 
 def _lower(graph: fx.GraphModule, *, backward: bool) -> str:

@@ -9,7 +9,8 @@ gap between kernels.
 
 `bytes per residual element and block` counts what Inductor's kernels and operators of ours move,
 divided by the elements of the residual stream (images, tokens, width). Operands and results of
-matrix products and of attention are not in it. Nothing here is measured: lines say what is assumed.
+matrix products and of attention are not in it; what kernels of ours read and write beside a bare
+product is named in the same line. Nothing here is measured: lines say what is assumed.
 """
 
 import argparse
@@ -19,11 +20,14 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
-from unittest import mock
 
 import torch
-from inductor_without_gpu import DEVICES, Half, attention, halves, residual_norm
+from inductor_without_gpu import DEVICES, Half, halves
 from torch import Tensor, nn
+from torch._higher_order_ops.triton_kernel_wrap import (
+    kernel_side_table,
+    triton_kernel_wrapper_mutation,
+)
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -59,22 +63,24 @@ RATES = {
     "a100": Rates(products=270e12, copies=1.75e12, fp32=19.5e12, measured=False),
     "b200": Rates(products=1_750e12, copies=7.0e12, fp32=75e12, measured=False),
 }
-# Assumed: the share of the rate above that products of a DiT's sizes reach, and attention.
-PRODUCT_SHARE = 0.85
-ATTENTION_SHARE = 0.55
+# Assumed: the share of the rate above that kernels reach at a DiT's sizes. Triton's products are
+# slower than cuBLAS's.
+SHARES = {"product": 0.85, "product with GELU": 0.75, "attention": 0.55}
 
 
 @dataclass(frozen=True)
 class Kernel:
     name: str
     kind: str
-    """elementwise (Inductor's), ours, product or attention."""
+    """elementwise (Inductor's), ours, product, product with GELU (ours) or attention."""
     backward: bool
     bytes: float
-    flops: float
+    flops: float = 0.0
+    beside_product: float = 0.0
+    """Those of the bytes that a bare product does not move."""
 
     def seconds(self, rates: Rates) -> float:
-        share = ATTENTION_SHARE if self.kind == "attention" else PRODUCT_SHARE
+        share = SHARES.get(self.kind, 1.0)
         return max(self.bytes / rates.copies, self.flops / (rates.products * share))
 
 
@@ -115,11 +121,7 @@ def kernels_of_block(
         pending = fused_blocks.Pending(of_stream(images, tokens), of_stream(), of_stream(images))
         return x, pending, c, of_captions
 
-    with (
-        mock.patch.object(dit, "attention", attention),
-        mock.patch.object(fused_blocks, "residual_norm", residual_norm),
-    ):
-        passes = halves(build, inputs, DEVICES[card])
+    passes = halves(build, inputs, DEVICES[card])
     found: list[Kernel] = []
     for backward, half in enumerate(passes):
         for kernels_of in (_inductors_kernels, _our_kernels, _library_calls):
@@ -128,16 +130,28 @@ def kernels_of_block(
 
 
 def _our_kernels(half: Half, backward: bool) -> list[Kernel]:
-    """The fused kernels, with the bytes of each argument and result counted once: a test compares
+    """The fused kernels, with the bytes of each argument and result counted once: tests compare
     them with what Triton's interpreter sees the kernels touch."""
     found = []
     for node in half.graph.graph.nodes:
-        name = str(node.target)
-        if not name.startswith("roofline.residual_norm"):
+        if node.target is not triton_kernel_wrapper_mutation:
             continue
-        moved = {arg: arg.meta["val"] for arg in node.args if isinstance(arg, torch.fx.Node)}
-        size = sum(map(_bytes, (*moved.values(), *node.meta["val"])))
-        found.append(Kernel(name.split(".")[1], "ours", backward, size, 0.0))
+        name = kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__
+        # An argument that is absent, and not read, has another one in its place.
+        names = {
+            node: name for name, node in node.kwargs["kwargs"].items() if hasattr(node, "meta")
+        }
+        tensors = {name: node.meta["val"] for node, name in names.items()}
+        size = sum(map(_bytes, tensors.values()))
+        if not name.startswith("gelu_product"):
+            found.append(Kernel(name, "ours", backward, size))
+            continue
+        # A bare product would neither write GELU's result, nor read h and write sums.
+        left = tensors["dbranch" if backward else "y"]
+        beside = ("h", "partial") if backward else ("a",)
+        flops = 2.0 * tensors["h"].numel() * left.shape[-1]
+        extra = sum(_bytes(tensors[each]) for each in beside)
+        found.append(Kernel(name, "product with GELU", backward, size, flops, extra))
     return found
 
 
@@ -150,8 +164,7 @@ def _inductors_kernels(half: Half, backward: bool) -> list[Kernel]:
     body = half.code[half.code.rindex("def call(self") :]
     launched = re.findall(r"^\s+(triton_\w+)\.run\(", body, re.M)
     return [
-        Kernel(name, "elementwise", backward, 1e9 * float(gigabytes[name]), 0.0)
-        for name in launched
+        Kernel(name, "elementwise", backward, 1e9 * float(gigabytes[name])) for name in launched
     ]
 
 
@@ -217,7 +230,7 @@ def predict(
     work = workload(config, ds, accumulation)
     around = 3 * forward_flops(config)[1] * total / gpus
     parts = {
-        "matrix products": blocks("product"),
+        "matrix products": blocks("product", "product with GELU"),
         "attention": blocks("attention"),
         "elementwise": blocks("elementwise", "ours"),
         "embedding and final layer, fp32": around / rates.fp32,
@@ -294,7 +307,8 @@ def card_line(card: str) -> str:
         f"{hardware.name}: data sheet {hardware.peak_flops / 1e12:.0f} TFLOP/s and "
         f"{hardware.memory_bandwidth / 1e12:.2f} TB/s; {origin} {rates.products / 1e12:.0f} TFLOP/s "
         f"of a (8192, 8192) product and {rates.copies / 1e12:.2f} TB/s of a copy; assumed that "
-        f"products reach {PRODUCT_SHARE:.0%} and attention {ATTENTION_SHARE:.0%} of it, and "
+        f"products reach {SHARES['product']:.0%} of it, those with GELU in a kernel of ours "
+        f"{SHARES['product with GELU']:.0%} and attention {SHARES['attention']:.0%}, and "
         f"{1e6 * GAP_S:g} µs between kernels"
     )
 
@@ -331,7 +345,9 @@ def main(args: list[str] | None = None) -> None:
     )
     print(kernel_table(kernels, RATES[options.card], elements))
     moved = bytes_per_element(kernels, elements)
-    print(f"\nbytes per residual element and block: {moved:.1f}\n")
+    beside = sum(kernel.beside_product for kernel in kernels) / elements
+    print(f"\nbytes per residual element and block: {moved:.1f}", end="")
+    print(f", and {beside:.1f} beside products in their kernels\n" if beside else "\n")
     predictions = [predict(config, options.card, gpus, kernels_for) for gpus in options.gpus]
     print(step_table(predictions))
     if options.json:
@@ -340,6 +356,7 @@ def main(args: list[str] | None = None) -> None:
             "card": options.card,
             "train_kernels": options.kernels,
             "bytes_per_element": moved,
+            "bytes_beside_products_per_element": beside,
             "kernels": [asdict(kernel) for kernel in kernels],
             "steps": [asdict(prediction) for prediction in predictions],
         }

@@ -1,7 +1,8 @@
 """DiT's blocks with the residual stream read and written once where two sublayers meet.
 
 A block ends with gate x branch, and the next one starts with a layer norm: `residual_norm` does
-both at once. So a block hands on its last branch before it is added.
+both at once. So a block hands on its last branch before it is added. GELU and the biases' gradients
+are computed where the products' results are at hand, see `fused_products`.
 """
 
 from typing import NamedTuple
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from largescale.errors import ConfigError
-from largescale.models.dit import Block, DiT, modulate
+from largescale.models.dit import Attention, Block, DiT, attention, modulate
 
 try:
     from largescale.models.fused_norm import residual_norm
+    from largescale.models.fused_products import GeluMlp, QkvProduct
 except ImportError as error:
     raise ConfigError(
         f"train.kernels=fused needs Triton, which is not installed here ({error}); train with "
@@ -56,16 +58,23 @@ class FusedBlock(nn.Module):
             x, y = residual_norm(x, *pending, shift_attn, scale_attn, keep_input=False)
 
         # The bias of a branch's last product is added by the kernel, which also sums its gradient.
-        branch = F.linear(block.attn.attend(y), block.attn.proj.weight)
+        branch = F.linear(attend(block.attn, y), block.attn.proj.weight)
         bias, gate = block.attn.proj.bias, gate_attn
         if block.cross_attn is not None and captions is not None:
             x, y = residual_norm(x, branch, bias, gate, keep_input=True)
             branch = F.linear(block.cross_attn.attend(y, *captions), block.cross_attn.proj.weight)
             bias, gate = block.cross_attn.proj.bias, torch.ones_like(gate_attn)
         x, y = residual_norm(x, branch, bias, gate, shift_mlp, scale_mlp, keep_input=True)
-        fc1, act, fc2 = block.mlp
-        assert isinstance(fc2, nn.Linear)
-        return x, Pending(F.linear(act(fc1(y)), fc2.weight), fc2.bias, gate_mlp)
+        fc1, _, fc2 = block.mlp
+        assert isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear)
+        branch = GeluMlp.apply(y, fc1.weight, fc1.bias, fc2.weight)
+        return x, Pending(branch, fc2.bias, gate_mlp)
+
+
+def attend(attn: Attention, y: Tensor) -> Tensor:
+    """`Attention.attend`, (N, T, D) both, whose gradient of q, k and v is packed in one pass."""
+    q, k, v = QkvProduct.apply(y, attn.qkv.weight, attn.qkv.bias, attn.num_heads)
+    return attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def fuse_blocks(model: nn.Module) -> None:

@@ -33,7 +33,7 @@ WARPS = 4
 
 # fmt: off
 @triton.jit
-def forward_kernel(
+def residual_norm_kernel(
     x: tl.tensor, branch: tl.tensor, bias: tl.tensor, gate: tl.tensor, shift: tl.tensor,
     scale: tl.tensor, x_new: tl.tensor, y: tl.tensor, mean: tl.tensor, rstd: tl.tensor,
     tokens: tl.tensor, gate_stride: tl.tensor, shift_stride: tl.tensor, scale_stride: tl.tensor,
@@ -84,7 +84,7 @@ def through_layer_norm(
 
 # fmt: off
 @triton.jit
-def backward_kernel(
+def residual_norm_backward_kernel(
     dx_new: tl.tensor, dy: tl.tensor, saved: tl.tensor, branch: tl.tensor, bias: tl.tensor,
     gate: tl.tensor, scale: tl.tensor, mean: tl.tensor, rstd: tl.tensor, dx: tl.tensor,
     dbranch: tl.tensor, partial: tl.tensor, tokens: tl.tensor, gate_stride: tl.tensor,
@@ -184,18 +184,16 @@ def residual_norm_eager(
     return x_new, y.to(branch.dtype)
 
 
-def _launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    given: list[Any],
-    per_image: list[Tensor | None],
-    **constants: Any,
-) -> None:
-    """`per_image`: tensors (N, D), or absent: the kernel is given their strides."""
-    strides = [0 if each is None else each.stride(0) for each in per_image]
+def launch(kernel: Any, grid: tuple[int, ...], given: list[Any], **constants: Any) -> None:
+    """Runs a Triton kernel in a triton_op."""
     # Triton's interpreter, which stands in a kernel's place in tests, is called as it is.
     runnable = wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
-    runnable[grid](*given, *strides, **constants, num_warps=WARPS)
+    runnable[grid](*given, **constants)
+
+
+def _row_strides(*per_image: Tensor | None) -> list[int]:
+    """Of tensors (N, D), or absent."""
+    return [0 if each is None else each.stride(0) for each in per_image]
 
 
 def _pointers(instead: Tensor, *tensors: Tensor | None) -> list[Tensor]:
@@ -215,8 +213,9 @@ def _constants(
     }
 
 
-def _is_eager(x: Tensor) -> bool:
-    return x.device.type != "cuda" and isinstance(forward_kernel, JITFunction)
+def is_eager(x: Tensor) -> bool:
+    """Whether plain PyTorch stands in for the kernels: without a GPU, but for Triton's interpreter."""
+    return x.device.type != "cuda" and isinstance(residual_norm_kernel, JITFunction)
 
 
 @triton_op("largescale::residual_norm", mutates_args=())
@@ -230,7 +229,7 @@ def _forward(
     keep_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x_new, y, mean, rstd), the last two (N, T)."""
-    if _is_eager(x):
+    if is_eager(x):
         x_new, y = residual_norm_eager(x, branch, bias, gate, shift, scale)
         variance, mean = torch.var_mean(x_new, dim=-1, correction=0)
         return x_new, y, mean, (variance + EPS).rsqrt()
@@ -239,13 +238,15 @@ def _forward(
     x_new, y = torch.empty_like(x), torch.empty_like(branch)
     mean = x.new_empty(images, tokens)
     rstd = x.new_empty(images, tokens)
-    _launch(
-        forward_kernel,
+    pointers = _pointers(x, branch, bias, gate, shift, scale)
+    strides = _row_strides(gate, shift, scale)
+    launch(
+        residual_norm_kernel,
         (images * tokens,),
-        [x, *_pointers(x, branch, bias, gate, shift, scale), x_new, y, mean, rstd, tokens],
-        [gate, shift, scale],
+        [x, *pointers, x_new, y, mean, rstd, tokens, *strides],
         **_constants(width, bias, gate, scale),
         eps=EPS,
+        num_warps=WARPS,
     )
     return x_new, y, mean, rstd
 
@@ -266,7 +267,7 @@ def _backward(
     """(dx, dbranch, sums): the sums (N, 4, D) over an image's tokens are the gradients of shift,
     scale, gate and, over images too, of the bias. Those of what is absent mean nothing."""
     images, tokens, width = saved.shape
-    if _is_eager(saved):
+    if is_eager(saved):
         return _backward_eager(
             dx_new, dy, saved, branch, bias, gate, scale, mean, rstd, saved_is_input
         )
@@ -276,14 +277,15 @@ def _backward(
     parts = tokens // rows
     partial = saved.new_empty(images, parts, 4, width)
     pointers = _pointers(saved, branch, bias, gate, scale)
-    _launch(
-        backward_kernel,
+    strides = _row_strides(gate, scale)
+    launch(
+        residual_norm_backward_kernel,
         (images, parts),
-        [dx_new, dy, saved, *pointers, mean, rstd, dx, dbranch, partial, tokens],
-        [gate, scale],
+        [dx_new, dy, saved, *pointers, mean, rstd, dx, dbranch, partial, tokens, *strides],
         **_constants(width, bias, gate, scale),
         saved_is_input=saved_is_input,
         rows=rows,
+        num_warps=WARPS,
     )
     return dx, dbranch, partial.sum(1)
 

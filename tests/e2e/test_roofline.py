@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="Inductor writes code for GPUs with Triton only")
 from largescale.config.presets import PRESETS
 from largescale.models.fused_norm import ROWS
+from largescale.models.fused_products import PACK_ROWS, TILE_ROWS
 from largescale.planning.cost import HARDWARE
 
 ROOT = Path(__file__).parents[2]
@@ -41,15 +42,26 @@ def test_the_operations_of_a_block_are_the_formulas(preset: str, roofline: Any, 
 
 
 def test_the_bytes_of_fused_kernels(roofline: Any, kernels_of: Any) -> None:
-    """Those that Triton's interpreter sees the kernels touch (tests/unit/test_fused_norm.py, in the same words)."""
+    """Those that Triton's interpreter sees the kernels touch (tests/unit/test_fused_norm.py and test_fused_products.py, in
+    the same words). Each is launched by the code that Inductor writes for an H100."""
     tokens, width = 256, 384
-    ours = [k for k in kernels_of("dit_s2_imagenet256", "fused") if k.kind == "ours"]
-    elements, around = IMAGES * tokens * width, 2 * 4 * IMAGES * tokens + 2 * width
-    sums = 4 * 4 * width * IMAGES * tokens // ROWS
-    assert [k.bytes for k in ours if not k.backward] == [12 * elements + around + 3 * 2 * IMAGES * width] * 2
-    assert [k.bytes for k in ours if k.backward] == [18 * elements + around + 2 * 2 * IMAGES * width + sums] * 2
+    rows = IMAGES * tokens
+    elements, around = rows * width, 2 * 4 * rows + 2 * width
+    sums = 4 * 4 * width * rows // ROWS
+    products = [("gelu_product_kernel", 18 * elements + 2 * 4 * width * (width + 1)),
+                ("gelu_product_backward_kernel", 18 * elements + 2 * 4 * width * width + 4 * 4 * width * rows // TILE_ROWS)]
+    ours = [(k.name, k.bytes) for k in kernels_of("dit_s2_imagenet256", "fused") if k.kind in ("ours", "product with GELU")]
+    assert sorted(ours) == sorted([
+        *products, *[("residual_norm_kernel", 12 * elements + around + 3 * 2 * IMAGES * width)] * 2,
+        *[("residual_norm_backward_kernel", 18 * elements + around + 2 * 2 * IMAGES * width + sums)] * 2,
+        ("pack_qkv_kernel", 12 * elements + 3 * 4 * width * rows // PACK_ROWS)])
     plain, fused = (roofline.bytes_per_element(kernels_of("dit_s2_imagenet256", kernels), elements) for kernels in ("inductor", "fused"))
-    assert fused < 0.85 * plain
+    assert fused < 80 < plain
+
+
+def test_the_operations_of_fused_kernels(kernels_of: Any) -> None:
+    plain, fused = (sum(k.flops for k in kernels_of("dit_s2_imagenet256", kernels)) for kernels in ("inductor", "fused"))
+    assert plain == fused
 
 
 def test_the_report(roofline: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

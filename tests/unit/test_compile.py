@@ -17,7 +17,7 @@ from largescale.models.compile import (
     use_private_cache,
     what_to_compile,
 )
-from largescale.models.dit import attention
+from largescale.models.dit import DiT, attention
 from tests.conftest import RunHere
 
 compiles = pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
@@ -62,6 +62,14 @@ def cache_folder(env: dict[str, str]) -> Path:
     inductor, triton = (Path(env[f"{name}_CACHE_DIR"]) for name in ("TORCHINDUCTOR", "TRITON"))
     assert inductor.parent == triton.parent
     return inductor.parent
+
+
+@pytest.mark.parametrize(("device", "around"), [("cpu", set()), ("cuda", {"x_embedder", "t_embedder", "final_layer"})])
+def test_what_is_around_the_blocks_is_compiled_on_gpus(device: str, around: set[str]) -> None:
+    model = DiT(patch_size=2, hidden_size=16, depth=2, num_heads=2, input_size=4, in_channels=1)
+    Compiled(model, "blocks", device)
+    compiled = {name for name, module in model.named_modules() if module._compiled_call_impl is not None}
+    assert compiled == {"blocks.0", "blocks.1", *around}
 
 
 def test_what_is_compiled_is_kept_where_nobody_else_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

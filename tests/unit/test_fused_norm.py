@@ -1,12 +1,7 @@
 """largescale/models/fused_norm.py: the same numbers as plain PyTorch, in its eager form, in Triton's interpreter, and
 compiled for GPUs that are not here."""
 
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,13 +10,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="torch brings Triton on x86-64 and arm64 Linux only")
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from largescale.models import fused_norm
 from largescale.models.fused_norm import residual_norm, residual_norm_eager
+from tests.triton_kernels import CAPABILITIES, INTERPRETED, Compile
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PARTS = {
     "everything": ("bias", "gate", "shift", "scale"),
     "no bias": ("gate", "shift", "scale"),
@@ -85,34 +78,7 @@ def test_gradients_are_those_of_finite_differences(parts: tuple[str, ...], keep_
     assert torch.autograd.gradcheck(run, tuple(inputs.values()))
 
 
-@pytest.fixture
-def touched(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
-    """Addresses of bytes that kernels load or store in Triton's interpreter, each counted once a launch."""
-    from triton.runtime.interpreter import InterpreterBuilder, _get_np_dtype
-
-    found: set[int] = set()
-
-    def note(pointers: Any, mask: Any) -> None:
-        size = _get_np_dtype(pointers.get_element_ty()).itemsize
-        for address in pointers.data[mask.data.astype(bool)].reshape(-1).tolist():
-            found.update(range(address, address + size))
-
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-
-    def noted_load(self: Any, ptrs: Any, mask: Any, *more: Any) -> Any:
-        note(ptrs, mask)
-        return load(self, ptrs, mask, *more)
-
-    def noted_store(self: Any, ptrs: Any, value: Any, mask: Any, *more: Any) -> Any:
-        note(ptrs, mask)
-        return store(self, ptrs, value, mask, *more)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", noted_load)
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", noted_store)
-    yield found
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter, see below")
+@pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter, see test_triton_interpreter.py")
 @pytest.mark.parametrize("keep_input", [True, False])
 def test_the_bytes_that_kernels_touch(touched: set[int], keep_input: bool) -> None:
     """12 forward and 18 backward, an element of the stream, as the module says, and what does not grow with it: mean
@@ -129,46 +95,16 @@ def test_the_bytes_that_kernels_touch(touched: set[int], keep_input: bool) -> No
     assert len(touched) == 18 * elements + around + 2 * 2 * images * width + sums
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is inside")
-def test_in_tritons_interpreter() -> None:
-    """What is above, by the kernels themselves."""
-    names = "double_precision or finite_differences or bytes"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names],
-        capture_output=True, text=True, cwd=Path(__file__).parents[2], env={**os.environ, "TRITON_INTERPRET": "1"})
-    assert done.returncode == 0 and re.search(r"\b14 passed", done.stdout), done.stdout
-
-
 @pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("width", [384, 768, 1024, 1152])
-def test_compiled_for_a_gpu_that_is_not_here(
-    width: int, capability: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """No register is spilled to memory, for every width of the presets."""
-    monkeypatch.setattr(triton.knobs.compilation, "always_compile", True)
-    monkeypatch.setattr(triton.knobs.nvidia, "dump_ptxas_log", True)
-    for kernel in (fused_norm.forward_kernel, fused_norm.backward_kernel):
-        compiled = triton.compile(
-            source(kernel, width), target=GPUTarget("cuda", capability, 32), options={"num_warps": fused_norm.WARPS})
-        log = capfd.readouterr().out
-        assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log) == [("0", "0")], log
-        assert int(re.findall(r"Used (\d+) registers", log)[0]) <= 232 and compiled.metadata.shared <= 4096
-
-
-def source(kernel: Any, width: int) -> ASTSource:
-    """As for DiT in bf16."""
+def test_compiled_for_a_gpu_that_is_not_here(width: int, capability: int, compiled: Compile) -> None:
+    """No register is spilled to memory, for every width of the presets, as for DiT in bf16."""
     constants = {"width": width, "eps": fused_norm.EPS, "has_bias": True, "has_gate": True, "has_modulation": True,
                  "saved_is_input": True, "rows": fused_norm.ROWS, "block": triton.next_power_of_2(width)}
     half = ("branch", "bias", "gate", "shift", "scale", "y", "dy", "dbranch")
-    names = list(kernel.arg_names)
-    signature = {}
-    for name in names:
-        number = name == "tokens" or name.endswith("stride")
-        signature[name] = "constexpr" if name in constants else "i32" if number else "*bf16" if name in half else "*fp32"
-    return ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants},
-    )
+    for kernel in (fused_norm.residual_norm_kernel, fused_norm.residual_norm_backward_kernel):
+        types = {name: "i32" if name == "tokens" or name.endswith("stride") else "*bf16" if name in half else "*fp32"
+                 for name in kernel.arg_names}
+        found = compiled(kernel, types, constants, capability, num_warps=fused_norm.WARPS)
+        assert found.spilled == 0 and found.registers <= 232 and found.shared <= 4096
