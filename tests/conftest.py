@@ -51,12 +51,12 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_blobs(tmp_path_factory.mktemp("data") / "blobs")
 
 
-def make_blobs(path: Path, seed: int = 0) -> Path:
-    """A small data set of pixels in the shape of the `debug` preset: 300 rows, 10 classes, 3 shards."""
+def make_blobs(path: Path, seed: int = 0, rows: int = 300) -> Path:
+    """A small data set of pixels in the shape of the `debug` preset: 10 classes, shards of 100 rows."""
     random = np.random.default_rng(seed)
     row, column = np.mgrid[:16, :16]
     with ShardWriter(path, DatasetInfo("blobs", "pixels", (1, 16, 16), 10, 1.0, {}), rows_per_shard=100) as writer:
-        for i in range(300):
+        for i in range(rows):
             label = i % 10
             x, y = 3 + label, 12 - label + random.uniform(-1, 1)
             image = 255 * np.exp(-((row - y) ** 2 + (column - x) ** 2) / 8)

