@@ -166,10 +166,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    kernel: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
+    kernel: Literal["auto", "torch", "deepspeed", "apex", "fused"] = "auto"
     """The implementation of AdamW. torch: torch.optim.AdamW, fused. apex: NVIDIA apex's FusedAdam.
-    deepspeed: DeepSpeed's own, which it compiles at the first start. auto: apex on a GPU where it
-    is installed, else torch."""
+    deepspeed: DeepSpeed's own, which it compiles at the first start. fused: largescale's Triton
+    kernel, with EMA and cast in the same pass, launched before the host knows that the gradient is
+    finite; on a CPU the same in plain PyTorch. auto: apex on a GPU where it is installed, else
+    torch."""
     # DiT's, and so the paper's: no warm-up, no decay.
     lr: Annotated[float, above(0, 1000)] = 1e-4
     """Learning rate, constant."""
@@ -201,9 +203,10 @@ class TrainConfig:
     """What torch.compile compiles: each block or the complete model. auto: blocks on a GPU with a
     compiler, off on a CPU."""
     kernels: Literal["auto", "inductor", "fused"] = "auto"
-    """What computes the residual stream of DiT's blocks. inductor: PyTorch's operations, as
-    torch.compile fuses them. fused: largescale's Triton kernels, which move fewer bytes; on a CPU the
-    same in plain PyTorch. auto: inductor, until fused has been measured to be faster."""
+    """What computes DiT's blocks beside matrix products and attention. inductor: PyTorch's
+    operations, as torch.compile fuses them. fused: largescale's Triton kernels, which move half the
+    bytes; on a CPU the same in plain PyTorch. auto: inductor, until fused has been measured to be
+    faster."""
     tf32: bool = True
     """Whether a GPU multiplies float32 matrices in TensorFloat-32: 10 bits of mantissa, several
     times as fast. Off: in float32 (the paper says fp32, and not which)."""

@@ -8,9 +8,10 @@ and refuses another DeepSpeed before anything is built.
 import functools
 import hashlib
 import inspect
+import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -50,6 +51,8 @@ try:
         (DeepSpeedZeroOptimizer.__init__, "faa9fe03f220"),
         (DeepSpeedZeroOptimizer.step, "9520884fd916"),
         (DeepSpeedZeroOptimizer.check_overflow, "623c2e9b3e44"),
+        (DeepSpeedZeroOptimizer._get_preflattened_grad_partition, "5efe338fec79"),
+        (DeepSpeedZeroOptimizer._release_preflattened_grad_buffers, "329a5065e5ee"),
         (DeepSpeedZeroOptimizer.scaled_global_norm, "63c6a6fe100c"),
         (DeepSpeedZeroOptimizer.unscale_and_clip_grads, "6bf2ce6f97ea"),
         (DeepSpeedZeroOptimizer.process_gradients, "a05fe9cac73c"),
@@ -111,6 +114,7 @@ class StepPatches:
         """`zero`: the engine's ZeRO optimizer; `partition`: this rank's part of the master weights,
         flat and padded at the end."""
         self.zero = zero
+        self._partition = partition
         # By which this step's loss was multiplied.
         self.loss_scale = float(zero.loss_scale)
         # A scale that cannot fall any more is the trainer's to report, with the step and the rank.
@@ -122,6 +126,10 @@ class StepPatches:
         # device, not two. Needless once DeepSpeed checks the norm only.
         zero.check_overflow = lambda **_: None
         zero.scaled_global_norm = self._global_norm
+
+        # Needless once DeepSpeed gives its optimizer `found_inf` and `grad_scale`, as torch.amp does.
+        if hasattr(zero.optimizer, "update"):
+            zero.step = self._step_ahead_of_host
 
         # Collectives that one rank does not need, and that gloo does faster in another way.
         if engine.dp_world_size == 1:
@@ -135,6 +143,9 @@ class StepPatches:
     def _global_norm(self) -> Tensor:
         """The norm of the scaled gradient, before clipping, on the host: DeepSpeed skips the step
         where it is not finite. This is where a step waits for the GPU."""
+        return self._norm_on_device().cpu()
+
+    def _norm_on_device(self) -> Tensor:
         # There is no flat gradient in fp32 on several ranks.
         pieces = self.zero.averaged_gradients[0]
         flat = getattr(pieces, "flat_partition", None)
@@ -146,7 +157,55 @@ class StepPatches:
         norms = torch._foreach_norm(pieces if flat is None else [flat], dtype=torch.float32)
         square = torch.linalg.vector_norm(torch.stack(norms)).square()
         deepspeed.comm.all_reduce(square, group=self.zero.dp_process_group)
-        return square.sqrt().cpu()
+        return square.sqrt()
+
+    def _step_ahead_of_host(self, closure: None = None) -> None:
+        """What `DeepSpeedZeroOptimizer.step` does, with the update and the gathering of weights
+        launched before the host reads the norm: the GPU works on while the host waits."""
+        zero = self.zero
+        zero.micro_step_id = stage_1_and_2.INITIAL_MICRO_STEP_ID
+        norm = self._norm_on_device()
+        finite = norm.isfinite()
+        # DeepSpeed's rule for clipping, on the device.
+        scale = torch.full_like(norm, self.loss_scale)
+        if zero.clip_grad > 0:
+            scale = scale * ((norm / self.loss_scale + 1e-6) / zero.clip_grad).clamp(min=1.0)
+        (parts,) = zero.parallel_partitioned_bit16_groups
+        half = parts[deepspeed.comm.get_rank(group=zero.real_dp_process_group[0])]
+        grad = self._flat_gradient()
+        zero.optimizer.update(
+            self._partition, grad, half, finite=finite.float(), factor=scale.reciprocal()
+        )
+        stage_1_and_2.all_gather_dp_groups(
+            groups_flat=zero.bit16_groups_flat,
+            partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+            dp_process_group=zero.real_dp_process_group,
+            start_alignment_factor=zero.nccl_start_alignment_factor,
+            allgather_bucket_size=zero.allgather_bucket_size,
+        )
+        self._forget_gradients()
+
+        # What follows is the host's alone.
+        on_host = float(norm)
+        zero.overflow = not math.isfinite(on_host)
+        zero._update_scale(zero.overflow)
+        zero._global_grad_norm = math.inf if zero.overflow else on_host / self.loss_scale
+        if not zero.overflow:
+            zero.optimizer.count(self._partition)
+
+    def _flat_gradient(self) -> Tensor:
+        """This rank's part of the reduced gradient, scaled, flat and float32."""
+        flat = self.zero._get_preflattened_grad_partition(0)
+        if flat is None:
+            pieces = self.zero.averaged_gradients[0]
+            flat = self.zero.flatten_dense_tensors_aligned(pieces, self._partition.numel())
+        return cast(Tensor, flat).to(self._partition.dtype)
+
+    def _forget_gradients(self) -> None:
+        self.zero.zero_grad(set_to_none=True)
+        self.zero._release_preflattened_grad_buffers(0)
+        self.zero.averaged_gradients[0] = None
+        self.zero.all_grad_tensors[0] = None
 
     def _unscale_as_scaled(self, *args: Any) -> None:
         """Unscale the gradient by the scale that its loss had."""

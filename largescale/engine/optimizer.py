@@ -1,4 +1,4 @@
-"""AdamW, of one of three libraries, that also keeps the EMA of the weights it updates.
+"""AdamW, of one of three libraries or our own, that also keeps the EMA of the weights it updates.
 
 Under ZeRO-2 the optimizer's parameter is this rank's flat fp32 partition of the master weights, so
 the EMA in its state is sharded, in fp32, and saved and restored with the moments.
@@ -15,7 +15,7 @@ from torch import Tensor
 from largescale.config.schema import OptimizerConfig
 from largescale.errors import ConfigError
 
-Kernel = Literal["torch", "deepspeed", "apex"]
+Kernel = Literal["torch", "deepspeed", "apex", "fused"]
 
 
 def carrying_ema(
@@ -121,7 +121,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW with EMA, of the kernel that is configured. `deepspeed_adam` makes DeepSpeed's AdamW
     for this device, and is called only where that is wanted."""
-    hyper = {
+    hyper: dict[str, Any] = {
         "lr": config.lr,
         "betas": config.betas,
         "eps": config.eps,
@@ -131,6 +131,16 @@ def build_optimizer(
     kernel = choose_kernel(config, device)
     if kernel == "torch":
         return carrying_ema(torch.optim.AdamW)(params, fused=True, **hyper)
+    if kernel == "fused":
+        # Triton, which it needs, is not everywhere.
+        try:
+            from largescale.engine.fused_adamw import FusedAdamW
+        except ImportError as error:
+            raise ConfigError(
+                f"optimizer.kernel=fused needs Triton, which is not installed here ({error}); train "
+                "with --optimizer.kernel torch"
+            ) from error
+        return FusedAdamW(params, **hyper)
     if kernel == "deepspeed":
         # It is compiled here, by whatever compiler is found. Its default is AdamW.
         try:

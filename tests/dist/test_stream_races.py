@@ -32,6 +32,7 @@ def many_buckets(precision: str, folder: Path) -> Path:
     ("fp32", ()),
     ("bf16", ("--train.micro-batch-size", 4)),
     ("fp16", ("--optimizer.clip-grad-norm", 0.3, "--train.micro-batch-size", 4)),
+    ("bf16", ("--optimizer.kernel", "fused", "--optimizer.clip-grad-norm", 0.3)),
 ])
 def test_no_access_is_left_to_chance(
     precision: str, options: tuple[Any, ...], waits: str, blobs: Path, tmp_path: Path

@@ -73,6 +73,23 @@ def test_a_skipped_step_waits_no_more(steps: Steps, tmp_path: Path) -> None:
     assert len(found) > 6 and [waits(step) for step in found] == [expected()] * len(found)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_update_is_launched_before_the_host_waits(precision: str, steps: Steps, tmp_path: Path) -> None:
+    """With --optimizer.kernel fused the host waits once too, and later; also where steps are skipped."""
+    pytest.importorskip("triton", reason="torch brings Triton on x86-64 and arm64 Linux only")
+    ds = ds_json(precision, tmp_path, initial_scale_power=20, loss_scale_window=1)
+    found = steps("--optimizer.kernel", "fused", "--train.ds-config", ds, *PARTS)
+    for step in found:
+        assert waits(step) == {
+            ("largescale/engine/deepspeed_patches.py", "_step_ahead_of_host", "_local_scalar_dense"): 1,
+            # These are no waits on a GPU: the count of updates lies on the host, and the kernel reads what is finite.
+            ("largescale/engine/fused_adamw.py", "update", "_local_scalar_dense"): 1,
+            ("largescale/engine/fused_adamw.py", "_update_eagerly", "_local_scalar_dense"): 1,
+        }
+        places = [function for _, function, operation in step if operation == "_local_scalar_dense"]
+        assert places.index("_update_eagerly") < places.index("_step_ahead_of_host")
+
+
 def test_the_log_waits_for_nothing(steps: Steps) -> None:
     found = steps("--telemetry.log-every", 1)
     assert [waits(step) for step in found] == [expected()] * 4

@@ -80,8 +80,8 @@ class CountsAsApex(CountsAsDeepSpeed):
                 del self.state[p]["step"]
 
 
-@pytest.mark.parametrize("first", ["torch", "deepspeed", "apex"])
-@pytest.mark.parametrize("then", ["torch", "deepspeed", "apex"])
+@pytest.mark.parametrize("first", ["torch", "deepspeed", "apex", "fused"])
+@pytest.mark.parametrize("then", ["torch", "deepspeed", "apex", "fused"])
 def test_a_run_goes_on_with_another_kernel(first: str, then: str, run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are counted in three places: without them the bias correction starts anew, and the next losses are others."""
     monkeypatch.setattr("largescale.training.step.adam", lambda: CountsAsDeepSpeed)
