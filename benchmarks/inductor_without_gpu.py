@@ -25,48 +25,33 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 
 from largescale.models import fused_norm
+from largescale.planning.hardware import Hardware
 
 
-@dataclass(frozen=True)
-class Device:
+def properties_of(hardware: Hardware) -> SimpleNamespace:
     """What Inductor asks a GPU."""
-
-    name: str
-    capability: tuple[int, int]
-    processors: int
-    memory_gib: int
-    shared_kib: int  # a block, at most
-    l2_mib: int
-
-    @property
-    def properties(self) -> SimpleNamespace:
-        return SimpleNamespace(
-            name=self.name,
-            major=self.capability[0],
-            minor=self.capability[1],
-            total_memory=self.memory_gib << 30,
-            multi_processor_count=self.processors,
-            max_threads_per_multi_processor=2048,
-            max_threads_per_block=1024,
-            regs_per_multiprocessor=65536,
-            warp_size=32,
-            L2_cache_size=self.l2_mib << 20,
-            shared_memory_per_block=48 << 10,
-            shared_memory_per_block_optin=self.shared_kib << 10,
-            shared_memory_per_multiprocessor=(self.shared_kib + 1) << 10,
-            gcnArchName="",
-            uuid="0",
-            clock_rate=1_980_000,
-            memory_clock_rate=2_619_000,
-            memory_bus_width=5120,
-        )
-
-
-DEVICES = {
-    "h100": Device("NVIDIA H100 80GB HBM3", (9, 0), 132, 79, 227, 50),
-    "a100": Device("NVIDIA A100-SXM4-80GB", (8, 0), 108, 79, 163, 40),
-    "b200": Device("NVIDIA B200", (10, 0), 148, 178, 227, 126),
-}
+    chip = hardware.chip
+    assert chip is not None
+    return SimpleNamespace(
+        name=chip.name,
+        major=chip.capability[0],
+        minor=chip.capability[1],
+        total_memory=int(hardware.memory_bytes),
+        multi_processor_count=chip.processors,
+        max_threads_per_multi_processor=2048,
+        max_threads_per_block=1024,
+        regs_per_multiprocessor=65536,
+        warp_size=32,
+        L2_cache_size=chip.l2_mib << 20,
+        shared_memory_per_block=48 << 10,
+        shared_memory_per_block_optin=chip.shared_kib << 10,
+        shared_memory_per_multiprocessor=(chip.shared_kib + 1) << 10,
+        gcnArchName="",
+        uuid="0",
+        clock_rate=1_980_000,
+        memory_clock_rate=2_619_000,
+        memory_bus_width=5120,
+    )
 
 
 @dataclass(frozen=True)
@@ -188,7 +173,7 @@ def residual_norm(*args: Any, keep_input: bool) -> tuple[Tensor, Tensor]:
 
 
 def halves(
-    build: Callable[[], nn.Module], inputs: Callable[[], tuple[Any, ...]], device: Device
+    build: Callable[[], nn.Module], inputs: Callable[[], tuple[Any, ...]], hardware: Hardware
 ) -> list[Half]:
     """The forward and the backward pass of `build()(*inputs())`. Both are made where tensors are
     fake, so their sizes cost nothing; inputs say by `requires_grad` whose gradient is wanted."""
@@ -221,7 +206,7 @@ def halves(
         )
         outputs = torch.utils._pytree.tree_leaves(traced(*tensors, *parameters.values()))
         sum(out.float().sum() for out in outputs if out.requires_grad).backward()
-    with pretending(device):
+    with pretending(hardware):
         return [Half(graph, _lower(graph, backward=i == 1)) for i, graph in enumerate(graphs)]
 
 
@@ -239,21 +224,22 @@ def _flatten(values: tuple[Any, ...]) -> tuple[list[Tensor], Callable[[Any], tup
 
 
 @contextlib.contextmanager
-def pretending(device: Device) -> Iterator[None]:
+def pretending(hardware: Hardware) -> Iterator[None]:
     """torch, Inductor and Triton find this GPU."""
     import torch._inductor.config as settings
     import triton
     from torch._dynamo.device_interface import CudaInterface
     from triton.backends.compiler import GPUTarget
 
-    properties, capability = device.properties, device.capability
+    properties = properties_of(hardware)
+    capability = (properties.major, properties.minor)
     answers = {
         "is_available": True,
         "device_count": 1,
         "current_device": 0,
         "get_device_properties": properties,
         "get_device_capability": capability,
-        "get_device_name": device.name,
+        "get_device_name": properties.name,
         "is_bf16_supported": True,
         "synchronize": None,
     }

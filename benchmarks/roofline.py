@@ -22,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from inductor_without_gpu import DEVICES, Half, attention, halves, residual_norm
+from inductor_without_gpu import Half, attention, halves, residual_norm
 from torch import Tensor, nn
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -31,37 +31,19 @@ from largescale.config.deepspeed import load_ds_config, precision
 from largescale.config.presets import PRESETS
 from largescale.config.schema import Config
 from largescale.models import dit, fused_blocks
-from largescale.models.build import build_model
-from largescale.models.dit import DiT, flops_per_image
-from largescale.planning.cost import HARDWARE, Hardware, step
+from largescale.planning.cost import step
+from largescale.planning.hardware import (
+    ATTENTION_SHARE,
+    GAP_S,
+    HARDWARE,
+    PRODUCT_SHARE,
+    Hardware,
+    Rates,
+)
 from largescale.planning.memory import largest_micro_batch
-from largescale.training.dry_run import workload
+from largescale.training.dry_run import forward_flops, workload
 
-GAP_S = 2e-6  # assumed: between the end of a kernel and the start of the next
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Of a card, beside its data sheet (HARDWARE)."""
-
-    products: float
-    """FLOP/s of a (8192, 8192) product in half precision."""
-    copies: float
-    """Bytes/s of a large copy, read and written."""
-    fp32: float
-    """FLOP/s in float32 without TF32, by the data sheet."""
-    measured: bool
-
-
-RATES = {
-    "h100": Rates(products=798e12, copies=3.0e12, fp32=67e12, measured=True),
-    "a100": Rates(products=270e12, copies=1.75e12, fp32=19.5e12, measured=False),
-    "b200": Rates(products=1_750e12, copies=7.0e12, fp32=75e12, measured=False),
-}
-# Assumed: the share of the rate above that products of a DiT's sizes reach, and attention.
-PRODUCT_SHARE = 0.85
-ATTENTION_SHARE = 0.55
 
 
 @dataclass(frozen=True)
@@ -119,7 +101,7 @@ def kernels_of_block(
         mock.patch.object(dit, "attention", attention),
         mock.patch.object(fused_blocks, "residual_norm", residual_norm),
     ):
-        passes = halves(build, inputs, DEVICES[card])
+        passes = halves(build, inputs, HARDWARE[card])
     found: list[Kernel] = []
     for backward, half in enumerate(passes):
         for kernels_of in (_inductors_kernels, _our_kernels, _library_calls):
@@ -201,7 +183,8 @@ def predict(
     config: Config, card: str, gpus: int, kernels_for: Callable[[int], list[Kernel]]
 ) -> Prediction:
     """A step of the preset on so many GPUs, in as few micro batches as memory allows."""
-    hardware, rates = HARDWARE[card], RATES[card]
+    hardware = HARDWARE[card]
+    rates = rates_of(hardware)
     ds = load_ds_config(config.train.ds_config)
     total = config.train.global_batch_size
     micro = largest_micro_batch(config, ds, gpus, hardware.usable_bytes)
@@ -215,7 +198,7 @@ def predict(
         return accumulation * depth * sum(kernel.seconds(rates) for kernel in chosen)
 
     work = workload(config, ds, accumulation)
-    around = 3 * forward_flops(config)[1] * total / gpus
+    around = 3 * forward_flops(config.model)[1] * total / gpus
     parts = {
         "matrix products": blocks("product"),
         "attention": blocks("attention"),
@@ -233,17 +216,9 @@ def predict(
     return Prediction(gpus, micro, parts, mfu, total / seconds, hours)
 
 
-def forward_flops(config: Config) -> tuple[int, int]:
-    """Of an image's forward pass: (of one block, of what is around the blocks)."""
-
-    def at_depth(depth: int) -> int:
-        with torch.device("meta"):
-            model = build_model(replace(config.model, depth=depth))
-        assert isinstance(model, DiT)
-        return flops_per_image(model)
-
-    one, two = at_depth(1), at_depth(2)
-    return two - one, 2 * one - two
+def rates_of(hardware: Hardware) -> Rates:
+    assert hardware.rates is not None
+    return hardware.rates
 
 
 # ---- the report
@@ -288,7 +263,7 @@ def bytes_per_element(kernels: list[Kernel], elements: int) -> float:
 
 def card_line(card: str) -> str:
     hardware: Hardware = HARDWARE[card]
-    rates = RATES[card]
+    rates = rates_of(hardware)
     origin = "measured" if rates.measured else "assumed"
     return (
         f"{hardware.name}: data sheet {hardware.peak_flops / 1e12:.0f} TFLOP/s and "
@@ -305,9 +280,7 @@ def main(args: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("preset", choices=presets)
-    parser.add_argument(
-        "--card", choices=[card for card in DEVICES if card in HARDWARE], default="h100"
-    )
+    parser.add_argument("--card", choices=HARDWARE, default="h100")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 16, 64])
     parser.add_argument("--images", type=int, default=32, help="micro batch of the kernels' table")
     parser.add_argument("--kernels", choices=["inductor", "fused"], default="inductor")
@@ -329,7 +302,7 @@ def main(args: list[str] | None = None) -> None:
         f"\nA block of {config.name}, train.kernels={options.kernels}, forward and backward, "
         f"{options.images} images:\n"
     )
-    print(kernel_table(kernels, RATES[options.card], elements))
+    print(kernel_table(kernels, rates_of(HARDWARE[options.card]), elements))
     moved = bytes_per_element(kernels, elements)
     print(f"\nbytes per residual element and block: {moved:.1f}\n")
     predictions = [predict(config, options.card, gpus, kernels_for) for gpus in options.gpus]
