@@ -1,5 +1,6 @@
 """The cost model against brute force, DeepSpeed's own calls, and arithmetic done by hand."""
 
+import json
 import math
 import random
 import re
@@ -123,8 +124,9 @@ def counted(name):
     real = getattr(comm, name)
     def call(tensor, *args, **more):
         if tensor.numel() > 1000:
-            calls, elements = sent.get(name, (0, 0))
-            sent[name] = calls + 1, elements + tensor.numel()
+            key = f"{name} {tensor.dtype}".replace("torch.", "")
+            calls, elements = sent.get(key, (0, 0))
+            sent[key] = calls + 1, elements + tensor.numel()
         return real(tensor, *args, **more)
     setattr(comm, name, call)
 
@@ -136,15 +138,25 @@ sys.exit(status)
 """
 
 
-def test_deepspeed_sends_what_is_counted(blobs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("switches", ["as shipped", "to the owner, in bf16"])
+def test_deepspeed_sends_what_is_counted(switches: str, blobs: Path, tmp_path: Path) -> None:
     """What the model is built on, in 2 steps of 4 micro steps: every gradient is all-reduced at every micro step, though
-    the JSON says reduce_scatter, and the weights are gathered once a step, in one message."""
+    the JSON says reduce_scatter, and the weights are gathered once a step, in one message. With both of DeepSpeed's switches
+    each part is reduced to the rank that needs it, in half as many bytes (docs/benchmarks.md has the table)."""
+    ds = load_ds_config("ds_configs/zero2_bf16.json")
+    if switches != "as shipped":
+        ds["zero_optimization"]["use_multi_rank_bucket_allreduce"] = False
+        ds["communication_data_type"] = "bf16"
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(ds))
     done = ranks_of("-c", COUNTING, "debug", "--data.path", blobs, "--output", tmp_path / "run", *QUIET, "--train.steps", 2,
-                    "--train.micro-batch-size", 2)
+                    "--train.micro-batch-size", 2, "--train.ds-config", path)
     assert [rank.returncode for rank in done] == [0, 0], done[0].stderr
-    n = sum(p.numel() for p in build_model(PRESETS["debug"]().model).parameters() if p.requires_grad)
+    work = workload(PRESETS["debug"](), ds, 4)
+    n, kind = work.parameters, {4: "float32", 2: "bfloat16"}[work.reduce_bytes]
+    reduced = (f"all_reduce {kind}", (8, 8 * n)) if work.all_reduce else (f"reduce {kind}", (16, 8 * n))
     for rank in done:
-        assert rank.stdout.splitlines()[-1] == str([("all_gather_into_tensor", (2, 2 * n)), ("all_reduce", (8, 8 * n))])
+        assert rank.stdout.splitlines()[-1] == str([("all_gather_into_tensor bfloat16", (2, 2 * n)), reduced])
 
 
 def test_data_that_come_too_slowly() -> None:
