@@ -53,12 +53,12 @@ class RunLock:
                 if not os.fstat(file.fileno()).st_nlink:
                     self._run_dir.mkdir(parents=True, exist_ok=True)
                     self._file = try_lock(self._run_dir / LOCK)
+                    self._lease.move(self._run_dir / LEASE)
         if self._file is None:
             raise CheckpointError(
                 f"{self._run_dir} was deleted, and another process trains there now; start another "
                 "run with --output DIR"
             )
-        self._lease.path = self._run_dir / LEASE
         with contextlib.suppress(OSError):
             self._lease.renew()
         return self._run_dir

@@ -4,7 +4,8 @@ A lock does not protect a folder where the file system honours it on one machine
 `nolock`, Lustre mounted `localflock`) or refuses it. A lease needs no more than a file that can be
 made exclusively and renamed. Its owner renews it, by changing the file's content; who waits for it
 takes it over after it has seen the same content for `LASTS_S`, by its own clock, so that the
-machines' clocks need not agree. An owner that was suspended finds its lease gone, and stops.
+machines' clocks need not agree. An owner that was suspended finds its lease gone, and stops. The
+file stays when a lease is given back: where there is none, somebody has deleted it.
 """
 
 import contextlib
@@ -27,6 +28,8 @@ LASTS_S = 60.0
 RENEW_EVERY_S = 10.0
 # An older renewal is repeated before its owner writes: what it writes takes time too.
 FRESH_S = 30.0
+# How long the main thread waits for a renewal in progress, before what is logged.
+WAIT_FOR_RENEWAL_S = 1.0
 # Who looks less often could miss a renewal because the file system did not answer.
 LOOK_AT_LEAST_EVERY_S = 10.0
 
@@ -65,59 +68,97 @@ class Lease:
     def create(cls, path: Path, token: str) -> "Lease | None":
         """The lease; None where its file exists. Raises OSError."""
         file = _create(path)
-        return None if file is None else cls(path, token, file)
+        if file is None:
+            return None
+        try:
+            return cls(path, token, file)
+        # A file that says nothing would have to be waited for.
+        except OSError:
+            path.unlink()
+            os.close(file)
+            raise
 
     def require(self) -> None:
         """Before something is written: raise TakenOverError where the lease is another process's,
         OSError where that cannot be found out. Touches no file while the last renewal is fresh."""
-        if self.lost or clock() - self._renewed > FRESH_S:
-            self.renew()
+        if self.lost or self._age() > FRESH_S:
+            self.renew(wait_s=WAIT_FOR_RENEWAL_S)
 
-    def renew(self) -> None:
-        """Renew the lease, and prove that it is still this process's; raises as `require`."""
-        with self._renewing:
-            if self.lost:
-                raise TakenOverError(self.lost)
-            start = clock()
-            problem = None
-            try:
-                self._write()
-            except OSError as error:
-                # Also where another machine has replaced the file: NFS calls it stale.
-                problem = error
-            self._require_own_file()
-            if problem:
-                raise problem
-            # Since before it was written: who waits has seen the new content later than that.
-            self._renewed = start
+    def renew(self, wait_s: float = -1) -> None:
+        """Renew the lease, and prove that it is still this process's; raises as `require`.
 
-    def _write(self) -> None:
+        `wait_s`: how long to wait for the thread, which may hang where the file system does; for
+        ever where it is negative."""
+        if not self._renewing.acquire(timeout=wait_s):
+            raise TimeoutError(f"{self.path} is not renewed yet: the file system does not answer")
+        try:
+            self._renew()
+        finally:
+            self._renewing.release()
+
+    def _renew(self) -> None:
+        if self.lost:
+            raise TakenOverError(self.lost)
+        start = clock()
+        problem = None
+        try:
+            self._write()
+        # Also where another machine has replaced the file: NFS calls it stale.
+        except OSError as error:
+            problem = error
+        self._require_own_file()
+        if problem:
+            raise problem
+        # Since before it was written: who waits has seen the new content later than that.
+        self._renewed = start
+
+    def _age(self) -> float:
+        """Seconds since the last renewal."""
+        return clock() - self._renewed
+
+    def _write(self, state: str = "held") -> None:
         # In place: the file of a process that has taken over has another inode, and is not harmed.
+        # Always as long as before, so that nobody reads the rest of an older content.
         self._renewals += 1
-        content = {"token": self.token, **self._identity, "renewals": f"{self._renewals:012}"}
+        content = {
+            "token": self.token,
+            **self._identity,
+            "state": f"{state:8}",
+            "renewals": f"{self._renewals:012}",
+        }
         os.pwrite(self._file, json.dumps(content).encode(), 0)
         # On NFS nobody else sees it before. fsync would wait for other files too.
         getattr(os, "fdatasync", os.fsync)(self._file)
 
     def _require_own_file(self) -> None:
         """Find the file at its path, or where the folder was renamed to; make it again where it was
-        deleted. Raises TakenOverError where another's is there."""
+        deleted. Raises TakenOverError where another's is there, or may have been."""
         place = located(self.path, self._file)
         # Another name is that of a file which somebody takes away at this moment.
         if place.name == self.path.name:
             self.path = place
         owner = read_owner(self.path)
         if owner is None:
+            # Raises OSError where the folder was deleted too, so that nobody trains there.
+            self.path.parent.stat()
+        if owner is None and self._age() < LASTS_S:
             file = _create(self.path)
             if file is not None:
                 os.close(self._file)
                 self._file = file
                 self._write()
                 return
-            owner = read_owner(self.path) or {}
-        if owner.get("token") != self.token:
-            self.lost = taken_over(self.path.parent, owner)
+            owner = read_owner(self.path)
+        if owner is None or owner.get("token") != self.token:
+            self.lost = taken_over(self.path.parent, owner or {})
             raise TakenOverError(self.lost)
+
+    def move(self, path: Path) -> None:
+        """Hold the lease at this path, in a folder that this process has just made again, from the
+        next renewal on."""
+        with self._renewing:
+            self.path = path
+            self._renewed = clock()
 
     def _keep_renewing(self) -> None:
         while not self._released.wait(RENEW_EVERY_S):
@@ -128,11 +169,10 @@ class Lease:
     def release(self) -> None:
         """Give the lease back: the next process need not wait."""
         self._released.set()
-        # Once renewed it stays this process's for long enough to remove it.
-        with contextlib.suppress(OSError, TakenOverError):
-            self.renew()
-            self.path.unlink()
         self._thread.join()
+        # Into a file that nobody sees any more, where it was taken over.
+        with contextlib.suppress(OSError):
+            self._write("released")
         os.close(self._file)
 
 
@@ -161,7 +201,7 @@ class LeaseRequest:
         try:
             content = self.path.read_bytes()
         except FileNotFoundError:
-            # Released a moment ago.
+            # Taken away a moment ago, by another process that waits.
             return None
 
         now = clock()
@@ -181,13 +221,16 @@ class LeaseRequest:
             self.path.rename(aside)
         except FileNotFoundError:
             return None
-        # Renewed at the last moment, or taken over by another process: given back.
-        if aside.read_bytes() != content:
-            aside.rename(self.path)
+        try:
+            if aside.read_bytes() == content:
+                return Lease.create(self.path, self.token)
+            # Renewed at the last moment, or taken over by another process: given back, unless its
+            # owner has made it again already.
+            with contextlib.suppress(OSError):
+                self.path.hardlink_to(aside)
             return None
-        lease = Lease.create(self.path, self.token)
-        aside.unlink(missing_ok=True)
-        return lease
+        finally:
+            aside.unlink()
 
 
 def require_owner(folder: Path, token: str) -> None:
@@ -226,8 +269,10 @@ def owner_name(owner: dict[str, Any]) -> str:
 
 
 def is_gone(owner: dict[str, Any]) -> bool:
-    """Whether an owner can be known not to run any more: it was a process of this machine, or an
-    earlier start of this batch job."""
+    """Whether an owner has given its lease back, or is known not to run any more: it was a process
+    of this machine, or an earlier start of this batch job."""
+    if owner.get("state") == "released":
+        return True
     own = _identity()
     try:
         if own["job"] and owner["job"] == own["job"] and owner["restart"] < own["restart"]:

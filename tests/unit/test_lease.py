@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -16,9 +17,11 @@ from largescale.checkpoint.checkpointer import Writer
 from largescale.checkpoint.files import checkpoints
 from largescale.errors import TakenOverError
 from largescale.host import lease as lease_module
+from largescale.host.files import try_lock
 from largescale.host.lease import LASTS_S, Lease, LeaseRequest, is_gone, read_owner
 from largescale.monitoring.run_record import read_starts
 from largescale.monitoring.telemetry import read_metrics
+from largescale.training.run_directory import lock_run_dir
 from largescale.training.trainer import Trainer
 from tests.conftest import RunHere
 
@@ -85,10 +88,45 @@ def test_a_lease_that_is_given_back_is_free_at_once(path: Path, clock: Clock) ->
     first = Lease.create(path, "first")
     assert first and Lease.create(path, "second") is None
     first.release()
-    assert not list(path.parent.iterdir())
     second = LeaseRequest(path).try_take()
-    assert second
+    assert second and [file.name for file in path.parent.iterdir()] == ["lease"]
+    second.renew()
     second.release()
+
+
+@pytest.mark.parametrize("after", ["released", "deleted"])
+def test_a_suspended_owner_does_not_come_back_when_the_other_has_ended(after: str, owner: Lease, clock: Clock, path: Path) -> None:
+    """What it would train on from is long past."""
+    request = LeaseRequest(path)
+    wait(request, clock, LASTS_S)
+    taken = request.try_take()
+    assert taken
+    taken.release()
+    if after == "deleted":
+        path.unlink()
+    with pytest.raises(TakenOverError):
+        owner.require()
+    assert path.exists() == (after == "released")
+
+
+def test_a_renewal_that_hangs_does_not_hold_up_training(owner: Lease, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be written is kept instead: this is an error of the disk as any other."""
+    monkeypatch.setattr(lease_module, "WAIT_FOR_RENEWAL_S", 0.01)
+    clock.now += 31
+    with owner._renewing, pytest.raises(TimeoutError, match="the file system does not answer"):
+        owner.require()
+    owner.require()
+
+
+def test_a_lease_that_cannot_be_written_is_not_left(path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left"):
+            LeaseRequest(path).try_take()
+    assert not path.exists()
 
 
 def test_a_suspended_owner_finds_its_lease_gone(owner: Lease, clock: Clock, path: Path) -> None:
@@ -188,6 +226,7 @@ def test_who_comes_too_late_takes_nothing(owner: Lease, path: Path, clock: Clock
     taken.renew()
     assert [file.name for file in path.parent.iterdir()] == ["lease"]
     taken.release()
+    path.unlink()
     assert later._take_over(content) is None
 
 
@@ -213,7 +252,28 @@ def test_a_folder_that_is_renamed(tmp_path: Path, clock: Clock) -> None:
     lease.renew()
     assert lease.path == new / "lease" and not list(old.iterdir())
     lease.release()
-    assert not list(new.iterdir())
+    assert is_gone(read_owner(new / "lease") or {}) and not list(old.iterdir())
+
+
+def test_a_folder_that_is_deleted(tmp_path: Path, clock: Clock) -> None:
+    """Nobody has taken it over, however long ago that was: at the next save it is made, locked and leased again."""
+    run = tmp_path / "run"
+    run.mkdir()
+    with lock_run_dir(run, pytest.fail) as lock:
+        shutil.rmtree(run)
+        clock.now += 2 * LASTS_S
+        with pytest.raises(FileNotFoundError):
+            lock.require()
+        assert not lock.lost and lock.find() == run and try_lock(run / "lock") is None
+        lock.require()
+        assert LeaseRequest(run / "lease").try_take() is None
+        shutil.rmtree(run)
+        run.mkdir()
+        other = Lease.create(run / "lease", "another")
+        assert other
+        with pytest.raises(TakenOverError):
+            lock.find()
+        other.release()
 
 
 def test_a_thread_renews(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +313,7 @@ def test_a_second_job_is_refused(locks: None, run_here: RunHere, tmp_path: Path,
     """And loses nothing: started again when the first one has ended, it continues."""
     run = run_here("--train.steps", 2).run
     before = read_metrics(run)
-    first = Lease.create(run / "lease", "first")
+    first = LeaseRequest(run / "lease").try_take()
     assert first
     monkeypatch.setattr("largescale.training.run_directory.LOCK_WAIT_S", 1)
     outcome = run_here("--train.steps", 4)
@@ -262,7 +322,7 @@ def test_a_second_job_is_refused(locks: None, run_here: RunHere, tmp_path: Path,
     assert read_metrics(run) == before and checkpoints(run)[0].step == 2
     first.renew()
     first.release()
-    assert run_here("--train.steps", 4).code == 0 and not (run / "lease").exists()
+    assert run_here("--train.steps", 4).code == 0 and is_gone(read_owner(run / "lease") or {})
 
 
 def test_a_run_that_is_taken_over_writes_nothing(locks: None, run_here: RunHere, tmp_path: Path, clock: Clock,
