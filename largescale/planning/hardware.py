@@ -62,7 +62,7 @@ class Hardware:
     data_bandwidth: float = 1e9
     """Assumed: a node's bandwidth when it reads the data set."""
     host_bandwidth: float = 5e9
-    """Assumed: bandwidth from a GPU to host memory that is not pinned."""
+    """Assumed: bandwidth from a GPU to ordinary host memory, by way of a pinned block."""
     write_bandwidth: float = 0.5e9
     """Bandwidth of a rank's thread, which writes and then hashes, as measured on the 2-core machine
     of docs/benchmarks.md."""

@@ -12,7 +12,7 @@ import torch
 
 from largescale.checkpoint.files import checkpoints, newest_valid
 from largescale.config.deepspeed import final_ds_config, load_ds_config, precision
-from largescale.config.derived import batch_layout, cluster_edges, least_steps
+from largescale.config.derived import batch_layout, cluster_edges, least_steps, resolved_kernels
 from largescale.config.schema import Config, ModelConfig
 from largescale.config.serialise import to_dict
 from largescale.config.validation import remarks, validate
@@ -58,6 +58,7 @@ def _blocks(config: Config) -> Blocks:
     model = config.model
     tokens = (model.input_size // model.patch_size) ** 2
     of_block, around = forward_flops(model)
+    code = "eager" if config.train.compile == "off" else resolved_kernels(config.train)
     # Two products of (tokens, width) with the keys, which are the tokens, and the caption's.
     attention = 4 * tokens * (tokens + model.max_caption_tokens) * model.hidden_size
     return Blocks(
@@ -65,15 +66,21 @@ def _blocks(config: Config) -> Blocks:
         attention_flops=model.depth * attention,
         other_flops=around,
         elements=model.depth * tokens * model.hidden_size,
-        code=BLOCK_CODE[_code_of_blocks(config), model.max_caption_tokens > 0],
+        code=BLOCK_CODE[code, model.max_caption_tokens > 0],
     )
 
 
-def _code_of_blocks(config: Config) -> str:
-    if config.train.compile == "off":
-        return "eager"
-    # What auto stands for at present.
-    return "inductor" if config.train.kernels == "auto" else config.train.kernels
+def _image_bytes(model: ModelConfig) -> int:
+    """Bytes of a row on disk."""
+    # uint8 for a network of pixels; else float16, with the moments of a latent (twice its channels)
+    # and a caption of full length.
+    pixels = model.in_channels * model.input_size**2
+    if model.architecture == "ddpmpp":
+        return pixels
+    caption = model.max_caption_tokens * model.caption_width
+    if model.max_caption_tokens:
+        caption += model.caption_pooled_width
+    return 2 * (2 * pixels + caption)
 
 
 def workload(config: Config, ds: dict[str, Any], grad_accum_steps: int) -> Workload:
@@ -81,8 +88,7 @@ def workload(config: Config, ds: dict[str, Any], grad_accum_steps: int) -> Workl
     with torch.device("meta"):
         model = build_model(config.model)
     zero = ds["zero_optimization"]
-    c = config.model
-    blocks = _blocks(config) if c.architecture == "dit" else None
+    blocks = _blocks(config) if config.model.architecture == "dit" else None
 
     # Activation checkpointing computes the blocks' forward pass twice. Of a U-Net, what is computed
     # outside of its blocks is neglected.
@@ -97,14 +103,6 @@ def workload(config: Config, ds: dict[str, Any], grad_accum_steps: int) -> Workl
     if blocks is not None:
         kernels = blocks.code.kernels
 
-    # Bytes of a row on disk: uint8 for a network of pixels; else float16, with the moments of a
-    # latent (twice its channels) and a caption of full length.
-    pixels = c.in_channels * c.input_size**2
-    caption = c.max_caption_tokens * c.caption_width
-    if c.max_caption_tokens:
-        caption += c.caption_pooled_width
-    image_bytes = pixels if c.architecture == "ddpmpp" else 2 * (2 * pixels + caption)
-
     return Workload(
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         # A backward pass takes twice the operations of the forward pass.
@@ -116,7 +114,7 @@ def workload(config: Config, ds: dict[str, Any], grad_accum_steps: int) -> Workl
         weight_bytes=_BYTES[precision(ds)],
         reduce_bytes=_BYTES[ds.get("communication_data_type", precision(ds))],
         reduce_bucket_size=zero.get("reduce_bucket_size", 500_000_000),
-        image_bytes=image_bytes,
+        image_bytes=_image_bytes(config.model),
         overlap=config.train.device == "cuda" and zero.get("overlap_comm", False),
         all_reduce=zero.get("use_multi_rank_bucket_allreduce", True)
         or not zero.get("reduce_scatter", True),
