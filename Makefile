@@ -58,8 +58,10 @@ demo-text:
 	@echo "data         data/emoji.png shows what was trained on: Twemoji graphics, by Twitter, Inc and others, CC-BY 4.0"
 	@echo "to resume    make demo-text, after an interruption; this start took $$(($$(date +%s) - $(STARTED))) s"
 
+# Tests of a GPU have it for themselves: some of them fill its memory.
 test: check
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	@! command -v nvidia-smi >/dev/null || OMP_NUM_THREADS=1 $(PY) -m pytest tests/gpu
 
 check:
 	@$(PYTHON) install.py demo demo-text prep eval docs dev

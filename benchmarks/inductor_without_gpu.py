@@ -24,48 +24,33 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 
 from largescale.models import dit, fused_blocks, fused_norm, fused_products
+from largescale.planning.hardware import Hardware
 
 
-@dataclass(frozen=True)
-class Device:
+def properties_of(hardware: Hardware) -> SimpleNamespace:
     """What Inductor asks a GPU."""
-
-    name: str
-    capability: tuple[int, int]
-    processors: int
-    memory_gib: int
-    shared_kib: int  # a block, at most
-    l2_mib: int
-
-    @property
-    def properties(self) -> SimpleNamespace:
-        return SimpleNamespace(
-            name=self.name,
-            major=self.capability[0],
-            minor=self.capability[1],
-            total_memory=self.memory_gib << 30,
-            multi_processor_count=self.processors,
-            max_threads_per_multi_processor=2048,
-            max_threads_per_block=1024,
-            regs_per_multiprocessor=65536,
-            warp_size=32,
-            L2_cache_size=self.l2_mib << 20,
-            shared_memory_per_block=48 << 10,
-            shared_memory_per_block_optin=self.shared_kib << 10,
-            shared_memory_per_multiprocessor=(self.shared_kib + 1) << 10,
-            gcnArchName="",
-            uuid="0",
-            clock_rate=1_980_000,
-            memory_clock_rate=2_619_000,
-            memory_bus_width=5120,
-        )
-
-
-DEVICES = {
-    "h100": Device("NVIDIA H100 80GB HBM3", (9, 0), 132, 79, 227, 50),
-    "a100": Device("NVIDIA A100-SXM4-80GB", (8, 0), 108, 79, 163, 40),
-    "b200": Device("NVIDIA B200", (10, 0), 148, 178, 227, 126),
-}
+    chip = hardware.chip
+    assert chip is not None
+    return SimpleNamespace(
+        name=chip.name,
+        major=chip.capability[0],
+        minor=chip.capability[1],
+        total_memory=int(hardware.memory_bytes),
+        multi_processor_count=chip.processors,
+        max_threads_per_multi_processor=2048,
+        max_threads_per_block=1024,
+        regs_per_multiprocessor=65536,
+        warp_size=32,
+        L2_cache_size=chip.l2_mib << 20,
+        shared_memory_per_block=48 << 10,
+        shared_memory_per_block_optin=chip.shared_kib << 10,
+        shared_memory_per_multiprocessor=(chip.shared_kib + 1) << 10,
+        gcnArchName="",
+        uuid="0",
+        clock_rate=1_980_000,
+        memory_clock_rate=2_619_000,
+        memory_bus_width=5120,
+    )
 
 
 @dataclass(frozen=True)
@@ -132,7 +117,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def kernels_of(device: Device) -> Iterator[None]:
+def kernels_of(hardware: Hardware) -> Iterator[None]:
     """What is traced on fake CPU tensors calls the kernels that it would call on this GPU: largescale's
     own, and attention, an operator for the whole of it."""
     with contextlib.ExitStack() as stack:
@@ -141,17 +126,18 @@ def kernels_of(device: Device) -> Iterator[None]:
         for module in (dit, fused_blocks):
             stack.enter_context(mock.patch.object(module, "attention", attention))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
-        stack.enter_context(_triton_for(device))
+        stack.enter_context(_triton_for(hardware))
         yield
 
 
 @contextlib.contextmanager
-def _triton_for(device: Device) -> Iterator[None]:
+def _triton_for(hardware: Hardware) -> Iterator[None]:
     """Triton finds this GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    major, minor = device.capability
+    assert hardware.chip is not None
+    major, minor = hardware.chip.capability
     target = GPUTarget("cuda", 10 * major + minor, 32)
     driver = SimpleNamespace(
         get_current_target=lambda: target,
@@ -169,12 +155,12 @@ def _triton_for(device: Device) -> Iterator[None]:
 
 
 def halves(
-    build: Callable[[], nn.Module], inputs: Callable[[], tuple[Any, ...]], device: Device
+    build: Callable[[], nn.Module], inputs: Callable[[], tuple[Any, ...]], hardware: Hardware
 ) -> list[Half]:
     """The forward and the backward pass of `build()(*inputs())`. Both are made where tensors are
     fake, so their sizes cost nothing; inputs say by `requires_grad` whose gradient is wanted."""
     graphs: list[fx.GraphModule] = []
-    with FakeTensorMode(), kernels_of(device):
+    with FakeTensorMode(), kernels_of(hardware):
         module = build()
         tensors, rebuild = _flatten(inputs())
         parameters = dict(module.named_parameters())
@@ -202,7 +188,7 @@ def halves(
         )
         outputs = torch.utils._pytree.tree_leaves(traced(*tensors, *parameters.values()))
         sum(out.float().sum() for out in outputs if out.requires_grad).backward()
-    with pretending(device):
+    with pretending(hardware):
         return [Half(graph, _lower(graph, backward=i == 1)) for i, graph in enumerate(graphs)]
 
 
@@ -220,19 +206,20 @@ def _flatten(values: tuple[Any, ...]) -> tuple[list[Tensor], Callable[[Any], tup
 
 
 @contextlib.contextmanager
-def pretending(device: Device) -> Iterator[None]:
+def pretending(hardware: Hardware) -> Iterator[None]:
     """torch, Inductor and Triton find this GPU."""
     import torch._inductor.config as settings
     from torch._dynamo.device_interface import CudaInterface
 
-    properties, capability = device.properties, device.capability
+    properties = properties_of(hardware)
+    capability = (properties.major, properties.minor)
     answers = {
         "is_available": True,
         "device_count": 1,
         "current_device": 0,
         "get_device_properties": properties,
         "get_device_capability": capability,
-        "get_device_name": device.name,
+        "get_device_name": properties.name,
         "is_bf16_supported": True,
         "synchronize": None,
     }
@@ -264,7 +251,7 @@ def pretending(device: Device) -> Iterator[None]:
         stack.enter_context(
             settings.patch(compile_threads=1, benchmark_kernel=True, fx_graph_cache=False)
         )
-        stack.enter_context(_triton_for(device))
+        stack.enter_context(_triton_for(hardware))
         yield
 
 

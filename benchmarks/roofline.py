@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from inductor_without_gpu import DEVICES, Half, halves
+from inductor_without_gpu import Half, halves
 from torch import Tensor, nn
 from torch._higher_order_ops.triton_kernel_wrap import (
     kernel_side_table,
@@ -35,37 +35,28 @@ from largescale.config.deepspeed import load_ds_config, precision
 from largescale.config.presets import PRESETS
 from largescale.config.schema import Config
 from largescale.models import dit, fused_blocks
-from largescale.models.build import build_model
-from largescale.models.dit import DiT, flops_per_image
-from largescale.planning.cost import HARDWARE, Hardware, step
+from largescale.planning.cost import step
+from largescale.planning.hardware import (
+    ATTENTION_SHARE,
+    GAP_S,
+    GELU_PRODUCT_SHARE,
+    HARDWARE,
+    PRODUCT_SHARE,
+    Hardware,
+    Rates,
+)
 from largescale.planning.memory import largest_micro_batch
-from largescale.training.dry_run import workload
+from largescale.training.dry_run import forward_flops, workload
 
-GAP_S = 2e-6  # assumed: between the end of a kernel and the start of the next
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Of a card, beside its data sheet (HARDWARE)."""
-
-    products: float
-    """FLOP/s of a (8192, 8192) product in half precision."""
-    copies: float
-    """Bytes/s of a large copy, read and written."""
-    fp32: float
-    """FLOP/s in float32 without TF32, by the data sheet."""
-    measured: bool
-
-
-RATES = {
-    "h100": Rates(products=798e12, copies=3.0e12, fp32=67e12, measured=True),
-    "a100": Rates(products=270e12, copies=1.75e12, fp32=19.5e12, measured=False),
-    "b200": Rates(products=1_750e12, copies=7.0e12, fp32=75e12, measured=False),
+# Of the rate of products, by kind of kernel.
+SHARES = {
+    "product": PRODUCT_SHARE,
+    "product with GELU": GELU_PRODUCT_SHARE,
+    "attention": ATTENTION_SHARE,
 }
-# Assumed: the share of the rate above that kernels reach at a DiT's sizes. Triton's products are
-# slower than cuBLAS's.
-SHARES = {"product": 0.85, "product with GELU": 0.75, "attention": 0.55}
 
 
 @dataclass(frozen=True)
@@ -121,7 +112,7 @@ def kernels_of_block(
         pending = fused_blocks.Pending(of_stream(images, tokens), of_stream(), of_stream(images))
         return x, pending, c, of_captions
 
-    passes = halves(build, inputs, DEVICES[card])
+    passes = halves(build, inputs, HARDWARE[card])
     found: list[Kernel] = []
     for backward, half in enumerate(passes):
         for kernels_of in (_inductors_kernels, _our_kernels, _library_calls):
@@ -214,7 +205,8 @@ def predict(
     config: Config, card: str, gpus: int, kernels_for: Callable[[int], list[Kernel]]
 ) -> Prediction:
     """A step of the preset on so many GPUs, in as few micro batches as memory allows."""
-    hardware, rates = HARDWARE[card], RATES[card]
+    hardware = HARDWARE[card]
+    rates = rates_of(hardware)
     ds = load_ds_config(config.train.ds_config)
     total = config.train.global_batch_size
     micro = largest_micro_batch(config, ds, gpus, hardware.usable_bytes)
@@ -228,7 +220,7 @@ def predict(
         return accumulation * depth * sum(kernel.seconds(rates) for kernel in chosen)
 
     work = workload(config, ds, accumulation)
-    around = 3 * forward_flops(config)[1] * total / gpus
+    around = 3 * forward_flops(config.model)[1] * total / gpus
     parts = {
         "matrix products": blocks("product", "product with GELU"),
         "attention": blocks("attention"),
@@ -246,17 +238,9 @@ def predict(
     return Prediction(gpus, micro, parts, mfu, total / seconds, hours)
 
 
-def forward_flops(config: Config) -> tuple[int, int]:
-    """Of an image's forward pass: (of one block, of what is around the blocks)."""
-
-    def at_depth(depth: int) -> int:
-        with torch.device("meta"):
-            model = build_model(replace(config.model, depth=depth))
-        assert isinstance(model, DiT)
-        return flops_per_image(model)
-
-    one, two = at_depth(1), at_depth(2)
-    return two - one, 2 * one - two
+def rates_of(hardware: Hardware) -> Rates:
+    assert hardware.rates is not None
+    return hardware.rates
 
 
 # ---- the report
@@ -301,7 +285,7 @@ def bytes_per_element(kernels: list[Kernel], elements: int) -> float:
 
 def card_line(card: str) -> str:
     hardware: Hardware = HARDWARE[card]
-    rates = RATES[card]
+    rates = rates_of(hardware)
     origin = "measured" if rates.measured else "assumed"
     return (
         f"{hardware.name}: data sheet {hardware.peak_flops / 1e12:.0f} TFLOP/s and "
@@ -319,9 +303,7 @@ def main(args: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("preset", choices=presets)
-    parser.add_argument(
-        "--card", choices=[card for card in DEVICES if card in HARDWARE], default="h100"
-    )
+    parser.add_argument("--card", choices=HARDWARE, default="h100")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 16, 64])
     parser.add_argument("--images", type=int, default=32, help="micro batch of the kernels' table")
     parser.add_argument("--kernels", choices=["inductor", "fused"], default="inductor")
@@ -343,7 +325,7 @@ def main(args: list[str] | None = None) -> None:
         f"\nA block of {config.name}, train.kernels={options.kernels}, forward and backward, "
         f"{options.images} images:\n"
     )
-    print(kernel_table(kernels, RATES[options.card], elements))
+    print(kernel_table(kernels, rates_of(HARDWARE[options.card]), elements))
     moved = bytes_per_element(kernels, elements)
     beside = sum(kernel.beside_product for kernel in kernels) / elements
     print(f"\nbytes per residual element and block: {moved:.1f}", end="")

@@ -27,9 +27,10 @@ from largescale.config.deepspeed import load_ds_config
 from largescale.config.presets import PRESETS
 from largescale.config.schema import Config
 from largescale.monitoring.telemetry import read_metrics
-from largescale.planning.cost import HARDWARE, Hardware, Plan, Workload, daly, step, young
+from largescale.planning.cost import Plan, Workload, daly, step, young
+from largescale.planning.hardware import HARDWARE, Hardware
 from largescale.planning.memory import largest_micro_batch
-from largescale.training.dry_run import workload
+from largescale.training.dry_run import prediction_source, workload
 
 ROOT = Path(__file__).parent.parent
 FP32 = "ds_configs/zero2_fp32.json"
@@ -72,9 +73,9 @@ def step_table(plans: list[Plan]) -> list[str]:
     hardware = plans[0].hardware
     names = [name for name in plans[0].step.parts if name != "compute"]
     lines = [
-        "| GPUs | images a GPU | step, ms | images/s | hours | GPU hours | compute | "
+        "| GPUs | images a GPU | step, ms | images/s | MFU | hours | GPU hours | compute | "
         f"{' | '.join(names)} | first bottleneck | data, MB/s | a node |",
-        f"|---{'|---:' * (6 + len(names))}|---|---:|---:|",
+        f"|---{'|---:' * (7 + len(names))}|---|---:|---:|",
     ]
     for p in plans:
         s = p.step
@@ -83,7 +84,7 @@ def step_table(plans: list[Plan]) -> list[str]:
         images = work.global_batch_size // (p.gpus * p.work.grad_accum_steps)
         lines.append(
             f"| {p.gpus} | {images}{micro} | {1e3 * s.seconds:.1f} | {s.images_per_s:,.0f} | "
-            f"{p.hours:,.1f} | {p.hours * p.gpus:,.0f} | {100 * s.share('compute'):.0f} % | "
+            f"{p.mfu:.2f} | {p.hours:,.1f} | {p.hours * p.gpus:,.0f} | {100 * s.share('compute'):.0f} % | "
             f"{shares} | {s.bottleneck} | {s.data_rate / 1e6:,.0f} | "
             f"{s.data_rate / 1e6 / hardware.nodes(p.gpus):,.0f} |"
         )
@@ -330,9 +331,8 @@ def make_parser() -> argparse.ArgumentParser:
     for name in ASSUMED:
         default = getattr(HARDWARE["h100"], name.replace("-", "_"))
         unit = " bytes/s" if name.endswith("bandwidth") else ""
-        parser.add_argument(
-            f"--{name}", type=float, help=f"of an H100 {default:g}{unit}; see Hardware in cost.py"
-        )
+        value = "by default predicted" if default is None else f"of an H100 {default:g}{unit}"
+        parser.add_argument(f"--{name}", type=float, help=f"{value}; see planning/hardware.py")
     parser.add_argument(
         "--check",
         action="store_true",
@@ -381,13 +381,15 @@ def main() -> None:
                 "--gpus"
             )
     steps = options.steps or 2_000_000
+    plans = [plan(config, hardware, n, steps) for n in options.gpus]
     print(
-        f"{config.name}, batch {batch}, {steps:,} steps, {hardware.name}. Predicted, not measured: "
-        f"assumed are {100 * hardware.mfu:.0f} % of the peak in forward and backward (published "
-        f"trainers of this kind report 12 to 25 %), {1e6 * hardware.launch_s:.0f} us a kernel, and "
-        f"a failure of a node every {hardware.node_mtbf_hours:,.0f} h.\n"
+        f"{config.name}, batch {batch}, {steps:,} steps, {hardware.name}, never measured.\nOn "
+        f"{plans[0].gpus} GPUs {prediction_source(plans[0])}.\nAssumed: "
+        f"{1e6 * hardware.launch_s:.0f} us a kernel on the host, and a failure of a node every "
+        f"{hardware.node_mtbf_hours:,.0f} h. Published trainers of this kind report an MFU of 12 to "
+        "25 %.\n"
     )
-    print(tables([plan(config, hardware, n, steps) for n in options.gpus]))
+    print(tables(plans))
 
 
 if __name__ == "__main__":

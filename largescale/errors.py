@@ -45,6 +45,12 @@ class StorageError(LargescaleError, OSError):
     exit_status = 75  # signals.EXIT_REQUEUE
 
 
+class TakenOverError(LargescaleError, RuntimeError):
+    """A run directory that another process trains since: this one may not write there any more."""
+
+    exit_status = 75
+
+
 class Stopped(LargescaleError):
     """A request to stop, by a signal; what is complete stays."""
 

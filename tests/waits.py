@@ -49,13 +49,14 @@ WAITING_FOR_A_TENSOR = {("masked_fill", "Tensor"), ("masked_fill_", "Tensor"), (
 
 
 def here() -> tuple[str, str]:
-    """File and function of the innermost frame that is ours or DeepSpeed's."""
+    """File and function of the innermost frame that is ours or DeepSpeed's; not its thin layer over torch.cuda, which a
+    CPU's does not have."""
     ours = str(Path(__file__).parents[1] / "largescale")
     frame = sys._getframe(1)
     while frame.f_back:
         path = frame.f_code.co_filename
         for root in (ours, "site-packages/deepspeed"):
-            if f"{root}/" in path:
+            if f"{root}/" in path and "deepspeed/accelerator/" not in path:
                 return Path(root).name + path.partition(root)[2], frame.f_code.co_name
         frame = frame.f_back
     return "elsewhere", ""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -30,12 +30,20 @@ from largescale.checkpoint.files import (
     seal,
     step_folders,
 )
+from largescale.checkpoint.run_lock import RunLock
 from largescale.config.schema import CheckpointConfig
 from largescale.config.serialise import flatten
 from largescale.distributed.ranks import Ranks
-from largescale.errors import CheckpointError, LargescaleError, NewerVersionError, StorageError
-from largescale.host.files import LOCK, fsync_dir, located, sha256, try_lock, write_atomically
+from largescale.errors import (
+    CheckpointError,
+    LargescaleError,
+    NewerVersionError,
+    StorageError,
+    TakenOverError,
+)
+from largescale.host.files import fsync_dir, sha256, write_atomically
 from largescale.host.launch import heartbeat
+from largescale.host.lease import require_owner
 
 # Pauses before a file is looked for again that other ranks see: by default NFS shows it within a
 # minute.
@@ -64,6 +72,8 @@ class Writer:
         self._error: str | None = None
         # Spent in the thread on this rank's files of one checkpoint.
         self.seconds = 0.0
+        # Of the lease that rank 0 holds on the run directory; empty where there is none.
+        self.token = ""
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
         """`state_dict` must not change until it is written."""
@@ -72,6 +82,10 @@ class Writer:
     def _timed_write(self, state: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
         start = time.perf_counter()
         try:
+            # RUN/checkpoints/step_00001000/FILE may be a valid checkpoint's by now, if this process
+            # was suspended and another one trains the run.
+            if self.token:
+                require_owner(path.parents[2], self.token)
             return _write(state, path)
         finally:
             self.seconds += time.perf_counter() - start
@@ -102,7 +116,7 @@ class Writer:
         not the run."""
         try:
             action()
-        except OSError as error:
+        except (OSError, TakenOverError) as error:
             self._error = str(error)
 
     @property
@@ -164,11 +178,10 @@ class Checkpointer:
         config: CheckpointConfig,
         ranks: Ranks,
         patience_s: float,
-        lock: IO[str] | None = None,
+        lock: RunLock | None = None,
     ):
         """`patience_s`: how long `finish` waits for a file system that does not answer; `lock`:
-        RUN/lock, which rank 0 holds, and by which it is found where the run directory is
-        renamed."""
+        on the run directory, which rank 0 holds."""
         self.run_dir = run_dir
         self.config = config
         self.ranks = ranks
@@ -190,6 +203,11 @@ class Checkpointer:
     def failed(self) -> bool:
         """Whether this rank's part has failed. Not collective."""
         return self._writer.failed
+
+    @property
+    def taken_over(self) -> bool:
+        """Whether this rank knows that another process trains the run since. Not collective."""
+        return self._lock is not None and self._lock.lost
 
     @property
     def write_s(self) -> float:
@@ -216,7 +234,7 @@ class Checkpointer:
         # A folder of this step is damaged or was never finished: else it would be `last_saved`.
         checkpoint = CheckpointDir.at(self.run_dir, step)
         if self.ranks.rank == 0:
-            self._writer.attempt(checkpoint.remove)
+            self._writer.attempt(partial(self._remove, checkpoint))
         self._damaged.discard(step)
 
         # The checksum is of the weights that the snapshot has.
@@ -258,7 +276,8 @@ class Checkpointer:
 
         # Rank 0 writes the manifest, which makes the checkpoint valid, and broadcasts the outcome.
         if ranks.rank == 0 and not errors:
-            errors = _try_to_publish(pending, files, len(reports))
+            errors = _try_to_publish(pending, files, len(reports), self._lock)
+        self.require_lock()
         (errors, *_) = ranks.all_gather_json(errors)
         if not errors:
             self.last_saved = pending.checkpoint.step
@@ -276,10 +295,10 @@ class Checkpointer:
         # On a full disk the remains of a failed checkpoint would take the next one's space.
         try:
             if failed:
-                checkpoint.remove()
+                self._remove(checkpoint)
             else:
                 self._retain()
-        except OSError as error:
+        except (OSError, TakenOverError) as error:
             return f"what is not needed any more cannot be removed: {error}"
         return None
 
@@ -300,29 +319,29 @@ class Checkpointer:
         self.last_saved = -1 if newest is None else newest.step
         return newest
 
+    def require_lock(self) -> None:
+        """Raise TakenOverError, on all ranks, where another process trains the run since."""
+
+        def require() -> None:
+            # A file system that fails at present is reported by what is written next.
+            with contextlib.suppress(OSError):
+                if self._lock is not None:
+                    self._lock.require()
+
+        self.ranks.raise_on_all_ranks(require)
+
     def _find_run_dir(self) -> None:
         """Find the run directory under its present name; where it was deleted, make and lock it
-        again. Raises CheckpointError where another process trains there since."""
+        again. Raises an error on all ranks where another process trains there since."""
 
-        def find() -> str:
-            lock = self._lock
-            if lock is not None:
-                self.run_dir = located(self.run_dir / LOCK, lock.fileno()).parent
-                # Where nothing can be written at present, the save that follows reports it.
-                with contextlib.suppress(OSError):
-                    # A lock file without links was deleted, and the directory with it.
-                    if not os.fstat(lock.fileno()).st_nlink:
-                        self.run_dir.mkdir(parents=True, exist_ok=True)
-                        self._lock = try_lock(self.run_dir / LOCK)
-                if self._lock is None:
-                    raise CheckpointError(
-                        f"{self.run_dir} was deleted, and another process trains there now; start "
-                        "another run with --output DIR"
-                    )
-            return str(self.run_dir)
+        def find() -> tuple[str, str]:
+            if self._lock is None:
+                return str(self.run_dir), ""
+            return str(self._lock.find()), self._lock.token
 
         # Only rank 0 has the lock, so its path counts.
-        (run_dir, *_) = self.ranks.all_gather_json(self.ranks.raise_on_all_ranks(find))
+        found = self.ranks.all_gather_json(self.ranks.raise_on_all_ranks(find))
+        run_dir, self._writer.token = found[0]
         self.run_dir = Path(run_dir)
 
     def _check(self, checkpoint: CheckpointDir) -> LargescaleError | None:
@@ -384,7 +403,13 @@ class Checkpointer:
         keep.update(on_stop[:1])
         for checkpoint in step_folders(self.run_dir):
             if checkpoint.step not in keep:
-                checkpoint.remove()
+                self._remove(checkpoint)
+
+    def _remove(self, checkpoint: CheckpointDir) -> None:
+        """Remove a checkpoint, unless another process trains the run since."""
+        if self._lock is not None:
+            self._lock.require()
+        checkpoint.remove()
 
 
 @dataclass(frozen=True)
@@ -397,11 +422,15 @@ class Pending:
     weights: int
 
 
-def _try_to_publish(pending: Pending, files: dict[str, Any], world_size: int) -> list[str]:
+def _try_to_publish(
+    pending: Pending, files: dict[str, Any], world_size: int, lock: RunLock | None
+) -> list[str]:
     """Write the manifest: the errors, one or none."""
     try:
+        if lock is not None:
+            lock.renew()
         _publish(pending, files, world_size)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TakenOverError) as error:
         return [f"rank 0: {error}"]
     return []
 

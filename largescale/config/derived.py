@@ -1,13 +1,14 @@
-"""What follows from a config alone: the batch's layout and the curriculum."""
+"""What follows from a config alone: the batch's layout, the kernels and the curriculum."""
 
 import bisect
 import contextlib
 import inspect
 import math
 from collections.abc import Callable
+from typing import Literal
 
 from largescale import noise_schedule
-from largescale.config.schema import Config
+from largescale.config.schema import Config, TrainConfig
 from largescale.curriculum import (
     PACINGS,
     Curriculum,
@@ -17,6 +18,12 @@ from largescale.curriculum import (
 )
 from largescale.errors import ConfigError
 from largescale.registry import look_up
+
+
+def resolved_kernels(train: TrainConfig) -> Literal["inductor", "fused"]:
+    """train.kernels, or what auto stands for."""
+    # Fused kernels are not measured on any card yet.
+    return "inductor" if train.kernels == "auto" else train.kernels
 
 
 def batch_layout(config: Config, world_size: int) -> tuple[int, int]:

@@ -42,7 +42,7 @@ class StepReport:
 class RankStatus(NamedTuple):
     """What one rank reports to the others at a step, besides its losses."""
 
-    stop: bool = False  # it was asked to stop
+    stop: bool = False  # it was asked to stop, or another process trains the run since
     writing: bool = False  # it still writes a checkpoint
     cannot_write: bool = False  # its part of a checkpoint has failed
 

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import astuple, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ with warnings.catch_warnings():
 
 from largescale.checkpoint.files import CLIENT_KEY, CheckpointDir, flat_state
 from largescale.engine.deepspeed_patches import StepPatches, check_deepspeed, patch_before_build
+from largescale.engine.host_copies import StagedCopies, to_host
 from largescale.engine.optimizer import steps_of
 from largescale.errors import CheckpointError, ConfigError
 
@@ -54,6 +56,8 @@ class Engine:
         self._patches = StepPatches(self._engine, self._zero, self._master)
         self.module: nn.Module = self._engine.module
         self._rank = int(self._engine.global_rank)
+        # Made at the first save.
+        self._staged: StagedCopies | None = None
 
         # DeepSpeed casts the module first and copies its master weights from that: put back what
         # the cast rounded away.
@@ -152,7 +156,9 @@ class Engine:
     def save(self, checkpoint: CheckpointDir, client_state: dict[str, Any], writer: Any) -> None:
         """Give every file's content to `writer` (checkpointer.py), which decides when it is on
         disk. Collective."""
-        self._engine.checkpoint_engine = PlainStates(writer)
+        if self._staged is None and self._master.device.type == "cuda":
+            self._staged = StagedCopies()
+        self._engine.checkpoint_engine = PlainStates(writer, self._staged)
         self._engine.save_checkpoint(
             str(checkpoint.path.parent),
             tag=checkpoint.path.name,
@@ -242,30 +248,34 @@ def check_ds_config(ds: dict[str, Any]) -> None:
 class PlainStates:
     """A writer of checkpoints that turns what DeepSpeed gives it into tensors and plain values."""
 
-    def __init__(self, writer: Any):
+    def __init__(self, writer: Any, staged: StagedCopies | None = None):
         self._writer = writer
+        self._staged = staged
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        self._writer.save(plain(state_dict), path)
+        state = plain(state_dict, self._staged or to_host)
+        if self._staged is not None:
+            self._staged.finish()
+        self._writer.save(state, path)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._writer, name)
 
 
-def plain(value: Any) -> Any:
-    """A copy in host memory, of tensors and plain values only, so that the file loads with
-    weights_only=True."""
-    # Copied on the CPU too: training changes the tensor before the thread has written it.
+def plain(value: Any, copy: Callable[[Tensor], Tensor] = to_host) -> Any:
+    """A copy in host memory, of tensors (by `copy`) and plain values only, so that the file loads
+    with weights_only=True."""
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        return copy(value)
 
     # Containers, and DeepSpeed's own objects as their numbers. A torch.Size is a tuple.
+    inner = partial(plain, copy=copy)
     if isinstance(value, dict):
-        return {plain(key): plain(item) for key, item in value.items()}
+        return {inner(key): inner(item) for key, item in value.items()}
     if isinstance(value, LossScalerBase):
         return _numbers_of(value)
     if isinstance(value, list | tuple | set):
-        return list(map(plain, value))
+        return list(map(inner, value))
     if is_dataclass(value) and not isinstance(value, type):
         return list(astuple(value))
 

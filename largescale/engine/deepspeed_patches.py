@@ -33,6 +33,7 @@ try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+        from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
         from deepspeed.runtime import compiler
         from deepspeed.runtime.engine import DeepSpeedEngine
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
@@ -46,6 +47,7 @@ try:
     # SHA-256).
     CODE: list[tuple[Any, str]] = [
         (CPU_Accelerator.is_fp16_supported, "5f9f840c9be9"),
+        (CUDA_Accelerator.available_memory, "f1eb570d9bdf"),
         (DeepSpeedEngine._copy_recovery_script, "4bfd767dbf04"),
         (DynamicLossScaler.update_scale, "0aa6d6d66570"),
         (DeepSpeedZeroOptimizer.__init__, "faa9fe03f220"),
@@ -105,6 +107,12 @@ def patch_before_build() -> None:
     accelerator = deepspeed.get_accelerator()
     if accelerator.device_name() == "cpu":
         accelerator.is_fp16_supported = lambda: True
+
+    # Where pynvml is installed, DeepSpeed takes the entries of CUDA_VISIBLE_DEVICES for numbers, and
+    # crashes on a GPU's UUID. The driver knows the free memory of torch's own device. Needless once
+    # DeepSpeed asks torch.
+    if accelerator.device_name() == "cuda":
+        accelerator.available_memory = lambda index=None: torch.cuda.mem_get_info(index)[0]
 
 
 class StepPatches:

@@ -49,6 +49,7 @@ class Goodput:
                 before.ended = killed
                 telemetry.message(f"the start before was {killed}")
                 with telemetry.tolerate_disk_errors():
+                    telemetry.require_lock()
                     run_record.write(run_dir, before, seen=False)
 
         self._begin(
@@ -88,6 +89,7 @@ class Goodput:
         if due:
             self._written_s = now
             with self._telemetry.tolerate_disk_errors():
+                self._telemetry.require_lock()
                 run_record.write(self._telemetry.run_dir, start)
 
     def rolled_back(self, to_step: int, why: str) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from largescale.errors import TakenOverError
 from largescale.host.files import from_json, located
 from largescale.host.launch import printable_lines
 
@@ -75,12 +76,25 @@ class Telemetry:
     On ranks other than 0 every method does nothing.
     """
 
-    def __init__(self, run_dir: Path, *, active: bool, tensorboard: bool, step: int, steps: int):
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        active: bool,
+        tensorboard: bool,
+        step: int,
+        steps: int,
+        require_lock: Callable[[], None] = lambda: None,
+    ):
         """`step`: where the run stands. Rows of later steps, written before an interruption, are
-        dropped."""
+        dropped. `require_lock`: raises TakenOverError where another process trains the run since,
+        OSError where that cannot be found out."""
         self.active = active
         if not active:
             return
+        # Called before anything is written, within `tolerate_disk_errors`.
+        self.require_lock = require_lock
+        require_lock()
         self._run_dir = run_dir
         self._tensorboard = tensorboard
         self._failure_reported = False
@@ -124,6 +138,7 @@ class Telemetry:
 
             # TensorBoard drops what it has of later steps itself.
             with self.tolerate_disk_errors():
+                self.require_lock()
                 self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
 
     def _on_board(self, step: int, add: Callable[[Any], Any]) -> None:
@@ -131,18 +146,20 @@ class Telemetry:
         # Its writer cannot be used after an error: another one is made.
         if self._board is None:
             self._open_board(step)
-        try:
-            if self._board:
-                add(self._board)
-        except OSError as error:
-            self._report_failure(error)
-            self._board = None
+        board = self._board
+        self._board = None
+        with self.tolerate_disk_errors():
+            self.require_lock()
+            if board:
+                add(board)
+            self._board = board
 
     def roll_back(self, step: int) -> None:
         """Drop rows of steps later than `step`."""
         if not self.active:
             return
         with self.tolerate_disk_errors():
+            self.require_lock()
             self._file.truncate(_end_of_step(self.run_dir / "metrics.jsonl", step))
         self._unwritten = b""
         # Another writer, since only a new one drops what there is of later steps.
@@ -186,6 +203,7 @@ class Telemetry:
         if not self.active:
             return
         with self.tolerate_disk_errors():
+            self.require_lock()
             path = self.run_dir / name / f"step_{step:08d}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(image).save(path)
@@ -208,6 +226,7 @@ class Telemetry:
         # After an error the rest of the row is written with the next one.
         self._unwritten += json.dumps(row).encode() + b"\n"
         with self.tolerate_disk_errors():
+            self.require_lock()
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
@@ -217,6 +236,9 @@ class Telemetry:
         # Rank 0 must not leave the others waiting in a collective.
         try:
             yield
+        # Nothing is written then, and all ranks together end the run at the next step.
+        except TakenOverError:
+            pass
         except OSError as error:
             self._report_failure(error)
 

@@ -1,5 +1,5 @@
-"""What a step, a checkpoint and a run cost on n GPUs: arithmetic on data sheets, to be checked by
-measuring.
+"""What a step, a checkpoint and a run cost on n GPUs: arithmetic on data sheets and on the bytes that
+compiled code moves, to be checked by measuring.
 
 What DeepSpeed 0.19.8 does in stage 2 (runtime/zero/stage_1_and_2.py), which decides the bytes:
 
@@ -14,78 +14,71 @@ What DeepSpeed 0.19.8 does in stage 2 (runtime/zero/stage_1_and_2.py), which dec
 - The weights are gathered in one message after the update, before the next forward pass
   (`all_gather_dp_groups`).
 
-Left out: the latency of collectives, other jobs on the network, stragglers, what reduction takes
-from the kernels that run beside it, evaluation and previews.
+Left out: the latency of collectives, the host's time in DeepSpeed's hooks, other jobs on the
+network, stragglers, what reduction takes from the kernels that run beside it, evaluation and
+previews.
 """
 
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from largescale.planning.hardware import (
+    ATTENTION_SHARE,
+    GAP_S,
+    GELU_PRODUCT_SHARE,
+    PRODUCT_SHARE,
+    Hardware,
+)
+
 # Model FLOP utilisations that trainers of this kind report.
 PUBLISHED_MFU = (0.25, 0.12)
+# Of forward and backward, where nothing is counted that could predict it.
+ASSUMED_MFU = 0.5
 
 # Bytes of each parameter: fp32 master weights, two moments and EMA.
 STATE_BYTES = 16
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """A node of GPUs with its network and storage. Bandwidths in bytes/s; links per direction. From
-    data sheets, but for what is marked as assumed."""
+class BlockCode:
+    """What the kernels of a DiT's block move beside its matrix products and attention, in half
+    precision with the residual stream in fp32: bytes per element of that stream (images x tokens x
+    width)."""
 
-    name: str
-    peak_flops: float
-    """FLOP/s of one GPU, dense, in half precision."""
-    memory_bytes: float
-    memory_bandwidth: float
-    intra_bandwidth: float
-    """Bandwidth from a GPU to the others of its node."""
-    inter_bandwidth: float
-    """Bandwidth of a GPU's own share of the network between nodes."""
-    gpus_per_node: int = 8
-    mfu: float = 0.5
-    """Assumed: the share of the peak that forward and backward reach."""
-    launch_s: float = 5e-6
-    """Assumed: the host's time per kernel."""
-    data_bandwidth: float = 1e9
-    """Assumed: a node's bandwidth when it reads the data set."""
-    host_bandwidth: float = 5e9
-    """Assumed: bandwidth from a GPU to host memory that is not pinned."""
-    write_bandwidth: float = 0.5e9
-    """Bandwidth of a rank's thread, which writes and then hashes, as measured on the 2-core machine
-    of docs/benchmarks.md."""
-    storage_bandwidth: float = 10e9
-    """Assumed: bandwidth of the file system, for all nodes together."""
-    node_mtbf_hours: float = 6300.0
-    """Hours between failures of a node: 419 in 54 days of 2,048 nodes (Llama 3, arXiv:2407.21783,
-    section 3.3.4). Preemption that is announced costs no work, since the trainer saves."""
-    restart_s: float = 300.0
-    """Assumed: seconds from a failure to the first step: queueing, starting, loading, compiling."""
-
-    @property
-    def usable_bytes(self) -> float:
-        """A GPU's memory without the part that is left to fragmentation."""
-        return 0.95 * self.memory_bytes
-
-    def nodes(self, gpus: int) -> int:
-        """Nodes that so many GPUs need."""
-        return math.ceil(gpus / self.gpus_per_node)
-
-    def link(self, gpus: int) -> float:
-        """Bandwidth of a ring over so many GPUs."""
-        if gpus <= self.gpus_per_node:
-            return self.intra_bandwidth
-        # A ring leaves a node once, over the cards of all its GPUs: 8 of 50 GB/s are 400 GB/s.
-        return min(self.intra_bandwidth, self.inter_bandwidth * self.gpus_per_node)
+    forward_bytes: float
+    backward_bytes: float
+    kernels: int
+    """All that are launched, forward and backward."""
+    gelu_products: float = 0.0
+    """The share of a pass's matrix products that compute GELU too, in a slower kernel."""
 
 
-HARDWARE = {
-    # SXM, NVLink 4, a 400 Gb/s card for each GPU
-    "h100": Hardware("H100", 989e12, 79.1 * 2**30, 3.35e12, 450e9, 50e9),
-    # SXM 80 GB, NVLink 3, 200 Gb/s
-    "a100": Hardware("A100", 312e12, 79.1 * 2**30, 2.04e12, 300e9, 25e9),
+# By train.kernels (eager: train.compile=off), without captions and with: of DiT-L/2 with 32 images on
+# an H100, from the code that Inductor writes, as `benchmarks/roofline.py` counts it, or from PyTorch's
+# operations. Fewer images take up to a tenth more, for sums in two passes.
+BLOCK_CODE = {
+    ("inductor", False): BlockCode(42.2, 108.9, 39),
+    ("inductor", True): BlockCode(58.2, 128.7, 59),
+    ("fused", False): BlockCode(24.1, 49.8, 39, gelu_products=0.333),
+    ("fused", True): BlockCode(36.1, 74.1, 60, gelu_products=0.274),
+    ("eager", False): BlockCode(128.3, 242.6, 70),
+    ("eager", True): BlockCode(160.3, 290.4, 95),
 }
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The work of a DiT's blocks for one image, from which the time on a GPU is predicted."""
+
+    product_flops: float
+    """Of the forward pass: matrix products but those of attention."""
+    attention_flops: float
+    other_flops: float
+    """Of the forward pass outside of the blocks, which is computed in fp32."""
+    elements: float
+    """Of the residual stream, times the number of blocks."""
+    code: BlockCode
 
 
 @dataclass(frozen=True)
@@ -115,6 +108,10 @@ class Workload:
     """Whether reduction runs beside the backward pass; never on a CPU."""
     all_reduce: bool = True
     """Whether buckets are all-reduced; else each part is reduced to the one rank that needs it."""
+    fused_update: bool = False
+    """Whether optimizer.kernel=fused updates the weights."""
+    blocks: Blocks | None = None
+    """What the time on a GPU is predicted from; None where it is not counted."""
 
     @property
     def backward_share(self) -> float:
@@ -139,8 +136,38 @@ class Workload:
     @property
     def update_bytes(self) -> int:
         """Memory traffic of the update, over all ranks."""
-        # the norm 4, AdamW 28, EMA 12, the copy to the weights
-        return (4 + 28 + 12 + 4 + self.weight_bytes) * self.parameters
+        # The norm 4, AdamW 28, EMA 12, the copy to the weights; or all but the norm in one pass.
+        by_optimizer = 36 if self.fused_update else 28 + 12 + 4
+        return (4 + by_optimizer + self.weight_bytes) * self.parameters
+
+
+def compute_parts(work: Workload, hardware: Hardware, gpus: int) -> dict[str, float]:
+    """Seconds of a step's forward and backward passes: by their parts where these can be predicted,
+    else by a share of the peak."""
+    images = work.global_batch_size / gpus
+    blocks = work.blocks
+    rates = hardware.rates
+    if hardware.mfu is not None or blocks is None or rates is None:
+        mfu = ASSUMED_MFU if hardware.mfu is None else hardware.mfu
+        flops = (work.flops_per_image + work.flops_again) * images
+        return {"compute": flops / (hardware.peak_flops * mfu)}
+
+    # A product has two in the backward pass; attention computes its weights again there. With
+    # activation checkpointing the blocks' forward pass is computed twice.
+    forward = 2 if work.flops_again else 1
+    products = (forward + 2) * blocks.product_flops
+    with_gelu = (forward + 1) * blocks.product_flops * blocks.code.gelu_products
+    attention = (forward + 2.5) * blocks.attention_flops
+    moved = forward * blocks.code.forward_bytes + blocks.code.backward_bytes
+    return {
+        "matrix products": images
+        * ((products - with_gelu) / PRODUCT_SHARE + with_gelu / GELU_PRODUCT_SHARE)
+        / rates.products,
+        "attention": images * attention / (rates.products * ATTENTION_SHARE),
+        "elementwise": images * blocks.elements * moved / rates.copies,
+        "embedding and final layer, fp32": images * 3 * blocks.other_flops / rates.fp32,
+        "gaps": work.grad_accum_steps * work.kernels * GAP_S,
+    }
 
 
 @dataclass(frozen=True)
@@ -181,8 +208,7 @@ def step(work: Workload, hardware: Hardware, gpus: int) -> Step:
     micro = work.grad_accum_steps
 
     # The host launches kernels ahead of the GPU, so only what takes longer than computing counts.
-    flops = (work.flops_per_image + work.flops_again) * work.global_batch_size
-    compute = flops / (n * hardware.peak_flops * hardware.mfu)
+    compute = sum(compute_parts(work, hardware, n).values())
     launches = max(0.0, micro * work.kernels * hardware.launch_s - compute)
     backward = work.backward_share * (compute + launches) / micro
 
@@ -302,6 +328,13 @@ class Plan:
     def best_every(self) -> int:
         """Steps between checkpoints by Daly's formula, or as many as one takes to be written."""
         return max(1, round(max(daly(self.stall_s, self.mtbf_s), self.write_s) / self.step.seconds))
+
+    @property
+    def mfu(self) -> float:
+        """The share of the GPUs' peak that a step reaches, of the operations that are no
+        repetition."""
+        flops = self.work.flops_per_image * self.work.global_batch_size
+        return flops / (self.gpus * self.hardware.peak_flops * self.step.seconds)
 
     @property
     def hours(self) -> float:

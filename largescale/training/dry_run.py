@@ -12,7 +12,7 @@ import torch
 
 from largescale.checkpoint.files import checkpoints, newest_valid
 from largescale.config.deepspeed import final_ds_config, load_ds_config, precision
-from largescale.config.derived import batch_layout, cluster_edges, least_steps
+from largescale.config.derived import batch_layout, cluster_edges, least_steps, resolved_kernels
 from largescale.config.schema import Config, ModelConfig
 from largescale.config.serialise import to_dict
 from largescale.config.validation import remarks, validate
@@ -23,7 +23,16 @@ from largescale.host.launch import env_world_size, printable_lines
 from largescale.models.build import build_model, flops_per_image
 from largescale.models.half_precision import IN_TRAINING, check_on_cpu
 from largescale.monitoring.run_record import duration
-from largescale.planning.cost import HARDWARE, PUBLISHED_MFU, Hardware, Plan, Workload
+from largescale.planning.cost import (
+    ASSUMED_MFU,
+    BLOCK_CODE,
+    PUBLISHED_MFU,
+    Blocks,
+    Plan,
+    Workload,
+    compute_parts,
+)
+from largescale.planning.hardware import ATTENTION_SHARE, HARDWARE, PRODUCT_SHARE, Hardware
 from largescale.planning.memory import check_memory, largest_micro_batch, memory
 
 # Host memory of the diffusers library, loaded to decode previews: measured, 284 MiB.
@@ -31,64 +40,86 @@ _DIFFUSERS_BYTES = 3e8
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
-def _kernels_per_block(config: Config) -> int:
-    """Kernels that a block launches forward and backward.
+def forward_flops(model: ModelConfig) -> tuple[int, int]:
+    """Operations of a DiT's forward pass for one image: (of one block, of what is around the
+    blocks)."""
 
-    Eager: operations on tensors that are no views, counted on the meta device, less what one
-    attention kernel stands for. Compiled: those of Inductor's code for a CPU.
-    """
-    compiled = config.train.compile != "off"
-    captions = config.model.max_caption_tokens > 0
-    if config.model.architecture == "ddpmpp":
-        return 30 if compiled else 45  # compiled: assumed
-    if captions:
-        return 80 if compiled else 120
-    return 55 if compiled else 80
+    def at_depth(depth: int) -> int:
+        with torch.device("meta"):
+            return flops_per_image(build_model(replace(model, depth=depth)))
+
+    one = at_depth(1)
+    two = at_depth(2)
+    return two - one, 2 * one - two
+
+
+def _blocks(config: Config) -> Blocks:
+    """The work of a DiT's blocks for one image."""
+    model = config.model
+    tokens = (model.input_size // model.patch_size) ** 2
+    of_block, around = forward_flops(model)
+    code = "eager" if config.train.compile == "off" else resolved_kernels(config.train)
+    # Two products of (tokens, width) with the keys, which are the tokens, and the caption's.
+    attention = 4 * tokens * (tokens + model.max_caption_tokens) * model.hidden_size
+    return Blocks(
+        product_flops=model.depth * (of_block - attention),
+        attention_flops=model.depth * attention,
+        other_flops=around,
+        elements=model.depth * tokens * model.hidden_size,
+        code=BLOCK_CODE[code, model.max_caption_tokens > 0],
+    )
+
+
+def _image_bytes(model: ModelConfig) -> int:
+    """Bytes of a row on disk."""
+    # uint8 for a network of pixels; else float16, with the moments of a latent (twice its channels)
+    # and a caption of full length.
+    pixels = model.in_channels * model.input_size**2
+    if model.architecture == "ddpmpp":
+        return pixels
+    caption = model.max_caption_tokens * model.caption_width
+    if model.max_caption_tokens:
+        caption += model.caption_pooled_width
+    return 2 * (2 * pixels + caption)
 
 
 def workload(config: Config, ds: dict[str, Any], grad_accum_steps: int) -> Workload:
     """What a step of this run has to do. `ds`: the JSON, or the final settings."""
-
-    def forward(model: ModelConfig) -> int:
-        with torch.device("meta"):
-            return flops_per_image(build_model(model))
-
     with torch.device("meta"):
         model = build_model(config.model)
     zero = ds["zero_optimization"]
-    c = config.model
+    blocks = _blocks(config) if config.model.architecture == "dit" else None
 
-    # Activation checkpointing computes the blocks' forward pass twice. What a DiT computes outside
-    # of its blocks cancels in the difference of two depths; of a U-Net it is neglected.
-    again = 0
+    # Activation checkpointing computes the blocks' forward pass twice. Of a U-Net, what is computed
+    # outside of its blocks is neglected.
+    again = 0.0
     if config.train.activation_checkpointing:
         again = flops_per_image(model)
-        if c.architecture == "dit":
-            again = c.depth * (forward(replace(c, depth=2)) - forward(replace(c, depth=1)))
+        if blocks is not None:
+            again = blocks.product_flops + blocks.attention_flops
 
-    # Bytes of a row on disk: uint8 for a network of pixels; else float16, with the moments of a
-    # latent (twice its channels) and a caption of full length.
-    pixels = c.in_channels * c.input_size**2
-    caption = c.max_caption_tokens * c.caption_width
-    if c.max_caption_tokens:
-        caption += c.caption_pooled_width
-    image_bytes = pixels if c.architecture == "ddpmpp" else 2 * (2 * pixels + caption)
+    # Of a U-Net's block: counted eager, compiled assumed.
+    kernels = 45 if config.train.compile == "off" else 30
+    if blocks is not None:
+        kernels = blocks.code.kernels
 
     return Workload(
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         # A backward pass takes twice the operations of the forward pass.
         flops_per_image=3 * flops_per_image(model),
         flops_again=again,
-        kernels=len(model.blocks) * _kernels_per_block(config) * (4 / 3 if again else 1),
+        kernels=len(model.blocks) * kernels * (4 / 3 if again else 1),
         global_batch_size=config.train.global_batch_size,
         grad_accum_steps=grad_accum_steps,
         weight_bytes=_BYTES[precision(ds)],
         reduce_bytes=_BYTES[ds.get("communication_data_type", precision(ds))],
         reduce_bucket_size=zero.get("reduce_bucket_size", 500_000_000),
-        image_bytes=image_bytes,
+        image_bytes=_image_bytes(config.model),
         overlap=config.train.device == "cuda" and zero.get("overlap_comm", False),
         all_reduce=zero.get("use_multi_rank_bucket_allreduce", True)
         or not zero.get("reduce_scatter", True),
+        fused_update=config.optimizer.kernel == "fused",
+        blocks=blocks,
     )
 
 
@@ -139,24 +170,46 @@ def print_cost(plan: Plan) -> None:
     times = []
     shares = []
     for mfu in PUBLISHED_MFU:
-        published = plan.at(mfu)
-        times.append(span(published.hours))
-        shares.append(f"{100 * published.hardware.mfu:.0f}")
+        times.append(span(plan.at(mfu).hours))
+        shares.append(f"{100 * mfu:.0f}")
+    origin = "predicted" if plan.work.blocks else "assumed"
     print(
-        f"time: {span(plan.hours)} at {100 * hardware.mfu:.0f} % of the peak, "
-        f"{' to '.join(times)} at {' to '.join(shares)} %, which published "
-        f"trainers reach, on {plan.gpus} x {hardware.name}; assumed, never measured on a GPU here; "
-        "previews come on top"
+        f"time: {span(plan.hours)} at an MFU of {100 * plan.mfu:.0f} %, {origin}; {' to '.join(times)} "
+        f"where forward and backward reach {' to '.join(shares)} % of the peak, as in published "
+        f"trainers; on {plan.gpus} x {hardware.name}, never measured on a GPU here; previews come on "
+        "top"
     )
+    print(f"      {prediction_source(plan)}")
     # What limits a step, and how often to save at the assumed rate of failures.
     print(
-        f"      at {100 * hardware.mfu:.0f} %: {step.images_per_s:,.0f} images/s; compute "
+        f"      so {step.images_per_s:,.0f} images/s; compute "
         f"{100 * step.share('compute'):.0f} % of a step, first bottleneck beside it: {largest}, "
         f"{100 * step.share(largest):.1f} %; data: up to {step.data_rate / 1e6:,.0f} MB/s; with a "
         f"failure every {plan.mtbf_s / 3600:,.0f} h (assumed, nodes: {hardware.nodes(plan.gpus)}), "
         f"checkpoints are best every {plan.best_every:,} steps (Daly); configured: {plan.every:,}, "
         f"which wastes {100 * plan.wasted(plan.every):.2f} % of the time (best: "
         f"{100 * plan.wasted(plan.best_every):.2f} %)"
+    )
+
+
+def prediction_source(plan: Plan) -> str:
+    """What the time of forward and backward passes is predicted from."""
+    blocks = plan.work.blocks
+    rates = plan.hardware.rates
+    parts = compute_parts(plan.work, plan.hardware, plan.gpus)
+    if blocks is None or rates is None or len(parts) == 1:
+        share = ASSUMED_MFU if plan.hardware.mfu is None else plan.hardware.mfu
+        return f"assumed: forward and backward reach {100 * share:.0f} % of the peak"
+    shown = []
+    for name, seconds in parts.items():
+        shown.append(f"{name} {100 * seconds / plan.step.seconds:.0f} %")
+    moved = blocks.code.forward_bytes + blocks.code.backward_bytes
+    return (
+        f"predicted from {moved:.0f} bytes per residual element and block, counted in the code of "
+        f"its kernels (benchmarks/roofline.py), and {rates.products / 1e12:.0f} TFLOP/s and "
+        f"{rates.copies / 1e12:.1f} TB/s ({'measured on such a card' if rates.measured else 'assumed'})"
+        f", of which products are assumed to reach {100 * PRODUCT_SHARE:.0f} %, attention "
+        f"{100 * ATTENTION_SHARE:.0f} %; of a step: {', '.join(shown)}"
     )
 
 

@@ -6,12 +6,13 @@ Importing this loads DeepSpeed: DS_ACCELERATOR must be set to the run's device b
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from largescale.checkpoint.checkpointer import Checkpointer
 from largescale.checkpoint.files import CheckpointDir
+from largescale.checkpoint.run_lock import RunLock
 from largescale.config.deepspeed import final_ds_config, precision
 from largescale.config.schema import Config
 from largescale.config.serialise import to_dict
@@ -47,7 +48,7 @@ def train_run(
     ranks: Ranks,
     dataset: ShardDataset,
     watchdog: Watchdog,
-    lock: IO[str] | None,
+    lock: RunLock | None,
     start_time: float,
     log: Log,
 ) -> int:
@@ -87,7 +88,7 @@ def train_run(
             resume(checkpoint, train_step, state, log)
         log(first_line(train_step, state, dataset, precision(ds)))
         finished, goodput = run_trainer(
-            train_step, dataset, checkpointer, identity, watchdog, start_time
+            train_step, dataset, checkpointer, identity, watchdog, lock, start_time
         )
     log_end(config, state, checkpointer.run_dir, goodput, finished, log)
     return 0 if finished else EXIT_REQUEUE
@@ -99,6 +100,7 @@ def run_trainer(
     checkpointer: Checkpointer,
     identity: dict[str, Any],
     watchdog: Watchdog,
+    lock: RunLock | None,
     start_time: float,
 ) -> tuple[bool, Goodput]:
     """Train with telemetry: (whether the run is finished, where its time went). Collective."""
@@ -108,7 +110,7 @@ def run_trainer(
 
     # The state is final, so telemetry and its clocks can start at its step.
     watchdog.heartbeat("start-up: telemetry")
-    telemetry = ranks.raise_on_all_ranks(lambda: open_telemetry(config, ranks, state.step))
+    telemetry = ranks.raise_on_all_ranks(lambda: open_telemetry(config, ranks, state.step, lock))
     with telemetry:
         recorder = Recorder(
             config,
@@ -126,7 +128,7 @@ def run_trainer(
         return trainer.run(), recorder.goodput
 
 
-def open_telemetry(config: Config, ranks: Ranks, step: int) -> Telemetry:
+def open_telemetry(config: Config, ranks: Ranks, step: int, lock: RunLock | None) -> Telemetry:
     # Only rank 0 writes; the others have the same object, so that the loop need not ask.
     return Telemetry(
         config.run_dir,
@@ -134,6 +136,7 @@ def open_telemetry(config: Config, ranks: Ranks, step: int) -> Telemetry:
         tensorboard=config.telemetry.tensorboard,
         step=step,
         steps=config.train.steps,
+        require_lock=lock.require if lock else lambda: None,
     )
 
 

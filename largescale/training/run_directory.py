@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from largescale.checkpoint.checkpointer import rounding_facts
 from largescale.checkpoint.files import (
@@ -14,6 +14,7 @@ from largescale.checkpoint.files import (
     require_outside_checkpoints,
     step_folders,
 )
+from largescale.checkpoint.run_lock import RunLock
 from largescale.config.derived import batch_layout
 from largescale.config.schema import Config
 from largescale.config.serialise import differences, from_dict, to_dict
@@ -21,6 +22,7 @@ from largescale.data.shards import ShardDataset
 from largescale.errors import CheckpointError, StorageError, usable
 from largescale.host.files import LOCK, PERMANENT, names_of, require_writable, try_lock, visible
 from largescale.host.launch import heartbeat
+from largescale.host.lease import LEASE, LeaseRequest
 from largescale.host.signals import stop_requested
 from largescale.monitoring.run_record import read_starts
 
@@ -52,7 +54,11 @@ def require_run_directory(run_dir: Path) -> None:
 def _is_left_by_a_killed_start(path: Path) -> bool:
     """Whether the file or folder may lie in a run directory before the first record of a start."""
     # A batch job's log, and what a file system has at its root, are nobody's work.
-    if path.name in (LOCK, "tensorboard", "lost+found") or path.suffix in (".log", ".out", ".err"):
+    if path.name in (LOCK, LEASE, "tensorboard", "lost+found") or path.suffix in (
+        ".log",
+        ".out",
+        ".err",
+    ):
         return True
     # Rows of metrics come after the record, only events can come before it.
     if path.name == "metrics.jsonl":
@@ -74,6 +80,7 @@ def check_writable(run_dir: Path) -> None:
     # Files of an earlier start may belong to another user, though the folder is writable.
     require_writable(
         run_dir / LOCK,
+        run_dir / LEASE,
         run_dir / "metrics.jsonl",
         run_dir / "checkpoints/new",
         run_dir / "starts/new",
@@ -99,22 +106,33 @@ def check_checkpoints_still_exist(run_dir: Path) -> None:
         )
 
 
-def lock_run_dir(run_dir: Path, log: Callable[[str], None]) -> IO[str]:
+def lock_run_dir(run_dir: Path, log: Callable[[str], None]) -> RunLock:
     """Lock the run directory, so that only one process trains the run.
 
-    Waits for a process that is about to end, as after a requeue. Raises StorageError where it does
-    not end.
+    Waits for a process that is about to end, as after a requeue, or whose lease runs out. Raises
+    StorageError where it does not end.
     """
-    for second in range(LOCK_WAIT_S):
-        if lock := try_lock(run_dir / LOCK):
-            return lock
-        if stop_requested():
-            break
-        if second == 0:
-            log(f"another process trains {run_dir}: waiting for it, for {LOCK_WAIT_S} s")
-        # The other ranks wait for this one, so it must not look dead.
-        heartbeat()
-        time.sleep(1)
+    request = LeaseRequest(run_dir / LEASE)
+    file = None
+    try:
+        for second in range(LOCK_WAIT_S):
+            # The lock first: where it works, only one process of several asks for the lease.
+            file = file or try_lock(run_dir / LOCK)
+            lease = request.try_take() if file else None
+            if file and lease:
+                return RunLock(run_dir, file, lease)
+            if stop_requested():
+                break
+            if second == 0:
+                who = f" ({request.owner})" if request.owner else ""
+                log(f"another process trains {run_dir}{who}: waiting for it, for {LOCK_WAIT_S} s")
+            # The other ranks wait for this one, so it must not look dead.
+            heartbeat()
+            time.sleep(1)
+    except OSError as error:
+        raise StorageError(f"cannot write to {run_dir} at present: {error}") from error
+    if file:
+        file.close()
     raise StorageError(
         f"another process trains {run_dir}; stop it, or start another run with --output DIR"
     )

@@ -14,6 +14,7 @@ import torch
 
 import largescale
 from largescale.config.deepspeed import final_ds_config, precision
+from largescale.config.derived import resolved_kernels
 from largescale.config.schema import Config
 from largescale.config.validation import validate
 from largescale.data.compatibility import open_dataset
@@ -45,8 +46,7 @@ def resolve_auto(config: Config) -> Config:
     device = config.train.device
     kernel = choose_kernel(config.optimizer, device)
     compile = what_to_compile(config.train.compile, device, config.model.architecture)
-    # Fused kernels are not measured on any card yet.
-    kernels = "inductor" if config.train.kernels == "auto" else config.train.kernels
+    kernels = resolved_kernels(config.train)
     return dataclasses.replace(
         config,
         optimizer=dataclasses.replace(config.optimizer, kernel=kernel),

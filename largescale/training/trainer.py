@@ -90,6 +90,7 @@ class Trainer:
             self.recorder.watchdog.limit_s = self.config.train.timeout_s
             self.checkpoints.save_first(state.step, self.checkpoint_state())
             stopped = self.train() and state.step < steps
+            self.checkpointer.require_lock()
             if stopped:
                 self.telemetry.message(f"asked to stop: saving at step {state.step}")
             reason = "stop" if stopped else "end"
@@ -229,7 +230,7 @@ class Trainer:
 
     def _status(self) -> RankStatus:
         return RankStatus(
-            stop=stop_requested(),
+            stop=stop_requested() or self.checkpointer.taken_over,
             writing=self.checkpointer.writing,
             cannot_write=self.checkpointer.failed,
         )

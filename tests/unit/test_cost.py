@@ -1,5 +1,6 @@
 """The cost model against brute force, DeepSpeed's own calls, and arithmetic done by hand."""
 
+import json
 import math
 import random
 import re
@@ -10,20 +11,38 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from largescale.config.deepspeed import load_ds_config
 from largescale.config.presets import PRESETS
 from largescale.config.schema import Config
 from largescale.models.build import blank_condition, build_model, latent_shape
 from largescale.monitoring.telemetry import peak_flops
-from largescale.planning.cost import HARDWARE, Hardware, Plan, Workload, daly, slowdown, step, young
+from largescale.planning.cost import (
+    BLOCK_CODE,
+    Plan,
+    Workload,
+    compute_parts,
+    daly,
+    slowdown,
+    step,
+    young,
+)
+from largescale.planning.hardware import (
+    ATTENTION_SHARE,
+    GAP_S,
+    HARDWARE,
+    PRODUCT_SHARE,
+    Hardware,
+    Rates,
+)
 from largescale.planning.memory import activation_bytes, largest_micro_batch, memory
-from largescale.training.dry_run import _kernels_per_block, span, workload
+from largescale.training.dry_run import prediction_source, span, workload
 from tests.conftest import QUIET, RunHere
 from tests.ranks import ranks_of
 
 ROUND = Hardware("round", peak_flops=2e12, memory_bytes=1e9, memory_bandwidth=1e12, intra_bandwidth=4e9, inter_bandwidth=0.5e9,
-                 gpus_per_node=4, launch_s=0.0, data_bandwidth=1e9, host_bandwidth=1e9, write_bandwidth=1e9,
+                 gpus_per_node=4, mfu=0.5, launch_s=0.0, data_bandwidth=1e9, host_bandwidth=1e9, write_bandwidth=1e9,
                  storage_bandwidth=8e9, node_mtbf_hours=10.0, restart_s=60.0)
 WORK = Workload(parameters=10**9, flops_per_image=3e12, kernels=1000, global_batch_size=8, grad_accum_steps=1, weight_bytes=2,
                 reduce_bytes=4, reduce_bucket_size=250_000_000, image_bytes=1000.0)
@@ -105,8 +124,9 @@ def counted(name):
     real = getattr(comm, name)
     def call(tensor, *args, **more):
         if tensor.numel() > 1000:
-            calls, elements = sent.get(name, (0, 0))
-            sent[name] = calls + 1, elements + tensor.numel()
+            key = f"{name} {tensor.dtype}".replace("torch.", "")
+            calls, elements = sent.get(key, (0, 0))
+            sent[key] = calls + 1, elements + tensor.numel()
         return real(tensor, *args, **more)
     setattr(comm, name, call)
 
@@ -118,15 +138,25 @@ sys.exit(status)
 """
 
 
-def test_deepspeed_sends_what_is_counted(blobs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("switches", ["as shipped", "to the owner, in bf16"])
+def test_deepspeed_sends_what_is_counted(switches: str, blobs: Path, tmp_path: Path) -> None:
     """What the model is built on, in 2 steps of 4 micro steps: every gradient is all-reduced at every micro step, though
-    the JSON says reduce_scatter, and the weights are gathered once a step, in one message."""
+    the JSON says reduce_scatter, and the weights are gathered once a step, in one message. With both of DeepSpeed's switches
+    each part is reduced to the rank that needs it, in half as many bytes (docs/benchmarks.md has the table)."""
+    ds = load_ds_config("ds_configs/zero2_bf16.json")
+    if switches != "as shipped":
+        ds["zero_optimization"]["use_multi_rank_bucket_allreduce"] = False
+        ds["communication_data_type"] = "bf16"
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(ds))
     done = ranks_of("-c", COUNTING, "debug", "--data.path", blobs, "--output", tmp_path / "run", *QUIET, "--train.steps", 2,
-                    "--train.micro-batch-size", 2)
+                    "--train.micro-batch-size", 2, "--train.ds-config", path)
     assert [rank.returncode for rank in done] == [0, 0], done[0].stderr
-    n = sum(p.numel() for p in build_model(PRESETS["debug"]().model).parameters() if p.requires_grad)
+    work = workload(PRESETS["debug"](), ds, 4)
+    n, kind = work.parameters, {4: "float32", 2: "bfloat16"}[work.reduce_bytes]
+    reduced = (f"all_reduce {kind}", (8, 8 * n)) if work.all_reduce else (f"reduce {kind}", (16, 8 * n))
     for rank in done:
-        assert rank.stdout.splitlines()[-1] == str([("all_gather_into_tensor", (2, 2 * n)), ("all_reduce", (8, 8 * n))])
+        assert rank.stdout.splitlines()[-1] == str([("all_gather_into_tensor bfloat16", (2, 2 * n)), reduced])
 
 
 def test_data_that_come_too_slowly() -> None:
@@ -148,7 +178,8 @@ def test_activations_computed_again() -> None:
     plain, again = (workload(replace(config, train=replace(config.train, activation_checkpointing=on)), ds, 1) for on in (False, True))
     assert plain.flops_per_image == again.flops_per_image and plain.flops_again == 0
     assert 0.32 < again.flops_again / again.flops_per_image < 1 / 3
-    ratio = step(again, HARDWARE["h100"], 8).parts["compute"] / step(plain, HARDWARE["h100"], 8).parts["compute"]
+    assumed = replace(HARDWARE["h100"], mfu=0.5)
+    ratio = step(again, assumed, 8).parts["compute"] / step(plain, assumed, 8).parts["compute"]
     assert ratio == pytest.approx(1 + again.flops_again / again.flops_per_image)
     assert plain.backward_share == pytest.approx(2 / 3) and again.backward_share == pytest.approx(3 / 4, rel=0.01)
 
@@ -164,29 +195,82 @@ def test_the_headline_workload() -> None:
     assert workload(config, {k: v for k, v in ds.items() if k != "communication_data_type"}, 1).reduce_bytes == 2
 
 
+class Attention(torch.autograd.Function):
+    """One kernel in each direction, as on a GPU; on the meta device it is spelt out in some 16 operations."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Any = None) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v)
+        return torch.empty_like(q)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return *map(torch.empty_like, ctx.saved_tensors), None
+
+
 @pytest.mark.parametrize("preset", ["dit_l2_imagenet256", "dit_l2_coco256"])
-def test_kernels_of_a_block(preset: str) -> None:
-    """Eager, counted anew. Attention on the meta device is spelt out in some 16 operations, on a GPU it is one or two."""
-    views = {"view", "t", "transpose", "permute", "expand", "split", "unbind", "detach", "unsqueeze", "squeeze", "_unsafe_view"}
+def test_what_an_eager_block_moves(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted anew: every operation reads its arguments and writes its result once."""
+    none = {"view", "t", "transpose", "permute", "expand", "split", "unbind", "detach", "unsqueeze", "squeeze", "_unsafe_view", "empty_like"}
 
     class Count(TorchDispatchMode):
-        calls = 0
+        calls = moved = 0
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.calls += func._schema.name.removeprefix("aten::") not in views
-            return func(*args, **(kwargs or {}))
+            result, name = func(*args, **(kwargs or {})), func._schema.name.removeprefix("aten::")
+            self.calls += name not in none
+            if name not in {*none, "mm", "addmm", "bmm"}:
+                self.moved += sum(t.nbytes for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor))
+            return result
 
-    config = PRESETS[preset]()
-    calls = []
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda q, k, v, attn_mask=None: Attention.apply(q, k, v, attn_mask))
+    config, counts = PRESETS[preset](), []
     for depth in (1, 2):
         with torch.device("meta"):
             model = build_model(replace(config.model, depth=depth)).to(torch.bfloat16)
-            x, t = torch.empty(2, *latent_shape(config.model)), torch.zeros(2, dtype=torch.long)
+            x, t = torch.empty(32, *latent_shape(config.model)), torch.zeros(32, dtype=torch.long)
             with Count() as count:
-                model(x, t, blank_condition(config.model, 2)).sum().backward()
-        calls.append(count.calls)
-    eager = _kernels_per_block(replace(config, train=replace(config.train, compile="off")))
-    assert eager == pytest.approx(calls[1] - calls[0] - 16 * (2 if config.model.max_caption_tokens else 1), rel=0.1)
+                output = model(x, t, blank_condition(config.model, 32))
+                forward = count.moved
+                output.sum().backward()
+        counts.append((forward, count.moved - forward, count.calls))
+    (forward, backward, calls), captions = (b - a for a, b in zip(*counts, strict=True)), config.model.max_caption_tokens > 0
+    code, elements = BLOCK_CODE["eager", captions], 32 * 256 * 1024
+    assert (code.forward_bytes, code.backward_bytes) == (pytest.approx(forward / elements, rel=0.01), pytest.approx(backward / elements, rel=0.01))
+    assert code.kernels == calls + 2 * (1 + captions)
+
+
+def test_parts_of_computing_by_hand() -> None:
+    config, ds = dit_l()
+    work, card = workload(config, ds, 2), HARDWARE["h100"]
+    assert work.blocks and card.rates
+    parts = compute_parts(work, card, 4)  # 64 images
+    tokens, width, depth = 256, 1024, 24
+    products = depth * (tokens * 2 * 12 * width**2 + 2 * 6 * width**2)
+    assert parts["matrix products"] == pytest.approx(64 * 3 * products / (798e12 * PRODUCT_SHARE))
+    assert parts["attention"] == pytest.approx(64 * 3.5 * depth * 4 * tokens**2 * width / (798e12 * ATTENTION_SHARE))
+    assert parts["elementwise"] == pytest.approx(64 * depth * tokens * width * 151.1 / 3e12)
+    assert parts["gaps"] == pytest.approx(2 * depth * 39 * GAP_S)
+    around = work.flops_per_image - 3 * (work.blocks.product_flops + work.blocks.attention_flops)
+    assert parts["embedding and final layer, fp32"] == pytest.approx(64 * around / 67e12)
+    assert step(work, card, 4).parts["compute"] == pytest.approx(sum(parts.values()))
+    assert compute_parts(work, replace(card, mfu=0.25), 4) == {"compute": pytest.approx(64 * work.flops_per_image / (0.25 * 989e12))}
+
+
+def test_what_is_predicted_follows_the_settings() -> None:
+    """Fused kernels move less, eager code more; a network that is not counted is assumed, and said to be."""
+    config, ds = dit_l()
+    mfu = {}
+    for name, changes in {"inductor": {}, "fused": {"kernels": "fused"}, "eager": {"compile": "off"}, "again": {"activation_checkpointing": True}}.items():
+        work = workload(replace(config, train=replace(config.train, **changes)), ds, 1)  # type: ignore[arg-type]
+        mfu[name] = Plan(work, HARDWARE["h100"], 8, 1000, 100).mfu
+    assert mfu["fused"] > mfu["inductor"] > max(mfu["eager"], mfu["again"])
+    unet = PRESETS["edm_ddpmpp_cifar10"]()
+    plan = Plan(workload(unet, ds, 1), HARDWARE["h100"], 8, 1000, 100)
+    assert prediction_source(plan) == "assumed: forward and backward reach 50 % of the peak" and plan.work.blocks is None
+    slow = replace(HARDWARE["h100"], rates=Rates(products=400e12, copies=1e12, fp32=67e12, measured=False))
+    assert "400 TFLOP/s and 1.0 TB/s (assumed)" in prediction_source(Plan(work, slow, 8, 1000, 100))
 
 
 def test_peaks_are_those_of_the_log() -> None:
@@ -350,8 +434,9 @@ def test_dry_run_costs_the_run_at_hand(run_here: RunHere, monkeypatch: pytest.Mo
     plan = Plan(workload(config, ds, 1), HARDWARE["h100"], 16, 2_000_000, 5_000)
     slow = [f"{plan.at(mfu).hours:,.0f} h" for mfu in (0.25, 0.12)]
     assert plan.hours < plan.at(0.25).hours < plan.at(0.12).hours
-    assert f"time: {plan.hours:,.0f} h at 50 % of the peak, {' to '.join(slow)} at 25 to 12 %, which published trainers reach, on 16 x H100" in said
-    assert "assumed, never measured on a GPU here" in said
+    assert (f"time: {plan.hours:,.0f} h at an MFU of {100 * plan.mfu:.0f} %, predicted; {' to '.join(slow)} where forward and backward reach "
+            "25 to 12 % of the peak, as in published trainers; on 16 x H100, never measured on a GPU here") in said
+    assert "predicted from 151 bytes per residual element and block" in said and "798 TFLOP/s and 3.0 TB/s (measured on such a card)" in said
     assert f"first bottleneck beside it: {plan.step.bottleneck}" in said
     assert "disk: 8.24 GB a checkpoint, 363 GB for the 44 that are kept: the last 3, 40 for ever, 1 of a stop" in said
     assert f"best every {plan.best_every:,} steps (Daly); configured: 5,000" in said
@@ -362,7 +447,7 @@ def test_dry_run_costs_the_run_at_hand(run_here: RunHere, monkeypatch: pytest.Mo
 def test_dry_run_of_minutes(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     said = run_here("--dry-run", preset="sit_b2_ffhq256", data=None).err
-    assert re.search(r"time: \d\d min at 50 % of the peak, \d\d min to [\dh min]+ at 25 to 12 %, which", said)
+    assert re.search(r"time: \d\d min at an MFU of \d\d %, predicted; \d\d min to [\dh min]+ where", said)
     assert [span(hours) for hours in (0.002, 0.5, 1.99, 2.0, 1234.5)] == ["7.2 s", "30 min", "1 h 59 min", "2 h", "1,234 h"]
 
 

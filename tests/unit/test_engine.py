@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import cuda_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from largescale.config.presets import PRESETS
@@ -29,6 +31,22 @@ def test_every_rank_has_its_part_at_16_bytes(preset: str) -> None:
         assert 2 * padded // ranks % 16 == 0
     if preset == "dit_l2_imagenet256":
         assert 2 * (parameters + -parameters % (2 * 8)) // 8 % 16 == 8
+
+
+def test_gpus_that_are_named_by_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed asks for the free memory at start, and with pynvml takes the names for numbers."""
+    accelerator = cuda_accelerator.CUDA_Accelerator()
+    monkeypatch.setattr(cuda_accelerator, "pynvml", SimpleNamespace(nvmlDeviceGetHandleByIndex=int))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-3a1c2d4e-0000,MIG-77e0")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (70 * 2**30 + (index or 0), 80 * 2**30))
+    monkeypatch.setattr(accelerator, "current_device", lambda: 0)
+    with pytest.raises(ValueError, match="GPU-3a1c2d4e"):
+        accelerator.available_memory()
+    monkeypatch.setattr("deepspeed.get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(DeepSpeedZeroOptimizer, "nccl_start_alignment_factor", None, raising=False)  # put back afterwards
+    monkeypatch.setattr("deepspeed.runtime.compiler.compile", None)
+    deepspeed_patches.patch_before_build()
+    assert accelerator.available_memory() == 70 * 2**30 and accelerator.available_memory(1) == 70 * 2**30 + 1
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

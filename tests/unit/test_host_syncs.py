@@ -12,7 +12,7 @@ from torch import Tensor
 from largescale.training.step import TrainStep
 from tests.conftest import CAPTIONED, QUIET, RunHere, ds_json
 from tests.ranks import ranks_of
-from tests.waits import NO_WAITS, NO_WAITS_OF_THE_LOG, Step, expected, waits, watch
+from tests.waits import NO_WAITS, NO_WAITS_OF_THE_LOG, STAGE_2, Step, expected, here, waits, watch
 
 FIRST = 3  # what the steps before prepare is kept
 SHORT = ("--train.steps", 8, "--telemetry.log-every", 1000, "--checkpoint.every", 1000)
@@ -48,6 +48,19 @@ def test_a_step_of_two_ranks(blobs: Path, tmp_path: Path) -> None:
     assert [process.returncode for process in done] == [0, 0], done[0].stderr
     found = [Step({(*place,): times for *place, times in step}) for step in json.loads(done[0].stdout.splitlines()[-1])]
     assert [waits(step) for step in found] == [expected(2, ranks=2)] * 4
+
+
+def test_a_wait_is_named_by_who_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a GPU, where DeepSpeed's accelerator is in between: then its caller is named, as on a CPU."""
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    places = list[tuple[str, str]]()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: places.append(here()))
+    epilogue = "def epilogue(accelerator): accelerator.synchronize()"
+    names: dict[str, Any] = {}
+    exec(compile(epilogue, f"/x/site-packages/{STAGE_2}", "exec"), names)
+    names["epilogue"](CUDA_Accelerator())
+    assert places == [(STAGE_2, "epilogue")]
 
 
 def test_captions_and_recomputed_blocks_do_not_wait(steps: Steps, captioned: Path) -> None:

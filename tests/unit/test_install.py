@@ -263,6 +263,14 @@ def test_a_run_of_the_demo_in_a_folder_with_spaces(target: str, variable: str, t
     assert len(commands) >= 2 and words and all(word.startswith(place) for word in words)
 
 
+def test_make_test_leaves_the_gpu_to_the_tests_of_it() -> None:
+    """Some of those fill its memory, so nothing else may run beside them."""
+    shown = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    beside, alone = (line for line in shown.splitlines() if "-m pytest" in line)
+    assert beside.startswith("CUDA_VISIBLE_DEVICES= ") and "-n auto" in beside
+    assert "CUDA_VISIBLE_DEVICES" not in alone and alone.endswith("-m pytest tests/gpu")
+
+
 def test_make_clean_leaves_runs() -> None:
     shown = subprocess.run(["make", "-n", "clean"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert ".venv" in shown.split() and not any(word.startswith("runs") for word in shown.split())

@@ -12,7 +12,8 @@ import scaling  # noqa: E402
 
 from largescale.config.deepspeed import load_ds_config  # noqa: E402
 from largescale.config.presets import PRESETS  # noqa: E402
-from largescale.planning.cost import HARDWARE, step  # noqa: E402
+from largescale.planning.cost import step  # noqa: E402
+from largescale.planning.hardware import HARDWARE  # noqa: E402
 from largescale.training.dry_run import workload  # noqa: E402
 
 ALONE = {"products alone": 1.0, "products together": 1.0, "copies alone": 1.0, "copies together": 1.0, "all-reduce": 0.03,
