@@ -64,6 +64,7 @@ class Device:
 
 DEVICES = {
     "h100": Device("NVIDIA H100 80GB HBM3", (9, 0), 132, 79, 227, 50),
+    "h200": Device("NVIDIA H200", (9, 0), 132, 139, 227, 50),
     "a100": Device("NVIDIA A100-SXM4-80GB", (8, 0), 108, 79, 163, 40),
     "b200": Device("NVIDIA B200", (10, 0), 148, 178, 227, 126),
 }

@@ -83,8 +83,12 @@ class Hardware:
 HARDWARE = {
     # SXM, NVLink 4, a 400 Gb/s card for each GPU
     "h100": Hardware("H100", 989e12, 79.1 * 2**30, 3.35e12, 450e9, 50e9),
+    # the same with more and faster memory
+    "h200": Hardware("H200", 989e12, 139.8 * 2**30, 4.8e12, 450e9, 50e9),
     # SXM 80 GB, NVLink 3, 200 Gb/s
     "a100": Hardware("A100", 312e12, 79.1 * 2**30, 2.04e12, 300e9, 25e9),
+    # SXM, NVLink 5, 400 Gb/s
+    "b200": Hardware("B200", 2250e12, 178 * 2**30, 8.0e12, 900e9, 50e9),
 }
 
 
