@@ -382,7 +382,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="by default runs/gpu, or runs/gpu_rehearsal")
     parser.add_argument("--full", action="store_true", help="DiT-S/2, B/2 and XL/2 too")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU; measures nothing")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these, and those of --again")
     parser.add_argument("--again", nargs="+", default=[], metavar="STAGE", help="though it is done")
     parser.add_argument("--dit", metavar="PATH", help="a checkout of facebookresearch/DiT")
     parser.add_argument("--fast-dit", metavar="PATH", help="a checkout of chuanyangjin/fast-DiT")
@@ -426,7 +426,7 @@ def main(args: list[str] | None = None) -> int:
     for stage in stages:
         before = read(out, stage)
         done = before is not None and before["status"] == "done" and stage.name not in options.again
-        if done or (options.only and stage.name not in options.only):
+        if done or (options.only and stage.name not in [*options.only, *options.again]):
             continue
         print(f"{stage.name}: {stage.title}", flush=True)
         found = run(stage, out, options.limit_s)

@@ -39,23 +39,28 @@ ROOT = Path(__file__).parent.parent
 
 
 def train(
-    options: argparse.Namespace, run: Path, batch: int, steps: int, *more: str, **settings: Any
+    options: argparse.Namespace,
+    run: Path,
+    batch: int,
+    steps: int,
+    settings: dict[str, Any],
+    *flags: str,
 ) -> None:
-    """Train the preset on made-up data; SystemExit where it fails. `settings`: fields of the
-    config by their names, with two underscores for the dot."""
+    """Train the preset on made-up data; SystemExit where it fails. `settings`: more options of the
+    training program, without their dashes; `flags`: those without a value."""
     data = run.parent / "data"
     if not data.exists():
         make_latents(data, PRESETS[options.preset]().model, 2048)
-    settings |= {
-        "data__path": data,
+    settings = settings | {
+        "data.path": data,
         "output": run,
-        "train__device": options.device,
-        "train__steps": steps,
-        "train__global_batch_size": batch,
+        "train.device": options.device,
+        "train.steps": steps,
+        "train.global-batch-size": batch,
     }
-    words = ["-m", "largescale.train", options.preset, *more]
+    words = ["-m", "largescale.train", options.preset, *flags]
     for name, value in settings.items():
-        words += [f"--{name.replace('__', '.').replace('_', '-')}", str(value)]
+        words += [f"--{name}", str(value)]
     ranks_of(options.ranks, *words)
 
 
@@ -68,14 +73,16 @@ def training(options: argparse.Namespace) -> dict[str, Any]:
         run,
         PRESETS[options.preset]().train.global_batch_size,
         options.steps,
-        train__micro_batch_size="auto",
-        # Untrained models blow up what they draw by the cosine schedule.
-        diffusion__schedule="linear",
-        telemetry__log_every=max(1, options.steps // 12),
-        telemetry__reference_every=interval,
-        telemetry__preview_every=interval,
-        checkpoint__every=interval,
-        checkpoint__keep_last=1,
+        {
+            "train.micro-batch-size": "auto",
+            # Untrained models blow up what they draw by the cosine schedule.
+            "diffusion.schedule": "linear",
+            "telemetry.log-every": max(1, options.steps // 12),
+            "telemetry.reference-every": interval,
+            "telemetry.preview-every": interval,
+            "checkpoint.every": interval,
+            "checkpoint.keep-last": 1,
+        },
     )
     found = outside(options.preset, read_metrics(run))
     found["goodput"] = str(account(read_starts(run)))
@@ -161,7 +168,7 @@ LAPS = ("data", "draws", "forward", "agree", "backward", "optimizer")
 def profile(options: argparse.Namespace) -> dict[str, Any]:
     """The time of kernels in the steps that --profile records, as a step has it."""
     run = options.folder / "run"
-    train(options, run, options.batch, 10, "--profile", checkpoint__every=10**9)
+    train(options, run, options.batch, 10, {"checkpoint.every": 10**9}, "--profile")
     (trace,) = (run / "profile").glob("*.gz")
     (listed,) = (run / "profile").glob("*.txt")
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
@@ -257,11 +264,13 @@ def recompiles(options: argparse.Namespace) -> dict[str, Any]:
         options.folder / "run",
         options.batch,
         6,
-        train__compile="blocks",
-        telemetry__reference_every=3,
-        telemetry__preview_every=3,
-        telemetry__preview_steps=4,
-        checkpoint__every=10**9,
+        {
+            "train.compile": "blocks",
+            "telemetry.reference-every": 3,
+            "telemetry.preview-every": 3,
+            "telemetry.preview-steps": 4,
+            "checkpoint.every": 10**9,
+        },
     )
     text = log.read_text() if log.exists() else ""
     lines = [line.strip() for line in text.splitlines() if "Recompiling function" in line]

@@ -63,7 +63,7 @@ def test_a_stage_that_fails_and_one_over_its_limit(fake: Callable[..., int], tmp
     assert "Rehearsed on a CPU" in text and report["verdicts"] == ["no verdicts: rehearsed on a CPU"]
     assert "bad: bad\n    failed after 0 s; no such thing" in capsys.readouterr().out
 
-    assert fake("--again", "last", "--only", "bad", "last", "good") == 1
+    assert fake("--again", "last", "--only", "bad", "good") == 1
     assert (tmp_path / "ran").read_text() == "good bad slow last bad last "
 
 
