@@ -1,6 +1,7 @@
 # make demo        sets everything up and runs the main job on real images, on CPU
 # make demo-text   the same for text-to-image: captioned emoji
 # make test        sets everything up and runs the tests
+# make gpu         measures everything on a CUDA machine, as one report; GPU_ARGS=--rehearse without one
 # make docs        builds the pages of docs/ as a site, in site/
 # make clean       removes .venv, the site and the demo's data; runs/ stays
 
@@ -13,6 +14,11 @@ WORKERS ?= auto
 # More options for the training program, for example DEMO_ARGS='--train.steps 8000'
 DEMO_ARGS ?=
 
+# More options for benchmarks/gpu_check.py. Where nothing can be installed: make gpu PY=python3 SITE=FOLDER, with the
+# packages that python3 lacks in FOLDER
+GPU_ARGS ?=
+SITE ?=
+
 PY := .venv/bin/python
 # By address and not by name: the name of a laptop or a container may not resolve. A port of its own for each start.
 TORCHRUN := OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --local-addr 127.0.0.1 \
@@ -23,7 +29,7 @@ unexport PYTHONPATH PYTHONHOME
 # Without compiled modules every program takes four seconds more to start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-text test check docs clean
+.PHONY: demo demo-text test check gpu docs clean
 
 demo:
 	@$(PYTHON) install.py demo
@@ -68,6 +74,12 @@ check:
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check --quiet .
 	$(PY) -m mypy
+
+gpu:
+ifeq ($(PY),.venv/bin/python)
+	@$(PYTHON) install.py prep eval dev
+endif
+	PYTHONPATH="$(CURDIR)$(if $(SITE),:$(SITE))" $(PY) benchmarks/gpu_check.py $(GPU_ARGS)
 
 docs:
 	@$(PYTHON) install.py docs

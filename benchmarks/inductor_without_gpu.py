@@ -245,6 +245,9 @@ def pretending(hardware: Hardware) -> Iterator[None]:
         worker = CudaInterface.Worker
         for name, value in {"get_device_properties": properties, "current_device": 0}.items():
             stack.enter_context(mock.patch.object(worker, name, staticmethod(answer(value))))
+        # A tensor of its own on the GPU, for autograd: torch 2.11 makes it.
+        to_start = "torch._subclasses.fake_tensor.init_gpu_context"
+        stack.enter_context(mock.patch(to_start, answer(None)))
         for module in list(sys.modules.values()):
             if getattr(module, "__name__", "").startswith("torch") and "has_triton" in vars(module):
                 stack.enter_context(mock.patch.object(module, "has_triton", answer(True)))

@@ -297,7 +297,8 @@ def card_line(card: str) -> str:
     )
 
 
-def main(args: list[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """The options of the program."""
     presets = [name for name, make in PRESETS.items() if make().model.architecture == "dit"]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -306,10 +307,17 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--card", choices=HARDWARE, default="h100")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 16, 64])
     parser.add_argument("--images", type=int, default=32, help="micro batch of the kernels' table")
+    parser.add_argument("--batch-size", type=int, help="of a step, over all GPUs")
     parser.add_argument("--kernels", choices=["inductor", "fused"], default="inductor")
     parser.add_argument("--json", help="write everything to this file")
-    options = parser.parse_args(args)
+    return parser
+
+
+def main(args: list[str] | None = None) -> None:
+    options = make_parser().parse_args(args)
     config = PRESETS[options.preset]()
+    batch = options.batch_size or config.train.global_batch_size
+    config = replace(config, train=replace(config.train, global_batch_size=batch))
     made: dict[int, list[Kernel]] = {}
 
     def kernels_for(images: int) -> list[Kernel]:

@@ -16,6 +16,7 @@ where that is more than rounding in fp32. `first`: ten steps, and compiling.
 
 import argparse
 import itertools
+import json
 import os
 import statistics
 import sys
@@ -41,7 +42,13 @@ from largescale.monitoring.telemetry import peak_flops
 from largescale.noise_schedule import make_betas
 
 # Width, depth, heads.
-SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+SIZES = {
+    "tiny": (32, 2, 2),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
 CFG_SCALE = 1.5
 CLASSES = 1000
 SHAPE = (4, 32, 32)
@@ -191,6 +198,10 @@ def parse() -> argparse.Namespace:
         "--threads", type=int, help="of the CPU; with 1, CPU time is measured, for a busy machine"
     )
     parser.add_argument("--samplers", nargs="*", default=["ddpm", "ddim"])
+    parser.add_argument(
+        "--peak", type=float, help="FLOP/s to compare with, instead of this machine's"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="for what was measured")
     return parser.parse_args()
 
 
@@ -220,7 +231,7 @@ def main() -> None:
     model = make_model(options.size)
     ways = make_ways(options, model, device)
     cost = flops_per_image(model)
-    peak = peaks(device)
+    peak = {"fp32": options.peak, "bf16": options.peak} if options.peak else peaks(device)
     reached = [f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in peak.items()]
     where = f"{torch.get_num_threads()} threads,"
     if gpu:
@@ -231,6 +242,7 @@ def main() -> None:
         flush=True,
     )
 
+    measured: list[dict[str, Any]] = []
     for images in options.images or ([32, 64, 128, 256] if gpu else [8]):
         # torch.compile keeps a limited number of graphs.
         torch.compiler.reset()
@@ -251,7 +263,9 @@ def main() -> None:
         for name, sampler in tqdm(runs * options.rounds, f"{options.rounds} rounds", leave=False):
             times[name, sampler].append(timed(name, sampler, options.steps))
         print(f"\nbatches of {images}, {options.steps} steps, load {os.getloadavg()[0]:.1f}\n")
-        report(images, times, drawn, first, cost, peak)
+        measured += report(images, times, drawn, first, cost, peak)
+        if options.json:
+            options.json.write_text(json.dumps({"ways": measured}, indent=1) + "\n")
 
 
 def report(
@@ -261,9 +275,10 @@ def report(
     first: dict[str, float],
     cost: float,
     peak: dict[str, float],
-) -> None:
-    """Print a Markdown table. Exits with a message where samples in fp32 differ by more than
-    rounding."""
+) -> list[dict[str, Any]]:
+    """Print a Markdown table, and return its numbers. Exits with a message where samples in fp32
+    differ by more than rounding."""
+    measured = []
     samplers = list(dict.fromkeys([sampler for _, sampler in times]))
     base = PEER if PEER in first else REFERENCE
     heads = [f"{s.upper()}, images/s | spread | of {base} | of the peak" for s in samplers]
@@ -278,11 +293,23 @@ def report(
             runs = times[name, sampler]
             samples, evaluated = drawn[name, sampler]
             median = statistics.median(runs)
+            of_peak = evaluated * cost / median / peak[precision]
+            measured.append(
+                {
+                    "way": name,
+                    "sampler": sampler,
+                    "images": images,
+                    "images_s": images / median,
+                    "ratio": statistics.median(times[base, sampler]) / median,
+                    "base": base,
+                    "of_peak": of_peak,
+                }
+            )
             cells += [
                 f"{images / median:.3f}",
                 f"{min(runs) / median - 1:+.0%} {max(runs) / median - 1:+.0%}",
                 f"{statistics.median(times[base, sampler]) / median:.2f} x",
-                f"{evaluated * cost / median / peak[precision]:.0%}",
+                f"{of_peak:.0%}",
             ]
             right, _ = drawn[REFERENCE, sampler]
             differences.append(((samples - right).abs().max() / right.abs().max()).item())
@@ -295,6 +322,7 @@ def report(
         raise SystemExit(
             f"not the samples of '{REFERENCE}': {'; '.join(wrong)}, of the largest value"
         )
+    return measured
 
 
 if __name__ == "__main__":

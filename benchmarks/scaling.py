@@ -126,7 +126,7 @@ def ranks_of(count: int, *program: str) -> str:
         "MASTER_PORT": port,
         "WORLD_SIZE": str(count),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     processes = []
     for rank in range(count):

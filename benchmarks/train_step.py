@@ -7,7 +7,7 @@ made-up latents with a linear schedule. Peers, in train_step_peers.py, have the 
 weights, images that lie in memory, and AdamW and an EMA of every step: facebookresearch/DiT and
 fast-DiT from checkouts, `diffusers` with accelerate, and our model in PyTorch's DDP. DiT, which has
 no bf16 of its own, runs under autocast then. On a GPU all peers have TF32 in fp32, as DiT sets it;
-ours has what the trainer sets.
+ours has it as train.tf32 says (--tf32).
 
 Each way lives in a process of its own and they take turns, A B C A B C, one at a time. A turn is a
 step that is not counted and --steps that are; ours takes as many more, whose time is split (apart,
@@ -28,6 +28,7 @@ compared.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -95,6 +96,8 @@ class Way:
     precision: str
     compile: str = "off"
     checkpointing: bool = False
+    kernels: str = "inductor"
+    tf32: bool = True
     checkout: str | None = None
     first: dict[str, Any] = field(default_factory=dict)
     turns: list[dict[str, Any]] = field(default_factory=list)
@@ -106,7 +109,12 @@ class Way:
         compiled = {"off": "", "auto": ", compile=auto"}.get(
             self.compile, f", {self.compile} compiled"
         )
-        return f"{NAMES[self.kind]}, {self.precision}{compiled}{', checkpointing' * self.checkpointing}"
+        settings = (
+            ", checkpointing" * self.checkpointing
+            + f", {self.kernels} kernels" * (self.kernels != "inductor")
+            + ", without TF32" * (not self.tf32)
+        )
+        return f"{NAMES[self.kind]}, {self.precision}{compiled}{settings}"
 
     def config(
         self, preset: Config, options: argparse.Namespace, batch: int, data: Path, run: Path
@@ -123,6 +131,8 @@ class Way:
                 micro_batch_size=None,
                 compile=self.compile,
                 activation_checkpointing=self.checkpointing,
+                kernels=self.kernels,
+                tf32=self.tf32,
                 threads=options.threads,
                 device=options.device,
                 ds_config=f"ds_configs/zero2_{self.precision}.json",
@@ -212,6 +222,8 @@ def found(
         "precision": way.precision,
         "compile": way.compile,
         "checkpointing": way.checkpointing,
+        "kernels": way.kernels,
+        "tf32": way.tf32,
         "checkout": commit(way.checkout),
         "error": way.error,
     } | way.first
@@ -229,7 +241,7 @@ def found(
         "images_s": batch / step_s,
         "spread": [min(seconds) / step_s - 1, max(seconds) / step_s - 1],
         "ratio": ratio(base, way),
-        "of_peak": flops * batch / step_s / peak[way.precision],
+        "of_peak": flops * batch / step_s / peak["fp32" if way.precision == "fp32" else "bf16"],
         "away": max(differences),
         "compile_s": way.first["first_s"] - step_s,
         "peak_bytes": max([turn["peak_bytes"] for turn in way.turns]),
@@ -253,6 +265,15 @@ def parts_of(way: Way) -> dict[str, Any]:
         "outside": 1 - sum(map(times.__getitem__, COMPUTE)) / total,
         "overhead": sum(map(times.__getitem__, OVERHEAD)) / total,
     }
+
+
+def installed(*names: str) -> dict[str, str]:
+    """The versions of those of the packages that are installed."""
+    versions = {}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def commit(checkout: str | None) -> str | None:
@@ -348,12 +369,8 @@ def table_of_ways(results: list[dict[str, Any]], base: str) -> list[str]:
     return table(*rows)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The options; their defaults are those of this machine."""
-    gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options_of_ways(parser: argparse.ArgumentParser, gpu: bool) -> None:
+    """Add what chooses the ways that are compared."""
     parser.add_argument(
         "preset", metavar="PRESET", help="such as dit_s2_imagenet256; class-conditional"
     )
@@ -367,9 +384,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision",
         nargs="+",
-        choices=("fp32", "bf16"),
+        choices=("fp32", "bf16", "fp16"),
         default=["bf16"] if gpu else ["fp32", "bf16"],
-        help="by default both, on a GPU bf16",
+        help="by default fp32 and bf16, on a GPU bf16; fp16 is ours only",
     )
     parser.add_argument(
         "--compile",
@@ -386,14 +403,33 @@ def make_parser() -> argparse.ArgumentParser:
         help="of ours",
     )
     parser.add_argument(
+        "--kernels",
+        nargs="+",
+        choices=("inductor", "fused"),
+        default=["inductor"],
+        help="of ours: train.kernels",
+    )
+    parser.add_argument(
+        "--tf32", nargs="+", choices=("on", "off"), default=["on"], help="of ours, on a GPU"
+    )
+    parser.add_argument(
         "--against",
         nargs="*",
         default=[],
         metavar="PEER",
         help="dit=PATH and fast-dit=PATH (git clone https://github.com/facebookresearch/DiT, "
         "https://github.com/chuanyangjin/fast-DiT; they need timm, torchvision and diffusers), "
-        "diffusers, ddp; fast-dit and diffusers need accelerate",
+        "diffusers, ddp; fast-dit and diffusers use accelerate, or autocast where it is missing",
     )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options; their defaults are those of this machine."""
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options_of_ways(parser, gpu)
     parser.add_argument(
         "--rounds", type=int, default=3, help="turns of each way that are counted; by default 3"
     )
@@ -408,6 +444,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
     parser.add_argument(
         "--threads", type=int, help="of each process, on a CPU; with 1, CPU time is measured"
+    )
+    parser.add_argument(
+        "--peak", type=float, help="FLOP/s to compare with, instead of this machine's"
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="for everything that was measured"
@@ -452,8 +491,8 @@ def parse(args: list[str] | None) -> tuple[argparse.Namespace, Config, dict[str,
         for name in ("models.py", "train.py", "diffusion"):
             if path and not Path(path, name).exists():
                 parser.error(f"--against {peer}: no checkout of it; there is no {name}")
-        if kind in ("diffusers", "fast-dit") and not find_spec("accelerate"):
-            parser.error(f"--against {kind} needs accelerate: pip install accelerate")
+        if kind == "diffusers" and not find_spec("diffusers"):
+            parser.error("--against diffusers needs diffusers: pip install diffusers")
         against[kind] = str(Path(path).resolve()) if path else None
     return options, preset, against
 
@@ -461,16 +500,38 @@ def parse(args: list[str] | None) -> tuple[argparse.Namespace, Config, dict[str,
 def make_ways(options: argparse.Namespace, against: dict[str, str | None]) -> list[Way]:
     """All ways that are compared, ours first."""
     ways = []
-    for precision, compiled, on in itertools.product(
-        options.precision, options.compile, options.activation_checkpointing
+    for precision, compiled, on, kernels, tf32 in itertools.product(
+        options.precision,
+        options.compile,
+        options.activation_checkpointing,
+        options.kernels,
+        options.tf32,
     ):
-        ways.append(Way("ours", precision, compiled, on == "on"))
+        ways.append(Way("ours", precision, compiled, on == "on", kernels, tf32 == "on"))
     for kind, path in against.items():
         # Peers with models of their own are not compiled, as their programs do not.
         compiles = options.compile if kind == "ddp" else ["off"]
-        for precision, compiled in itertools.product(options.precision, compiles):
+        # Their mixed precision in fp16 would need a loss scale each.
+        precisions = [precision for precision in options.precision if precision != "fp16"]
+        for precision, compiled in itertools.product(precisions, compiles):
             ways.append(Way(kind, precision, compiled, checkout=path))
     return ways
+
+
+def not_the_same(results: list[dict[str, Any]], reference: Way, device: str) -> list[str]:
+    """The ways whose losses in fp32 are away from the reference's by more than rounding."""
+    wrong = []
+    for r in results:
+        # In bf16, in TF32 and with fused kernels rounding differs; diffusers embeds t differently.
+        exact = (
+            r["precision"] == reference.precision == "fp32"
+            and r["kernels"] == reference.kernels
+            and r["tf32"] == reference.tf32
+            and r["kind"] != "diffusers"
+        )
+        if exact and r.get("away", 0) > ROUNDING[device]:
+            wrong.append(f"{r['name']} by {r['away']:.0e} from {reference.name}")
+    return wrong
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
@@ -482,13 +543,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     with torch.device("meta"):
         model = build_model(preset.model)
     flops, device = 3 * flops_per_image(model), torch.device(options.device)
-    peak = peaks(device)
-    versions = {}
-    for name in ("torch", "deepspeed", "accelerate", "diffusers", "timm"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    peak = {"fp32": options.peak, "bf16": options.peak} if options.peak else peaks(device)
+    versions = installed("torch", "deepspeed", "accelerate", "diffusers", "timm")
     where = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -506,10 +562,10 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         "batches": [],
     }
     reached = [f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in peak.items()]
-    installed = [f"{name} {number}" for name, number in versions.items()]
+    listed = [f"{name} {number}" for name, number in versions.items()]
     print(
         f"{options.preset}, {measured['parameters']:,} parameters, {flops / 1e9:.1f} GFLOP an "
-        f"image; {where}; peak {', '.join(reached)}; {', '.join(installed)}",
+        f"image; {where}; peak {', '.join(reached)}; {', '.join(listed)}",
         flush=True,
     )
     wrong: list[str] = []
@@ -535,11 +591,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
                 f"{load:.1f} before, {os.getloadavg()[0]:.1f} after\n{report(results, base.name)}",
                 flush=True,
             )
-            for r in results:
-                # In bf16 rounding differs, and diffusers embeds t differently.
-                exact = r["precision"] == reference.precision == "fp32" and r["kind"] != "diffusers"
-                if exact and r.get("away", 0) > ROUNDING[options.device]:
-                    wrong.append(f"{r['name']} by {r['away']:.0e} from {reference.name}")
+            wrong += not_the_same(results, reference, options.device)
             if options.json:
                 options.json.write_text(json.dumps(measured, indent=1) + "\n")
     if wrong:

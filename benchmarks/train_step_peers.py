@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib.util import find_spec
 from itertools import count
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -59,11 +61,12 @@ class Job:
         )
 
     def accelerator(self) -> Any:
-        """Hugging Face's accelerator, in this precision."""
-        try:
-            from accelerate import Accelerator
-        except ImportError as error:
-            raise ImportError(f"{self.kind} needs accelerate: pip install accelerate") from error
+        """Hugging Face's accelerator, in this precision; where it is not installed, what it does on
+        one rank."""
+        if not find_spec("accelerate"):
+            return Autocast(self)
+        from accelerate import Accelerator
+
         mixed = {"fp32": "no", "bf16": "bf16"}[self.precision]
         return Accelerator(mixed_precision=mixed, cpu=self.device.type == "cpu")
 
@@ -126,6 +129,45 @@ class Job:
             yield *batches[i % GIVEN], None, None
 
 
+class Autocast:
+    """What accelerate does to a model and its loss on one rank."""
+
+    def __init__(self, job: Job):
+        self._job = job
+
+    def prepare(self, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
+        forward = model.forward
+
+        def in_autocast(*args: Any, **kwargs: Any) -> Any:
+            with self._job.autocast():
+                return forward(*args, **kwargs)
+
+        model.forward = in_autocast
+        return model, optimizer
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+
+@contextlib.contextmanager
+def importable_accelerate() -> Iterator[None]:
+    """A context in which a program that imports accelerate, as fast-DiT's does, can be imported
+    without it."""
+    if find_spec("accelerate"):
+        yield
+        return
+    # diffusers looks for accelerate once, and must not find the stand-in.
+    with contextlib.suppress(ImportError):
+        from diffusers.models import AutoencoderKL  # noqa: F401
+    stand_in: Any = ModuleType("accelerate")
+    stand_in.Accelerator = Autocast
+    sys.modules["accelerate"] = stand_in
+    try:
+        yield
+    finally:
+        del sys.modules["accelerate"]
+
+
 def same_weights(config: ModelConfig) -> DiT:
     """Our model with random weights, the same in every process."""
     model = build_model(config)
@@ -144,15 +186,22 @@ def drop_labels(model: nn.Module, probability: float) -> None:
             module.dropout_prob = probability
 
 
+def modules_of(checkout: str) -> tuple[Any, Any, Any]:
+    """The models, diffusion and train of a checkout."""
+    sys.path.insert(0, checkout)
+    import diffusion
+    import models
+
+    with importable_accelerate():
+        import train
+    return models, diffusion, train
+
+
 def dit(job: Job, fast: bool = False) -> Step:
     """The body of the loop of facebookresearch/DiT's train.py, or of fast-DiT's, which differs by
     accelerate and, in its model, checkpointing. Without DDP; its train.py has no autocast, so bf16
     is not its own. Sets TF32."""
-    sys.path.insert(0, str(job.checkout))
-    import diffusion as its_diffusion
-    import models as its_models
-    import train as its_train
-
+    its_models, its_diffusion, its_train = modules_of(str(job.checkout))
     names = (
         "input_size",
         "patch_size",

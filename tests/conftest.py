@@ -30,6 +30,7 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
 WORKER_BYTES = 4 * 10**9  # that a test takes with its ranks, at most
 
 
+@pytest.hookimpl(optionalhook=True)  # where pytest-xdist is not installed
 def pytest_xdist_auto_num_workers() -> int:
     """One more than cores, since tests wait too: for Slurm, for processes that start. pytest-xdist asks for -n auto."""
     fitting = (available_bytes() or WORKER_BYTES) // WORKER_BYTES

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parent.parent
+# Packages may lie in a folder that only the variable names.
+PYTHONPATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 Done = list["subprocess.CompletedProcess[str]"]
 
 _context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
@@ -38,7 +40,7 @@ class Running:
     def __init__(self, folder: Path, program: Sequence[Any], ranks: int):
         self.arguments = [*map(str, program)]
         env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks),
-               "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+               "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
         self._files = [(folder / f"out{rank}", folder / f"err{rank}") for rank in range(ranks)]
         self.processes = [fork(self.arguments, {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, *files)
                           for rank, files in enumerate(self._files)]

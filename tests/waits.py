@@ -8,6 +8,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from largescale.distributed.ranks import Ranks
 
 Place = tuple[str, str, str]  # file, function, what it does
 Step = Counter[Place]
+
+# Of ours and of DeepSpeed, wherever that is installed.
+FOLDERS = [str(Path(__file__).parents[1] / "largescale"), *(find_spec("deepspeed").submodule_search_locations or ())]  # type: ignore[union-attr]
 
 STAGE_2 = "deepspeed/runtime/zero/stage_1_and_2.py"
 UTILS = "deepspeed/runtime/utils.py"
@@ -51,11 +55,10 @@ WAITING_FOR_A_TENSOR = {("masked_fill", "Tensor"), ("masked_fill_", "Tensor"), (
 def here() -> tuple[str, str]:
     """File and function of the innermost frame that is ours or DeepSpeed's; not its thin layer over torch.cuda, which a
     CPU's does not have."""
-    ours = str(Path(__file__).parents[1] / "largescale")
     frame = sys._getframe(1)
     while frame.f_back:
         path = frame.f_code.co_filename
-        for root in (ours, "site-packages/deepspeed"):
+        for root in FOLDERS:
             if f"{root}/" in path and "deepspeed/accelerator/" not in path:
                 return Path(root).name + path.partition(root)[2], frame.f_code.co_name
         frame = frame.f_back

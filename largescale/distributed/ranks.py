@@ -101,7 +101,10 @@ class Ranks:
     def limit_waiting(self, group: Any = None) -> None:
         """Give a process group, by default that of all ranks, this run's time limit for collectives.
         A group that others make, as DeepSpeed does, has torch's own limit until then."""
-        dist.set_timeout(self._collective_timeout, group)
+        if hasattr(dist, "set_timeout"):
+            dist.set_timeout(self._collective_timeout, group)
+        else:  # torch 2.11 has it under this name
+            dist.distributed_c10d._set_pg_timeout(self._collective_timeout, group)
 
     def on_abort(self, action: Callable[[], None]) -> None:
         """Have `action` called before NCCL's own watchdog ends this process, for a collective that

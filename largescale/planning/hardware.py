@@ -105,6 +105,17 @@ HARDWARE = {
         rates=Rates(products=798e12, copies=3.0e12, fp32=67e12, measured=True),
         chip=Chip("NVIDIA H100 80GB HBM3", (9, 0), processors=132, shared_kib=227, l2_mib=50),
     ),
+    # The same with more and faster memory
+    "h200": Hardware(
+        "H200",
+        peak_flops=989e12,
+        memory_bytes=139.8 * 2**30,
+        memory_bandwidth=4.8e12,
+        intra_bandwidth=450e9,
+        inter_bandwidth=50e9,
+        rates=Rates(products=798e12, copies=4.3e12, fp32=67e12, measured=False),
+        chip=Chip("NVIDIA H200", (9, 0), processors=132, shared_kib=227, l2_mib=50),
+    ),
     # SXM 80 GB, NVLink 3, 200 Gb/s
     "a100": Hardware(
         "A100",

@@ -58,7 +58,7 @@ def test_what_the_pages_offer() -> None:
     """A command added there is either run below or named here with what runs it."""
     others = {"make demo", "make test", "tensorboard --logdir runs", "sbatch slurm/dit_l2_2m.sh",
               "sbatch slurm/dit_l2_coco_2m.sh", "sbatch slurm/pack_imagenet.sh", "sbatch slurm/pack_coco.sh",  # tests/slurm
-              "sbatch slurm/sample_eval.sh", "sbatch slurm/curve.sh", "STUDY=paper DATA=data/ffhq256 sbatch slurm/difficulty.sh",
+              "sbatch slurm/sample_eval.sh", "sbatch slurm/curve.sh", "sbatch slurm/gpu_check.sh", "STUDY=paper DATA=data/ffhq256 sbatch slurm/difficulty.sh",
               "pip install -e '.[prep]'", "pip install -e '.[eval]'"}
     assert {c for c in commands() if not runs_here(c)} == others
 
@@ -66,7 +66,7 @@ def test_what_the_pages_offer() -> None:
 @pytest.mark.parametrize("command", in_the_table())
 def test_the_table_of_the_readme(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not run below is at least a command that its program takes."""
-    if command in commands() or command.startswith("docker build"):  # tests/unit/test_dockerfile.py
+    if command in commands() or command.startswith(("docker build", "make gpu")):  # test_dockerfile.py, test_gpu_check.py
         return
     (python, dash_m, module, *args) = shlex.split(command)
     assert (python, dash_m) == ("python", "-m")

@@ -107,4 +107,5 @@ def test_compiled_for_a_gpu_that_is_not_here(width: int, capability: int, compil
         types = {name: "i32" if name == "tokens" or name.endswith("stride") else "*bf16" if name in half else "*fp32"
                  for name in kernel.arg_names}
         found = compiled(kernel, types, constants, capability, num_warps=fused_norm.WARPS)
-        assert found.spilled == 0 and found.registers <= 232 and found.shared <= 4096
+        # 232 with Triton 3.9, 233 with 3.6; there are 255.
+        assert found.spilled == 0 and found.registers <= 240 and found.shared <= 4096

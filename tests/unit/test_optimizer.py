@@ -1,3 +1,5 @@
+import importlib
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -6,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from largescale.checkpoint.files import checkpoints, named_weights
 from largescale.config.schema import OptimizerConfig
 from largescale.engine.deepspeed_engine import adam
-from largescale.engine.optimizer import build_optimizer, choose_kernel
+from largescale.engine.optimizer import build_optimizer, choose_kernel, steps_of
 from largescale.errors import ConfigError
 from tests.conftest import RunHere, cut
 
@@ -65,19 +68,98 @@ class CountsAsDeepSpeed(torch.optim.Optimizer):
                 p.sub_(group["lr"] * (state["exp_avg"] / (1 - b1**n)) / ((state["exp_avg_sq"] / (1 - b2**n)).sqrt() + group["eps"]))
 
 
-class CountsAsApex(CountsAsDeepSpeed):
-    """Steps are a number in the group."""
+def multi_tensor_adam(chunk_size: int, noop: Any, lists: list[list[torch.Tensor]], lr: float, beta1: float, beta2: float, eps: float,
+                      step: int, mode: int, bias_correction: int, weight_decay: float) -> None:
+    """What amp_C's kernel of that name computes, with its arguments (csrc/multi_tensor_adam.cu)."""
+    assert (mode, bias_correction) == (1, 1)  # AdamW
+    for g, p, m, v in zip(*lists, strict=True):
+        m.mul_(beta1).add_(g, alpha=1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        update = (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + eps) + weight_decay * p
+        p.sub_(lr * update)
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+
+class FusedAdam(torch.optim.Optimizer):
+    """What ours relies on of apex's (at 6424da3): its arguments; steps are a number in the group; a state that is empty
+    gets exp_avg and exp_avg_sq."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, bias_correction: bool = True, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, adam_w_mode: bool = True, weight_decay: float = 0.0, amsgrad: bool = False,
+                 set_grad_none: bool = True, capturable: bool = False, master_weights: bool = False):
+        super().__init__(params, {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.adam_w_mode = int(adam_w_mode)
+
+    def step(self, closure: Any = None, grads: Any = None, output_params: Any = None, scale: Any = None,  # type: ignore[override]
+             grad_norms: Any = None, grad_scaler: Any = None) -> None:
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             for p in group["params"]:
-                if self.state[p]:
-                    self.state[p]["step"] = group["step"] - 1
-        super().step()
-        for group in self.param_groups:
-            for p in group["params"]:
-                del self.state[p]["step"]
+                state = self.state[p]
+                if not state:
+                    state |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                lists = [[t] for t in (p.grad, p.data, state["exp_avg"], state["exp_avg_sq"])]
+                multi_tensor_adam(65536, None, lists, group["lr"], *group["betas"], group["eps"], group["step"], self.adam_w_mode,
+                                  int(group["bias_correction"]), group["weight_decay"])
+
+
+APEX = os.environ.get("APEX_CLONE")  # a clone of https://github.com/NVIDIA/apex
+NO_CLONE = pytest.mark.skipif(not APEX, reason="APEX_CLONE names no clone of NVIDIA/apex")
+
+
+@pytest.fixture(params=["a stand-in", pytest.param("NVIDIA's", marks=NO_CLONE)])
+def apex(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """apex as if it were installed: a stand-in, or its own fused_adam.py with a stand-in for its CUDA kernel."""
+    monkeypatch.setattr("largescale.engine.optimizer.check_apex", lambda wanted: None)
+    packages = {name: ModuleType(name) for name in ("apex", "apex.optimizers", "amp_C")}
+    for name, module in packages.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    if request.param == "a stand-in":
+        packages["apex.optimizers"].FusedAdam = FusedAdam  # type: ignore[attr-defined]
+        return
+    for name in ("", "_capturable", "_capturable_master"):
+        setattr(packages["amp_C"], f"multi_tensor_adam{name}", multi_tensor_adam)
+    # Without its __init__.py, which imports what needs a GPU.
+    for name in ("apex", "apex.optimizers"):
+        packages[name].__path__ = [str(Path(str(APEX), *name.split(".")))]
+    for name in ("apex.multi_tensor_apply", "apex.multi_tensor_apply.multi_tensor_apply", "apex.optimizers.fused_adam"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    made = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *args, device=None, **more: made(*args, **more))  # it asks for "cuda"
+    packages["apex.optimizers"].FusedAdam = importlib.import_module("apex.optimizers.fused_adam").FusedAdam  # type: ignore[attr-defined]
+
+
+def test_apex_is_adamw(apex: None) -> None:
+    """Ten steps; and its state has the names that a checkpoint has."""
+    hyper = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1, "ema_decay": 0.9}
+    (ours, ema), (theirs, their_ema) = (run(10, OptimizerConfig(kernel=kernel, **hyper)) for kernel in ("torch", "apex"))  # type: ignore[arg-type]
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(their_ema, ema, rtol=1e-5, atol=1e-6)
+
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = build_optimizer([p], OptimizerConfig(kernel="apex"), "cpu", adam)
+    for _ in range(10):
+        optimizer.step()
+    assert optimizer.state[p].keys() == {"exp_avg", "exp_avg_sq", "ema"}
+    assert type(optimizer.param_groups[0]["step"]) is int and steps_of(optimizer.state[p], optimizer.param_groups[0]) == 10
+
+
+@pytest.mark.parametrize("apex", [pytest.param("NVIDIA's", marks=NO_CLONE)], indirect=True)
+@pytest.mark.parametrize(("first", "then"), [("torch", "apex"), ("apex", "torch")])
+def test_a_run_goes_on_with_apex_or_without(first: str, then: str, apex: None, run_here: RunHere, tmp_path: Path) -> None:
+    """Saved by one after ten steps, and resumed by the other."""
+    steps = ("--train.steps", 20, "--checkpoint.every", 10, "--curriculum.pacing", "none")
+    truth = run_here(*steps, output=tmp_path / "truth")
+    half = run_here(*steps, "--optimizer.kernel", first, output=tmp_path / "half")
+    assert (truth.code, half.code) == (0, 0), half.err
+    cut(half.run, tmp_path / "run", 10)
+    resumed = run_here(*steps, "--optimizer.kernel", then, output=tmp_path / "run")
+    assert resumed.code == 0 and f"AdamW of {then}" in resumed.err
+    losses = [[row["loss"] for row in outcome.trace()] for outcome in (truth, resumed)]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-5)
+    for kind in ("master", "ema"):
+        ours, theirs = (named_weights(checkpoints(outcome.run)[0], kind) for outcome in (resumed, truth))
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("first", ["torch", "deepspeed", "apex", "fused"])
@@ -87,7 +169,7 @@ def test_a_run_goes_on_with_another_kernel(first: str, then: str, run_here: RunH
     monkeypatch.setattr("largescale.training.step.adam", lambda: CountsAsDeepSpeed)
     monkeypatch.setattr("largescale.engine.optimizer.check_apex", lambda wanted: None)
     apex = ModuleType("apex.optimizers")
-    apex.FusedAdam = CountsAsApex  # type: ignore[attr-defined]
+    apex.FusedAdam = FusedAdam  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.optimizers", apex)
     steps = ("--train.steps", 12, "--checkpoint.every", 6, "--curriculum.pacing", "none")

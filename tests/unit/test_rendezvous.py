@@ -116,3 +116,12 @@ def test_who_is_waited_for(rank: int, says: str) -> None:
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
     assert says in done.stderr and "waits for 5 s in all" in done.stderr
     assert "the 2 ranks did not find each other at 127.0.0.1:" in done.stdout
+
+
+def test_the_time_limit_of_a_group_by_an_older_torch(one_rank: ranks.Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11, which the offline machines have, lacks the public name."""
+    given = []
+    monkeypatch.delattr(ranks.dist, "set_timeout", raising=False)
+    monkeypatch.setattr(ranks.dist.distributed_c10d, "_set_pg_timeout", lambda *args: given.append(args))
+    one_rank.limit_waiting()
+    assert given == [(ranks.NEVER, None)]
