@@ -159,7 +159,7 @@ def environment(**more: str) -> dict[str, str]:
 KINDS = {
     "communication": r"nccl|all_?reduce|all_?gather|c10d",
     "attention": r"flash|fmha|attention|sdpa",
-    "matrix products": r"triton_tem|gemm|nvjet|cutlass|cublas|xmma|splitK|aten::(add)?mm|aten::bmm|mkl",
+    "matrix products": r"triton_tem|gelu_product|gemm|nvjet|cutlass|cublas|xmma|splitK|aten::(add)?mm|aten::bmm|mkl",
     "copies": r"memcpy|memset|aten::copy_",
 }
 LAPS = ("data", "draws", "forward", "agree", "backward", "optimizer")
