@@ -17,6 +17,7 @@ everything starts, and measures nothing.
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import json
 import os
@@ -61,6 +62,8 @@ class Stage:
     """How the report shows the result: steps, profile, ... (gpu_check_report.py)."""
     missing: str | None = None
     """Why it cannot run here."""
+    needs_gpu: bool = True
+    """Else it does not see them."""
 
 
 class Plan:
@@ -90,6 +93,8 @@ class Plan:
         found += self._ranks()
         for size in sizes[1:]:
             found += [self._step(size), self._kernels(size)]
+        if self.rehearse:
+            found = [dataclasses.replace(stage, needs_gpu=False) for stage in found]
         return found
 
     def preset(self, size: str) -> str:
@@ -152,7 +157,7 @@ class Plan:
         measured = self._stage("profile", "--preset", self.preset("l"), "--batch", "32")
         title = "Parts of a step of DiT-L/2, micro batch 32"
         return [
-            Stage("predict_l2", f"{title}: predicted", words, "predict"),
+            Stage("predict_l2", f"{title}: predicted", words, "predict", needs_gpu=False),
             Stage("profile_l2", f"{title}: measured", measured, "profile"),
         ]
 
@@ -253,7 +258,7 @@ def run(stage: Stage, out: Path, limit_s: float) -> dict[str, Any]:
             process = subprocess.Popen(
                 [sys.executable, *words],
                 cwd=ROOT,
-                env=environment(folder),
+                env=environment(folder) | ({} if stage.needs_gpu else {"CUDA_VISIBLE_DEVICES": ""}),
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=subprocess.STDOUT,
@@ -310,17 +315,19 @@ def last_lines(log: Path, count: int = 15) -> list[str]:
 # ---- the report
 
 
-def machine(rehearse: bool) -> dict[str, Any]:
+def machine(gpu: bool) -> dict[str, Any]:
     """The card, the driver and the versions that the numbers belong to."""
+    found: dict[str, Any] = {"card": f"{os.cpu_count()} cores of a CPU", "gpus": 0, "versions": {}}
+    found["driver"] = driver() if gpu else "none"
+    if gpu:
+        with tempfile.TemporaryDirectory() as folder:
+            asked = Path(folder, "card.json")
+            words = ["benchmarks/gpu_check_stages.py", "card", "--json", str(asked)]
+            subprocess.run([sys.executable, *words], cwd=ROOT, env=environment(folder), check=True)
+            found |= json.loads(asked.read_text())
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}
     versions |= installed("torch", "triton", "deepspeed", "diffusers", "accelerate", "timm")
-    found = {"card": f"{os.cpu_count()} cores of a CPU", "gpus": 0, "driver": "none"}
-    if not rehearse:
-        found = {"card": torch.cuda.get_device_name(0), "gpus": torch.cuda.device_count()}
-        versions["cudnn"] = str(torch.backends.cudnn.version())
-        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-        found["driver"] = driver()
-    return found | {"versions": versions, "commit": commit(str(ROOT))}
+    return found | {"versions": versions | found["versions"], "commit": commit(str(ROOT))}
 
 
 def driver() -> str:
@@ -411,7 +418,8 @@ def main(args: list[str] | None = None) -> int:
     for name in ("dit", "fast_dit"):
         if path := getattr(options, name):
             setattr(options, name, str(Path(path).resolve()))
-    about = machine(options.rehearse or options.list) | {"rehearsal": options.rehearse}
+    about = machine(not options.rehearse and torch.cuda.is_available())
+    about["rehearsal"] = options.rehearse
     stages = Plan(options, 2 if options.rehearse else about["gpus"], about["card"]).stages()
     check_names(parser, [*(options.only or []), *options.again], stages)
     if options.list:

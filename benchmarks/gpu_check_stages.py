@@ -7,6 +7,7 @@
     recompiles   what torch.compile compiles again over evaluation and preview
     faults       a killed, a stopped and a hung rank: what is printed, when, and each exit status
     all-gather   gathering weights whose parts are aligned to 16 bytes, and not
+    card         not a stage: the card's name, how many there are, and their libraries' versions
 
 The program gives each a time limit, a folder for what it writes, and the device.
 """
@@ -398,6 +399,21 @@ def all_gather_rank(options: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
+# ---- the card
+
+
+def card(options: argparse.Namespace) -> dict[str, Any]:
+    """What torch says of the GPUs, in a process that ends: asking takes some of their memory."""
+    import torch
+
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return {
+        "card": torch.cuda.get_device_name(0),
+        "gpus": torch.cuda.device_count(),
+        "versions": {"cudnn": str(torch.backends.cudnn.version()), "nccl": nccl},
+    }
+
+
 # ---- the program
 
 STAGES = {
@@ -406,6 +422,7 @@ STAGES = {
     "recompiles": recompiles,
     "faults": faults,
     "all-gather": all_gather,
+    "card": card,
 }
 
 

@@ -121,6 +121,8 @@ def test_programs_take_what_they_are_given(rehearse: bool, check: Any, modules: 
     plan = check.Plan(check.make_parser().parse_args(words), 8, "NVIDIA H100 80GB HBM3")
     stages = plan.stages()
     assert len({stage.name for stage in stages}) == len(stages) > 15
+    without_gpu = {stage.name for stage in stages if not stage.needs_gpu}
+    assert without_gpu == ({stage.name for stage in stages} if rehearse else {"predict_l2"})
     for stage in stages:
         program, *args = stage.words
         if program == "-m":
@@ -136,6 +138,20 @@ def test_programs_take_what_they_are_given(rehearse: bool, check: Any, modules: 
             modules(name).parse()
         else:
             modules(name).make_parser().parse_args(args)
+
+
+def test_the_card(check: Any, modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for in another process, so that this one takes none of its memory."""
+    stages = modules("gpu_check_stages")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
+    monkeypatch.setattr(check.subprocess, "run", lambda words, **more: stages.main(words[2:]))
+    monkeypatch.setattr(check, "driver", lambda: "580.95.05, 700.00 W, 1980 MHz")
+    monkeypatch.setattr(check, "commit", lambda checkout: "0" * 40)
+    found = check.machine(True)
+    assert (found["card"], found["gpus"], found["driver"][:3]) == ("NVIDIA H100 80GB HBM3", 8, "580")
+    assert found["versions"]["nccl"] == "2.28.9" and found["versions"]["torch"] == torch.__version__.partition("+")[0]
 
 
 def test_make() -> None:
