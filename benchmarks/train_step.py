@@ -119,9 +119,14 @@ class Way:
     def config(
         self, preset: Config, options: argparse.Namespace, batch: int, data: Path, run: Path
     ) -> Config:
-        """The preset, with a schedule that all peers have, and without checkpoints and previews."""
+        """The preset, with a schedule that all peers have, and without checkpoints and previews. With
+        fused kernels AdamW is fused too."""
+        optimizer = preset.optimizer
+        if self.kernels == "fused":
+            optimizer = replace(optimizer, kernel="fused")
         return replace(
             preset,
+            optimizer=optimizer,
             diffusion=replace(preset.diffusion, schedule="linear"),
             data=replace(preset.data, path=str(data)),
             train=replace(
@@ -407,7 +412,7 @@ def add_options_of_ways(parser: argparse.ArgumentParser, gpu: bool) -> None:
         nargs="+",
         choices=("inductor", "fused"),
         default=["inductor"],
-        help="of ours: train.kernels",
+        help="of ours: train.kernels, and with fused optimizer.kernel=fused",
     )
     parser.add_argument(
         "--tf32", nargs="+", choices=("on", "off"), default=["on"], help="of ours, on a GPU"

@@ -269,6 +269,10 @@ def hook(t: Any, module: Any, split: Split) -> None:
     zero = t.engine._zero
     split.watch(zero, "process_gradients", "reduce")
     split.watch(zero, "independent_gradient_partition_epilogue", "reduce")
+    # A fused update has the EMA in it.
+    if hasattr(zero.optimizer, "update"):
+        split.watch(zero.optimizer, "update", "AdamW")
+        return
     # The class below is AdamW, whose step has no EMA.
     base = type(zero.optimizer).__mro__[1]
     split.watch(base, "step", "AdamW")
