@@ -41,7 +41,7 @@ from largescale.config.derived import divisors
 from largescale.config.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
-# Under the 10 minutes that a lent machine may give a command.
+# Each stage ends within ten minutes.
 LIMIT_S = 580.0
 SIZES = {"l": "L/2", "s": "S/2", "b": "B/2", "xl": "XL/2"}
 # Elements of bf16 weights of DiT-L/2 that each of 8 ranks has: as DeepSpeed splits them, and aligned.
@@ -63,7 +63,7 @@ class Stage:
     missing: str | None = None
     """Why it cannot run here."""
     needs_gpu: bool = True
-    """Else it does not see them."""
+    """Whether it needs the GPUs: they are hidden from others."""
 
 
 class Plan:
@@ -75,6 +75,8 @@ class Plan:
         self.card = card
         self.rehearse: bool = options.rehearse
         self.device = "cpu" if self.rehearse else "cuda"
+        # On a CPU compiling takes a minute each time, and is rehearsed by `recompiles`.
+        self.compiled = "off" if self.rehearse else "blocks"
 
     def stages(self) -> list[Stage]:
         """All of them. L/2 comes first, as time on a card may be short."""
@@ -104,7 +106,7 @@ class Plan:
         """benchmarks/train_step.py with these micro batches."""
         often = ["--rounds", "2", "--steps", "10"]
         if self.rehearse:
-            batches = [4] * bool(batches)
+            batches = [4]
             often = ["--rounds", "1", "--steps", "1", "--threads", "1", "--peak", "1e11"]
         words = ["benchmarks/train_step.py", self.preset(size), "--device", self.device]
         return [*words, "--batch", *map(str, batches), *often, "--json", "{json}", *more]
@@ -115,17 +117,14 @@ class Plan:
         return [*words, "--device", self.device, *more]
 
     def _step(self, size: str) -> Stage:
-        words = self._compare(
-            size, [32, 64, 128, 256], "--precision", "bf16", "--compile", "blocks"
-        )
-        if self.rehearse:
-            words[-1] = "off"
+        words = ["--precision", "bf16", "--compile", self.compiled]
         title = f"A step of DiT-{SIZES[size]} at several micro batches, and its memory"
-        return Stage(f"step_{size}2", title, words, "step")
+        return Stage(
+            f"step_{size}2", title, self._compare(size, [32, 64, 128, 256], *words), "step"
+        )
 
     def _kernels(self, size: str) -> Stage:
-        # On a CPU compiling takes a minute each, and is rehearsed by `recompiles`.
-        compiled = ["off"] if self.rehearse else ["blocks", "off"]
+        compiled = dict.fromkeys([self.compiled, "off"])
         words = ["--precision", "bf16", "--compile", *compiled, "--kernels", "inductor", "fused"]
         title = f"Kernels of DiT-{SIZES[size]}: Inductor's, fused, and eager"
         return Stage(f"kernels_{size}2", title, self._compare(size, [32], *words), "steps")
@@ -142,10 +141,10 @@ class Plan:
                 missing = f"no checkout of it: give --{peer} PATH"
             elif peer == "diffusers" and not find_spec("diffusers"):
                 missing = "diffusers is not installed: pip install diffusers"
-            compiled = ["--compile", "off" if self.rehearse else "blocks"]
-            words = self._compare("l", [32], "--precision", "bf16", *compiled, "--against")
+            words = ["--precision", "bf16", "--compile", self.compiled, "--against"]
             words.append(f"{peer}={paths[peer]}" if peer in paths else peer)
             name = f"against_{peer.replace('-', '_')}"
+            words = self._compare("l", [32], *words)
             yield Stage(name, f"DiT-L/2 beside {peer}", words, "steps", missing)
 
     def _parts(self) -> list[Stage]:
@@ -170,7 +169,7 @@ class Plan:
         return Stage(name, title, self._stage("train", *words), "run")
 
     def _precisions(self) -> list[Stage]:
-        compiled = ["--compile", "off" if self.rehearse else "blocks", "--tf32"]
+        compiled = ["--compile", self.compiled, "--tf32"]
         both = ["on"] if self.rehearse else ["on", "off"]
         half = self._compare("l", [32], *compiled, *both, "--precision", "bf16", "fp16")
         full = self._compare("l", [32], *compiled, "on", "off", "--precision", "fp32")
