@@ -119,7 +119,7 @@ def test_who_is_waited_for(rank: int, says: str) -> None:
 
 
 def test_the_time_limit_of_a_group_by_an_older_torch(one_rank: ranks.Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch 2.11, which the offline machines have, lacks the public name."""
+    """torch 2.11 lacks the public name."""
     given = []
     monkeypatch.delattr(ranks.dist, "set_timeout", raising=False)
     monkeypatch.setattr(ranks.dist.distributed_c10d, "_set_pg_timeout", lambda *args: given.append(args))
