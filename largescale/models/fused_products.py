@@ -53,7 +53,7 @@ def place_of_tile(
 @triton.jit
 def tile_of_product(
     left: tl.tensor, right: tl.tensor, row: tl.tensor, column: tl.tensor, rows: tl.tensor,
-    columns: tl.tensor, depth: tl.tensor, depth_stride: tl.tensor, column_stride: tl.tensor,
+    columns: tl.tensor, depth: tl.constexpr, depth_stride: tl.tensor, column_stride: tl.tensor,
     tile_rows: tl.constexpr, tile_columns: tl.constexpr, tile_depth: tl.constexpr,
 ) -> tl.tensor:
     """left (rows, depth) times right (depth, columns), which has these strides, at row and column:
@@ -81,7 +81,7 @@ def gelu_gate(h: tl.tensor) -> tl.tensor:
 @triton.jit
 def gelu_product_kernel(
     y: tl.tensor, weight: tl.tensor, bias: tl.tensor, h: tl.tensor, a: tl.tensor, rows: tl.tensor,
-    columns: tl.tensor, depth: tl.tensor, tile_rows: tl.constexpr, tile_columns: tl.constexpr,
+    columns: tl.tensor, depth: tl.constexpr, tile_rows: tl.constexpr, tile_columns: tl.constexpr,
     tile_depth: tl.constexpr, tiles_together: tl.constexpr,
 ) -> None:
     """A program a tile of h and a (rows, columns); y (rows, depth), weight (columns, depth)."""
@@ -103,7 +103,7 @@ def gelu_product_kernel(
 @triton.jit
 def gelu_product_backward_kernel(
     dbranch: tl.tensor, weight: tl.tensor, h: tl.tensor, dh: tl.tensor, partial: tl.tensor,
-    rows: tl.tensor, columns: tl.tensor, depth: tl.tensor, tile_rows: tl.constexpr,
+    rows: tl.tensor, columns: tl.tensor, depth: tl.constexpr, tile_rows: tl.constexpr,
     tile_columns: tl.constexpr, tile_depth: tl.constexpr, tiles_together: tl.constexpr,
 ) -> None:
     """A program a tile of dh (rows, columns); dbranch (rows, depth), weight (depth, columns).
@@ -198,16 +198,17 @@ def _launch_product(kernel: Any, given: list[Tensor], rows: int, columns: int, d
     launch(
         kernel,
         (programs,),
-        [*given, rows, columns, depth],
-        **product_constants(),
+        [*given, rows, columns],
+        **product_constants(depth),
         num_warps=PRODUCT_WARPS,
         num_stages=PRODUCT_STAGES,
     )
 
 
-def product_constants() -> dict[str, int]:
+def product_constants(depth: int) -> dict[str, int]:
     """What the kernels of products are compiled for."""
     return {
+        "depth": depth,
         "tile_rows": TILE_ROWS,
         "tile_columns": TILE_COLUMNS,
         "tile_depth": TILE_DEPTH,
