@@ -149,6 +149,7 @@ def test_the_card(check: Any, modules: Any, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91_200)
     monkeypatch.setattr(check.subprocess, "run", lambda words, **more: stages.main(words[2:]))
     monkeypatch.setattr(check, "driver", lambda: "580.95.05, 700.00 W, 1980 MHz")
     monkeypatch.setattr(check, "commit", lambda checkout: "0" * 40)
