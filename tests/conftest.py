@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import shutil
@@ -26,6 +27,10 @@ QUIET = ("--telemetry.no-tensorboard", "--telemetry.preview-every", 0, "--teleme
 # Under nohup programs ignore a closed terminal, and so would those that are tested.
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# What is loaded by now stays: looking through it again and again for cycles is a twentieth of the tests' time.
+gc.freeze()
+gc.set_threshold(20_000, 10, 5)
 
 WORKER_BYTES = 4 * 10**9  # that a test takes with its ranks, at most
 

@@ -160,9 +160,9 @@ def test_the_card(check: Any, modules: Any, tmp_path: Path, monkeypatch: pytest.
 
 def test_make() -> None:
     """Without an installation where another Python is named."""
-    said = subprocess.run(["make", "-n", "gpu", "PY=python3", "SITE=/wheels", "GPU_ARGS=--full"], cwd=ROOT, capture_output=True, text=True)
+    said = subprocess.run(["make", "--no-print-directory", "-n", "gpu", "PY=python3", "SITE=/wheels", "GPU_ARGS=--full"], cwd=ROOT, capture_output=True, text=True)
     assert said.stdout == f'PYTHONPATH="{ROOT}:/wheels" python3 benchmarks/gpu_check.py --full\n', said.stderr
-    said = subprocess.run(["make", "-n", "gpu"], cwd=ROOT, capture_output=True, text=True)
+    said = subprocess.run(["make", "--no-print-directory", "-n", "gpu"], cwd=ROOT, capture_output=True, text=True)
     assert said.stdout.splitlines() == [
         "python3 install.py prep eval dev", f'PYTHONPATH="{ROOT}" .venv/bin/python benchmarks/gpu_check.py '], said.stderr
 
