@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from gpu_check_report import markdown, trouble, verdicts
@@ -39,6 +39,7 @@ from train_step import commit, installed
 
 from largescale.config.derived import divisors
 from largescale.config.presets import PRESETS
+from largescale.host.files import try_lock
 
 ROOT = Path(__file__).parent.parent
 # Each stage ends within ten minutes.
@@ -274,7 +275,7 @@ def run(stage: Stage, out: Path, limit_s: float) -> dict[str, Any]:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    found = json.loads(result.read_text()) if result.exists() else None
+    found = read_json(result)
     if status == "done" and (why := trouble(stage.kind, found)):
         status = f"failed: {why}"
     return record(
@@ -353,9 +354,16 @@ def write_report(out: Path, about: dict[str, Any], stages: list[Stage]) -> dict[
 
 
 def read(out: Path, stage: Stage) -> dict[str, Any] | None:
-    path = out / "stages" / f"{stage.name}.json"
-    found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
-    return found
+    return read_json(out / "stages" / f"{stage.name}.json")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """None where there is no such file, and where it was not written to its end."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def replace(path: Path, text: str) -> None:
@@ -365,17 +373,21 @@ def replace(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-def claim(out: Path, about: dict[str, Any]) -> None:
-    """Make the folder. SystemExit where it holds a rehearsal, or another card's results."""
+def claim(out: Path, about: dict[str, Any]) -> IO[str]:
+    """Make the folder, and keep other checks out of it until the returned file is closed. SystemExit
+    where one runs there, or where results of something else are."""
     (out / "stages").mkdir(parents=True, exist_ok=True)
-    path = out / "gpu_report.json"
-    before = json.loads(path.read_text()) if path.exists() else about
-    for key in ("rehearsal", "card"):
+    lock = try_lock(out / "lock")
+    if lock is None:
+        raise SystemExit(f"another check writes to {out}; wait for it, or give another --out")
+    before = read_json(out / "gpu_report.json") or about
+    for key in ("rehearsal", "card", "commit", "versions"):
         if before[key] != about[key]:
             raise SystemExit(
                 f"{out} holds results with {key} {before[key]!r}, and this is {about[key]!r}; "
                 "give another --out"
             )
+    return lock
 
 
 # ---- the program
@@ -426,7 +438,17 @@ def main(args: list[str] | None = None) -> int:
         return 0
 
     out = options.out or Path("runs/gpu_rehearsal" if options.rehearse else "runs/gpu")
-    claim(out, about)
+    try:
+        return check(options, out, about, stages)
+    except OSError as error:
+        raise SystemExit(f"error: {error}; give a folder that can be written, by --out") from error
+
+
+def check(
+    options: argparse.Namespace, out: Path, about: dict[str, Any], stages: list[Stage]
+) -> int:
+    """Run what is missing, and write the report; the exit status."""
+    lock = claim(out, about)
     # The stage ends too, as `run` cleans up on the way out.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
@@ -443,6 +465,7 @@ def main(args: list[str] | None = None) -> int:
 
     report = write_report(out, about, stages)
     print("\n".join(["", *report["verdicts"], f"report: {out / 'gpu_report.md'}"]))
+    lock.close()
     return 1 if any(failed(found) for found in report["stages"].values()) else 0
 
 

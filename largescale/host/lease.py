@@ -146,7 +146,12 @@ class Lease:
             if file is not None:
                 os.close(self._file)
                 self._file = file
-                self._write()
+                try:
+                    self._write()
+                # On a full disk. An empty file would be taken for another owner's.
+                except OSError:
+                    self.path.unlink()
+                    raise
                 return
             owner = read_owner(self.path)
         if owner is None or owner.get("token") != self.token:
@@ -294,6 +299,9 @@ def _is_running(pid: int, started: str) -> bool:
         return False
     except PermissionError:
         pass
+    # Killed, and nobody has asked for its status yet.
+    if _fields(pid)[:1] == ["Z"]:
+        return False
     # Another user's may be hidden.
     now = _started(pid)
     return not now or now == started
@@ -301,9 +309,14 @@ def _is_running(pid: int, started: str) -> bool:
 
 def _started(pid: int) -> str:
     """When a process started, in the kernel's ticks; empty where that is not known."""
-    # The second field is the program's name, which can contain anything.
-    fields = _text(_PROC / f"{pid}/stat").rpartition(")")[2].split()
+    fields = _fields(pid)
     return fields[19] if len(fields) > 19 else ""
+
+
+def _fields(pid: int) -> list[str]:
+    """Of /proc/PID/stat, from the state on; empty where that is not known."""
+    # Before it stands the program's name, which can contain anything.
+    return _text(_PROC / f"{pid}/stat").rpartition(")")[2].split()
 
 
 def _identity() -> dict[str, Any]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from largescale.config.presets import PRESETS
+from largescale.host.files import try_lock
 from tests.conftest import RunHere
 from tests.ranks import ROOT
 
@@ -101,8 +102,39 @@ def test_a_stage_that_there_is_not(args: list[str], said: str, fake: Callable[..
 def test_a_folder_of_other_results(fake: Callable[..., int], tmp_path: Path) -> None:
     fake("--only", "good")
     report = tmp_path / "out/gpu_report.json"
-    report.write_text(json.dumps(json.loads(report.read_text()) | {"card": "NVIDIA H100"}))
+    written = json.loads(report.read_text())
+    report.write_text(json.dumps(written | {"card": "NVIDIA H100"}))
     with pytest.raises(SystemExit, match="holds results with card 'NVIDIA H100', and this is .*; give another --out"):
+        fake()
+    report.write_text(json.dumps(written | {"commit": "0" * 40}))
+    with pytest.raises(SystemExit, match="holds results with commit '0000"):
+        fake()
+
+
+def test_another_check_in_the_same_folder(fake: Callable[..., int], tmp_path: Path) -> None:
+    fake("--only", "good")
+    lock = try_lock(tmp_path / "out/lock")
+    assert lock
+    with pytest.raises(SystemExit, match=r"another check writes to .*/out; wait for it, or give another --out"):
+        fake()
+    lock.close()
+
+
+def test_a_result_that_was_not_written_to_its_end(fake: Callable[..., int], tmp_path: Path, check: Any) -> None:
+    """The stage has failed, and the others go on; one that ended so before is done again."""
+    half = "import sys; open(sys.argv[1], 'w').write('{\"recomp')"
+    check.Plan.stages(None).insert(0, check.Stage("half", "half", ["-c", half, "{json}"], "recompiles"))
+    assert fake("--only", "half", "good") == 1
+    stages = json.loads((tmp_path / "out/gpu_report.json").read_text())["stages"]
+    assert (stages["half"]["status"], stages["good"]["status"]) == ("failed: it wrote no result", "done")
+    (tmp_path / "out/stages/good.json").write_text("{")
+    fake("--only", "good")
+    assert (tmp_path / "ran").read_text() == "good good "
+
+
+def test_a_folder_that_cannot_be_made(fake: Callable[..., int], tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(SystemExit, match=r"error: .*/out.*; give a folder that can be written, by --out"):
         fake()
 
 

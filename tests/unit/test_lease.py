@@ -242,6 +242,32 @@ def test_a_file_that_is_deleted_is_made_again(owner: Lease, path: Path, clock: C
     taken.release()
 
 
+def test_a_file_that_is_deleted_while_the_disk_is_full(owner: Lease, path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not left empty, which would look like another owner's."""
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space left"):
+                owner.renew()
+            assert not path.exists()
+    owner.renew()
+    assert owner.lost is None and read_owner(path)["token"] == "owner"  # type: ignore[index]
+
+
+def test_an_owner_that_was_killed_and_not_waited_for(owner: Lease, path: Path) -> None:
+    """As in a container whose first process waits for nobody."""
+    content = read_owner(path)
+    assert content
+    killed = subprocess.Popen(["true"])
+    assert os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)
+    assert is_gone({**content, "pid": killed.pid, "started": lease_module._started(killed.pid)})
+    killed.wait()
+
+
 def test_a_folder_that_is_renamed(tmp_path: Path, clock: Clock) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
