@@ -39,6 +39,8 @@ def test_no_access_is_left_to_chance(
 ) -> None:
     """With many small buckets, whose reduction overlaps with the backward pass, accumulation and clipping; also where
     DeepSpeed does not wait for the whole device at the end of a backward pass."""
+    if "fused" in options:
+        pytest.importorskip("triton", reason="torch brings Triton on x86-64 and arm64 Linux only")
     assert races(waits, blobs, many_buckets(precision, tmp_path), tmp_path / "run", *options) == {}
 
 
