@@ -7,6 +7,7 @@ missing. It starts no service, writes nothing outside its folder, and is gone wh
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -102,9 +103,12 @@ class Job:
         asked = itertools.count(1)
 
         def done_or_over() -> Any:
-            # Slurm is asked every two seconds: it takes part of the two cores.
-            over = next(asked) % 20 == 0 and self.over()
-            return done() or (over and pytest.fail(f"{what}: the job is over\n{self.text()}"))
+            if result := done():
+                return result
+            # Slurm is asked every two seconds: it takes part of the two cores, and its time to answer.
+            if next(asked) % 20 == 0 and self.over():
+                return done() or pytest.fail(f"{what}: the job is over\n{self.text()}")
+            return None
 
         return wait_until(what, done_or_over, timeout_s, self.text)
 
@@ -130,25 +134,51 @@ class Job:
         assert restarts <= int(self.fact("Restarts")) <= restarts + perhaps_more, self.text()
         return self.text()
 
-    def ranks(self) -> dict[int, int]:
-        """Rank to process id, of the training program."""
-        found = {}
+    def _runs(self, variables: dict[str, str]) -> bool:
+        """Whether a process with these variables is one of its ranks."""
+        task = f"{variables.get('SLURM_ARRAY_JOB_ID')}_{variables.get('SLURM_ARRAY_TASK_ID')}"
+        return "SLURM_PROCID" in variables and self.id in (task, variables.get("SLURM_JOB_ID"))
+
+    def processes(self) -> list[tuple[int, int]]:
+        """(rank, process id) of each of our programs that runs in it; a rank may have started another."""
+        found = []
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 command = (process / "cmdline").read_text().split("\0")
                 variables = dict(v.split("=", 1) for v in (process / "environ").read_text().split("\0") if "=" in v)
-                if command[1:3] == ["-m", "largescale.train"] and variables.get("SLURM_JOB_ID") == self.id:
-                    found[int(variables["SLURM_PROCID"])] = int(process.name)
+                ours = command[1:2] == ["-m"] and command[2].startswith(("largescale.", "data_prep.", "eval."))
+                if ours and self._runs(variables):
+                    found.append((int(variables["SLURM_PROCID"]), int(process.name)))
         return found
 
     def stand_still(self) -> None:
-        """The ranks take no step until Slurm asks them to stop, which begins with CONT."""
+        """The ranks take no step until Slurm asks them to stop with TERM, before which it sends CONT."""
         self.signal(signal.SIGSTOP, 0, 1)
 
+    def save_and_restart(self) -> None:
+        """scancel -s USR1, heard by every rank before any takes another step, however long Slurm takes."""
+        processes = [process for _, process in self.processes()]
+        assert processes, self.text()
+        for process in processes:
+            os.kill(process, signal.SIGSTOP)
+        self.lab("scancel", "--signal=USR1", self.id)
+        for process in processes:
+            self.wait_for("USR1", lambda process=process: waits_for(process, signal.SIGUSR1))
+        for process in processes:
+            os.kill(process, signal.SIGCONT)
+
     def signal(self, number: signal.Signals, *ranks: int) -> None:
-        processes = self.ranks()
-        for rank in ranks:
-            os.kill(processes[rank], number)
+        processes = self.processes()
+        assert {rank for rank, _ in processes} >= set(ranks), self.text()
+        for rank, process in processes:
+            if rank in ranks:
+                os.kill(process, number)
+
+
+def waits_for(process: int, number: signal.Signals) -> bool:
+    """Whether that signal has come to a process that stands still."""
+    pending = re.findall(r"^(?:Sig|Shd)Pnd:\t(\w+)$", Path(f"/proc/{process}/status").read_text(), re.M)
+    return any(int(mask, 16) & 1 << number - 1 for mask in pending)
 
 
 Submit = Callable[..., Job]

@@ -130,12 +130,12 @@ def test_requeued_from_outside(lab: Lab, training: Submit, truth: Path) -> None:
 
 
 @pytest.mark.slow
-def test_asked_to_save_and_restart(lab: Lab, training: Submit, truth: Path) -> None:
+def test_asked_to_save_and_restart(training: Submit, truth: Path) -> None:
     """scancel -s USR1, as the script's header has it."""
     job = training()
     job.wait_for_step(STARTED)
     began = time.monotonic()
-    lab("scancel", "--signal=USR1", job.id)
+    job.save_and_restart()
     goes_on(job, began, "scancel -s USR1")
     saved_and_resumed(job.ended("COMPLETED", restarts=1))
     assert_same_run(job.run, truth)
@@ -229,7 +229,7 @@ def test_packing(submit: Submit, tmp_path: Path) -> None:
     job = submit("pack_imagenet.sh", "--device", "cpu", "--resolution", 16, "--rows-per-shard", 5, run=out,
                  job=("--ntasks-per-node=2",), IMAGES=pictures, VAE="none", OUT=out)
     job.wait_for("shards", lambda: len(list(out.glob("shard_*"))) > 4)
-    job.lab("scancel", "--signal=USR1", job.id)
+    job.save_and_restart()
     job.ended("COMPLETED", restarts=1)
     assert len(ShardDataset(out, verify=True)) == 120
 
@@ -245,7 +245,7 @@ def test_as_many_nodes_as_are_free(lab: Lab, training: Submit, tmp_path: Path) -
     job.wait_for_step(STARTED)
     assert "training on 2 ranks: the batch cannot be split over 3; 1 stay idle" in job.text()
     lab("scancel", other)
-    lab("scancel", "--signal=USR1", job.id)
+    job.save_and_restart()
     text = job.ended("COMPLETED", restarts=1)
     assert "training on 4 ranks: the batch cannot be split over 6; 2 stay idle" in text
     saved_and_resumed(text)
@@ -272,7 +272,7 @@ def test_sampling_and_scoring(submit: Submit, truth: Path, pictures: Path, tmp_p
                  job=("--ntasks-per-node=2",), RUN=truth, OUT=out, NUM_SAMPLES=120, REFERENCE=pictures,
                  SCORE="--extractor efficientnet-lite0 --device cpu --num-samples 40")
     job.wait_for("shards", lambda: len(list(out.glob("cfg1.0/shard_*.arrow"))) > 4)
-    job.lab("scancel", "--signal=USR1", job.id)
+    job.save_and_restart()
     text = job.ended("COMPLETED", restarts=1)
     assert len(ShardDataset(out / "cfg1.0", verify=True)) == 120
     assert "FD-efficientnet-lite0-40 " in text and "asked to stop" in text
@@ -296,16 +296,16 @@ def test_a_curve(submit: Submit, truth: Path, pictures: Path, tmp_path: Path) ->
     assert Image.open(tmp_path / "curve/curve.png").size[0] > 300
 
 
-def test_a_study(submit: Submit, lab: Lab, blobs: Path, tmp_path: Path) -> None:
+def test_a_study(submit: Submit, blobs: Path, tmp_path: Path) -> None:
     """Of an array, the task that is asked to stop comes back, and no other; then the report of all."""
     out = tmp_path / "study"
     settings = {"STUDY": "digits", "OUT": out, "DATA": blobs}
     options = ("--intervals", 2, "--steps", 200, "--patience", 20, "--", "--model.hidden-size", 32, "--model.depth", 2,
                "--model.num-heads", 2, "--train.global-batch-size", 16)
     job = submit("difficulty.sh", *options, job=("--array=0-2", f"--output={tmp_path}/task_%a.log"), **settings)
-    tasks = [Job(lab, f"{job.id}_{i}", tmp_path / f"task_{i}.log", out / f"interval_{i:02}") for i in range(3)]
-    tasks[1].wait_for_step(40)
-    lab("scancel", "--signal=USR1", tasks[1].id)
+    tasks = [Job(job.lab, f"{job.id}_{i}", tmp_path / f"task_{i}.log", out / f"interval_{i:02}") for i in range(3)]
+    tasks[1].wait_for_step(10)
+    tasks[1].save_and_restart()
     saved_and_resumed(tasks[1].ended("COMPLETED", restarts=1))
     for task in (tasks[0], tasks[2]):
         assert "\nstopped " not in task.ended("COMPLETED", restarts=0)
