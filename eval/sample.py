@@ -12,7 +12,6 @@ size and shard size, whatever the number of ranks and restarts, and the same up 
 others, or where one start compiles the model and another does not.
 """
 
-import hashlib
 import json
 import math
 import sys
@@ -27,14 +26,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import largescale
 from eval.drawing.conditions import make_conditions
 from eval.drawing.sample_set import Format, SampleSet, Worker, make_of, require_sample_folder
 from largescale.checkpoint.files import CheckpointDir, require_outside_checkpoints
-from largescale.checkpoint.weights import load_trained
+from largescale.checkpoint.weights import load_trained, weights_sha256
 from largescale.config.command_line import check_counts, parse_options, run_program
 from largescale.config.validation import ema_note
 from largescale.data.format import KINDS, MANIFEST, DatasetInfo
@@ -165,7 +164,7 @@ class Sampler:
         self.sampler = options.sampler or objective.samplers[0]
         self.steps = objective.default_steps if options.steps is None else options.steps
         self.check_guidance()
-        self.weights_sha256 = weights_sha256(self.trained.model)
+        self.weights_sha256 = weights_sha256(self.trained.model.state_dict())
         self.pixels = self.trained.info["data_info"]["kind"] == "pixels"
 
         # What the samples are conditioned on, and what decodes them.
@@ -522,16 +521,6 @@ class Sampler:
 def folder_of(out: Path, cfg_scale: float) -> Path:
     """The folder of the samples at one guidance scale."""
     return out / f"cfg{cfg_scale}"
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """The hash of a model's weights, on the CPU, with their names."""
-    digest = hashlib.sha256()
-    # Sorted: the order of modules is no part of a model.
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy())
-    return digest.hexdigest()
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -1,7 +1,9 @@
 """A trained model from an export or a run directory, without DeepSpeed."""
 
 import contextlib
+import hashlib
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ CARRIED = (
     "made_with",
     "precision",
     "curriculum",
+    "init",
 )
 
 
@@ -85,13 +88,7 @@ def _checkpoint_of_step(run_dir: Path, step: int) -> CheckpointDir:
 def load_trained(path: Path, step: int | None = None) -> Trained:
     """Load a model from the folder of an export or of a run. Raises CheckpointError for a folder
     that is neither, or another model's."""
-    if (path / EXPORT_CONFIG).exists():
-        description, weights = _read_export(path, step)
-    else:
-        checkpoint = find_checkpoint(path, step)
-        description = describe(checkpoint)
-        weights = named_weights(checkpoint)
-
+    description, weights = read_weights(path, step)
     # A config that does not fit this version is the file's error, not the user's.
     with usable(path):
         config = from_dict(description["config"])
@@ -105,6 +102,25 @@ def load_trained(path: Path, step: int | None = None) -> Trained:
         ) from error
     info = {key: value for key, value in description.items() if key != "config"}
     return Trained(model.eval(), objective, config, info)
+
+
+def read_weights(path: Path, step: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and provenance, and the EMA weights by name in fp32, of the folder of an export or of
+    a run. Raises CheckpointError for a folder that is neither."""
+    if (path / EXPORT_CONFIG).exists():
+        return _read_export(path, step)
+    checkpoint = find_checkpoint(path, step)
+    return describe(checkpoint), named_weights(checkpoint)
+
+
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """The hash of weights on the CPU, with their names."""
+    digest = hashlib.sha256()
+    # Sorted: the order of modules is no part of a model.
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
 
 
 def _read_export(path: Path, step: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:

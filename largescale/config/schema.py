@@ -224,6 +224,14 @@ class TrainConfig:
     """A JSON file of DeepSpeed's settings: memory, precision, communication."""
     device: Literal["cuda", "cpu"] = "cuda"
     """What to train on."""
+    init_from: str | None = None
+    """Weights to start from in place of random ones: a run directory (its EMA) or an export, such as
+    largescale.convert makes of published weights. After the first checkpoint they are not needed
+    any more."""
+    init_new: tuple[str, ...] = ()
+    """Parts of the network that start anew all the same, as in y_embedder final_layer: where
+    init_from has other classes, another variance, another resolution (pos_embed), or captions in
+    place of classes (y_embedder cross_attn)."""
     seed: Annotated[int, between(0, 2**32, closed="left")] = 0
     """Seed of the weights, the data order and every random draw."""
     timeout_s: Annotated[float, at_least(1, 604_800)] = 600.0

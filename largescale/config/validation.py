@@ -134,6 +134,9 @@ def without_effect(config: Config) -> list[tuple[str, str]]:
 def ema_note(config: Config, step: int | None = None) -> str:
     """A note on the share of untrained weights in the EMA at a step, by default the last; empty
     where that share is negligible."""
+    # It starts as a copy of trained weights.
+    if config.train.init_from:
+        return ""
     decay = config.optimizer.ema_decay
     steps = config.train.steps
     at = steps if step is None else step
@@ -325,8 +328,14 @@ def check_curriculum(config: Config, require: Any) -> None:
 
 
 def check_the_rest(config: Config, require: Any) -> None:
-    """What is compiled, and the settings of the preview."""
+    """The first weights, what is compiled, and the settings of the preview."""
     m = config.model
+    require(
+        config.train.init_from is not None or not config.train.init_new,
+        "train.init_new",
+        "be empty without train.init_from: all parts of the network start anew",
+        "give --train.init-from too",
+    )
     preview = config.telemetry
     require(
         m.architecture == "dit" or config.train.compile != "blocks",

@@ -91,6 +91,8 @@ ELSEWHERE = {
     "optimizer.kernel": "test_a_run_goes_on_with_another_kernel",
     "train.compile": "test_a_compiled_run",
     "optimizer.ema_decay": "test_ema_decay",
+    "train.init_from": "test_master_weights_and_ema_are_the_files",
+    "train.init_new": "test_parts_that_start_anew",
     "train.micro_batch_size": "test_micro_batch_size",
     "train.activation_checkpointing": "test_the_setting_reaches_the_model",
     "train.threads": "test_threads",
