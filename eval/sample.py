@@ -40,9 +40,9 @@ from largescale.data.format import KINDS, MANIFEST, DatasetInfo
 from largescale.data.parts import JOB
 from largescale.diffusion.objective import Model, SamplerName
 from largescale.diffusion.samplers import evaluations
-from largescale.diffusion.sampling import SamplingConfig, draw_batches
+from largescale.diffusion.sampling import SamplingConfig, check_guidance, draw_batches
 from largescale.distributed.ranks import check_cuda, local_device
-from largescale.encoders.vae import Vae, load_vae
+from largescale.encoders.vae import Vae, load_vae_of_model
 from largescale.errors import (
     CheckpointError,
     ConfigError,
@@ -163,7 +163,13 @@ class Sampler:
         objective = self.trained.objective
         self.sampler = options.sampler or objective.samplers[0]
         self.steps = objective.default_steps if options.steps is None else options.steps
-        self.check_guidance()
+        model = self.trained.config.model
+        check_guidance(
+            options.cfg_scale,
+            options.cfg_channels,
+            class_dropout_prob=model.class_dropout_prob,
+            in_channels=model.in_channels,
+        )
         self.weights_sha256 = weights_sha256(self.trained.model.state_dict())
         self.pixels = self.trained.info["data_info"]["kind"] == "pixels"
 
@@ -183,7 +189,10 @@ class Sampler:
         )
         self.conditions.prepare()
         vae = options.vae or made_with.get("vae") or "none"
-        self.vae = None if vae == "none" else self.decoder(vae)
+        self.vae: Vae | None = None
+        if vae != "none":
+            encoder = self.trained.info["data_info"].get("encoders", {}).get("vae")
+            self.vae = load_vae_of_model(vae, encoder, self.device)
         default = 128 if self.device.type == "cuda" else 32
         self.batch_size = min(options.batch_size or default, options.shard_size)
 
@@ -193,22 +202,6 @@ class Sampler:
             options.compile == "auto" and self.compile_pays()
         )
         self._model: Model | None = None
-
-    def check_guidance(self) -> None:
-        """Raises ConfigError for guidance of a model that was not trained for it."""
-        # Guidance needs predictions without a condition, which training has to teach.
-        dropout = self.trained.config.model.class_dropout_prob
-        if not dropout and set(self.options.cfg_scale) != {1.0}:
-            raise ConfigError(
-                "the model was trained with class_dropout_prob=0 and knows no null label to guide "
-                "with; set --cfg-scale 1"
-            )
-        channels = self.trained.config.model.in_channels
-        if (self.options.cfg_channels or 0) > channels:
-            raise ConfigError(
-                f"cfg_channels={self.options.cfg_channels} must be at most {channels}, the model's "
-                "channels; leave it out to guide all of them"
-            )
 
     def compile_pays(self) -> bool:
         """Whether torch.compile pays: decided once for all scales, by all of the work, not by what
@@ -285,22 +278,6 @@ class Sampler:
         )
         config.check(self.trained.objective)
         return config
-
-    def decoder(self, spec: str) -> Vae:
-        """Load the VAE. Raises ConfigError for another one than made the model's latents."""
-        # A model of pixels, or of latents of unknown origin, has nothing to compare the VAE with.
-        encoder = self.trained.info["data_info"].get("encoders", {}).get("vae")
-        if encoder is None:
-            raise ConfigError(
-                "the model draws pixels, or latents of no VAE that its data name; leave out --vae"
-            )
-        vae = load_vae(spec, self.device)
-        # Latents of another VAE decode to something that looks nearly right.
-        if vae.identity != encoder:
-            raise ConfigError(
-                f"--vae {spec} is {vae.identity}, the model was trained with {encoder}"
-            )
-        return vae
 
     def __call__(self) -> None:
         """Make a sample set for each scale."""
