@@ -13,6 +13,7 @@ import torch
 from largescale.checkpoint.files import checkpoints, newest_valid
 from largescale.config.deepspeed import final_ds_config, load_ds_config, precision
 from largescale.config.derived import batch_layout, cluster_edges, least_steps, resolved_kernels
+from largescale.config.learning_rate import described
 from largescale.config.schema import Config, ModelConfig
 from largescale.config.serialise import to_dict
 from largescale.config.validation import remarks, validate
@@ -326,6 +327,7 @@ def print_work(config: Config, work: Workload) -> None:
     print(f"clusters: {edges}")
     if least := least_steps(config):
         print(f"curriculum: complete after {least:,} steps or more, of {config.train.steps:,}")
+    print(f"learning rate: {described(config)}")
     print(f"parameters: {work.parameters:,} trainable")
 
     # The first line is of useful work; what activation checkpointing repeats is listed apart.
