@@ -11,13 +11,17 @@ from typing import Annotated
 
 import tyro
 
-from largescale.checkpoint.files import checkpoints, named_weights, require_outside_checkpoints
+from largescale.checkpoint.files import (
+    checkpoints,
+    find_checkpoint,
+    named_weights,
+    require_outside_checkpoints,
+)
 from largescale.checkpoint.weights import (
     EXPORT_CONFIG,
     EXPORT_METADATA,
     EXPORT_WEIGHTS,
     describe,
-    find_checkpoint,
     is_export,
 )
 from largescale.config.command_line import parse_options, run_program
