@@ -40,6 +40,8 @@ def log(name: str, checkpoint: Path) -> list[str]:
 
 def test_all_of_them_are_here() -> None:
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*NEEDS}
+    page = (ROOT / "docs/curriculum.md").read_text()
+    assert all(f"](../examples/{name}.py)" in page and f" examples/{name}.py" in page for name in NEEDS)
 
 
 @pytest.mark.parametrize("name", NEEDS)

@@ -2,7 +2,9 @@
 
 import math
 import random
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,3 +83,10 @@ def test_logit_normal_levels_without_a_curriculum_are_sd3s() -> None:
 def test_a_density_without_mass_there_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"hardly any noise level of mean=-5, std=0.1 lies in \[0.95, 1.0\); take fewer clusters"):
         logit_normal(random.random(), 0.95, 1.0, mean=-5, std=0.1)
+
+
+def test_the_lines_of_the_page_run_as_printed() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/curriculum.md").read_text(), re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    assert (scope["low"], scope["high"]) == (0.95, 1) and scope["t"].min() >= 950 and scope["saved"]["observations"] == 1
