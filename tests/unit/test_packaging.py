@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from largescale.host import extras
 from largescale.host.extras import TRAIN
+from largescale.train import main
 
 ROOT = Path(__file__).parents[2]
 # Of a launcher or a user, and other packages'.
@@ -78,6 +80,13 @@ def test_a_program_without_its_extra_is_one_error_that_names_it(bare: Path, comm
     done = run(bare, "-m", *command.split())
     assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch(r"error: \w+ is not installed; pip install 'largescale\[train\]', in the clone: .*\n", done.stderr), done.stderr
+
+
+def test_training_without_what_it_loads_late(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before ranks meet, which would wait for each other."""
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "deepspeed" else True)
+    assert main(["debug"]) == 2
+    assert capsys.readouterr().err.startswith("error: deepspeed is not installed; pip install 'largescale[train]', in the clone: ")
 
 
 @pytest.mark.parametrize("program", ["", "mine.py", "-c"])
