@@ -20,22 +20,21 @@ from torch import Tensor, nn
 from largescale.curriculum import Curriculum, PatiencePacing, sigma, uniform_clusters
 
 BATCH = 256  # of each rank
-SIGMA_DATA = 0.5
+P_MEAN, P_STD, SIGMA_DATA = -1.2, 1.2, 0.5
 
 
 class Denoiser(nn.Module):
-    """D(x; sigma): a network behind EDM's preconditioning (table 1)."""
+    """D(x; sigma), a network behind EDM's preconditioning (table 1). `level`: sigma, (N, 1)."""
 
     def __init__(self) -> None:
         super().__init__()
         hidden = [nn.Linear(3, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU()]
         self.network = nn.Sequential(*hidden, nn.Linear(128, 2))
 
-    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        total = sigma**2 + SIGMA_DATA**2
-        inputs = torch.cat([x / total.sqrt(), sigma.log() / 4], dim=1)
-        output = self.network(inputs)
-        return SIGMA_DATA**2 / total * x + sigma * SIGMA_DATA / total.sqrt() * output
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        total = level**2 + SIGMA_DATA**2
+        output = self.network(torch.cat([x / total.sqrt(), level.log() / 4], dim=1))
+        return SIGMA_DATA**2 / total * x + level * SIGMA_DATA / total.sqrt() * output
 
 
 def spiral(n: int) -> Tensor:
@@ -81,11 +80,11 @@ def main(args: argparse.Namespace) -> None:
         random = torch.Generator().manual_seed(step * ranks + rank)
         x = data[torch.randint(len(data), (BATCH,), generator=random)]
         noise = torch.randn(BATCH, 2, generator=random)
-        # In place of sigma(v), with v uniform in (0, 1): ln(sigma) is normal, cut off below.
-        v = torch.rand(BATCH, 1, generator=random)
-        levels = sigma(curriculum.lowest + v * (1 - curriculum.lowest), p_mean=-1.2, p_std=1.2)
-        weight = (levels**2 + SIGMA_DATA**2) / (levels * SIGMA_DATA) ** 2
-        loss = (weight * (trained(x + levels * noise, levels) - x).square()).mean()
+        # In place of (P_mean + P_std * torch.randn(BATCH, 1)).exp().
+        u = curriculum.lowest + torch.rand(BATCH, 1, generator=random) * (1 - curriculum.lowest)
+        level = sigma(u, P_MEAN, P_STD)
+        weight = (level**2 + SIGMA_DATA**2) / (level * SIGMA_DATA) ** 2
+        loss = (weight * (trained(x + level * noise, level) - x).square()).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
         random = torch.Generator().manual_seed(step * ranks + rank)
         x = data[torch.randint(len(data), (BATCH,), generator=random)]
         noise = torch.randn(BATCH, 2, generator=random)
-        # In place of logit_normal(v): t is 0 for data and 1 for noise, as u is.
+        # In place of torch.randn(BATCH, 1).sigmoid(). t is 0 for data and 1 for noise, as u is.
         t = logit_normal(torch.rand(BATCH, 1, generator=random), *curriculum.active)
         velocity = trained(torch.cat([(1 - t) * x + t * noise, t], dim=1))
         loss = (velocity - (noise - x)).square().mean()
