@@ -172,6 +172,9 @@ def write_pipeline(folder: Path, parts: PipelineParts) -> PipelineFacts:
         _write_vae(folder / "vae", parts.vae)
     index = json.dumps(model_index(parts, why), indent=2, ensure_ascii=False)
     (folder / MODEL_INDEX).write_text(index + "\n", encoding="utf-8")
+    # safetensors makes its files readable for the owner alone.
+    for file in folder.rglob("*.safetensors"):
+        shutil.copymode(folder / MODEL_INDEX, file)
     return PipelineFacts(
         why,
         own_transformer,

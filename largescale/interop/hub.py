@@ -1,6 +1,7 @@
 """Sending an export's folder to the hub, through huggingface_hub. Training never imports this."""
 
 import contextlib
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def check_push(name: str) -> None:
         hub.utils.validate_repo_id(name)
     except ValueError as error:
         raise ConfigError(
-            f"--push-to-hub {name} is no name of a repository ({_first_line(error)}); give USER/MODEL"
+            f"--push-to-hub {name} is no name of a repository ({_reason(error)}); give USER/MODEL"
         ) from error
     if not hub.get_token():
         raise ConfigError(
@@ -57,7 +58,7 @@ def _explained(hub: Any, folder: Path, name: str) -> Iterator[None]:
     # The library lets through any error of those below it.
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = _first_line(error)
+        reason = _reason(error)
         if status in (401, 403, 404):
             raise ConfigError(
                 f"the hub refuses {name} ({reason}); the token needs the right to write there: "
@@ -71,6 +72,6 @@ def _explained(hub: Any, folder: Path, name: str) -> Iterator[None]:
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[0].rstrip(".")
+def _reason(error: BaseException) -> str:
+    lines = " ".join(str(error).split())
+    return textwrap.shorten(lines or type(error).__name__, 200).rstrip(".")

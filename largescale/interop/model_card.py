@@ -270,8 +270,7 @@ def _summary(facts: CardFacts, config: Config) -> str:
     return (
         f"{_network(config)}{size}, trained {condition} on {plain(_data(facts))}: {kind} {shape}, "
         f"{_OBJECTIVES[config.diffusion.objective]}, {d['step']:,} steps{images}. These are the "
-        f"{weights} weights in {d.get('dtype', 'fp32')}. Trained with largescale, by the curriculum "
-        "of [arXiv:2403.10348](https://arxiv.org/abs/2403.10348).\n"
+        f"{weights} weights in {d.get('dtype', 'fp32')}.\n"
     )
 
 
@@ -319,10 +318,17 @@ def _use_here(facts: CardFacts, config: Config) -> str:
         config.model.num_classes or config.model.max_caption_tokens
     )
     scale = "1.5" if guided else "1"
+    asked = "labels=[1, 2]" if config.model.num_classes else "num_images=2"
+    if config.model.max_caption_tokens:
+        asked = 'prompts=["a red bus"]'
     return (
         "With largescale:\n\n"
         f"{fetch}{convert}    python -m eval.sample {where} --out samples --num-samples 100 "
-        f"--cfg-scale {scale}\n"
+        f"--cfg-scale {scale}\n\n"
+        "or from Python:\n\n"
+        "    import largescale\n\n"
+        f'    model = largescale.load("{where}")\n'
+        f"    images = model.sample({asked}, cfg_scale={scale}, steps=50, seed=0)    # uint8\n"
     )
 
 
@@ -383,8 +389,8 @@ def _curriculum(facts: CardFacts, config: Config) -> str:
     state = facts.description.get("curriculum") or {}
     n = len(state["edges"]) - 1 if "edges" in state else c.n_clusters
     text = (
-        f"## Curriculum\n\n{n} clusters of noise levels ({c.clusters}), {c.order}, {c.stages}; "
-        f"pacing {c.pacing}"
+        f"## Curriculum\n\nThat of [arXiv:2403.10348](https://arxiv.org/abs/2403.10348): {n} clusters of "
+        f"noise levels ({c.clusters}), {c.order}, {c.stages}; pacing {c.pacing}"
     )
     text += f", patience {c.patience}.\n" if c.pacing == "patience" else f", {c.interval} steps.\n"
     rows = [(f"{step:,}", index, stage(index, n)) for step, index in state.get("transitions", [])]
@@ -419,9 +425,10 @@ def _differences(facts: CardFacts, config: Config) -> str:
             "exact, as its frequencies are others."
         )
     if pipeline and pipeline.off:
+        worst = max(pipeline.off.values())
         lines.append(
-            "- The network in this folder gives what largescale's gives to within "
-            f"{max(pipeline.off.values()):.1g} of the range, in fp32."
+            "- The network in this folder gives largescale's outputs to within "
+            f"{max(worst, 1e-7):.1g} of their range, in fp32."
         )
     ddim = "--sampler ddim --steps 50"
     if pipeline and not pipeline.reasons:
