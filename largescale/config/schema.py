@@ -67,6 +67,13 @@ class ModelConfig:
     """Whether to learn the variance too, between the bounds of arXiv:2102.09672, which adds the vb
     term to the loss. With diffusion.objective=flow the channels exist, as in released SiT, and are
     unused."""
+    # Where diffusers' DiT differs from the paper's code, so that its weights mean the same here.
+    downscale_freq_shift: Literal[0, 1] = 0
+    """How DiT's 128 timestep frequencies are spaced: f_i = 10000 ** (-i / (128 - shift)). 0 is
+    facebookresearch's, 1 diffusers'. largescale.convert sets it by the source of the weights."""
+    mlp_norm_eps: Annotated[float, above(0, 1)] = 1e-6
+    """The term that keeps the layer norm before a DiT block's MLP stable: diffusers' DiT has 1e-5
+    there by default. largescale.convert sets it by the source of the weights."""
     unet: UNetConfig = field(default_factory=UNetConfig)
 
 

@@ -29,6 +29,8 @@ FIELDS_USED_ONLY_BY: dict[tuple[str, str], tuple[str, ...]] = {
         "model.caption_width",
         "model.caption_pooled_width",
         "model.null_caption",
+        "model.downscale_freq_shift",
+        "model.mlp_norm_eps",
     ),
     ("model.architecture", "ddpmpp"): (
         "model.unet.model_channels",

@@ -32,9 +32,9 @@ def sincos_position(hidden_size: int, grid: int) -> Tensor:
     return torch.cat([columns, rows], dim=-1).reshape(1, grid * grid, hidden_size).float()
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """Adaptive layer norm in float32: x (N, T, D), shift and scale (N, 1, D)."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
 def adaln(hidden_size: int, chunks: int) -> nn.Sequential:
@@ -117,8 +117,9 @@ class Block(nn.Module):
     """Transformer block with adaLN-Zero: x (N, T, D) float32, c (N, D) in the weights' type -> (N,
     T, D) float32. With `captions`: tokens (N, L, D) in the weights' type and their mask."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, captions: bool):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, captions: bool, mlp_norm_eps: float = 1e-6):
         super().__init__()
+        self.mlp_norm_eps = mlp_norm_eps
         mlp_size = int(hidden_size * mlp_ratio)
         self.attn = Attention(hidden_size, num_heads)
         self.cross_attn = CrossAttention(hidden_size, num_heads) if captions else None
@@ -132,7 +133,8 @@ class Block(nn.Module):
         x = x + gate_attn * self.attn(modulate(x, shift_attn, scale_attn).to(c.dtype)).float()
         if self.cross_attn is not None and captions is not None:
             x = x + self.cross_attn(F.layer_norm(x, x.shape[-1:], eps=1e-6).to(c.dtype), *captions).float()
-        return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp).to(c.dtype)).float()  # (N, T, D)
+        y = modulate(x, shift_mlp, scale_mlp, self.mlp_norm_eps)
+        return x + gate_mlp * self.mlp(y.to(c.dtype)).float()            # (N, T, D)
 
 
 class FinalLayer(nn.Module):
@@ -162,9 +164,11 @@ class DiT(nn.Module):
                  in_channels: int = 4, mlp_ratio: float = 4.0, num_classes: int = 1000,
                  class_dropout_prob: float = 0.1, learn_sigma: bool = True, max_caption_tokens: int = 0,
                  caption_width: int = 768, caption_pooled_width: int = 768,
-                 null_caption: Literal["encoded", "learned"] = "encoded"):
+                 null_caption: Literal["encoded", "learned"] = "encoded",
+                 downscale_freq_shift: Literal[0, 1] = 0, mlp_norm_eps: float = 1e-6):
         """`input_size`: height and width of the (latent) image. `caption_*`: L and the widths of
-        `Captions`. Weights are drawn from torch's global generator."""
+        `Captions`. The last two differ in diffusers' DiT. Weights are drawn from torch's global
+        generator."""
         super().__init__()
         if input_size % patch_size:
             raise ConfigError(f"input_size={input_size} is not a multiple of "
@@ -188,7 +192,7 @@ class DiT(nn.Module):
 
         # The names are those of released checkpoints.
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, downscale_freq_shift=downscale_freq_shift)
         self.y_embedder: CaptionEmbedder | LabelEmbedder | None = None
         if max_caption_tokens:
             self.y_embedder = CaptionEmbedder(
@@ -197,7 +201,8 @@ class DiT(nn.Module):
             self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.pos_embed = nn.Parameter(sincos_position(hidden_size, self.grid), requires_grad=False)
         captions = max_caption_tokens > 0
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, captions) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, num_heads, mlp_ratio, captions, mlp_norm_eps) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 

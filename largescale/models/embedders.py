@@ -19,14 +19,14 @@ class LinearFp32(nn.Linear):
         return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
-def sinusoid(t: Tensor, dim: int) -> Tensor:
+def sinusoid(t: Tensor, dim: int, downscale_freq_shift: int = 0) -> Tensor:
     """Sinusoidal embedding (N,) -> (N, dim) float32: cosines, then sines, at wavelengths from 2 pi
-    towards 20000 pi."""
-    # The last frequency is not 1 / 10000 itself: DiT divides by dim / 2, EDM by dim / 2 - 1.
+    to 20000 pi, or with downscale_freq_shift=0 towards it."""
+    # DiT divides by dim / 2, so that the last frequency is not 1 / 10000 itself; diffusers and EDM
+    # divide by dim / 2 - 1.
     half = dim // 2
-    frequencies = torch.exp(
-        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
-    )
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(10000) * steps / (half - downscale_freq_shift))
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -35,15 +35,18 @@ class TimestepEmbedder(nn.Module):
     """Timesteps t (N,) -> (N, hidden_size) float32. In half precision, neighbouring timesteps would
     become one."""
 
-    def __init__(self, hidden_size: int, frequency_dim: int = 256):
+    def __init__(
+        self, hidden_size: int, frequency_dim: int = 256, *, downscale_freq_shift: int = 0
+    ):
         super().__init__()
         self.frequency_dim = frequency_dim
+        self.downscale_freq_shift = downscale_freq_shift
         self.mlp = nn.Sequential(
             LinearFp32(frequency_dim, hidden_size), nn.SiLU(), LinearFp32(hidden_size, hidden_size)
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(sinusoid(t, self.frequency_dim))
+        return self.mlp(sinusoid(t, self.frequency_dim, self.downscale_freq_shift))
 
 
 class LabelEmbedder(nn.Module):

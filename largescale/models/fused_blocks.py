@@ -64,7 +64,9 @@ class FusedBlock(nn.Module):
             x, y = residual_norm(x, branch, bias, gate, keep_input=True)
             branch = F.linear(block.cross_attn.attend(y, *captions), block.cross_attn.proj.weight)
             bias, gate = block.cross_attn.proj.bias, torch.ones_like(gate_attn)
-        x, y = residual_norm(x, branch, bias, gate, shift_mlp, scale_mlp, keep_input=True)
+        x, y = residual_norm(
+            x, branch, bias, gate, shift_mlp, scale_mlp, keep_input=True, eps=block.mlp_norm_eps
+        )
         fc1, _, fc2 = block.mlp
         assert isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear)
         branch = GeluMlp.apply(y, fc1.weight, fc1.bias, fc2.weight)

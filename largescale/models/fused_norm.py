@@ -150,6 +150,7 @@ def residual_norm(
     scale: Tensor | None = None,
     *,
     keep_input: bool,
+    eps: float = EPS,
 ) -> tuple[Tensor, Tensor]:
     """(x_new, y), both (N, T, D): see the module. x (N, T, D) float32, branch (N, T, D), bias (D,);
     gate, shift and scale (N, D). Without gate it is 1; shift and scale come together, or neither.
@@ -158,7 +159,7 @@ def residual_norm(
     that something else keeps too, and the other is freed.
     """
     x_new, y, _, _ = torch.ops.largescale.residual_norm(
-        x, branch, bias, gate, shift, scale, keep_input
+        x, branch, bias, gate, shift, scale, keep_input, eps
     )
     return x_new, y
 
@@ -170,6 +171,8 @@ def residual_norm_eager(
     gate: Tensor | None = None,
     shift: Tensor | None = None,
     scale: Tensor | None = None,
+    *,
+    eps: float = EPS,
 ) -> tuple[Tensor, Tensor]:
     """What `residual_norm` computes, in plain PyTorch; autograd makes its backward pass."""
     added = branch.to(x.dtype)
@@ -178,7 +181,7 @@ def residual_norm_eager(
     if gate is not None:
         added = added * gate.to(x.dtype)[:, None]
     x_new = x + added
-    y = F.layer_norm(x_new, x.shape[-1:], eps=EPS)
+    y = F.layer_norm(x_new, x.shape[-1:], eps=eps)
     if shift is not None and scale is not None:
         y = y * (1 + scale.to(x.dtype)[:, None]) + shift.to(x.dtype)[:, None]
     return x_new, y.to(branch.dtype)
@@ -227,12 +230,13 @@ def _forward(
     shift: Tensor | None,
     scale: Tensor | None,
     keep_input: bool,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x_new, y, mean, rstd), the last two (N, T)."""
     if is_eager(x):
-        x_new, y = residual_norm_eager(x, branch, bias, gate, shift, scale)
+        x_new, y = residual_norm_eager(x, branch, bias, gate, shift, scale, eps=eps)
         variance, mean = torch.var_mean(x_new, dim=-1, correction=0)
-        return x_new, y, mean, (variance + EPS).rsqrt()
+        return x_new, y, mean, (variance + eps).rsqrt()
     images, tokens, width = x.shape
     x, branch = x.contiguous(), branch.contiguous()
     x_new, y = torch.empty_like(x), torch.empty_like(branch)
@@ -245,7 +249,7 @@ def _forward(
         (images * tokens,),
         [x, *pointers, x_new, y, mean, rstd, tokens, *strides],
         **_constants(width, bias, gate, scale),
-        eps=EPS,
+        eps=eps,
         num_warps=WARPS,
     )
     return x_new, y, mean, rstd
@@ -318,7 +322,7 @@ def _backward_eager(
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, branch, bias, gate, _, scale, keep_input = inputs
+    x, branch, bias, gate, _, scale, keep_input, _ = inputs
     x_new, _, mean, rstd = output
     ctx.save_for_backward(x if keep_input else x_new, branch, bias, gate, scale, mean, rstd)
     ctx.saved_is_input = keep_input
@@ -341,6 +345,7 @@ def gradients(
         None if gate is None else dgate.to(gate.dtype),
         None if scale is None else dshift.to(scale.dtype),
         None if scale is None else dscale.to(scale.dtype),
+        None,
         None,
     )
 

@@ -160,6 +160,16 @@ def test_half_precision_weights(dtype, tolerance):
     assert seen["final_layer.linear"][0][0].dtype == torch.float32
 
 
+def test_frequencies_of_timesteps():
+    """1 first; the last is 1 / 10000 in diffusers, and the one before the end of that series in DiT's code."""
+    t = torch.tensor([0.0, 1.0, 1000.0])
+    for shift, last in ((0, 1e-4 ** (127 / 128)), (1, 1e-4)):
+        frequencies = torch.tensor([1.0, 1e-4 ** (1 / (128 - shift)), last], dtype=torch.float64)
+        found = sinusoid(t, 256, shift)[:, [0, 1, 127, 128, 129, 255]]
+        angles = t.double()[:, None] * frequencies
+        assert_within(found, torch.cat([angles.cos(), angles.sin()], dim=1).float(), 2e-4)
+
+
 @torch.no_grad()
 def test_inputs_of_any_float_type_and_models_without_learned_variance_or_null_label():
     model = with_formula_weights(DiT(**TINY, learn_sigma=False, class_dropout_prob=0.0))

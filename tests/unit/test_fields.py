@@ -28,6 +28,8 @@ CHANGES_WHAT_IS_COMPUTED: dict[str, tuple[str, str]] = {
     "model.class_dropout_prob": ("0.5", ""),
     "model.learn_sigma": ("no", ""),
     "model.null_caption": ("learned", "CAPTIONED"),
+    "model.downscale_freq_shift": ("1", ""),
+    "model.mlp_norm_eps": ("0.1", ""),
     "diffusion.schedule": ("linear", ""),
     "diffusion.timesteps": ("500", ""),
     "diffusion.objective": ("flow", ""),

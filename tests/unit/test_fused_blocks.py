@@ -21,7 +21,8 @@ def model_and_inputs(captions: bool, kind: torch.dtype) -> tuple[DiT, tuple[Any,
     told: dict[str, Any] = {"num_classes": 10}
     if captions:
         told = {"max_caption_tokens": 5, "caption_width": 8, "caption_pooled_width": 6, "num_classes": 0}
-    model = DiT(patch_size=2, hidden_size=32, depth=3, num_heads=4, input_size=8, in_channels=1, class_dropout_prob=0.1, **told)
+    model = DiT(patch_size=2, hidden_size=32, depth=3, num_heads=4, input_size=8, in_channels=1, class_dropout_prob=0.1,
+                mlp_norm_eps=0.05, **told)
     for p in model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.2)
