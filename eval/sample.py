@@ -289,19 +289,40 @@ class Sampler:
 
     def decoder(self, spec: str) -> Vae:
         """Load the VAE. Raises ConfigError for another one than made the model's latents."""
-        # A model of pixels, or of latents of unknown origin, has nothing to compare the VAE with.
         encoder = self.trained.info["data_info"].get("encoders", {}).get("vae")
-        if encoder is None:
+        is_converted = "converted" in self.trained.info
+        # A model of pixels, or of latents of unknown origin, has nothing to compare the VAE with.
+        if self.pixels or (encoder is None and not is_converted):
             raise ConfigError(
                 "the model draws pixels, or latents of no VAE that its data name; leave out --vae"
             )
         vae = load_vae(spec, self.device)
+        if encoder is None:
+            self.check_latents(vae, spec)
+            return vae
         # Latents of another VAE decode to something that looks nearly right.
         if vae.identity != encoder:
             raise ConfigError(
                 f"--vae {spec} is {vae.identity}, the model was trained with {encoder}"
             )
         return vae
+
+    def check_latents(self, vae: Vae, spec: str) -> None:
+        """Raises ConfigError for a VAE whose latents the model cannot draw. Converted weights do not
+        say which made theirs."""
+        channels = self.trained.config.model.in_channels
+        if vae.latent_channels != channels:
+            raise ConfigError(
+                f"--vae {spec} has latents of {vae.latent_channels} channels, and the model draws "
+                f"{channels}; give the VAE that made its latents"
+            )
+        if self.rank == 0:
+            print(
+                f"note: the converted weights do not say which VAE made their latents; {spec} "
+                f"({vae.identity}) is taken to be it",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def __call__(self) -> None:
         """Make a sample set for each scale."""
@@ -540,9 +561,10 @@ def main(args: Sequence[str] | None = None) -> int:
 
     def draw() -> None:
         sampler = Sampler(options)
-        # An EMA early in a run still holds the weights of the start, and draws noise.
+        # An EMA early in a run still holds the weights of the start, and draws noise. Of converted
+        # weights neither decay nor step are known.
         note = ema_note(sampler.trained.config, sampler.trained.info["step"])
-        if note and sampler.rank == 0:
+        if note and sampler.rank == 0 and "converted" not in sampler.trained.info:
             print(f"note: {note}", file=sys.stderr, flush=True)
         sampler()
 

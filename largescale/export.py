@@ -39,7 +39,7 @@ from largescale.interop.diffusers_pipeline import (
     open_vae,
     write_pipeline,
 )
-from largescale.interop.hub import EXTRA, check_push, push
+from largescale.interop.hub_upload import EXTRA, check_push, push
 from largescale.interop.model_card import (
     CARD,
     GRID,

@@ -1,77 +1,68 @@
-"""Sending an export's folder to the hub, through huggingface_hub. Training never imports this."""
+"""Models on the hub of Hugging Face, by their names."""
 
-import contextlib
-import textwrap
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
 from largescale.encoders.identity import library, silence
-from largescale.errors import ConfigError, StorageError
+from largescale.errors import CheckpointError, DataError
 
-EXTRA = "hub"
+# Seconds that the hub may take to answer; it is asked once.
+TIMEOUT_S = 5.0
+# What of a DiT's repository is needed: not its pickles beside the safetensors, nor its pictures.
+PATTERNS = (
+    "*.json",
+    "transformer/*.json",
+    "transformer/*.safetensors",
+    "scheduler/*.json",
+    "vae/*.json",
+    "vae/*.safetensors",
+    "*.safetensors",
+)
+# Of repositories that have no safetensors.
+PICKLES = ("transformer/*.bin", "vae/*.bin", "*.bin")
+# Endings of files, which no name on the hub is taken to have.
+_FILES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".safetensors", ".tar", ".zip")
 
 
-def check_push(name: str) -> None:
-    """Raises ConfigError for a name that no repository can have, and where there is no token;
-    DataError where huggingface_hub is missing. Asks nothing of a network."""
-    hub = library("huggingface_hub", EXTRA)
+def is_hub_name(source: str) -> bool:
+    """Whether this can be the name of a repository, OWNER/NAME or OWNER/NAME@REVISION, rather than
+    a path."""
+    if source.startswith((".", "/", "~")) or source.endswith(_FILES):
+        return False
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", source) is not None
+
+
+def fetch(source: str) -> Path:
+    """The folder of a repository's files, fetched or of an earlier download. Raises CheckpointError
+    where there is neither, within seconds."""
+    name, _, revision = source.partition("@")
+    # A failing download may answer with any error of the libraries below it.
     try:
-        hub.utils.validate_repo_id(name)
-    except ValueError as error:
-        raise ConfigError(
-            f"--push-to-hub {name} is no name of a repository ({_reason(error)}); give USER/MODEL"
+        hub = library("huggingface_hub")
+    except DataError as error:
+        raise CheckpointError(
+            f"there is no {source} here, and a name on the hub needs huggingface_hub: {error}"
         ) from error
-    if not hub.get_token():
-        raise ConfigError(
-            "there is no token for the hub: `hf auth login` keeps one, or set HF_TOKEN; it needs the "
-            "right to write"
-        )
-
-
-def push(folder: Path, name: str, *, private: bool, files: tuple[str, ...] = ()) -> str:
-    """Send the folder's files, but for hidden ones, or only `files`, to a repository, which is made
-    if need be; returns its address. Raises ConfigError where the hub refuses, StorageError where it
-    cannot be reached. The folder stays as it is."""
-    hub = library("huggingface_hub", EXTRA)
-    api = hub.HfApi()
-    with _explained(hub, folder, name), silence():
-        url = str(api.create_repo(name, private=private or None, exist_ok=True))
-        api.upload_folder(
-            repo_id=name,
-            folder_path=folder,
-            allow_patterns=list(files) or None,
-            ignore_patterns=[".*", "**/.*"],
-            # Shards of other weights would be read as a part of these.
-            delete_patterns=None if files else ["transformer/*"],
-            commit_message="Card by largescale" if files else "Export by largescale",
-        )
-    return url
-
-
-@contextlib.contextmanager
-def _explained(hub: Any, folder: Path, name: str) -> Iterator[None]:
-    """Makes any error of the hub's library one of ours that says what is left."""
-    stays = f"{folder} stays as it is, and the same command sends it again"
+    where: dict[str, Any] = {"revision": revision or None, "etag_timeout": TIMEOUT_S}
     try:
-        yield
-    # The library lets through any error of those below it.
+        with silence():
+            files = hub.HfApi().model_info(name, revision=revision or None, timeout=TIMEOUT_S)
+            names = [file.rfilename for file in files.siblings or ()]
+            patterns = [*PATTERNS]
+            if not any(path.endswith(".safetensors") for path in names):
+                patterns += PICKLES
+            return Path(hub.snapshot_download(name, allow_patterns=patterns, **where))
     except Exception as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = _reason(error)
-        if status in (401, 403, 404):
-            raise ConfigError(
-                f"the hub refuses {name} ({reason}); the token needs the right to write there: "
-                f"`hf auth login`, or HF_TOKEN. {stays}"
-            ) from error
-        if status is not None and 400 <= status < 500:
-            raise ConfigError(f"the hub does not take {name} ({reason}). {stays}") from error
-        raise StorageError(
-            f"{name} could not be sent to {hub.constants.ENDPOINT} ({reason}); is there a network? "
-            f"{stays}"
-        ) from error
-
-
-def _reason(error: BaseException) -> str:
-    lines = " ".join(str(error).split())
-    return textwrap.shorten(lines or type(error).__name__, 200).rstrip(".")
+        reason = (str(error).splitlines() or [""])[0][:160] or type(error).__name__
+        failure = error
+    # What was fetched before serves where the hub cannot be reached.
+    try:
+        with silence():
+            return Path(hub.snapshot_download(name, local_files_only=True, **where))
+    except Exception:
+        raise CheckpointError(
+            f"there is no file or folder {source} here, and it could not be had from the hub as a "
+            f"name there ({type(failure).__name__}: {reason}); give the path of a file or a folder, "
+            "fetched elsewhere with `hf download NAME --local-dir DIR`"
+        ) from failure

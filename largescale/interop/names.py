@@ -1,8 +1,13 @@
 """Which names a state dict has, and which it should have."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import torch
+from torch import Tensor
+
+from largescale.config.schema import ModelConfig
 from largescale.errors import CheckpointError
+from largescale.models.build import build_model
 
 # Names that an error lists before it only counts the rest.
 LISTED = 4
@@ -29,4 +34,22 @@ def require_names(found: Iterable[str], expected: Iterable[str], what: str) -> N
         raise CheckpointError(
             f"the weights are not those of {what}: they {' and '.join(problems)}; give the complete "
             "file of a model of that kind"
+        )
+
+
+def require_fit(weights: Mapping[str, Tensor], config: ModelConfig) -> None:
+    """Raises CheckpointError, with the names, where the weights are not those of a network: too many,
+    too few, or of other shapes."""
+    with torch.device("meta"):
+        expected = build_model(config).state_dict()
+    require_names(weights, expected, f"a network ({config.architecture}) of these sizes")
+    wrong = []
+    for name, tensor in expected.items():
+        if weights[name].shape != tensor.shape:
+            found = tuple(weights[name].shape)
+            wrong.append(f"{name} has {found} in place of {tuple(tensor.shape)}")
+    if wrong:
+        raise CheckpointError(
+            f"the shapes of the weights do not fit one another: {listed(wrong)}; give the complete "
+            "file of one model"
         )

@@ -12,24 +12,11 @@ from torch import Tensor
 from largescale.errors import CheckpointError
 from largescale.interop.diffusers_weights import THEIR_POSITION, from_diffusers, to_diffusers
 from largescale.models.dit import DiT
+from tests.diffusers_models import their_dit
 
-diffusers = pytest.importorskip("diffusers")
 
-
-def their_weights(*, heads: int = 3, channels_of_a_head: int = 8, depth: int = 3, sample_size: int = 8, patch_size: int = 2,
-                  learn_sigma: bool = True, classes: int = 10) -> dict[str, Tensor]:
-    """Random weights of unequal scales; the blocks' copies of an embedder are equal, as in every published file."""
-    model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=heads, attention_head_dim=channels_of_a_head, in_channels=4, out_channels=8 if learn_sigma else 4,
-        num_layers=depth, sample_size=sample_size, patch_size=patch_size, num_embeds_ada_norm=classes)
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for i, (name, tensor) in enumerate(model.state_dict().items()):
-        weights[name] = torch.randn(tensor.shape, generator=generator) * (0.05 + 0.01 * (i % 7))
-    for name in weights:
-        if ".norm1.emb." in name:
-            weights[name] = weights[re.sub(r"blocks\.\d+", "blocks.0", name)].clone()
-    return weights
+def their_weights(**sizes: Any) -> dict[str, Tensor]:
+    return dict(their_dit(**sizes).state_dict())
 
 
 SIZES: list[dict[str, Any]] = [{}, {"learn_sigma": False, "patch_size": 4}, {"heads": 1, "depth": 1, "sample_size": 16, "classes": 1000}]

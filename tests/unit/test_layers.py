@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[2]
 # Lowest first. A name is a module of largescale/ or a folder of it, and may import from those before it.
 LAYERS = (
     "errors", "registry", "randomness", "condition", "noise_schedule", "host", "curriculum", "encoders", "config", "models",
-    "diffusion", "data", "distributed", "checkpoint", "interop", "monitoring", "engine", "planning", "training", "export", "status",
-    "requeue", "train",
+    "diffusion", "data", "distributed", "checkpoint", "interop", "monitoring", "engine", "planning", "training", "export", "convert",
+    "status", "requeue", "train",
 )
-PROGRAMS = ("export", "status", "requeue", "train")  # which do not import each other
+PROGRAMS = ("export", "convert", "status", "requeue", "train")  # which do not import each other
 NO_TORCH = ("errors", "registry", "noise_schedule", "host", "curriculum", "config", "checkpoint.files", "monitoring.telemetry",
             "monitoring.run_record", "status", "requeue", "train")  # at import; functions of some load it
 EMPTY = {"largescale.checkpoint", "largescale.config", "largescale.data", "largescale.diffusion", "largescale.distributed", "largescale.encoders",
