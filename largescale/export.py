@@ -22,7 +22,7 @@ from largescale.checkpoint.weights import (
     EXPORT_WEIGHTS,
     WeightsName,
     load_trained,
-    read_trained,
+    read_weights,
 )
 from largescale.config.command_line import parse_options, run_program
 from largescale.config.serialise import from_dict, to_dict
@@ -44,6 +44,7 @@ from largescale.interop.model_card import (
     CARD,
     GRID,
     CardFacts,
+    find_grid,
     only_card,
     read_scores,
     sample_sets,
@@ -158,8 +159,8 @@ def write(options: Export) -> Written:
     if options.format == "diffusers" and not options.card_only:
         description, parameters, facts, notes = _write_pipeline(options)
     else:
-        description, weights = read_trained(options.run, options.step, options.weights)
-        weights = _cast(weights, description, options.dtype)
+        description, weights = read_weights(options.run, options.step, options.weights)
+        weights = _cast(weights, description, options.dtype or description.get("dtype", "fp32"))
         parameters, notes = sum(tensor.numel() for tensor in weights.values()), []
         facts = known_facts(options.folder)
         if not options.card_only:
@@ -212,11 +213,9 @@ def _write_pipeline(options: Export) -> tuple[dict[str, Any], int, PipelineFacts
 
 
 def _cast(
-    weights: "dict[str, Tensor]", description: dict[str, Any], dtype: str | None
+    weights: "dict[str, Tensor]", description: dict[str, Any], dtype: str
 ) -> "dict[str, Tensor]":
-    """The weights in another type, which the description then names; None: as they are."""
-    if dtype is None:
-        return weights
+    """The weights in another type, which the description then names."""
     description.pop("dtype", None)
     if dtype != "fp32":
         description["dtype"] = dtype
@@ -235,20 +234,20 @@ def _write_card(
     folders = options.samples or sample_sets(options.run)
     # Sets that are given are shown, whatever checkpoint they are of.
     step = None if options.samples else description["step"]
-    grids = [folder / GRID for folder in folders if (folder / GRID).is_file()]
+    grid = find_grid(folders, step)
     card = CardFacts(
         description,
         parameters,
         options.license,
         options.datasets,
         read_scores(folders, step),
-        bool(grids) or (options.folder / GRID).is_file(),
+        bool(grid) or (options.folder / GRID).is_file(),
         options.format == "diffusers",
         facts if options.format == "diffusers" else None,
         options.push_to_hub,
     )
     options.folder.mkdir(parents=True, exist_ok=True)
-    if write_card(options.folder, card, grids[0] if grids else None):
+    if write_card(options.folder, card, grid):
         return []
     return [f"{options.folder / CARD} is not one of largescale, and stays as it is"]
 

@@ -88,7 +88,7 @@ def _checkpoint_of_step(run_dir: Path, step: int) -> CheckpointDir:
 def load_trained(path: Path, step: int | None = None, kind: WeightsName | None = None) -> Trained:
     """Load a model from the folder of an export or of a run: by default the EMA weights of a run, and
     what an export holds. Raises CheckpointError for a folder that is neither, or another model's."""
-    description, weights = read_trained(path, step, kind)
+    description, weights = read_weights(path, step, kind)
     # A config that does not fit this version is the file's error, not the user's.
     with usable(path):
         config = from_dict(description["config"])
@@ -104,17 +104,19 @@ def load_trained(path: Path, step: int | None = None, kind: WeightsName | None =
     return Trained(model.eval(), objective, config, info)
 
 
-def read_trained(
+def read_weights(
     path: Path, step: int | None = None, kind: WeightsName | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `describe` says of an export or a run, and its weights by name. Raises CheckpointError."""
+    """Config and provenance, and the weights by name in fp32, of the folder of an export or of a run:
+    by default the EMA of a run, and what an export holds. Raises CheckpointError for a folder that is
+    neither."""
     if (path / EXPORT_CONFIG).exists():
         description, weights = _read_export(path, step)
         if kind not in (None, has := description.get("weights", "ema")):
             raise CheckpointError(
                 f"{path} is an export of the {has} weights, not of the {kind}; give the run"
             )
-        return description, weights
+        return description, {name: tensor.float() for name, tensor in weights.items()}
     checkpoint = find_checkpoint(path, step)
     description = describe(checkpoint)
     # An export of the EMA, as most are, says nothing of it.

@@ -19,7 +19,9 @@ from largescale.interop.diffusers_pipeline import PipelineFacts
 
 CARD = "README.md"
 GRID = "grid.png"
+# What eval.score and eval.sample leave in a folder of samples.
 RESULTS = "results.jsonl"
+PROVENANCE = "provenance.json"
 # In a comment, which tells our cards from other people's.
 MARK = "written by largescale.export"
 # Where a run's sample sets may lie, below its folder.
@@ -75,6 +77,20 @@ def read_scores(folders: Iterable[Path], step: int | None) -> tuple[dict[str, An
             if row is not None and step in (None, row["step"]):
                 rows.append(row)
     return tuple(rows)
+
+
+def find_grid(folders: Iterable[Path], step: int | None) -> Path | None:
+    """The first grid in these folders, of samples of `step` only, if it is given."""
+    for folder in folders:
+        if (folder / GRID).is_file() and step in (None, _step_of_samples(folder)):
+            return folder / GRID
+    return None
+
+
+def _step_of_samples(folder: Path) -> int | None:
+    with suppress(OSError, CheckpointError), usable(folder):
+        return int(from_json((folder / PROVENANCE).read_bytes())["step"])
+    return None
 
 
 def _lines(path: Path) -> list[bytes]:
@@ -318,7 +334,7 @@ def _use_here(facts: CardFacts, config: Config) -> str:
         config.model.num_classes or config.model.max_caption_tokens
     )
     scale = "1.5" if guided else "1"
-    asked = "labels=[1, 2]" if config.model.num_classes else "num_images=2"
+    asked = "labels=[1, 2]" if config.model.num_classes else "n=2"
     if config.model.max_caption_tokens:
         asked = 'prompts=["a red bus"]'
     return (

@@ -7,9 +7,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from largescale.checkpoint.weights import is_description
+from largescale.config.serialise import from_dict
 from largescale.errors import CheckpointError, usable
 from largescale.host.files import from_json, names_of, require_writable, visible, write_atomically
+from largescale.interop.diffusers_folder import read_weights
 from largescale.interop.diffusers_pipeline import (
     DESCRIPTION,
     MODEL_INDEX,
@@ -17,6 +21,7 @@ from largescale.interop.diffusers_pipeline import (
     PipelineFacts,
 )
 from largescale.interop.model_card import CARD, GRID
+from largescale.interop.names import require_fit
 
 # What we write, in the order in which it gets its place: a folder is ours from the first on, and
 # complete once it has the last.
@@ -30,6 +35,8 @@ PARTS = (
 )
 # Hidden, so that it is neither taken for somebody's files nor sent to the hub.
 _WRITING = ".writing"
+# Keys of the description that another export of the same weights does not have.
+_OF_THE_FOLDER = ("diffusers", "dtype")
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -85,6 +92,25 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def read_pipeline(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What an export says of itself, and its weights under our names, bitwise as they were written,
+    of a diffusers pipeline that we wrote. Raises CheckpointError where it is not complete."""
+    with usable(folder / DESCRIPTION):
+        description: dict[str, Any] = from_json((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        model = from_dict(description["config"]).model
+    weights, _ = read_weights(folder / "transformer", model.input_size)
+    # diffusers' DiT has a table of classes also where the model has none.
+    if not model.num_classes:
+        del weights["y_embedder.embedding_table.weight"]
+    require_fit(weights, model)
+    # What is true of that folder only.
+    description = {key: value for key, value in description.items() if key not in _OF_THE_FOLDER}
+    if (folder / "vae").is_dir():
+        made_with = description.get("made_with") or {}
+        description["made_with"] = made_with | {"vae": str((folder / "vae").resolve())}
+    return description, weights
 
 
 def card_files(folder: Path) -> tuple[str, ...]:

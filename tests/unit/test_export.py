@@ -102,7 +102,7 @@ def test_an_export_that_cannot_be_written(run_here: RunHere, tmp_path: Path, rea
     """Said before the checkpoint is read."""
     run = run_here("--train.steps", 2).run
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(export, "read_trained", lambda *where: 1 / 0)
+    monkeypatch.setattr(export, "read_weights", lambda *where: 1 / 0)
     read_only(tmp_path / "theirs")
     (tmp_path / "theirs").mkdir()
     for folder, what in (("file/export", "Not a directory"), ("theirs/export", "Permission denied")):
