@@ -121,9 +121,9 @@ class Export:
         elif not self.card_only:
             # A missing package is an error now, not after the checkpoint has been read.
             library("diffusers", EXTRA)
-        if self.private and not self.push_to_hub:
+        if self.private and self.push_to_hub is None:
             raise ConfigError("--private is an option of --push-to-hub; leave it out, or add that")
-        if self.push_to_hub:
+        if self.push_to_hub is not None:
             check_push(self.push_to_hub)
         for folder in self.samples:
             if not folder.is_dir():
@@ -235,13 +235,17 @@ def _write_card(
     # Sets that are given are shown, whatever checkpoint they are of.
     step = None if options.samples else description["step"]
     grid = find_grid(folders, step)
+    # An export whose card is written anew in its place keeps the grid that it has.
+    own = options.folder / GRID
+    if grid is None and own.is_file() and options.run.resolve() == options.folder.resolve():
+        grid = own
     card = CardFacts(
         description,
         parameters,
         options.license,
         options.datasets,
         read_scores(folders, step),
-        bool(grid) or (options.folder / GRID).is_file(),
+        grid is not None,
         options.format == "diffusers",
         facts if options.format == "diffusers" else None,
         options.push_to_hub,
@@ -269,7 +273,7 @@ def run(options: Export) -> None:
         print(f"{kind} weights, as a diffusers pipeline: {out}, how to open it: {out / CARD}")
     else:
         print(f"{kind} weights: {out / EXPORT_WEIGHTS}, config: {out / EXPORT_CONFIG}")
-    if options.push_to_hub:
+    if options.push_to_hub is not None:
         files = card_files(out) if options.card_only else ()
         print(f"sent to {push(out, options.push_to_hub, private=options.private, files=files)}")
 

@@ -58,7 +58,7 @@ def _explained(hub: Any, folder: Path, name: str) -> Iterator[None]:
     # The library lets through any error of those below it.
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = _reason(error)
+        reason = _reason(error) if status is None else f"HTTP {status}: {_said(error)}"
         if status in (401, 403, 404):
             raise ConfigError(
                 f"the hub refuses {name} ({reason}); the token needs the right to write there: "
@@ -70,6 +70,14 @@ def _explained(hub: Any, folder: Path, name: str) -> Iterator[None]:
             f"{name} could not be sent to {hub.constants.ENDPOINT} ({reason}); is there a network? "
             f"{stays}"
         ) from error
+
+
+def _said(error: BaseException) -> str:
+    """What the hub's answer says."""
+    with contextlib.suppress(AttributeError, TypeError, ValueError):
+        if message := error.response.json().get("error"):  # type: ignore[attr-defined]
+            return textwrap.shorten(str(message), 200).rstrip(".")
+    return _reason(error)
 
 
 def _reason(error: BaseException) -> str:

@@ -145,7 +145,10 @@ def write_card(folder: Path, facts: CardFacts, grid: Path | None) -> bool:
     card = folder / CARD
     if card.exists() and not is_our_card(card):
         return False
-    if grid is not None:
+    if grid is None:
+        # That of an earlier card is of other weights.
+        (folder / GRID).unlink(missing_ok=True)
+    else:
         # The grid of an earlier card may be the one that is given.
         with suppress(shutil.SameFileError):
             shutil.copyfile(grid, folder / GRID)
