@@ -75,8 +75,9 @@ class Sample:
     """Guidance scales, one or more; 1 is no guidance."""
     sampler: SamplerName | None = None
     """The sampler; by default ddpm, for SiT sde, for EDM heun."""
-    steps: int | None = None
-    """Sampling steps; by default 250, for EDM 18."""
+    steps: int | str | None = None
+    """Sampling steps; by default 250, for EDM 18. ddim50: the 50 timesteps of a fixed stride, as the
+    DDIM paper and diffusers have them."""
     eta: float = 0.0
     """How much noise DDIM adds in each step: 0 is deterministic, 1 is DDPM's."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -34,6 +34,7 @@ from largescale.interop.diffusers_pipeline import (
     PipelineFacts,
     PipelineParts,
     SchedulerName,
+    cast,
     check_exportable,
     class_names,
     open_vae,
@@ -56,10 +57,6 @@ from largescale.interop.pipeline_folder import (
     replaced,
     require_pipeline_folder,
 )
-from largescale.models.half_precision import DTYPES
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # Options that only one format reads.
 _OF_DIFFUSERS = ("scheduler", "vae", "labels", "max_shard_size")
@@ -160,7 +157,9 @@ def write(options: Export) -> Written:
         description, parameters, facts, notes = _write_pipeline(options)
     else:
         description, weights = read_weights(options.run, options.step, options.weights)
-        weights = _cast(weights, description, options.dtype or description.get("dtype", "fp32"))
+        dtype = options.dtype or description.pop("dtype", "fp32")
+        weights = cast(weights, dtype)
+        _note_dtype(description, dtype)
         parameters, notes = sum(tensor.numel() for tensor in weights.values()), []
         facts = known_facts(options.folder)
         if not options.card_only:
@@ -204,27 +203,18 @@ def _write_pipeline(options: Export) -> tuple[dict[str, Any], int, PipelineFacts
         options.scheduler,
         options.max_shard_size,
     )
-    if dtype != "fp32":
-        description["dtype"] = dtype
+    _note_dtype(description, dtype)
     with replaced(options.folder, description) as folder:
         facts = write_pipeline(folder, parts)
         description["diffusers"] = dataclasses.asdict(facts)
     return description, sum(p.numel() for p in trained.model.parameters()), facts, [note]
 
 
-def _cast(
-    weights: "dict[str, Tensor]", description: dict[str, Any], dtype: str
-) -> "dict[str, Tensor]":
-    """The weights in another type, which the description then names."""
+def _note_dtype(description: dict[str, Any], dtype: str) -> None:
+    """Write the type of the weights into their description, which says nothing of fp32."""
     description.pop("dtype", None)
     if dtype != "fp32":
         description["dtype"] = dtype
-    cast = {}
-    for name, tensor in weights.items():
-        cast[name] = tensor.to(DTYPES[dtype])
-        if tensor.isfinite().all() and not cast[name].isfinite().all():
-            raise ConfigError(f"the weights {name} are too large for {dtype}; use --dtype bf16")
-    return cast
 
 
 def _write_card(

@@ -159,6 +159,7 @@ def write_pipeline(folder: Path, parts: PipelineParts) -> PipelineFacts:
         stock_off = difference(trained, stock)
         del stock
 
+    cast(network.state_dict(), parts.dtype)
     with silence():
         network.to(DTYPES[parts.dtype]).save_pretrained(
             folder / "transformer", max_shard_size=parts.max_shard_size
@@ -356,6 +357,16 @@ def _require_finite(weights: Mapping[str, Tensor]) -> None:
                 f"the weights {name} are not finite, so nothing can be drawn with them; choose "
                 "another --step"
             )
+
+
+def cast(weights: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """Weights in another type. Raises ConfigError for those that it cannot hold."""
+    smaller = {}
+    for name, tensor in weights.items():
+        smaller[name] = tensor.to(DTYPES[dtype])
+        if tensor.isfinite().all() and not smaller[name].isfinite().all():
+            raise ConfigError(f"the weights {name} are too large for {dtype}; use --dtype bf16")
+    return smaller
 
 
 def _transformer_class(diffusers: Any, own: bool) -> Any:

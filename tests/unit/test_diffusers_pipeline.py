@@ -11,12 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from largescale.checkpoint.weights import Trained
 from largescale.config.presets import PRESETS
-from largescale.config.schema import Config, DiffusionConfig, ModelConfig
-from largescale.diffusion.build import build_objective
 from largescale.diffusion.sampling import SamplingConfig, draw_samples
-from largescale.encoders.vae import Vae, load_vae
+from largescale.encoders.vae import Vae
 from largescale.errors import CheckpointError, ConfigError, DataError
 from largescale.interop import diffusers_pipeline
 from largescale.interop.diffusers_pipeline import (
@@ -28,15 +25,13 @@ from largescale.interop.diffusers_pipeline import (
     reasons,
     write_pipeline,
 )
-from largescale.models.build import build_model, latent_shape
+from largescale.models.build import latent_shape
 from largescale.randomness import stream_seed
+from tests.diffusers_models import STOCK, make_trained, make_vae
 
 diffusers = pytest.importorskip("diffusers")
 
 CPU = torch.device("cpu")
-SMALL: dict[str, Any] = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
-# What diffusers' own class computes.
-STOCK: dict[str, Any] = {"num_classes": 1000, "downscale_freq_shift": 1, "mlp_norm_eps": 1e-5}
 SAME = 1e-4  # of the range of the image
 
 
@@ -51,33 +46,9 @@ def modules_of_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: py
     yield
 
 
-def make_trained(schedule: str = "linear", pixels: bool = False, **model: Any) -> Trained:
-    """A network whose every weight matters: those of a new one are zero where it ends."""
-    config = Config("made", model=ModelConfig(**SMALL | {"in_channels": 3 if pixels else 4} | model),
-                    diffusion=DiffusionConfig(schedule=schedule))  # type: ignore[arg-type]
-    network = build_model(config.model).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in network.named_parameters():
-            if name != "pos_embed":
-                scale = 0.3 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.1
-                p.copy_(torch.randn(p.shape, generator=generator) * scale)
-    info = {"step": 5, "data_info": {"kind": "pixels" if pixels else "latents", "name": "made",
-                                     "num_classes": config.model.num_classes}}
-    return Trained(network, build_objective(config), config, info)
-
-
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Vae:
     return make_vae(tmp_path_factory.mktemp("vae"))
-
-
-def make_vae(folder: Path, **config: Any) -> Vae:
-    torch.manual_seed(0)
-    diffusers.AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4, scaling_factor=0.5,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **config).save_pretrained(folder)
-    return load_vae(str(folder), CPU)
 
 
 def opened(folder: Path, stock: bool, **more: Any) -> Any:

@@ -1,6 +1,7 @@
 """python -m largescale.export RUN --format diffusers, from a run to a folder on the hub and back."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,16 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from eval import sample
 from largescale import convert, export
+from largescale.checkpoint.export_folder import write_export
 from largescale.checkpoint.files import checkpoints, named_weights
 from largescale.checkpoint.weights import load_trained
+from largescale.config.serialise import to_dict
 from largescale.host.files import visible
 from largescale.interop.pipeline_folder import is_pipeline
 from largescale.randomness import stream_seed
 from tests.conftest import RunHere
+from tests.diffusers_models import STOCK, make_trained, make_vae
 from tests.hub_server import TOKEN, Hub, serve
 
 diffusers = pytest.importorskip("diffusers")
@@ -66,6 +70,51 @@ def test_from_a_run_to_images_that_are_those_of_eval_sample(run_here: RunHere, t
         assert np.abs(drawn - images).max() < 0.5 + 255e-4 and drawn.std() > 10
 
 
+@pytest.mark.parametrize(("settings", "ddim"), [(STOCK, "ddim20"), ({}, "20")], ids=["stock", "own"])
+def test_from_an_export_of_latents_to_images(settings: dict[str, Any], ddim: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With diffusers' own class where it has the frequencies of the network, and its VAE from where the data were packed with it."""
+    trained, vae = make_trained(**settings), make_vae(tmp_path / "vae")
+    trained.info["data_info"] |= {"encoders": {"vae": vae.identity}}
+    write_export(tmp_path / "export", dict(trained.model.state_dict()),
+                 {"config": to_dict(trained.config), **trained.info, "made_with": {"vae": str(tmp_path / "vae")}})
+    assert main(tmp_path / "export", "--out", tmp_path / "out", "--scheduler", "dpm++2m") == 0
+    shutil.rmtree(tmp_path / "vae")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=settings != STOCK)
+    assert (type(pipe) is diffusers.DiTPipeline) == (settings == STOCK) and type(pipe.scheduler) is diffusers.DPMSolverMultistepScheduler
+    pipe.set_progress_bar_config(disable=True)
+    schedulers = {"dpm++2m": pipe.scheduler, "ddim": diffusers.DDIMScheduler.from_config(
+        pipe.scheduler.config, clip_sample=False, timestep_spacing="leading" if settings == STOCK else "linspace")}
+    for name, steps in (("dpm++2m", "20"), ("ddim", ddim)):
+        assert sample.main([str(tmp_path / "export"), "--vae", str(tmp_path / "out/vae"), "--out", str(tmp_path / name), "--num-samples", "3",
+                            "--classes", "1", "7", "9", "--sampler", name, "--steps", steps, "--cfg-scale", "2.0", "--device", "cpu", "--also", "npz"]) == 0
+        with np.load(tmp_path / name / "cfg2.0/samples.npz") as file:
+            drawn = file["arr_0"].astype(float)
+        pipe.scheduler = schedulers[name]
+        generators = [torch.Generator().manual_seed(stream_seed(0, "sample", i)) for i in range(3)]
+        images = 255 * pipe(class_labels=[1, 7, 9], guidance_scale=2.0, generator=generators, num_inference_steps=20, output_type="np").images
+        assert np.abs(drawn - images).max() < 0.5 + 255e-4 and drawn.std() > 10
+    # Converted back, it is drawn from with the VAE that the folder carries.
+    assert convert.main([str(tmp_path / "out"), "--out", str(tmp_path / "back")]) == 0
+    assert load_trained(tmp_path / "back").info["made_with"] == {"vae": str(tmp_path / "out/vae")}
+    assert sample.main([str(tmp_path / "back"), "--out", str(tmp_path / "again"), "--num-samples", "3", "--classes", "1", "7", "9", "--sampler", "ddim",
+                        "--steps", ddim, "--cfg-scale", "2.0", "--device", "cpu", "--also", "npz"]) == 0
+    with np.load(tmp_path / "again/cfg2.0/samples.npz") as file:
+        assert np.array_equal(file["arr_0"], drawn)
+
+
+def test_a_vae_that_cannot_be_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is written; without it the card says so."""
+    trained = make_trained()
+    write_export(tmp_path / "export", dict(trained.model.state_dict()), {"config": to_dict(trained.config), **trained.info, "made_with": {"vae": "/nowhere"}})
+    assert main(tmp_path / "export", "--out", tmp_path / "out") == 2 and not (tmp_path / "out").exists()
+    said = capsys.readouterr().err
+    assert "/nowhere is not a folder" in said and "--vae none leaves it out, as the card then says" in said and len(said.splitlines()) == 1
+    assert main(tmp_path / "export", "--out", tmp_path / "out", "--vae", "none") == 0
+    assert "note: the folder carries no VAE; give the one of the data with --vae DIR" in capsys.readouterr().err
+    card = (tmp_path / "out/README.md").read_text()
+    assert "The folder carries no VAE" in card and ", vae=vae, trust_remote_code=True" in card
+
+
 @pytest.mark.parametrize("source", ["run", "export"])
 @pytest.mark.parametrize("settings", [(), ("--model.downscale-freq-shift", 1, "--model.mlp-norm-eps", 1e-5, "--model.class-dropout-prob", 0),
                                       ("--model.num-classes", 0, "--model.class-dropout-prob", 0)], ids=str)
@@ -102,6 +151,17 @@ def test_half_precision(dtype: str, form: str, run_here: RunHere, tmp_path: Path
         # Of diffusers' folder the positions are computed.
         if name != "pos_embed":
             assert torch.equal(load_trained(out).model.state_dict()[name], w.to(half).float())
+
+
+@pytest.mark.parametrize("form", ["diffusers", "largescale"])
+def test_weights_that_fp16_cannot_hold(form: str, run_here: RunHere, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = export.export(run_here("--train.steps", 2).run)
+    weights = load_file(out / "model.safetensors")
+    weights["blocks.0.mlp.fc1.bias"][0] = 7e4
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt", "weights": "ema"})
+    assert export.main([str(out), "--out", str(tmp_path / "out"), "--format", form, "--dtype", "fp16"]) == 2
+    assert "are too large for fp16; use --dtype bf16" in capsys.readouterr().err
+    assert export.main([str(out), "--out", str(tmp_path / "out"), "--format", form, "--dtype", "bf16"]) == 0
 
 
 @pytest.mark.parametrize("form", ["diffusers", "largescale"])
