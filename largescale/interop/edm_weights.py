@@ -18,10 +18,9 @@ def is_edm(weights: Mapping[str, Tensor]) -> bool:
 def ddpmpp_config(weights: Mapping[str, Tensor]) -> ModelConfig:
     """The network of the weights by their names and shapes. Raises CheckpointError for another of
     EDM's networks."""
-    _, channels = shape_of(weights, "map_layer0.weight", 2)
     resolutions = _resolutions(weights)
     first = resolutions[0]
-    _, image_channels, _, _ = shape_of(weights, f"enc.{first}x{first}_conv.weight", 4)
+    channels, image_channels, _, _ = shape_of(weights, f"enc.{first}x{first}_conv.weight", 4)
     classes = augment = 0
     if "map_label.weight" in weights:
         _, classes = shape_of(weights, "map_label.weight", 2)

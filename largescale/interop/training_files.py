@@ -63,7 +63,8 @@ def _dit(found: StateDict, path: Path, facts: Facts) -> Source:
     weights, left_out = dit_weights.from_repa(to_fp32(found.weights, path))
     facts.left_out += left_out
     args = found.args
-    is_repa = bool(left_out) or "proj_coeff" in args
+    # REPA calls the velocity v.
+    is_repa = bool(left_out) or "proj_coeff" in args or args.get("prediction") == "v"
     model = _dit_model(weights, args, path, facts)
     diffusion = _objective(args, path, facts, is_repa=is_repa)
     kind = {"gaussian": "a DiT", "flow": "a SiT", "edm": "a DiT with EDM's objective"}[
@@ -74,8 +75,11 @@ def _dit(found: StateDict, path: Path, facts: Facts) -> Source:
         if was_rounded:
             facts.assumed["pos_embed"] = "sines and cosines in fp32; the file has them rounded"
     if diffusion.objective == "flow":
+        said = 1 if is_repa else None
+        if not is_repa and args.get("prediction") == "velocity":
+            said = 0
         why = "as in willisma/SiT"
-        if facts.choose("noise_at", facts.choices.noise_at, 1 if is_repa else None, 0, why) == 1:
+        if facts.choose("noise_at", facts.choices.noise_at, said, 0, why) == 1:
             weights = dit_weights.reverse_time(weights)
             facts.assumed["time"] = (
                 "turned around, from noise at 1 to noise at 0: the first layer of t_embedder and "

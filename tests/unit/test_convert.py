@@ -182,6 +182,7 @@ def test_sit(tmp_path: Path, converted: Any) -> None:
     torch.save(checkpoint(args=arguments(**SIT | {"path_type": "GVP"})), tmp_path / "0050000.pt")
     trained, _ = converted(tmp_path / "0050000.pt", *HEADS)
     assert (trained.config.diffusion.objective, trained.config.diffusion.interpolant) == ("flow", "gvp") and trained.config.model.learn_sigma
+    assert trained.info["converted"]["assumed"].keys() == {"data", "vae"}  # the rest stands in its arguments
     torch.save(dit().state_dict(), tmp_path / "SiT-XL-2-256x256.pt")
     trained, said = converted(tmp_path / "SiT-XL-2-256x256.pt", *HEADS)
     assert trained.config.diffusion.objective == "flow" and "assumed: diffusion.objective: flow, as in SiT, by the file's name" in said
