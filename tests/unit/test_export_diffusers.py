@@ -1,9 +1,11 @@
 """python -m largescale.export RUN --format diffusers, from a run to a folder on the hub and back."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,24 @@ def test_from_a_run_to_images_that_are_those_of_eval_sample(run_here: RunHere, t
         images = 255 * pipe(class_labels=labels, guidance_scale=2.0, generator=generators, num_inference_steps=20, output_type="np").images
         # eval.sample has rounded to bytes.
         assert np.abs(drawn - images).max() < 0.5 + 255e-4 and drawn.std() > 10
+
+
+def test_the_card_is_right_about_how_to_use_it(run_here: RunHere, tmp_path: Path) -> None:
+    """Its lines run as they are printed, but for the folders' names."""
+    run = run_here("--train.steps", 3).run
+    assert main(run) == 0
+    text = (run / "diffusers/README.md").read_text()
+    blocks = [textwrap.dedent(block) for block in re.findall(r"(?:^    .*\n|^\n)+", text, re.MULTILINE) if block.strip()]
+    python = blocks[0].replace("FOLDER", str(run / "diffusers")).replace("num_inference_steps=50", "num_inference_steps=2")
+    names: dict[str, Any] = {}
+    exec(python, names)
+    assert names["image"].size == (16, 16) and type(names["pipe"].scheduler) is diffusers.DPMSolverMultistepScheduler
+    assert names["pipe"](class_labels=[3], num_inference_steps=3).images[0].size == (16, 16)
+    commands = blocks[1].replace("FOLDER", str(run / "diffusers")).replace("EXPORT", str(tmp_path / "back")).replace("--out samples", f"--out {tmp_path}/samples")
+    for command, program in zip(commands.strip().splitlines(), (convert.main, sample.main), strict=True):
+        _, _, _, *arguments = command.split()
+        assert program([*arguments, *(["--steps", "2", "--device", "cpu"] if program is sample.main else [])]) == 0
+    assert (tmp_path / "samples/cfg1.5/grid.png").exists()
 
 
 @pytest.mark.parametrize(("settings", "ddim"), [(STOCK, "ddim20"), ({}, "20")], ids=["stock", "own"])
