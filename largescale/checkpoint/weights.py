@@ -1,7 +1,9 @@
 """A trained model from an export or a run directory, without DeepSpeed."""
 
 import contextlib
+import hashlib
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +37,7 @@ CARRIED = (
     "made_with",
     "precision",
     "curriculum",
+    "init",
 )
 # The smoothed weights, or those that the optimizer updates.
 WeightsName = Literal["ema", "raw"]
@@ -123,6 +126,16 @@ def read_weights(
     if kind == "raw":
         description["weights"] = kind
     return description, named_weights(checkpoint, "master" if kind == "raw" else "ema")
+
+
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """The hash of weights on the CPU, with their names."""
+    digest = hashlib.sha256()
+    # Sorted: the order of modules is no part of a model.
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
 
 
 def _read_export(path: Path, step: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -45,6 +45,9 @@ FREE_ON_RESUME = (
     "train.ds_config",
     "train.device",
     "train.timeout_s",
+    # Compared by content: the weights may have moved, or be gone.
+    "train.init_from",
+    "train.init_new",
     "checkpoint.",
     "telemetry.",
 )

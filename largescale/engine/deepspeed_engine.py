@@ -135,6 +135,10 @@ class Engine:
     def lr(self) -> float:
         return float(self._zero.optimizer.param_groups[0]["lr"])
 
+    def set_rates(self, *, lr: float, ema_decay: float) -> None:
+        """Set the learning rate and the EMA's decay of the updates from here on."""
+        self._zero.optimizer.param_groups[0].update(lr=lr, ema_decay=ema_decay)
+
     def ema_partition(self) -> Tensor:
         """This rank's flat fp32 piece of the EMA; the master weights where no step was applied
         yet."""

@@ -13,6 +13,7 @@ import torch
 from largescale.checkpoint.files import checkpoints, newest_valid
 from largescale.config.deepspeed import final_ds_config, load_ds_config, precision
 from largescale.config.derived import batch_layout, cluster_edges, least_steps, resolved_kernels
+from largescale.config.learning_rate import described
 from largescale.config.schema import Config, ModelConfig
 from largescale.config.serialise import to_dict
 from largescale.config.validation import remarks, validate
@@ -34,6 +35,7 @@ from largescale.planning.cost import (
 )
 from largescale.planning.hardware import ATTENTION_SHARE, HARDWARE, PRODUCT_SHARE, Hardware
 from largescale.planning.memory import check_memory, largest_micro_batch, memory
+from largescale.training.first_weights import FirstWeights, check_resumed, started_from
 
 # Host memory of the diffusers library, loaded to decode previews: measured, 284 MiB.
 _DIFFUSERS_BYTES = 3e8
@@ -288,6 +290,7 @@ def print_run_directory(config: Config, ds: dict[str, Any], dataset: ShardDatase
     if newest is None:
         check_checkpoints_still_exist(run_dir)
         print(f"run directory: {run_dir}, without a checkpoint")
+        print_first_weights(config, dataset)
         return
 
     # What a start would put into a checkpoint. Without a data set there is nothing to compare.
@@ -298,11 +301,24 @@ def print_run_directory(config: Config, ds: dict[str, Any], dataset: ShardDatase
         "dataset": fingerprint,
     }
     check_same_run(newest, identity, dataset, log)
+    check_resumed(config, newest)
 
     if newest.step >= config.train.steps:
         print(f"run directory: {finished_message(config, newest)}")
     else:
         print(f"run directory: {run_dir}, would be resumed at step {newest.step:,}")
+
+
+def print_first_weights(config: Config, dataset: ShardDataset | None) -> None:
+    """Print what the run would start from, and what of it was trained for something else. Raises
+    ConfigError where it does not fit."""
+    if config.train.init_from is None:
+        return
+    first = FirstWeights.read(config)
+    first.check(config)
+    print(started_from(first.record()))
+    for note in first.notes(config, dataset.info.plain()) if dataset else ():
+        print(f"note: {note}")
 
 
 def print_work(config: Config, work: Workload) -> None:
@@ -311,6 +327,7 @@ def print_work(config: Config, work: Workload) -> None:
     print(f"clusters: {edges}")
     if least := least_steps(config):
         print(f"curriculum: complete after {least:,} steps or more, of {config.train.steps:,}")
+    print(f"learning rate: {described(config)}")
     print(f"parameters: {work.parameters:,} trainable")
 
     # The first line is of useful work; what activation checkpointing repeats is listed apart.
