@@ -1,44 +1,44 @@
-"""Small networks and VAEs that diffusers opens too."""
+"""Small models of diffusers with random weights; where diffusers is not installed, the test is skipped."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from largescale.checkpoint.weights import Trained
-from largescale.config.schema import Config, DiffusionConfig, ModelConfig
-from largescale.diffusion.build import build_objective
-from largescale.encoders.vae import Vae, load_vae
-from largescale.models.build import build_model
 
-SMALL: dict[str, Any] = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
-# What diffusers' own class computes.
-STOCK: dict[str, Any] = {"num_classes": 1000, "downscale_freq_shift": 1, "mlp_norm_eps": 1e-5}
-
-
-def make_trained(schedule: str = "linear", pixels: bool = False, **model: Any) -> Trained:
-    """A network whose every weight matters: those of a new one are zero where it ends."""
-    config = Config("made", model=ModelConfig(**SMALL | {"in_channels": 3 if pixels else 4} | model),
-                    diffusion=DiffusionConfig(schedule=schedule))  # type: ignore[arg-type]
-    network = build_model(config.model).eval()
+def their_dit(*, heads: int = 3, depth: int = 3, sample_size: int = 8, patch_size: int = 2, learn_sigma: bool = True, classes: int = 10,
+              **more: Any) -> Any:
+    """A transformer with weights of unequal scales; its blocks' copies of an embedder are equal, as in every published file."""
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=heads, attention_head_dim=8, in_channels=4, out_channels=8 if learn_sigma else 4, num_layers=depth,
+        sample_size=sample_size, patch_size=patch_size, num_embeds_ada_norm=classes, **more)
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in network.named_parameters():
-            if name != "pos_embed":
-                scale = 0.3 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.1
-                p.copy_(torch.randn(p.shape, generator=generator) * scale)
-    info = {"step": 5, "data_info": {"kind": "pixels" if pixels else "latents", "name": "made",
-                                     "num_classes": config.model.num_classes}}
-    return Trained(network, build_objective(config), config, info)
+    weights = model.state_dict()
+    for i, name in enumerate(weights):
+        first = re.sub(r"blocks\.\d+\.norm1\.emb", "blocks.0.norm1.emb", name)
+        weights[name] = weights[first].clone() if first != name else torch.randn(weights[name].shape, generator=generator) * (0.05 + 0.02 * (i % 5))
+    model.load_state_dict(weights)
+    return model.eval()
 
 
-def make_vae(folder: Path, **config: Any) -> Vae:
+def their_vae(channels: int = 4) -> Any:
+    """A VAE that scales down by 2."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                                   latent_channels=channels, norm_num_groups=4, scaling_factor=0.5)
+
+
+def save_pipeline(folder: Path, transformer: Any, *, vae: Any = None, scheduler: Any = None, **options: Any) -> None:
+    """A folder as published ones are."""
     import diffusers
 
-    torch.manual_seed(0)
-    diffusers.AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4, scaling_factor=0.5,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **config).save_pretrained(folder)
-    return load_vae(str(folder), torch.device("cpu"))
-
-
+    scheduler = scheduler or diffusers.DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, clip_sample=False)
+    diffusers.DiTPipeline(transformer, vae or their_vae(), scheduler).save_pretrained(folder, **options)
+    # Published ones have it; saving one again leaves it out.
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"id2label": {"0": "tench", "1": "goldfish"}}))

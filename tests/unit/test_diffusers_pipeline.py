@@ -27,7 +27,7 @@ from largescale.interop.diffusers_pipeline import (
 )
 from largescale.models.build import latent_shape
 from largescale.randomness import stream_seed
-from tests.diffusers_models import STOCK, make_trained, make_vae
+from tests.random_models import STOCK, make_trained, make_vae
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -25,8 +25,8 @@ from largescale.host.files import visible
 from largescale.interop.pipeline_folder import is_pipeline
 from largescale.randomness import stream_seed
 from tests.conftest import RunHere
-from tests.diffusers_models import STOCK, make_trained, make_vae
 from tests.hub_server import TOKEN, Hub, serve
+from tests.random_models import STOCK, make_trained, make_vae
 
 diffusers = pytest.importorskip("diffusers")
 hub = pytest.importorskip("huggingface_hub")
