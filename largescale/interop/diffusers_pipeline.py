@@ -270,12 +270,12 @@ def difference(trained: Trained, network: Any) -> dict[str, float]:
 
 
 def class_names(file: Path | None, trained: Trained) -> tuple[str, ...]:
-    """The names of the classes: the lines of the file, or ImageNet's, or numbers. Raises ConfigError
-    for a file with more or fewer lines than there are classes."""
+    """The names of the classes: the lines of the file, or those of the pipeline that was converted,
+    or ImageNet's, or numbers. Raises ConfigError for a file with more or fewer lines than there are
+    classes."""
     count = trained.num_classes
     if file is None:
-        known = "imagenet" in str(trained.info["data_info"].get("name", "")).lower()
-        return (_imagenet() if known and count == 1000 else ()) or tuple(map(str, range(count)))
+        return _known_names(trained, count) or tuple(map(str, range(count)))
     try:
         names = tuple(file.read_text(encoding="utf-8").splitlines())
     except (OSError, UnicodeDecodeError) as error:
@@ -288,6 +288,15 @@ def class_names(file: Path | None, trained: Trained) -> tuple[str, ...]:
             "for each class, in order"
         )
     return names
+
+
+def _known_names(trained: Trained, count: int) -> tuple[str, ...]:
+    """The classes' names, where the model's origin says them; else none."""
+    names = (trained.info.get("converted") or {}).get("id2label") or {}
+    if all(str(i) in names for i in range(count)):
+        return tuple(str(names[str(i)]) for i in range(count))
+    is_imagenet = "imagenet" in str(trained.info["data_info"].get("name", "")).lower()
+    return _imagenet() if is_imagenet and count == 1000 else ()
 
 
 def _imagenet() -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from largescale.host.files import visible
 from largescale.interop.pipeline_folder import is_pipeline
 from largescale.randomness import stream_seed
 from tests.conftest import RunHere
+from tests.diffusers_models import save_pipeline, their_dit
 from tests.hub_server import TOKEN, Hub, serve
 from tests.random_models import STOCK, make_trained, make_vae
 
@@ -120,6 +121,33 @@ def test_from_an_export_of_latents_to_images(settings: dict[str, Any], ddim: str
                         "--steps", ddim, "--cfg-scale", "2.0", "--device", "cpu", "--also", "npz"]) == 0
     with np.load(tmp_path / "again/cfg2.0/samples.npz") as file:
         assert np.array_equal(file["arr_0"], drawn)
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_a_published_pipeline_goes_in_and_out(described: bool, tmp_path: Path) -> None:
+    """Bitwise, to a folder that diffusers' own class opens, also without what only we read."""
+    save_pipeline(tmp_path / "theirs", their_dit(classes=1000))
+    labels = {str(i): f"class {i}, {i}" for i in range(1000)}
+    index = json.loads((tmp_path / "theirs/model_index.json").read_text())
+    (tmp_path / "theirs/model_index.json").write_text(json.dumps(index | {"id2label": labels}))
+    assert convert.main([str(tmp_path / "theirs"), "--out", str(tmp_path / "export")]) == 0
+    assert main(tmp_path / "export", "--out", tmp_path / "out") == 0
+    theirs, ours = (diffusers.DiTPipeline.from_pretrained(tmp_path / name) for name in ("theirs", "out"))
+    for part in ("transformer", "vae"):
+        first, second = getattr(theirs, part).state_dict(), getattr(ours, part).state_dict()
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert theirs.transformer.config["norm_eps"] == ours.transformer.config["norm_eps"] == 1e-5 and ours.labels["class 7"] == 7
+    images = []
+    for pipe in (theirs, ours):
+        pipe.set_progress_bar_config(disable=True)
+        images.append(pipe(class_labels=[3, 999], generator=torch.Generator().manual_seed(0), num_inference_steps=10, output_type="np").images)
+    assert np.abs(images[0] - images[1]).max() < 1e-5
+    if not described:
+        (tmp_path / "out/largescale.json").unlink()
+    assert convert.main([str(tmp_path / "out"), "--out", str(tmp_path / "again")]) == 0
+    first, again = load_trained(tmp_path / "export"), load_trained(tmp_path / "again")
+    assert all(torch.equal(w, again.model.state_dict()[name]) for name, w in first.model.state_dict().items())
+    assert again.config.diffusion == first.config.diffusion and again.config.model == first.config.model
 
 
 def test_a_vae_that_cannot_be_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
