@@ -157,6 +157,8 @@ def write(options: Export) -> Written:
         description, parameters, facts, notes = _write_pipeline(options)
     else:
         description, weights = read_weights(options.run, options.step, options.weights)
+        if options.format == "diffusers":
+            check_exportable(from_dict(description["config"]))
         dtype = options.dtype or description.pop("dtype", "fp32")
         weights = cast(weights, dtype)
         _note_dtype(description, dtype)

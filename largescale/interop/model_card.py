@@ -161,7 +161,7 @@ def card_text(facts: CardFacts) -> str:
     config = from_dict(facts.description["config"])
     parts = [
         front_matter(facts, config),
-        f"<!-- {MARK} -->\n",
+        f"<!-- {MARK}; without this line the next export leaves the card as it is -->\n",
         f"# {plain(config.name)}\n",
         _summary(facts, config),
     ]

@@ -217,6 +217,21 @@ def test_half_precision_and_shards(dtype: Any, vae: Vae, tmp_path: Path) -> None
     assert torch.equal(stored["proj_out_2.weight"].float(), trained.model.final_layer.linear.weight.to(half).float())
 
 
+@pytest.mark.parametrize("settings", [STOCK, {}, {"pixels": True}], ids=["stock", "own", "pixels"])
+def test_a_pipeline_that_computes_in_half_precision(settings: dict[str, Any], vae: Vae, tmp_path: Path) -> None:
+    """As diffusers' users load it, on a GPU in float16."""
+    parts = PipelineParts(trained := make_trained(**settings), None if settings.get("pixels") else vae, class_names(None, trained), dtype="bf16")
+    write_pipeline(tmp_path, parts)
+    images = []
+    for dtype in (torch.float32, torch.bfloat16):
+        pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=settings != STOCK, torch_dtype=dtype)
+        pipe.set_progress_bar_config(disable=True)
+        assert pipe.transformer.dtype == dtype
+        images.append(pipe(class_labels=[3, 7], guidance_scale=1.5, generator=noise_of(range(2)), num_inference_steps=5, output_type="np").images)
+    # Even the noise is drawn in that type, and bfloat16 has three digits.
+    assert images[1].dtype == np.float32 and np.isfinite(images[1]).all() and images[1].std() > 0.01
+
+
 def test_the_schedule_is_ours() -> None:
     for schedule in ("linear", "cosine"):
         trained = make_trained(schedule=schedule)

@@ -308,6 +308,7 @@ def test_models_that_diffusers_has_no_class_for(preset: str, says: str, run_here
     assert main(run) == 2
     said = capsys.readouterr().err
     assert says in said and "leave out --format diffusers" in said and len(said.splitlines()) == 1 and not (run / "diffusers").exists()
+    assert main(run, "--card-only") == 2 and says in capsys.readouterr().err
     assert export.main([str(run)]) == 0 and (run / "export/README.md").exists()
 
 

@@ -1,6 +1,7 @@
 """The model card of an export, of both formats."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def description(preset: str = "debug", **more: Any) -> dict[str, Any]:
 
 def metadata(text: str) -> dict[str, Any]:
     start, front, rest = text.split("---\n", 2)
-    assert start == "" and rest.startswith("\n<!-- written by largescale.export -->\n\n# ")
+    assert start == "" and re.match(r"\n<!-- written by largescale\.export; .* -->\n\n# ", rest)
     found = yaml.safe_load(front)
     assert isinstance(found, dict)
     return found
