@@ -28,6 +28,7 @@ PROGRAMS = {  # program: the dataclass whose fields are its options
     "data_prep.describe": "data_prep.describe:Describe",
     "largescale.status": "largescale.status:Status",
     "largescale.export": "largescale.export:Export",
+    "largescale.convert": "largescale.convert:Convert",
     "largescale.requeue": "largescale.requeue:Requeue",
     "eval.sample": "eval.sample:Sample",
     "eval.score": "eval.score:Score",

@@ -42,7 +42,7 @@ from largescale.diffusion.objective import Model, SamplerName
 from largescale.diffusion.samplers import evaluations
 from largescale.diffusion.sampling import SamplingConfig, check_guidance, draw_batches
 from largescale.distributed.ranks import check_cuda, local_device
-from largescale.encoders.vae import Vae, load_vae_of_model
+from largescale.encoders.vae import Vae, load_vae, load_vae_of_model
 from largescale.errors import (
     CheckpointError,
     ConfigError,
@@ -74,8 +74,9 @@ class Sample:
     """Guidance scales, one or more; 1 is no guidance."""
     sampler: SamplerName | None = None
     """The sampler; by default ddpm, for SiT sde, for EDM heun."""
-    steps: int | None = None
-    """Sampling steps; by default 250, for EDM 18."""
+    steps: int | str | None = None
+    """Sampling steps; by default 250, for EDM 18. ddim50: the 50 timesteps of a fixed stride, as the
+    DDIM paper and diffusers have them."""
     eta: float = 0.0
     """How much noise DDIM adds in each step: 0 is deterministic, 1 is DDPM's."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -191,8 +192,7 @@ class Sampler:
         vae = options.vae or made_with.get("vae") or "none"
         self.vae: Vae | None = None
         if vae != "none":
-            encoder = self.trained.info["data_info"].get("encoders", {}).get("vae")
-            self.vae = load_vae_of_model(vae, encoder, self.device)
+            self.vae = self.decoder(vae)
         default = 128 if self.device.type == "cuda" else 32
         self.batch_size = min(options.batch_size or default, options.shard_size)
 
@@ -278,6 +278,33 @@ class Sampler:
         )
         config.check(self.trained.objective)
         return config
+
+    def decoder(self, spec: str) -> Vae:
+        """Load the VAE. Raises ConfigError for another one than made the model's latents."""
+        encoder = self.trained.info["data_info"].get("encoders", {}).get("vae")
+        # Converted weights may not say which VAE made their latents.
+        if encoder is None and "converted" in self.trained.info and not self.pixels:
+            vae = load_vae(spec, self.device)
+            self.check_latents(vae, spec)
+            return vae
+        return load_vae_of_model(spec, None if self.pixels else encoder, self.device)
+
+    def check_latents(self, vae: Vae, spec: str) -> None:
+        """Raises ConfigError for a VAE whose latents the model cannot draw. Converted weights do not
+        say which made theirs."""
+        channels = self.trained.config.model.in_channels
+        if vae.latent_channels != channels:
+            raise ConfigError(
+                f"--vae {spec} has latents of {vae.latent_channels} channels, and the model draws "
+                f"{channels}; give the VAE that made its latents"
+            )
+        if self.rank == 0:
+            print(
+                f"note: the converted weights do not say which VAE made their latents; {spec} "
+                f"({vae.identity}) is taken to be it",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def __call__(self) -> None:
         """Make a sample set for each scale."""
@@ -506,9 +533,10 @@ def main(args: Sequence[str] | None = None) -> int:
 
     def draw() -> None:
         sampler = Sampler(options)
-        # An EMA early in a run still holds the weights of the start, and draws noise.
+        # An EMA early in a run still holds the weights of the start, and draws noise. Of converted
+        # weights neither decay nor step are known.
         note = ema_note(sampler.trained.config, sampler.trained.info["step"])
-        if note and sampler.rank == 0:
+        if note and sampler.rank == 0 and "converted" not in sampler.trained.info:
             print(f"note: {note}", file=sys.stderr, flush=True)
         sampler()
 

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -21,8 +21,9 @@ from largescale.models.build import Network, build_model
 EXPORT_WEIGHTS = "model.safetensors"
 EXPORT_CONFIG = "config.json"
 
-# In the metadata of an export's weights.
+# In the metadata of an export's weights: which of a checkpoint's they are.
 EXPORT_METADATA = {"format": "pt", "weights": "ema"}
+RAW_METADATA = EXPORT_METADATA | {"weights": "raw"}
 # What an export's config has, which tells it from other libraries' config.json.
 _REQUIRED = {"config", "step", "data_info"}
 # What an export carries of a checkpoint's state.
@@ -37,6 +38,8 @@ CARRIED = (
     "curriculum",
     "init",
 )
+# The smoothed weights, or those that the optimizer updates.
+WeightsName = Literal["ema", "raw"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Trained:
     """A trained model, its objective, and where they are from."""
 
     model: Network
-    """EMA weights, fp32, in eval mode, on the CPU."""
+    """EMA weights, or those that were asked for, fp32, in eval mode, on the CPU."""
     objective: Objective
     config: Config
     info: dict[str, Any]
@@ -58,10 +61,10 @@ class Trained:
         return min(model, self.info.get("data_info", {}).get("num_classes", model))
 
 
-def load_trained(path: Path, step: int | None = None) -> Trained:
-    """Load a model from the folder of an export or of a run. Raises CheckpointError for a folder
-    that is neither, or another model's."""
-    description, weights = read_weights(path, step)
+def load_trained(path: Path, step: int | None = None, kind: WeightsName | None = None) -> Trained:
+    """Load a model from the folder of an export or of a run: by default the EMA weights of a run, and
+    what an export holds. Raises CheckpointError for a folder that is neither, or another model's."""
+    description, weights = read_weights(path, step, kind)
     # A config that does not fit this version is the file's error, not the user's.
     with usable(path):
         config = from_dict(description["config"])
@@ -77,13 +80,25 @@ def load_trained(path: Path, step: int | None = None) -> Trained:
     return Trained(model.eval(), objective, config, info)
 
 
-def read_weights(path: Path, step: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and provenance, and the EMA weights by name in fp32, of the folder of an export or of
-    a run. Raises CheckpointError for a folder that is neither."""
+def read_weights(
+    path: Path, step: int | None = None, kind: WeightsName | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and provenance, and the weights by name in fp32, of the folder of an export or of a run:
+    by default the EMA of a run, and what an export holds. Raises CheckpointError for a folder that is
+    neither."""
     if (path / EXPORT_CONFIG).exists():
-        return _read_export(path, step)
+        description, weights = _read_export(path, step)
+        if kind not in (None, has := description.get("weights", "ema")):
+            raise CheckpointError(
+                f"{path} is an export of the {has} weights, not of the {kind}; give the run"
+            )
+        return description, {name: tensor.float() for name, tensor in weights.items()}
     checkpoint = find_checkpoint(path, step)
-    return describe(checkpoint), named_weights(checkpoint)
+    description = describe(checkpoint)
+    # An export of the EMA, as most are, says nothing of it.
+    if kind == "raw":
+        description["weights"] = kind
+    return description, named_weights(checkpoint, "master" if kind == "raw" else "ema")
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:
@@ -102,7 +117,7 @@ def _read_export(path: Path, step: int | None) -> tuple[dict[str, Any], dict[str
 
     try:
         description = from_json((path / EXPORT_CONFIG).read_text())
-        if not _is_description(description):
+        if not is_description(description):
             raise CheckpointError(
                 f"{path} is no export, {_what(description)}; give a run, or the folder that "
                 "largescale.export wrote"
@@ -121,8 +136,9 @@ def _read_export(path: Path, step: int | None) -> tuple[dict[str, Any], dict[str
     return description, weights
 
 
-def _is_description(config: Any) -> bool:
-    """Whether the content of a config.json is that of an export."""
+def is_description(config: Any) -> bool:
+    """Whether the content of a config.json, or of another library's folder's largescale.json, is
+    that of an export."""
     return isinstance(config, dict) and config.keys() >= _REQUIRED
 
 
@@ -132,12 +148,12 @@ def is_export(folder: Path) -> bool:
 
     # Other libraries have a config.json beside a model.safetensors too.
     with contextlib.suppress(OSError, ValueError):
-        if _is_description(from_json((folder / EXPORT_CONFIG).read_text())):
+        if is_description(from_json((folder / EXPORT_CONFIG).read_text())):
             return True
     # The config is written last, so a killed export has weights only.
     with contextlib.suppress(OSError, SafetensorError):
         with safe_open(folder / EXPORT_WEIGHTS, framework="pt") as weights:
-            return weights.metadata() == EXPORT_METADATA
+            return weights.metadata() in (EXPORT_METADATA, RAW_METADATA)
     return False
 
 

@@ -22,7 +22,8 @@ class SamplingConfig:
     """Everything that samples depend on besides the weights; it is saved with them."""
 
     sampler: SamplerName = "ddpm"
-    steps: int = 250
+    steps: int | str = 250
+    """A count, or for Gaussian diffusion also ddim50, the timesteps of a fixed stride."""
     cfg_scale: float = 1.5
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Guide at these noise levels u only (arXiv:2404.07724); elsewhere the conditional model is used

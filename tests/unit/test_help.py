@@ -29,7 +29,9 @@ OPTIONS = {  # file: dataclasses whose fields are options
         "UNetConfig", "ModelConfig", "DiffusionConfig", "NoiseConfig", "CurriculumConfig", "DataConfig", "OptimizerConfig",
         "TrainConfig", "CheckpointConfig", "AnomalyConfig", "TelemetryConfig", "Config",
     ],
+    "largescale/convert.py": ["Convert"],
     "largescale/export.py": ["Export"],
+    "largescale/interop/choices.py": ["Choices"],
     "largescale/requeue.py": ["Requeue"],
     "largescale/status.py": ["Status"],
 }
