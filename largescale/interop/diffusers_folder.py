@@ -57,6 +57,9 @@ _DEFAULTS = {
     "num_embeds_ada_norm": 1000,
     "norm_eps": 1e-5,
 }
+# The largest that a config of ours may have.
+LARGEST_SIDE = 8192
+MOST_TIMESTEPS = 100_000
 # Our names for schedules of diffusers, whose numbers are compared too.
 _SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
 
@@ -153,6 +156,8 @@ def _model(config: dict[str, Any], ours: dict[str, Tensor], transformer: Path) -
         "attention_head_dim * num_attention_heads": heads * int(config["attention_head_dim"]),
         "in_channels": config["in_channels"],
         "out_channels": outputs,
+        # One that the patches do not divide would be cut.
+        "sample_size": config["sample_size"],
         "num_layers": config["num_layers"],
         "patch_size": config["patch_size"],
         "num_embeds_ada_norm": config["num_embeds_ada_norm"],
@@ -162,6 +167,7 @@ def _model(config: dict[str, Any], ours: dict[str, Tensor], transformer: Path) -
         model.hidden_size,
         model.in_channels,
         patches // model.patch_size**2,
+        model.input_size,
         model.depth,
         model.patch_size,
         model.num_classes,
@@ -196,6 +202,11 @@ def _require_dit(config: dict[str, Any], path: Path) -> None:
     for key in _DEFAULTS:
         if key != "out_channels" and not isinstance(config[key], int | float):
             raise CheckpointError(f"{path} has {key}={config[key]!r}, which is no number")
+    # Before positions are computed for it.
+    if not 1 <= config["sample_size"] <= LARGEST_SIDE:
+        raise CheckpointError(
+            f"{path} has sample_size={config['sample_size']}, which must be in [1, {LARGEST_SIDE}]"
+        )
 
 
 def _schedule(path: Path) -> DiffusionConfig:
@@ -204,13 +215,20 @@ def _schedule(path: Path) -> DiffusionConfig:
     config = _json(path)
     kind = config.get("beta_schedule", "linear")
     timesteps = config.get("num_train_timesteps", 1000)
+    if not isinstance(timesteps, int) or not 2 <= timesteps <= MOST_TIMESTEPS:
+        raise CheckpointError(
+            f"{path} has num_train_timesteps={timesteps!r}, which must be a whole number in "
+            f"[2, {MOST_TIMESTEPS}]"
+        )
     if (prediction := config.get("prediction_type", "epsilon")) != "epsilon":
         raise CheckpointError(
             f"{path} has prediction_type={prediction}, and a DiT of largescale predicts the noise "
             "(epsilon); such a model cannot be converted"
         )
-    schedule = _SCHEDULES.get(kind)
+    schedule = _SCHEDULES.get(str(kind))
     first, last = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    if not isinstance(first, int | float) or not isinstance(last, int | float):
+        raise CheckpointError(f"{path} has betas from {first!r} to {last!r}, which are no numbers")
     if schedule == "linear" and not np.allclose(
         np.linspace(first, last, timesteps), make_betas(schedule, timesteps), rtol=1e-5
     ):

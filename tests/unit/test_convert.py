@@ -507,6 +507,7 @@ def test_folders_of_something_else(tmp_path: Path, refused: Any) -> None:
         folder("pixart", config={"_class_name": "Transformer2DModel", "norm_type": "ada_norm_single"}): "has norm_type=ada_norm_single, and a DiT has ada_norm_zero",
         folder("bare", config={"_class_name": "DiTTransformer2DModel"}): "has no weights",
         folder("wordy", config={"_class_name": "DiTTransformer2DModel", "num_layers": "many"}): "has num_layers='many', which is no number",
+        folder("large", config={"_class_name": "DiTTransformer2DModel", "sample_size": 10**9}): "has sample_size=1000000000",
         folder("list", config=[]): "it is no object",
         folder("empty"): "holds nothing, and neither config.json nor model_index.json",
         folder("notes", notes={}): "holds notes.json, and neither",
@@ -534,7 +535,7 @@ def test_shards_that_do_not_belong_together(tmp_path: Path, refused: Any) -> Non
 def test_a_config_of_diffusers_that_contradicts_its_weights(tmp_path: Path, refused: Any) -> None:
     their_dit().save_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
-    for key, value, found in (("num_layers", 4, 3), ("attention_head_dim", 16, 24), ("num_embeds_ada_norm", 1000, 10), ("out_channels", 4, 8)):
+    for key, value, found in (("num_layers", 4, 3), ("attention_head_dim", 16, 24), ("num_embeds_ada_norm", 1000, 10), ("out_channels", 4, 8), ("sample_size", 9, 8)):
         (tmp_path / "model/config.json").write_text(json.dumps(config | {key: value}))
         said = refused(tmp_path / "model")
         assert "contradicts the weights beside it" in said and key in said and f"the weights have {found}" in said
@@ -549,6 +550,9 @@ def test_a_config_of_diffusers_that_contradicts_its_weights(tmp_path: Path, refu
     ({"beta_schedule": "scaled_linear"}, "has a noise schedule that largescale does not (scaled_linear"),
     ({"beta_end": 0.03}, "has a noise schedule that largescale does not (linear, beta 0.0001 to 0.03"),
     ({"rescale_betas_zero_snr": True}, "1000 timesteps, changed further"),
+    ({"num_train_timesteps": 10**12}, "has num_train_timesteps=1000000000000"),
+    ({"num_train_timesteps": "many"}, "has num_train_timesteps='many'"),
+    ({"beta_start": "small"}, "has betas from 'small' to 0.02"),
 ])
 def test_schedulers_that_are_not_ours(change: dict[str, Any], says: str, tmp_path: Path, refused: Any) -> None:
     save_pipeline(tmp_path / "pipeline", their_dit())
