@@ -71,7 +71,14 @@ def load_trained(
     """Load a model from the folder of an export or of a run: by default the EMA weights of a run, and
     what an export holds; with `ema_width` a run's power-function average of that width. Raises
     CheckpointError for a folder that is neither, or another model's."""
-    description, weights = read_weights(path, step, kind, ema_width)
+    return build_trained(*read_weights(path, step, kind, ema_width), path)
+
+
+def build_trained(
+    description: dict[str, Any], weights: dict[str, Tensor], path: Path | str
+) -> Trained:
+    """The model of weights by name and what is known of them, as `read_weights` gives both. Raises
+    CheckpointError, naming `path`, where they do not fit each other."""
     # A config that does not fit this version is the file's error, not the user's.
     with usable(path):
         config = from_dict(description["config"])

@@ -217,7 +217,7 @@ def run(run_here: RunHere) -> Path:
 def test_the_program(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ema.main([str(run), "--width", "0.07"]) == 0
     said = capsys.readouterr()
-    assert f"average of width 0.07 at step 12: {run}/ema_0.07/model.safetensors, from 8 snapshots; its profile is off by 0." in said.out
+    assert f"average of width 0.07 at step 12: {run}/ema_0.07/model.safetensors, from 8 snapshots; its profile is off by 3." in said.out
     trained, expected = load_trained(run / "ema_0.07"), average(run, 0.07)
     assert all(torch.equal(value, expected.weights[name]) for name, value in trained.model.state_dict().items())
     assert trained.info["ema"] == expected.describe() and trained.info["step"] == 12 and trained.info["samples_seen"] == 12 * 16
