@@ -12,7 +12,6 @@ size and shard size, whatever the number of ranks and restarts, and the same up 
 others, or where one start compiles the model and another does not.
 """
 
-import hashlib
 import json
 import math
 import sys
@@ -27,23 +26,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import largescale
 from eval.drawing.conditions import make_conditions
 from eval.drawing.sample_set import Format, SampleSet, Worker, make_of, require_sample_folder
 from largescale.checkpoint.files import CheckpointDir, require_outside_checkpoints
-from largescale.checkpoint.weights import load_trained
+from largescale.checkpoint.weights import load_trained, weights_sha256
 from largescale.config.command_line import check_counts, parse_options, run_program
 from largescale.config.validation import ema_note
 from largescale.data.format import KINDS, MANIFEST, DatasetInfo
 from largescale.data.parts import JOB
 from largescale.diffusion.objective import Model, SamplerName
 from largescale.diffusion.samplers import evaluations
-from largescale.diffusion.sampling import SamplingConfig, draw_batches
+from largescale.diffusion.sampling import SamplingConfig, check_guidance, draw_batches
 from largescale.distributed.ranks import check_cuda, local_device
-from largescale.encoders.vae import Vae, load_vae
+from largescale.encoders.vae import Vae, load_vae, load_vae_of_model
 from largescale.errors import (
     CheckpointError,
     ConfigError,
@@ -75,8 +74,9 @@ class Sample:
     """Guidance scales, one or more; 1 is no guidance."""
     sampler: SamplerName | None = None
     """The sampler; by default ddpm, for SiT sde, for EDM heun."""
-    steps: int | None = None
-    """Sampling steps; by default 250, for EDM 18."""
+    steps: int | str | None = None
+    """Sampling steps; by default 250, for EDM 18. ddim50: the 50 timesteps of a fixed stride, as the
+    DDIM paper and diffusers have them."""
     eta: float = 0.0
     """How much noise DDIM adds in each step: 0 is deterministic, 1 is DDPM's."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -164,8 +164,14 @@ class Sampler:
         objective = self.trained.objective
         self.sampler = options.sampler or objective.samplers[0]
         self.steps = objective.default_steps if options.steps is None else options.steps
-        self.check_guidance()
-        self.weights_sha256 = weights_sha256(self.trained.model)
+        model = self.trained.config.model
+        check_guidance(
+            options.cfg_scale,
+            options.cfg_channels,
+            class_dropout_prob=model.class_dropout_prob,
+            in_channels=model.in_channels,
+        )
+        self.weights_sha256 = weights_sha256(self.trained.model.state_dict())
         self.pixels = self.trained.info["data_info"]["kind"] == "pixels"
 
         # What the samples are conditioned on, and what decodes them.
@@ -184,7 +190,9 @@ class Sampler:
         )
         self.conditions.prepare()
         vae = options.vae or made_with.get("vae") or "none"
-        self.vae = None if vae == "none" else self.decoder(vae)
+        self.vae: Vae | None = None
+        if vae != "none":
+            self.vae = self.decoder(vae)
         default = 128 if self.device.type == "cuda" else 32
         self.batch_size = min(options.batch_size or default, options.shard_size)
 
@@ -194,22 +202,6 @@ class Sampler:
             options.compile == "auto" and self.compile_pays()
         )
         self._model: Model | None = None
-
-    def check_guidance(self) -> None:
-        """Raises ConfigError for guidance of a model that was not trained for it."""
-        # Guidance needs predictions without a condition, which training has to teach.
-        dropout = self.trained.config.model.class_dropout_prob
-        if not dropout and set(self.options.cfg_scale) != {1.0}:
-            raise ConfigError(
-                "the model was trained with class_dropout_prob=0 and knows no null label to guide "
-                "with; set --cfg-scale 1"
-            )
-        channels = self.trained.config.model.in_channels
-        if (self.options.cfg_channels or 0) > channels:
-            raise ConfigError(
-                f"cfg_channels={self.options.cfg_channels} must be at most {channels}, the model's "
-                "channels; leave it out to guide all of them"
-            )
 
     def compile_pays(self) -> bool:
         """Whether torch.compile pays: decided once for all scales, by all of the work, not by what
@@ -290,22 +282,12 @@ class Sampler:
     def decoder(self, spec: str) -> Vae:
         """Load the VAE. Raises ConfigError for another one than made the model's latents."""
         encoder = self.trained.info["data_info"].get("encoders", {}).get("vae")
-        is_converted = "converted" in self.trained.info
-        # A model of pixels, or of latents of unknown origin, has nothing to compare the VAE with.
-        if self.pixels or (encoder is None and not is_converted):
-            raise ConfigError(
-                "the model draws pixels, or latents of no VAE that its data name; leave out --vae"
-            )
-        vae = load_vae(spec, self.device)
-        if encoder is None:
+        # Converted weights may not say which VAE made their latents.
+        if encoder is None and "converted" in self.trained.info and not self.pixels:
+            vae = load_vae(spec, self.device)
             self.check_latents(vae, spec)
             return vae
-        # Latents of another VAE decode to something that looks nearly right.
-        if vae.identity != encoder:
-            raise ConfigError(
-                f"--vae {spec} is {vae.identity}, the model was trained with {encoder}"
-            )
-        return vae
+        return load_vae_of_model(spec, None if self.pixels else encoder, self.device)
 
     def check_latents(self, vae: Vae, spec: str) -> None:
         """Raises ConfigError for a VAE whose latents the model cannot draw. Converted weights do not
@@ -543,16 +525,6 @@ class Sampler:
 def folder_of(out: Path, cfg_scale: float) -> Path:
     """The folder of the samples at one guidance scale."""
     return out / f"cfg{cfg_scale}"
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """The hash of a model's weights, on the CPU, with their names."""
-    digest = hashlib.sha256()
-    # Sorted: the order of modules is no part of a model.
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy())
-    return digest.hexdigest()
 
 
 def main(args: Sequence[str] | None = None) -> int:

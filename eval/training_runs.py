@@ -18,8 +18,10 @@ from largescale.errors import CheckpointError, LargescaleError, Stopped
 from largescale.host.signals import EXIT_REQUEUE, stop_requested
 
 # What two runs of a comparison may differ in. Of what a resumed run may change, not the schedule of
-# checkpoints, which are what is compared, nor the type of device, on which the draws depend.
-_FREE = tuple(key for key in FREE_ON_RESUME if key not in ("checkpoint.", "train.device"))
+# checkpoints, which are what is compared, nor the type of device, on which the draws depend, nor
+# the first weights.
+_COMPARED = ("checkpoint.", "train.device", "train.init_from", "train.init_new")
+_FREE = tuple(key for key in FREE_ON_RESUME if key not in _COMPARED)
 _POLL_S = 0.5
 
 

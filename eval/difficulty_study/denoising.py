@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.sample import Sample, Sampler, weights_sha256
-from largescale.checkpoint.weights import Trained, load_trained
+from eval.sample import Sample, Sampler
+from largescale.checkpoint.weights import Trained, load_trained, weights_sha256
 from largescale.condition import Condition
 from largescale.diffusion.objective import Model
 from largescale.diffusion.sampling import SamplingConfig, draw_batches
@@ -89,7 +89,7 @@ class SplicedSampler(Sampler):
         spliced = {
             "interval": list(self.interval),
             "step": self.part.info["step"],
-            "weights_sha256": weights_sha256(self.part.model),
+            "weights_sha256": weights_sha256(self.part.model.state_dict()),
         }
         return {**super().job(config), "spliced": spliced}
 

@@ -18,9 +18,13 @@ from eval.prompts import read_prompts
 from largescale.checkpoint.weights import Trained
 from largescale.condition import Condition
 from largescale.config.schema import ModelConfig
-from largescale.data.loader import to_condition
+from largescale.data.loader import encoded_condition, to_condition
 from largescale.data.shards import ShardDataset
-from largescale.encoders.text import EncodedCaption, TextEncoder, load_text_encoder
+from largescale.encoders.text import (
+    EncodedCaption,
+    TextEncoder,
+    load_text_encoder_of_model,
+)
 from largescale.errors import ConfigError
 from largescale.host.files import is_unicode
 from largescale.host.launch import env_rank, printable
@@ -134,15 +138,9 @@ def _encoder_loader(
         )
 
     def load() -> TextEncoder:
-        # The same name can be another version: identities compare the weights.
-        encoder = load_text_encoder(text_encoder, device, max_tokens=model.max_caption_tokens)
-        # Another version of the same encoder is another language to the model.
-        if encoder.identity != trained_with:
-            raise ConfigError(
-                f"--text-encoder {text_encoder} is {encoder.identity}, the model was trained with "
-                f"{trained_with}"
-            )
-        return encoder
+        return load_text_encoder_of_model(
+            text_encoder, trained_with, device, model.max_caption_tokens
+        )
 
     return load
 
@@ -408,17 +406,11 @@ class OfPrompts(Conditions):
 
     def of(self, index: Sequence[int]) -> Condition:
         m = self._model
-        each = self._encodings(self.texts(index))
-        # Padded with zeros, as the loader pads the captions of a batch.
-        tokens = torch.zeros(len(each), m.max_caption_tokens, m.caption_width, dtype=torch.float16)
-        length = torch.zeros(len(each), dtype=torch.int64)
-        pooled = torch.zeros(len(each), m.caption_pooled_width, dtype=torch.float16)
-        for i, encoded in enumerate(each):
-            length[i] = len(encoded.tokens)
-            tokens[i, : len(encoded.tokens)] = torch.from_numpy(encoded.tokens)
-            pooled[i] = torch.from_numpy(encoded.pooled)
-        return to_condition(
-            {"caption_tokens": tokens, "caption_length": length, "caption_pooled": pooled}
+        return encoded_condition(
+            self._encodings(self.texts(index)),
+            m.max_caption_tokens,
+            m.caption_width,
+            m.caption_pooled_width,
         )
 
     def texts(self, index: Sequence[int]) -> list[str]:

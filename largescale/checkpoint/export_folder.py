@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from largescale.checkpoint.files import require_outside_checkpoints
-from largescale.checkpoint.weights import EXPORT_CONFIG, EXPORT_METADATA, EXPORT_WEIGHTS, is_export
+from largescale.checkpoint.weights import (
+    EXPORT_CONFIG,
+    EXPORT_METADATA,
+    EXPORT_WEIGHTS,
+    RAW_METADATA,
+    is_export,
+)
 from largescale.errors import CheckpointError
 from largescale.host.files import names_of, require_writable, visible, write_atomically
 
@@ -40,12 +46,13 @@ def write_export(out: Path, weights: dict[str, "Tensor"], description: dict[str,
     weights_path = out / EXPORT_WEIGHTS
     config_path = out / EXPORT_CONFIG
     out.mkdir(parents=True, exist_ok=True)
+    metadata = RAW_METADATA if description.get("weights") == "raw" else EXPORT_METADATA
     contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
 
     # Whole or absent under its name: a part of it could not be told from another's file.
     temporary = weights_path.with_name(f".{EXPORT_WEIGHTS}.tmp")
     try:
-        save_file(contiguous, temporary, metadata=EXPORT_METADATA)
+        save_file(contiguous, temporary, metadata=metadata)
         # The config comes last: a folder that has one is complete.
         config_path.unlink(missing_ok=True)
         temporary.replace(weights_path)

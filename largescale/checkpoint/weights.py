@@ -1,14 +1,15 @@
 """A trained model from an export or a run directory, without DeepSpeed."""
 
 import contextlib
-import sys
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
-from largescale.checkpoint.files import CheckpointDir, checkpoints, named_weights, newest_valid
+from largescale.checkpoint.files import CheckpointDir, find_checkpoint, named_weights
 from largescale.config.schema import Config
 from largescale.config.serialise import from_dict
 from largescale.diffusion.build import build_objective
@@ -20,8 +21,9 @@ from largescale.models.build import Network, build_model
 EXPORT_WEIGHTS = "model.safetensors"
 EXPORT_CONFIG = "config.json"
 
-# In the metadata of an export's weights.
+# In the metadata of an export's weights: which of a checkpoint's they are.
 EXPORT_METADATA = {"format": "pt", "weights": "ema"}
+RAW_METADATA = EXPORT_METADATA | {"weights": "raw"}
 # What an export's config has, which tells it from other libraries' config.json.
 _REQUIRED = {"config", "step", "data_info"}
 # What an export carries of a checkpoint's state.
@@ -34,7 +36,10 @@ CARRIED = (
     "made_with",
     "precision",
     "curriculum",
+    "init",
 )
+# The smoothed weights, or those that the optimizer updates.
+WeightsName = Literal["ema", "raw"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Trained:
     """A trained model, its objective, and where they are from."""
 
     model: Network
-    """EMA weights, fp32, in eval mode, on the CPU."""
+    """EMA weights, or those that were asked for, fp32, in eval mode, on the CPU."""
     objective: Objective
     config: Config
     info: dict[str, Any]
@@ -56,42 +61,10 @@ class Trained:
         return min(model, self.info.get("data_info", {}).get("num_classes", model))
 
 
-def find_checkpoint(run_dir: Path, step: int | None) -> CheckpointDir:
-    """The newest valid checkpoint of a run, or that of `step`, verified."""
-    if step is not None:
-        return _checkpoint_of_step(run_dir, step)
-    newest, _ = newest_valid(
-        run_dir, checkpoints(run_dir), report=lambda text: print(text, file=sys.stderr)
-    )
-    if newest is None:
-        what = "is a file" if run_dir.is_file() else "holds no checkpoint"
-        raise CheckpointError(f"{run_dir} {what}; give the folder of a run, such as runs/digits")
-    return newest
-
-
-def _checkpoint_of_step(run_dir: Path, step: int) -> CheckpointDir:
-    checkpoint = CheckpointDir.at(run_dir, step)
-    if not checkpoint.exists:
-        steps = ", ".join(str(found.step) for found in checkpoints(run_dir)) or "none"
-        raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; there are: {steps}")
-    # Unlike the newest one, it is never replaced silently by another.
-    if problem := checkpoint.problem():
-        raise CheckpointError(
-            f"{problem}; choose another --step, or leave it out for the newest valid one"
-        )
-    return checkpoint
-
-
-def load_trained(path: Path, step: int | None = None) -> Trained:
-    """Load a model from the folder of an export or of a run. Raises CheckpointError for a folder
-    that is neither, or another model's."""
-    if (path / EXPORT_CONFIG).exists():
-        description, weights = _read_export(path, step)
-    else:
-        checkpoint = find_checkpoint(path, step)
-        description = describe(checkpoint)
-        weights = named_weights(checkpoint)
-
+def load_trained(path: Path, step: int | None = None, kind: WeightsName | None = None) -> Trained:
+    """Load a model from the folder of an export or of a run: by default the EMA weights of a run, and
+    what an export holds. Raises CheckpointError for a folder that is neither, or another model's."""
+    description, weights = read_weights(path, step, kind)
     # A config that does not fit this version is the file's error, not the user's.
     with usable(path):
         config = from_dict(description["config"])
@@ -107,13 +80,44 @@ def load_trained(path: Path, step: int | None = None) -> Trained:
     return Trained(model.eval(), objective, config, info)
 
 
+def read_weights(
+    path: Path, step: int | None = None, kind: WeightsName | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and provenance, and the weights by name in fp32, of the folder of an export or of a run:
+    by default the EMA of a run, and what an export holds. Raises CheckpointError for a folder that is
+    neither."""
+    if (path / EXPORT_CONFIG).exists():
+        description, weights = _read_export(path, step)
+        if kind not in (None, has := description.get("weights", "ema")):
+            raise CheckpointError(
+                f"{path} is an export of the {has} weights, not of the {kind}; give the run"
+            )
+        return description, {name: tensor.float() for name, tensor in weights.items()}
+    checkpoint = find_checkpoint(path, step)
+    description = describe(checkpoint)
+    # An export of the EMA, as most are, says nothing of it.
+    if kind == "raw":
+        description["weights"] = kind
+    return description, named_weights(checkpoint, "master" if kind == "raw" else "ema")
+
+
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """The hash of weights on the CPU, with their names."""
+    digest = hashlib.sha256()
+    # Sorted: the order of modules is no part of a model.
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
 def _read_export(path: Path, step: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         description = from_json((path / EXPORT_CONFIG).read_text())
-        if not _is_description(description):
+        if not is_description(description):
             raise CheckpointError(
                 f"{path} is no export, {_what(description)}; give a run, or the folder that "
                 "largescale.export wrote"
@@ -132,8 +136,9 @@ def _read_export(path: Path, step: int | None) -> tuple[dict[str, Any], dict[str
     return description, weights
 
 
-def _is_description(config: Any) -> bool:
-    """Whether the content of a config.json is that of an export."""
+def is_description(config: Any) -> bool:
+    """Whether the content of a config.json, or of another library's folder's largescale.json, is
+    that of an export."""
     return isinstance(config, dict) and config.keys() >= _REQUIRED
 
 
@@ -143,12 +148,12 @@ def is_export(folder: Path) -> bool:
 
     # Other libraries have a config.json beside a model.safetensors too.
     with contextlib.suppress(OSError, ValueError):
-        if _is_description(from_json((folder / EXPORT_CONFIG).read_text())):
+        if is_description(from_json((folder / EXPORT_CONFIG).read_text())):
             return True
     # The config is written last, so a killed export has weights only.
     with contextlib.suppress(OSError, SafetensorError):
         with safe_open(folder / EXPORT_WEIGHTS, framework="pt") as weights:
-            return weights.metadata() == EXPORT_METADATA
+            return weights.metadata() in (EXPORT_METADATA, RAW_METADATA)
     return False
 
 

@@ -181,7 +181,18 @@ class OptimizerConfig:
     torch."""
     # DiT's, and so the paper's: no warm-up, no decay.
     lr: Annotated[float, above(0, 1000)] = 1e-4
-    """Learning rate, constant."""
+    """Learning rate after the warm-up, and before any decay."""
+    schedule: Literal["constant", "cosine", "linear", "inverse_sqrt", "wsd"] = "constant"
+    """The learning rate after the warm-up. cosine, linear: to final_lr in decay_steps, by default the
+    rest of the run. wsd (warm-up, stable, decay): constant, and linear to final_lr in the last
+    decay_steps, by default a tenth of the run. inverse_sqrt: lr sqrt(decay_steps / step) from step
+    decay_steps on, by default the warm-up's end, as in EDM2 (arXiv:2312.02696)."""
+    warmup_steps: Annotated[int, at_least(0, 1_000_000_000, zero_means="no warm-up")] = 0
+    """Steps in which the learning rate rises from 0 to lr, by equal steps."""
+    decay_steps: Annotated[int | None, at_least(1, 1_000_000_000)] = None
+    """Length of the decay in steps; what it means, and its default, is the schedule's."""
+    final_lr: Annotated[float, at_least(0, 1000)] = 0.0
+    """Learning rate after the decay of cosine, linear and wsd."""
     betas: Annotated[tuple[float, float], between(0, 1, closed="left")] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
     eps: Annotated[float, at_least(0, 1)] = 1e-8
@@ -192,6 +203,12 @@ class OptimizerConfig:
     """Largest norm of the gradient."""
     ema_decay: Annotated[float, between(0, 1, closed="left")] = 0.9999
     """Decay per step of the exponential moving average of the weights."""
+    ema_rampup: Annotated[float, at_least(0, 1000, zero_means="no ramp-up")] = 0.0
+    """Ramp-up of the EMA: its half-life is at most this share of the steps so far; EDM has 0.05."""
+    ema_widths: Annotated[tuple[float, ...], above(0, 0.28)] = ()
+    """Widths of power-function averages to keep beside the EMA, as EDM2's 0.05 and 0.1
+    (arXiv:2312.02696): standard deviations as shares of the training so far. From their snapshots
+    largescale.ema makes the average of any width afterwards. Each takes 4 bytes a parameter."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +241,14 @@ class TrainConfig:
     """A JSON file of DeepSpeed's settings: memory, precision, communication."""
     device: Literal["cuda", "cpu"] = "cuda"
     """What to train on."""
+    init_from: str | None = None
+    """Weights to start from in place of random ones: a run directory (its EMA) or an export, such as
+    largescale.convert makes of published weights. After the first checkpoint they are not needed
+    any more."""
+    init_new: tuple[str, ...] = ()
+    """Parts of the network that start anew all the same, as in y_embedder final_layer: where
+    init_from has other classes, another variance, another resolution (pos_embed), or captions in
+    place of classes (y_embedder cross_attn)."""
     seed: Annotated[int, between(0, 2**32, closed="left")] = 0
     """Seed of the weights, the data order and every random draw."""
     timeout_s: Annotated[float, at_least(1, 604_800)] = 600.0
@@ -240,6 +265,11 @@ class CheckpointConfig:
     stop."""
     keep_every: Annotated[int, at_least(0, 1_000_000_000, zero_means="none")] = 50_000
     """Keep checkpoints at multiples of this for ever."""
+    ema_snapshot_every: Annotated[int | None, at_least(1, 1_000_000_000)] = None
+    """Steps between snapshots of the averages of optimizer.ema_widths, in half precision; by default
+    keep_every, or `every` where that is 0. One more is written at the end."""
+    ema_snapshots: Annotated[int, at_least(0, 1_000_000, zero_means="all")] = 0
+    """How many of the newest of these snapshots to keep."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ FIXED_ON_RESUME = (
     "data.augment",
     "train.global_batch_size",
     "train.seed",
+    "optimizer.ema_widths",
     "precision",
     "dataset",
 )
@@ -45,6 +46,9 @@ FREE_ON_RESUME = (
     "train.ds_config",
     "train.device",
     "train.timeout_s",
+    # Compared by content: the weights may have moved, or be gone.
+    "train.init_from",
+    "train.init_new",
     "checkpoint.",
     "telemetry.",
 )

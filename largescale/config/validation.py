@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from largescale.config.derived import batch_layout, least_steps, make_curriculum, pacing_settings
+from largescale.config.learning_rate import schedule_note
 from largescale.config.presets import PRESETS
 from largescale.config.ranges import range_of
 from largescale.config.schema import Config, ModelConfig, UNetConfig
@@ -92,8 +93,9 @@ def remarks(config: Config, classes_of_data: int) -> list[str]:
             f"least {least:,} steps: some noise levels are never trained; raise --train.steps, or "
             f"lower {' or '.join(flags)}"
         )
-    if note := ema_note(config):
-        notes.append(note)
+    for note in (schedule_note(config), ema_note(config)):
+        if note:
+            notes.append(note)
     return notes
 
 
@@ -107,12 +109,18 @@ def without_effect(config: Config) -> list[tuple[str, str]]:
         "telemetry.preview_steps",
         "telemetry.preview_cfg_scale",
     )
+    o = config.optimizer
+    decaying = o.schedule in ("cosine", "linear", "wsd")
+    snapshots = ("checkpoint.ema_snapshot_every", "checkpoint.ema_snapshots")
     captions = ("model.null_caption", "model.caption_width", "model.caption_pooled_width")
     groups = [
         (config.model.learn_sigma, "with a learned variance", ("diffusion.fixed_variance",)),
         (not config.model.max_caption_tokens, "without captions", captions),
         (c.pacing != "patience", f"with curriculum.pacing={c.pacing}", ("curriculum.patience",)),
         (c.pacing != "fixed", f"with curriculum.pacing={c.pacing}", ("curriculum.interval",)),
+        (not o.ema_widths, "without optimizer.ema_widths", snapshots),
+        (not decaying, f"with optimizer.schedule={o.schedule}", ("optimizer.final_lr",)),
+        (o.schedule == "constant", "with a constant learning rate", ("optimizer.decay_steps",)),
         (never_skips, "unless one of the policies is skip", ("anomaly.max_skips",)),
         (not t.preview_every, "with telemetry.preview_every=0", previews),
         (
@@ -134,6 +142,9 @@ def without_effect(config: Config) -> list[tuple[str, str]]:
 def ema_note(config: Config, step: int | None = None) -> str:
     """A note on the share of untrained weights in the EMA at a step, by default the last; empty
     where that share is negligible."""
+    # It starts as a copy of trained weights, or forgets its first steps.
+    if config.train.init_from or config.optimizer.ema_rampup:
+        return ""
     decay = config.optimizer.ema_decay
     steps = config.train.steps
     at = steps if step is None else step
@@ -325,8 +336,16 @@ def check_curriculum(config: Config, require: Any) -> None:
 
 
 def check_the_rest(config: Config, require: Any) -> None:
-    """What is compiled, and the settings of the preview."""
+    """The first weights, what is compiled, and the settings of the preview."""
     m = config.model
+    widths = config.optimizer.ema_widths
+    require(len({*widths}) == len(widths), "optimizer.ema_widths", "be different widths")
+    require(
+        config.train.init_from is not None or not config.train.init_new,
+        "train.init_new",
+        "be empty without train.init_from: all parts of the network start anew",
+        "give --train.init-from too",
+    )
     preview = config.telemetry
     require(
         m.architecture == "dit" or config.train.compile != "blocks",

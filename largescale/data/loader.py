@@ -2,7 +2,7 @@
 turned into x_start."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from largescale.condition import Captions, Condition
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset
+from largescale.encoders.text import EncodedCaption
 from largescale.errors import ConfigError
 from largescale.randomness import host_draws
 
@@ -208,6 +209,24 @@ def to_x_start(
     # A draw from the LDM's DiagonalGaussianDistribution, with its bounds of the log-variance.
     mean, logvar = latent.float().chunk(2, dim=1)
     return (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * posterior_noise) * scale_factor
+
+
+def encoded_condition(
+    captions: Sequence[EncodedCaption], max_tokens: int, width: int, pooled_width: int
+) -> Condition:
+    """The condition of captions that a text encoder has made just now, padded to `max_tokens` as
+    those of a batch are. The widths are the model's."""
+    n = len(captions)
+    tokens = torch.zeros(n, max_tokens, width, dtype=torch.float16)
+    length = torch.zeros(n, dtype=torch.int64)
+    pooled = torch.zeros(n, pooled_width, dtype=torch.float16)
+    for i, caption in enumerate(captions):
+        length[i] = len(caption.tokens)
+        tokens[i, : len(caption.tokens)] = torch.from_numpy(caption.tokens)
+        pooled[i] = torch.from_numpy(caption.pooled)
+    return to_condition(
+        {"caption_tokens": tokens, "caption_length": length, "caption_pooled": pooled}
+    )
 
 
 def to_condition(rows: Mapping[str, Tensor]) -> Condition:

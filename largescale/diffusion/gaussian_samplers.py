@@ -26,8 +26,10 @@ Ask = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 def kept_timesteps(sampler: str, steps: int | str, timesteps: int) -> np.ndarray:
     """The timesteps that a sampler visits, rising. Raises ConfigError for fewer than two."""
     if sampler == "dpm++2m" and str(steps).isdecimal() and int(steps) < timesteps:
-        # As in diffusers: without t = 0, towards which the extrapolation would reach too far.
-        kept = space_timesteps(timesteps, int(steps) + 1)[1:]
+        # As in diffusers: without t = 0, towards which the extrapolation would reach too far, and
+        # halves rounded as there.
+        spread = np.linspace(0, timesteps - 1, int(steps) + 1)
+        kept = np.rint(spread).astype(np.int64)[1:]
     else:
         kept = space_timesteps(timesteps, steps)
     if len(kept) < 2:

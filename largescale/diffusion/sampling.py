@@ -1,7 +1,7 @@
 """Samples from a model. Sample i depends on (seed, i), not on the batch that it is drawn in or the
 number of ranks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -22,7 +22,8 @@ class SamplingConfig:
     """Everything that samples depend on besides the weights; it is saved with them."""
 
     sampler: SamplerName = "ddpm"
-    steps: int = 250
+    steps: int | str = 250
+    """A count, or for Gaussian diffusion also ddim50, the timesteps of a fixed stride."""
     cfg_scale: float = 1.5
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Guide at these noise levels u only (arXiv:2404.07724); elsewhere the conditional model is used
@@ -47,6 +48,24 @@ class SamplingConfig:
         """The model with guidance as these settings ask for."""
         return ClassifierFreeGuidance(
             model, self.cfg_scale, null_label, self.cfg_channels, self.guidance_interval
+        )
+
+
+def check_guidance(
+    scales: Iterable[float], channels: int | None, *, class_dropout_prob: float, in_channels: int
+) -> None:
+    """Raises ConfigError for guidance that a model of these settings was not trained for.
+    `channels`: how many are guided; None: all."""
+    # Guidance needs predictions without a condition, which training has to teach.
+    if not class_dropout_prob and set(scales) != {1.0}:
+        raise ConfigError(
+            "the model was trained with class_dropout_prob=0 and knows no null label to guide "
+            "with; set cfg_scale=1 (--cfg-scale 1)"
+        )
+    if (channels or 0) > in_channels:
+        raise ConfigError(
+            f"cfg_channels={channels} must be at most {in_channels}, the model's channels; leave it "
+            "out to guide all of them"
         )
 
 

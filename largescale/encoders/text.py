@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from largescale.encoders.identity import library, loading, locate, silence, weights_identity
-from largescale.errors import DataError
+from largescale.errors import ConfigError, DataError
 
 BATCH = 256  # captions in one forward pass
 
@@ -128,6 +128,22 @@ def load_text_encoder(
     encode = bind(kept, device)
     width, pooled_width = _try_out(encode, spec, kept, device)
     return TextEncoder(identity, kept, width, pooled_width, encode, count)
+
+
+def load_text_encoder_of_model(
+    spec: str, trained_with: str | None, device: torch.device, max_tokens: int
+) -> TextEncoder:
+    """The text encoder that `spec` names, where it is the one that made a model's captions, by its
+    identity `trained_with`. Raises ConfigError for another one, DataError where there is none."""
+    # The same name can be another version: identities compare the weights.
+    encoder = load_text_encoder(spec, device, max_tokens=max_tokens)
+    # Another version of the same encoder is another language to the model.
+    if encoder.identity != trained_with:
+        raise ConfigError(
+            f"the text encoder {spec} is {encoder.identity}, the model was trained with "
+            f"{trained_with}"
+        )
+    return encoder
 
 
 def _try_out(encode: Encode, spec: str, max_tokens: int, device: torch.device) -> tuple[int, int]:

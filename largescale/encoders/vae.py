@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from largescale.encoders.identity import library, loading, locate, silence, weights_identity
-from largescale.errors import DataError
+from largescale.errors import ConfigError, DataError
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
@@ -143,6 +143,23 @@ def load_vae(spec: str, device: torch.device, dtype: torch.dtype = torch.float32
         dtype=dtype,
         module=module,
     )
+
+
+def load_vae_of_model(spec: str, trained_with: str | None, device: torch.device) -> Vae:
+    """The VAE that `spec` names, where it is the one that made a model's latents, by its identity
+    `trained_with`. Raises ConfigError for another one, DataError where there is none."""
+    # A model of pixels, or of latents of unknown origin, has nothing to compare the VAE with.
+    if trained_with is None:
+        raise ConfigError(
+            "the model draws pixels, or latents of no VAE that its data name; leave out vae (--vae)"
+        )
+    vae = load_vae(spec, device)
+    # Latents of another VAE decode to something that looks nearly right.
+    if vae.identity != trained_with:
+        raise ConfigError(
+            f"the VAE {spec} is {vae.identity}, the model was trained with {trained_with}"
+        )
+    return vae
 
 
 def _memory_format(device: torch.device) -> torch.memory_format:

@@ -15,7 +15,7 @@ from largescale.host.files import from_json, names_of, visible
 from largescale.interop.diffusers_weights import from_diffusers
 from largescale.interop.dit_weights import dit_config, shape_of
 from largescale.interop.state_dicts import read_shards, read_state_dict, to_fp32
-from largescale.noise_schedule import make_betas
+from largescale.noise_schedule import SCHEDULES, make_betas
 
 CONFIG = "config.json"
 PIPELINE = "model_index.json"
@@ -120,16 +120,7 @@ def read_diffusers(folder: Path) -> DiffusersModel:
     transformer = find_transformer(folder)
     config = _DEFAULTS | _json(transformer / CONFIG)
     _require_dit(config, transformer / CONFIG)
-    weights_file = _weights_file(transformer)
-    if weights_file.suffix == ".json":
-        weights = read_shards(weights_file)
-    else:
-        weights = read_state_dict(weights_file, None).weights
-    files = [transformer / CONFIG, weights_file]
-    if weights_file.suffix == ".json":
-        files += sorted(transformer.glob(f"{_WEIGHTS}-*.safetensors"))
-
-    ours = from_diffusers(to_fp32(weights, weights_file), int(config["sample_size"]))
+    ours, files = read_weights(transformer, int(config["sample_size"]))
     model = _model(config, ours, transformer)
     scheduler = transformer.parent / "scheduler" / "scheduler_config.json"
     pipeline = transformer.parent / PIPELINE
@@ -138,11 +129,24 @@ def read_diffusers(folder: Path) -> DiffusersModel:
     return DiffusersModel(
         ours,
         model,
-        tuple(files),
+        (transformer / CONFIG, *files),
         diffusion=_schedule(scheduler) if in_pipeline and scheduler.is_file() else None,
         vae=vae if in_pipeline and (vae / CONFIG).is_file() else None,
         id2label=_labels(_json(pipeline)) if in_pipeline else {},
     )
+
+
+def read_weights(transformer: Path, input_size: int) -> tuple[dict[str, Tensor], list[Path]]:
+    """The weights in a transformer's folder, under our names and in float32, and the files that hold
+    them. Raises CheckpointError where they are not those of a DiT."""
+    file = _weights_file(transformer)
+    if file.suffix == ".json":
+        weights = read_shards(file)
+        files = [file, *sorted(transformer.glob(f"{_WEIGHTS}-*.safetensors"))]
+    else:
+        weights = read_state_dict(file, None).weights
+        files = [file]
+    return from_diffusers(to_fp32(weights, file), input_size), files
 
 
 def _model(config: dict[str, Any], ours: dict[str, Tensor], transformer: Path) -> ModelConfig:
@@ -245,7 +249,9 @@ def _schedule(path: Path) -> DiffusionConfig:
         np.linspace(first, last, timesteps), make_betas(schedule, timesteps), rtol=1e-5
     ):
         schedule = None
-    changed = config.get("trained_betas") or config.get("rescale_betas_zero_snr")
+    changed = config.get("rescale_betas_zero_snr")
+    if trained := config.get("trained_betas"):
+        kind, schedule = "trained betas", _schedule_of(trained, timesteps)
     if schedule is None or changed:
         raise CheckpointError(
             f"{path} has a noise schedule that largescale does not ({kind}, beta {first} to {last}, "
@@ -258,6 +264,14 @@ def _schedule(path: Path) -> DiffusionConfig:
         timesteps=timesteps,
         fixed_variance="large" if large else "small",
     )
+
+
+def _schedule_of(betas: Any, timesteps: int) -> str | None:
+    """Our name for a schedule that is written out, if we have it."""
+    for name in SCHEDULES:
+        if np.shape(betas) == (timesteps,) and np.allclose(betas, make_betas(name, timesteps)):
+            return name
+    return None
 
 
 def _labels(index: dict[str, Any]) -> dict[str, str]:

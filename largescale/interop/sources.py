@@ -13,7 +13,7 @@ from torch import Tensor
 from largescale.checkpoint.files import is_run
 from largescale.checkpoint.weights import EXPORT_WEIGHTS, is_export, load_trained
 from largescale.config.schema import Config, CurriculumConfig, DiffusionConfig, TelemetryConfig
-from largescale.config.serialise import to_dict
+from largescale.config.serialise import from_dict, to_dict
 from largescale.config.validation import validate
 from largescale.data.format import MANIFEST, DatasetInfo
 from largescale.encoders.vae import Vae, load_vae
@@ -22,6 +22,7 @@ from largescale.host.files import sha256
 from largescale.interop import diffusers_folder, hub
 from largescale.interop.choices import Choices, Facts, Source
 from largescale.interop.names import require_fit
+from largescale.interop.pipeline_folder import is_pipeline, read_pipeline
 from largescale.interop.training_files import read_file
 from largescale.models.build import latent_shape
 
@@ -58,6 +59,8 @@ def read_source(source: str, choices: Choices, step: int | None = None) -> Conve
         raise ConfigError(
             f"--step {step} chooses a checkpoint of a run, and {source} is none; leave it out"
         )
+    if is_pipeline(path):
+        return _own_pipeline(path, source, choices)
     facts = Facts(choices)
     folder = _diffusers_folder(path)
     read = _diffusers(folder, facts) if folder else read_file(path, facts)
@@ -113,6 +116,15 @@ def _own(path: Path, source: str, choices: Choices, step: int | None) -> Convert
         {},
         [],
     )
+
+
+def _own_pipeline(folder: Path, source: str, choices: Choices) -> Converted:
+    """A diffusers pipeline that largescale.export wrote, which says all of itself."""
+    names = [each.name for each in fields(Choices)]
+    choices.require_unset(names, f"{source} was exported by largescale, and says so itself")
+    description, weights = read_pipeline(folder)
+    config = from_dict(description["config"])
+    return Converted(weights, description, config, "a diffusers pipeline of largescale", {}, [])
 
 
 def _diffusers(folder: Path, facts: Facts) -> Source:

@@ -13,6 +13,7 @@ import torch
 from largescale.checkpoint.files import checkpoints, newest_valid
 from largescale.config.deepspeed import final_ds_config, load_ds_config, precision
 from largescale.config.derived import batch_layout, cluster_edges, least_steps, resolved_kernels
+from largescale.config.learning_rate import described
 from largescale.config.schema import Config, ModelConfig
 from largescale.config.serialise import to_dict
 from largescale.config.validation import remarks, validate
@@ -34,6 +35,8 @@ from largescale.planning.cost import (
 )
 from largescale.planning.hardware import ATTENTION_SHARE, HARDWARE, PRODUCT_SHARE, Hardware
 from largescale.planning.memory import check_memory, largest_micro_batch, memory
+from largescale.training.ema_snapshots import snapshot_every
+from largescale.training.first_weights import FirstWeights, check_resumed, started_from
 
 # Host memory of the diffusers library, loaded to decode previews: measured, 284 MiB.
 _DIFFUSERS_BYTES = 3e8
@@ -119,6 +122,7 @@ def workload(config: Config, ds: dict[str, Any], grad_accum_steps: int) -> Workl
         all_reduce=zero.get("use_multi_rank_bucket_allreduce", True)
         or not zero.get("reduce_scatter", True),
         fused_update=config.optimizer.kernel == "fused",
+        averages=len(config.optimizer.ema_widths),
         blocks=blocks,
     )
 
@@ -225,6 +229,21 @@ def print_disk(config: Config, checkpoint_bytes: float) -> None:
     )
 
 
+def print_ema_snapshots(config: Config, parameters: int) -> None:
+    """Print the disk that snapshots of the averages take."""
+    widths = config.optimizer.ema_widths
+    if not widths:
+        return
+    every = snapshot_every(config)
+    steps = math.ceil(config.train.steps / every)
+    kept = min(steps, config.checkpoint.ema_snapshots or steps)
+    each = 2 * parameters * len(widths)
+    print(
+        f"      {each / 1e9:.3g} GB for snapshots of {len(widths)} averages every {every:,} steps, "
+        f"{kept * each / 1e9:,.3g} GB for the {kept} that are kept"
+    )
+
+
 def print_data(config: Config) -> ShardDataset | None:
     """Print the data set's size, and return it; None where there is no data set yet."""
     from largescale.data.compatibility import open_dataset
@@ -288,6 +307,7 @@ def print_run_directory(config: Config, ds: dict[str, Any], dataset: ShardDatase
     if newest is None:
         check_checkpoints_still_exist(run_dir)
         print(f"run directory: {run_dir}, without a checkpoint")
+        print_first_weights(config, dataset)
         return
 
     # What a start would put into a checkpoint. Without a data set there is nothing to compare.
@@ -298,11 +318,24 @@ def print_run_directory(config: Config, ds: dict[str, Any], dataset: ShardDatase
         "dataset": fingerprint,
     }
     check_same_run(newest, identity, dataset, log)
+    check_resumed(config, newest)
 
     if newest.step >= config.train.steps:
         print(f"run directory: {finished_message(config, newest)}")
     else:
         print(f"run directory: {run_dir}, would be resumed at step {newest.step:,}")
+
+
+def print_first_weights(config: Config, dataset: ShardDataset | None) -> None:
+    """Print what the run would start from, and what of it was trained for something else. Raises
+    ConfigError where it does not fit."""
+    if config.train.init_from is None:
+        return
+    first = FirstWeights.read(config)
+    first.check(config)
+    print(started_from(first.record()))
+    for note in first.notes(config, dataset.info.plain()) if dataset else ():
+        print(f"note: {note}")
 
 
 def print_work(config: Config, work: Workload) -> None:
@@ -311,6 +344,7 @@ def print_work(config: Config, work: Workload) -> None:
     print(f"clusters: {edges}")
     if least := least_steps(config):
         print(f"curriculum: complete after {least:,} steps or more, of {config.train.steps:,}")
+    print(f"learning rate: {described(config)}")
     print(f"parameters: {work.parameters:,} trainable")
 
     # The first line is of useful work; what activation checkpointing repeats is listed apart.
@@ -374,6 +408,7 @@ def dry_run(config: Config) -> int:
     if hardware and precision(ds) != "fp32":
         print_cost(Plan(work, hardware, world_size, config.train.steps, config.checkpoint.every))
     print_disk(config, work.checkpoint_bytes)
+    print_ema_snapshots(config, work.parameters)
     print_memory(config, ds, world_size, micro, hardware)
     check_memory(config, ds, world_size)
 

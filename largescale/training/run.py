@@ -22,12 +22,14 @@ from largescale.diffusion.build import build_objective
 from largescale.distributed.ranks import Ranks
 from largescale.distributed.watchdog import Watchdog
 from largescale.engine.deepspeed_engine import check_ds_config
+from largescale.errors import CheckpointError
 from largescale.host.launch import tell_torchrun
 from largescale.host.signals import EXIT_REQUEUE
 from largescale.monitoring.goodput import Goodput
 from largescale.monitoring.telemetry import Telemetry
 from largescale.planning.batch_size import explain_out_of_memory, resolve_micro_batch_size
 from largescale.training.early_stop import asked_to_stop
+from largescale.training.first_weights import FirstWeights, check_resumed, started_from
 from largescale.training.recorder import Recorder
 from largescale.training.run_directory import (
     check_checkpoints_still_exist,
@@ -73,6 +75,11 @@ def train_run(
     config = resolve_micro_batch_size(config, ds, ranks, log)
     ds = final_ds_config(config, ranks.world_size)
     identity["config"] = to_dict(config)
+    first_weights = None
+    if checkpoint is not None:
+        identity["init"] = checkpoint.manifest()["state"].get("init")
+    elif config.train.init_from is not None:
+        first_weights = read_first_weights(config, identity, ranks, log)
     for remark in remarks(config, dataset.info.num_classes):
         log(f"note: {remark}")
 
@@ -80,7 +87,8 @@ def train_run(
     objective = build_objective(config)
     state = TrainingState(config, objective)
     with explain_out_of_memory(config, ranks.world_size, lambda: watchdog.where):
-        train_step = TrainStep(config, ds, ranks, dataset, objective, state)
+        train_step = TrainStep(config, ds, ranks, dataset, objective, state, first_weights)
+        del first_weights
         if asked_to_stop(ranks, log, "while the model was built"):
             return EXIT_REQUEUE
         if checkpoint is not None:
@@ -185,7 +193,29 @@ def newest_to_resume(
         ranks.raise_on_all_ranks(lambda: check_checkpoints_still_exist(config.run_dir))
     else:
         ranks.raise_on_all_ranks(lambda: check_same_run(checkpoint, identity, dataset, log))
+        # To hash gigabytes once is enough.
+        ranks.raise_on_all_ranks(
+            lambda: check_resumed(config, checkpoint) if ranks.rank == 0 else None
+        )
     return checkpoint
+
+
+def read_first_weights(
+    config: Config, identity: dict[str, Any], ranks: Ranks, log: Log
+) -> FirstWeights:
+    """The weights that a new run starts with; they become part of its identity. Collective."""
+    first = ranks.raise_on_all_ranks(lambda: FirstWeights.read(config))
+    record = ranks.raise_on_all_ranks(first.record)
+    # Read from a file system that has not shown a new file everywhere, for example.
+    if len({found["sha256"] for found in ranks.all_gather_json(record)}) > 1:
+        raise CheckpointError(
+            f"--train.init-from {first.source} is not the same on all ranks; copy it anew"
+        )
+    identity["init"] = record
+    log(started_from(record))
+    for note in first.notes(config, identity["data_info"]):
+        log(f"note: {note}")
+    return first
 
 
 def resume(

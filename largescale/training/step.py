@@ -12,6 +12,7 @@ from torch import Tensor
 
 from largescale.condition import drop
 from largescale.config.derived import batch_layout
+from largescale.config.learning_rate import ema_decay, learning_rate, power_ema_decays
 from largescale.config.schema import Config
 from largescale.data.augment import AUGMENT_NORMALS, AUGMENT_UNIFORMS, augment
 from largescale.data.loader import Batch, to_condition, to_x_start
@@ -26,6 +27,7 @@ from largescale.models.build import build_model, flops_per_image, latent_shape, 
 from largescale.models.compile import Compiled, what_to_compile
 from largescale.models.embedders import CaptionEmbedder
 from largescale.randomness import Draws, step_draws, stream_seed
+from largescale.training.first_weights import FirstWeights
 from largescale.training.state import TrainingState
 
 Lap = Callable[[str], AbstractContextManager[None]]  # times a named part of a step
@@ -42,11 +44,12 @@ class TrainStep:
         dataset: ShardDataset,
         objective: Objective,
         state: TrainingState,
+        first_weights: FirstWeights | None = None,
     ):
         """Build the model and DeepSpeed's engine. Collective.
 
         `ds`: DeepSpeed's settings. `state` is read at every step (which inputs, which noise levels)
-        and changed by the caller alone.
+        and changed by the caller alone. `first_weights`: in place of random ones.
         """
         self.config = config
         self.ranks = ranks
@@ -60,6 +63,8 @@ class TrainStep:
         # Every rank draws the same first weights.
         torch.manual_seed(config.train.seed)
         model = build_model(config.model)
+        if first_weights is not None:
+            ranks.raise_on_all_ranks(lambda: first_weights.load_into(model, config))
         set_up_blocks(model, config.train)
         if isinstance(model.y_embedder, CaptionEmbedder) and config.model.null_caption == "encoded":
             model.y_embedder.set_null_caption(*map(torch.tensor, dataset.empty_caption))
@@ -103,6 +108,12 @@ class TrainStep:
         with lap("draws"):
             draws = self.draws()
             accumulator = self._accumulator()
+        step = self.state.step
+        self.engine.set_rates(
+            lr=learning_rate(self.config, step),
+            ema_decay=ema_decay(self.config, step),
+            power_ema_decays=power_ema_decays(self.config, step),
+        )
         applied = False
         pending = None
         for k in range(self.grad_accum_steps):

@@ -22,6 +22,7 @@ from largescale.config.presets import PRESETS
 from largescale.data.format import CaptionInfo, DatasetInfo
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
+from largescale.encoders import text as text_encoders
 from largescale.encoders.text import TextEncoder, load_text_encoder
 from largescale.errors import ConfigError, DataError
 from largescale.models.build import build_model
@@ -78,11 +79,11 @@ def value(text: str) -> float:
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     fake = Counted()
 
-    def load(spec: str, device: torch.device, *, max_tokens: int | None) -> TextEncoder:
+    def load(spec: str, device: torch.device, max_tokens: int | None) -> TextEncoder:
         assert (spec, device, max_tokens) == ("fake:spec", CPU, TOKENS)
         return fake.load()
 
-    monkeypatch.setattr(module, "load_text_encoder", load)
+    monkeypatch.setattr(text_encoders, "load_text_encoder", load)
     return fake
 
 
@@ -372,7 +373,7 @@ def test_prompts_by_another_encoder(counted: Counted) -> None:
     """Said when the encoder is loaded, not before: a set that is whole needs none."""
     conditions = made(text_model("another"), prompts=["a"], text_encoder="fake:spec")
     for ask in (conditions.prepare, lambda: conditions.of([0])):
-        with pytest.raises(ConfigError, match="--text-encoder fake:spec is fake:encoder, the model was trained with another"):
+        with pytest.raises(ConfigError, match="the text encoder fake:spec is fake:encoder, the model was trained with another"):
             ask()
     assert counted.calls == []
 

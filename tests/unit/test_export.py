@@ -102,7 +102,7 @@ def test_an_export_that_cannot_be_written(run_here: RunHere, tmp_path: Path, rea
     """Said before the checkpoint is read."""
     run = run_here("--train.steps", 2).run
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(export, "find_checkpoint", lambda *where: 1 / 0)
+    monkeypatch.setattr(export, "read_weights", lambda *where: 1 / 0)
     read_only(tmp_path / "theirs")
     (tmp_path / "theirs").mkdir()
     for folder, what in (("file/export", "Not a directory"), ("theirs/export", "Permission denied")):
@@ -152,7 +152,7 @@ def test_an_export_is_written_again(spoil: str, run_here: RunHere, tmp_path: Pat
     elif spoil == "damaged config":
         (out / "config.json").write_text("{")
     assert export.main([str(run), "--out", str(out)]) == 0 and load_trained(out).info["step"] == 2
-    assert {path.name for path in out.iterdir()} <= {"config.json", "model.safetensors", ".gitattributes"}
+    assert {path.name for path in out.iterdir()} <= {"config.json", "model.safetensors", "README.md", ".gitattributes"}
 
 
 def test_a_file_is_no_run(run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +174,7 @@ def test_a_failed_export_leaves_nothing_half_written(run_here: RunHere, monkeypa
     monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         export.export(run)
-    assert load_trained(out).info["step"] == 3 and {path.name for path in out.iterdir()} == {"config.json", "model.safetensors"}
+    assert load_trained(out).info["step"] == 3 and {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "README.md"}
 
 
 def test_damage(run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:

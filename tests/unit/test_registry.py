@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from eval.scoring.figures import FIGURES, METRICS
+from largescale.config import learning_rate
 from largescale.config.derived import CLUSTERS, cluster_edges, pacing, pacing_settings
 from largescale.config.schema import Config, CurriculumConfig, DiffusionConfig, NoiseConfig
 from largescale.curriculum import PACINGS, Curriculum, uniform_clusters
@@ -24,11 +25,11 @@ from largescale.registry import look_up
 TABLES: dict[str, dict[str, Any]] = {
     "model.architecture": ARCHITECTURES,
     "curriculum.pacing": PACINGS, "curriculum.clusters": CLUSTERS, "noise.sampling": NOISE_SAMPLERS, "noise.weighting": WEIGHTINGS,
-    "diffusion.objective": OBJECTIVES, "diffusion.schedule": SCHEDULES, "diffusion.interpolant": INTERPOLANTS,
+    "diffusion.objective": OBJECTIVES, "diffusion.schedule": SCHEDULES, "optimizer.schedule": learning_rate.SCHEDULES, "diffusion.interpolant": INTERPOLANTS,
 }
 # Ways of doing one thing, told apart where it is done: nothing is constructed for them.
 SWITCHES = {
-    "model.null_caption", "diffusion.fixed_variance", "curriculum.order", "curriculum.stages", "optimizer.kernel",
+    "model.null_caption", "model.downscale_freq_shift", "diffusion.fixed_variance", "curriculum.order", "curriculum.stages", "optimizer.kernel",
     "train.micro_batch_size", "train.compile", "train.kernels", "train.device", "anomaly.not_finite", "anomaly.spike",
 }
 
