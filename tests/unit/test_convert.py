@@ -303,7 +303,7 @@ def test_a_pipeline_of_diffusers_and_its_samples(tmp_path: Path, converted: Any,
     require_same_network(trained, theirs)
     assert (trained.config.diffusion.schedule, trained.config.diffusion.timesteps) == ("cosine", 500)
     assert trained.info["made_with"]["vae"] == str(tmp_path / "pipeline/vae") and trained.info["data_info"]["scale_factor"] == 0.5
-    assert trained.info["converted"]["id2label"] == {"0": "tench", "1": "goldfish"} and said.count("assumed") == 1
+    assert trained.info["converted"]["id2label"] == {"0": "tench", "1": "goldfish"} and "assumed" not in said
     assert sample.main([str(tmp_path / "out"), "--out", str(tmp_path / "samples"), "--num-samples", "4", "--steps", "3", "--device", "cpu"]) == 0
     assert "untrained weights" not in capsys.readouterr().err
     drawn = ShardDataset(tmp_path / "samples/cfg1.5")
