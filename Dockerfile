@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# Everything but the development tools, on Debian's own Python; docs/containers.md has how it is run and built.
+# Everything but the examples and the development tools, on Debian's own Python; docs/containers.md has how it is run and built.
 #   docker build -t largescale .
 # Behind a proxy that has a certificate of its own, or with a mirror of PyPI:
 #   docker build -t largescale --secret id=ca,src=/etc/ssl/certs/ca-certificates.crt --build-arg INDEX=https://... .
@@ -23,7 +23,7 @@ RUN --mount=type=secret,id=ca --mount=type=cache,target=/root/.cache \
     /opt/venv/bin/pip install --disable-pip-version-check --index-url "$INDEX" --require-hashes -r /tmp/uv.txt; \
     /opt/venv/bin/uv pip install --python /opt/venv/bin/python --default-index "$INDEX" --link-mode copy \
         --compile-bytecode --require-hashes --constraints requirements.lock --requirements pyproject.toml \
-        --extra demo --extra demo-text --extra prep --extra eval; \
+        --extra train --extra demo --extra demo-text --extra prep --extra eval; \
     rm /tmp/uv.txt
 
 # Found from every folder; where a clone is mounted and is the working directory, its code comes first.

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON, RECORD = VENV / "bin/python", VENV / "installed.json"
 PROJECT, LOCK = ROOT / "pyproject.toml", ROOT / "requirements.lock"
-EXTRAS = ("demo", "demo-text", "prep", "eval", "docs", "dev")
+EXTRAS = ("train", "demo", "demo-text", "hub", "prep", "eval", "examples", "docs", "dev")
 OLDEST, NEWEST = (3, 11), (3, 14)  # requirements.lock has files for these
 OLDEST_UV = (0, 11)  # older ones do not know UV_SYSTEM_CERTS
 DISK_BYTES = (
@@ -87,7 +87,7 @@ def install(extras: "list[str]") -> None:
     done = installed(state)
     if set(extras) <= done:
         return
-    print("installing into .venv: about 3 GB to download, which takes most of the time", flush=True)
+    print("installing into .venv: up to 3 GB to download, which takes most of the time", flush=True)
     with contextlib.suppress(FileNotFoundError):
         RECORD.unlink()  # until all is there again
     uv = uv or install_uv()

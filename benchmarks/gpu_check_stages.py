@@ -17,7 +17,6 @@ import gzip
 import json
 import os
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from made_up import make_latents
+from ports import free_port
 from scaling import ranks_of
 
 from largescale.config.presets import PRESETS
@@ -351,12 +351,6 @@ def watch(ranks: list[subprocess.Popen[bytes]], run: Path) -> tuple[float, dict[
             if rank not in ended_s and process.poll() is not None:
                 ended_s[rank] = time.monotonic()
     return fault_s or ended_s[0], ended_s
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 # ---- the all-gather

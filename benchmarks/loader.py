@@ -27,7 +27,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -42,6 +41,7 @@ from typing import Any
 
 import numpy as np
 from loader_peers import BATCH, LABELS, LATENTS, OPEN, SHAPE, WRITE
+from ports import free_port
 from tqdm import tqdm
 
 from largescale.data.format import CaptionInfo, DatasetInfo
@@ -195,14 +195,12 @@ class Bench:
 
     def environment(self, world: int) -> dict[str, str]:
         """The variables that all ranks have."""
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
         return os.environ | {
             "OMP_NUM_THREADS": "1",
             "WORLD_SIZE": str(world),
             "LOCAL_WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(free_port()),
             # What a library leaves behind is removed with the folder.
             "HOME": str(self.work),
             "TMPDIR": str(self.work),

@@ -11,7 +11,6 @@ threads: the same machine without anything to send.
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from made_up import make_latents
+from ports import free_port
 
 from largescale.config.deepspeed import load_ds_config
 from largescale.config.presets import PRESETS
@@ -116,14 +116,10 @@ def checkpoint_table(plans: list[Plan]) -> list[str]:
 
 def ranks_of(count: int, *program: str) -> str:
     """Run a Python program on so many processes of one thread each; returns what rank 0 prints."""
-    # Any free port: several checks may run on one machine.
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
     env = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(count),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),

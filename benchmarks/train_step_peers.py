@@ -7,6 +7,7 @@ Each reads its loss after every step where its own program does.
 """
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from ports import free_port
 from torch import Tensor, nn
 
 from largescale.condition import drop
@@ -67,6 +69,8 @@ class Job:
             return Autocast(self)
         from accelerate import Accelerator
 
+        # It meets itself at a port, by default a fixed one.
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
         mixed = {"fp32": "no", "bf16": "bf16"}[self.precision]
         return Accelerator(mixed_precision=mixed, cpu=self.device.type == "cpu")
 

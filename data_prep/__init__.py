@@ -1,1 +1,4 @@
-"""Programs that make shards; run from the clone, never installed."""
+"""Programs that make shards."""
+
+# First of all, since it names the extra that a missing package is in.
+import largescale as largescale

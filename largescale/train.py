@@ -14,6 +14,7 @@ from largescale.config.derived import largest_world_size
 from largescale.config.presets import PRESETS, find_preset
 from largescale.config.schema import Config
 from largescale.errors import LargescaleError
+from largescale.host.extras import require_training
 from largescale.host.launch import (
     arguments,
     check_place_among_ranks,
@@ -60,6 +61,7 @@ def main(args: Sequence[str] | None = None) -> int:
             print(largest_world_size(config, config.fit_ranks))
             return 0
 
+        require_training()
         # This import loads torch, during which a small limit of memory may kill.
         warned = check_process_memory(config.train.device)
         from largescale.training.startup import start

@@ -14,7 +14,7 @@ python=()  # what runs Python ...
 pyxis=()   # ... and srun's options for that
 if [ -z "${CONTAINER:-}" ]; then
     PYTHON=${PYTHON:-.venv/bin/python}
-    command -v "$PYTHON" >/dev/null || _stop "no $PYTHON in $PWD; set PYTHON=/where/it/is"
+    command -v "$PYTHON" >/dev/null || _stop "no $PYTHON in $PWD; python3 install.py train makes .venv, PYTHON=/where/it/is names another"
 else
     PYTHON=${PYTHON:-/opt/venv/bin/python}
     unset PYTHONPATH PYTHONHOME  # which clusters' modules point at packages of another Python

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -314,6 +315,32 @@ def client_state(checkpoint: CheckpointDir) -> dict[str, Any]:
         return state
 
 
+def find_checkpoint(run_dir: Path, step: int | None = None) -> CheckpointDir:
+    """The newest valid checkpoint of a run, or that of `step`, verified."""
+    if step is not None:
+        return _checkpoint_of_step(run_dir, step)
+    newest, _ = newest_valid(
+        run_dir, checkpoints(run_dir), report=lambda text: print(text, file=sys.stderr)
+    )
+    if newest is None:
+        what = "is a file" if run_dir.is_file() else "holds no checkpoint"
+        raise CheckpointError(f"{run_dir} {what}; give the folder of a run, such as runs/digits")
+    return newest
+
+
+def _checkpoint_of_step(run_dir: Path, step: int) -> CheckpointDir:
+    checkpoint = CheckpointDir.at(run_dir, step)
+    if not checkpoint.exists:
+        steps = ", ".join(str(found.step) for found in checkpoints(run_dir)) or "none"
+        raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; there are: {steps}")
+    # Unlike the newest one, it is never replaced silently by another.
+    if problem := checkpoint.problem():
+        raise CheckpointError(
+            f"{problem}; choose another --step, or leave it out for the newest valid one"
+        )
+    return checkpoint
+
+
 def flat_state(
     checkpoint: CheckpointDir, kind: str, group: int, world_size: int
 ) -> Iterator["Tensor"]:
@@ -356,7 +383,16 @@ def _named_weights(checkpoint: CheckpointDir, kind: str) -> dict[str, "Tensor"]:
             weights[name] = flat[offset : offset + count].view(tuple(shape)).clone()
             offset += count
 
-    # Fixed values, which no optimizer has.
-    for name, value in (model.get("frozen_param_fragments") or {}).items():
-        weights[name] = value.float()
-    return weights
+    return weights | _fixed(model)
+
+
+def fixed_weights(checkpoint: CheckpointDir) -> dict[str, "Tensor"]:
+    """The weights that are not trained, such as position embeddings, by name, in fp32."""
+    with usable(checkpoint.path):
+        return _fixed(load(checkpoint.path / MODEL_FILE))
+
+
+def _fixed(model: dict[str, Any]) -> dict[str, "Tensor"]:
+    # No optimizer has them.
+    fragments = model.get("frozen_param_fragments") or {}
+    return {name: value.float() for name, value in fragments.items()}

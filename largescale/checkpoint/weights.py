@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from largescale.checkpoint.files import CheckpointDir, checkpoints, named_weights, newest_valid
+from largescale.checkpoint.files import CheckpointDir, find_checkpoint, named_weights
 from largescale.config.schema import Config
 from largescale.config.serialise import from_dict
 from largescale.diffusion.build import build_objective
@@ -60,32 +59,6 @@ class Trained:
         # The model may have more classes than the data.
         model = self.config.model.num_classes
         return min(model, self.info.get("data_info", {}).get("num_classes", model))
-
-
-def find_checkpoint(run_dir: Path, step: int | None) -> CheckpointDir:
-    """The newest valid checkpoint of a run, or that of `step`, verified."""
-    if step is not None:
-        return _checkpoint_of_step(run_dir, step)
-    newest, _ = newest_valid(
-        run_dir, checkpoints(run_dir), report=lambda text: print(text, file=sys.stderr)
-    )
-    if newest is None:
-        what = "is a file" if run_dir.is_file() else "holds no checkpoint"
-        raise CheckpointError(f"{run_dir} {what}; give the folder of a run, such as runs/digits")
-    return newest
-
-
-def _checkpoint_of_step(run_dir: Path, step: int) -> CheckpointDir:
-    checkpoint = CheckpointDir.at(run_dir, step)
-    if not checkpoint.exists:
-        steps = ", ".join(str(found.step) for found in checkpoints(run_dir)) or "none"
-        raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; there are: {steps}")
-    # Unlike the newest one, it is never replaced silently by another.
-    if problem := checkpoint.problem():
-        raise CheckpointError(
-            f"{problem}; choose another --step, or leave it out for the newest valid one"
-        )
-    return checkpoint
 
 
 def load_trained(path: Path, step: int | None = None, kind: WeightsName | None = None) -> Trained:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from largescale.config.schema import Config, OptimizerConfig
+from largescale.power_ema import decay, state_key
 from largescale.registry import look_up
 
 # The share of the run that wsd decays in, unless optimizer.decay_steps says otherwise.
@@ -27,6 +28,12 @@ def ema_decay(config: Config, step: int) -> float:
     if not o.ema_rampup:
         return o.ema_decay
     return min(o.ema_decay, 0.5 ** (1 / (o.ema_rampup * step)) if step else 0.0)
+
+
+def power_ema_decays(config: Config, step: int) -> dict[str, float]:
+    """The decays of the averages of optimizer.ema_widths in the update after `step` applied ones, by
+    their names in the optimizer's state."""
+    return {state_key(width): decay(width, step + 1) for width in config.optimizer.ema_widths}
 
 
 def _constant(o: OptimizerConfig, step: int, steps: int) -> float:

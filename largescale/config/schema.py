@@ -205,6 +205,10 @@ class OptimizerConfig:
     """Decay per step of the exponential moving average of the weights."""
     ema_rampup: Annotated[float, at_least(0, 1000, zero_means="no ramp-up")] = 0.0
     """Ramp-up of the EMA: its half-life is at most this share of the steps so far; EDM has 0.05."""
+    ema_widths: Annotated[tuple[float, ...], above(0, 0.28)] = ()
+    """Widths of power-function averages to keep beside the EMA, as EDM2's 0.05 and 0.1
+    (arXiv:2312.02696): standard deviations as shares of the training so far. From their snapshots
+    largescale.ema makes the average of any width afterwards. Each takes 4 bytes a parameter."""
 
 
 @dataclass(frozen=True)
@@ -261,6 +265,11 @@ class CheckpointConfig:
     stop."""
     keep_every: Annotated[int, at_least(0, 1_000_000_000, zero_means="none")] = 50_000
     """Keep checkpoints at multiples of this for ever."""
+    ema_snapshot_every: Annotated[int | None, at_least(1, 1_000_000_000)] = None
+    """Steps between snapshots of the averages of optimizer.ema_widths, in half precision; by default
+    keep_every, or `every` where that is 0. One more is written at the end."""
+    ema_snapshots: Annotated[int, at_least(0, 1_000_000, zero_means="all")] = 0
+    """How many of the newest of these snapshots to keep."""
 
 
 @dataclass(frozen=True)

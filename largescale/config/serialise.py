@@ -23,6 +23,7 @@ FIXED_ON_RESUME = (
     "data.augment",
     "train.global_batch_size",
     "train.seed",
+    "optimizer.ema_widths",
     "precision",
     "dataset",
 )

@@ -111,12 +111,14 @@ def without_effect(config: Config) -> list[tuple[str, str]]:
     )
     o = config.optimizer
     decaying = o.schedule in ("cosine", "linear", "wsd")
+    snapshots = ("checkpoint.ema_snapshot_every", "checkpoint.ema_snapshots")
     captions = ("model.null_caption", "model.caption_width", "model.caption_pooled_width")
     groups = [
         (config.model.learn_sigma, "with a learned variance", ("diffusion.fixed_variance",)),
         (not config.model.max_caption_tokens, "without captions", captions),
         (c.pacing != "patience", f"with curriculum.pacing={c.pacing}", ("curriculum.patience",)),
         (c.pacing != "fixed", f"with curriculum.pacing={c.pacing}", ("curriculum.interval",)),
+        (not o.ema_widths, "without optimizer.ema_widths", snapshots),
         (not decaying, f"with optimizer.schedule={o.schedule}", ("optimizer.final_lr",)),
         (o.schedule == "constant", "with a constant learning rate", ("optimizer.decay_steps",)),
         (never_skips, "unless one of the policies is skip", ("anomaly.max_skips",)),
@@ -336,6 +338,8 @@ def check_curriculum(config: Config, require: Any) -> None:
 def check_the_rest(config: Config, require: Any) -> None:
     """The first weights, what is compiled, and the settings of the preview."""
     m = config.model
+    widths = config.optimizer.ema_widths
+    require(len({*widths}) == len(widths), "optimizer.ema_widths", "be different widths")
     require(
         config.train.init_from is not None or not config.train.init_new,
         "train.init_new",

@@ -11,6 +11,7 @@ from largescale.curriculum.pacing import (
     PacingState,
     PatiencePacing,
 )
+from largescale.curriculum.times import logit_normal, sigma, timesteps
 
 __all__ = [
     "PACINGS",
@@ -21,7 +22,10 @@ __all__ = [
     "PacingState",
     "PatiencePacing",
     "active_levels",
+    "logit_normal",
+    "sigma",
     "snr_clusters",
     "stage",
+    "timesteps",
     "uniform_clusters",
 ]

@@ -28,6 +28,7 @@ from largescale.errors import CheckpointError, ConfigError
 
 # What moves in a loss scaler; its settings are the config's.
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+# The optimizer's state tensors; power-function averages have names of their own, ema_WIDTH.
 _STATE_KINDS = ("exp_avg", "exp_avg_sq", "ema")
 
 
@@ -135,15 +136,19 @@ class Engine:
     def lr(self) -> float:
         return float(self._zero.optimizer.param_groups[0]["lr"])
 
-    def set_rates(self, *, lr: float, ema_decay: float) -> None:
-        """Set the learning rate and the EMA's decay of the updates from here on."""
-        self._zero.optimizer.param_groups[0].update(lr=lr, ema_decay=ema_decay)
+    def set_rates(
+        self, *, lr: float, ema_decay: float, power_ema_decays: dict[str, float] | None = None
+    ) -> None:
+        """Set the learning rate and the averages' decays of the updates from here on."""
+        self._zero.optimizer.param_groups[0].update(
+            lr=lr, ema_decay=ema_decay, power_ema_decays=power_ema_decays or {}
+        )
 
-    def ema_partition(self) -> Tensor:
-        """This rank's flat fp32 piece of the EMA; the master weights where no step was applied
-        yet."""
+    def ema_partition(self, name: str = "ema") -> Tensor:
+        """This rank's flat fp32 piece of the EMA, or of another average of the optimizer's state;
+        the master weights where no step was applied yet."""
         state = self._zero.optimizer.state[self._master]
-        return cast(Tensor, state.get("ema", self._master.detach()))
+        return cast(Tensor, state.get(name, self._master.detach()))
 
     def weights_checksum(self) -> int:
         """A checksum of this rank's copy of the weights, in the compute dtype: the same on every
@@ -186,7 +191,9 @@ class Engine:
         state = self._zero.optimizer.state[self._master]
         state.clear()
         saved_state = saved["base_optimizer_state"]["state"].get(0, {})
-        for key in saved_state.keys() & set(_STATE_KINDS):
+        for key in saved_state:
+            if key not in _STATE_KINDS and not key.startswith("ema_"):
+                continue
             state[key] = torch.zeros_like(self._master)
             self._fill(state[key], flat_state(checkpoint, key, 0, saved_world_size))
 

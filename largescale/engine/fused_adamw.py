@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from largescale.engine.power_averages import update_averages
+
 BLOCK = 1024
 WARPS = 4
 
@@ -106,7 +108,7 @@ class FusedAdamW(torch.optim.Optimizer):
         ema_decay: float,
     ):
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**given, "ema_decay": ema_decay})
+        super().__init__(params, {**given, "ema_decay": ema_decay, "power_ema_decays": {}})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -135,18 +137,19 @@ class FusedAdamW(torch.optim.Optimizer):
         tensors = (p, grad, state["exp_avg"], state["exp_avg_sq"], state["ema"])
         if p.device.type == "cpu" and isinstance(adamw_kernel, JITFunction):
             _update_eagerly(*tensors, half, finite, factor, numbers)
-            return
-        adamw_kernel[(triton.cdiv(p.numel(), BLOCK),)](
-            *tensors,
-            p if half is None else half,
-            finite,
-            factor,
-            **vars(numbers),
-            numel=p.numel(),
-            has_half=half is not None,
-            block=BLOCK,
-            num_warps=WARPS,
-        )
+        else:
+            adamw_kernel[(triton.cdiv(p.numel(), BLOCK),)](
+                *tensors,
+                p if half is None else half,
+                finite,
+                factor,
+                **vars(numbers),
+                numel=p.numel(),
+                has_half=half is not None,
+                block=BLOCK,
+                num_warps=WARPS,
+            )
+        update_averages(state, p, group["power_ema_decays"], finite)
 
     def count(self, p: Tensor) -> None:
         """Note that the last update of p was finite."""

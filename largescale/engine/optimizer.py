@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from largescale.config.schema import OptimizerConfig
+from largescale.engine.power_averages import update_averages
 from largescale.errors import ConfigError
 
 Kernel = Literal["torch", "deepspeed", "apex", "fused"]
@@ -23,7 +24,8 @@ def carrying_ema(
     counts_in: Kernel = "torch",
 ) -> Callable[..., torch.optim.Optimizer]:
     """A subclass of `base` whose `step()` also updates `state[p]["ema"]`:
-    ema <- decay * ema + (1 - decay) * p, with ema = p before the first update, as in DiT.
+    ema <- decay * ema + (1 - decay) * p, with ema = p before the first update, as in DiT; and in the
+    same way the averages that the group's "power_ema_decays" names, with their decays.
 
     `counts_in`: the library in whose way it counts steps; moments are the same in all of them.
     """
@@ -33,6 +35,7 @@ def carrying_ema(
             super().__init__(params, **kwargs)
             for group in self.param_groups:
                 group["ema_decay"] = ema_decay
+                group["power_ema_decays"] = {}
 
         @torch.no_grad()
         def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -52,6 +55,7 @@ def carrying_ema(
                     if "ema" not in state:
                         state["ema"] = first[p]
                     state["ema"].lerp_(p, 1 - group["ema_decay"])
+                    update_averages(state, p, group["power_ema_decays"])
             return result
 
         def set_steps(self, steps: int) -> None:

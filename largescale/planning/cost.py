@@ -110,6 +110,8 @@ class Workload:
     """Whether buckets are all-reduced; else each part is reduced to the one rank that needs it."""
     fused_update: bool = False
     """Whether optimizer.kernel=fused updates the weights."""
+    averages: int = 0
+    """Averages of the weights besides the EMA (optimizer.ema_widths)."""
     blocks: Blocks | None = None
     """What the time on a GPU is predicted from; None where it is not counted."""
 
@@ -122,8 +124,8 @@ class Workload:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of a checkpoint: fp32 master weights, two moments and EMA, and the weights."""
-        return (STATE_BYTES + self.weight_bytes) * self.parameters
+        """Bytes of a checkpoint: fp32 master weights, two moments and averages, and the weights."""
+        return (STATE_BYTES + 4 * self.averages + self.weight_bytes) * self.parameters
 
     def staging_bytes(self, gpus: int) -> int:
         """Memory traffic of a rank's reduction beside the network's: into the bucket, divided,
@@ -137,7 +139,7 @@ class Workload:
     def update_bytes(self) -> int:
         """Memory traffic of the update, over all ranks."""
         # The norm 4, AdamW 28, EMA 12, the copy to the weights; or all but the norm in one pass.
-        by_optimizer = 36 if self.fused_update else 28 + 12 + 4
+        by_optimizer = (36 if self.fused_update else 28 + 12 + 4) + 12 * self.averages
         return (4 + by_optimizer + self.weight_bytes) * self.parameters
 
 

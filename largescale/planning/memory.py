@@ -121,12 +121,14 @@ def memory(
     activations = f"activations of {micro_batch_size} images"
     if checkpointing:
         activations += ", checkpointed"
-    states = 4 * 4 * parameters / world_size
+    widths = len(config.optimizer.ema_widths)
+    states = 4 * (4 + widths) * parameters / world_size
+    averages = f"EMA and {widths} more averages" if widths else "EMA"
     return {
         "weights": parameters * dtype.itemsize,
         "gradients (this rank's part in fp32)": 4 * parameters / world_size,
         _BUCKETS: _bucket_bytes(ds, parameters) if world_size > 1 else 0,
-        "master weights, two moments, EMA (fp32, this rank's part)": states,
+        f"master weights, two moments, {averages} (fp32, this rank's part)": states,
         activations: micro_batch_size * per_image,
     }
 

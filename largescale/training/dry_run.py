@@ -35,6 +35,7 @@ from largescale.planning.cost import (
 )
 from largescale.planning.hardware import ATTENTION_SHARE, HARDWARE, PRODUCT_SHARE, Hardware
 from largescale.planning.memory import check_memory, largest_micro_batch, memory
+from largescale.training.ema_snapshots import snapshot_every
 from largescale.training.first_weights import FirstWeights, check_resumed, started_from
 
 # Host memory of the diffusers library, loaded to decode previews: measured, 284 MiB.
@@ -121,6 +122,7 @@ def workload(config: Config, ds: dict[str, Any], grad_accum_steps: int) -> Workl
         all_reduce=zero.get("use_multi_rank_bucket_allreduce", True)
         or not zero.get("reduce_scatter", True),
         fused_update=config.optimizer.kernel == "fused",
+        averages=len(config.optimizer.ema_widths),
         blocks=blocks,
     )
 
@@ -224,6 +226,21 @@ def print_disk(config: Config, checkpoint_bytes: float) -> None:
     print(
         f"disk: {checkpoint_bytes / 1e9:.3g} GB a checkpoint, {kept * checkpoint_bytes / 1e9:,.3g} "
         f"GB for the {kept} that are kept: the last {c.keep_last}, {for_ever} for ever, 1 of a stop"
+    )
+
+
+def print_ema_snapshots(config: Config, parameters: int) -> None:
+    """Print the disk that snapshots of the averages take."""
+    widths = config.optimizer.ema_widths
+    if not widths:
+        return
+    every = snapshot_every(config)
+    steps = math.ceil(config.train.steps / every)
+    kept = min(steps, config.checkpoint.ema_snapshots or steps)
+    each = 2 * parameters * len(widths)
+    print(
+        f"      {each / 1e9:.3g} GB for snapshots of {len(widths)} averages every {every:,} steps, "
+        f"{kept * each / 1e9:,.3g} GB for the {kept} that are kept"
     )
 
 
@@ -391,6 +408,7 @@ def dry_run(config: Config) -> int:
     if hardware and precision(ds) != "fp32":
         print_cost(Plan(work, hardware, world_size, config.train.steps, config.checkpoint.every))
     print_disk(config, work.checkpoint_bytes)
+    print_ema_snapshots(config, work.parameters)
     print_memory(config, ds, world_size, micro, hardware)
     check_memory(config, ds, world_size)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from largescale.condition import drop
 from largescale.config.derived import batch_layout
-from largescale.config.learning_rate import ema_decay, learning_rate
+from largescale.config.learning_rate import ema_decay, learning_rate, power_ema_decays
 from largescale.config.schema import Config
 from largescale.data.augment import AUGMENT_NORMALS, AUGMENT_UNIFORMS, augment
 from largescale.data.loader import Batch, to_condition, to_x_start
@@ -110,7 +110,9 @@ class TrainStep:
             accumulator = self._accumulator()
         step = self.state.step
         self.engine.set_rates(
-            lr=learning_rate(self.config, step), ema_decay=ema_decay(self.config, step)
+            lr=learning_rate(self.config, step),
+            ema_decay=ema_decay(self.config, step),
+            power_ema_decays=power_ema_decays(self.config, step),
         )
         applied = False
         pending = None

@@ -17,6 +17,7 @@ from largescale.errors import DataError, LargescaleError, NonFiniteError, Stoppe
 from largescale.host.signals import stop_requested
 from largescale.training.anomalies import STOP_REMEDIES, Anomalies, Anomaly
 from largescale.training.checkpoint_policy import CheckpointPolicy
+from largescale.training.ema_snapshots import EmaSnapshots
 from largescale.training.preview import Preview
 from largescale.training.recorder import Recorder
 from largescale.training.reference_loss import ReferenceLoss
@@ -57,6 +58,8 @@ class Trainer:
         diagnosis = partial(recorder.watchdog.heartbeat, "diagnosis")
         self.anomalies = Anomalies(config.anomaly, train_step, state, ranks, diagnosis)
 
+        self.ema_snapshots = EmaSnapshots(config, self.engine, ranks, self.telemetry)
+
         # Both read the data set, in which one rank alone may fail.
         self.preview = ranks.raise_on_all_ranks(
             lambda: Preview(
@@ -89,6 +92,7 @@ class Trainer:
             # The limit for the start, which may be longer, is over.
             self.recorder.watchdog.limit_s = self.config.train.timeout_s
             self.checkpoints.save_first(state.step, self.checkpoint_state())
+            self.ema_snapshots.drop_later(state.step)
             stopped = self.train() and state.step < steps
             self.checkpointer.require_lock()
             if stopped:
@@ -185,6 +189,9 @@ class Trainer:
 
         if self.checkpoints.due(step):
             self.checkpoints.save(step, self.checkpoint_state(), "schedule")
+        if self.ema_snapshots.due(step):
+            with self.recorder.lap("checkpoint"):
+                self.ema_snapshots.write(step)
 
         # A preview takes long: a checkpoint that is being written is made valid before it.
         if config.preview_every and step % config.preview_every == 0:
@@ -214,6 +221,7 @@ class Trainer:
         self.recorder.goodput.rolled_back(checkpoint.step, anomaly.text)
         load_checkpoint(checkpoint, self.ranks, self.engine, state)
         state.skips = skips_after_rollback(bad_step, state.step, skips, anomaly.text)
+        self.ema_snapshots.drop_later(state.step)
 
         # What was logged of later steps is dropped before the roll back is logged.
         self.recorder.rolled_back()

@@ -30,7 +30,7 @@ def test_header(script: str, lab: Lab) -> None:
 
 @pytest.mark.parametrize(("folder", "settings", "said"), [
     ("elsewhere", {}, "error: no slurm/env.sh in {folder}; type sbatch in the clone's folder"),
-    ("clone", {"PYTHON": "bin/nothing"}, "error: no bin/nothing in {folder}; set PYTHON=/where/it/is"),
+    ("clone", {"PYTHON": "bin/nothing"}, "error: no bin/nothing in {folder}; python3 install.py train makes .venv, PYTHON=/where/it/is names another"),
 ])
 def test_cannot_start(folder: str, settings: dict[str, str], said: str, lab: Lab, tmp_path: Path) -> None:
     """Says why, and is not requeued."""

@@ -1,0 +1,201 @@
+"""Power-function averages of the weights, and any width from their snapshots (arXiv:2312.02696)."""
+
+import itertools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from largescale.checkpoint import ema_snapshots
+from largescale.checkpoint.ema_snapshots import average, snapshots
+from largescale.checkpoint.files import CheckpointDir, checkpoints, named_weights
+from largescale.errors import CheckpointError, ConfigError
+from largescale.power_ema import Profile, decay, gamma_of, inner_product, reconstruct, width_of
+from tests.conftest import RunHere, assert_same_run, cut
+from tests.ranks import ranks_of
+
+EVERY_STEP = ("--checkpoint.every", 1, "--checkpoint.keep-last", 100, "--checkpoint.keep-every", 0)
+WIDTHS = ("--optimizer.ema-widths", 0.05, 0.1)
+
+
+def discrete_profile(width: float, step: int) -> np.ndarray:
+    """What each of the steps 1 .. step weighs in the average, from the decays of the updates."""
+    weights = np.zeros(step)
+    for t in range(1, step + 1):
+        weights *= decay(width, t)
+        weights[t - 1] = 1 - decay(width, t)
+    return weights
+
+
+def test_the_numbers_of_the_paper() -> None:
+    """The two exponents that it tracks; the width is the profile's standard deviation over its end."""
+    assert (round(gamma_of(0.05), 2), round(gamma_of(0.10), 2)) == (16.97, 6.94)
+    for width in (0.01, 0.05, 0.1, 0.2, 0.28):
+        assert width_of(gamma_of(width)) == pytest.approx(width, rel=1e-9)
+        weights, steps = discrete_profile(width, 4000), np.arange(1, 4001)
+        assert weights.sum() == pytest.approx(1, abs=1e-12)
+        mean = weights @ steps
+        assert np.sqrt(weights @ (steps - mean) ** 2) / 4000 == pytest.approx(width, rel=2e-3)
+
+
+def test_inner_products_are_those_of_the_integrals() -> None:
+    tau = (np.arange(200_000) + 0.5) / 200_000 * 300
+    profiles = {}
+    for profile in (Profile(100, 0.05), Profile(300, 0.05), Profile(200, 0.12), Profile(300, 0.2)):
+        gamma = gamma_of(profile.width)
+        profiles[profile] = np.where(tau <= profile.step, (gamma + 1) * (tau / profile.step) ** gamma / profile.step, 0)
+    for a, b in itertools.combinations_with_replacement(profiles, 2):
+        assert inner_product(a, b) == inner_product(b, a) == pytest.approx((profiles[a] * profiles[b]).mean() * 300, rel=1e-3)
+
+
+@pytest.mark.parametrize(("width", "largest"), [(0.03, 0.05), (0.05, 0.0), (0.075, 0.005), (0.1, 0.0), (0.15, 0.01), (0.2, 0.03), (0.25, 0.1)])
+def test_any_width_from_two(width: float, largest: float) -> None:
+    """The residual is that of the weights which the sum really gives each step."""
+    kept = [Profile(step, w) for step in range(25, 401, 25) for w in (0.05, 0.1)] + [Profile(425, 0.05)]
+    found = reconstruct(kept, Profile(400, width))
+    total = np.zeros(425)
+    for coefficient, each in zip(found.coefficients, kept, strict=True):
+        total[: each.step] += coefficient * discrete_profile(each.width, each.step)
+    wanted = np.concatenate([discrete_profile(width, 400), np.zeros(25)])
+    error = np.linalg.norm(total - wanted) / np.linalg.norm(wanted)
+    assert found.residual <= largest and error == pytest.approx(found.residual, rel=0.05, abs=1e-9)
+    assert found.coefficients[-1] == 0  # of a later step
+
+
+def tracked(run: Path, width: float, steps: int) -> dict[str, torch.Tensor]:
+    """The average, in float64, from the master weights of every step."""
+    total: dict[str, torch.Tensor] = {}
+    for step in range(1, steps + 1):
+        for name, weight in named_weights(CheckpointDir.at(run, step), "master").items():
+            total[name] = torch.lerp(total[name], weight.double(), 1 - decay(width, step)) if step > 1 else weight.double()
+    return total
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], scale: float) -> float:
+    assert a.keys() == b.keys()
+    return float(torch.cat([(a[name].double() - b[name].double()).flatten() for name in a]).norm()) / scale
+
+
+@pytest.mark.parametrize("kernel", ["torch", "fused"])
+def test_averages_follow_their_definition(kernel: str, run_here: RunHere) -> None:
+    """Of both kernels; training itself is not touched, and without the option there are none."""
+    if kernel == "fused":
+        pytest.importorskip("triton", reason="torch brings Triton on x86-64 and arm64 Linux only")
+    options = ("--train.steps", 6, *EVERY_STEP, "--optimizer.kernel", kernel)
+    run = run_here(*options, *WIDTHS)
+    assert run.code == 0, run.err
+    for width in (0.05, 0.1):
+        expected = tracked(run.run, width, 6)
+        found = named_weights(checkpoints(run.run)[0], f"ema_{width}")
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name].float(), rtol=1e-5, atol=1e-7)
+    without = run_here(*options, output=run.run.parent / "without")
+    assert without.trace() == run.trace() and not snapshots(without.run)
+
+
+def test_any_width_of_a_real_run(run_here: RunHere) -> None:
+    """Against averages that are tracked directly, at five widths: within what the residual promises."""
+    run = run_here("--train.steps", 48, *EVERY_STEP, *WIDTHS, "--checkpoint.ema-snapshot-every", 3, "--optimizer.lr", 0.01)
+    assert run.code == 0, run.err
+    assert snapshots(run.run) == [Profile(step, width) for step in range(3, 49, 3) for width in (0.05, 0.1)]
+    moved = tracked(run.run, 0.1, 48)
+    start = named_weights(CheckpointDir.at(run.run, 1), "master")
+    scale = distance(moved, start, 1.0)  # how far the weights went in all
+    for width, largest in ((0.05, 1e-6), (0.07, 0.01), (0.1, 1e-6), (0.13, 0.01), (0.18, 0.05)):
+        found = average(run.run, width)
+        assert distance(found.weights, tracked(run.run, width, 48), scale) < largest, width
+        assert found.sources == 32 and (found.reconstruction.residual == 0) == (width in (0.05, 0.1))
+    earlier = average(run.run, 0.07, step=30)
+    assert distance(earlier.weights, tracked(run.run, 0.07, 30), scale) < 0.01
+    (run.run / "checkpoints/step_00000048").rename(run.run / "elsewhere")  # from the snapshot, in half precision
+    assert distance(average(run.run, 0.05, step=48).weights, tracked(run.run, 0.05, 47), scale) < 0.1
+
+
+def test_cut_and_resumed_and_rolled_back(run_here: RunHere, tmp_path: Path) -> None:
+    """Bitwise: averages, and snapshots, of which none is left of what was trained in vain."""
+    options = ("--train.steps", 20, *WIDTHS, "--checkpoint.every", 5, "--checkpoint.keep-last", 9, "--checkpoint.ema-snapshot-every", 2,
+               "--optimizer.lr", 0.01)
+    truth = run_here(*options, output=tmp_path / "truth")
+    cut(truth.run, tmp_path / "cut", 10)
+    assert run_here(*options, output=tmp_path / "cut").code == 0
+    assert_same_run(tmp_path / "cut", truth.run)
+    assert_same_averages(tmp_path / "cut", truth.run)
+
+    stopped = run_here(*options[2:], "--train.steps", 13, output=tmp_path / "stopped")
+    assert snapshots(stopped.run)[-1].step == 13
+    shutil.rmtree(stopped.run / "checkpoints/step_00000013")
+    assert run_here(*options, output=tmp_path / "stopped").code == 0
+    assert_same_averages(stopped.run, truth.run)
+
+
+def assert_same_averages(run: Path, truth: Path) -> None:
+    assert snapshots(run) == snapshots(truth)
+    for each in snapshots(truth):
+        assert ema_snapshots.path_of(run, each).read_bytes() == ema_snapshots.path_of(truth, each).read_bytes(), each
+    for kind in ("ema_0.05", "ema_0.1"):
+        ours, theirs = (named_weights(checkpoints(each)[0], kind) for each in (run, truth))
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_on_other_ranks(blobs: Path, run_here: RunHere, tmp_path: Path) -> None:
+    """Averages are shared out anew: 2 ranks continue what 1 began."""
+    options = ("--train.steps", 10, *WIDTHS, "--checkpoint.every", 5, "--checkpoint.keep-last", 9, "--checkpoint.ema-snapshot-every", 5)
+    truth = run_here(*options, output=tmp_path / "truth")
+    cut(truth.run, tmp_path / "cut", 5)
+    before = named_weights(checkpoints(tmp_path / "cut")[0], "ema_0.1")
+    done = ranks_of("-m", "largescale.train", "debug", "--data.path", blobs, "--output", tmp_path / "cut", *options)
+    assert [p.returncode for p in done] == [0, 0], done[0].stderr
+    for kind in ("ema_0.05", "ema_0.1"):
+        ours, theirs = (named_weights(checkpoints(each)[0], kind) for each in (tmp_path / "cut", truth.run))
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
+    assert any(not torch.equal(before[name], ours[name]) for name in ours)
+    assert snapshots(tmp_path / "cut") == snapshots(truth.run)
+
+
+def test_when_snapshots_are_written_and_kept(run_here: RunHere, tmp_path: Path) -> None:
+    for name, options, expected in (
+        ("default", (), [5, 10, 12]), ("every", ("--checkpoint.ema-snapshot-every", 4), [4, 8, 12]),
+        ("keep_every", ("--checkpoint.keep-every", 10), [10, 12]), ("newest", ("--checkpoint.ema-snapshot-every", 4, "--checkpoint.ema-snapshots", 2), [8, 12]),
+    ):
+        run = run_here("--train.steps", 12, *WIDTHS, *options, output=tmp_path / name)
+        assert sorted({each.step for each in snapshots(run.run)}) == expected, run.err
+    dry = run_here(*WIDTHS, "--dry-run", output=tmp_path / "dry")
+    assert "for snapshots of 2 averages every 5 steps" in dry.err and "EMA and 2 more averages (fp32" in dry.err
+
+
+def test_a_full_disk_costs_a_snapshot_only(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = ema_snapshots.write
+
+    def write(run_dir: Path, profile: Profile, weights: Any) -> None:
+        if profile.step == 5:
+            raise OSError(28, "No space left on device")
+        real(run_dir, profile, weights)
+
+    monkeypatch.setattr(ema_snapshots, "write", write)
+    run = run_here("--train.steps", 10, *WIDTHS)
+    assert run.code == 0 and "step_00000005_width_0.05.safetensors cannot be written: [Errno 28] No space left" in run.err
+    assert {each.step for each in snapshots(run.run)} == {10}
+
+
+def test_what_cannot_be_averaged(run_here: RunHere, tmp_path: Path) -> None:
+    run = run_here("--train.steps", 10, *WIDTHS)
+    plain = run_here("--train.steps", 2, output=tmp_path / "plain")
+    for width in (0, -0.1, 0.29, 1):
+        with pytest.raises(ConfigError, match="must be above 0 and at most 0.28"):
+            average(run.run, width)
+    with pytest.raises(CheckpointError, match="has no snapshots of averages .* --optimizer.ema-widths 0.05 0.1"):
+        average(plain.run, 0.1)
+    with pytest.raises(CheckpointError, match="no snapshot of step 7, where its average would end; there are: 5, 10"):
+        average(run.run, 0.1, step=7)
+    ema_snapshots.path_of(run.run, Profile(5, 0.05)).write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match="step_00000005_width_0.05.safetensors cannot be read"):
+        average(run.run, 0.2)
+    for options, message in ((("0.3",), "ema_widths"), (("0",), "ema_widths"), (("0.1", "0.1"), "must be different widths")):
+        wrong = run_here("--optimizer.ema-widths", *options, output=tmp_path / "wrong")
+        assert wrong.code == 2 and message in wrong.err, wrong.err
+    other = run_here("--train.steps", 12, "--optimizer.ema-widths", 0.05)
+    assert other.code == 2 and "optimizer.ema_widths: [0.05, 0.1] -> [0.05]" in other.err
