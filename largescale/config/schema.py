@@ -331,6 +331,8 @@ class Config:
     fit_ranks: Annotated[int | None, at_least(1, 1_048_576)] = None
     """Print the largest number of ranks, at most this, that the batch can be split over, and start
     nothing. slurm/env.sh asks it of every allocation."""
+    print_config: bool = False
+    """Print all settings as YAML, with what each means, and start nothing: a file for --config."""
     verbose: bool = False
     """With --dry-run: print all settings too, and DeepSpeed's, as JSON."""
     profile: bool = False

@@ -35,6 +35,7 @@ FREE_ON_RESUME = (
     "output",
     "dry_run",
     "fit_ranks",
+    "print_config",
     "verbose",
     "profile",
     "data.path",
@@ -78,13 +79,13 @@ def from_dict(tree: dict[str, Any]) -> Config:
     """The inverse of `to_dict`. Reads the configs of older versions too. Raises NewerVersionError
     for a field that this version does not know, ConfigError for what is not a config."""
     try:
-        config: Config = _build(Config, _with_current_names(tree))
+        config: Config = _build(Config, with_current_names(tree))
     except (TypeError, RecursionError) as error:
         raise ConfigError(f"this is not the config of a run: {error}") from error
     return config
 
 
-def _with_current_names(tree: dict[str, Any]) -> dict[str, Any]:
+def with_current_names(tree: dict[str, Any]) -> dict[str, Any]:
     """A stored config under the names that its fields have today."""
     current = {**tree}
     for section, renamed in RENAMED.items():

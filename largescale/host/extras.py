@@ -9,7 +9,7 @@ from largescale.host.launch import print_error
 
 # What the extra `train` brings, by the names under which it is imported.
 TRAIN = frozenset(
-    ("PIL", "deepspeed", "pyarrow", "safetensors", "tensorboard", "torch", "tqdm", "tyro")
+    ("PIL", "deepspeed", "pyarrow", "safetensors", "tensorboard", "torch", "tqdm", "tyro", "yaml")
 )
 
 

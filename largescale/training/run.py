@@ -17,12 +17,14 @@ from largescale.config.deepspeed import final_ds_config, precision
 from largescale.config.schema import Config
 from largescale.config.serialise import to_dict
 from largescale.config.validation import ema_note, remarks
+from largescale.config.yaml_files import to_yaml
 from largescale.data.shards import ShardDataset
 from largescale.diffusion.build import build_objective
 from largescale.distributed.ranks import Ranks
 from largescale.distributed.watchdog import Watchdog
 from largescale.engine.deepspeed_engine import check_ds_config
 from largescale.errors import CheckpointError
+from largescale.host.files import write_atomically
 from largescale.host.launch import tell_torchrun
 from largescale.host.signals import EXIT_REQUEUE
 from largescale.monitoring.goodput import Goodput
@@ -130,6 +132,11 @@ def run_trainer(
             flops_per_step=train_step.flops,
             start_time=start_time,
         )
+        # For a person, and for --config of another run; nothing reads it to resume.
+        if ranks.rank == 0:
+            with telemetry.tolerate_disk_errors():
+                telemetry.require_lock()
+                write_atomically(config.run_dir / "config.yaml", to_yaml(config))
         trainer = Trainer(
             config, ranks, dataset, train_step, state, checkpointer, recorder, identity
         )

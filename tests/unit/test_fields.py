@@ -79,6 +79,7 @@ ELSEWHERE = {
     "name": "test_run_dir",
     "output": "test_run_dir",
     "dry_run": "test_dry_run_starts_nothing",
+    "print_config": "test_print_config",
     "fit_ranks": "test_the_most_ranks_that_a_batch_can_be_split_over",
     "verbose": "test_dry_run_starts_nothing",
     "profile": "test_profile",
