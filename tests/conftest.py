@@ -57,7 +57,7 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_blobs(tmp_path_factory.mktemp("data") / "blobs")
 
 
-def make_blobs(path: Path, seed: int = 0, rows: int = 300) -> Path:
+def make_blobs(path: Path, seed: int = 0, rows: int = 300, prefix: str = "") -> Path:
     """A small data set of pixels in the shape of the `debug` preset: 10 classes, shards of 100 rows."""
     random = np.random.default_rng(seed)
     row, column = np.mgrid[:16, :16]
@@ -66,7 +66,7 @@ def make_blobs(path: Path, seed: int = 0, rows: int = 300) -> Path:
             label = i % 10
             x, y = 3 + label, 12 - label + random.uniform(-1, 1)
             image = 255 * np.exp(-((row - y) ** 2 + (column - x) ** 2) / 8)
-            writer.write(id=f"{i:05d}", latent=image.astype(np.uint8)[None], label=label)
+            writer.write(id=f"{prefix}{i:05d}", latent=image.astype(np.uint8)[None], label=label)
     return path
 
 

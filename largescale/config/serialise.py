@@ -39,6 +39,7 @@ FREE_ON_RESUME = (
     "verbose",
     "profile",
     "data.path",
+    "data.validation",
     "data.prefetch",
     "data.verify",
     "train.micro_batch_size",

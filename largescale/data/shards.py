@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -211,6 +211,12 @@ class ShardDataset:
         for number, row in zip(shard_of.tolist(), inside.tolist(), strict=True):
             texts.append(columns[number][row].as_py())
         return texts
+
+    def ids(self, part: slice = slice(None)) -> Iterator[tuple[int, str]]:
+        """(row, id) of the rows of these shards, by default of all."""
+        for number in range(len(self._shards))[part]:
+            column = self._read(self._shards[number]).column("id")
+            yield from enumerate(column.to_pylist(), int(self._starts[number]))
 
     @cached_property
     def empty_caption(self) -> tuple[Array, Array]:

@@ -51,6 +51,7 @@ def train_run(
     ds: dict[str, Any],
     ranks: Ranks,
     dataset: ShardDataset,
+    validation: ShardDataset | None,
     watchdog: Watchdog,
     lock: RunLock | None,
     start_time: float,
@@ -58,8 +59,8 @@ def train_run(
 ) -> int:
     """Train, from the newest checkpoint if there is one; the process's exit status.
 
-    `ds`: DeepSpeed's settings. `lock`: rank 0's, on the run directory. `start_time`: the program's,
-    in seconds since 1970."""
+    `ds`: DeepSpeed's settings. `validation`: held-out images. `lock`: rank 0's, on the run
+    directory. `start_time`: the program's, in seconds since 1970."""
     # A finished run needs no model; a checkpoint of another run is refused before one is built.
     check_ds_config(ds)
     identity = run_identity(config, ds, dataset)
@@ -98,7 +99,7 @@ def train_run(
             resume(checkpoint, train_step, state, log)
         log(first_line(train_step, state, dataset, precision(ds)))
         finished, goodput = run_trainer(
-            train_step, dataset, checkpointer, identity, watchdog, lock, start_time
+            train_step, dataset, validation, checkpointer, identity, watchdog, lock, start_time
         )
     log_end(config, state, checkpointer.run_dir, goodput, finished, log)
     return 0 if finished else EXIT_REQUEUE
@@ -107,6 +108,7 @@ def train_run(
 def run_trainer(
     train_step: TrainStep,
     dataset: ShardDataset,
+    validation: ShardDataset | None,
     checkpointer: Checkpointer,
     identity: dict[str, Any],
     watchdog: Watchdog,
@@ -138,7 +140,15 @@ def run_trainer(
                 telemetry.require_lock()
                 write_atomically(config.run_dir / "config.yaml", to_yaml(config))
         trainer = Trainer(
-            config, ranks, dataset, train_step, state, checkpointer, recorder, identity
+            config,
+            ranks,
+            dataset,
+            train_step,
+            state,
+            checkpointer,
+            recorder,
+            identity,
+            validation,
         )
         return trainer.run(), recorder.goodput
 
