@@ -24,6 +24,7 @@ PROGRAMS = {  # program: the dataclass whose fields are its options
     "data_prep.webdataset": "data_prep.webdataset:WebDataset",
     "data_prep.parquet": "data_prep.parquet:Parquet",
     "data_prep.digits": "data_prep.digits:Digits",
+    "data_prep.split": "data_prep.split:Split",
     "data_prep.emoji": "data_prep.emoji:Emoji",
     "data_prep.describe": "data_prep.describe:Describe",
     "largescale.status": "largescale.status:Status",

@@ -218,6 +218,25 @@ class ShardDataset:
             column = self._read(self._shards[number]).column("id")
             yield from enumerate(column.to_pylist(), int(self._starts[number]))
 
+    def rows(self, number: int) -> Iterator[dict[str, Any]]:
+        """The rows of a shard, each as `ShardWriter.write` takes it. The arrays are views of the
+        mapped file."""
+        shard = self._shard(number)
+        ids = shard.batch.column("id").to_pylist()
+        for i, id in enumerate(ids):
+            row = {"id": id, "label": int(shard.label[i])}
+            row["latent"] = shard.latent[i].reshape(self.info.shape)
+            if self.has_mirror:
+                row["latent_mirror"] = shard.latent_mirror[i].reshape(self.info.shape)
+            if self.info.captions:
+                row["captions"] = shard.batch.column("captions")[i].as_py()
+                for name, lists in shard.lists.items():
+                    elements = map(lists.element, range(lists.outer[i], lists.outer[i + 1]))
+                    row[name] = list(elements)
+                width = self.info.captions.width
+                row["caption_tokens"] = [each.reshape(-1, width) for each in row["caption_tokens"]]
+            yield row
+
     @cached_property
     def empty_caption(self) -> tuple[Array, Array]:
         """The empty caption's tokens (n, width) and pooled vector (pooled_width,), float16."""
