@@ -151,6 +151,11 @@ class LargescaleDiTPipeline(DiTPipeline):
     def _schedule(self, steps: int, device: torch.device) -> tuple[Any, Any]:
         """The scheduler, ready for so many steps, and what gives the model's timestep for its."""
         scheduler = self.scheduler
+        betas = scheduler.config.get("trained_betas")
+        # diffusers computes the products in float32, which some images are sensitive to.
+        if betas is not None and hasattr(scheduler, "alphas_cumprod"):
+            products = np.cumprod(1 - np.asarray(betas, np.float64))
+            scheduler.alphas_cumprod = torch.from_numpy(products).float()
         if isinstance(scheduler, DDIMScheduler) and scheduler.config.timestep_spacing == "linspace":
             kept = spread(scheduler.config.num_train_timesteps, steps)
             scheduler = respaced(scheduler, kept)
