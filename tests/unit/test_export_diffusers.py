@@ -434,3 +434,12 @@ def test_names_and_tokens_are_checked_before_any_work(run_here: RunHere, tmp_pat
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     assert export.main([str(tmp_path), "--push-to-hub", "me/x"]) == 2
     assert "there is no token for the hub: `hf auth login` keeps one, or set HF_TOKEN" in capsys.readouterr().err
+
+
+def test_only_the_export_sends() -> None:
+    """Training does not even load what could."""
+    root = Path(__file__).parents[2]
+    files = [path for name in ("largescale", "eval", "data_prep") for path in (root / name).rglob("*.py")]
+    assert [str(path.relative_to(root)) for path in files if "hub_upload" in path.read_text()] == ["largescale/export.py"]
+    code = "import sys, largescale.training.run; assert not {'huggingface_hub', 'largescale.interop.hub_upload'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=120)
