@@ -1,6 +1,7 @@
 """python -m largescale.export RUN --format diffusers, from a run to a folder on the hub and back."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -382,6 +383,24 @@ def test_what_is_sent_comes_back(server: Hub, run_here: RunHere, tmp_path: Path,
     assert main(run, "--push-to-hub", "me/digits") == 0
     assert [name for name in server.repositories["me/digits"] if "safetensors" in name] == ["transformer/diffusion_pytorch_model.safetensors"]
     assert server.repositories["me/digits"] == {name: data for name, data in content(run / "diffusers").items() if name != ".hidden"}
+
+
+def test_the_programs_as_they_are_typed(run_here: RunHere, tmp_path: Path) -> None:
+    """In processes of their own, which know the hub by their environment."""
+    run = run_here("--train.steps", 2).run
+    with serve() as there:
+        there.repositories["me/ours"], there.private["me/ours"] = {".gitattributes": b"theirs"}, False
+        settings = {"HF_ENDPOINT": there.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | settings
+        fetch = "import huggingface_hub; huggingface_hub.snapshot_download('me/ours', local_dir='fetched')"
+        for command in (["-m", "largescale.export", str(run), "--push-to-hub", "me/ours"], ["-c", fetch]):
+            done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=env | {"PYTHONPATH": str(Path(__file__).parents[2])},
+                                  capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path / "fetched/.cache")
+    # What was in the repository stays.
+    assert content(tmp_path / "fetched") == content(run / "export") | {".gitattributes": b"theirs"}
+    assert torch.equal(load_trained(tmp_path / "fetched").model.state_dict()["pos_embed"], load_trained(run).model.state_dict()["pos_embed"])
 
 
 def test_the_card_alone_is_sent(server: Hub, run_here: RunHere, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
