@@ -29,6 +29,7 @@ PROGRAMS = {  # program: the dataclass whose fields are its options
     "largescale.status": "largescale.status:Status",
     "largescale.export": "largescale.export:Export",
     "largescale.convert": "largescale.convert:Convert",
+    "largescale.ema": "largescale.ema:Ema",
     "largescale.requeue": "largescale.requeue:Requeue",
     "eval.sample": "eval.sample:Sample",
     "eval.score": "eval.score:Score",

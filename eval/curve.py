@@ -30,6 +30,7 @@ import tyro
 from eval.sample import Sample, Sampler, folder_of
 from eval.score import RESULTS, Score, Scorer
 from eval.scoring.figures import GROUPS
+from largescale.checkpoint.ema_snapshots import snapshots
 from largescale.checkpoint.files import CheckpointDir, checkpoints, require_outside_checkpoints
 from largescale.config.command_line import parse_options, run_program
 from largescale.config.schema import Config
@@ -49,10 +50,13 @@ from largescale.host.files import append_line, from_json, require_writable, writ
 from largescale.host.launch import env_rank, leave
 from largescale.host.signals import serve_stop_signals
 from largescale.models.half_precision import check_on_cpu
+from largescale.power_ema import WIDEST
 
 Row = dict[str, Any]
 
 # The options that change what a score is: rows that differ in one of them lie on other curves.
+# Widths of the averages in a range of --ema-widths.
+SCANNED = 8
 PROTOCOL = (
     "reference",
     "num_samples",
@@ -111,6 +115,9 @@ class Curve:
     It decodes the samples."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Guide only at noise levels between these two; 0 is no noise, 1 pure noise."""
+    ema_widths: tuple[str, ...] = ()
+    """Score power-function averages of these widths, such as 0.05 0.1, or 0.02:0.25, which is eight
+    from one to the other, at each run's newest snapshot; in place of its checkpoints."""
     keep_samples: bool = False
     """Keep the samples; by default they are removed once they are scored."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -127,6 +134,7 @@ class Curve:
         """Raises ConfigError, or CheckpointError, for options that cannot work."""
         if self.out:
             require_outside_checkpoints(self.out, "--out")
+        self.widths()
         if self.every < 1:
             raise ConfigError(f"every={self.every} must be at least 1; it counts training steps")
         # By resolved path: a run under two names would be scored twice.
@@ -146,6 +154,26 @@ class Curve:
         if self.device == "cpu" and self.precision != "auto":
             check_on_cpu(self.precision, "--precision {}")
 
+    def widths(self) -> list[float]:
+        """The widths of --ema-widths. Raises ConfigError."""
+        found: list[float] = []
+        for word in self.ema_widths:
+            low, colon, high = word.partition(":")
+            try:
+                ends = [float(low), float(high or low)]
+            except ValueError:
+                ends = [0.0, 0.0]
+            if not 0 < ends[0] <= ends[1] <= WIDEST or (colon and not high):
+                raise ConfigError(
+                    f"--ema-widths {word} must be a width above 0 and at most {WIDEST}, or two as in "
+                    "0.02:0.25"
+                )
+            # By equal ratios, rounded to what a name can have.
+            ratio = ends[1] / ends[0]
+            for i in range(SCANNED if colon else 1):
+                found.append(round(ends[0] * ratio ** (i / (SCANNED - 1)), 4))
+        return sorted({*found})
+
     def protocol(self) -> Row:
         """The settings that rows must share to lie on one curve, as plain JSON."""
         settings = {name: getattr(self, name) for name in PROTOCOL}
@@ -156,9 +184,13 @@ class Curve:
 class Curves:
     """The scores of the checkpoints of some runs: those that are known, and those to be made."""
 
-    def __init__(self, options: Curve, scorer: Scorer | None = None) -> None:
-        """`scorer`: one that `make_scorer` made, to be shared by several."""
+    def __init__(
+        self, options: Curve, scorer: Scorer | None = None, width: float | None = None
+    ) -> None:
+        """`scorer`: one that `make_scorer` made, to be shared by several. `width`: score the average
+        of this width, at the newest snapshot of each run."""
         options.check()
+        self.width = width
         self.homes = {run: self.home(run, options.out) for run in options.runs}
         if options.runs:
             out = options.out or options.runs[0] / "curve"
@@ -196,7 +228,7 @@ class Curves:
                 missing.append((run, step))
 
         # What is wrong with a model or the reference is an error before the work, not in it.
-        existing = [(run, step) for run, step in missing if CheckpointDir.at(run, step).exists]
+        existing = [(run, step) for run, step in missing if self.exists(run, step)]
         if existing:
             self._ready[existing[0]] = self.sampler(*existing[0])
         if self.rank == 0:
@@ -206,7 +238,7 @@ class Curves:
 
         # Training that is still under way may remove a checkpoint before its turn.
         for run, step in missing:
-            if CheckpointDir.at(run, step).exists:
+            if self.exists(run, step):
                 self.add(run, step)
             elif self.rank == 0:
                 print(
@@ -214,12 +246,16 @@ class Curves:
                     "meanwhile",
                     flush=True,
                 )
-        if self.rank == 0:
+        if self.rank == 0 and self.width is None:
             self.draw({run: self.rows(run) for run in self.options.runs})
+
+    def exists(self, run: Path, step: int) -> bool:
+        """Whether the weights of that step are still there."""
+        return self.width is not None or CheckpointDir.at(run, step).exists
 
     def notes(self) -> list[str]:
         """Notes on the EMA at the earliest step of each run that is to be scored; on rank 0 only."""
-        if self.rank != 0:
+        if self.rank != 0 or self.width is not None:
             return []
         found = []
         for run in self.options.runs:
@@ -239,17 +275,25 @@ class Curves:
 
     def folder(self, run: Path, step: int) -> Path:
         """The folder of the samples of one checkpoint, by this protocol."""
-        protocol = hashlib.sha256(json.dumps(self.options.protocol()).encode()).hexdigest()[:8]
+        protocol = hashlib.sha256(json.dumps(self.protocol()).encode()).hexdigest()[:8]
         return self.homes[run] / protocol / f"step_{step:08d}"
 
     def rows(self, run: Path) -> list[Row]:
         """The rows of this protocol, in the order of steps; of two of one step, the later."""
-        return rows_of_protocol(self.homes[run] / RESULTS, self.options.protocol())
+        return rows_of_protocol(self.homes[run] / RESULTS, self.protocol())
+
+    def protocol(self) -> Row:
+        """The protocol of the options, and the width."""
+        width = {} if self.width is None else {"ema_width": self.width}
+        return self.options.protocol() | width
 
     def missing(self, run: Path) -> list[int]:
         """The steps of the checkpoints that have no row of this protocol."""
         # A checkpoint that is gone but has a row stays on the curve.
         known = steps_of(self.rows(run))
+        if self.width is not None:
+            newest = newest_snapshot(run)
+            return [] if newest in known else [newest]
         return steps_to_score(run, known, self.options.every)
 
     def sampler(self, run: Path, step: int) -> Sampler:
@@ -274,6 +318,7 @@ class Curves:
                 vae=o.vae,
                 text_encoder=o.text_encoder,
                 guidance_interval=o.guidance_interval,
+                ema_width=self.width,
             )
         )
         # A Frechet distance of latents is none that anybody knows.
@@ -299,7 +344,7 @@ class Curves:
             "run": str(run),
             "step": step,
             "images": info.get("samples_seen"),
-            "protocol": o.protocol(),
+            "protocol": self.protocol(),
             "transitions": (info.get("curriculum") or {}).get("transitions", []),
             "figures": scored["figures"],
             "notes": scored["notes"],
@@ -312,7 +357,8 @@ class Curves:
         shown = []
         for name, figure in row["figures"].items():
             shown.append(f"{name} {figure['value']:.5g} +- {figure['error']:.2g}")
-        print(f"{run} at step {step:,}: {', '.join(shown)}", flush=True)
+        width = "" if self.width is None else f", width {self.width:g}"
+        print(f"{run} at step {step:,}{width}: {', '.join(shown)}", flush=True)
 
         # Samples of a checkpoint take far more disk than its row.
         if not o.keep_samples:
@@ -345,6 +391,78 @@ class Curves:
             print(line, flush=True)
         count = sum(map(len, of_runs.values()))
         print(f"{count} checkpoints on the curve: {out / 'curve.png'}", flush=True)
+
+
+def scan_widths(options: Curve) -> None:
+    """Score the averages of all widths of all runs, and write widths.json and widths.png."""
+    scorer = None
+    found: dict[Path, list[Row]] = {run: [] for run in options.runs}
+    for width in options.widths():
+        curves = Curves(options, scorer, width)
+        curves()
+        # The reference's features are computed once.
+        scorer = curves._scorer
+        for run in options.runs:
+            for row in curves.rows(run):
+                if row["step"] == newest_snapshot(run):
+                    found[run].append({**row, "ema_width": width})
+    if env_rank() != 0:
+        return
+    out = options.out or options.runs[0] / "curve"
+    out.mkdir(parents=True, exist_ok=True)
+    plain = {str(run): rows for run, rows in found.items()}
+    write_atomically(out / "widths.json", json.dumps(plain, indent=1) + "\n")
+    plot_widths(found, out / "widths.png")
+    for run, rows in found.items():
+        name = main_figure(rows)
+        best = best_row(rows)
+        figure = best["figures"][name]
+        print(
+            f"{run}: best {name} {figure['value']:.5g} +- {figure['error']:.2g} at width "
+            f"{best['ema_width']:g} of step {best['step']:,}",
+            flush=True,
+        )
+    print(f"{len(options.widths())} widths of {len(found)} runs: {out / 'widths.png'}", flush=True)
+
+
+def newest_snapshot(run: Path) -> int:
+    """The step of a run's newest snapshot of averages. Raises CheckpointError where there is
+    none."""
+    kept = snapshots(run)
+    if not kept:
+        raise CheckpointError(
+            f"{run} has no snapshots of averages; train with --optimizer.ema-widths 0.05 0.1"
+        )
+    return kept[-1].step
+
+
+def plot_widths(of_runs: dict[Path, list[Row]], path: Path) -> None:
+    """The main figure of each run against the width."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plots, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for run, rows in of_runs.items():
+        name = main_figure(rows)
+        figures = [row["figures"][name] for row in rows]
+        axis.errorbar(
+            [row["ema_width"] for row in rows],
+            [figure["value"] for figure in figures],
+            [figure["error"] for figure in figures],
+            marker="o",
+            markersize=3,
+            capsize=2,
+            label=f"{run}, step {rows[-1]['step']:,}",
+        )
+        axis.set(xlabel="width of the average (share of the training)", ylabel=name)
+    axis.set_xscale("log")
+    axis.legend(fontsize="small")
+    temporary = path.with_name("widths.tmp.png")
+    plots.savefig(temporary, dpi=120)
+    plt.close(plots)
+    temporary.replace(path)
 
 
 def rows_of_protocol(path: Path, protocol: Row) -> list[Row]:
@@ -539,6 +657,10 @@ def main(args: Sequence[str] | None = None) -> int:
     serve_stop_signals()
 
     def score() -> None:
+        if options.ema_widths:
+            options.check()
+            scan_widths(options)
+            return
         curves = Curves(options)
         for note in curves.notes():
             print(f"note: {note}", file=sys.stderr, flush=True)

@@ -119,6 +119,9 @@ class Sample:
     """Images in a shard. A rank that is stopped loses what it drew of its last one."""
     step: int | None = None
     """The step of the checkpoint to use; by default the newest valid one."""
+    ema_width: float | None = None
+    """Draw with the power-function average of this width (a standard deviation as a share of the
+    training), from a run that was trained with --optimizer.ema-widths; by default with the EMA."""
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     """What this runs on; by default a GPU if there is one."""
 
@@ -160,7 +163,7 @@ class Sampler:
         step = options.step
         if step is None:
             step = self.checkpoint_of_unfinished_samples()
-        self.trained = load_trained(options.source, step)
+        self.trained = load_trained(options.source, step, ema_width=options.ema_width)
         objective = self.trained.objective
         self.sampler = options.sampler or objective.samplers[0]
         self.steps = objective.default_steps if options.steps is None else options.steps
@@ -251,6 +254,8 @@ class Sampler:
         if o.steps:
             wanted["steps"] = o.steps
         checkpoint = CheckpointDir.at(o.source, int(job["step"]))
+        if job.get("ema", {}).get("width") != o.ema_width:
+            return False
         return bool(
             checkpoint.exists
             and checkpoint.manifest()["state"]["config"]["name"] == job["run"]
@@ -536,7 +541,13 @@ def main(args: Sequence[str] | None = None) -> int:
         # An EMA early in a run still holds the weights of the start, and draws noise. Of converted
         # weights neither decay nor step are known.
         note = ema_note(sampler.trained.config, sampler.trained.info["step"])
-        if note and sampler.rank == 0 and "converted" not in sampler.trained.info:
+        # A power-function average holds nothing of them.
+        if (
+            note
+            and options.ema_width is None
+            and sampler.rank == 0
+            and "converted" not in sampler.trained.info
+        ):
             print(f"note: {note}", file=sys.stderr, flush=True)
         sampler()
 

@@ -13,8 +13,8 @@ __version__ = "0.1.0"
 
 
 def load(source: "str | Path", **options: Any) -> "Pipeline":
-    """A trained model to draw images with: a run directory, an export, or the name of one on the
-    hub. `options` are those of `largescale.pipeline.load`."""
+    """A trained model to draw images with, of a run directory, an export, a name on the hub or
+    published weights. `options` are those of `largescale.pipeline.load`."""
     from largescale.host.extras import require_training
 
     # torch is loaded with the first model, not with the package.

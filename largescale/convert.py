@@ -67,7 +67,8 @@ def run(options: Convert) -> None:
 def report(options: Convert, converted: Converted) -> None:
     """Print what was converted, and what had to be assumed."""
     parameters = sum(tensor.numel() for tensor in converted.weights.values())
-    print(f"{options.source}: {converted.format}, {parameters:,} values")
+    which = converted.description.get("converted", {}).get("weights", "ema")
+    print(f"{options.source}: {converted.format}, {parameters:,} values, weights: {which}")
     for key, why in converted.assumed.items():
         print(f"assumed: {key}: {why}")
     if converted.left_out:

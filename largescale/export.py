@@ -76,6 +76,9 @@ class Export:
     weights: WeightsName | None = None
     """ema: the smoothed weights. raw: those that the optimizer updates. By default ema, and of an
     export what it holds."""
+    ema_width: float | None = None
+    """In place of the EMA, the power-function average of this width, of a run that was trained with
+    --optimizer.ema-widths."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """The type that the weights are stored in. By default fp32, and of an export what it has."""
     scheduler: SchedulerName = "ddim"
@@ -156,7 +159,9 @@ def write(options: Export) -> Written:
     if options.format == "diffusers" and not options.card_only:
         description, parameters, facts, notes = _write_pipeline(options)
     else:
-        description, weights = read_weights(options.run, options.step, options.weights)
+        description, weights = read_weights(
+            options.run, options.step, options.weights, options.ema_width
+        )
         if options.format == "diffusers":
             check_exportable(from_dict(description["config"]))
         dtype = options.dtype or description.pop("dtype", "fp32")
@@ -170,7 +175,7 @@ def write(options: Export) -> Written:
     notes += _write_card(options, description, parameters, facts)
 
     # A short run's EMA may still contain much of the first weights.
-    if description.get("weights") != "raw":
+    if description.get("weights") != "raw" and "ema" not in description:
         notes.append(ema_note(from_dict(description["config"]), description["step"]))
     return Written(options.folder, description, tuple(filter(None, notes)))
 
@@ -193,7 +198,7 @@ def _require_folder(options: Export) -> None:
 
 def _write_pipeline(options: Export) -> tuple[dict[str, Any], int, PipelineFacts, list[str]]:
     """Write a diffusers folder; returns what a card needs of it, and notes."""
-    trained = load_trained(options.run, options.step, options.weights)
+    trained = load_trained(options.run, options.step, options.weights, options.ema_width)
     check_exportable(trained.config)
     vae, note = open_vae(options.vae, trained)
     description = {"config": to_dict(trained.config), **trained.info}

@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from largescale.checkpoint.weights import Trained, load_trained
+from largescale.checkpoint.files import is_run
+from largescale.checkpoint.weights import Trained, build_trained, is_export, load_trained
 from largescale.condition import Condition
 from largescale.config.deepspeed import Precision
 from largescale.data.images import to_uint8
@@ -25,6 +26,8 @@ from largescale.distributed.ranks import check_cuda, local_device
 from largescale.encoders.text import TextEncoder, load_text_encoder_of_model
 from largescale.encoders.vae import Vae, load_vae_of_model
 from largescale.errors import ConfigError, DataError
+from largescale.interop.choices import Choices
+from largescale.interop.sources import read_source
 from largescale.models.build import latent_shape
 from largescale.models.half_precision import check_on_cpu
 from largescale.models.inference import Prepared, prepare
@@ -243,11 +246,20 @@ class Pipeline:
         )
 
 
-def load(source: str | Path, *, step: int | None = None, **options: Any) -> Pipeline:
+def load(
+    source: str | Path, *, step: int | None = None, ema_width: float | None = None, **options: Any
+) -> Pipeline:
     """A trained model to draw images with.
 
-    `source`: a run directory, such as runs/digits, or an export. `step`: of a run, the checkpoint;
-    by default the newest valid one. `options` are those of `Pipeline`. Raises CheckpointError where
-    there is no model.
+    `source`: a run directory, such as runs/digits, an export, a name on the hub, or anything else
+    that `largescale.convert` takes; what it assumed is in `trained.info["converted"]`. `step`: of a
+    run, the checkpoint; by default the newest valid one. `ema_width`: of a run that was trained with
+    optimizer.ema_widths, the width of the average; by default the EMA. `options` are those of
+    `Pipeline`. Raises CheckpointError where there is no model.
     """
-    return Pipeline(load_trained(Path(source).expanduser(), step), **options)
+    path = Path(source).expanduser()
+    if is_run(path) or is_export(path) or ema_width is not None:
+        return Pipeline(load_trained(path, step, ema_width=ema_width), **options)
+    converted = read_source(str(source), Choices(), step)
+    trained = build_trained(converted.description, converted.weights, str(source))
+    return Pipeline(trained, **options)

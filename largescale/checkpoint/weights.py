@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from largescale.checkpoint.ema_snapshots import average
 from largescale.checkpoint.files import CheckpointDir, find_checkpoint, named_weights
 from largescale.config.schema import Config
 from largescale.config.serialise import from_dict
 from largescale.diffusion.build import build_objective
 from largescale.diffusion.objective import Objective
-from largescale.errors import CheckpointError, usable
+from largescale.errors import CheckpointError, ConfigError, usable
 from largescale.host.files import from_json
 from largescale.models.build import Network, build_model
 
@@ -61,10 +62,23 @@ class Trained:
         return min(model, self.info.get("data_info", {}).get("num_classes", model))
 
 
-def load_trained(path: Path, step: int | None = None, kind: WeightsName | None = None) -> Trained:
+def load_trained(
+    path: Path,
+    step: int | None = None,
+    kind: WeightsName | None = None,
+    ema_width: float | None = None,
+) -> Trained:
     """Load a model from the folder of an export or of a run: by default the EMA weights of a run, and
-    what an export holds. Raises CheckpointError for a folder that is neither, or another model's."""
-    description, weights = read_weights(path, step, kind)
+    what an export holds; with `ema_width` a run's power-function average of that width. Raises
+    CheckpointError for a folder that is neither, or another model's."""
+    return build_trained(*read_weights(path, step, kind, ema_width), path)
+
+
+def build_trained(
+    description: dict[str, Any], weights: dict[str, Tensor], path: Path | str
+) -> Trained:
+    """The model of weights by name and what is known of them, as `read_weights` gives both. Raises
+    CheckpointError, naming `path`, where they do not fit each other."""
     # A config that does not fit this version is the file's error, not the user's.
     with usable(path):
         config = from_dict(description["config"])
@@ -81,11 +95,16 @@ def load_trained(path: Path, step: int | None = None, kind: WeightsName | None =
 
 
 def read_weights(
-    path: Path, step: int | None = None, kind: WeightsName | None = None
+    path: Path,
+    step: int | None = None,
+    kind: WeightsName | None = None,
+    ema_width: float | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and provenance, and the weights by name in fp32, of the folder of an export or of a run:
-    by default the EMA of a run, and what an export holds. Raises CheckpointError for a folder that is
-    neither."""
+    by default the EMA of a run, and what an export holds; with `ema_width` a run's power-function
+    average of that width. Raises CheckpointError for a folder that is neither."""
+    if ema_width is not None:
+        return _read_average(path, step, kind, ema_width)
     if (path / EXPORT_CONFIG).exists():
         description, weights = _read_export(path, step)
         if kind not in (None, has := description.get("weights", "ema")):
@@ -99,6 +118,23 @@ def read_weights(
     if kind == "raw":
         description["weights"] = kind
     return description, named_weights(checkpoint, "master" if kind == "raw" else "ema")
+
+
+def _read_average(
+    path: Path, step: int | None, kind: WeightsName | None, width: float
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if kind is not None:
+        raise ConfigError(f"weights={kind} and ema_width={width} exclude each other; give one")
+    if (path / EXPORT_CONFIG).exists():
+        raise CheckpointError(f"{path} is an export, which has one average; give the run")
+    found = average(path, width, step)
+    # The run's config and curriculum, at the average's own step.
+    description = describe(find_checkpoint(path))
+    batch = description["config"]["train"]["global_batch_size"]
+    description["step"] = found.profile.step
+    description["samples_seen"] = found.profile.step * batch
+    description["ema"] = found.describe()
+    return description, found.weights
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:

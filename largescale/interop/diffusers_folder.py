@@ -1,5 +1,7 @@
 """Folders in diffusers' layout: a DiT pipeline, or its transformer alone."""
 
+import json
+import textwrap
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,10 @@ _DEFAULTS = {
     "num_embeds_ada_norm": 1000,
     "norm_eps": 1e-5,
 }
+# The largest that a config of ours may have.
+LARGEST_SIDE = 8192
+MOST = 10_000_000
+MOST_TIMESTEPS = 100_000
 # Our names for schedules of diffusers, whose numbers are compared too.
 _SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
 
@@ -153,6 +159,8 @@ def _model(config: dict[str, Any], ours: dict[str, Tensor], transformer: Path) -
         "attention_head_dim * num_attention_heads": heads * int(config["attention_head_dim"]),
         "in_channels": config["in_channels"],
         "out_channels": outputs,
+        # One that the patches do not divide would be cut.
+        "sample_size": config["sample_size"],
         "num_layers": config["num_layers"],
         "patch_size": config["patch_size"],
         "num_embeds_ada_norm": config["num_embeds_ada_norm"],
@@ -162,6 +170,7 @@ def _model(config: dict[str, Any], ours: dict[str, Tensor], transformer: Path) -
         model.hidden_size,
         model.in_channels,
         patches // model.patch_size**2,
+        model.input_size,
         model.depth,
         model.patch_size,
         model.num_classes,
@@ -193,9 +202,25 @@ def _require_dit(config: dict[str, Any], path: Path) -> None:
                 f"{path} has {key}={config[key]}, and a DiT has {allowed[0]}; this is another model "
                 "of diffusers, which cannot be converted"
             )
-    for key in _DEFAULTS:
-        if key != "out_channels" and not isinstance(config[key], int | float):
-            raise CheckpointError(f"{path} has {key}={config[key]!r}, which is no number")
+    for key, value in config.items():
+        if key in _DEFAULTS and not _is_possible(key, value):
+            raise CheckpointError(f"{path} has {key}={_short(value)}, which no DiT has")
+
+
+def _is_possible(key: str, value: Any) -> bool:
+    """Whether a network of ours can have this number of its config."""
+    if key == "out_channels" and value is None:
+        return True
+    if key == "norm_eps":
+        return isinstance(value, float) and 0 < value < 1
+    # Before positions are computed for it.
+    most = LARGEST_SIDE if key == "sample_size" else MOST
+    return isinstance(value, int) and 1 <= value <= most
+
+
+def _short(value: Any) -> str:
+    """A value of a file, for a message."""
+    return textwrap.shorten(json.dumps(value), 60)
 
 
 def _schedule(path: Path) -> DiffusionConfig:
@@ -204,13 +229,22 @@ def _schedule(path: Path) -> DiffusionConfig:
     config = _json(path)
     kind = config.get("beta_schedule", "linear")
     timesteps = config.get("num_train_timesteps", 1000)
+    if not isinstance(timesteps, int) or not 2 <= timesteps <= MOST_TIMESTEPS:
+        raise CheckpointError(
+            f"{path} has num_train_timesteps={_short(timesteps)}, which must be a whole number in "
+            f"[2, {MOST_TIMESTEPS}]"
+        )
     if (prediction := config.get("prediction_type", "epsilon")) != "epsilon":
         raise CheckpointError(
             f"{path} has prediction_type={prediction}, and a DiT of largescale predicts the noise "
             "(epsilon); such a model cannot be converted"
         )
-    schedule = _SCHEDULES.get(kind)
+    schedule = _SCHEDULES.get(str(kind))
     first, last = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    if not isinstance(first, float) or not isinstance(last, float):
+        raise CheckpointError(
+            f"{path} has betas from {_short(first)} to {_short(last)}, which are no numbers below 1"
+        )
     if schedule == "linear" and not np.allclose(
         np.linspace(first, last, timesteps), make_betas(schedule, timesteps), rtol=1e-5
     ):

@@ -30,7 +30,7 @@ def ddpmpp_config(weights: Mapping[str, Tensor]) -> ModelConfig:
     factors = []
     for side in resolutions:
         outputs, *_ = shape_of(weights, f"enc.{side}x{side}_block0.conv0.weight", 4)
-        factors.append(outputs // channels)
+        factors.append(outputs // max(channels, 1))
     return ModelConfig(
         architecture="ddpmpp",
         input_size=first,

@@ -285,11 +285,13 @@ def _summary(facts: CardFacts, config: Config) -> str:
         condition = "with captions"
     elif model.num_classes:
         condition = f"with {model.num_classes:,} classes"
-    weights = "raw" if d.get("weights") == "raw" else "EMA"
+    weights = "raw weights" if d.get("weights") == "raw" else "EMA weights"
+    if "ema" in d:
+        weights = f"weights averaged by a power function of width {d['ema']['width']:g}"
     return (
         f"{_network(config)}{size}, trained {condition} on {plain(_data(facts))}: {kind} {shape}, "
         f"{_OBJECTIVES[config.diffusion.objective]}, {d['step']:,} steps{images}. These are the "
-        f"{weights} weights in {d.get('dtype', 'fp32')}.\n"
+        f"{weights} in {d.get('dtype', 'fp32')}.\n"
     )
 
 

@@ -205,7 +205,7 @@ def _data(read: Source, name: str, facts: Facts) -> tuple[DatasetInfo, dict[str,
     kind = facts.choose(
         "data",
         facts.choices.kind,
-        None,
+        "latents" if read.vae else None,
         "pixels" if is_pixels else "latents",
         f"by the images' {shape[0]} channels",
     )

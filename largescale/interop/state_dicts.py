@@ -35,6 +35,16 @@ _EDMS_PICKLES = b"torch_utils.persistence"
 # Of the start of a file, which is searched for it.
 _SEARCHED = 2**26
 
+# What torch raises for the content of a file that is none of its own.
+_FOREIGN = (
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -111,10 +121,10 @@ def to_fp32(weights: Mapping[str, Tensor], path: object) -> dict[str, Tensor]:
     is not of a float type, or not finite."""
     converted = {}
     for name, tensor in weights.items():
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
             raise CheckpointError(
-                f"{path}: {name} is of type {_types({tensor.dtype})}, and weights are fp32, fp16 or "
-                "bf16; quantised weights cannot be converted"
+                f"{path}: {name} is of type {_types({tensor.dtype})} ({tensor.layout}), and weights are "
+                "dense, in fp32, fp16 or bf16; quantised weights cannot be converted"
             )
         if not tensor.isfinite().all():
             raise CheckpointError(
@@ -150,28 +160,26 @@ def _chosen(
     content: dict[str, Any], which: Which | None, path: Path
 ) -> tuple[dict[str, Tensor], Which | None]:
     """The state dict in a file's content, and which of the two it is."""
-    found: dict[Which, dict[str, Tensor]] = {}
-    for kind, keys in CONTAINERS.items():
-        for key in keys:
-            if kind not in found and _is_state_dict(content.get(key)):
-                found[kind] = content[key]
-    # Names side by side: the EMA's have a prefix, the others maybe another.
+    found = _contained(content) or _side_by_side(content)
     if not found and _is_state_dict(content):
-        ema = {name[4:]: tensor for name, tensor in content.items() if name.startswith("ema.")}
-        rest = {name: tensor for name, tensor in content.items() if not name.startswith("ema.")}
-        if not ema:
-            if which == "ema":
-                raise CheckpointError(
-                    f"{path} has one set of weights, and does not say that they are an EMA; leave "
-                    "out --weights"
-                )
-            return rest, None
-        found = {"ema": ema} | ({"model": rest} if rest else {})
+        if which == "ema":
+            raise CheckpointError(
+                f"{path} has one set of weights, and does not say that they are an EMA; leave out "
+                "--weights"
+            )
+        return content, None
     if not found:
         there = listed(map(str, content)) or "nothing"
         raise CheckpointError(
             f"{path} holds {there}, and no weights by their names where a training keeps them "
             f"({', '.join(CONTAINERS['ema'] + CONTAINERS['model'])}); give a checkpoint of a model"
+        )
+    # The other weights in an EMA's place would be worse samples, and nobody would know why.
+    ema = [key for key in CONTAINERS["ema"] if content.get(key) is not None]
+    if which is None and ema and "ema" not in found:
+        raise CheckpointError(
+            f"{path} has an EMA ({ema[0]}) that is not weights by their names; save its state dict, "
+            "or take the other weights with --weights model"
         )
     chosen = which or ("ema" if "ema" in found else "model")
     if chosen not in found:
@@ -179,6 +187,29 @@ def _chosen(
             f"{path} has no weights of --weights {chosen}; it has those of {listed(found)}"
         )
     return found[chosen], chosen
+
+
+def _contained(content: dict[str, Any]) -> dict[Which, dict[str, Tensor]]:
+    """The state dicts that stand under a key of a checkpoint."""
+    found: dict[Which, dict[str, Tensor]] = {}
+    for kind, keys in CONTAINERS.items():
+        for key in keys:
+            if kind not in found and _is_state_dict(content.get(key)):
+                found[kind] = content[key]
+    return found
+
+
+def _side_by_side(content: dict[str, Any]) -> dict[Which, dict[str, Tensor]]:
+    """The EMA and the other weights of one state dict, where the EMA's names have a prefix."""
+    if not _is_state_dict(content):
+        return {}
+    ema: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
+    for name, tensor in content.items():
+        (ema if name.startswith("ema.") else rest)[name.removeprefix("ema.")] = tensor
+    if not ema:
+        return {}
+    return {"ema": ema, "model": rest} if rest else {"ema": ema}
 
 
 def _is_state_dict(value: Any) -> bool:
@@ -230,8 +261,7 @@ def _load_torch(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
     except pickle.UnpicklingError as error:
         raise _unpickled(path, error) from error
-    # What torch raises for the content of a pickle that is none of its own.
-    except (RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
+    except _FOREIGN as error:
         raise _no_checkpoint(path, error) from error
     if not isinstance(content, dict):
         raise CheckpointError(

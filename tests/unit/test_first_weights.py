@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from largescale import convert
 from largescale.checkpoint.files import CheckpointDir, checkpoints, named_weights
 from largescale.checkpoint.weights import read_weights
 from largescale.config.presets import debug
@@ -74,6 +75,17 @@ def test_the_weights_are_needed_for_the_first_checkpoint_only(pretrained: Path, 
     again = run_here("--train.steps", 50, "--train.init-from", moved, output=tmp_path / "cut")
     assert again.code == 0, again.err
     assert_same_run(again.run, truth.run)
+
+
+def test_published_weights_that_were_converted(pretrained: Path, run_here: RunHere, tmp_path: Path) -> None:
+    """50 steps from facebookresearch/DiT's kind of file are those from our own export of the same weights."""
+    options = ("--train.steps", 50, "--checkpoint.every", 20, "--train.init-from")
+    truth = run_here(*options, pretrained, output=tmp_path / "truth")
+    torch.save({"ema": load_file(pretrained / "model.safetensors"), "args": None}, tmp_path / "0400000.pt")
+    assert convert.main([str(tmp_path / "0400000.pt"), "--out", str(tmp_path / "converted"), "--num-heads", "2"]) == 0
+    tuned = run_here(*options, tmp_path / "converted", output=tmp_path / "tuned")
+    assert truth.code == tuned.code == 0, tuned.err
+    assert_same_run(tuned.run, truth.run)
 
 
 def test_other_first_weights_are_refused_on_resume(pretrained: Path, run_here: RunHere, tmp_path: Path) -> None:

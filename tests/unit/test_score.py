@@ -399,7 +399,7 @@ def test_lines_that_were_cut_short(tmp_path: Path) -> None:
     (("RUNS/vanilla", "RUNS/vanilla", "--reference", "RUNS/data"), "a run is named twice"),
     (("RUNS/vanilla", "--reference", "RUNS/data", "--every", "0"), "every=0 must be at least 1"),
     (("RUNS/vanilla", "--reference", "RUNS/nothing"), "nothing does not exist"),
-    (("RUNS/vanilla", "--reference", "RUNS/data", "--vae", "x"), "leave out --vae"),
+    (("RUNS/vanilla", "--reference", "RUNS/data", "--vae", "x"), "leave out vae (--vae)"),
     (("RUNS/vanilla", "--reference", "RUNS/data", "--cfg-scale", "-1"), "cfg_scale=-1.0 must be 0 or more"),
     (("RUNS/vanilla", "--reference", "RUNS/large"), "large has images of 32x32, the samples 16x16"),
     (("RUNS/vanilla", "--reference", "RUNS/latents"), "holds latents, not images; as a reference give the images themselves, with "
