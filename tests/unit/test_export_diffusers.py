@@ -37,10 +37,11 @@ FILES = ["README.md", "largescale.json", "largescale_dit_pipeline.py", "model_in
 
 
 @pytest.fixture(autouse=True)
-def modules_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def modules_of_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """diffusers copies the code of folders to one of its own, which it adds to sys.path."""
-    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    folder = tmp_path_factory.mktemp("modules")
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(folder))
+    monkeypatch.syspath_prepend(str(folder))
     diffusers.utils.logging.disable_progress_bar()
 
 
@@ -349,7 +350,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         point_at(found.url, monkeypatch)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True, raising=False)
         yield found
 
 
