@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from largescale.checkpoint.files import CheckpointDir
+from largescale.checkpoint.files import CheckpointDir, is_run
 from largescale.checkpoint.weights import read_weights, weights_sha256
 from largescale.config.schema import Config
 from largescale.config.serialise import flatten, from_dict, to_dict
@@ -42,12 +42,13 @@ class FirstWeights:
     """train.init_new"""
 
     @classmethod
-    def read(cls, config: Config) -> "FirstWeights":
-        """Those of train.init_from: a run, or an export. Raises CheckpointError."""
+    def read(cls, config: Config, step: int | None = None) -> "FirstWeights":
+        """Those of train.init_from: an export, or a run, by default its newest checkpoint. Raises
+        CheckpointError."""
         assert config.train.init_from is not None
         source = Path(config.train.init_from)
         try:
-            description, weights = read_weights(source)
+            description, weights = read_weights(source, step)
         except CheckpointError as error:
             raise CheckpointError(
                 f"--train.init-from {source}: {error}; files of other programs become an export by "
@@ -180,13 +181,19 @@ def check_resumed(config: Config, checkpoint: CheckpointDir) -> None:
     if wanted is None or not Path(wanted).exists():
         return
     started = checkpoint.manifest()["state"].get("init") or {}
-    first = FirstWeights.read(config).record()
+    # A run may have trained on since: what counts is the checkpoint that was taken.
+    step = None
+    if started and is_run(Path(wanted)):
+        step = started["step"]
+        if not CheckpointDir.at(Path(wanted), step).exists:
+            return
+    first = FirstWeights.read(config, step).record()
     for key in ("sha256", "new"):
         if started.get(key) != first[key]:
             raise CheckpointError(
                 f"{checkpoint.path.parent.parent} was started with other first weights: "
                 f"{_described(started)}, and --train.init-from {wanted} is {_described(first)}; "
-                "leave the options away to resume it, or start another run with --output DIR"
+                "leave the options out to resume it, or start another run with --output DIR"
             )
 
 
