@@ -177,10 +177,14 @@ def check_resumed(config: Config, checkpoint: CheckpointDir) -> None:
     """Raise CheckpointError where the options name other first weights than the run in the
     checkpoint was started with. Weights that are gone by now are not needed any more."""
     wanted = config.train.init_from
-    if wanted is None or not Path(wanted).exists():
+    if wanted is None:
         return
     started = checkpoint.manifest()["state"].get("init") or {}
-    first = FirstWeights.read(config).record()
+    # A run without first weights needs those that it is given now.
+    if started and not Path(wanted).exists():
+        first = started | {"new": sorted(config.train.init_new)}
+    else:
+        first = FirstWeights.read(config).record()
     for key in ("sha256", "new"):
         if started.get(key) != first[key]:
             raise CheckpointError(
