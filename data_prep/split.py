@@ -19,12 +19,13 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
-from largescale.checkpoint.files import require_outside_checkpoints
+from largescale.checkpoint.files import is_run, require_outside_checkpoints
 from largescale.config.command_line import parse_options, run_program
-from largescale.data.format import LATENT_RGB
+from largescale.data.format import LATENT_RGB, MANIFEST, read_manifest
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
 from largescale.errors import ConfigError, DataError
+from largescale.host.files import require_writable
 
 PARTS = ("train", "validation")
 # Entries of a manifest that are of its own shards, not of what was packed.
@@ -56,6 +57,23 @@ class Split:
         for part in PARTS:
             if (self.out / part).resolve() == self.data.resolve():
                 raise ConfigError(f"--out {self.out} would overwrite {self.data}; choose another")
+            _require_own(self.out / part)
+        # In a run, or in a packed set, the parts would be taken for files of it.
+        if is_run(self.out) or (self.out / MANIFEST).exists():
+            raise ConfigError(
+                f"--out {self.out} is a run or a packed set itself; choose a new or an empty folder"
+            )
+        require_writable(
+            *(self.out / part / MANIFEST for part in PARTS), remedy="choose another --out"
+        )
+
+
+def _require_own(part: Path) -> None:
+    """Raises ConfigError where a folder holds a packed set that is no part of a split."""
+    if (part / MANIFEST).exists() and "split" not in read_manifest(part):
+        raise ConfigError(
+            f"{part} holds a packed set that data_prep.split did not write; choose another --out"
+        )
 
 
 def is_held_out(id: str, share: float, seed: int = 0) -> bool:

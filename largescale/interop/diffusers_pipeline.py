@@ -25,6 +25,7 @@ from largescale.config.schema import Config, ModelConfig
 from largescale.encoders.identity import library, silence
 from largescale.encoders.vae import Vae, load_vae
 from largescale.errors import CheckpointError, ConfigError, DataError
+from largescale.host.files import safetensors_disk_errors
 from largescale.interop.diffusers_weights import to_diffusers
 from largescale.models.build import latent_shape
 from largescale.models.half_precision import DTYPES
@@ -160,7 +161,7 @@ def write_pipeline(folder: Path, parts: PipelineParts) -> PipelineFacts:
 
     for name, parameter in network.named_parameters():
         parameter.data = cast(parameter.data, parts.dtype, name)
-    with silence():
+    with silence(), safetensors_disk_errors(folder / "transformer"):
         network.save_pretrained(folder / "transformer", max_shard_size=parts.max_shard_size)
         make_scheduler(parts).save_pretrained(folder / "scheduler")
     if own_transformer:
@@ -334,7 +335,7 @@ def open_vae(spec: str | None, trained: Trained) -> tuple[Vae | None, str]:
 
 def _write_vae(folder: Path, vae: Vae) -> None:
     """Raises DataError for a VAE that diffusers could not read back."""
-    with silence():
+    with silence(), safetensors_disk_errors(folder):
         vae.module.save_pretrained(folder)
     # TAESD's files can hold layers that diffusers' class does not have.
     try:

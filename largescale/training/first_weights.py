@@ -178,16 +178,20 @@ def check_resumed(config: Config, checkpoint: CheckpointDir) -> None:
     """Raise CheckpointError where the options name other first weights than the run in the
     checkpoint was started with. Weights that are gone by now are not needed any more."""
     wanted = config.train.init_from
-    if wanted is None or not Path(wanted).exists():
+    if wanted is None:
         return
     started = checkpoint.manifest()["state"].get("init") or {}
     # A run may have trained on since: what counts is the checkpoint that was taken.
     step = None
+    gone = not Path(wanted).exists()
     if started and is_run(Path(wanted)):
         step = started["step"]
-        if not CheckpointDir.at(Path(wanted), step).exists:
-            return
-    first = FirstWeights.read(config, step).record()
+        gone = not CheckpointDir.at(Path(wanted), step).exists
+    # A run without first weights needs those that it is given now.
+    if started and gone:
+        first = started | {"new": sorted(config.train.init_new)}
+    else:
+        first = FirstWeights.read(config, step).record()
     for key in ("sha256", "new"):
         if started.get(key) != first[key]:
             raise CheckpointError(

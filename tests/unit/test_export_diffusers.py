@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from eval import sample
@@ -22,7 +23,7 @@ from largescale.checkpoint.export_folder import write_export
 from largescale.checkpoint.files import checkpoints, named_weights
 from largescale.checkpoint.weights import load_trained
 from largescale.config.serialise import to_dict
-from largescale.host.files import visible
+from largescale.host.files import sole_writer, visible
 from largescale.interop.pipeline_folder import is_pipeline
 from largescale.randomness import stream_seed
 from tests.conftest import RunHere
@@ -256,16 +257,20 @@ def test_it_is_written_again(run_here: RunHere, tmp_path: Path) -> None:
     assert json.loads((out / "largescale.json").read_text())["step"] == 6
 
 
-def test_one_that_fails_leaves_the_one_before(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("where", "error"), [
+    ("diffusers.DDIMScheduler.save_pretrained", OSError(28, "No space left on device")),
+    ("diffusers.DiTTransformer2DModel.save_pretrained", SafetensorError("No space left on device (os error 28)")),
+])
+def test_one_that_fails_leaves_the_one_before(where: str, error: Exception, run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_here("--train.steps", 2).run
     out = tmp_path / "out"
     assert main(run, "--out", out) == 0
     before = content(out)
 
     def fail(*args: Any, **more: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
-    monkeypatch.setattr("diffusers.DDIMScheduler.save_pretrained", fail)
+    monkeypatch.setattr(where, fail)
     assert main(run, "--out", out) == 2 and content(out) == before
     # Without one before, nothing is left, and the next one is written there.
     assert main(run, "--out", tmp_path / "new") == 2 and not list((tmp_path / "new").iterdir())
@@ -282,6 +287,19 @@ def test_one_that_was_killed_is_ours(run_here: RunHere, tmp_path: Path) -> None:
     (out / ".writing/half").write_bytes(b"half")
     assert is_pipeline(out) and main(run, "--out", out) == 0
     assert [path.name for path in visible(out)] == FILES and not (out / ".writing").exists()
+
+
+def test_one_that_is_not_complete_is_not_converted(run_here: RunHere, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its description may be of other weights than those that lie there."""
+    run, out = run_here("--train.steps", 2).run, tmp_path / "out"
+    assert main(run, "--out", out) == 0
+    (out / "model_index.json").rename(tmp_path / "kept")
+    assert convert.main([str(out), "--out", str(tmp_path / "back")]) == 2
+    assert f"error: the pipeline {out} is not complete: it has no model_index.json" in capsys.readouterr().err
+    (tmp_path / "kept").rename(out / "model_index.json")
+    with sole_writer(out):
+        assert main(run, "--out", out) == 2 and f"another process is writing to {out}" in capsys.readouterr().err
+    assert convert.main([str(out), "--out", str(tmp_path / "back")]) == 0
 
 
 @pytest.mark.parametrize("there", ["notes.txt", "model_index.json", "README.md", "an export", "a run", "checkpoints", "a file"])

@@ -1,6 +1,7 @@
 """data_prep.split: a part of a packed set, by the hash of its ids."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,18 @@ def test_what_cannot_be_split(blobs: Path, tmp_path: Path, capsys: pytest.Captur
     assert split.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     (tmp_path / "train").symlink_to(blobs)
     assert split.main([str(blobs), "--out", str(tmp_path)]) == 2 and "would overwrite" in capsys.readouterr().err
+
+
+def test_what_is_not_overwritten(blobs: Path, run_here: RunHere, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A packed set that is no part of a split; the folders of a set and of a run. A split is written again."""
+    shutil.copytree(blobs, tmp_path / "mine/train")
+    before = (tmp_path / "mine/train/manifest.json").read_bytes()
+    (tmp_path / "file").write_text("")
+    run = run_here("--train.steps", 1).run
+    for out, says in ((tmp_path / "mine", "mine/train holds a packed set that data_prep.split did not write"), (tmp_path / "mine/train", "packed set itself"),
+                      (run, "is a run or a packed set itself"), (tmp_path / "file", "cannot write to")):
+        assert split.main([str(blobs), "--share", "0.2", "--out", str(out)]) == 2
+        assert says in capsys.readouterr().err and not (out / "validation").exists()
+    assert (tmp_path / "mine/train/manifest.json").read_bytes() == before
+    for share in ("0.2", "0.3"):
+        assert split.main([str(blobs), "--share", share, "--out", str(tmp_path / "out")]) == 0
