@@ -13,8 +13,9 @@ from largescale.config.command_line import parse_options
 from largescale.config.derived import largest_world_size
 from largescale.config.presets import PRESETS, find_preset
 from largescale.config.schema import Config
+from largescale.config.serialise import with_current_options
 from largescale.errors import LargescaleError
-from largescale.host.extras import require_training
+from largescale.host.extras import require_trackers, require_training
 from largescale.host.launch import (
     arguments,
     check_place_among_ranks,
@@ -43,7 +44,13 @@ def parse(args: Sequence[str] | None) -> Config:
         sys.exit(0)
     program = f"largescale.train {name}"
     default = find_preset(name)
-    return parse_options(Config, overrides, program=program, description=None, default=default)
+    return parse_options(
+        Config,
+        with_current_options(overrides),
+        program=program,
+        description=None,
+        default=default,
+    )
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -62,6 +69,7 @@ def main(args: Sequence[str] | None = None) -> int:
             return 0
 
         require_training()
+        require_trackers(config.telemetry.trackers)
         # This import loads torch, during which a small limit of memory may kill.
         warned = check_process_memory(config.train.device)
         from largescale.training.startup import start
