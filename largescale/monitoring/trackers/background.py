@@ -1,18 +1,21 @@
 """A service in a thread of its own, so that nothing that it does can delay or end training."""
 
+import collections
 import contextlib
+import dataclasses
 import hashlib
 import json
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from largescale.config.serialise import FREE_ON_RESUME, flatten
 from largescale.host.files import from_json, write_atomically
 from largescale.monitoring.trackers.secrets import without_secrets
 from largescale.monitoring.trackers.service import Ended, Moment, RunInfo, Service
@@ -39,7 +42,7 @@ class Sent:
     # The step of what was sent last, and what was sent of that step.
     step: int = -1
     names: list[str] = field(default_factory=list)
-    # Of the config, by which a run that goes back and takes another way is recognised.
+    # A hash of what decides what is computed: a run that goes back with another takes another way.
     config: str = ""
 
     def has(self, step: int, name: str) -> bool:
@@ -140,7 +143,7 @@ class Background:
         self._replaying = False
         self._noted_s = 0.0
         # Sent, but perhaps not on disk at the service yet.
-        self._unsettled: list[tuple[float, Sent]] = []
+        self._unsettled: collections.deque[tuple[float, Sent]] = collections.deque()
         self._thread = threading.Thread(target=self._serve, name=f"tracker {name}", daemon=True)
         self._thread.start()
 
@@ -192,10 +195,7 @@ class Background:
             return
         self._read_sent(run)
         self._send_missing(service)
-        while True:
-            item = self._queue.get()
-            if isinstance(item, Finish):
-                break
+        while not isinstance(item := self._next(service), Finish):
             if isinstance(item, RollBack):
                 self._take_another_way()
             elif self._replaying and self._sent.has(item.step, item.name):
@@ -203,10 +203,18 @@ class Background:
             else:
                 self._replaying = self._replaying and item.step <= self._sent.step
                 self._num_done += self._try(service, item)
-                self._note(service)
         with self._tolerated():
             service.finish(item.ended, item.summary)
-            self._note(service, settled=True)
+            self._note(0.0)
+
+    def _next(self, service: Service) -> Item | RollBack | Finish:
+        """The next of what was logged. While there is none, what the service has is noted."""
+        while True:
+            self._note(service.settle_s)
+            # What is not noted yet has to be, also if nothing follows.
+            wait_s = NOTE_EVERY_S if self._unsettled else None
+            with contextlib.suppress(queue.Empty):
+                return self._queue.get(timeout=wait_s)
 
     def _start(self) -> tuple[Service | None, RunInfo | None]:
         """The service with the run begun or continued; None where the end came first."""
@@ -226,7 +234,10 @@ class Background:
 
     def _read_sent(self, run: RunInfo) -> None:
         """Read what the service has, and see whether the run goes on or takes another way."""
-        config = hashlib.sha256(json.dumps(run.config, sort_keys=True).encode()).hexdigest()
+        computed = {
+            key: value for key, value in flatten(run.config) if not key.startswith(FREE_ON_RESUME)
+        }
+        config = hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()
         # Damaged, as by a full disk: then all is sent again, and that is better than nothing.
         with contextlib.suppress(OSError, ValueError, TypeError):
             self._sent = Sent(**from_json((self._folder() / f"{self.name}.json").read_text()))
@@ -248,12 +259,9 @@ class Background:
             rows = [row for row in self._logged() if row["step"] <= self._step]
         for row in rows:
             item = item_of(row)
-            if self._closing.is_set():
-                return
-            if self._sent.has(item.step, item.name):
-                continue
-            self._try(service, item)
-            self._note(service)
+            if not self._sent.has(item.step, item.name):
+                self._try(service, item)
+                self._note(service.settle_s)
 
     def _try(self, service: Service, item: Item) -> bool:
         """Send an item, several times if need be; whether the service has it."""
@@ -262,25 +270,28 @@ class Background:
                 at = Moment(item.step, self._sent.branch, self._sent.number, item.unix_s)
                 item.send(service, at)
                 self._sent.add(item.step, item.name)
+                copy = dataclasses.replace(self._sent, names=[*self._sent.names])
+                self._unsettled.append((time.monotonic(), copy))
                 return True
             # At the end there is no time for pauses.
             if pause is None or self._closing.wait(pause):
                 return False
         return False
 
-    def _note(self, service: Service, *, settled: bool = False) -> None:
-        """Record what the service has on disk."""
+    def _note(self, settle_s: float) -> None:
+        """Record what was sent at least `settle_s` ago, now and then."""
         now = time.monotonic()
-        self._unsettled.append((now, Sent(**asdict(self._sent))))
-        if not settled and now - self._noted_s < NOTE_EVERY_S:
+        if not self._closing.is_set() and now - self._noted_s < NOTE_EVERY_S:
             return
-        self._noted_s = now
         known = None
-        while self._unsettled and (settled or now - self._unsettled[0][0] >= service.settle_s):
-            known = self._unsettled.pop(0)[1]
+        while self._unsettled and now - self._unsettled[0][0] >= settle_s:
+            known = self._unsettled.popleft()[1]
         if known:
+            self._noted_s = now
             with contextlib.suppress(OSError):
-                write_atomically(self._folder() / f"{self.name}.json", json.dumps(asdict(known)))
+                write_atomically(
+                    self._folder() / f"{self.name}.json", json.dumps(dataclasses.asdict(known))
+                )
 
     @contextlib.contextmanager
     def _tolerated(self) -> Iterator[None]:
