@@ -121,7 +121,7 @@ def test_wandb_has_what_metrics_has(wandb_run: Path) -> None:
     check(wandb_run, rows)
     # wandb leaves out rows whose own counter goes back.
     assert counters == sorted(set(counters)) and len(ids) == 1 and ended == [0]
-    assert pictures == 3 and len([*wandb_run.glob("trackers/wandb/*/files/media/images/*.png")]) == 3
+    assert pictures == 4 and len([*wandb_run.glob("trackers/wandb/offline-run-*/files/media/images/*.png")]) == 4  # step 16 in both branches
 
 
 def test_no_key_is_in_the_run_directory(wandb_run: Path) -> None:
@@ -186,7 +186,7 @@ def test_mlflow_has_what_metrics_has(mlflow_server: str, mlflow_packages: Path, 
             rows.append((time_ms, (branches[time_ms, step], step, {key: value})))
     rows += [(0, (event["branch"], event["step"], {f"event/{event['event']}": event["text"]})) for event in found[0]["events"]]
     check(tmp_path / "run", [row for _, row in sorted(rows, key=lambda row: row[0])])
-    assert sum(name.endswith(".png") for name in found[0]["images"]) == 3 and found[0]["summary"]["step"] == 24
+    assert sum(name.endswith(".png") for name in found[0]["images"]) == 4 and found[0]["summary"]["step"] == 24
 
 
 READ = """
