@@ -6,8 +6,10 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,14 @@ from tests.ranks import ROOT, Done, free_port, ranks_of
 KEY = "0123456789abcdef0123456789abcdef01234567"
 Row = tuple[int, int, dict[str, Any]]  # branch, step, what was logged
 
+# A program in a process that is forked, which finds more packages.
+START = "import runpy, sys; sys.path.append({packages!r}); sys.argv[0] = {program!r}; runpy.run_path({program!r}, run_name='__main__')"
+
 
 def through_everything(run: Path, data: Path, tracker: str, more_path: str = "") -> Done:
     """Killed at step 4, before the service has anything; at 12 and 16, when it has all; from step 10 on two ranks. The inputs of
     step 19 are bad: back to step 15. What the last start said."""
-    # In one process: a program of its own would take seconds more to start.
-    code = f"import runpy, sys; sys.path.append({more_path!r}); sys.argv[0] = 'tests/dist/driver.py'; " \
-           "runpy.run_path('tests/dist/driver.py', run_name='__main__')"
+    code = START.format(packages=more_path, program="tests/dist/driver.py")
     run_with = ["debug", "--data.path", data, "--output", run, "--train.steps", 24, "--curriculum.patience", 0, "--anomaly.not-finite", "skip",
                 "--telemetry.trackers", tracker, "--telemetry.reference-every", 0, "--telemetry.preview-every", 8, "--telemetry.preview-steps", 3]
     faults = [(1, "--die-after", 4), (1, "--die-after", 12, "--sent"), (2, "--die-after", 16, "--sent"), (2, "--bad-loss", 18, 1)]
@@ -58,6 +61,24 @@ def check(run: Path, rows: list[Row]) -> None:
         texts = {row["step"]: row["text"] for row in wanted if row.get("event") == kind}
         assert texts and {step: newest[step, f"event/{kind}"] for step in texts} == texts
     assert {"goodput/training", "checkpoint/step"} <= {key for _, key in newest}
+
+
+@pytest.fixture
+def failing_server() -> Iterator[int]:
+    """The port of a server that answers 500 to everything."""
+    class Failing(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_error(500)
+
+        do_GET = do_PUT = do_POST
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
 
 
 # ---- wandb
@@ -129,6 +150,38 @@ def test_no_key_is_in_the_run_directory(wandb_run: Path) -> None:
     assert len(files) > 20 and [path for path in files if KEY.encode() in path.read_bytes()] == []
 
 
+WANDB_ALONE = """
+import sys, time
+from pathlib import Path
+from largescale.monitoring.trackers import wandb
+from largescale.monitoring.trackers.service import Moment, RunInfo
+wandb.INIT_S = 5
+service = wandb.Wandb()
+print(service.start(RunInfo("id", "name", {"model": {"depth": 2}}, Path(sys.argv[1]))))
+service.log(Moment(1, 0, 0, time.time()), {"loss": 0.5})
+service.finish("stopped", {"step": 1})
+"""
+
+
+@pytest.mark.parametrize("key", [KEY, ""])
+def test_wandb_without_its_server_writes_a_file(key: str, failing_server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server answers 500; or there is no key, and nobody is asked for one."""
+    pytest.importorskip("wandb", reason="pip install -e '.[wandb]'")
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{failing_server}")
+    monkeypatch.setenv("HOME", "/dev/null/home")
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    (done,) = ranks_of("-c", WANDB_ALONE, tmp_path, ranks=1, timeout_s=200)
+    assert done.returncode == 0, done.stderr
+    why = "wandb cannot be reached" if key else "wandb has no API key"
+    assert done.stdout.startswith(f"{why}") and f"wandb sync {tmp_path}/wandb/offline-*" in done.stdout
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    kinds = [record.WhichOneof("record_type") for record in wandb_records(file)]
+    assert kinds.count("history") == 1 and "preempting" in kinds and kinds[-1] == "exit"
+
+
 # ---- mlflow
 
 
@@ -187,6 +240,17 @@ def test_mlflow_has_what_metrics_has(mlflow_server: str, mlflow_packages: Path, 
     rows += [(0, (event["branch"], event["step"], {f"event/{event['event']}": event["text"]})) for event in found[0]["events"]]
     check(tmp_path / "run", [row for _, row in sorted(rows, key=lambda row: row[0])])
     assert sum(name.endswith(".png") for name in found[0]["images"]) == 4 and found[0]["summary"]["step"] == 24
+
+
+def test_mlflow_whose_server_fails(failing_server: int, mlflow_packages: Path, blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:opensesame@127.0.0.1:{failing_server}")
+    code = START.format(packages=str(mlflow_packages), program="largescale/train.py")
+    (done,) = ranks_of("-c", code, "debug", "--data.path", blobs, "--output", tmp_path / "run", "--telemetry.trackers", "mlflow",
+                       "--train.timeout-s", 20, ranks=1, timeout_s=200)
+    assert done.returncode == 0, done.stderr
+    assert "mlflow did not get" in done.stderr and "metrics.jsonl has them all" in done.stderr
+    assert "opensesame" not in done.stderr + done.stdout
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file() and b"opensesame" in path.read_bytes()] == []
 
 
 READ = """

@@ -3,8 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -318,24 +317,3 @@ def test_no_secret_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "opensesame")
     text = "request to https://me:opensesame@host:5000/api failed: key 0123456789abcdef"
     assert without_secrets(text) == "request to https://***@host:5000/api failed: key ***"
-
-
-# ---- wandb without a server
-
-
-@pytest.fixture
-def failing_server() -> Iterator[str]:
-    """The address of a server that answers 500 to everything."""
-    class Failing(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.send_error(500)
-
-        do_GET = do_PUT = do_POST
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()

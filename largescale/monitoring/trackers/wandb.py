@@ -28,24 +28,31 @@ class Wandb:
 
     def __init__(self) -> None:
         self._run: Any = None
+        # What there is to say, training says, and nobody else is told of errors.
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
     def start(self, run: RunInfo) -> str | None:
         import wandb
 
         mode = os.environ.get("WANDB_MODE", "online")
-        # Without a key, wandb would ask for one on the terminal.
-        if mode == "online" and not wandb.login(prompt=False):
-            self._init(run, "offline")
-            return f"wandb has no API key: {_how_to_sync(run)}"
+        why = ""
         try:
+            # Without a key, wandb would ask for one on the terminal.
+            if mode == "online" and not wandb.login(prompt=False):
+                mode, why = "offline", "wandb has no API key: "
             self._init(run, mode)
-        except (wandb.errors.Error, OSError) as error:
+        except wandb.errors.Error as error:
             if mode != "online":
                 raise
-            # What went wrong may be over at the next start.
-            self._init(run, "offline")
-            return f"wandb is not reached ({type(error).__name__}): {_how_to_sync(run)}"
-        return _how_to_sync(run) if mode == "offline" else None
+            # A server that does not answer may do so at the next start.
+            why = f"wandb cannot be reached ({type(error).__name__}): "
+            mode = "offline"
+            self._init(run, mode)
+        if mode != "offline":
+            return None
+        folder = run.folder / "wandb"
+        return f"{why}wandb writes to {folder}; to send it: wandb sync {folder}/offline-*"
 
     def _init(self, run: RunInfo, mode: str) -> None:
         import wandb
@@ -95,9 +102,3 @@ class Wandb:
         if ended == "stopped":
             self._run.mark_preempting()
         self._run.finish(exit_code=0 if ended == "finished" else 1)
-
-
-def _how_to_sync(run: RunInfo) -> str:
-    return (
-        f"wandb writes to {run.folder}/wandb; to send it: wandb sync {run.folder}/wandb/offline-*"
-    )
