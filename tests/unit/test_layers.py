@@ -117,6 +117,9 @@ def test_one_door_each() -> None:
 
     assert users("deepspeed") == {"largescale.engine.deepspeed_engine", "largescale.engine.deepspeed_patches"}
     assert users("torch.distributed") == {"largescale.distributed.ranks"}
+    assert users("wandb") == {"largescale.monitoring.trackers.wandb"}
+    assert users("mlflow") == {"largescale.monitoring.trackers.mlflow"}
+    assert users("torch.utils.tensorboard") == {"largescale.monitoring.trackers.tensorboard"}
 
 
 @pytest.mark.skipif(not ((ROOT / ".git").exists() and shutil.which("git")), reason="this is no clone")

@@ -5,12 +5,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
 
 from largescale.config.presets import find_preset
+from largescale.config.schema import TelemetryConfig
 from largescale.config.serialise import from_dict, to_dict
 from largescale.host import extras
 from largescale.monitoring.telemetry import Telemetry, read_metrics
@@ -293,6 +294,11 @@ def test_mlflow_without_a_server(run_here: RunHere, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(extras, "find_spec", lambda name: object())
     done = run_here("--telemetry.trackers", "mlflow")
     assert done.code == 2 and "MLFLOW_TRACKING_URI is not set" in done.err and not done.run.exists()
+
+
+def test_each_tracker_of_the_option_is_there() -> None:
+    names = get_args(get_args(get_type_hints(TelemetryConfig)["trackers"])[0])
+    assert names == ("tensorboard", *SERVICES)
 
 
 def test_an_unknown_tracker(run_here: RunHere) -> None:
