@@ -73,7 +73,8 @@ def _end_of_step(path: Path, step: int) -> int:
 
 
 class Tracker(Protocol):
-    """Where a run is shown besides metrics.jsonl. No method raises, and none waits for a network."""
+    """Where a run is shown besides metrics.jsonl. Its methods may raise OSError, and wait for no
+    network."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -146,9 +147,9 @@ class Telemetry:
         )
         self._trackers: list[Tracker] = []
         if tensorboard:
-            board = Board(lambda: self.run_dir / "tensorboard", self._writing)
-            board.start(step)
+            board = Board(lambda: self.run_dir / "tensorboard")
             self._trackers.append(board)
+            self._track(lambda tracker: board.start(step))
         self._trackers += trackers(lambda: located(run_dir, self._folder), self.message)
 
     @property
@@ -163,22 +164,22 @@ class Telemetry:
             self._run_dir = run_dir
         return run_dir
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """While something is written to the run directory, unless another process trains the run."""
-        with self.tolerate_disk_errors():
-            self.require_lock()
-            yield
+    def _track(self, call: Callable[[Tracker], None]) -> None:
+        """Hand something on to every tracker, unless another process trains the run since."""
+        for tracker in self._trackers:
+            with self.tolerate_disk_errors():
+                self.require_lock()
+                call(tracker)
 
     def roll_back(self, step: int) -> None:
         """Drop rows of steps later than `step`."""
         if not self.active:
             return
-        with self._writing():
+        with self.tolerate_disk_errors():
+            self.require_lock()
             self._file.truncate(_end_of_step(self.run_dir / "metrics.jsonl", step))
         self._unwritten = b""
-        for tracker in self._trackers:
-            tracker.roll_back(step)
+        self._track(lambda tracker: tracker.roll_back(step))
         with contextlib.suppress(OSError):
             self._bar.n = step
             self._bar.refresh()
@@ -196,28 +197,26 @@ class Telemetry:
             return
         known = {key: value for key, value in metrics.items() if value is not None}
         self._write({"step": step, **known})
-        for tracker in self._trackers:
-            tracker.log(step, known)
+        self._track(lambda tracker: tracker.log(step, known))
 
     def event(self, step: int, kind: str, text: str, **facts: Any) -> None:
         """Log an event, and print its text."""
         if not self.active:
             return
         self._write({"step": step, "event": kind, "text": text, **facts})
-        for tracker in self._trackers:
-            tracker.event(step, kind, text)
+        self._track(lambda tracker: tracker.event(step, kind, text))
         self.message(text)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Log an image, (H, W, 3) uint8, to the trackers and as RUN/NAME/step_00001000.png."""
         if not self.active:
             return
-        with self._writing():
+        with self.tolerate_disk_errors():
+            self.require_lock()
             path = self.run_dir / name / f"step_{step:08d}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(image).save(path)
-        for tracker in self._trackers:
-            tracker.image(step, name, image)
+        self._track(lambda tracker: tracker.image(step, name, image))
 
     def summarise(self, ended: Ended, **facts: Any) -> None:
         """Set what trackers are told at the end of this start."""
@@ -241,7 +240,8 @@ class Telemetry:
     def _write(self, row: dict[str, Any]) -> None:
         # After an error the rest of the row is written with the next one.
         self._unwritten += json.dumps(row).encode() + b"\n"
-        with self._writing():
+        with self.tolerate_disk_errors():
+            self.require_lock()
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
@@ -267,8 +267,8 @@ class Telemetry:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self.active:
-            for tracker in self._trackers:
-                tracker.close("failed" if kind else self._ended, self._summary)
+            ended: Ended = "failed" if kind else self._ended
+            self._track(lambda tracker: tracker.close(ended, self._summary))
             self._bar.close()
             self._file.close()
             os.close(self._folder)

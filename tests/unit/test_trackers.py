@@ -13,6 +13,7 @@ import pytest
 from largescale.config.presets import find_preset
 from largescale.config.schema import TelemetryConfig
 from largescale.config.serialise import from_dict, to_dict
+from largescale.errors import TakenOverError
 from largescale.host import extras
 from largescale.monitoring.telemetry import Telemetry, read_metrics
 from largescale.monitoring.trackers import background
@@ -267,6 +268,27 @@ def test_a_hanging_service_changes_nothing_of_what_is_trained(run_here: RunHere,
     forever.set()
     assert hung.code == 0 and "mlflow did not get" in hung.err
     assert hung.trace() == run_here("--train.steps", 6, output=tmp_path / "none").trace()
+
+
+def test_a_run_that_is_taken_over_sends_nothing(tmp_path: Path) -> None:
+    """Neither its rows nor its end: the other process goes on in the same run there."""
+    fake, taken = Fake(), [False]
+
+    def require_lock() -> None:
+        if taken[0]:
+            raise TakenOverError("another process trains it")
+
+    def start(run_dir: Callable[[], Path], message: Callable[[str], None]) -> list[Background]:
+        return [tracker(fake, tmp_path, [])]
+
+    with Telemetry(tmp_path, active=True, tensorboard=False, step=0, steps=9, require_lock=require_lock, trackers=start) as telemetry:
+        telemetry.log(1, {"loss": 1.0})
+        settled(tmp_path, 1)
+        taken[0] = True
+        telemetry.log(2, {"loss": 1.0})
+        telemetry.event(2, "transition", "on we go")
+        telemetry.roll_back(1)
+    assert [row[1] for row in fake.rows] == [1] and fake.ends == [] and list(logged(tmp_path)) == [1]
 
 
 def test_other_ranks_start_no_tracker(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """TensorBoard."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +8,21 @@ import numpy as np
 
 
 class Board:
-    """Writes RUN/tensorboard, where what there is of later steps than the run's is dropped."""
+    """Writes RUN/tensorboard, where what there is of later steps than the run's is dropped.
 
-    def __init__(
-        self, folder: Callable[[], Path], writing: Callable[[], AbstractContextManager[None]]
-    ):
-        """`folder`: where to write at present. `writing`: within it the disk may fail."""
+    Its methods raise OSError.
+    """
+
+    def __init__(self, folder: Callable[[], Path]):
+        """`folder`: where to write at present."""
         self._folder = folder
-        self._writing = writing
         self._writer: Any = None
 
     def start(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         # TensorBoard drops what it has of later steps itself.
-        with self._writing():
-            self._writer = SummaryWriter(str(self._folder()), purge_step=step + 1)
+        self._writer = SummaryWriter(str(self._folder()), purge_step=step + 1)
 
     def _add(self, step: int, add: Callable[[Any], Any]) -> None:
         # Its writer cannot be used after an error: another one is made.
@@ -32,10 +30,8 @@ class Board:
             self.start(step)
         writer = self._writer
         self._writer = None
-        with self._writing():
-            if writer:
-                add(writer)
-            self._writer = writer
+        add(writer)
+        self._writer = writer
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         def add(writer: Any) -> None:
@@ -52,14 +48,12 @@ class Board:
 
     def roll_back(self, step: int) -> None:
         # Another writer, since only a new one drops what there is of later steps.
-        self._close()
+        writer = self._writer
+        self._writer = None
+        if writer:
+            writer.close()
         self.start(step)
 
     def close(self, ended: object, summary: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        with self._writing():
-            if self._writer:
-                self._writer.close()
-        self._writer = None
+        if self._writer:
+            self._writer.close()
