@@ -16,9 +16,10 @@ from largescale.config.command_line import parse_options
 from largescale.config.derived import largest_world_size
 from largescale.config.presets import PRESETS, find_preset
 from largescale.config.schema import Config
+from largescale.config.serialise import with_current_options
 from largescale.config.yaml_files import read_options, to_yaml
 from largescale.errors import ConfigError, LargescaleError
-from largescale.host.extras import require_training
+from largescale.host.extras import require_trackers, require_training
 from largescale.host.launch import (
     arguments,
     check_place_among_ranks,
@@ -60,7 +61,11 @@ def parse(args: Sequence[str] | None) -> Config:
     program = f"largescale.train {name}"
     default = find_preset(name)
     config = parse_options(
-        Config, [*settings, *overrides], program=program, description=None, default=default
+        Config,
+        with_current_options([*settings, *overrides]),
+        program=program,
+        description=None,
+        default=default,
     )
     # Without a folder of its own a sister run would go on as the run whose settings it has.
     for file in files:
@@ -109,6 +114,7 @@ def main(args: Sequence[str] | None = None) -> int:
             return 0
 
         require_training()
+        require_trackers(config.telemetry.trackers)
         # This import loads torch, during which a small limit of memory may kill.
         warned = check_process_memory(config.train.device)
         from largescale.training.startup import start

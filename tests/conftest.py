@@ -22,7 +22,7 @@ from largescale.host.machine import available_bytes, cores
 from largescale.monitoring.telemetry import read_metrics
 from tests.ranks import ROOT, Done, ranks_of
 
-QUIET = ("--telemetry.no-tensorboard", "--telemetry.preview-every", 0, "--telemetry.reference-every", 0)
+QUIET = ("--telemetry.trackers", "--telemetry.preview-every", 0, "--telemetry.reference-every", 0)
 
 # Under nohup programs ignore a closed terminal, and so would those that are tested.
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:

@@ -298,8 +298,9 @@ class AnomalyConfig:
 class TelemetryConfig:
     log_every: Annotated[int, at_least(1, 1_000_000_000)] = 100
     """Steps between rows of the log."""
-    tensorboard: bool = True
-    """Whether to write TensorBoard files too."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where a run is shown besides metrics.jsonl; without a name nowhere. wandb and mlflow are extras
+    of their own, and take project, server and keys from their own environment variables."""
     reference_every: Annotated[int, at_least(0, 1_000_000_000, zero_means="never")] = 5_000
     """Steps between evaluations of the loss on a fixed set of (image, u, noise) per cluster."""
     reference_images: Annotated[int, at_least(1, 10_000)] = 16

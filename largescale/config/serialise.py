@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from largescale.config.schema import Config
@@ -59,6 +59,20 @@ FREE_ON_RESUME = (
 # Fields that had another name when older runs and exports were written: section, old -> new.
 RENAMED = {"model": {"caption_tokens": "max_caption_tokens"}}
 
+# Options that were other ones, by what they are today.
+RENAMED_OPTIONS = {
+    "--telemetry.tensorboard": ("--telemetry.trackers", "tensorboard"),
+    "--telemetry.no-tensorboard": ("--telemetry.trackers",),
+}
+
+
+def with_current_options(arguments: Sequence[str]) -> list[str]:
+    """A command line under the names that options have today."""
+    current: list[str] = []
+    for argument in arguments:
+        current += RENAMED_OPTIONS.get(argument.replace("_", "-"), (argument,))
+    return current
+
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of a nested dict, each with its path such as model.depth."""
@@ -93,6 +107,13 @@ def with_current_names(tree: dict[str, Any]) -> dict[str, Any]:
         if isinstance(current.get(section), dict):
             values = current[section].items()
             current[section] = {renamed.get(key, key): value for key, value in values}
+
+    # A switch, before there were other trackers.
+    telemetry = current.get("telemetry")
+    if isinstance(telemetry, dict) and isinstance(telemetry.get("tensorboard"), bool):
+        telemetry = {**telemetry}
+        telemetry["trackers"] = ["tensorboard"] if telemetry.pop("tensorboard") else []
+        current["telemetry"] = telemetry
     return current
 
 

@@ -5,6 +5,7 @@ Importing this loads DeepSpeed: DS_ACCELERATOR must be set to the run's device b
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from largescale.host.launch import tell_torchrun
 from largescale.host.signals import EXIT_REQUEUE
 from largescale.monitoring.goodput import Goodput
 from largescale.monitoring.telemetry import Telemetry
+from largescale.monitoring.trackers.build import start_services
 from largescale.planning.batch_size import explain_out_of_memory, resolve_micro_batch_size
 from largescale.training.early_stop import asked_to_stop
 from largescale.training.first_weights import FirstWeights, check_resumed, started_from
@@ -150,7 +152,16 @@ def run_trainer(
             identity,
             validation,
         )
-        return trainer.run(), recorder.goodput
+        finished = trainer.run()
+        telemetry.summarise(
+            "finished" if finished else "stopped",
+            step=state.step,
+            saved_step=checkpointer.last_saved,
+            curriculum_index=state.curriculum.index,
+            skipped_steps=state.skipped_steps,
+            goodput=str(recorder.goodput.account()),
+        )
+        return finished, recorder.goodput
 
 
 def open_telemetry(config: Config, ranks: Ranks, step: int, lock: RunLock | None) -> Telemetry:
@@ -158,10 +169,11 @@ def open_telemetry(config: Config, ranks: Ranks, step: int, lock: RunLock | None
     return Telemetry(
         config.run_dir,
         active=ranks.rank == 0,
-        tensorboard=config.telemetry.tensorboard,
+        tensorboard="tensorboard" in config.telemetry.trackers,
         step=step,
         steps=config.train.steps,
         require_lock=lock.require if lock else lambda: None,
+        trackers=partial(start_services, config, step),
     )
 
 

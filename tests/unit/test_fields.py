@@ -122,7 +122,7 @@ ELSEWHERE = {
     "anomaly.spike_factor": "test_spike_factor",
     "anomaly.max_skips": "test_gradients_skipped_until_it_is_enough",
     "telemetry.log_every": "test_log_every",
-    "telemetry.tensorboard": "test_tensorboard",
+    "telemetry.trackers": "test_tensorboard",
     "telemetry.reference_every": "test_reference_loss",
     "telemetry.reference_images": "test_reference_loss",
     "telemetry.preview_every": "test_previews",
@@ -224,7 +224,7 @@ def test_tensorboard(run_here: RunHere, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert not (run_here("--train.steps", 3).run / "tensorboard").exists()
-    run = run_here("--train.steps", 6, "--curriculum.patience", 0, "--telemetry.tensorboard", output=tmp_path / "tb").run
+    run = run_here("--train.steps", 6, "--curriculum.patience", 0, "--telemetry.trackers", "tensorboard", output=tmp_path / "tb").run
     board = EventAccumulator(str(run / "tensorboard")).Reload()
     assert [point.step for point in board.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
     assert {"curriculum/index", "curriculum/lowest", "optimizer/grad_norm", "images_per_s"} <= set(board.Tags()["scalars"])
