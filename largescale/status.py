@@ -228,19 +228,18 @@ def _views(runs: Sequence[Path], verify: bool) -> list[RunView]:
     return views
 
 
+def followed(options: Status) -> str:
+    """The page as it is served."""
+    return page(_views(options.runs, False), time.time(), _REFRESH_S)
+
+
 def _follow(options: Status) -> int:
     """Serve the page until it is interrupted."""
-
-    def make() -> str:
-        return page(_views(options.runs, False), time.time(), _REFRESH_S)
-
     # What is no run is said at once.
-    make()
-    with Server(make, options.port, _REFRESH_S / 2) as server:
-        print(
-            f"{server.address} shows {', '.join(map(str, options.runs))}; Ctrl-C ends it",
-            flush=True,
-        )
+    followed(options)
+    with Server(lambda: followed(options), options.port, _REFRESH_S / 2) as server:
+        runs = ", ".join(map(str, options.runs))
+        print(f"{server.address} shows {runs}; Ctrl-C ends it", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
     return 0

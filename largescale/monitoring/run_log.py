@@ -20,9 +20,10 @@ Row = dict[str, Any]
 # not finite.
 Columns = dict[str, np.ndarray]
 
-# Bytes that are read at a time; pyarrow takes longer to load than a log of fewer than _LARGE.
-_CHUNK = 2**24
-_LARGE = 2**20
+# Bytes that are read at a time, which a cache holds; pyarrow takes longer to load than a log of
+# fewer than _LARGE.
+_CHUNK = 2**21
+_LARGE = 2**19
 # Rows of metrics that are kept whole at the end of the log.
 _LAST = 5
 

@@ -65,7 +65,8 @@ def ticks(low: float, high: float, *, log: bool = False, most: int = 5) -> list[
     """Round numbers from low to high."""
     if log:
         return _log_ticks(low, high, most)
-    if not low < high:
+    # Of numbers so large, the difference is not finite.
+    if not 0 < high - low < math.inf:
         return [low]
     step = 10.0 ** math.floor(math.log10(high - low))
     for factor in (0.1, 0.2, 0.5, 1.0, 2.0):
@@ -97,7 +98,7 @@ def line_chart(
 ) -> str:
     """Curves over steps: the mean of each bin as a line, on a band from the lowest to the highest.
 
-    `stages` are bands behind them, `marks` are upright lines at steps, with what happened. `log`:
+    `stages` are bands behind them, `marks` short lines on top at steps, with what happened. `log`:
     the axis may be logarithmic."""
     low = min(float(line.curve.low.min()) for line in lines)
     high = max(float(line.curve.high.max()) for line in lines)
@@ -107,8 +108,7 @@ def line_chart(
     parts = [*_bands(stages, x), *_y_axis(low, high, y, log=log), *_x_axis(last_step, x)]
     for step, what in marks:
         parts.append(
-            f'<path class="mark" d="M{x(step):.1f} {_TOP}V{_HEIGHT - _BOTTOM}">'
-            f"<title>{text(what)}</title></path>"
+            f'<path class="mark" d="M{x(step):.1f} {_TOP}v12"><title>{text(what)}</title></path>'
         )
     for number, line in enumerate(lines):
         parts += _curve(line, number % STYLES, x, y)
@@ -265,9 +265,10 @@ def heat_map(
         )
     parts += _x_axis(last_step, x)
     spoken = f"{title} over steps as colours, from {short(low)} to {short(high)}; numbers below"
+    kind = "logarithmic" if log else "linear"
     scale = (
-        f'<p class="scale"><span>{short(low)}</span><img alt="" src="{_scale()}"><span>{short(high)}'
-        f"</span> <span>{'logarithmic' if log else 'linear'}, mean of each bin</span></p>"
+        f'<p class="scale"><span>{short(low)}</span><img alt="{kind} scale of colours" src="{_scale()}">'
+        f"<span>{short(high)}</span></p>"
     )
     return _svg(spoken, parts) + scale
 

@@ -30,7 +30,7 @@ _LOG = ("loss", "validation/ema", "validation/raw", "reference/loss", "optimizer
 def page(runs: Sequence[RunView], made_unix_s: float, refresh_s: float | None = None) -> str:
     """The page, which loads nothing from elsewhere. `refresh_s`: it is served, and asks for itself
     again after so many seconds."""
-    names = ", ".join(run.name for run in runs)
+    names = ", ".join(run.name for run in runs) if len(runs) > 1 else _heading(runs[0])
     script = ""
     allowed = "default-src 'none';style-src 'unsafe-inline';img-src data:"
     if refresh_s:
@@ -60,10 +60,14 @@ def _runs(runs: Sequence[RunView]) -> Iterator[str]:
         links = "".join(f'<a href="#run{i}">{text(run.name)}</a>' for i, run in enumerate(runs))
         yield f'<nav aria-label="runs">{links}</nav>{_side_by_side(runs)}'
     for i, run in enumerate(runs):
-        heading = f"{text(run.facts['name'] or 'of unknown settings')}, in {text(run.facts['run'])}"
+        heading = f"<h2>{text(_heading(run))}</h2>" if len(runs) > 1 else ""
         # However many runs there are, the page stays small.
         content = whole(run, max(2, MOST // len(runs)))
-        yield f'<article id="run{i}"><h2>{heading}</h2>{content}</article>'
+        yield f'<article id="run{i}">{heading}{content}</article>'
+
+
+def _heading(run: RunView) -> str:
+    return f"{run.facts['name'] or 'of unknown settings'}, in {run.facts['run']}"
 
 
 def _side_by_side(runs: Sequence[RunView]) -> str:
@@ -86,7 +90,6 @@ def _side_by_side(runs: Sequence[RunView]) -> str:
             )
         )
     last_step = max(run.last_step for run in runs)
-    width = max(run.series.width for run in runs)
     pictures = []
     for key, title in _COMPARED:
         lines: list[Line] = []
@@ -96,7 +99,7 @@ def _side_by_side(runs: Sequence[RunView]) -> str:
                 lines.append(line)
         if lines:
             log = key in _LOG
-            pictures.append(figure_of(title, lines, last_step, width, log=log))
+            pictures.append(figure_of(title, lines, last_step, log=log))
     return (
         section("Side by side", table("runs", header, rows))
         + section("Compared", *pictures, grid=True)

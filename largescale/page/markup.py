@@ -5,6 +5,13 @@ from collections.abc import Iterable, Sequence
 
 from largescale.host.launch import printable_lines
 
+# A cell with more characters than this may have several lines.
+_LONG = 36
+
+
+class Markup(str):
+    """HTML of ours, which is not escaped again."""
+
 
 def text(value: object) -> str:
     """A value as text of a page."""
@@ -16,7 +23,7 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -
     no rows."""
     lines = []
     for row in rows:
-        lines.append("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>")
+        lines.append(f"<tr>{''.join(map(_cell, row))}</tr>")
     if not lines:
         return ""
     head = "".join(f'<th scope="col">{text(name)}</th>' for name in header)
@@ -27,11 +34,20 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -
     )
 
 
-def folded(summary: str, content: str) -> str:
-    """What is shown only where it is asked for; nothing where there is no content."""
+def _cell(value: object) -> str:
+    if isinstance(value, Markup):
+        return f"<td>{value}</td>"
+    content = text(value)
+    return f"<td{' class=long' * (len(content) > _LONG)}>{content}</td>"
+
+
+def folded(summary: str, content: str, *, printed: bool = False) -> str:
+    """What is shown only where it is asked for, and on paper if it is `printed`; nothing where
+    there is no content."""
     if not content:
         return ""
-    return f"<details><summary>{text(summary)}</summary>{content}</details>"
+    name = ' class="printed"' if printed else ""
+    return f"<details{name}><summary>{text(summary)}</summary>{content}</details>"
 
 
 def figure(title: str, picture: str, numbers: str = "", note: str = "") -> str:

@@ -32,12 +32,14 @@ from largescale.page.charts import (
     short,
     stacked_bar,
 )
-from largescale.page.markup import figure, folded, section, table, text
+from largescale.page.markup import Markup, figure, folded, section, table, text
 from largescale.page.previews import strip
 from largescale.page.series import Series
 
 # Rows of a table; of more the last ones are shown.
 _MOST = 200
+# Starts that are not folded.
+_RECENT = 12
 # Groups of bins in the table below a chart.
 _GROUPS = 10
 # What happens in the normal course of a run.
@@ -68,7 +70,8 @@ class RunView:
         clusters = self.facts["curriculum"]["n_clusters"]
         ends = [first for first, *_ in found[1:]] + [self.last_step]
         stages = []
-        for (first, index, lowest, highest), last in zip(found, ends, strict=True):
+        # Nothing may be known yet.
+        for (first, index, lowest, highest), last in zip(found, ends, strict=False):
             name = f"index {index}"
             if clusters:
                 name += f", {stage(index, clusters)}"
@@ -97,7 +100,7 @@ def overview(run: RunView) -> str:
     ):
         curve = run.series.curve(key)
         if curve:
-            shown[name] = f"{short(curve.mean[-1])}"
+            shown[name] = _plain(float(curve.mean[-1]))
     if f["starts"]:
         shown["goodput"] = f"{f['account']['goodput']:.1%}"
         shown["starts"] = _starts_summary(f)
@@ -117,7 +120,18 @@ def overview(run: RunView) -> str:
             f'<progress aria-label="steps taken" max="{f["steps"]}" value="{f["step"]}"></progress>'
         )
     troubles = "".join(f'<p class="trouble">{text(problem)}</p>' for problem in f["problems"])
-    return f'{bar}<dl class="cards">{cards}</dl>{troubles}'
+    width = run.series.width
+    note = ""
+    if width > 1:
+        note = (
+            f'<p class="note">A point of a curve stands for {width:,} steps: the line is the mean of what '
+            "was logged in them, the shade goes from its lowest to its highest.</p>"
+        )
+    return f'{bar}<dl class="cards">{cards}</dl>{troubles}{note}'
+
+
+def _plain(value: float) -> str:
+    return f"{value:,.0f}" if 1000 <= value < 1e9 else short(value)
 
 
 def _starts_summary(f: Facts) -> str:
@@ -149,7 +163,7 @@ def losses(run: RunView) -> str:
     if len(stages) > 1:
         note = "Bands: the stages of the curriculum, with their index, which counts down to 0. "
     if marks:
-        note += "Upright lines: events, listed below."
+        note += "Red lines on top: events, listed below."
     parts = []
     for key, name in (("loss", "training loss"), ("mse", "mse"), ("vb", "vb")):
         line = run.line(key, name)
@@ -172,25 +186,22 @@ def chart(
     known = [line for line in lines if line is not None]
     if not known:
         return ""
-    return figure_of(title, known, run.last_step, run.series.width, note, marks, stages, log)
+    return figure_of(title, known, run.last_step, note, marks, stages, log)
 
 
 def figure_of(
     title: str,
     lines: Sequence[Line],
     last_step: int,
-    width: int,
     note: str = "",
     marks: Sequence[tuple[int, str]] = (),
     stages: Sequence[Stage] = (),
     log: bool = True,
 ) -> str:
-    """Curves in one picture, with a legend and their numbers. `width`: steps of a bin."""
+    """Curves in one picture, with a legend and their numbers."""
     picture = line_chart(title, lines, last_step, stages, marks, log)
     if len(lines) > 1:
         picture += legend([line.name for line in lines])
-    if any(line.curve.thinned for line in lines):
-        note = f"{note} Line: mean of {width:,} steps; shaded: their lowest to highest.".strip()
     lost = sum(line.curve.not_finite for line in lines)
     if lost:
         note = f"{note} Not finite, and not shown: {lost:,}.".strip()
@@ -279,7 +290,9 @@ def _cluster_map(run: RunView, title: str, pattern: str) -> str:
         rows.append((name, *(short(float(value)) for value in figures)))
     numbers = table(title, ("cluster", "first", "lowest", "highest", "last"), rows)
     picture = heat_map(title, names, steps, values, run.last_step)
-    note = "C1 is the hardest cluster, with the least noise."
+    note = (
+        "Colour: the mean of each point's steps. C1 is the hardest cluster, with the least noise."
+    )
     return figure(title, picture, numbers, note)
 
 
@@ -347,9 +360,8 @@ def speed(run: RunView) -> str:
             ],
             log=False,
         ),
-        folded("milliseconds a step", "".join(_lap(run, key) for key in laps)),
         grid=True,
-    )
+    ) + folded("milliseconds a step", "".join(_lap(run, key) for key in laps))
 
 
 def _lap(run: RunView, key: str) -> str:
@@ -386,27 +398,21 @@ def time_spent(run: RunView) -> str:
 def _starts(f: Facts, names: list[str]) -> str:
     """A row for each start, with a bar as long as it lasted."""
     longest = max(1e-9, *(_lasted(start) for start in f["starts"]))
-    shown = f["starts"][-_MOST:]
     rows = []
-    for start in shown:
-        lasted = _lasted(start)
+    for start in f["starts"][-_MOST:]:
         seconds = {kind: start["seconds"].get(kind, 0.0) for kind in KINDS}
-        seconds["other"] = max(0.0, lasted - sum(seconds.values()))
-        whole = max(lasted, sum(seconds.values()), 1e-9)
+        seconds["other"] = max(0.0, _lasted(start) - sum(seconds.values()))
+        whole = max(1e-9, sum(seconds.values()))
         shares = [(names.index(kind), kind, s / whole) for kind, s in seconds.items()]
-        *cells, ended = start_row(f, start)
-        bar = stacked_bar(shares, max(0.02, lasted / longest))
-        line = "".join(f"<td>{text(cell)}</td>" for cell in cells)
-        rows.append(f"<tr>{line}<td>{text(ended)}</td><td>{bar}</td></tr>")
-    head = "".join(
-        f'<th scope="col">{name}</th>'
-        for name in ["no.", "began", "job", "ranks", "from", "to", "lasted", "ended", "spent on"]
-    )
-    title = _last_of("starts", len(shown), len(f["starts"]))
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="starts"><table>'
-        f"<caption>{title}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}"
-        "</tbody></table></div>"
+        bar = stacked_bar(shares, max(0.02, min(1.0, whole / longest)))
+        rows.append((*start_row(f, start), Markup(bar)))
+
+    # The last ones are of interest every day.
+    header = ("no.", "began", "job", "ranks", "from", "to", "lasted", "ended", "spent on")
+    earlier = rows[:-_RECENT]
+    title = _last_of("earlier starts", len(rows), len(f["starts"]))
+    return folded(f"{len(earlier):,} earlier starts", table(title, header, earlier)) + table(
+        "starts" if not earlier else "the last starts", header, rows[-_RECENT:]
     )
 
 
@@ -450,13 +456,14 @@ def settings(run: RunView) -> str:
     """The config, and what each start changed."""
     f = run.facts
     changes = itertools.chain.from_iterable(_changes(start) for start in f["starts"])
-    file = _config_file(Path(f["run"]))
     flat = sorted((key, _value(value)) for key, value in f["settings"].items())
+    file = _config_file(Path(f["run"]))
+    written = f'<pre tabindex="0">{text(file)}</pre>' if file else ""
     return section(
         "Settings",
         table("what changed", ("start", "from step", "change"), list(changes)[-_MOST:]),
-        folded("config.yaml", f'<pre tabindex="0">{text(file)}</pre>' if file else ""),
-        folded("all settings", table("settings", ("setting", "value"), flat)),
+        folded("config.yaml", written, printed=True),
+        folded("all settings", table("settings", ("setting", "value"), flat), printed=not file),
     )
 
 

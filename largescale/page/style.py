@@ -18,7 +18,7 @@ h3{font-size:1.05rem;margin:28px 0 8px;border-bottom:1px solid var(--line);paddi
 p{margin:6px 0}a{color:var(--on)}nav a{margin-right:14px;display:inline-block}
 .note,.soft{color:var(--soft);font-size:.85rem}.trouble{color:var(--bad)}
 progress{width:100%;height:12px;accent-color:var(--on)}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,200px),1fr));gap:8px;margin:10px 0}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,168px),1fr));gap:8px;margin:10px 0}
 .cards div{background:var(--card);border:1px solid var(--line);border-radius:6px;padding:6px 10px;min-width:0}
 dt{color:var(--soft);font-size:.8rem}dd{margin:0;overflow-wrap:anywhere}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,380px),1fr));gap:16px 20px}
@@ -28,8 +28,8 @@ svg text{fill:var(--soft);font:12px system-ui,sans-serif}svg text.small{font-siz
 .axis,.tick,.rule{stroke:var(--line);fill:none;vector-effect:non-scaling-stroke}.axis,.tick{stroke:var(--soft)}
 .b0{fill:var(--b0)}.b1{fill:var(--b1)}.off{fill:var(--off)}.on{fill:var(--on)}
 .edge{stroke:var(--bg);stroke-width:1;vector-effect:non-scaling-stroke}
-.mark{stroke:var(--bad);stroke-dasharray:3 3;vector-effect:non-scaling-stroke}
-.line{fill:none;stroke-width:1.6;stroke-linejoin:round;vector-effect:non-scaling-stroke}.range{opacity:.25;stroke:none}
+.mark{stroke:var(--bad);stroke-width:1.5;vector-effect:non-scaling-stroke}
+.line{fill:none;stroke-width:1.6;stroke-linejoin:round;vector-effect:non-scaling-stroke}.range{opacity:.35;stroke:none}
 LINES
 .line.s1{stroke-dasharray:7 3}.line.s2{stroke-dasharray:2 2}.line.s3{stroke-dasharray:9 3 2 3}
 .line.s5{stroke-dasharray:7 3}.line.s6{stroke-dasharray:2 2}.line.s7{stroke-dasharray:9 3 2 3}
@@ -41,7 +41,7 @@ image,.scale img{image-rendering:pixelated}
 .scroll{overflow-x:auto;margin:6px 0}table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--soft);padding:2px 0}
 th,td{text-align:left;padding:3px 12px 3px 0;border-bottom:1px solid var(--line);vertical-align:top}
-td{max-width:48ch;overflow-wrap:break-word}
+td{white-space:nowrap}td.long{white-space:normal;min-width:24ch;max-width:64ch;overflow-wrap:anywhere}
 summary{cursor:pointer;color:var(--soft);font-size:.85rem;padding:3px 0}
 pre{overflow:auto;max-height:60vh;background:var(--card);border:1px solid var(--line);padding:10px;font-size:.8rem}
 .strip{list-style:none;display:flex;gap:10px;overflow-x:auto;margin:0;padding:0 0 8px}
@@ -52,7 +52,8 @@ pre{overflow:auto;max-height:60vh;background:var(--card);border:1px solid var(--
 --off:#e3e7ec;--on:#1f6fb4;--bad:#b3261e;--s0:#1f6fb4;--s1:#b8480f;--s2:#23803a;--s3:#8247b5;--s4:#8d6608;--s5:#0b7f86;
 --s6:#b52c72;--s7:#5b646d;--k0:#2b7fc4;--k1:#d98c1f;--k2:#8247b5;--k3:#2f9e75;--k4:#c4b33a;--k5:#8a97a5;--k6:#c2362b;
 --k7:#d5dae0;--k8:#6e5a4e}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
-nav,details,.skip{display:none}.strip{flex-wrap:wrap}.scroll{overflow:visible}body{font-size:11px}
+nav,details:not(.printed),.skip{display:none}details::details-content{content-visibility:visible;height:auto}
+pre{max-height:none;white-space:pre-wrap}.strip{flex-wrap:wrap}.scroll{overflow:visible}body{font-size:11px}
 .grid{grid-template-columns:1fr 1fr}tr,.strip li{break-inside:avoid}h2,h3{break-after:avoid}}
 """
 # Of a page that is served: takes its place, but for what is open, in focus and scrolled.
