@@ -4,6 +4,7 @@ run_record.py)."""
 import math
 import time
 from dataclasses import replace
+from typing import Any
 
 from largescale.monitoring import run_record
 from largescale.monitoring.step_timer import StepTimer
@@ -28,9 +29,10 @@ class Goodput:
         world_size: int,
         device: str,
         from_step: int,
+        settings: dict[str, Any],
     ):
         """`start_time`: when the program was started, in seconds since 1970; `from_step`: the step
-        from which it continues."""
+        from which it continues; `settings`: its config as plain values."""
         self._telemetry = telemetry
         self._timer = timer
         self._active = telemetry.active
@@ -59,6 +61,7 @@ class Goodput:
                 world_size=world_size,
                 device=device,
                 from_step=from_step,
+                settings=settings,
             )
         )
 

@@ -58,6 +58,8 @@ class Start:
     seconds: dict[str, float] = field(default_factory=dict)
     # How it ended; None while it runs, and for ever if it was killed.
     ended: str | None = None
+    # Its settings, by section.
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def made_progress(self) -> bool:
@@ -104,11 +106,19 @@ def _start_of(record: dict[str, Any]) -> Start:
     for word in (start.device, start.host, start.memory, start.job or "", start.ended or ""):
         if not isinstance(word, str):
             raise TypeError(f"{word} is not a word")
+    if not isinstance(start.settings, dict):
+        raise TypeError(f"{start.settings} are not settings")
     return start
 
 
 def begin(
-    run_dir: Path, *, began_unix_s: float, world_size: int, device: str, from_step: int
+    run_dir: Path,
+    *,
+    began_unix_s: float,
+    world_size: int,
+    device: str,
+    from_step: int,
+    settings: dict[str, Any],
 ) -> Start:
     """A record with the next number, not written yet."""
     # Records that cannot be read keep their numbers too.
@@ -125,6 +135,7 @@ def begin(
         world_size=world_size,
         device=device,
         from_step=from_step,
+        settings=settings,
         step=from_step,
         job=os.environ.get("SLURM_JOB_ID"),
         restart=env_int("SLURM_RESTART_COUNT", default=0),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from largescale.config.schema import Config
+from largescale.config.serialise import to_dict
 from largescale.curriculum import stage
 from largescale.distributed.ranks import Ranks
 from largescale.distributed.step_report import StepReport
@@ -59,6 +60,7 @@ class Recorder:
             device=config.train.device,
             world_size=ranks.world_size,
             from_step=state.step,
+            settings=to_dict(config),
         )
         self.profile = Profile(
             self.lap, telemetry, wanted=config.profile, cuda=config.train.device == "cuda"

@@ -15,14 +15,14 @@ ROOT = Path(__file__).parents[2]
 # Lowest first. A name is a module of largescale/ or a folder of it, and may import from those before it.
 LAYERS = (
     "errors", "registry", "randomness", "condition", "noise_schedule", "power_ema", "host", "curriculum", "encoders", "config", "models",
-    "diffusion", "data", "distributed", "checkpoint", "interop", "monitoring", "engine", "planning", "training", "pipeline", "export",
+    "diffusion", "data", "distributed", "checkpoint", "interop", "monitoring", "page", "engine", "planning", "training", "pipeline", "export",
     "convert", "ema", "status", "requeue", "train",
 )
 PROGRAMS = ("export", "convert", "ema", "status", "requeue", "train")  # which do not import each other
 NO_TORCH = ("errors", "registry", "noise_schedule", "power_ema", "host", "curriculum", "config", "checkpoint.files", "monitoring.telemetry",
-            "monitoring.run_record", "status", "requeue", "train")  # at import; functions of some load it
+            "monitoring.run_record", "monitoring.run_facts", "monitoring.run_log", "monitoring.run_words", "page", "status", "requeue", "train")  # at import; functions of some load it
 EMPTY = {"largescale.checkpoint", "largescale.config", "largescale.data", "largescale.diffusion", "largescale.distributed", "largescale.encoders",
-         "largescale.engine", "largescale.host", "largescale.interop", "largescale.models", "largescale.monitoring", "largescale.monitoring.trackers", "largescale.planning", "largescale.training",
+         "largescale.engine", "largescale.host", "largescale.interop", "largescale.models", "largescale.monitoring", "largescale.monitoring.trackers", "largescale.page", "largescale.planning", "largescale.training",
          "largescale", "eval", "eval.comparison", "eval.difficulty_study", "eval.drawing", "eval.scoring", "data_prep"}  # packages that import nothing
 # ... but what names the extra that a missing package is in, which is set before a program's first line
 MISSING = {"sys", "largescale", "largescale.host.extras", "largescale.host.extras.name_the_extra"}

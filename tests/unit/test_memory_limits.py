@@ -112,7 +112,7 @@ def test_the_kernels_own_limit_is_read_before_torch_is_loaded(real_cgroup: Path,
 
 def killed(run: Path) -> run_record.Start:
     """A start that said nothing of its end."""
-    start = run_record.begin(run, began_unix_s=10, world_size=2, device="cpu", from_step=0)
+    start = run_record.begin(run, began_unix_s=10, world_size=2, device="cpu", from_step=0, settings={})
     run_record.write(run, start)
     return start
 

@@ -145,7 +145,7 @@ def test_durations(seconds: float, text: str) -> None:
 def test_numbers_go_up_and_are_not_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    args: dict[str, Any] = {"began_unix_s": 5.0, "world_size": 4, "device": "cuda", "from_step": 30}
+    args: dict[str, Any] = {"began_unix_s": 5.0, "world_size": 4, "device": "cuda", "from_step": 30, "settings": {"train": {"steps": 40}}}
     first = begin(tmp_path, **args)
     assert (first.number, first.job, first.restart, first.step, first.saved_step) == (1, None, 0, 30, -1)
     assert not list(tmp_path.iterdir())
@@ -210,7 +210,7 @@ def test_a_record_is_kept_whatever_the_clock_says(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(run_record, "account", lambda records: counts.append(len(list(records))) or count(records))
     timer: Any = SimpleNamespace(lifetime={"training": 1.0})
     with Telemetry(tmp_path, active=True, tensorboard=False, step=0, steps=10) as telemetry:
-        account = goodput.Goodput(telemetry, timer, start_time=9_990.0, world_size=1, device="cpu", from_step=3)
+        account = goodput.Goodput(telemetry, timer, start_time=9_990.0, world_size=1, device="cpu", from_step=3, settings={})
         for line in range(1, 4):
             clock.time, clock.monotonic = partial(float, 10_000 - 1000 * line), partial(float, 50 + 11 * line)
             account.note(3 + line, -1)

@@ -1,0 +1,130 @@
+"""Curves of a log of any length, thinned in one pass: of each bin of steps the mean and the
+extremes are kept, so that no spike is lost."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from largescale.monitoring.run_log import Columns
+
+# A curve has between so many and twice as many bins, once it has that many rows.
+BINS = 256
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A number over steps: a point for each bin that has one."""
+
+    # The mean step of the values of a bin.
+    step: np.ndarray
+    low: np.ndarray
+    mean: np.ndarray
+    high: np.ndarray
+    # Values that were not finite, and are in no bin.
+    not_finite: int
+
+    @property
+    def thinned(self) -> bool:
+        """Whether a bin holds values that differ."""
+        return bool((self.high > self.low).any())
+
+
+class Series:
+    """Every number of a log, in bins of equally many steps: a power of two, which grows with the
+    run."""
+
+    def __init__(self) -> None:
+        self.width = 1
+        # By key, (5, bins): of the finite values lowest, highest, sum and count, and the sum of
+        # their steps.
+        self._bins: dict[str, np.ndarray] = {}
+        self._not_finite: dict[str, int] = {}
+
+    def take(self, columns: Columns) -> None:
+        """Add rows, in any order."""
+        usable = np.isfinite(columns.get("step", np.empty(0)))
+        usable &= columns.get("step", np.empty(0)) >= 0
+        if not usable.any():
+            return
+        step = columns["step"][usable]
+        while step.max() >= self.width * 2 * BINS:
+            self._widen()
+
+        # Rows of a bin next to each other, as they nearly always are.
+        index = (step // self.width).astype(np.int64)
+        order = np.argsort(index, kind="stable")
+        index = index[order]
+        first = np.flatnonzero(np.diff(index, prepend=-1))
+        for key, values in columns.items():
+            self._add(key, step[order], values[usable][order], first, index[first])
+
+    def _add(
+        self,
+        key: str,
+        step: np.ndarray,
+        values: np.ndarray,
+        first: np.ndarray,
+        bins: np.ndarray,
+    ) -> None:
+        """Add values of a key; those from each of `first` to the next one belong in `bins`."""
+        finite = np.isfinite(values)
+        held = self._bins.setdefault(key, _empty())
+        known = np.where(finite, values, np.nan)
+        held[0, bins] = np.fmin(held[0, bins], np.fmin.reduceat(known, first))
+        held[1, bins] = np.fmax(held[1, bins], np.fmax.reduceat(known, first))
+        held[2, bins] += np.add.reduceat(np.where(finite, values, 0.0), first)
+        held[3, bins] += np.add.reduceat(finite.astype(np.float64), first)
+        held[4, bins] += np.add.reduceat(np.where(finite, step, 0.0), first)
+        not_finite = int(np.isinf(values).sum())
+        self._not_finite[key] = self._not_finite.get(key, 0) + not_finite
+
+    def _widen(self) -> None:
+        """Make two bins one."""
+        self.width *= 2
+        for key, held in self._bins.items():
+            pairs = held.reshape(5, BINS, 2)
+            wider = _empty()
+            wider[0, :BINS] = np.fmin(pairs[0, :, 0], pairs[0, :, 1])
+            wider[1, :BINS] = np.fmax(pairs[1, :, 0], pairs[1, :, 1])
+            wider[2:, :BINS] = pairs[2:].sum(-1)
+            self._bins[key] = wider
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self._bins)
+
+    @property
+    def last_step(self) -> int:
+        return int(self._bins["step"][1][self._bins["step"][3] > 0][-1]) if self._bins else 0
+
+    def curve(self, key: str) -> Curve | None:
+        """The curve of a key; None where no row has a finite value of it."""
+        held = self._bins.get(key)
+        if held is None or not held[3].any():
+            return None
+        some = held[3] > 0
+        low, high, total, count, step = held[:, some]
+        with np.errstate(over="ignore"):
+            mean = np.clip(total / count, low, high)
+        return Curve(step / count, low, mean, high, self._not_finite[key])
+
+    def means(self, keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(the steps, (bins,); means of each key in the bins from the first to the last that have
+        rows of these keys, (keys, bins)): NaN where a bin has none."""
+        count = np.stack([self._bins[key][3] for key in keys])
+        total = np.stack([self._bins[key][2] for key in keys])
+        any_row = np.flatnonzero(count.any(0))
+        # A bin in which nothing was logged at all looks like the one before.
+        last = np.zeros(2 * BINS, np.int64)
+        last[any_row] = any_row
+        filled = np.maximum.accumulate(last)[any_row[0] : any_row[-1] + 1]
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            means = np.where(count > 0, total / count, np.nan)[:, filled]
+        edges = np.arange(any_row[0], any_row[-1] + 2) * float(self.width)
+        return edges, means
+
+
+def _empty() -> np.ndarray:
+    held = np.zeros((5, 2 * BINS))
+    held[:2] = np.nan
+    return held
