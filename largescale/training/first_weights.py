@@ -175,16 +175,18 @@ def _part_of(name: str) -> str:
 
 def check_resumed(config: Config, checkpoint: CheckpointDir) -> None:
     """Raise CheckpointError where the options name other first weights than the run in the
-    checkpoint was started with. Weights that are gone by now are not needed any more."""
+    checkpoint was started with. Weights that are gone or damaged by now are not needed any more."""
     wanted = config.train.init_from
     if wanted is None:
         return
     started = checkpoint.manifest()["state"].get("init") or {}
-    # A run without first weights needs those that it is given now.
-    if started and not Path(wanted).exists():
-        first = started | {"new": sorted(config.train.init_new)}
-    else:
+    first = started | {"new": sorted(config.train.init_new)}
+    try:
         first = FirstWeights.read(config).record()
+    except CheckpointError:
+        # A run that was started with random ones needs those that it is given now.
+        if not started:
+            raise
     for key in ("sha256", "new"):
         if started.get(key) != first[key]:
             raise CheckpointError(
