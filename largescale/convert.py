@@ -26,6 +26,7 @@ from largescale.checkpoint.weights import EXPORT_CONFIG, EXPORT_WEIGHTS
 from largescale.config.command_line import check_counts, parse_options, run_program
 from largescale.errors import ConfigError
 from largescale.interop.choices import Choices
+from largescale.interop.model_card import remove_card
 from largescale.interop.names import listed
 from largescale.interop.sources import Converted, read_source
 
@@ -61,6 +62,7 @@ def run(options: Convert) -> None:
     options.check()
     converted = read_source(options.source, options, options.step)
     write_export(options.out, converted.weights, converted.description)
+    remove_card(options.out)
     report(options, converted)
 
 

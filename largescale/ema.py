@@ -20,6 +20,7 @@ from largescale.checkpoint.export_folder import (
 )
 from largescale.checkpoint.weights import EXPORT_WEIGHTS, read_weights
 from largescale.config.command_line import parse_options, run_program
+from largescale.interop.model_card import remove_card
 
 # A reconstruction whose profile is off by more is worth a warning.
 LARGE_RESIDUAL = 0.05
@@ -45,6 +46,7 @@ def run(options: Ema) -> None:
     require_writable_export(out)
     description, weights = read_weights(options.run, options.step, ema_width=options.width)
     write_export(out, weights, description)
+    remove_card(out)
     residual = description["ema"]["residual"]
     how = "exact" if residual == 0 else f"its profile is off by {residual:.2%}"
     print(

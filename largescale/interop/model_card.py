@@ -139,6 +139,13 @@ def is_our_card(path: Path) -> bool:
     return False
 
 
+def remove_card(folder: Path) -> None:
+    """Remove our card, and its grid, from a folder whose weights are others now."""
+    if is_our_card(folder / CARD):
+        (folder / CARD).unlink()
+        (folder / GRID).unlink(missing_ok=True)
+
+
 def write_card(folder: Path, facts: CardFacts, grid: Path | None) -> bool:
     """Write README.md, and a copy of the grid, into the folder; returns False, and writes nothing,
     where somebody else's README.md lies there. Raises OSError."""

@@ -108,6 +108,8 @@ def _own(path: Path, source: str, choices: Choices, step: int | None) -> Convert
         )
     trained = load_trained(path, step)
     description = {"config": to_dict(trained.config), **trained.info}
+    # What is written is in fp32, whatever the export was.
+    description.pop("dtype", None)
     return Converted(
         dict(trained.model.state_dict()),
         description,

@@ -176,22 +176,20 @@ def _part_of(name: str) -> str:
 
 def check_resumed(config: Config, checkpoint: CheckpointDir) -> None:
     """Raise CheckpointError where the options name other first weights than the run in the
-    checkpoint was started with. Weights that are gone by now are not needed any more."""
+    checkpoint was started with. Weights that are gone or damaged by now are not needed any more."""
     wanted = config.train.init_from
     if wanted is None:
         return
     started = checkpoint.manifest()["state"].get("init") or {}
     # A run may have trained on since: what counts is the checkpoint that was taken.
-    step = None
-    gone = not Path(wanted).exists()
-    if started and is_run(Path(wanted)):
-        step = started["step"]
-        gone = not CheckpointDir.at(Path(wanted), step).exists
-    # A run without first weights needs those that it is given now.
-    if started and gone:
-        first = started | {"new": sorted(config.train.init_new)}
-    else:
+    step = started["step"] if started and is_run(Path(wanted)) else None
+    first = started | {"new": sorted(config.train.init_new)}
+    try:
         first = FirstWeights.read(config, step).record()
+    except CheckpointError:
+        # A run that was started with random ones needs those that it is given now.
+        if not started:
+            raise
     for key in ("sha256", "new"):
         if started.get(key) != first[key]:
             raise CheckpointError(

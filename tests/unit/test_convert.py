@@ -343,7 +343,10 @@ def test_a_vae_that_is_named(tmp_path: Path, converted: Any, refused: Any) -> No
 def test_our_own_runs_and_exports(run_here: RunHere, tmp_path: Path, converted: Any, refused: Any, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_here("--train.steps", 6, "--checkpoint.every", 3).run
     expected = dict(load_trained(export.export(run)).model.state_dict())
+    card = export.export(run, tmp_path / "out") / "README.md"
+    assert card.exists()
     trained, said = converted(run)
+    assert not card.exists()  # it was of what lay there before
     assert equal(dict(trained.model.state_dict()), expected) and trained.info["step"] == 6 and "a run of largescale" in said
     description = json.loads((run / "export/config.json").read_text())
     assert json.loads((tmp_path / "out/config.json").read_text()) == description

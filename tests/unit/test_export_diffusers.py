@@ -194,8 +194,11 @@ def test_half_precision(dtype: str, form: str, run_here: RunHere, tmp_path: Path
         assert convert.main([str(out), "--out", str(tmp_path / "back")]) == 0
         out = tmp_path / "back"
         assert "dtype" not in load_trained(out).info
-    # An export of an export keeps its type.
+    # An export of an export keeps its type; what convert writes is in fp32, and says so.
     else:
+        assert convert.main([str(out), "--out", str(tmp_path / "converted")]) == 0
+        assert "dtype" not in json.loads((tmp_path / "converted/config.json").read_text())
+        assert {w.dtype for w in load_file(tmp_path / "converted/model.safetensors").values()} == {torch.float32}
         assert {w.dtype for w in load_file(export.export(out) / "model.safetensors").values()} == {half}
         assert {w.dtype for w in load_file(export.export(out, tmp_path / "fp32", dtype="fp32") / "model.safetensors").values()} == {torch.float32}
     for name, w in load_trained(run).model.state_dict().items():
