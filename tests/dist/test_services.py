@@ -225,6 +225,7 @@ def mlflow_server(mlflow_packages: Path, tmp_path_factory: pytest.TempPathFactor
 
 def test_mlflow_has_what_metrics_has(mlflow_server: str, mlflow_packages: Path, blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    monkeypatch.setenv("HOME", "/dev/null/home")
     said = through_everything(tmp_path / "run", blobs, "mlflow", str(mlflow_packages))[0].stderr
     assert "lost" not in said and "fails" not in said and mlflow_server not in said
     # Read by its client, in a process of its own: its packages are of other versions than ours.

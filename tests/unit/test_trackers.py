@@ -102,8 +102,23 @@ def test_a_service_that_hangs_costs_nothing_but_the_deadline(tmp_path: Path, mon
         sent.log(step, {"loss": 1.0})
     assert sent._queue.qsize() <= 50
     sent.close("stopped", {})
-    assert len(said) == 2 and "50 entries behind" in said[0] and "did not get 100 of 100 entries" in said[1]
+    assert len(said) == 2 and "fallen far behind" in said[0] and "did not get 100 of 100 entries" in said[1]
     forever.set()
+
+
+def test_pictures_that_wait_take_little_memory(tmp_path: Path) -> None:
+    forever = threading.Event()
+    fake, said = Fake(lambda what: what == "start" and forever.wait()), list[str]()  # type: ignore[arg-type, return-value]
+    sent = tracker(fake, tmp_path, said)
+    for step in range(1, 31):
+        sent.image(step, "samples", np.zeros((2, 3, 3), np.uint8))
+    assert sent._queue.qsize() == background.MOST_PICTURES
+    forever.set()
+    sent.log(30, {"loss": 1.0})
+    settled(tmp_path, background.MOST_PICTURES + 1)
+    sent.image(31, "samples", np.zeros((2, 3, 3), np.uint8))
+    sent.close("finished", {})
+    assert len(fake.rows) == background.MOST_PICTURES + 2 and f"did not get {30 - background.MOST_PICTURES} of 32 entries" in said[1]
 
 
 def test_a_service_that_hangs_at_the_start_or_the_end(tmp_path: Path) -> None:

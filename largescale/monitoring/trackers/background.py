@@ -22,6 +22,8 @@ from largescale.monitoring.trackers.service import Ended, Moment, RunInfo, Servi
 
 # What waits for a service at most. With a row every 25 s, that is seven hours.
 MOST_WAITING = 1_000
+# Pictures among it, which take megabytes each.
+MOST_PICTURES = 16
 # Pauses before a call that failed is tried again; after the last one its content is lost.
 RETRY_S = (1.0, 10.0, 60.0)
 # Pauses between tries to start, the last one for ever: without a start nothing can be sent.
@@ -65,6 +67,10 @@ class Item:
     """Tells it from other items of its step."""
     send: Callable[[Service, Moment], None]
     unix_s: float
+
+    @property
+    def is_picture(self) -> bool:
+        return self.name.startswith("image ")
 
 
 def metrics_item(step: int, metrics: dict[str, float], unix_s: float) -> Item:
@@ -133,11 +139,13 @@ class Background:
         self._queue: queue.SimpleQueue[Item | RollBack | Finish] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._failure_reported = False
-        # Written by the caller's thread: what was to be sent, and what found no room. By the other:
-        # what was sent, or had been sent by an earlier start.
+        # What was to be sent, counted by the caller; and what was sent by this start or an earlier
+        # one, counted by the thread.
         self.num_given = 0
-        self._num_refused = 0
         self._num_done = 0
+        # Pictures that were put into the queue, and that have left it.
+        self._num_pictures = 0
+        self._num_pictures_done = 0
 
         self._sent = Sent()
         self._replaying = False
@@ -156,18 +164,19 @@ class Background:
         self._give(event_item(step, kind, text, time.time()))
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        self._give(image_item(step, name, image, time.time()))
+        room = self._num_pictures - self._num_pictures_done < MOST_PICTURES
+        self._num_pictures += room
+        self._give(image_item(step, name, image, time.time()), room=room)
 
     def roll_back(self, step: int) -> None:
         self._queue.put(RollBack())
 
-    def _give(self, item: Item) -> None:
+    def _give(self, item: Item, *, room: bool = True) -> None:
         self.num_given += 1
-        if self._queue.qsize() < MOST_WAITING:
+        if room and self._queue.qsize() < MOST_WAITING:
             self._queue.put(item)
-            return
-        self._num_refused += 1
-        self._report(f"{self.name} has fallen {MOST_WAITING} entries behind, later ones are lost")
+        else:
+            self._report(f"{self.name} has fallen far behind, and later entries are lost")
 
     def close(self, ended: Ended, summary: Mapping[str, Any]) -> None:
         """Wait for what is not sent yet, until the deadline, and say what is lost."""
@@ -203,6 +212,7 @@ class Background:
             else:
                 self._replaying = self._replaying and item.step <= self._sent.step
                 self._num_done += self._try(service, item)
+            self._num_pictures_done += isinstance(item, Item) and item.is_picture
         with self._tolerated():
             service.finish(item.ended, item.summary)
             self._note(0.0)
