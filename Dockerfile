@@ -23,7 +23,7 @@ RUN --mount=type=secret,id=ca --mount=type=cache,target=/root/.cache \
     /opt/venv/bin/pip install --disable-pip-version-check --index-url "$INDEX" --require-hashes -r /tmp/uv.txt; \
     /opt/venv/bin/uv pip install --python /opt/venv/bin/python --default-index "$INDEX" --link-mode copy \
         --compile-bytecode --require-hashes --constraints requirements.lock --requirements pyproject.toml \
-        --extra train --extra demo --extra demo-text --extra prep --extra eval; \
+        --extra train --extra demo --extra demo-text --extra prep --extra hub --extra eval; \
     rm /tmp/uv.txt
 
 # Found from every folder; where a clone is mounted and is the working directory, its code comes first.

@@ -70,7 +70,7 @@ test: check
 	@! command -v nvidia-smi >/dev/null || OMP_NUM_THREADS=1 $(PY) -m pytest tests/gpu
 
 check:
-	@$(PYTHON) install.py demo demo-text prep eval examples docs dev
+	@$(PYTHON) install.py demo demo-text prep eval examples wandb docs dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check --quiet .
 	$(PY) -m mypy

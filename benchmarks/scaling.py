@@ -212,7 +212,7 @@ def measure(
         "telemetry.reference-every": 0,
         "telemetry.preview-every": 0,
     }
-    words = ["-m", "largescale.train", preset, "--telemetry.no-tensorboard"]
+    words = ["-m", "largescale.train", preset, "--telemetry.trackers"]
     for name, value in options.items():
         words += [f"--{name}", str(value)]
     ranks_of(ranks, *words)

@@ -3,7 +3,6 @@
 --check writes nothing, and ends with status 1 where the page is not current.
 """
 
-import ast
 import dataclasses
 import importlib
 import inspect
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from largescale.config.ranges import range_of
+from largescale.config.yaml_files import explanations
 
 PAGE = Path(__file__).parent / "reference.md"
 PROGRAMS = {  # program: the dataclass whose fields are its options
@@ -24,6 +24,7 @@ PROGRAMS = {  # program: the dataclass whose fields are its options
     "data_prep.webdataset": "data_prep.webdataset:WebDataset",
     "data_prep.parquet": "data_prep.parquet:Parquet",
     "data_prep.digits": "data_prep.digits:Digits",
+    "data_prep.split": "data_prep.split:Split",
     "data_prep.emoji": "data_prep.emoji:Emoji",
     "data_prep.describe": "data_prep.describe:Describe",
     "largescale.status": "largescale.status:Status",
@@ -39,23 +40,6 @@ PROGRAMS = {  # program: the dataclass whose fields are its options
     "eval.prompts": "eval.prompts:Freeze",
     "eval.digits": "eval.digits:Digits",
 }
-
-
-def explanations(cls: type) -> dict[str, str]:
-    """Field -> the text below it in the source, those of base classes included."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        (tree,) = ast.parse(inspect.cleandoc("\n" + inspect.getsource(base))).body
-        assert isinstance(tree, ast.ClassDef)
-        for node, after in zip(tree.body, tree.body[1:], strict=False):
-            text = after.value if isinstance(after, ast.Expr) else None
-            if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
-                continue
-            if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                found[node.target.id] = " ".join(text.value.split())
-    return found
 
 
 def type_text(hint: Any) -> str:
@@ -131,8 +115,9 @@ def reference() -> str:
         "",
         "## largescale.train",
         "",
-        "`python -m largescale.train PRESET [--section.field VALUE ...]`: the defaults below are those",
-        "of the fields; a preset sets its own, which `PRESET --help` shows.",
+        "`python -m largescale.train PRESET [--config FILE] [--section.field VALUE ...]`: the defaults",
+        "below are those of the fields; a preset sets its own, which `PRESET --help` shows. `--config`",
+        "takes a YAML or JSON file with any of these settings, such as a run's `config.yaml`.",
         "",
         *rows(Config),
     ]

@@ -38,7 +38,7 @@ import torch
 from eval.comparison.methods import read_methods
 from eval.comparison.plan import plan
 from eval.comparison.report import Findings, seeds_of, write_report
-from eval.comparison.validation_loss import ValidationLoss, check_like
+from eval.comparison.validation_loss import ValidationLoss
 from eval.curve import Curve, Curves, make_scorer, steps_of, steps_to_score
 from eval.sample import Sample, Sampler, folder_of
 from eval.score import Scorer
@@ -48,6 +48,7 @@ from largescale.config.command_line import check_counts, parse_options, run_prog
 from largescale.config.derived import cluster_edges
 from largescale.config.schema import Config
 from largescale.config.validation import ema_note, validate
+from largescale.data.compatibility import check_alike
 from largescale.data.shards import ShardDataset
 from largescale.diffusion.build import build_objective
 from largescale.diffusion.objective import SamplerName
@@ -253,7 +254,7 @@ class Comparison:
             )
         # Without --validation the loss is measured on images of the training set.
         validation = ShardDataset(self.options.validation) if self.options.validation else data
-        check_like(validation, data)
+        check_alike(validation, data, "--validation")
         return data, validation
 
     def edges(self) -> tuple[float, ...]:

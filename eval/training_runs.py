@@ -13,7 +13,13 @@ from largescale.config.command_line import parse_options
 from largescale.config.deepspeed import final_ds_config, precision
 from largescale.config.presets import find_preset
 from largescale.config.schema import Config
-from largescale.config.serialise import FREE_ON_RESUME, flatten, from_dict, to_dict
+from largescale.config.serialise import (
+    FREE_ON_RESUME,
+    flatten,
+    from_dict,
+    to_dict,
+    with_current_options,
+)
 from largescale.errors import CheckpointError, LargescaleError, Stopped
 from largescale.host.signals import EXIT_REQUEUE, stop_requested
 
@@ -102,7 +108,8 @@ def configure(preset: str, arguments: Sequence[str]) -> Config:
     unknown preset; exits for options that are wrong."""
     default = find_preset(preset)
     program = f"largescale.train {preset}"
-    return parse_options(Config, arguments, program=program, description=None, default=default)
+    current = with_current_options(arguments)
+    return parse_options(Config, current, program=program, description=None, default=default)
 
 
 def differences(wanted: dict[str, Any], found: dict[str, Any]) -> list[str]:

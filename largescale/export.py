@@ -165,7 +165,8 @@ def write(options: Export) -> Written:
         if options.format == "diffusers":
             check_exportable(from_dict(description["config"]))
         dtype = options.dtype or description.pop("dtype", "fp32")
-        weights = cast(weights, dtype)
+        for name, tensor in weights.items():
+            weights[name] = cast(tensor, dtype, name)
         _note_dtype(description, dtype)
         parameters, notes = sum(tensor.numel() for tensor in weights.values()), []
         facts = known_facts(options.folder)

@@ -7,7 +7,7 @@ images = model.sample(labels=[3, 7], cfg_scale=2.0, steps=50, seed=0)  # (2, H, 
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +63,10 @@ class Pipeline:
         if precision == "auto":
             on_gpu = self.device.type == "cuda"
             precision = trained.info.get("precision", "fp32") if on_gpu else "fp32"
+        if precision not in get_args(Precision):
+            raise ConfigError(
+                f"unknown precision={precision!r}; choose one of auto, {', '.join(get_args(Precision))}"
+            )
         if self.device.type == "cpu":
             check_on_cpu(precision, "precision={}")
         self.precision: Precision = precision
@@ -190,6 +194,9 @@ class Pipeline:
             )
         if isinstance(prompts, str):
             prompts = [prompts]
+        # An array, or a tensor, whose truth is no single one.
+        if isinstance(labels, (np.ndarray, np.integer, Tensor)):
+            labels = labels.tolist()
         if isinstance(labels, int):
             labels = [labels]
         given = len(prompts or labels or ())
@@ -224,13 +231,18 @@ class Pipeline:
         if labels is not None and not classes:
             raise ConfigError("the model was trained without labels; leave them out, and give n")
         for label in labels or ():
+            # numpy's whole numbers are labels too; texts and fractions are none.
+            if not isinstance(label, (int, np.integer)):
+                raise ConfigError(
+                    f"label {label!r} is no whole number; give those of the classes, 0..{classes - 1}"
+                )
             if not 0 <= label < classes:
                 raise ConfigError(
                     f"label {label} lies outside the classes 0..{classes - 1} that the model was "
                     "trained on"
                 )
         # A model without labels takes one, and ignores it.
-        each = torch.tensor(list(range(max(classes, 1)) if labels is None else labels))
+        each = torch.tensor(list(range(max(classes, 1)) if labels is None else map(int, labels)))
         return lambda index: each[torch.tensor(list(index)) % len(each)]
 
     @cached_property

@@ -22,7 +22,7 @@ from largescale.host.machine import available_bytes, cores
 from largescale.monitoring.telemetry import read_metrics
 from tests.ranks import ROOT, Done, ranks_of
 
-QUIET = ("--telemetry.no-tensorboard", "--telemetry.preview-every", 0, "--telemetry.reference-every", 0)
+QUIET = ("--telemetry.trackers", "--telemetry.preview-every", 0, "--telemetry.reference-every", 0)
 
 # Under nohup programs ignore a closed terminal, and so would those that are tested.
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
@@ -57,7 +57,7 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_blobs(tmp_path_factory.mktemp("data") / "blobs")
 
 
-def make_blobs(path: Path, seed: int = 0, rows: int = 300) -> Path:
+def make_blobs(path: Path, seed: int = 0, rows: int = 300, prefix: str = "") -> Path:
     """A small data set of pixels in the shape of the `debug` preset: 10 classes, shards of 100 rows."""
     random = np.random.default_rng(seed)
     row, column = np.mgrid[:16, :16]
@@ -66,7 +66,7 @@ def make_blobs(path: Path, seed: int = 0, rows: int = 300) -> Path:
             label = i % 10
             x, y = 3 + label, 12 - label + random.uniform(-1, 1)
             image = 255 * np.exp(-((row - y) ** 2 + (column - x) ** 2) / 8)
-            writer.write(id=f"{i:05d}", latent=image.astype(np.uint8)[None], label=label)
+            writer.write(id=f"{prefix}{i:05d}", latent=image.astype(np.uint8)[None], label=label)
     return path
 
 

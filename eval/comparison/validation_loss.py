@@ -7,14 +7,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from eval.curve import rows_of_protocol
 from eval.score import RESULTS
 from largescale.checkpoint.files import CheckpointDir, named_weights
 from largescale.checkpoint.weights import load_trained
 from largescale.config.schema import Config
-from largescale.data.fixed_noise_set import FixedNoiseSet
+from largescale.data.fixed_noise_set import (
+    VALIDATION_SEED,
+    FixedNoiseSet,
+    cluster_means,
+    over_all,
+)
 from largescale.data.shards import ShardDataset
 from largescale.diffusion.objective import Objective
 from largescale.errors import DataError
@@ -22,7 +27,6 @@ from largescale.host.files import append_line
 from largescale.host.signals import stop_requested
 from largescale.models.build import latent_shape
 
-SEED = 0x5EED  # of this set, the same for runs of all seeds
 WEIGHTS = {"EMA": "ema", "raw weights": "master"}
 
 
@@ -49,7 +53,7 @@ class ValidationLoss:
             data,
             edges,
             images,
-            seed=SEED,
+            seed=VALIDATION_SEED,
             shape=latent_shape(config.model),
             captions=config.model.max_caption_tokens > 0,
             device=torch.device("cpu"),
@@ -60,7 +64,7 @@ class ValidationLoss:
             "data": data.fingerprint,
             "edges": list(edges),
             "images": images,
-            "seed": SEED,
+            "seed": VALIDATION_SEED,
         }
 
     def rows(self, run: Path) -> list[dict[str, Any]]:
@@ -83,9 +87,7 @@ class ValidationLoss:
                     f"{run} at step {step:,}: the validation loss of its {name} is not finite; "
                     "leave this method out, or train it with a lower --optimizer.lr"
                 )
-            # Over all noise levels: clusters weighted by their width on the noise axis.
-            over_all = float(np.dot(clusters, np.diff(self.edges)))
-            figures[figure(name)] = {"value": over_all}
+            figures[figure(name)] = {"value": over_all(clusters, self.edges)}
             for i, loss in enumerate(clusters.tolist(), 1):
                 figures[figure(name, f" C{i}")] = {"value": loss}
 
@@ -100,23 +102,9 @@ class ValidationLoss:
         """The mean of each cluster, C_1 first, (n_clusters,) float64."""
         batches = self._set.losses(model, objective, self.batch_size, self.device, stop_requested)
         losses = [loss.cpu() for _, loss in batches]
-        # Each cluster has the same number of images, one after another.
-        means: Tensor = torch.cat(losses).view(self.n_clusters, -1).mean(1)
-        return means.numpy()
+        return cluster_means(torch.cat(losses), self.n_clusters)
 
 
 def figure(weights: str, cluster: str = "") -> str:
     """The name of a loss in rows and tables. `cluster`: "" for all noise levels, " C1" ..."""
     return f"validation loss ({weights}){cluster}"
-
-
-def check_like(validation: ShardDataset, training: ShardDataset) -> None:
-    """Raises DataError where the sets are not of one kind, but for their names."""
-    for key in ("kind", "shape", "num_classes", "scale_factor", "encoders", "captions"):
-        theirs = getattr(validation.info, key)
-        ours = getattr(training.info, key)
-        if theirs != ours:
-            raise DataError(
-                f"--validation {validation.path} has {key}={theirs}, the training set "
-                f"{training.path} has {ours}; pack it in the same way, or leave it out"
-            )

@@ -273,7 +273,7 @@ class Plan:
         for key, value in self.settings(i).items():
             flat += [cli_flag(key), str(value)]
         # TensorBoard would write a file for each of many runs.
-        return (*flat, "--telemetry.no-tensorboard")
+        return (*flat, "--telemetry.trackers")
 
     def arguments(self, i: int) -> tuple[str, ...]:
         """All arguments of the training program for one interval."""

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -193,6 +193,8 @@ class Checkpointer:
         self._damaged: set[int] = set()
         # The step of the newest checkpoint that is on disk.
         self.last_saved = -1
+        # Steps at which the validation loss fell, where the best checkpoint is kept.
+        self.best_steps: Callable[[], Sequence[int]] = tuple
 
     @property
     def writing(self) -> bool:
@@ -222,8 +224,8 @@ class Checkpointer:
     def save(self, step: int, state: dict[str, Any], engine: Engine, reason: str) -> None:
         """Take a snapshot, and start to write it, after `finish` of the one before.
 
-        `state`: plain values, equal on all ranks. `reason`: 'start', 'schedule', 'stop' (a signal)
-        or 'end'. Nothing is done where `step` is saved already.
+        `state`: plain values, equal on all ranks. `reason`: 'start', 'schedule', 'best', 'stop' (a
+        signal) or 'end'. Nothing is done where `step` is saved already.
         """
         assert not self.pending
         if step == self.last_saved:
@@ -373,8 +375,8 @@ class Checkpointer:
         """Remove checkpoints that the config does not keep, and folders that never became valid.
         Only after a newer one is valid.
 
-        Kept are the last k, every m-th, and the last that was written on a stop, so that
-        preemptions do not push the others out. A damaged one is neither counted nor removed:
+        Kept are the last k, every m-th, the best by the validation loss, and the last that was
+        written on a stop, so that preemptions do not push the others out. A damaged one is neither counted nor removed:
         somebody may want to repair it.
         """
         keep = set(self._damaged)
@@ -393,11 +395,18 @@ class Checkpointer:
             reason = _reason(checkpoint)
             if reason is None:
                 keep.add(step)
+            # It has no other claim than being the best.
+            elif reason == "best":
+                continue
             elif reason == "stop":
                 on_stop.append(step)
             else:
                 regular.append(step)
 
+        # The last step at which the validation loss fell and whose checkpoint could be written.
+        exist = {checkpoint.step for checkpoint in checkpoints(self.run_dir)} - {*self._damaged}
+        best = [step for step in self.best_steps() if step in exist]
+        keep.update(best[-1:])
         # The newest come first.
         keep.update(regular[: self.config.keep_last])
         keep.update(on_stop[:1])

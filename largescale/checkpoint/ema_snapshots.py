@@ -17,6 +17,7 @@ from largescale.checkpoint.files import (
     named_weights,
 )
 from largescale.errors import CheckpointError, ConfigError
+from largescale.host.files import safetensors_disk_errors
 from largescale.power_ema import WIDEST, Profile, Reconstruction, reconstruct, state_key
 
 FOLDER = "ema_snapshots"
@@ -60,18 +61,15 @@ def snapshots(run_dir: Path) -> list[Profile]:
 
 def write(run_dir: Path, profile: Profile, weights: dict[str, Tensor]) -> None:
     """Write a snapshot: whole, or not at all. Raises OSError."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = path_of(run_dir, profile)
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        save_file(weights, temporary, metadata={"format": "pt"})
+        with safetensors_disk_errors(path):
+            save_file(weights, temporary, metadata={"format": "pt"})
         temporary.replace(path)
-    # It raises no OSError on a full disk.
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

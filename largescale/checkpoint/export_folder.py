@@ -1,6 +1,7 @@
 """Writing the folder of an export: weights and config, whole or not at all."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,14 @@ from largescale.checkpoint.weights import (
     is_export,
 )
 from largescale.errors import CheckpointError
-from largescale.host.files import names_of, require_writable, visible, write_atomically
+from largescale.host.files import (
+    names_of,
+    require_writable,
+    safetensors_disk_errors,
+    sole_writer,
+    visible,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,14 +59,19 @@ def write_export(out: Path, weights: dict[str, "Tensor"], description: dict[str,
 
     # Whole or absent under its name: a part of it could not be told from another's file.
     temporary = weights_path.with_name(f".{EXPORT_WEIGHTS}.tmp")
-    try:
-        save_file(contiguous, temporary, metadata=metadata)
-        # The config comes last: a folder that has one is complete.
-        config_path.unlink(missing_ok=True)
-        temporary.replace(weights_path)
-    # On a full disk it would only take space.
-    finally:
-        temporary.unlink(missing_ok=True)
-    write_atomically(config_path, json.dumps(description, indent=1))
-    # safetensors makes its file readable for the owner alone.
-    shutil.copymode(config_path, weights_path)
+    with sole_writer(out):
+        try:
+            with safetensors_disk_errors(weights_path):
+                save_file(contiguous, temporary, metadata=metadata)
+            # On disk before it has its name, as the config is.
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            # The config comes last: a folder that has one is complete.
+            config_path.unlink(missing_ok=True)
+            temporary.replace(weights_path)
+        # On a full disk it would only take space.
+        finally:
+            temporary.unlink(missing_ok=True)
+        write_atomically(config_path, json.dumps(description, indent=1))
+        # safetensors makes its file readable for the owner alone.
+        shutil.copymode(config_path, weights_path)

@@ -16,7 +16,7 @@ from largescale.config.serialise import from_dict
 from largescale.diffusion.build import build_objective
 from largescale.diffusion.objective import Objective
 from largescale.errors import CheckpointError, ConfigError, usable
-from largescale.host.files import from_json
+from largescale.host.files import from_json, unchanged
 from largescale.models.build import Network, build_model
 
 EXPORT_WEIGHTS = "model.safetensors"
@@ -112,6 +112,11 @@ def read_weights(
                 f"{path} is an export of the {has} weights, not of the {kind}; give the run"
             )
         return description, {name: tensor.float() for name, tensor in weights.items()}
+    if is_export(path):
+        raise CheckpointError(
+            f"the export {path} is not complete: it has no {EXPORT_CONFIG}, which is written last; an "
+            "export writes it now, or was killed: wait for it, or export again"
+        )
     checkpoint = find_checkpoint(path, step)
     description = describe(checkpoint)
     # An export of the EMA, as most are, says nothing of it.
@@ -152,13 +157,15 @@ def _read_export(path: Path, step: int | None) -> tuple[dict[str, Any], dict[str
     from safetensors.torch import load_file
 
     try:
-        description = from_json((path / EXPORT_CONFIG).read_text())
-        if not is_description(description):
-            raise CheckpointError(
-                f"{path} is no export, {_what(description)}; give a run, or the folder that "
-                "largescale.export wrote"
-            )
-        weights = load_file(path / EXPORT_WEIGHTS)
+        # Another process may export a later step to it meanwhile.
+        with unchanged(path / EXPORT_CONFIG):
+            description = from_json((path / EXPORT_CONFIG).read_text())
+            if not is_description(description):
+                raise CheckpointError(
+                    f"{path} is no export, {_what(description)}; give a run, or the folder that "
+                    "largescale.export wrote"
+                )
+            weights = load_file(path / EXPORT_WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"the export {path} cannot be read: {error}; export the run again"

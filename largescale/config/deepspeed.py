@@ -42,7 +42,7 @@ CONFIG_KEYS = {
     "scheduler": "optimizer.lr",
     "seed": "train.seed",
     "steps_per_print": "telemetry.log_every",
-    "tensorboard": "telemetry.tensorboard",
+    "tensorboard": "telemetry.trackers",
     "zero_allow_untested_optimizer": "optimizer (always true: the optimizer carries the EMA)",
     "checkpoint": "checkpoint",
 }

@@ -160,6 +160,9 @@ class CurriculumConfig:
 class DataConfig:
     path: str = "data/imagenet256"
     """A folder of Arrow shards, made by one of the programs in data_prep."""
+    validation: str | None = None
+    """A folder of held-out images, packed as the training data are: data_prep.split sets a part of a
+    set aside. Their loss is logged every telemetry.validation_every steps."""
     horizontal_flip: bool = True
     """Whether to mirror images at random."""
     augment: Annotated[float, between(0, 1)] = 0.0
@@ -265,6 +268,9 @@ class CheckpointConfig:
     stop."""
     keep_every: Annotated[int, at_least(0, 1_000_000_000, zero_means="none")] = 50_000
     """Keep checkpoints at multiples of this for ever."""
+    keep_best: Literal["none", "ema", "raw"] = "none"
+    """Keep the checkpoint whose EMA, or raw weights, have the least loss on data.validation; one is
+    written when the loss falls."""
     ema_snapshot_every: Annotated[int | None, at_least(1, 1_000_000_000)] = None
     """Steps between snapshots of the averages of optimizer.ema_widths, in half precision; by default
     keep_every, or `every` where that is 0. One more is written at the end."""
@@ -292,12 +298,18 @@ class AnomalyConfig:
 class TelemetryConfig:
     log_every: Annotated[int, at_least(1, 1_000_000_000)] = 100
     """Steps between rows of the log."""
-    tensorboard: bool = True
-    """Whether to write TensorBoard files too."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where a run is shown besides metrics.jsonl; without a name nowhere. wandb and mlflow are extras
+    of their own, and take project, server and keys from their own environment variables."""
     reference_every: Annotated[int, at_least(0, 1_000_000_000, zero_means="never")] = 5_000
     """Steps between evaluations of the loss on a fixed set of (image, u, noise) per cluster."""
     reference_images: Annotated[int, at_least(1, 10_000)] = 16
     """Images of that fixed set, per cluster."""
+    validation_every: Annotated[int, at_least(1, 1_000_000_000)] = 5_000
+    """Steps between evaluations of the loss on data.validation: unweighted, of the EMA and the raw
+    weights, per cluster, in all, and at the eight noise levels that MLPerf averages."""
+    validation_images: Annotated[int, at_least(1, 100_000)] = 64
+    """Images of data.validation, per cluster and per level."""
     preview_every: Annotated[int, at_least(0, 1_000_000_000, zero_means="never")] = 50_000
     """Steps between sample grids. Latents are decoded where the VAE that the data were packed with
     is on this machine; otherwise the grid says that they are not."""
@@ -331,6 +343,8 @@ class Config:
     fit_ranks: Annotated[int | None, at_least(1, 1_048_576)] = None
     """Print the largest number of ranks, at most this, that the batch can be split over, and start
     nothing. slurm/env.sh asks it of every allocation."""
+    print_config: bool = False
+    """Print all settings as YAML, with what each means, and start nothing: a file for --config."""
     verbose: bool = False
     """With --dry-run: print all settings too, and DeepSpeed's, as JSON."""
     profile: bool = False

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from largescale.config.schema import Config
@@ -35,9 +35,11 @@ FREE_ON_RESUME = (
     "output",
     "dry_run",
     "fit_ranks",
+    "print_config",
     "verbose",
     "profile",
     "data.path",
+    "data.validation",
     "data.prefetch",
     "data.verify",
     "train.micro_batch_size",
@@ -56,6 +58,20 @@ FREE_ON_RESUME = (
 
 # Fields that had another name when older runs and exports were written: section, old -> new.
 RENAMED = {"model": {"caption_tokens": "max_caption_tokens"}}
+
+# Options that were other ones, by what they are today.
+RENAMED_OPTIONS = {
+    "--telemetry.tensorboard": ("--telemetry.trackers", "tensorboard"),
+    "--telemetry.no-tensorboard": ("--telemetry.trackers",),
+}
+
+
+def with_current_options(arguments: Sequence[str]) -> list[str]:
+    """A command line under the names that options have today."""
+    current: list[str] = []
+    for argument in arguments:
+        current += RENAMED_OPTIONS.get(argument.replace("_", "-"), (argument,))
+    return current
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -78,19 +94,26 @@ def from_dict(tree: dict[str, Any]) -> Config:
     """The inverse of `to_dict`. Reads the configs of older versions too. Raises NewerVersionError
     for a field that this version does not know, ConfigError for what is not a config."""
     try:
-        config: Config = _build(Config, _with_current_names(tree))
+        config: Config = _build(Config, with_current_names(tree))
     except (TypeError, RecursionError) as error:
         raise ConfigError(f"this is not the config of a run: {error}") from error
     return config
 
 
-def _with_current_names(tree: dict[str, Any]) -> dict[str, Any]:
+def with_current_names(tree: dict[str, Any]) -> dict[str, Any]:
     """A stored config under the names that its fields have today."""
     current = {**tree}
     for section, renamed in RENAMED.items():
         if isinstance(current.get(section), dict):
             values = current[section].items()
             current[section] = {renamed.get(key, key): value for key, value in values}
+
+    # A switch, before there were other trackers.
+    telemetry = current.get("telemetry")
+    if isinstance(telemetry, dict) and isinstance(telemetry.get("tensorboard"), bool):
+        telemetry = {**telemetry}
+        telemetry["trackers"] = ["tensorboard"] if telemetry.pop("tensorboard") else []
+        current["telemetry"] = telemetry
     return current
 
 

@@ -111,6 +111,7 @@ def without_effect(config: Config) -> list[tuple[str, str]]:
     )
     o = config.optimizer
     decaying = o.schedule in ("cosine", "linear", "wsd")
+    validation = ("telemetry.validation_every", "telemetry.validation_images")
     snapshots = ("checkpoint.ema_snapshot_every", "checkpoint.ema_snapshots")
     captions = ("model.null_caption", "model.caption_width", "model.caption_pooled_width")
     groups = [
@@ -118,6 +119,7 @@ def without_effect(config: Config) -> list[tuple[str, str]]:
         (not config.model.max_caption_tokens, "without captions", captions),
         (c.pacing != "patience", f"with curriculum.pacing={c.pacing}", ("curriculum.patience",)),
         (c.pacing != "fixed", f"with curriculum.pacing={c.pacing}", ("curriculum.interval",)),
+        (config.data.validation is None, "without data.validation", validation),
         (not o.ema_widths, "without optimizer.ema_widths", snapshots),
         (not decaying, f"with optimizer.schedule={o.schedule}", ("optimizer.final_lr",)),
         (o.schedule == "constant", "with a constant learning rate", ("optimizer.decay_steps",)),
@@ -338,6 +340,12 @@ def check_curriculum(config: Config, require: Any) -> None:
 def check_the_rest(config: Config, require: Any) -> None:
     """The first weights, what is compiled, and the settings of the preview."""
     m = config.model
+    require(
+        config.checkpoint.keep_best == "none" or config.data.validation is not None,
+        "checkpoint.keep_best",
+        "be none without data.validation: nothing says which is best",
+        "give --data.validation DIR",
+    )
     widths = config.optimizer.ema_widths
     require(len({*widths}) == len(widths), "optimizer.ema_widths", "be different widths")
     require(

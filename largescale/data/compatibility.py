@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 from largescale.config.schema import Config
 from largescale.data.shards import ShardDataset, check_flip
 from largescale.errors import DataError
@@ -29,6 +31,54 @@ def open_dataset(config: Config, rank: int = 0, world_size: int = 1) -> ShardDat
             "--data.augment 0"
         )
     return dataset
+
+
+def check_alike(validation: ShardDataset, training: ShardDataset, option: str) -> None:
+    """Raises DataError where the sets are not of one kind, but for their names. `option`: the one
+    that names the held-out images."""
+    for key in ("kind", "shape", "num_classes", "scale_factor", "encoders", "captions"):
+        theirs = getattr(validation.info, key)
+        ours = getattr(training.info, key)
+        if theirs != ours:
+            raise DataError(
+                f"{option} {validation.path} has {key}={theirs}, the training set {training.path} "
+                f"has {ours}; pack it in the same way, or leave it out"
+            )
+
+
+def open_validation(
+    config: Config, training: ShardDataset, rank: int = 0, world_size: int = 1
+) -> ShardDataset | None:
+    """The held-out images of data.validation, checked against the training set; None where there are
+    none. Ranks share the comparison of ids. Raises DataError."""
+    if config.data.validation is None:
+        return None
+    part = slice(rank, None, world_size)
+    dataset = ShardDataset(config.data.validation, config.data.verify, part)
+    check_alike(dataset, training, "--data.validation")
+    shared = _shared_rows(dataset, training, part)
+    if shared:
+        raise DataError(
+            f"--data.validation {dataset.path} shares {len(shared):,} rows with the training set "
+            f"{training.path}, such as {shared[0]}: its loss would not be that of held-out images; "
+            "set a part aside with python -m data_prep.split"
+        )
+    return dataset
+
+
+def _shared_rows(validation: ShardDataset, training: ShardDataset, part: slice) -> list[str]:
+    """The ids of rows of these training shards that the other set has too, with the same content."""
+    rows = {id: row for row, id in validation.ids()}
+    shared = []
+    for row, id in training.ids(part):
+        if id not in rows:
+            continue
+        # Numbers, such as 00017, are the ids of many sets.
+        ours = training.gather(np.array([row]))["latent"]
+        theirs = validation.gather(np.array([rows[id]]))["latent"]
+        if np.array_equal(ours, theirs):
+            shared.append(id)
+    return shared
 
 
 def check_condition(dataset: ShardDataset, config: Config) -> None:

@@ -16,6 +16,11 @@ from largescale.diffusion.objective import Objective
 from largescale.errors import Stopped
 from largescale.randomness import step_draws
 
+# The middles of eight equal parts of the noise axis, as in MLPerf's text-to-image benchmark.
+LEVELS = 8
+# Of the set of held-out images, the same for runs of all seeds.
+VALIDATION_SEED = 0x5EED
+
 
 def evenly_spaced(edges: tuple[float, ...], per_cluster: int) -> np.ndarray:
     """Noise levels u in the middle of `per_cluster` equal parts of each cluster."""
@@ -37,13 +42,16 @@ class FixedNoiseSet:
         shape: tuple[int, int, int],
         captions: bool,
         device: torch.device,
+        spread: bool = True,
     ):
         """`edges`: of the clusters. `shape`: of an image or latent. `captions`: whether the model
         takes them; of several captions of an image it is the first. The set is drawn on `device`
-        and stays there."""
+        and stays there. `spread`: whether a cluster's noise levels are spread evenly in it; else
+        all are its middle."""
         info = dataset.info
         n = per_cluster * (len(edges) - 1)
-        self.u = torch.from_numpy(evenly_spaced(edges, per_cluster)).to(device)
+        levels = evenly_spaced(edges, per_cluster if spread else 1)
+        self.u = torch.from_numpy(levels.repeat(n // len(levels))).to(device)
         clusters = torch.arange(len(edges) - 1, device=device)
         self.cluster = clusters.repeat_interleave(per_cluster)
 
@@ -92,3 +100,15 @@ class FixedNoiseSet:
                 to_device(select(self.y, part), device),
             )
             yield self.cluster[part], losses.loss.double()
+
+
+def cluster_means(losses: Tensor, n_clusters: int) -> np.ndarray:
+    """The mean of each cluster, C_1 first, (n_clusters,) float64, of the losses of a complete set."""
+    # Each cluster has the same number of images, one after another.
+    means: Tensor = losses.view(n_clusters, -1).mean(1)
+    return means.numpy()
+
+
+def over_all(means: np.ndarray, edges: tuple[float, ...]) -> float:
+    """The mean over all noise levels: of the clusters, by their width on the noise axis."""
+    return float(np.dot(means, np.diff(edges)))

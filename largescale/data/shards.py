@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -211,6 +211,31 @@ class ShardDataset:
         for number, row in zip(shard_of.tolist(), inside.tolist(), strict=True):
             texts.append(columns[number][row].as_py())
         return texts
+
+    def ids(self, part: slice = slice(None)) -> Iterator[tuple[int, str]]:
+        """(row, id) of the rows of these shards, by default of all."""
+        for number in range(len(self._shards))[part]:
+            column = self._read(self._shards[number]).column("id")
+            yield from enumerate(column.to_pylist(), int(self._starts[number]))
+
+    def rows(self, number: int) -> Iterator[dict[str, Any]]:
+        """The rows of a shard, each as `ShardWriter.write` takes it. The arrays are views of the
+        mapped file."""
+        shard = self._shard(number)
+        ids = shard.batch.column("id").to_pylist()
+        for i, id in enumerate(ids):
+            row = {"id": id, "label": int(shard.label[i])}
+            row["latent"] = shard.latent[i].reshape(self.info.shape)
+            if self.has_mirror:
+                row["latent_mirror"] = shard.latent_mirror[i].reshape(self.info.shape)
+            if self.info.captions:
+                row["captions"] = shard.batch.column("captions")[i].as_py()
+                for name, lists in shard.lists.items():
+                    elements = map(lists.element, range(lists.outer[i], lists.outer[i + 1]))
+                    row[name] = list(elements)
+                width = self.info.captions.width
+                row["caption_tokens"] = [each.reshape(-1, width) for each in row["caption_tokens"]]
+            yield row
 
     @cached_property
     def empty_caption(self) -> tuple[Array, Array]:

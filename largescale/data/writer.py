@@ -254,8 +254,12 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
     holds another data set, and for a row that does not fit `info`.
     """
 
-    def __init__(self, out_dir: str | Path, info: DatasetInfo, rows_per_shard: int = 4096) -> None:
+    def __init__(
+        self, out_dir: str | Path, info: DatasetInfo, rows_per_shard: int = 4096, **about: Any
+    ) -> None:
+        """`about`: entries of the manifest, such as the source; plain JSON."""
         self.dir, self.info, self.rows_per_shard = Path(out_dir), info, rows_per_shard
+        self._about = about
         self._shard = Shard(info)  # the one being filled
         self._shards: list[dict[str, Any]] = []
         self._empty_caption: dict[str, Any] | None = None
@@ -300,4 +304,11 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
                 f"{self.dir}: a captioned data set needs the encoding of the empty caption; "
                 "call write_empty_caption"
             )
-        write_manifest(self.dir, self.info, self._shard.columns, self._shards, self._empty_caption)
+        write_manifest(
+            self.dir,
+            self.info,
+            self._shard.columns,
+            self._shards,
+            self._empty_caption,
+            **self._about,
+        )

@@ -144,9 +144,9 @@ class Engine:
             lr=lr, ema_decay=ema_decay, power_ema_decays=power_ema_decays or {}
         )
 
-    def ema_partition(self, name: str = "ema") -> Tensor:
-        """This rank's flat fp32 piece of the EMA, or of another average of the optimizer's state;
-        the master weights where no step was applied yet."""
+    def partition(self, name: str) -> Tensor:
+        """This rank's flat fp32 piece of the "master" weights, the "ema", or another average of the
+        optimizer's state; before the first step they are all the master weights."""
         state = self._zero.optimizer.state[self._master]
         return cast(Tensor, state.get(name, self._master.detach()))
 

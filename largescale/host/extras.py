@@ -1,15 +1,17 @@
 """The packages that `pip install largescale`, which is for the curriculum alone, leaves out."""
 
+import os
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from types import TracebackType
 
-from largescale.errors import LargescaleError
+from largescale.errors import ConfigError, LargescaleError
 from largescale.host.launch import print_error
 
 # What the extra `train` brings, by the names under which it is imported.
 TRAIN = frozenset(
-    ("PIL", "deepspeed", "pyarrow", "safetensors", "tensorboard", "torch", "tqdm", "tyro")
+    ("PIL", "deepspeed", "pyarrow", "safetensors", "tensorboard", "torch", "tqdm", "tyro", "yaml")
 )
 
 
@@ -18,6 +20,23 @@ def require_training() -> None:
     for name in sorted(TRAIN):
         if find_spec(name) is None:
             raise not_installed(name)
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Raise ConfigError unless the packages of these trackers are installed, and mlflow knows its
+    server."""
+    for name in names:
+        if name != "tensorboard" and find_spec(name) is None:
+            raise ConfigError(
+                f"telemetry.trackers has {name}, which is not installed; pip install "
+                f"'largescale[{name}]', in the clone: pip install -e '.[{name}]'"
+            )
+    # Without it, mlflow would write files wherever the program was started.
+    if "mlflow" in names and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise ConfigError(
+            "telemetry.trackers has mlflow, and MLFLOW_TRACKING_URI is not set; export "
+            "MLFLOW_TRACKING_URI=http://HOST:PORT"
+        )
 
 
 def not_installed(name: str) -> LargescaleError:

@@ -9,6 +9,7 @@ import os
 import pwd
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -91,6 +92,47 @@ def try_lock(path: Path) -> IO[str] | None:
     except OSError:
         pass
     return file
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to the folder until the block ends, where they ask so too.
+    Raises CheckpointError where one does so now."""
+    # The folder itself, so that no file is left in it.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"another process is writing to {folder}; wait until it ends, or choose another --out"
+            ) from error
+        # A file system without locks: nothing protects the folder there.
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def unchanged(file: Path) -> Iterator[None]:
+    """Raise CheckpointError where the file is written anew, or removed, while the block reads what
+    belongs to it."""
+    before = _version(file)
+    yield
+    if _version(file) != before:
+        raise CheckpointError(
+            f"{file.parent} was written anew while it was read; run again once that has ended"
+        )
+
+
+def _version(file: Path) -> tuple[int, ...] | None:
+    """What differs once a file was replaced; None where there is none."""
+    with contextlib.suppress(OSError):
+        facts = file.stat()
+        return facts.st_dev, facts.st_ino, facts.st_mtime_ns, facts.st_size
+    return None
 
 
 def require_writable(*files: Path, remedy: str) -> None:
@@ -189,6 +231,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
     temporary.replace(path)
     fsync_dir(path.parent)
+
+
+@contextlib.contextmanager
+def safetensors_disk_errors(path: Path) -> Iterator[None]:
+    """While safetensors writes `path`: its error for a full disk, which is no OSError, becomes one."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def append_line(path: Path, line: str) -> None:

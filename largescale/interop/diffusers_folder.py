@@ -14,7 +14,8 @@ from largescale.errors import CheckpointError
 from largescale.host.files import from_json, names_of, visible
 from largescale.interop.diffusers_weights import from_diffusers
 from largescale.interop.dit_weights import dit_config, shape_of
-from largescale.interop.state_dicts import read_shards, read_state_dict, to_fp32
+from largescale.interop.state_dicts import read_state_dict, to_fp32
+from largescale.interop.weight_files import read_shards
 from largescale.noise_schedule import SCHEDULES, make_betas
 
 CONFIG = "config.json"

@@ -25,6 +25,7 @@ from largescale.config.schema import Config, ModelConfig
 from largescale.encoders.identity import library, silence
 from largescale.encoders.vae import Vae, load_vae
 from largescale.errors import CheckpointError, ConfigError, DataError
+from largescale.host.files import safetensors_disk_errors
 from largescale.interop.diffusers_weights import to_diffusers
 from largescale.models.build import latent_shape
 from largescale.models.half_precision import DTYPES
@@ -144,8 +145,7 @@ def write_pipeline(folder: Path, parts: PipelineParts) -> PipelineFacts:
 
     # The network as diffusers has it, and if need be as we do.
     theirs = to_diffusers(weights)
-    kind = _transformer_class(diffusers, own_transformer)
-    network = _network(kind, trained.config.model, theirs)
+    network = _network(_transformer_class(diffusers, own_transformer), trained.config.model, theirs)
     off = difference(trained, network)
     if not max(off.values()) <= TOLERANCE:
         raise CheckpointError(
@@ -159,11 +159,10 @@ def write_pipeline(folder: Path, parts: PipelineParts) -> PipelineFacts:
         stock_off = difference(trained, stock)
         del stock
 
-    cast(network.state_dict(), parts.dtype)
-    with silence():
-        network.to(DTYPES[parts.dtype]).save_pretrained(
-            folder / "transformer", max_shard_size=parts.max_shard_size
-        )
+    for name, parameter in network.named_parameters():
+        parameter.data = cast(parameter.data, parts.dtype, name)
+    with silence(), safetensors_disk_errors(folder / "transformer"):
+        network.save_pretrained(folder / "transformer", max_shard_size=parts.max_shard_size)
         make_scheduler(parts).save_pretrained(folder / "scheduler")
     if own_transformer:
         shutil.copy(CARRIED / f"{TRANSFORMER_FILE}.py", folder / "transformer")
@@ -336,7 +335,7 @@ def open_vae(spec: str | None, trained: Trained) -> tuple[Vae | None, str]:
 
 def _write_vae(folder: Path, vae: Vae) -> None:
     """Raises DataError for a VAE that diffusers could not read back."""
-    with silence():
+    with silence(), safetensors_disk_errors(folder):
         vae.module.save_pretrained(folder)
     # TAESD's files can hold layers that diffusers' class does not have.
     try:
@@ -368,13 +367,11 @@ def _require_finite(weights: Mapping[str, Tensor]) -> None:
             )
 
 
-def cast(weights: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    """Weights in another type. Raises ConfigError for those that it cannot hold."""
-    smaller = {}
-    for name, tensor in weights.items():
-        smaller[name] = tensor.to(DTYPES[dtype])
-        if tensor.isfinite().all() and not smaller[name].isfinite().all():
-            raise ConfigError(f"the weights {name} are too large for {dtype}; use --dtype bf16")
+def cast(tensor: Tensor, dtype: str, name: str) -> Tensor:
+    """A weight in another type. Raises ConfigError where it cannot hold it."""
+    smaller = tensor.to(DTYPES[dtype])
+    if tensor.isfinite().all() and not smaller.isfinite().all():
+        raise ConfigError(f"the weights {name} are too large for {dtype}; use --dtype bf16")
     return smaller
 
 
@@ -392,5 +389,6 @@ def _network(kind: Any, model: ModelConfig, weights: Mapping[str, Tensor]) -> An
     name = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
     with silence():
         network = kind(**transformer_config(model, len(weights[name])))
-    network.load_state_dict(weights)
+    # The tensors themselves, as a copy would double the memory.
+    network.load_state_dict(weights, assign=True)
     return network.eval()

@@ -4,7 +4,6 @@ import contextlib
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from largescale.encoders.identity import library, silence
 from largescale.errors import ConfigError, StorageError
@@ -16,8 +15,10 @@ def check_push(name: str) -> None:
     """Raises ConfigError for a name that no repository can have, and where there is no token;
     DataError where huggingface_hub is missing. Asks nothing of a network."""
     hub = library("huggingface_hub", EXTRA)
+    # The package loads its modules when they are asked for by name.
+    utils = library("huggingface_hub.utils", EXTRA)
     try:
-        hub.utils.validate_repo_id(name)
+        utils.validate_repo_id(name)
     except ValueError as error:
         raise ConfigError(
             f"--push-to-hub {name} is no name of a repository ({_reason(error)}); give USER/MODEL"
@@ -35,7 +36,7 @@ def push(folder: Path, name: str, *, private: bool, files: tuple[str, ...] = ())
     cannot be reached. The folder stays as it is."""
     hub = library("huggingface_hub", EXTRA)
     api = hub.HfApi()
-    with _explained(hub, folder, name), silence():
+    with _explained(folder, name), silence():
         url = str(api.create_repo(name, private=private or None, exist_ok=True))
         api.upload_folder(
             repo_id=name,
@@ -50,7 +51,7 @@ def push(folder: Path, name: str, *, private: bool, files: tuple[str, ...] = ())
 
 
 @contextlib.contextmanager
-def _explained(hub: Any, folder: Path, name: str) -> Iterator[None]:
+def _explained(folder: Path, name: str) -> Iterator[None]:
     """Makes any error of the hub's library one of ours that says what is left."""
     stays = f"{folder} stays as it is, and the same command sends it again"
     try:
@@ -66,9 +67,9 @@ def _explained(hub: Any, folder: Path, name: str) -> Iterator[None]:
             ) from error
         if status is not None and 400 <= status < 500:
             raise ConfigError(f"the hub does not take {name} ({reason}). {stays}") from error
+        endpoint = library("huggingface_hub.constants", EXTRA).ENDPOINT
         raise StorageError(
-            f"{name} could not be sent to {hub.constants.ENDPOINT} ({reason}); is there a network? "
-            f"{stays}"
+            f"{name} could not be sent to {endpoint} ({reason}); is there a network? {stays}"
         ) from error
 
 

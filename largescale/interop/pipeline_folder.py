@@ -12,7 +12,15 @@ from torch import Tensor
 from largescale.checkpoint.weights import is_description
 from largescale.config.serialise import from_dict
 from largescale.errors import CheckpointError, usable
-from largescale.host.files import from_json, names_of, require_writable, visible, write_atomically
+from largescale.host.files import (
+    from_json,
+    names_of,
+    require_writable,
+    sole_writer,
+    unchanged,
+    visible,
+    write_atomically,
+)
 from largescale.interop.diffusers_folder import read_weights
 from largescale.interop.diffusers_pipeline import (
     DESCRIPTION,
@@ -71,20 +79,22 @@ def replaced(out: Path, description: dict[str, Any]) -> Iterator[Path]:
     """An empty folder, whose content takes the place of the pipeline in `out` when the block ends.
     Where it fails, the pipeline that was there stays."""
     new = out / _WRITING
-    # What a killed export left.
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        yield new
-        write_atomically(new / DESCRIPTION, json.dumps(description, indent=1) + "\n")
-        (out / MODEL_INDEX).unlink(missing_ok=True)
-        for name in PARTS:
-            _remove(out / name)
-            if (new / name).exists():
-                (new / name).replace(out / name)
-    # On a full disk it would only take space.
-    finally:
+    out.mkdir(parents=True, exist_ok=True)
+    with sole_writer(out):
+        # What a killed export left.
         shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        try:
+            yield new
+            write_atomically(new / DESCRIPTION, json.dumps(description, indent=1) + "\n")
+            (out / MODEL_INDEX).unlink(missing_ok=True)
+            for name in PARTS:
+                _remove(out / name)
+                if (new / name).exists():
+                    (new / name).replace(out / name)
+        # On a full disk it would only take space.
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:
@@ -97,10 +107,18 @@ def _remove(path: Path) -> None:
 def read_pipeline(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What an export says of itself, and its weights under our names, bitwise as they were written,
     of a diffusers pipeline that we wrote. Raises CheckpointError where it is not complete."""
-    with usable(folder / DESCRIPTION):
-        description: dict[str, Any] = from_json((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        model = from_dict(description["config"]).model
-    weights, _ = read_weights(folder / "transformer", model.input_size)
+    # The one is written first, the other last: between them the weights may be of another export.
+    if not (folder / MODEL_INDEX).exists():
+        raise CheckpointError(
+            f"the pipeline {folder} is not complete: it has no {MODEL_INDEX}, which is written last; "
+            "an export writes it now, or was killed: wait for it, or export again"
+        )
+    with unchanged(folder / DESCRIPTION), unchanged(folder / MODEL_INDEX):
+        with usable(folder / DESCRIPTION):
+            text = (folder / DESCRIPTION).read_text(encoding="utf-8")
+            description: dict[str, Any] = from_json(text)
+            model = from_dict(description["config"]).model
+        weights, _ = read_weights(folder / "transformer", model.input_size)
     # diffusers' DiT has a table of classes also where the model has none.
     if not model.num_classes:
         del weights["y_embedder.embedding_table.weight"]

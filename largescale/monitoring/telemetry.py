@@ -1,12 +1,12 @@
-"""What a run logs: metrics.jsonl, TensorBoard, and a progress bar, all from rank 0."""
+"""What a run logs: metrics.jsonl, trackers such as TensorBoard, and a progress bar, all from rank 0."""
 
 import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from PIL import Image
@@ -15,6 +15,8 @@ from tqdm import tqdm
 from largescale.errors import TakenOverError
 from largescale.host.files import from_json, located
 from largescale.host.launch import printable_lines
+from largescale.monitoring.trackers.service import Ended
+from largescale.monitoring.trackers.tensorboard import Board
 
 # Dense half-precision peaks in FLOP/s, from the makers' data sheets; elsewhere MFU is not reported.
 # The first name that a device's name contains counts, so "H100 PCIe" comes before "H100".
@@ -70,8 +72,32 @@ def _end_of_step(path: Path, step: int) -> int:
     return end
 
 
+class Tracker(Protocol):
+    """Where a run is shown besides metrics.jsonl. Its methods may raise OSError, and wait for no
+    network."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def event(self, step: int, kind: str, text: str) -> None: ...
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None: ...
+
+    def roll_back(self, step: int) -> None:
+        """What was logged of steps later than `step` does not count any more."""
+
+    def close(self, ended: Ended, summary: Mapping[str, Any]) -> None: ...
+
+
+# Starts trackers, given the run directory under its present name and what prints a line.
+StartTrackers = Callable[[Callable[[], Path], Callable[[str], None]], Sequence[Tracker]]
+
+
+def _no_trackers(run_dir: object, message: object) -> Sequence[Tracker]:
+    return ()
+
+
 class Telemetry:
-    """Writes metrics.jsonl and TensorBoard, and shows the progress bar.
+    """Writes metrics.jsonl, hands everything on to the trackers, and shows the progress bar.
 
     On ranks other than 0 every method does nothing.
     """
@@ -85,10 +111,11 @@ class Telemetry:
         step: int,
         steps: int,
         require_lock: Callable[[], None] = lambda: None,
+        trackers: StartTrackers = _no_trackers,
     ):
         """`step`: where the run stands. Rows of later steps, written before an interruption, are
-        dropped. `require_lock`: raises TakenOverError where another process trains the run since,
-        OSError where that cannot be found out."""
+        dropped. `trackers`: starts those besides TensorBoard. `require_lock`: raises TakenOverError
+        where another process trains the run since, OSError where that cannot be found out."""
         self.active = active
         if not active:
             return
@@ -96,7 +123,6 @@ class Telemetry:
         self.require_lock = require_lock
         require_lock()
         self._run_dir = run_dir
-        self._tensorboard = tensorboard
         self._failure_reported = False
         # Open, so that the run directory is found under another name too.
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -106,8 +132,8 @@ class Telemetry:
         self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
         self._file.truncate(_end_of_step(run_dir / "metrics.jsonl", step))
         self._unwritten = b""
-        self._board: Any = None
-        self._open_board(step)
+        self._ended: Ended = "stopped"
+        self._summary: dict[str, Any] = {}
 
         # In a log file a bar is only a line now and then.
         terminal = sys.stderr.isatty()
@@ -119,6 +145,12 @@ class Telemetry:
             ascii=not terminal,
             mininterval=0.5 if terminal else 20,
         )
+        self._trackers: list[Tracker] = []
+        if tensorboard:
+            board = Board(lambda: self.run_dir / "tensorboard")
+            self._trackers.append(board)
+            self._track(lambda tracker: board.start(step))
+        self._trackers += trackers(lambda: located(run_dir, self._folder), self.message)
 
     @property
     def run_dir(self) -> Path:
@@ -132,27 +164,12 @@ class Telemetry:
             self._run_dir = run_dir
         return run_dir
 
-    def _open_board(self, step: int) -> None:
-        if self._tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # TensorBoard drops what it has of later steps itself.
+    def _track(self, call: Callable[[Tracker], None]) -> None:
+        """Hand something on to every tracker, unless another process trains the run since."""
+        for tracker in self._trackers:
             with self.tolerate_disk_errors():
                 self.require_lock()
-                self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
-
-    def _on_board(self, step: int, add: Callable[[Any], Any]) -> None:
-        """Add something to TensorBoard."""
-        # Its writer cannot be used after an error: another one is made.
-        if self._board is None:
-            self._open_board(step)
-        board = self._board
-        self._board = None
-        with self.tolerate_disk_errors():
-            self.require_lock()
-            if board:
-                add(board)
-            self._board = board
+                call(tracker)
 
     def roll_back(self, step: int) -> None:
         """Drop rows of steps later than `step`."""
@@ -162,10 +179,7 @@ class Telemetry:
             self.require_lock()
             self._file.truncate(_end_of_step(self.run_dir / "metrics.jsonl", step))
         self._unwritten = b""
-        # Another writer, since only a new one drops what there is of later steps.
-        self._close_board()
-        self._board = None
-        self._open_board(step)
+        self._track(lambda tracker: tracker.roll_back(step))
         with contextlib.suppress(OSError):
             self._bar.n = step
             self._bar.refresh()
@@ -183,23 +197,18 @@ class Telemetry:
             return
         known = {key: value for key, value in metrics.items() if value is not None}
         self._write({"step": step, **known})
-
-        def add(board: Any) -> None:
-            for key, value in known.items():
-                board.add_scalar(key, value, step)
-
-        self._on_board(step, add)
+        self._track(lambda tracker: tracker.log(step, known))
 
     def event(self, step: int, kind: str, text: str, **facts: Any) -> None:
         """Log an event, and print its text."""
         if not self.active:
             return
         self._write({"step": step, "event": kind, "text": text, **facts})
-        self._on_board(step, lambda board: board.add_text(kind, text, step))
+        self._track(lambda tracker: tracker.event(step, kind, text))
         self.message(text)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Log an image, (H, W, 3) uint8, to TensorBoard and as RUN/NAME/step_00001000.png."""
+        """Log an image, (H, W, 3) uint8, to the trackers and as RUN/NAME/step_00001000.png."""
         if not self.active:
             return
         with self.tolerate_disk_errors():
@@ -207,7 +216,13 @@ class Telemetry:
             path = self.run_dir / name / f"step_{step:08d}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(image).save(path)
-        self._on_board(step, lambda board: board.add_image(name, image, step, dataformats="HWC"))
+        self._track(lambda tracker: tracker.image(step, name, image))
+
+    def summarise(self, ended: Ended, **facts: Any) -> None:
+        """Set what trackers are told at the end of this start."""
+        if self.active:
+            self._ended = ended
+            self._summary = facts
 
     def message(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -250,14 +265,10 @@ class Telemetry:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self.active:
+            ended: Ended = "failed" if kind else self._ended
+            self._track(lambda tracker: tracker.close(ended, self._summary))
             self._bar.close()
             self._file.close()
             os.close(self._folder)
-            self._close_board()
-
-    def _close_board(self) -> None:
-        with self.tolerate_disk_errors():
-            if self._board:
-                self._board.close()

@@ -122,6 +122,7 @@ class CheckpointPolicy:
         # One checkpoint can stall training several times: at its start, while polled, at its end.
         if self.last_saved != saved:
             stall = {
+                "checkpoint/step": self.last_saved,
                 "checkpoint/stall_s": self._stall_s,
                 "checkpoint/write_s": self._checkpointer.write_s,
             }

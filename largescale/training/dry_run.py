@@ -246,7 +246,8 @@ def print_ema_snapshots(config: Config, parameters: int) -> None:
 
 def print_data(config: Config) -> ShardDataset | None:
     """Print the data set's size, and return it; None where there is no data set yet."""
-    from largescale.data.compatibility import open_dataset
+    from largescale.data.compatibility import open_dataset, open_validation
+    from largescale.data.fixed_noise_set import LEVELS
 
     # A dry run may come before packing; a data set that exists and does not fit is an error.
     try:
@@ -262,6 +263,12 @@ def print_data(config: Config) -> ShardDataset | None:
     print(f"data: {config.data.path}, {len(dataset):,} images of {info.kind} {info.shape}{classes}")
     per_epoch = len(dataset) / config.train.global_batch_size
     print(f"steps per epoch: {per_epoch:,.1f}, {config.train.steps / per_epoch:,.1f} epochs in all")
+    if validation := open_validation(config, dataset):
+        images = config.telemetry.validation_images * (config.curriculum.n_clusters + LEVELS)
+        print(
+            f"validation: {config.data.validation}, {len(validation):,} images; every "
+            f"{config.telemetry.validation_every:,} steps {2 * images:,} forward passes"
+        )
     return dataset
 
 

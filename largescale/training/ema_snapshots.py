@@ -39,7 +39,7 @@ class EmaSnapshots:
         snapshot may succeed."""
         for width in self._config.optimizer.ema_widths:
             # In half precision before it is gathered: half the bytes.
-            part = self._engine.ema_partition(state_key(width)).half()
+            part = self._engine.partition(state_key(width)).half()
             flat = self._ranks.all_gather_flat(part)[: self._engine.numel]
             if self._ranks.rank == 0:
                 self._write(Profile(step, width), flat.cpu())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from largescale.checkpoint.files import CheckpointDir
+from largescale.checkpoint.files import CheckpointDir, is_run
 from largescale.checkpoint.weights import read_weights, weights_sha256
 from largescale.config.schema import Config
 from largescale.config.serialise import flatten, from_dict, to_dict
@@ -42,12 +42,13 @@ class FirstWeights:
     """train.init_new"""
 
     @classmethod
-    def read(cls, config: Config) -> "FirstWeights":
-        """Those of train.init_from: a run, or an export. Raises CheckpointError."""
+    def read(cls, config: Config, step: int | None = None) -> "FirstWeights":
+        """Those of train.init_from: an export, or a run, by default its newest checkpoint. Raises
+        CheckpointError."""
         assert config.train.init_from is not None
         source = Path(config.train.init_from)
         try:
-            description, weights = read_weights(source)
+            description, weights = read_weights(source, step)
         except CheckpointError as error:
             raise CheckpointError(
                 f"--train.init-from {source}: {error}; files of other programs become an export by "
@@ -177,16 +178,26 @@ def check_resumed(config: Config, checkpoint: CheckpointDir) -> None:
     """Raise CheckpointError where the options name other first weights than the run in the
     checkpoint was started with. Weights that are gone by now are not needed any more."""
     wanted = config.train.init_from
-    if wanted is None or not Path(wanted).exists():
+    if wanted is None:
         return
     started = checkpoint.manifest()["state"].get("init") or {}
-    first = FirstWeights.read(config).record()
+    # A run may have trained on since: what counts is the checkpoint that was taken.
+    step = None
+    gone = not Path(wanted).exists()
+    if started and is_run(Path(wanted)):
+        step = started["step"]
+        gone = not CheckpointDir.at(Path(wanted), step).exists
+    # A run without first weights needs those that it is given now.
+    if started and gone:
+        first = started | {"new": sorted(config.train.init_new)}
+    else:
+        first = FirstWeights.read(config, step).record()
     for key in ("sha256", "new"):
         if started.get(key) != first[key]:
             raise CheckpointError(
                 f"{checkpoint.path.parent.parent} was started with other first weights: "
                 f"{_described(started)}, and --train.init-from {wanted} is {_described(first)}; "
-                "leave the options away to resume it, or start another run with --output DIR"
+                "leave the options out to resume it, or start another run with --output DIR"
             )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from largescale.condition import Condition, select
 from largescale.config.schema import Config
@@ -30,8 +30,9 @@ from largescale.encoders.identity import offline
 from largescale.encoders.vae import Vae, load_vae
 from largescale.engine.deepspeed_engine import Engine
 from largescale.errors import DataError, Stopped
-from largescale.models.build import build_model, latent_shape
+from largescale.models.build import latent_shape
 from largescale.monitoring.telemetry import Telemetry
+from largescale.training.gathered import gather_model
 
 
 def load_decoder(dataset: ShardDataset) -> tuple[Vae | None, str]:
@@ -160,7 +161,7 @@ class Preview:
             clip_denoised=self._pixels and objective.clips_predictions,
         )
         # A collective, so before and not inside what one rank alone may fail in.
-        model = self._ema_model()
+        model = gather_model(c, self._engine, ranks, "ema")
         return ranks.raise_on_all_ranks(
             lambda: draw_samples(
                 model,
@@ -215,16 +216,3 @@ class Preview:
         finally:
             self._vae = self._vae.moved(torch.device("cpu"))
         return torch.cat(images).permute(0, 2, 3, 1).numpy()
-
-    def _ema_model(self) -> nn.Module:
-        """A copy of the EMA in fp32, gathered from the ranks' partitions; lives for one preview."""
-        model = build_model(self._config.model).to(self._ranks.device).eval()
-        # What follows the parameters is ZeRO's padding to a multiple of the number of ranks.
-        flat = self._ranks.all_gather_flat(self._engine.ema_partition())[: self._engine.numel]
-        nn.utils.vector_to_parameters(flat, [p for p in model.parameters() if p.requires_grad])
-
-        # Fixed values, such as position embeddings, have no EMA.
-        for ours, trained in zip(model.parameters(), self._engine.module.parameters(), strict=True):
-            if not ours.requires_grad:
-                ours.data.copy_(trained)
-        return model

@@ -5,6 +5,7 @@ Importing this loads DeepSpeed: DS_ACCELERATOR must be set to the run's device b
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,19 @@ from largescale.config.deepspeed import final_ds_config, precision
 from largescale.config.schema import Config
 from largescale.config.serialise import to_dict
 from largescale.config.validation import ema_note, remarks
+from largescale.config.yaml_files import to_yaml
 from largescale.data.shards import ShardDataset
 from largescale.diffusion.build import build_objective
 from largescale.distributed.ranks import Ranks
 from largescale.distributed.watchdog import Watchdog
 from largescale.engine.deepspeed_engine import check_ds_config
 from largescale.errors import CheckpointError
+from largescale.host.files import write_atomically
 from largescale.host.launch import tell_torchrun
 from largescale.host.signals import EXIT_REQUEUE
 from largescale.monitoring.goodput import Goodput
 from largescale.monitoring.telemetry import Telemetry
+from largescale.monitoring.trackers.build import start_services
 from largescale.planning.batch_size import explain_out_of_memory, resolve_micro_batch_size
 from largescale.training.early_stop import asked_to_stop
 from largescale.training.first_weights import FirstWeights, check_resumed, started_from
@@ -49,6 +53,7 @@ def train_run(
     ds: dict[str, Any],
     ranks: Ranks,
     dataset: ShardDataset,
+    validation: ShardDataset | None,
     watchdog: Watchdog,
     lock: RunLock | None,
     start_time: float,
@@ -56,8 +61,8 @@ def train_run(
 ) -> int:
     """Train, from the newest checkpoint if there is one; the process's exit status.
 
-    `ds`: DeepSpeed's settings. `lock`: rank 0's, on the run directory. `start_time`: the program's,
-    in seconds since 1970."""
+    `ds`: DeepSpeed's settings. `validation`: held-out images. `lock`: rank 0's, on the run
+    directory. `start_time`: the program's, in seconds since 1970."""
     # A finished run needs no model; a checkpoint of another run is refused before one is built.
     check_ds_config(ds)
     identity = run_identity(config, ds, dataset)
@@ -96,7 +101,7 @@ def train_run(
             resume(checkpoint, train_step, state, log)
         log(first_line(train_step, state, dataset, precision(ds)))
         finished, goodput = run_trainer(
-            train_step, dataset, checkpointer, identity, watchdog, lock, start_time
+            train_step, dataset, validation, checkpointer, identity, watchdog, lock, start_time
         )
     log_end(config, state, checkpointer.run_dir, goodput, finished, log)
     return 0 if finished else EXIT_REQUEUE
@@ -105,6 +110,7 @@ def train_run(
 def run_trainer(
     train_step: TrainStep,
     dataset: ShardDataset,
+    validation: ShardDataset | None,
     checkpointer: Checkpointer,
     identity: dict[str, Any],
     watchdog: Watchdog,
@@ -130,10 +136,32 @@ def run_trainer(
             flops_per_step=train_step.flops,
             start_time=start_time,
         )
+        # For a person, and for --config of another run; nothing reads it to resume.
+        if ranks.rank == 0:
+            with telemetry.tolerate_disk_errors():
+                telemetry.require_lock()
+                write_atomically(config.run_dir / "config.yaml", to_yaml(config))
         trainer = Trainer(
-            config, ranks, dataset, train_step, state, checkpointer, recorder, identity
+            config,
+            ranks,
+            dataset,
+            train_step,
+            state,
+            checkpointer,
+            recorder,
+            identity,
+            validation,
         )
-        return trainer.run(), recorder.goodput
+        finished = trainer.run()
+        telemetry.summarise(
+            "finished" if finished else "stopped",
+            step=state.step,
+            saved_step=checkpointer.last_saved,
+            curriculum_index=state.curriculum.index,
+            skipped_steps=state.skipped_steps,
+            goodput=str(recorder.goodput.account()),
+        )
+        return finished, recorder.goodput
 
 
 def open_telemetry(config: Config, ranks: Ranks, step: int, lock: RunLock | None) -> Telemetry:
@@ -141,10 +169,11 @@ def open_telemetry(config: Config, ranks: Ranks, step: int, lock: RunLock | None
     return Telemetry(
         config.run_dir,
         active=ranks.rank == 0,
-        tensorboard=config.telemetry.tensorboard,
+        tensorboard="tensorboard" in config.telemetry.trackers,
         step=step,
         steps=config.train.steps,
         require_lock=lock.require if lock else lambda: None,
+        trackers=partial(start_services, config, step),
     )
 
 

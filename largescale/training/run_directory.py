@@ -54,7 +54,7 @@ def require_run_directory(run_dir: Path) -> None:
 def _is_left_by_a_killed_start(path: Path) -> bool:
     """Whether the file or folder may lie in a run directory before the first record of a start."""
     # A batch job's log, and what a file system has at its root, are nobody's work.
-    if path.name in (LOCK, LEASE, "tensorboard", "lost+found") or path.suffix in (
+    if path.name in (LOCK, LEASE, "tensorboard", "trackers", "lost+found") or path.suffix in (
         ".log",
         ".out",
         ".err",

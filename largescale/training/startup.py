@@ -17,7 +17,7 @@ from largescale.config.deepspeed import final_ds_config, precision
 from largescale.config.derived import resolved_kernels
 from largescale.config.schema import Config
 from largescale.config.validation import validate
-from largescale.data.compatibility import open_dataset
+from largescale.data.compatibility import open_dataset, open_validation
 from largescale.distributed.ranks import Ranks, is_lost_contact
 from largescale.distributed.watchdog import Watchdog, end_at_once, lost_rank
 from largescale.engine.optimizer import choose_kernel
@@ -162,6 +162,10 @@ def open_and_train(
     watchdog.heartbeat("start-up: data set")
     dataset = ranks.raise_on_all_ranks(lambda: open_dataset(config, ranks.rank, ranks.world_size))
 
+    validation = ranks.raise_on_all_ranks(
+        lambda: open_validation(config, dataset, ranks.rank, ranks.world_size)
+    )
+
     # Every rank writes there; rank 0 holds the lock for all.
     watchdog.heartbeat("start-up: run directory")
     ranks.raise_on_all_ranks(lambda: check_writable(config.run_dir))
@@ -176,4 +180,4 @@ def open_and_train(
         os.environ["DS_ACCELERATOR"] = config.train.device
         from largescale.training.run import train_run
 
-        return train_run(config, ds, ranks, dataset, watchdog, lock, start_time, log)
+        return train_run(config, ds, ranks, dataset, validation, watchdog, lock, start_time, log)

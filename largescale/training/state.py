@@ -2,6 +2,7 @@
 rank."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -58,6 +59,9 @@ class TrainingState:
         self.noise_sampler = build_noise_sampler(config, objective)
         self.spikes = SpikeDetector(config.anomaly.spike_factor)
         self.skips: list[SkippedInputs] = []
+        # The least loss on held-out images, and the steps at which it fell.
+        self.best_loss: float | None = None
+        self.best_steps: list[int] = []
 
     @property
     def input_step(self) -> int:
@@ -80,6 +84,15 @@ class TrainingState:
             self.spikes.new_stage()
         return stage_ended
 
+    def observe_validation(self, loss: float) -> bool:
+        """Note a loss on held-out images: True if it is the least so far."""
+        # A NaN is below nothing.
+        if not (loss < (math.inf if self.best_loss is None else self.best_loss)):
+            return False
+        self.best_loss = loss
+        self.best_steps.append(self.step)
+        return True
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that moves, as plain JSON values."""
         return {
@@ -90,6 +103,7 @@ class TrainingState:
             "noise_sampler": self.noise_sampler.state_dict(),
             "skips": [asdict(skip) for skip in self.skips],
             "spikes": self.spikes.state_dict(),
+            "best": {"loss": self.best_loss, "steps": list(self.best_steps)},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -100,6 +114,9 @@ class TrainingState:
         if "noise_sampler" in state:
             self.noise_sampler.load_state_dict(state["noise_sampler"])
         self.skips = [SkippedInputs(**skip) for skip in state.get("skips", [])]
+        best = state.get("best", {"loss": None, "steps": []})
+        self.best_loss = best["loss"]
+        self.best_steps = list(best["steps"])
         if "spikes" in state:
             self.spikes.load_state_dict(state["spikes"])
 

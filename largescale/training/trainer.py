@@ -23,6 +23,7 @@ from largescale.training.recorder import Recorder
 from largescale.training.reference_loss import ReferenceLoss
 from largescale.training.state import TrainingState, load_checkpoint, skips_after_rollback
 from largescale.training.step import TrainStep
+from largescale.training.validation_loss import ValidationLoss
 
 # Pauses before data that could not be read are tried again.
 READ_RETRY_S = (1.0, 5.0, 15.0)
@@ -41,9 +42,10 @@ class Trainer:
         checkpointer: Checkpointer,
         recorder: Recorder,
         identity: dict[str, Any],
+        validation: ShardDataset | None = None,
     ):
         """Collective. `identity`: what a checkpoint records of the run besides its progress (see
-        `run_identity` in run.py)."""
+        `run_identity` in run.py). `validation`: held-out images."""
         self.config = config
         self.ranks = ranks
         self.dataset = dataset
@@ -78,6 +80,20 @@ class Trainer:
                 recorder.stop_requested,
             )
         )
+        self.validation: ValidationLoss | None = None
+        if validation is not None:
+            self.validation = ranks.raise_on_all_ranks(
+                lambda: ValidationLoss(
+                    config,
+                    validation,
+                    train_step.objective,
+                    state.curriculum.edges,
+                    ranks,
+                    recorder.stop_requested,
+                )
+            )
+        if config.checkpoint.keep_best != "none":
+            checkpointer.best_steps = lambda: state.best_steps
         # Of the step that is taken. Where this rank cannot read one, the last stands in its place.
         self.batch: Batch = {}
 
@@ -187,8 +203,12 @@ class Trainer:
             with self._side_task("reference"):
                 self.telemetry.log(step, self.reference_loss(self.engine.module))
 
+        # Before the checkpoint, which says whether it is the best.
+        best = self.validate(step)
         if self.checkpoints.due(step):
             self.checkpoints.save(step, self.checkpoint_state(), "schedule")
+        elif best:
+            self.checkpoints.save(step, self.checkpoint_state(), "best")
         if self.ema_snapshots.due(step):
             with self.recorder.lap("checkpoint"):
                 self.ema_snapshots.write(step)
@@ -198,6 +218,25 @@ class Trainer:
             self.checkpoints.finalize(step)
             with self._side_task("preview"):
                 self.preview(step, self.telemetry)
+
+    def validate(self, step: int) -> bool:
+        """Log the loss on held-out images where the step is due for it: True if the checkpoint of
+        this step is to be kept as the best so far. Collective."""
+        every = self.config.telemetry.validation_every
+        last = step == self.config.train.steps
+        if self.validation is None or not (last or step % every == 0):
+            return False
+        best = False
+        with self._side_task("validation"):
+            figures = self.validation(self.engine)
+            keep = self.config.checkpoint.keep_best
+            if keep != "none":
+                best = self.state.observe_validation(figures[f"validation/{keep}"])
+                # None while no loss was a number.
+                if self.state.best_steps:
+                    figures["validation/best_step"] = self.state.best_steps[-1]
+            self.telemetry.log(step, figures)
+        return best
 
     def roll_back(self, anomaly: Anomaly) -> None:
         """Load the last good checkpoint, and leave out the inputs from its step to this one.

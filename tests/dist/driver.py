@@ -4,6 +4,7 @@ The faults are patched in from here, so that the program itself has no switch th
 """
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -29,6 +30,7 @@ from largescale.training.trainer import Trainer
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--die-after", type=int, help="kill -9 this process when the step has been taken and its save begun")
+parser.add_argument("--sent", action="store_true", help="with --die-after: once the trackers have what was logged")
 parser.add_argument("--forget", choices=["patience", "ema", "moments", "loss_scale"], help="lose it on resume")
 parser.add_argument("--bad-loss", type=int, nargs=2, metavar=("STEP", "RANK"), help="an infinite loss")
 parser.add_argument("--bad-gradient", type=int, nargs=2, metavar=("STEP", "RANK"), help="a finite loss, a NaN gradient")
@@ -55,6 +57,18 @@ parser.add_argument("--stop-in", choices=["open_dataset", "TrainStep", "Preview"
 separator = sys.argv.index("--")
 faults = parser.parse_args(sys.argv[1:separator])
 
+
+
+def wait_for_trackers(trainer: Trainer) -> None:
+    """Until the notes in the run directory say that everything is with the services."""
+    for tracker in trainer.telemetry._trackers:
+        note = trainer.telemetry.run_dir / "trackers" / f"{tracker.name}.json"  # type: ignore[attr-defined]
+        end = time.monotonic() + 120
+        while not note.exists() or json.loads(note.read_text())["step"] < trainer.state.step:
+            assert time.monotonic() < end, f"{note} is not at step {trainer.state.step}"
+            time.sleep(0.1)
+
+
 if faults.die_after is not None:
     periodic_tasks = Trainer.run_periodic_tasks
 
@@ -62,6 +76,10 @@ if faults.die_after is not None:
         periodic_tasks(self)
         if self.state.step == faults.die_after:
             self.checkpointer._writer.collect()  # the files are whole, the manifest is not there
+            if faults.sent and self.ranks.rank == 0:
+                wait_for_trackers(self)
+            if faults.sent:
+                self.ranks.barrier()
             os.kill(os.getpid(), signal.SIGKILL)
 
     Trainer.run_periodic_tasks = run_periodic_tasks  # type: ignore[method-assign]

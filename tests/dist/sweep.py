@@ -29,7 +29,7 @@ for precision in ("fp32", "bf16", "fp16"):
     ranks.barrier()
     args = ["debug", "--data.path", data, "--train.ds-config", ds, "--train.steps", steps, "--train.micro-batch-size", 4, "--model.depth", 1,
             "--optimizer.clip-grad-norm", 0.5, "--curriculum.patience", 1, "--checkpoint.keep-last", 100,
-            "--telemetry.log-every", 1, "--telemetry.no-tensorboard", "--telemetry.preview-every", 0,
+            "--telemetry.log-every", 1, "--telemetry.trackers", "--telemetry.preview-every", 0,
             "--telemetry.reference-every", 0]
     truth = folder / f"{precision}_truth"
     assert train.main([*map(str, args), "--checkpoint.every", "1", "--output", str(truth)]) == 0

@@ -49,7 +49,7 @@ class Chaos:
         self.args: list[Any] = [
             "debug", "--data.path", folder / "data", "--train.steps", steps, "--train.global-batch-size", 24,
             "--curriculum.patience", 40, "--checkpoint.every", 50, "--telemetry.log-every", 1, "--optimizer.clip-grad-norm",
-            1, "--telemetry.no-tensorboard", "--telemetry.preview-every", 0, "--telemetry.reference-every", 0,
+            1, "--telemetry.trackers", "--telemetry.preview-every", 0, "--telemetry.reference-every", 0,
             "--train.timeout-s", 120,
         ]
         if len(world_sizes) > 1:  # rounding may move a transition of the patience rule

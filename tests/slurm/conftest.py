@@ -35,7 +35,7 @@ SMALL_RUN = (
     "--model.depth", 2, "--model.num-heads", 2, "--model.num-classes", 10, "--data.no-horizontal-flip",
     "--train.device", "cpu", "--train.ds-config", "ds_configs/zero2_fp32.json", "--train.global-batch-size", 16,
     "--optimizer.lr", 1e-3, "--optimizer.ema-decay", 0.99, "--curriculum.n-clusters", 5, "--curriculum.patience", 5,
-    "--checkpoint.every", 100, "--checkpoint.keep-every", 0, "--telemetry.log-every", 1, "--telemetry.no-tensorboard",
+    "--checkpoint.every", 100, "--checkpoint.keep-every", 0, "--telemetry.log-every", 1, "--telemetry.trackers",
     "--telemetry.preview-every", 0, "--telemetry.reference-every", 0, "--train.steps", STEPS,
 )
 

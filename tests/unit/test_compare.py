@@ -35,7 +35,7 @@ from eval.comparison.statistics import (
     t_test,
     table,
 )
-from eval.comparison.validation_loss import SEED, ValidationLoss, figure
+from eval.comparison.validation_loss import ValidationLoss, figure
 from eval.scoring.extractors import Extractor, Features
 from eval.training_runs import Run, TrainingFailed, differences
 from largescale import train as train_program
@@ -45,6 +45,7 @@ from largescale.config.presets import PRESETS
 from largescale.config.schema import Config
 from largescale.config.serialise import flatten, to_dict
 from largescale.config.validation import ema_note, validate
+from largescale.data.fixed_noise_set import VALIDATION_SEED
 from largescale.data.format import DatasetInfo
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
@@ -375,7 +376,7 @@ def test_the_loss_of_a_model_that_says_nothing(validation: Callable[..., Validat
     """It is that of the noise: its mean square."""
     config = PRESETS["debug"]()
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, learn_sigma=False))
-    noise = step_draws(SEED, 0, 12, (1, 16, 16), dropout_prob=0.0, posterior=False, device=CPU).noise
+    noise = step_draws(VALIDATION_SEED, 0, 12, (1, 16, 16), dropout_prob=0.0, posterior=False, device=CPU).noise
     found = validation((0.0, 0.2, 0.5, 1.0), 4)(lambda x, t, y: torch.zeros_like(x), build_objective(config))  # type: ignore[arg-type]
     assert found == pytest.approx(noise.square().reshape(3, -1).mean(1).double().numpy())
 

@@ -140,6 +140,7 @@ def test_no_labels(tmp_path: Path, converted: Any) -> None:
 @pytest.mark.parametrize("wrap", [
     lambda weights: {f"module.{name}": tensor for name, tensor in weights.items()},
     lambda weights: {f"_orig_mod.module.{name}": tensor for name, tensor in weights.items()},
+    lambda weights: {"ema": {"n_averaged": torch.tensor(5)} | {f"module.{name}": tensor for name, tensor in weights.items()}},
     lambda weights: {name.replace("attn.", "_orig_mod.attn."): tensor for name, tensor in weights.items()},
     lambda weights: {f"ema.{name}": tensor for name, tensor in weights.items()} | {"model.x_embedder.proj.bias": torch.zeros(1)},
     lambda weights: {"state_dict": {f"model.{name}": tensor for name, tensor in weights.items()}, "global_step": 3},
@@ -485,6 +486,12 @@ def test_settings_that_contradict_the_weights(args: argparse.Namespace, says: st
 def test_options_that_do_not_fit(options: tuple[str, ...], says: str, tmp_path: Path, refused: Any) -> None:
     torch.save(dit().state_dict(), tmp_path / "model.pt")
     assert says in refused(tmp_path / "model.pt", *options)
+
+
+def test_two_models_in_one_state_dict(tmp_path: Path, refused: Any) -> None:
+    weights = dit().state_dict()
+    torch.save({**weights, **{f"module.{name}": tensor for name, tensor in weights.items()}}, tmp_path / "dit.pt")
+    assert "the weights have pos_embed twice, with and without a prefix (module.pos_embed)" in refused(tmp_path / "dit.pt", *HEADS)
 
 
 def test_weights_that_are_not_there(tmp_path: Path, refused: Any) -> None:

@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from eval import curve, sample
-from largescale import export
+from largescale import convert, export
 from largescale.checkpoint.files import checkpoints
-from largescale.checkpoint.weights import load_trained
+from largescale.checkpoint.weights import load_trained, read_weights
 from largescale.config.presets import emoji
 from largescale.config.serialise import from_dict, to_dict
 from largescale.errors import CheckpointError, NewerVersionError
+from largescale.host.files import sole_writer
 from tests.conftest import RunHere
 
 
@@ -155,6 +157,39 @@ def test_an_export_is_written_again(spoil: str, run_here: RunHere, tmp_path: Pat
     assert {path.name for path in out.iterdir()} <= {"config.json", "model.safetensors", "README.md", ".gitattributes"}
 
 
+def test_an_export_that_is_not_complete_is_called_that(run_here: RunHere, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = export.export(run_here("--train.steps", 2).run, tmp_path / "out")
+    (out / "config.json").unlink()
+    assert convert.main([str(out), "--out", str(tmp_path / "converted")]) == 2
+    assert f"error: the export {out} is not complete: it has no config.json" in capsys.readouterr().err
+
+
+def test_an_export_that_is_written_anew_while_it_is_read(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its config may be that of the old weights."""
+    run = run_here("--train.steps", 6, "--checkpoint.every", 3).run
+    out = export.export(run, tmp_path / "out", 3)
+
+    def load(path: Path) -> Any:
+        export.export(run, out)
+        return load_file(path)
+
+    monkeypatch.setattr("safetensors.torch.load_file", load)
+    with pytest.raises(CheckpointError, match="was written anew while it was read"):
+        read_weights(out)
+    monkeypatch.undo()
+    assert read_weights(out)[0]["step"] == 6
+
+
+def test_one_process_writes_an_export(run_here: RunHere, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_here("--train.steps", 2).run
+    out = export.export(run, tmp_path / "out")
+    with sole_writer(out):
+        for program in (export, convert):
+            assert program.main([str(run), "--out", str(out)]) == 2
+            assert f"error: another process is writing to {out}; wait" in capsys.readouterr().err
+    assert export.main([str(run), "--out", str(out)]) == 0 and load_trained(out).info["step"] == 2
+
+
 def test_a_file_is_no_run(run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:
     log = run_here("--train.steps", 2).run / "metrics.jsonl"
     for program in (lambda: export.main([str(log)]), lambda: sample.main([str(log), "--out", str(log.parent / "samples"), "--device", "cpu"])):
@@ -162,18 +197,25 @@ def test_a_file_is_no_run(run_here: RunHere, capsys: pytest.CaptureFixture[str])
         assert f"error: {log} is a file; give the folder of a run, such as runs/digits\n" == capsys.readouterr().err
 
 
-def test_a_failed_export_leaves_nothing_half_written(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+# What safetensors raises on a full disk.
+FULL = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), FULL])
+def test_a_failed_export_leaves_nothing_half_written(error: Exception, run_here: RunHere, monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
     """The one before stays, and no part of the new one takes space."""
     run = run_here("--train.steps", 6, "--checkpoint.every", 3).run
     out = export.export(run, step=3)
 
     def fail(weights: Any, path: Path, **more: Any) -> None:
         path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr("safetensors.torch.save_file", fail)
-    with pytest.raises(OSError, match="No space left"):
-        export.export(run)
+    assert export.main([str(run)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "No space left" in said and "Traceback" not in said
     assert load_trained(out).info["step"] == 3 and {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "README.md"}
 
 

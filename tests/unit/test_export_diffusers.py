@@ -1,6 +1,7 @@
 """python -m largescale.export RUN --format diffusers, from a run to a folder on the hub and back."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from eval import sample
@@ -21,7 +23,7 @@ from largescale.checkpoint.export_folder import write_export
 from largescale.checkpoint.files import checkpoints, named_weights
 from largescale.checkpoint.weights import load_trained
 from largescale.config.serialise import to_dict
-from largescale.host.files import visible
+from largescale.host.files import sole_writer, visible
 from largescale.interop.pipeline_folder import is_pipeline
 from largescale.randomness import stream_seed
 from tests.conftest import RunHere
@@ -36,10 +38,11 @@ FILES = ["README.md", "largescale.json", "largescale_dit_pipeline.py", "model_in
 
 
 @pytest.fixture(autouse=True)
-def modules_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def modules_of_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """diffusers copies the code of folders to one of its own, which it adds to sys.path."""
-    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    folder = tmp_path_factory.mktemp("modules")
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(folder))
+    monkeypatch.syspath_prepend(str(folder))
     diffusers.utils.logging.disable_progress_bar()
 
 
@@ -254,16 +257,20 @@ def test_it_is_written_again(run_here: RunHere, tmp_path: Path) -> None:
     assert json.loads((out / "largescale.json").read_text())["step"] == 6
 
 
-def test_one_that_fails_leaves_the_one_before(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("where", "error"), [
+    ("diffusers.DDIMScheduler.save_pretrained", OSError(28, "No space left on device")),
+    ("diffusers.DiTTransformer2DModel.save_pretrained", SafetensorError("No space left on device (os error 28)")),
+])
+def test_one_that_fails_leaves_the_one_before(where: str, error: Exception, run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_here("--train.steps", 2).run
     out = tmp_path / "out"
     assert main(run, "--out", out) == 0
     before = content(out)
 
     def fail(*args: Any, **more: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
-    monkeypatch.setattr("diffusers.DDIMScheduler.save_pretrained", fail)
+    monkeypatch.setattr(where, fail)
     assert main(run, "--out", out) == 2 and content(out) == before
     # Without one before, nothing is left, and the next one is written there.
     assert main(run, "--out", tmp_path / "new") == 2 and not list((tmp_path / "new").iterdir())
@@ -280,6 +287,19 @@ def test_one_that_was_killed_is_ours(run_here: RunHere, tmp_path: Path) -> None:
     (out / ".writing/half").write_bytes(b"half")
     assert is_pipeline(out) and main(run, "--out", out) == 0
     assert [path.name for path in visible(out)] == FILES and not (out / ".writing").exists()
+
+
+def test_one_that_is_not_complete_is_not_converted(run_here: RunHere, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its description may be of other weights than those that lie there."""
+    run, out = run_here("--train.steps", 2).run, tmp_path / "out"
+    assert main(run, "--out", out) == 0
+    (out / "model_index.json").rename(tmp_path / "kept")
+    assert convert.main([str(out), "--out", str(tmp_path / "back")]) == 2
+    assert f"error: the pipeline {out} is not complete: it has no model_index.json" in capsys.readouterr().err
+    (tmp_path / "kept").rename(out / "model_index.json")
+    with sole_writer(out):
+        assert main(run, "--out", out) == 2 and f"another process is writing to {out}" in capsys.readouterr().err
+    assert convert.main([str(out), "--out", str(tmp_path / "back")]) == 0
 
 
 @pytest.mark.parametrize("there", ["notes.txt", "model_index.json", "README.md", "an export", "a run", "checkpoints", "a file"])
@@ -328,14 +348,15 @@ def test_options_that_contradict_each_other(options: tuple[str, ...], says: str,
     assert says in said and len(said.splitlines()) == 1
 
 
-def test_a_package_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Before anything is read; our own format needs none."""
-    code = ("import sys; sys.modules['diffusers'] = sys.modules['huggingface_hub'] = None\n"
-            "from largescale import export\nsys.exit(export.main(sys.argv[1:]))")
-    for options, says in ((("--format", "diffusers"), "diffusers is not installed; in the clone: pip install -e '.[hub]'"),
-                          (("--push-to-hub", "me/x"), "huggingface_hub is not installed"), ((), "holds no checkpoint")):
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path), *options], capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120)
-        assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    for name in ("diffusers", "huggingface_hub", "huggingface_hub.utils"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for options, says in (((tmp_path, "--format", "diffusers"), "diffusers is not installed"), ((tmp_path, "--push-to-hub", "me/x"), "huggingface_hub is not installed"),
+                          ((tmp_path,), "holds no checkpoint")):
+        assert export.main([*map(str, options)]) == 2
+        said = capsys.readouterr().err
+        assert says in said and len(said.splitlines()) == 1 and ("pip install" in said) == ("not installed" in said)
 
 
 # ---- the hub
@@ -348,7 +369,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         point_at(found.url, monkeypatch)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True, raising=False)
         yield found
 
 
@@ -382,6 +403,24 @@ def test_what_is_sent_comes_back(server: Hub, run_here: RunHere, tmp_path: Path,
     assert main(run, "--push-to-hub", "me/digits") == 0
     assert [name for name in server.repositories["me/digits"] if "safetensors" in name] == ["transformer/diffusion_pytorch_model.safetensors"]
     assert server.repositories["me/digits"] == {name: data for name, data in content(run / "diffusers").items() if name != ".hidden"}
+
+
+def test_the_programs_as_they_are_typed(run_here: RunHere, tmp_path: Path) -> None:
+    """In processes of their own, which know the hub by their environment."""
+    run = run_here("--train.steps", 2).run
+    with serve() as there:
+        there.repositories["me/ours"], there.private["me/ours"] = {".gitattributes": b"theirs"}, False
+        settings = {"HF_ENDPOINT": there.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | settings
+        fetch = "import huggingface_hub; huggingface_hub.snapshot_download('me/ours', local_dir='fetched')"
+        for command in (["-m", "largescale.export", str(run), "--push-to-hub", "me/ours"], ["-c", fetch]):
+            done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=env | {"PYTHONPATH": str(Path(__file__).parents[2])},
+                                  capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path / "fetched/.cache")
+    # What was in the repository stays.
+    assert content(tmp_path / "fetched") == content(run / "export") | {".gitattributes": b"theirs"}
+    assert torch.equal(load_trained(tmp_path / "fetched").model.state_dict()["pos_embed"], load_trained(run).model.state_dict()["pos_embed"])
 
 
 def test_the_card_alone_is_sent(server: Hub, run_here: RunHere, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -434,3 +473,10 @@ def test_names_and_tokens_are_checked_before_any_work(run_here: RunHere, tmp_pat
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     assert export.main([str(tmp_path), "--push-to-hub", "me/x"]) == 2
     assert "there is no token for the hub: `hf auth login` keeps one, or set HF_TOKEN" in capsys.readouterr().err
+
+
+def test_only_the_export_sends() -> None:
+    """Training has nothing that could."""
+    root = Path(__file__).parents[2]
+    files = [path for name in ("largescale", "eval", "data_prep") for path in (root / name).rglob("*.py")]
+    assert [str(path.relative_to(root)) for path in files if "hub_upload" in path.read_text()] == ["largescale/export.py"]

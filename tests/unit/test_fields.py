@@ -79,6 +79,7 @@ ELSEWHERE = {
     "name": "test_run_dir",
     "output": "test_run_dir",
     "dry_run": "test_dry_run_starts_nothing",
+    "print_config": "test_print_config",
     "fit_ranks": "test_the_most_ranks_that_a_batch_can_be_split_over",
     "verbose": "test_dry_run_starts_nothing",
     "profile": "test_profile",
@@ -90,6 +91,10 @@ ELSEWHERE = {
     "model.caption_pooled_width": "test_captions_that_do_not_fit_the_model",
     "diffusion.fixed_variance": "test_fixed_variance",
     "data.path": "test_missing_data",
+    "data.validation": "test_the_losses_of_held_out_images",
+    "telemetry.validation_every": "test_the_losses_of_held_out_images",
+    "telemetry.validation_images": "test_the_losses_of_held_out_images",
+    "checkpoint.keep_best": "test_the_best_checkpoint_is_kept",
     "data.prefetch": "test_prefetch",
     "data.verify": "test_verify_finds_an_altered_shard",
     "optimizer.kernel": "test_a_run_goes_on_with_another_kernel",
@@ -117,7 +122,7 @@ ELSEWHERE = {
     "anomaly.spike_factor": "test_spike_factor",
     "anomaly.max_skips": "test_gradients_skipped_until_it_is_enough",
     "telemetry.log_every": "test_log_every",
-    "telemetry.tensorboard": "test_tensorboard",
+    "telemetry.trackers": "test_tensorboard",
     "telemetry.reference_every": "test_reference_loss",
     "telemetry.reference_images": "test_reference_loss",
     "telemetry.preview_every": "test_previews",
@@ -219,7 +224,7 @@ def test_tensorboard(run_here: RunHere, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert not (run_here("--train.steps", 3).run / "tensorboard").exists()
-    run = run_here("--train.steps", 6, "--curriculum.patience", 0, "--telemetry.tensorboard", output=tmp_path / "tb").run
+    run = run_here("--train.steps", 6, "--curriculum.patience", 0, "--telemetry.trackers", "tensorboard", output=tmp_path / "tb").run
     board = EventAccumulator(str(run / "tensorboard")).Reload()
     assert [point.step for point in board.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
     assert {"curriculum/index", "curriculum/lowest", "optimizer/grad_norm", "images_per_s"} <= set(board.Tags()["scalars"])

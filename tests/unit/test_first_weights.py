@@ -97,8 +97,16 @@ def test_other_first_weights_are_refused_on_resume(pretrained: Path, run_here: R
     assert refused.code == 2 and "was started with other first weights: random ones, and" in refused.err
     refused = run_here("--train.steps", 4, *with_them, "--train.init-new", "final_layer")
     assert refused.code == 2 and "new: final_layer" in refused.err
-    refused = run_here("--train.steps", 4, "--train.init-from", run.run, "--dry-run")  # its own, from after two steps
+    refused = run_here("--train.steps", 4, "--train.init-from", export(run.run, tmp_path / "own"), "--dry-run")  # from after two steps
     assert refused.code == 2 and "was started with other first weights: step 6 of debug" in refused.err
+    # Weights that are not there are taken for those of the run, but a run of random ones has none.
+    gone = ("--train.init-from", tmp_path / "gone")
+    refused = run_here("--train.steps", 4, *gone, output=tmp_path / "plain")
+    assert refused.code == 2 and f"error: --train.init-from {tmp_path / 'gone'}: " in refused.err
+    refused = run_here("--train.steps", 4, *gone, "--train.init-new", "final_layer")
+    assert refused.code == 2 and "new: final_layer" in refused.err
+    trained_on = run_here("--train.steps", 8, "--optimizer.lr", 0.01, output=tmp_path / "pretraining")  # its step 6 is what counts
+    assert trained_on.code == 0
     for same in ((), ("--train.init-from", tmp_path / "pretraining"), ("--train.init-from", tmp_path / "gone")):
         steps = checkpoints(run.run)[0].step + 1
         assert run_here("--train.steps", steps, *same).code == 0

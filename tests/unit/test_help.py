@@ -17,6 +17,7 @@ OPTIONS = {  # file: dataclasses whose fields are options
     "data_prep/imagenet.py": ["ImageNet"],
     "data_prep/packing.py": ["Packing"],
     "data_prep/parquet.py": ["Parquet"],
+    "data_prep/split.py": ["Split"],
     "data_prep/webdataset.py": ["WebDataset"],
     "eval/compare.py": ["Compare"],
     "eval/curve.py": ["Curve"],

@@ -82,10 +82,11 @@ def test_every_dependency_is_pinned_with_hashes_and_no_address() -> None:
     entries = dict(re.findall(r"(?m)^([a-z0-9._-]+)==.*\\\n((?:    --hash=.*\n)+)", text))
     assert set(re.findall(r"(?m)^([a-z0-9._-]+)==", text)) == entries.keys()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *itertools.chain(*(extras[name] for name in install.EXTRAS))]
     names = {re.split(r"[<>=\[ ]", dependency)[0].lower().replace("_", "-") for dependency in wanted} - {"largescale"}  # an extra that brings another
     assert names <= entries.keys()
-    assert set(install.EXTRAS) == project["optional-dependencies"].keys()
+    assert {*install.EXTRAS, *install.NOT_LOCKED} == extras.keys()
 
 
 def test_what_is_installed_and_that_it_is_installed_once(clone: Clone) -> None:

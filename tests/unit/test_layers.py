@@ -22,7 +22,7 @@ PROGRAMS = ("export", "convert", "ema", "status", "requeue", "train")  # which d
 NO_TORCH = ("errors", "registry", "noise_schedule", "power_ema", "host", "curriculum", "config", "checkpoint.files", "monitoring.telemetry",
             "monitoring.run_record", "monitoring.run_facts", "monitoring.run_log", "monitoring.run_words", "page", "status", "requeue", "train")  # at import; functions of some load it
 EMPTY = {"largescale.checkpoint", "largescale.config", "largescale.data", "largescale.diffusion", "largescale.distributed", "largescale.encoders",
-         "largescale.engine", "largescale.host", "largescale.interop", "largescale.models", "largescale.monitoring", "largescale.page", "largescale.planning", "largescale.training",
+         "largescale.engine", "largescale.host", "largescale.interop", "largescale.models", "largescale.monitoring", "largescale.monitoring.trackers", "largescale.page", "largescale.planning", "largescale.training",
          "largescale", "eval", "eval.comparison", "eval.difficulty_study", "eval.drawing", "eval.scoring", "data_prep"}  # packages that import nothing
 # ... but what names the extra that a missing package is in, which is set before a program's first line
 MISSING = {"sys", "largescale", "largescale.host.extras", "largescale.host.extras.name_the_extra"}
@@ -117,6 +117,9 @@ def test_one_door_each() -> None:
 
     assert users("deepspeed") == {"largescale.engine.deepspeed_engine", "largescale.engine.deepspeed_patches"}
     assert users("torch.distributed") == {"largescale.distributed.ranks"}
+    assert users("wandb") == {"largescale.monitoring.trackers.wandb"}
+    assert users("mlflow") == {"largescale.monitoring.trackers.mlflow"}
+    assert users("torch.utils.tensorboard") == {"largescale.monitoring.trackers.tensorboard"}
 
 
 @pytest.mark.skipif(not ((ROOT / ".git").exists() and shutil.which("git")), reason="this is no clone")

@@ -154,6 +154,10 @@ def test_latents_are_decoded(run: Path, tmp_path: Path) -> None:
     ({"n": 0}, "n=0 images"),
     ({"labels": [10]}, "label 10 lies outside the classes 0..9"),
     ({"labels": [-1]}, "label -1 lies outside"),
+    ({"labels": ["3"]}, "label '3' is no whole number; give those of the classes, 0..9"),
+    ({"labels": "37"}, "label '3' is no whole number"),
+    ({"labels": [3.5]}, "label 3.5 is no whole number"),
+    ({"labels": np.array([])}, "n=0 images"),
     ({"prompts": ["a"]}, "not trained on captions; leave out prompts"),
     ({"n": 1, "steps": 1}, "steps=1"),
     ({"n": 1, "sampler": "dddim"}, "unknown sampler='dddim'"),
@@ -165,6 +169,13 @@ def test_what_cannot_be_drawn(options: dict[str, Any], message: str, run: Path) 
         largescale.load(run).sample(**options)
 
 
+def test_labels_of_an_array(run: Path) -> None:
+    model = largescale.load(run)
+    expected = model.sample(labels=[3, 7], steps=2)
+    for same in (np.array([3, 7]), torch.tensor([3, 7]), (np.int64(3), 7)):
+        assert (model.sample(labels=same, steps=2) == expected).all()  # type: ignore[arg-type]
+
+
 def test_what_cannot_be_loaded(run: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no file or folder"):
         largescale.load(tmp_path / "nowhere")
@@ -172,6 +183,8 @@ def test_what_cannot_be_loaded(run: Path, tmp_path: Path) -> None:
         largescale.load(run, ema_width=0.1)
     with pytest.raises(CheckpointError, match="has no checkpoint of step 3; there are: "):
         largescale.load(run, step=3)
+    with pytest.raises(ConfigError, match="unknown precision='fp8'; choose one of auto, fp32, bf16, fp16"):
+        largescale.load(run, precision="fp8")
 
 
 def test_without_labels_and_guidance(run_here: RunHere) -> None:

@@ -12,7 +12,8 @@ from largescale.checkpoint.files import checkpoints, named_weights
 from largescale.checkpoint.weights import load_trained
 from largescale.data.shards import ShardDataset
 from largescale.monitoring.telemetry import read_metrics
-from largescale.training.preview import Preview
+from largescale.training import preview
+from largescale.training.gathered import gather_model
 from tests.conftest import CAPTIONED, RunHere, assert_same_run, cut, ds_json, trace
 
 
@@ -43,8 +44,7 @@ def test_the_empty_caption_travels_with_the_weights(run_here: RunHere, captioned
 def test_the_preview_shows_captions_and_sees_the_empty_one(run_here: RunHere, captioned: Path, tmp_path: Path,
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     models: list[Any] = []
-    ema_model = Preview._ema_model
-    monkeypatch.setattr(Preview, "_ema_model", lambda self: models.append(ema_model(self)) or models[-1])
+    monkeypatch.setattr(preview, "gather_model", lambda *given: models.append(gather_model(*given)) or models[-1])
     learned = ("--train.steps", 8, "--optimizer.lr", 0.01, "--optimizer.ema-decay", 0, "--telemetry.preview-every", 8, *CAPTIONED)
     guided = run_here(*learned, data=captioned, output=tmp_path / "guided")
     assert guided.code == 0, guided.err

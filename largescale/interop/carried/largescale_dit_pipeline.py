@@ -2,7 +2,7 @@
 largescale (Apache-2.0), and needs nothing of it."""
 
 import inspect
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Optional, Union
 
 import numpy as np
 import torch
@@ -28,14 +28,15 @@ class LargescaleDiTPipeline(DiTPipeline):
 
     _optional_components: ClassVar[list[str]] = ["vae"]
 
+    # diffusers reads these types, and older versions of it no `X | None`.
     def __init__(
         self,
         transformer: DiTTransformer2DModel,
         scheduler: KarrasDiffusionSchedulers,
-        vae: AutoencoderKL | AutoencoderTiny | None = None,
-        id2label: dict[str, str] | None = None,
+        vae: Union[AutoencoderKL, AutoencoderTiny, None] = None,  # noqa: UP007
+        id2label: Optional[dict] = None,  # type: ignore[type-arg]  # noqa: UP045
         num_classes: int = 1000,
-        null_class: int | None = 1000,
+        null_class: Optional[int] = 1000,  # noqa: UP045
         pixels: bool = False,
     ) -> None:
         super().__init__(transformer, vae, scheduler, id2label)

@@ -1,0 +1,131 @@
+"""Sets a part of a packed data set aside, for the loss on held-out images.
+
+    python -m data_prep.split data/imagenet256 --share 0.01 --out data/imagenet256_split
+
+writes OUT/train and OUT/validation. Which rows are held out follows from the hash of their ids: a row
+that is packed again, in another order or with more beside it, stays on its side.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tqdm import tqdm
+
+from largescale.checkpoint.files import is_run, require_outside_checkpoints
+from largescale.config.command_line import parse_options, run_program
+from largescale.data.format import LATENT_RGB, MANIFEST, read_manifest
+from largescale.data.shards import ShardDataset
+from largescale.data.writer import ShardWriter
+from largescale.errors import ConfigError, DataError
+from largescale.host.files import require_writable
+
+PARTS = ("train", "validation")
+# Entries of a manifest that are of its own shards, not of what was packed.
+_OF_THE_SHARDS = ("format", "info", "columns", "fingerprint", "rows", "shards", "empty_caption")
+
+
+@dataclass(frozen=True)
+class Split:
+    data: Annotated[Path, tyro.conf.Positional]
+    """The packed data set."""
+    out: Path
+    """Folder for the two sets, OUT/train and OUT/validation."""
+    share: float = 0.01
+    """The share of the rows that is held out, above 0 and below 1."""
+    seed: int = 0
+    """Another seed holds out other rows."""
+    rows_per_shard: int = 4096
+    """Rows of a shard."""
+
+    def check(self) -> None:
+        """Raises ConfigError, or an error of --out, before any work is done."""
+        if not 0 < self.share < 1:
+            raise ConfigError(f"share={self.share} must be above 0 and below 1; set --share")
+        if self.rows_per_shard < 1:
+            raise ConfigError(
+                f"rows_per_shard={self.rows_per_shard} must be at least 1; set --rows-per-shard"
+            )
+        require_outside_checkpoints(self.out, "--out")
+        for part in PARTS:
+            if (self.out / part).resolve() == self.data.resolve():
+                raise ConfigError(f"--out {self.out} would overwrite {self.data}; choose another")
+            _require_own(self.out / part)
+        # In a run, or in a packed set, the parts would be taken for files of it.
+        if is_run(self.out) or (self.out / MANIFEST).exists():
+            raise ConfigError(
+                f"--out {self.out} is a run or a packed set itself; choose a new or an empty folder"
+            )
+        require_writable(
+            *(self.out / part / MANIFEST for part in PARTS), remedy="choose another --out"
+        )
+
+
+def _require_own(part: Path) -> None:
+    """Raises ConfigError where a folder holds a packed set that is no part of a split."""
+    if (part / MANIFEST).exists() and "split" not in read_manifest(part):
+        raise ConfigError(
+            f"{part} holds a packed set that data_prep.split did not write; choose another --out"
+        )
+
+
+def is_held_out(id: str, share: float, seed: int = 0) -> bool:
+    """Whether the row of this id belongs to the held-out part."""
+    digest = hashlib.sha256(f"{seed}:{id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def split(options: Split) -> str:
+    """Writes both sets, and returns a line about them."""
+    options.check()
+    data = ShardDataset(options.data)
+    about = {key: value for key, value in data.manifest.items() if key not in _OF_THE_SHARDS}
+    counts = dict.fromkeys(PARTS, 0)
+    with ExitStack() as stack:
+        writers = {part: stack.enter_context(_writer(options, data, about, part)) for part in PARTS}
+        shards = range(len(data.manifest["shards"]))
+        for number in tqdm(shards, "split", unit="shard", delay=2):
+            for row in data.rows(number):
+                part = PARTS[is_held_out(row["id"], options.share, options.seed)]
+                writers[part].write(**row)
+                counts[part] += 1
+        for part, count in counts.items():
+            if not count:
+                raise DataError(
+                    f"none of the {len(data):,} rows of {options.data} falls into {part}; choose "
+                    "another --share or --seed"
+                )
+    # Beside the data, and no part of them: how latents are shown without their VAE.
+    if (options.data / LATENT_RGB).is_file():
+        for part in PARTS:
+            shutil.copyfile(options.data / LATENT_RGB, options.out / part / LATENT_RGB)
+    return (
+        f"{options.out}: train {counts['train']:,} rows, validation {counts['validation']:,} rows, "
+        f"by the hash of their ids; train with --data.path {options.out}/train --data.validation "
+        f"{options.out}/validation"
+    )
+
+
+def _writer(options: Split, data: ShardDataset, about: dict[str, Any], part: str) -> ShardWriter:
+    split_of = {"of": data.fingerprint, "part": part, "share": options.share, "seed": options.seed}
+    plain = json.loads(json.dumps({**about, "split": split_of}))
+    writer = ShardWriter(options.out / part, data.info, options.rows_per_shard, **plain)
+    if data.info.captions:
+        writer.write_empty_caption(*data.empty_caption)
+    return writer
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    options = parse_options(Split, args, program="data_prep.split", description=__doc__)
+    return run_program(lambda: print(split(options)), "correct the cause, and run again")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""data_prep.split: a part of a packed set, by the hash of its ids."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_prep import split
+from largescale.data.shards import ShardDataset
+from tests.conftest import CAPTIONED, RunHere
+
+
+def rows_of(path: Path) -> dict[str, dict[str, Any]]:
+    data = ShardDataset(path, verify=True)
+    found = [row for number in range(len(data.manifest["shards"])) for row in data.rows(number)]
+    return {row["id"]: row for row in found}
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(np.array_equal(a, b))
+
+
+@pytest.mark.parametrize("name", ["blobs", "captioned"])
+def test_each_row_is_in_one_part_and_as_it_was(name: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> None:
+    path = request.getfixturevalue(name)
+    assert split.main([str(path), "--out", str(tmp_path), "--share", "0.2", "--rows-per-shard", "40"]) == 0
+    said = capsys.readouterr().out
+    every, train, held_out = rows_of(path), rows_of(tmp_path / "train"), rows_of(tmp_path / "validation")
+    assert every.keys() == train.keys() | held_out.keys() and not train.keys() & held_out.keys()
+    assert f"train {len(train)} rows, validation {len(held_out)} rows" in said and 0.12 < len(held_out) / len(every) < 0.28
+    for id, row in (train | held_out).items():
+        assert row.keys() == every[id].keys() and all(same(value, every[id][key]) for key, value in row.items()), id
+    assert {*held_out} == {id for id in every if split.is_held_out(id, 0.2)}
+    manifest = json.loads((tmp_path / "validation/manifest.json").read_text())
+    assert manifest["split"] == {"of": ShardDataset(path).fingerprint, "part": "validation", "share": 0.2, "seed": 0}
+    if name == "captioned":
+        assert all(map(same, ShardDataset(tmp_path / "train").empty_caption, ShardDataset(path).empty_caption))
+
+
+def test_a_row_keeps_its_side(tmp_path: Path, blobs: Path) -> None:
+    """A larger share holds out more, the same and others; another seed others. The numbers are pinned."""
+    ids = [f"{i:05d}" for i in range(20_000)]
+    small = {id for id in ids if split.is_held_out(id, 0.01)}
+    large = {id for id in ids if split.is_held_out(id, 0.1)}
+    assert small < large and abs(len(small) - 200) < 50 and abs(len(large) - 2000) < 150
+    assert {id for id in ids if split.is_held_out(id, 0.01, seed=1)} != small
+    assert [split.is_held_out(id, 0.5) for id in ids[:8]] == PINNED
+
+
+PINNED = [True, False, False, True, False, True, False, False]
+
+
+def test_the_parts_train_and_validate(run_here: RunHere, captioned: Path, tmp_path: Path) -> None:
+    assert split.main([str(captioned), "--out", str(tmp_path / "parts"), "--share", "0.3"]) == 0
+    run = run_here("--train.steps", 2, "--data.path", tmp_path / "parts/train", "--data.validation", tmp_path / "parts/validation", *CAPTIONED)
+    assert run.code == 0, run.err
+    wrong = run_here("--train.steps", 2, "--data.path", captioned, "--data.validation", tmp_path / "parts/validation", *CAPTIONED, output=tmp_path / "wrong")
+    assert wrong.code == 2 and "rows with the training set" in wrong.err
+
+
+def test_what_cannot_be_split(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, message in ((["--share", "0"], "share=0.0 must be above 0 and below 1"), (["--share", "1"], "share=1.0 must be"),
+                             (["--rows-per-shard", "0"], "rows_per_shard=0 must be at least 1"), (["--share", "1e-9"], "falls into validation")):
+        assert split.main([str(blobs), "--out", str(tmp_path / "out"), *options]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "out/train/manifest.json").exists()
+    assert split.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    (tmp_path / "train").symlink_to(blobs)
+    assert split.main([str(blobs), "--out", str(tmp_path)]) == 2 and "would overwrite" in capsys.readouterr().err
+
+
+def test_what_is_not_overwritten(blobs: Path, run_here: RunHere, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A packed set that is no part of a split; the folders of a set and of a run. A split is written again."""
+    shutil.copytree(blobs, tmp_path / "mine/train")
+    before = (tmp_path / "mine/train/manifest.json").read_bytes()
+    (tmp_path / "file").write_text("")
+    run = run_here("--train.steps", 1).run
+    for out, says in ((tmp_path / "mine", "mine/train holds a packed set that data_prep.split did not write"), (tmp_path / "mine/train", "packed set itself"),
+                      (run, "is a run or a packed set itself"), (tmp_path / "file", "cannot write to")):
+        assert split.main([str(blobs), "--share", "0.2", "--out", str(out)]) == 2
+        assert says in capsys.readouterr().err and not (out / "validation").exists()
+    assert (tmp_path / "mine/train/manifest.json").read_bytes() == before
+    for share in ("0.2", "0.3"):
+        assert split.main([str(blobs), "--share", share, "--out", str(tmp_path / "out")]) == 0
