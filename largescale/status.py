@@ -191,14 +191,15 @@ def run(options: Status) -> int:
     damaged."""
     if not options.runs:
         raise ConfigError("no run was given; name a run directory, such as runs/digits")
+    if options.json and (options.html or options.follow):
+        raise ConfigError(
+            "--json prints what --html and --follow show as a page; ask for one of them at a time"
+        )
+    code = _write_page(options, options.html) if options.html else 0
     if options.follow:
         return _follow(options)
-    if options.html is not None:
-        views = _views(options.runs, options.verify)
-        options.html.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.html, page(views, time.time()))
-        print(f"{options.html}: {', '.join(str(run) for run in options.runs)}")
-        return int(any(view.facts["damaged"] for view in views))
+    if options.html:
+        return code
 
     found = []
     for run_dir in options.runs:
@@ -213,6 +214,14 @@ def run(options: Status) -> int:
         strict = json.loads(json.dumps(plain), parse_constant=str)
         print(json.dumps(strict, indent=1))
     return int(any(f["damaged"] for f in found))
+
+
+def _write_page(options: Status, path: Path) -> int:
+    views = _views(options.runs, options.verify)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, page(views, time.time()))
+    print(f"{path}: {', '.join(map(str, options.runs))}")
+    return int(any(view.facts["damaged"] for view in views))
 
 
 def _views(runs: Sequence[Path], verify: bool) -> list[RunView]:

@@ -41,13 +41,14 @@ def _cell(value: object) -> str:
     return f"<td{' class=long' * (len(content) > _LONG)}>{content}</td>"
 
 
-def folded(summary: str, content: str, *, printed: bool = False) -> str:
+def folded(summary: str, content: str, *, spoken: str = "", printed: bool = False) -> str:
     """What is shown only where it is asked for, and on paper if it is `printed`; nothing where
-    there is no content."""
+    there is no content. `spoken`: the summary for who does not see what it stands below."""
     if not content:
         return ""
     name = ' class="printed"' if printed else ""
-    return f"<details{name}><summary>{text(summary)}</summary>{content}</details>"
+    label = f' aria-label="{text(spoken)}"' if spoken else ""
+    return f"<details{name}><summary{label}>{text(summary)}</summary>{content}</details>"
 
 
 def figure(title: str, picture: str, numbers: str = "", note: str = "") -> str:
@@ -55,7 +56,7 @@ def figure(title: str, picture: str, numbers: str = "", note: str = "") -> str:
     below = f'<p class="note">{text(note)}</p>' if note else ""
     return (
         f"<figure><figcaption>{text(title)}</figcaption>{picture}{below}"
-        f"{folded('numbers', numbers)}</figure>"
+        f"{folded('numbers', numbers, spoken=f'numbers of {title}')}</figure>"
     )
 
 

@@ -320,6 +320,14 @@ def test_a_real_run_that_was_changed(run_here: RunHere, tmp_path: Path) -> None:
         assert said in text, said
 
 
+def test_words_or_a_page(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status.main([str(small_run), "--json", "--html", str(tmp_path / "x.html")]) == 2
+    assert "ask for one of them at a time" in capsys.readouterr().err and not (tmp_path / "x.html").exists()
+    for port in ("-1", "70000"):
+        assert status.main([str(small_run), "--follow", "--port", port]) == 2
+        assert f"port={port} cannot be served on" in capsys.readouterr().err
+
+
 # ---- served
 
 
@@ -387,7 +395,7 @@ def test_only_this_machine_and_only_the_page(serve: Any) -> None:
 
 def test_follow_until_it_is_interrupted(small_run: Path) -> None:
     code = NO_TORCH + "from largescale import status; sys.exit(status.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, str(small_run), "--follow", "--port", "0"]
+    command = [sys.executable, "-c", code, str(small_run), "--follow", "--port", "0"]  # and so without torch
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
         assert process.stdout
         address = re.match(r"http://127\.0\.0\.1:(\d+)/ shows ", process.stdout.readline())
