@@ -18,6 +18,7 @@ _COMPUTE = ("forward", "backward", "optimizer")
 _ASIDE = {
     "checkpoint": "checkpoint",
     "reference": "evaluation",
+    "validation": "evaluation",
     "preview": "evaluation",
     "profile": "evaluation",
 }

@@ -1,6 +1,7 @@
 """Records of starts, and the account of a run's time: cases whose answer is known in closed form."""
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from largescale.monitoring import goodput, run_record
+from largescale.monitoring import goodput, run_record, step_timer
 from largescale.monitoring.run_record import (
     KINDS,
     Account,
@@ -219,3 +220,10 @@ def test_a_record_is_kept_whatever_the_clock_says(tmp_path: Path, monkeypatch: p
     assert counts == [4, 1, 1, 1]
     whole = count(read_starts(tmp_path))
     assert (account.account().wall_s, account.account().seconds) == (pytest.approx(whole.wall_s), pytest.approx(whole.seconds))
+
+
+def test_what_is_done_beside_training_is_not_counted_as_training() -> None:
+    source = (Path(step_timer.__file__).parents[1] / "training/trainer.py").read_text()
+    names = re.findall(r'_side_task\("(\w+)"\)', source)
+    assert {"reference", "preview"} <= {*names}
+    assert {name: step_timer._KIND.get(name, "training") for name in names} == dict.fromkeys(names, "evaluation")
