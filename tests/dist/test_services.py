@@ -223,6 +223,7 @@ def mlflow_server(mlflow_packages: Path, tmp_path_factory: pytest.TempPathFactor
             server.terminate()
 
 
+@pytest.mark.slow  # MLflow is 0.6 GB, and its server takes half a minute to start
 def test_mlflow_has_what_metrics_has(mlflow_server: str, mlflow_packages: Path, blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     monkeypatch.setenv("HOME", "/dev/null/home")
@@ -243,6 +244,7 @@ def test_mlflow_has_what_metrics_has(mlflow_server: str, mlflow_packages: Path, 
     assert sum(name.endswith(".png") for name in found[0]["images"]) == 4 and found[0]["summary"]["step"] == 24
 
 
+@pytest.mark.slow  # MLflow is 0.6 GB, and its server takes half a minute to start
 def test_mlflow_whose_server_fails(failing_server: int, mlflow_packages: Path, blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:opensesame@127.0.0.1:{failing_server}")
     code = START.format(packages=str(mlflow_packages), program="largescale/train.py")
