@@ -69,8 +69,8 @@ class Job:
             return Autocast(self)
         from accelerate import Accelerator
 
-        # It meets itself at a port, by default a fixed one.
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
+        # It meets itself at a port, by default a fixed one, which a test may have handed on.
+        os.environ["MASTER_PORT"] = str(free_port())
         mixed = {"fp32": "no", "bf16": "bf16"}[self.precision]
         return Accelerator(mixed_precision=mixed, cpu=self.device.type == "cpu")
 

@@ -2,17 +2,19 @@
 (arXiv:2403.10348)."""
 
 import sys
-from typing import TYPE_CHECKING, Any
 
+# As typing has it, which takes longer to import than all of this.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import Any
 
     from largescale.pipeline import Pipeline
 
 __version__ = "0.1.0"
 
 
-def load(source: "str | Path", **options: Any) -> "Pipeline":
+def load(source: "str | Path", **options: "Any") -> "Pipeline":
     """A trained model to draw images with, of a run directory, an export, a name on the hub or
     published weights. `options` are those of `largescale.pipeline.load`."""
     from largescale.host.extras import require_training

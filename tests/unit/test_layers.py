@@ -98,8 +98,6 @@ def test_empty_packages_are_empty() -> None:
     """But for `largescale.load`, a function that imports what it needs when it is called."""
     for name in EMPTY:
         allowed = MISSING if "." not in name else set()
-        if name == "largescale":
-            allowed = allowed | {"typing", "typing.Any", "typing.TYPE_CHECKING"}
         assert not imports(modules(name.split(".")[0])[name], top_level_only=name == "largescale") - allowed, name
 
 

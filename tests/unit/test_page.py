@@ -1,5 +1,6 @@
 """The page on a run: of made-up runs, of a real one, served, and in a browser."""
 
+import contextlib
 import html
 import http.client
 import json
@@ -396,7 +397,11 @@ def test_only_this_machine_and_only_the_page(serve: Any) -> None:
 def test_follow_until_it_is_interrupted(small_run: Path) -> None:
     code = NO_TORCH + "from largescale import status; sys.exit(status.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, str(small_run), "--follow", "--port", "0"]  # and so without torch
-    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
+    # Where the tests run in the background, Ctrl-C is ignored, which a process inherits.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with contextlib.ExitStack() as stack:
+        process = stack.enter_context(subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, **heard))
+        stack.callback(process.kill)
         assert process.stdout
         address = re.match(r"http://127\.0\.0\.1:(\d+)/ shows ", process.stdout.readline())
         assert address
