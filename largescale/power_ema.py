@@ -9,6 +9,7 @@ deviation as a share of t, which stays the same while training goes on. numpy on
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ import numpy.typing as npt
 WIDEST = 0.28
 
 
+@cache
 def gamma_of(width: float) -> float:
     """The exponent of the profile of that width: the real root above -1 of width^2 (gamma + 2)^2
     (gamma + 3) = gamma + 1 (eq. 126)."""

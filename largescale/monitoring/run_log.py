@@ -82,7 +82,7 @@ def _chunks(file: IO[bytes]) -> Iterator[list[bytes]]:
         *lines, rest = (rest + part).split(b"\n")
         yield lines
     # A run that is writing has not ended its line yet.
-    if _row(rest):
+    if parse_row(rest):
         yield [rest]
 
 
@@ -103,10 +103,10 @@ def _ends(items: list[Any]) -> list[Any]:
 
 
 def _rows(lines: list[bytes]) -> list[Row]:
-    return [row for row in map(_row, lines) if row is not None]
+    return [row for row in map(parse_row, lines) if row is not None]
 
 
-def _row(line: bytes) -> Row | None:
+def parse_row(line: bytes) -> Row | None:
     """The row on this line; None where it is no object with a number for a step."""
     try:
         row = from_json(line)

@@ -13,8 +13,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from largescale.errors import TakenOverError
-from largescale.host.files import from_json, located
+from largescale.host.files import located
 from largescale.host.launch import printable_lines
+from largescale.monitoring.run_log import parse_row
 from largescale.monitoring.trackers.service import Ended
 from largescale.monitoring.trackers.tensorboard import Board
 
@@ -44,17 +45,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, without lines that are no rows."""
     # A crash can cut a line short.
     path = run_dir / "metrics.jsonl"
-    rows = map(_row, path.read_bytes().splitlines() if path.exists() else [])
+    rows = map(parse_row, path.read_bytes().splitlines() if path.exists() else [])
     return [row for row in rows if row is not None]
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    """The row on this line; None where it is no object with a number for a step."""
-    try:
-        row = from_json(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def _end_of_step(path: Path, step: int) -> int:
@@ -64,7 +56,7 @@ def _end_of_step(path: Path, step: int) -> int:
     end = 0
     with path.open("rb") as file:
         for line in file:
-            row = _row(line)
+            row = parse_row(line)
             if row and row["step"] > step:
                 break
             if line.endswith(b"\n"):
