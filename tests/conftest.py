@@ -6,11 +6,13 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tyro import _unsafe_cache
 
 from largescale import train as train_program
 from largescale.checkpoint.files import checkpoints, named_weights
@@ -27,6 +29,9 @@ QUIET = ("--telemetry.trackers", "--telemetry.preview-every", 0, "--telemetry.re
 # Under nohup programs ignore a closed terminal, and so would those that are tested.
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# Where it sees pytest, tyro checks a tenth of what it has cached by computing it anew: half of a parse.
+_unsafe_cache.sys = SimpleNamespace(modules={})  # type: ignore[attr-defined]
 
 # What is loaded by now stays: looking through it again and again for cycles is a twentieth of the tests' time.
 gc.freeze()

@@ -4,6 +4,7 @@ read as if each of their settings stood on the command line."""
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import textwrap
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ OF_A_START = ("output", "dry_run", "fit_ranks", "print_config", "verbose", "prof
 PRESET = "preset"
 
 
+@functools.cache
 def explanations(cls: type) -> dict[str, str]:
     """Field -> the text below it in the source, those of base classes included."""
     found: dict[str, str] = {}
@@ -59,7 +61,8 @@ def to_yaml(config: Config) -> str:
 def _lines(settings: Any, prefix: str, usual: dict[str, Any]) -> Iterator[str]:
     """The lines of a dataclass; `prefix` is the path to it, such as "model.unet."."""
     indent = "  " * prefix.count(".")
-    texts = explanations(type(settings))
+    cls: type = type(settings)
+    texts = explanations(cls)
     for field in dataclasses.fields(settings):
         value, key = getattr(settings, field.name), prefix + field.name
         if key in OF_A_START:

@@ -85,9 +85,10 @@ def code_hash(code: Any) -> str:
 
 def patch_before_build() -> None:
     """Override what must be overridden before `deepspeed.initialize`."""
-    # A C++ extension for collectives between CPU ranks, built at start in 25 s; gloo does as well.
-    # Needless once DeepSpeed builds it only where it is asked for.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # The C++ extensions that this machine could build. To find out runs a compiler, 0.4 s a start, and
+    # one of them would be built at once, 25 s: for collectives between CPU ranks, where gloo does as
+    # well. Needless once DeepSpeed looks for an extension only where it is asked for.
+    deepspeed.ops.__compatible_ops__ = {}
 
     # On GPUs parts of the flat weights and gradients start at multiples of 64 bytes, not 4: NCCL
     # moves what is not aligned to 16 bytes an element at a time, on 8 ranks and more. The setter

@@ -133,9 +133,9 @@ def test_the_norm_stops_a_step_as_deepspeeds_check_did(value: float, run_here: R
 
 
 def test_a_start_loads_no_compiler_and_no_pandas(blobs: Path, tmp_path: Path) -> None:
-    """Each takes seconds, of every rank."""
+    """Each takes seconds, of every rank. setuptools: by it DeepSpeed would look for a compiler."""
     program = ("import sys; from largescale import train; code = train.main(sys.argv[1:]);"
-               "sys.exit(code or str([name for name in ('torch._inductor.compile_fx', 'pandas') if name in sys.modules]))")
+               "sys.exit(code or str([name for name in ('torch._inductor.compile_fx', 'pandas', 'setuptools') if name in sys.modules]))")
     args = ["debug", "--data.path", blobs, "--output", tmp_path / "run", "--train.steps", 2, *QUIET]
     done = subprocess.run([sys.executable, "-c", program, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == "[]", done.stderr
