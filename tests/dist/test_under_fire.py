@@ -44,7 +44,7 @@ def assert_hit(result: dict[str, Any], least: int) -> None:
 
 
 def test_the_writer_killed(tmp_path: Path) -> None:
-    assert_hit(under_fire("writer", tmp_path, "--every", 9, "--moments", 10), least=24)
+    assert_hit(under_fire("writer", tmp_path, "--every", 13, "--moments", 10), least=17)
 
 
 @pytest.mark.slow

