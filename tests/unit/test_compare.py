@@ -84,6 +84,11 @@ OF_METHOD: dict[str, dict[str, Any]] = {
     "logit_normal": {"curriculum.pacing": "none", "noise.sampling": "logit_normal"},
     "loss_second_moment": {"curriculum.pacing": "none", "noise.sampling": "loss_second_moment"},
     "speed": {"curriculum.pacing": "none", "noise.sampling": "speed", "noise.weighting": "p2"},
+    "laplace": {"curriculum.pacing": "none", "noise.sampling": "laplace"},
+    "beta@noise.beta_alpha=2,noise.beta_beta=0.5": {
+        "curriculum.pacing": "none", "noise.sampling": "beta", "noise.beta_alpha": 2.0, "noise.beta_beta": 0.5},
+    "mode": {"curriculum.pacing": "none", "noise.sampling": "mode"},
+    "curriculum+cosine_map": {"noise.sampling": "cosine_map"},
     "curriculum+min_snr": {"noise.weighting": "min_snr"},
     "p2+curriculum": {"noise.weighting": "p2"},
     "vanilla+p2": {"curriculum.pacing": "none", "noise.weighting": "p2"},
@@ -100,7 +105,7 @@ OF_METHOD: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", OF_METHOD)
 def test_what_a_method_is_to_the_training_program(name: str) -> None:
     """Its options, read by that program itself."""
-    assert METHODS.keys() <= OF_METHOD.keys()
+    assert METHODS.keys() <= {word for method in OF_METHOD for word in method.partition("@")[0].split("+")}
     preset = PRESETS["debug"]()
     [method] = read_methods(name)
     assert method.name == name
