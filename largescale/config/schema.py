@@ -169,6 +169,10 @@ class CurriculumConfig:
     """tau_max: steps in a row without a new best loss that a stage may take. It watches the loss
     that is trained on: mse and vb, averaged over the global batch, and weighted where
     noise.weighting is set."""
+    loss_smoothing: Annotated[float, between(0, 1, closed="left")] = 0.0
+    """With pacing=patience, and not the paper's: the patience watches an exponential average of the
+    stage's losses, of a memory of 1 / (1 - loss_smoothing) steps, from that step of the stage on;
+    0: each step's own loss, as in the paper."""
     interval: Annotated[int, at_least(1, 1_000_000_000)] = 10_000
     """Steps of a stage with pacing=fixed."""
     order: Literal["easy_first", "hard_first"] = "easy_first"

@@ -117,10 +117,11 @@ def without_effect(config: Config) -> list[tuple[str, str]]:
     validation = ("telemetry.validation_every", "telemetry.validation_images")
     snapshots = ("checkpoint.ema_snapshot_every", "checkpoint.ema_snapshots")
     captions = ("model.null_caption", "model.caption_width", "model.caption_pooled_width")
+    patience = ("curriculum.patience", "curriculum.loss_smoothing")
     groups = [
         (config.model.learn_sigma, "with a learned variance", ("diffusion.fixed_variance",)),
         (not config.model.max_caption_tokens, "without captions", captions),
-        (c.pacing != "patience", f"with curriculum.pacing={c.pacing}", ("curriculum.patience",)),
+        (c.pacing != "patience", f"with curriculum.pacing={c.pacing}", patience),
         (c.pacing != "fixed", f"with curriculum.pacing={c.pacing}", ("curriculum.interval",)),
         (config.data.validation is None, "without data.validation", validation),
         (not o.ema_widths, "without optimizer.ema_widths", snapshots),

@@ -95,6 +95,7 @@ OF_METHOD: dict[str, dict[str, Any]] = {
     "speed+p2": {"curriculum.pacing": "none", "noise.sampling": "speed", "noise.weighting": "p2"},
     "naive+anti+separate": {"curriculum.pacing": "fixed", "curriculum.order": "hard_first", "curriculum.stages": "separate"},
     "curriculum@patience=50": {"curriculum.patience": 50},
+    "curriculum@loss-smoothing=0.99": {"curriculum.loss_smoothing": 0.99},
     "curriculum@n-clusters=10,optimizer.ema_decay=0.5": {"curriculum.n_clusters": 10, "optimizer.ema_decay": 0.5},
     "anti@patience=3": {"curriculum.order": "hard_first", "curriculum.patience": 3},
     "naive@interval=7": {"curriculum.pacing": "fixed", "curriculum.interval": 7},

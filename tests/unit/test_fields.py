@@ -48,6 +48,7 @@ CHANGES_WHAT_IS_COMPUTED: dict[str, tuple[str, str]] = {
     "curriculum.n_clusters": ("4", ""),
     "curriculum.pacing": ("none", ""),
     "curriculum.patience": ("0", ""),
+    "curriculum.loss_smoothing": ("0.9", ""),
     "curriculum.interval": ("2", "--curriculum.pacing fixed"),
     "curriculum.order": ("hard_first", ""),
     "curriculum.stages": ("separate", ""),
