@@ -87,6 +87,12 @@ def remarks(config: Config, classes_of_data: int) -> list[str]:
         )
     for key, reason in without_effect(config):
         notes.append(f"{cli_flag(key)} has no effect {reason}")
+    d = config.diffusion
+    if config.noise.sampling == "cosine_map":
+        if d.objective == "flow" and d.interpolant == "gvp":
+            notes.append("noise.sampling=cosine_map is uniform with diffusion.interpolant=gvp")
+        if d.objective == "gaussian" and d.schedule == "cosine":
+            notes.append("noise.sampling=cosine_map is nearly uniform with the cosine schedule")
     # Even if every stage ends as early as it can.
     if (least := least_steps(config)) > config.train.steps:
         settings = pacing_settings(config.curriculum.pacing)

@@ -16,7 +16,7 @@ from torch import Tensor
 from eval.comparison.methods import read_methods
 from largescale import train
 from largescale.config.schema import Config, DiffusionConfig, ModelConfig, NoiseConfig
-from largescale.config.validation import validate
+from largescale.config.validation import remarks, validate
 from largescale.diffusion.edm import Edm
 from largescale.diffusion.flow import Flow
 from largescale.diffusion.gaussian import GaussianDiffusion
@@ -54,11 +54,12 @@ def check_shares(sampler: NoiseSampler, cdf: Any, low: float, high: float, rel: 
     with mpmath.workdps(150):
         first, last = cdf(mpmath.mpf(low)), cdf(mpmath.mpf(high))
         for u, v in zip(u_of(sampler, low, high).tolist(), V.tolist(), strict=True):
-            # u as rounded, and the least v that is drawn
-            near = [cdf(mpmath.mpf(min(max(x, low), high))) for x in (u - 2e-16 - 4e-16 * u, u, u + 2e-16 + 4e-16 * u)]
-            below, at, above = (float((x - first) / (last - first)) for x in near)
-            tolerance = rel * min(v, 1 - v) + (above - below) + 2.0**-53
-            assert abs(at - v) <= tolerance, (u, v, at)
+            at = float((cdf(mpmath.mpf(u)) - first) / (last - first))
+            if abs(at - v) > rel * min(v, 1 - v):
+                # What u's rounding makes of it, and the least v that is drawn
+                ends = [cdf(mpmath.mpf(min(max(u + sign * (2e-16 + 4e-16 * u), low), high))) for sign in (-1, 1)]
+                rounding = float((ends[1] - ends[0]) / (last - first))
+                assert abs(at - v) <= rel * min(v, 1 - v) + rounding + 2.0**-53, (u, v, at)
 
 
 # ---- Laplace
@@ -263,6 +264,16 @@ def test_what_makes_no_density_is_an_error_at_the_start(diffusion: dict[str, Any
     config = Config("x", model=ModelConfig(learn_sigma=False), diffusion=DiffusionConfig(**diffusion), noise=NoiseConfig(**noise))
     with pytest.raises(ConfigError, match=said):
         validate(config, 1)
+
+
+@pytest.mark.parametrize("diffusion, said", [
+    ({}, "nearly uniform with the cosine schedule"), ({"schedule": "linear"}, ""), ({"objective": "edm"}, ""), ({"objective": "flow"}, ""),
+    ({"objective": "flow", "interpolant": "gvp"}, "is uniform with diffusion.interpolant=gvp"),
+])
+def test_a_density_without_effect_is_said(diffusion: dict[str, Any], said: str) -> None:
+    config = Config("x", diffusion=DiffusionConfig(**diffusion), noise=NoiseConfig("cosine_map"))
+    notes = [note for note in remarks(config, 0) if "cosine_map" in note]
+    assert len(notes) == (said != "") and all(said in note for note in notes)
 
 
 def test_shifting_edms_mean_is_the_same() -> None:
