@@ -141,12 +141,12 @@ class Laplace(NoiseSampler):
         # The other sign, so that it rises with the noise level.
         first = (self.mu - self.objective.log_snr_at(low)) / self.b
         last = (self.mu - self.objective.log_snr_at(high)) / self.b
-        y = _truncated_laplace(v, first, last)
+        y = truncated_laplace(v, first, last)
         u = self.objective.noise_level_of_snr(self.mu - self.b * y)
         return share_of(u, low, high), unit_importance(v)
 
 
-def _truncated_laplace(v: Tensor, a: float, b: float) -> Tensor:
+def truncated_laplace(v: Tensor, a: float, b: float) -> Tensor:
     """The y of a standard Laplace distribution within (a, b), at the share v of its mass there."""
     if a >= 0:
         return a - _decay(1 - v, v, b - a)

@@ -28,6 +28,7 @@ from largescale.diffusion.noise_densities import (
     Mode,
     Shifted,
     Uniform,
+    truncated_laplace,
 )
 from largescale.diffusion.noise_levels import NOISE_SAMPLERS
 from largescale.diffusion.noise_sampler import NoiseSampler
@@ -88,6 +89,18 @@ def test_laplace_inverts_its_cdf(kind: str, mu: float, b: float, low: float, hig
         return mpmath.mpf(int(u >= 1)) if u <= 0 or u >= 1 else laplace_cdf(log_snr(u), mu, b)
 
     check_shares(Laplace(objective, mu, b), cdf, low, high)
+
+
+@pytest.mark.parametrize("a, b", [(-math.inf, math.inf), (-30.0, -1.0), (1.0, 31.0), (-28.0, 27.0), (-math.inf, -300.0), (2.0, 2.5), (-1e-7, 2e-7)])
+def test_a_truncated_laplace_distribution_keeps_the_digits_of_both_tails(a: float, b: float) -> None:
+    """Where u, which rounds them off, is not in between."""
+    with mpmath.workdps(400):
+        first, last = laplace_cdf(-mpmath.mpf(a), 0, 1), laplace_cdf(-mpmath.mpf(b), 0, 1)
+        for y, v in zip(truncated_laplace(V, a, b).tolist(), V.tolist(), strict=True):
+            at = laplace_cdf(-mpmath.mpf(y), 0, 1)
+            rounding = float(4e-16 * abs(y) / (last - first) * mpmath.exp(-abs(y)) / 2)
+            assert float((at - first) / (last - first)) == pytest.approx(v, rel=1e-12, abs=rounding)
+            assert float((last - at) / (last - first)) == pytest.approx(1 - v, rel=1e-12, abs=rounding)
 
 
 @pytest.mark.parametrize("diffusion", [COSINE, LINEAR], ids=["cosine", "linear"])
