@@ -127,7 +127,7 @@ class NoiseConfig:
     """Standard deviation of logit(u) with sampling=logit_normal."""
     speed_ratio: Annotated[float, above(0)] = 5.0
     """With sampling=speed: how much more often levels are drawn at which noise grows fast."""
-    laplace_mu: Annotated[float, ANY_NUMBER] = 0.0
+    laplace_mu: Annotated[float, between(-100, 100)] = 0.0
     """The log SNR that sampling=laplace draws most often."""
     laplace_b: Annotated[float, at_least(0.001, 1000)] = 0.5
     """Width of the Laplace distribution of log SNR with sampling=laplace."""
