@@ -17,9 +17,10 @@ against, seed by seed.
 
 METHODS: vanilla, curriculum (the paper's, with the preset's patience), naive (fixed intervals),
 anti (hard first), separate (stages that do not accumulate), min_snr, p2, logit_normal,
-loss_second_moment, speed; joined by +, as curriculum+p2; with settings, as
-curriculum@patience=50,n_clusters=10 or logit_normal@noise.logit_std=0.5 (fields of curriculum,
-noise and optimizer). Those that set no pacing have no curriculum.
+loss_second_moment, speed, laplace, beta, mode, cosine_map (docs/baselines.md); joined by +, as
+curriculum+p2; with settings, as curriculum@patience=50,n_clusters=10 or
+beta@noise.beta_alpha=2,noise.beta_beta=1 (fields of curriculum, noise and optimizer). Those that
+set no pacing have no curriculum.
 
 Stopped or killed, it continues when the same command is run again; what is trained and scored is
 left alone. The tasks of an array job take a run each (--run); the same command without --run then

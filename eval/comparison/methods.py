@@ -26,6 +26,11 @@ METHODS: dict[str, dict[str, str]] = {
     "logit_normal": {"noise.sampling": "logit_normal"},
     "loss_second_moment": {"noise.sampling": "loss_second_moment"},
     "speed": {"noise.sampling": "speed", "noise.weighting": "p2"},
+    "laplace": {"noise.sampling": "laplace"},
+    # With @noise.beta_alpha=A,noise.beta_beta=B, which have no default.
+    "beta": {"noise.sampling": "beta"},
+    "mode": {"noise.sampling": "mode"},
+    "cosine_map": {"noise.sampling": "cosine_map"},
 }
 # What a method may change. The rest is the same for all: data, draws, weights at the start, budget.
 OWN = ("curriculum.", "noise.", "optimizer.")

@@ -59,7 +59,7 @@ def above(low: int, at_most: float | None = None) -> Range:
     return Range(f"above {low}", lambda value: value > low, at_most)
 
 
-def between(low: int, high: int, closed: Literal["both", "left"] = "both") -> Range:
+def between(low: float, high: float, closed: Literal["both", "left"] = "both") -> Range:
     """`closed`: whether both ends are in it, or the lower one only."""
     if closed == "left":
         return Range(f"in [{low}, {high})", lambda value: low <= value < high)

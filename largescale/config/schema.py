@@ -106,17 +106,43 @@ class NoiseConfig:
     """Which noise levels are drawn, among those that the curriculum has active, and how much each
     counts in the loss: what the curriculum is compared with, and can be combined with."""
 
-    sampling: Literal["uniform", "logit_normal", "loss_second_moment", "speed"] = "uniform"
-    """How noise levels are drawn among the active ones. logit_normal: arXiv:2403.03206.
-    loss_second_moment: resampling by the loss, arXiv:2102.09672; uniform until each active one of
-    diffusion.timesteps has been drawn 10 times. speed: fewer where noise hardly grows,
-    arXiv:2405.17403 (its weights are weighting=p2)."""
+    sampling: Literal[
+        "uniform",
+        "logit_normal",
+        "loss_second_moment",
+        "speed",
+        "laplace",
+        "beta",
+        "mode",
+        "cosine_map",
+    ] = "uniform"
+    """How noise levels are drawn among the active ones. logit_normal, mode, cosine_map:
+    arXiv:2403.03206. loss_second_moment: resampling by the loss, arXiv:2102.09672; uniform until
+    each active one of diffusion.timesteps has been drawn 10 times. speed: fewer where noise hardly
+    grows, arXiv:2405.17403 (its weights are weighting=p2). laplace: log SNR from a Laplace
+    distribution, arXiv:2407.03297. beta: t from a beta distribution (ECCV 2024)."""
     logit_mean: Annotated[float, ANY_NUMBER] = 0.0
     """Mean of logit(u) with sampling=logit_normal."""
     logit_std: Annotated[float, at_least(0.001, 1000)] = 1.0
     """Standard deviation of logit(u) with sampling=logit_normal."""
     speed_ratio: Annotated[float, above(0)] = 5.0
     """With sampling=speed: how much more often levels are drawn at which noise grows fast."""
+    laplace_mu: Annotated[float, between(-100, 100)] = 0.0
+    """The log SNR that sampling=laplace draws most often."""
+    laplace_b: Annotated[float, at_least(0.001, 1000)] = 0.5
+    """Width of the Laplace distribution of log SNR with sampling=laplace."""
+    beta_alpha: Annotated[float | None, at_least(0.001, 10_000)] = None
+    """With sampling=beta: the exponent alpha of t ** (alpha - 1), t = u. The larger, the rarer are
+    levels with little noise. Without a default: the paper's was not to be had."""
+    beta_beta: Annotated[float | None, at_least(0.001, 10_000)] = None
+    """With sampling=beta: the exponent beta of (1 - t) ** (beta - 1). The larger, the rarer are
+    levels with much noise."""
+    mode_scale: Annotated[float, between(-1, 1.7519)] = 1.29
+    """The s of sampling=mode: above 0 the middle is drawn more often, below 0 the ends."""
+    shift: Annotated[float, above(0, 1000)] = 1.0
+    """The s of t -> s t / (1 + (s - 1) t), t = u, applied to what sampling draws: the shift by
+    resolution of arXiv:2403.03206, s = sqrt(pixels / base pixels); above 1 for more noise. With
+    objective=flow and the linear interpolant."""
     weighting: Literal["none", "min_snr", "p2"] = "none"
     """How much each noise level counts in the loss. min_snr: arXiv:2303.09556, min(SNR, gamma)
     times the error of x_start, whatever is predicted. p2: arXiv:2204.00227, the loss times 1 / (k +
@@ -143,6 +169,10 @@ class CurriculumConfig:
     """tau_max: steps in a row without a new best loss that a stage may take. It watches the loss
     that is trained on: mse and vb, averaged over the global batch, and weighted where
     noise.weighting is set."""
+    loss_smoothing: Annotated[float, between(0, 1, closed="left")] = 0.0
+    """With pacing=patience, and not the paper's: the patience watches an exponential average of the
+    stage's losses, of a memory of 1 / (1 - loss_smoothing) steps, from that step of the stage on;
+    0: each step's own loss, as in the paper."""
     interval: Annotated[int, at_least(1, 1_000_000_000)] = 10_000
     """Steps of a stage with pacing=fixed."""
     order: Literal["easy_first", "hard_first"] = "easy_first"

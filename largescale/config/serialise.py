@@ -16,6 +16,7 @@ FIXED_ON_RESUME = (
     "curriculum.clusters",
     "curriculum.n_clusters",
     "curriculum.pacing",
+    "curriculum.loss_smoothing",
     "curriculum.order",
     "curriculum.stages",
     "curriculum.only_cluster",

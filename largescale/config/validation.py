@@ -46,6 +46,9 @@ FIELDS_USED_ONLY_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("diffusion.objective", "edm"): ("diffusion.p_mean", "diffusion.p_std", "diffusion.sigma_data"),
     ("noise.sampling", "logit_normal"): ("noise.logit_mean", "noise.logit_std"),
     ("noise.sampling", "speed"): ("noise.speed_ratio",),
+    ("noise.sampling", "laplace"): ("noise.laplace_mu", "noise.laplace_b"),
+    ("noise.sampling", "beta"): ("noise.beta_alpha", "noise.beta_beta"),
+    ("noise.sampling", "mode"): ("noise.mode_scale",),
     ("noise.weighting", "min_snr"): ("noise.min_snr_gamma",),
     ("noise.weighting", "p2"): ("noise.p2_gamma", "noise.p2_k"),
 }
@@ -84,6 +87,12 @@ def remarks(config: Config, classes_of_data: int) -> list[str]:
         )
     for key, reason in without_effect(config):
         notes.append(f"{cli_flag(key)} has no effect {reason}")
+    d = config.diffusion
+    if config.noise.sampling == "cosine_map":
+        if d.objective == "flow" and d.interpolant == "gvp":
+            notes.append("noise.sampling=cosine_map is uniform with diffusion.interpolant=gvp")
+        if d.objective == "gaussian" and d.schedule == "cosine":
+            notes.append("noise.sampling=cosine_map is nearly uniform with the cosine schedule")
     # Even if every stage ends as early as it can.
     if (least := least_steps(config)) > config.train.steps:
         settings = pacing_settings(config.curriculum.pacing)
@@ -114,10 +123,11 @@ def without_effect(config: Config) -> list[tuple[str, str]]:
     validation = ("telemetry.validation_every", "telemetry.validation_images")
     snapshots = ("checkpoint.ema_snapshot_every", "checkpoint.ema_snapshots")
     captions = ("model.null_caption", "model.caption_width", "model.caption_pooled_width")
+    patience = ("curriculum.patience", "curriculum.loss_smoothing")
     groups = [
         (config.model.learn_sigma, "with a learned variance", ("diffusion.fixed_variance",)),
         (not config.model.max_caption_tokens, "without captions", captions),
-        (c.pacing != "patience", f"with curriculum.pacing={c.pacing}", ("curriculum.patience",)),
+        (c.pacing != "patience", f"with curriculum.pacing={c.pacing}", patience),
         (c.pacing != "fixed", f"with curriculum.pacing={c.pacing}", ("curriculum.interval",)),
         (config.data.validation is None, "without data.validation", validation),
         (not o.ema_widths, "without optimizer.ema_widths", snapshots),
@@ -182,7 +192,14 @@ def validate(config: Config, world_size: int) -> None:
             remedy = remedy or f"set {flag}"
             raise ConfigError(f"{key}={values[key]} must {must}; {remedy}")
 
-    for check in (check_unused, check_model, check_objective, check_curriculum, check_the_rest):
+    for check in (
+        check_unused,
+        check_model,
+        check_objective,
+        check_noise,
+        check_curriculum,
+        check_the_rest,
+    ):
         check(config, require)
 
 
@@ -304,6 +321,43 @@ def check_objective(config: Config, require: Any) -> None:
             "data.horizontal_flip",
             "be off with data.augment, which flips too",
         )
+
+
+def check_noise(config: Config, require: Any) -> None:
+    """The density of noise levels has its settings, and means something for the objective."""
+    n, d = config.noise, config.diffusion
+    for key in ("beta_alpha", "beta_beta"):
+        require(
+            n.sampling != "beta" or getattr(n, key) is not None,
+            f"noise.{key}",
+            "be a number with noise.sampling=beta, which has no default",
+            "give --noise.beta-alpha A --noise.beta-beta B",
+        )
+    # Under EDM u is a quantile of its own density, not a time.
+    require(
+        d.objective != "edm" or n.sampling not in ("beta", "mode"),
+        "noise.sampling",
+        "not be a density of timesteps, beta or mode, with diffusion.objective=edm, which has none",
+        "set --diffusion.p-mean and --diffusion.p-std, its own density, or --noise.sampling laplace",
+    )
+    if n.shift == 1:
+        return
+    require(
+        d.objective == "flow" and d.interpolant == "linear",
+        "noise.shift",
+        "be 1 unless diffusion.objective=flow and diffusion.interpolant=linear, whose "
+        "signal-to-noise ratio it divides by shift ** 2",
+        f"set --diffusion.p-mean {d.p_mean + math.log(n.shift):.4g}, which does the same"
+        if d.objective == "edm"
+        else "leave out --noise.shift",
+    )
+    # Where these draw follows from the noise levels or their losses as they are.
+    require(
+        n.sampling not in ("loss_second_moment", "speed"),
+        "noise.shift",
+        f"be 1 with noise.sampling={n.sampling}, which finds its noise levels itself",
+        "leave out --noise.shift",
+    )
 
 
 def check_curriculum(config: Config, require: Any) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from largescale.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class PacingState:
@@ -16,6 +18,7 @@ class PacingState:
     best_loss: float = math.inf  # L_best, of this stage
     patience_count: int = 0  # tau: observations in a row without improvement
     observations: int = 0  # in this stage
+    average: float | None = None  # of this stage's losses, where the pacing smooths them
 
     def next_stage(self) -> "PacingState":
         return PacingState(index=self.index - 1)
@@ -37,14 +40,32 @@ class Pacing(Protocol):
 @dataclass(frozen=True, slots=True)
 class PatiencePacing:
     """Algorithms 1 and 2 of arXiv:2403.10348: a stage ends at the (patience + 1)-th observation in
-    a row that does not improve on the stage's best loss."""
+    a row that does not improve on the stage's best loss.
+
+    With `loss_smoothing` s, which is not the paper's, the average of the stage's losses so far takes
+    the place of the loss: the one of k observations ago has s ** k times the weight of the newest.
+    It counts from the `memory`-th observation on; before, it would be as noisy as the losses.
+    """
 
     patience: int  # tau_max
+    loss_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.loss_smoothing < 1:
+            raise ConfigError(
+                f"loss_smoothing={self.loss_smoothing} must be in [0, 1); 0 is none, 0.99 an "
+                "average of about 100 losses"
+            )
+
+    @property
+    def memory(self) -> int:
+        """Losses that the average is about as long as."""
+        return round(1 / (1 - self.loss_smoothing))
 
     @property
     def shortest_stage(self) -> int:
         # The first loss is the best so far, and the (patience + 1)-th that is not ends the stage.
-        return self.patience + 2
+        return self.memory - 1 + self.patience + 2
 
     def start(self, n_clusters: int) -> PacingState:
         return PacingState(index=n_clusters)
@@ -52,16 +73,25 @@ class PatiencePacing:
     def advance(self, state: PacingState, loss: float) -> PacingState:
         if state.index == 0:
             return state
+        state = replace(state, observations=state.observations + 1)
+        if self.loss_smoothing:
+            loss = self._average(state, loss)
+            state = replace(state, average=loss)
+            if state.observations < self.memory:
+                return state
         # Algorithm 2: a new best loss resets tau, and tau > tau_max ends the stage.
         if loss < state.best_loss:
-            return replace(
-                state, best_loss=loss, patience_count=0, observations=state.observations + 1
-            )
+            return replace(state, best_loss=loss, patience_count=0)
         if state.patience_count + 1 > self.patience:
             return state.next_stage()
-        return replace(
-            state, patience_count=state.patience_count + 1, observations=state.observations + 1
-        )
+        return replace(state, patience_count=state.patience_count + 1)
+
+    def _average(self, state: PacingState, loss: float) -> float:
+        """The average with this loss, the newest of `state.observations`."""
+        # The newest weight over the sum of all: 1 for the first observation of a stage.
+        weight = (1 - self.loss_smoothing) / (1 - self.loss_smoothing**state.observations)
+        before = loss if state.average is None else state.average
+        return before + weight * (loss - before)
 
 
 @dataclass(frozen=True, slots=True)

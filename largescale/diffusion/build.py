@@ -7,8 +7,9 @@ from largescale.config.schema import Config
 from largescale.diffusion.edm import Edm
 from largescale.diffusion.flow import Flow
 from largescale.diffusion.gaussian import GaussianDiffusion
-from largescale.diffusion.noise_levels import NoiseSampler, make_noise_sampler
-from largescale.diffusion.objective import Objective, middle_of_bins
+from largescale.diffusion.noise_levels import make_noise_sampler
+from largescale.diffusion.noise_sampler import NoiseSampler
+from largescale.diffusion.objective import Objective
 from largescale.registry import look_up
 
 
@@ -45,6 +46,4 @@ def build_objective(config: Config) -> Objective:
 
 def build_noise_sampler(config: Config, objective: Objective) -> NoiseSampler:
     """The draw of noise levels of a config, which depends on the objective's SNRs."""
-    bins = config.diffusion.timesteps
-    t = objective.draw(middle_of_bins(bins))
-    return make_noise_sampler(config.noise, bins, objective.log_snr(t).numpy())
+    return make_noise_sampler(config.noise, objective, config.diffusion.timesteps)

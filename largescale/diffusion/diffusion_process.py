@@ -58,6 +58,11 @@ class DiffusionProcess:
             timestep_map = np.arange(len(betas))
         self.timestep_map = np.asarray(timestep_map, dtype=np.int64)
         self._on_device: dict[torch.device, dict[str, Tensor]] = {}
+        # ln SNR at the edges between timesteps, (T + 1,): half-way between its values at the two,
+        # and as far beyond the first and last.
+        inner = log_snr(betas)
+        outer = [2 * inner[0] - inner[1], *inner, 2 * inner[-1] - inner[-2]]
+        self.edges_log_snr = (np.array(outer[1:]) + np.array(outer[:-1])) / 2
 
     def respaced(self, kept: np.ndarray) -> Self:
         """The shorter process over the `kept` timesteps; the model still sees the original ones."""
@@ -68,18 +73,23 @@ class DiffusionProcess:
             timestep_map=self.timestep_map[kept],
         )
 
-    def _table(self, name: str, t: Tensor) -> Tensor:
-        """A table at t, (N,)."""
+    def tables_on(self, device: torch.device) -> dict[str, Tensor]:
+        """The tables on a device."""
         # Copied once for each device: a step makes no copy from the host.
-        if t.device not in self._on_device:
+        if device not in self._on_device:
             tables = {}
             for key, table in self.tables.items():
-                tables[key] = torch.from_numpy(table).float().to(t.device)
+                tables[key] = torch.from_numpy(table).float().to(device)
             # float64, as the noise axis is
-            tables["log_snr"] = torch.from_numpy(log_snr(self.betas)).to(t.device)
-            tables["timestep_map"] = torch.from_numpy(self.timestep_map).to(t.device)
-            self._on_device[t.device] = tables
-        return self._on_device[t.device][name][t]
+            tables["log_snr"] = torch.from_numpy(log_snr(self.betas)).to(device)
+            tables["edges_log_nsr"] = torch.from_numpy(-self.edges_log_snr).to(device)
+            tables["timestep_map"] = torch.from_numpy(self.timestep_map).to(device)
+            self._on_device[device] = tables
+        return self._on_device[device]
+
+    def _table(self, name: str, t: Tensor) -> Tensor:
+        """A table at t, (N,)."""
+        return self.tables_on(t.device)[name][t]
 
     def at(self, name: str, t: Tensor) -> Tensor:
         """`tables[name]` at t as float32 (N, 1, 1, 1)."""

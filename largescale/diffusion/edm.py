@@ -3,6 +3,7 @@ arXiv:2206.00364)."""
 
 import math
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import ClassVar
 
 import torch
@@ -63,6 +64,14 @@ class Edm:
 
     def log_snr(self, t: Tensor) -> Tensor:
         return -2 * t.double().log()
+
+    def log_snr_at(self, u: float) -> float:
+        if u in (0, 1):
+            return math.copysign(math.inf, 0.5 - u)
+        return -2 * (self.p_mean + self.p_std * NormalDist().inv_cdf(u))
+
+    def noise_level_of_snr(self, log_snr: Tensor) -> Tensor:
+        return torch.special.ndtr((-0.5 * log_snr - self.p_mean) / self.p_std)
 
     def x_start_weight(self, t: Tensor) -> Tensor:
         """The factor from the squared error of x_start to the mse: lambda(sigma) = 1 / c_out^2."""

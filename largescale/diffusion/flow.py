@@ -42,6 +42,10 @@ class Interpolant(NamedTuple):
     """sigma as `coefficients` has it, on the host."""
     determinant: float
     """alpha sigma' - sigma alpha', which does not depend on t."""
+    log_snr_at: Callable[[float], float]
+    """ln(alpha ** 2 / sigma ** 2) at a noise level u = 1 - t in the open (0, 1), on the host."""
+    noise_level_of_snr: Callable[[Tensor], Tensor]
+    """The inverse of `log_snr_at`."""
 
 
 def _linear(t: Tensor) -> Coefficients:
@@ -54,8 +58,20 @@ def _gvp(t: Tensor) -> Coefficients:
 
 
 INTERPOLANTS: dict[str, Interpolant] = {
-    "linear": Interpolant(_linear, lambda t: 1 - t, -1.0),
-    "gvp": Interpolant(_gvp, lambda t: math.cos(math.pi / 2 * t), -math.pi / 2),
+    "linear": Interpolant(
+        _linear,
+        lambda t: 1 - t,
+        -1.0,
+        lambda u: 2 * (math.log1p(-u) - math.log(u)),
+        lambda log_snr: torch.sigmoid(-0.5 * log_snr),
+    ),
+    "gvp": Interpolant(
+        _gvp,
+        lambda t: math.cos(math.pi / 2 * t),
+        -math.pi / 2,
+        lambda u: -2 * math.log(math.tan(math.pi / 2 * u)),
+        lambda log_snr: (-0.5 * log_snr).exp().atan() * (2 / math.pi),
+    ),
 }
 
 
@@ -96,6 +112,14 @@ class Flow:
     def log_snr(self, t: Tensor) -> Tensor:
         alpha, sigma = self.alpha_sigma(t)
         return 2 * (alpha.log() - sigma.log())
+
+    def log_snr_at(self, u: float) -> float:
+        if u in (0, 1):
+            return math.copysign(math.inf, 0.5 - u)
+        return self.interpolant.log_snr_at(u)
+
+    def noise_level_of_snr(self, log_snr: Tensor) -> Tensor:
+        return self.interpolant.noise_level_of_snr(log_snr)
 
     def x_start_weight(self, t: Tensor) -> Tensor:
         """The factor from the squared error of x_start to the mse."""

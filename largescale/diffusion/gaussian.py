@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,6 +57,20 @@ class GaussianDiffusion(DiffusionProcess):
 
     def log_snr(self, t: Tensor) -> Tensor:
         return self._table("log_snr", t)
+
+    def log_snr_at(self, u: float) -> float:
+        return float(
+            np.interp(
+                u * self.timesteps_total, np.arange(self.timesteps_total + 1), self.edges_log_snr
+            )
+        )
+
+    def noise_level_of_snr(self, log_snr: Tensor) -> Tensor:
+        """The inverse of `log_snr_at`: floor(u T) is the timestep whose log SNR is nearest."""
+        edges = self.tables_on(log_snr.device)["edges_log_nsr"]  # rising
+        right = torch.searchsorted(edges, -log_snr).clamp(1, self.timesteps_total)
+        share = (-log_snr - edges[right - 1]) / (edges[right] - edges[right - 1])
+        return ((right - 1 + share) / self.timesteps_total).clamp(0, 1)
 
     def x_start_weight(self, t: Tensor) -> Tensor:
         """The factor from the squared error of x_start to the mse: the SNR."""

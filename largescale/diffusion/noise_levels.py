@@ -1,11 +1,6 @@
-"""How noise levels are drawn among those that the curriculum has active.
+"""The draws of noise levels by name, and those among them that are constant over bins of the noise
+axis; `noise_densities` has those with a formula."""
 
-A sampler bends v, uniform in the open (0, 1), so that u = low + v (high - low) has the sampler's
-density, restricted to the active [low, high) and renormalised. All that is random stays in v, so a
-resumed run draws as it would have.
-"""
-
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,106 +10,19 @@ import torch
 from torch import Tensor
 
 from largescale.config.schema import NoiseConfig
-from largescale.diffusion.objective import check_draw
+from largescale.diffusion.noise_densities import (
+    Beta,
+    CosineMap,
+    Laplace,
+    LogitNormal,
+    Mode,
+    Shifted,
+    Uniform,
+)
+from largescale.diffusion.noise_sampler import NoiseSampler, copied_to, share_of, unit_importance
+from largescale.diffusion.objective import Objective, check_draw, middle_of_bins
 from largescale.errors import CheckpointError, ConfigError
 from largescale.registry import look_up
-
-
-class NoiseSampler:
-    """A density of noise levels."""
-
-    name: str
-    needs_losses = False
-
-    def warp(self, v: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-        """v bent, (N,) float64 in the open (0, 1), and (N,) float32 factors on the samples' losses.
-        `v`: (N,) float64 in the open (0, 1); `low`, `high`: the active noise levels, from
-        `Objective.snap_to_timesteps`."""
-        raise NotImplementedError
-
-    def observe(self, bins: list[int], losses: list[float]) -> None:
-        """Takes the losses of an applied step, the same on every rank: of each row of the global
-        batch, in order, floor(u n_bins) and the loss before the factor of `warp`. Without effect
-        unless `needs_losses`."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state as plain values, which strict JSON and weights-only torch files both take."""
-        return {"sampling": self.name}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a saved state. Raises CheckpointError for that of another sampler."""
-        if state["sampling"] != self.name:
-            raise CheckpointError(
-                f"this run draws noise levels by {self.name}, the saved state is of "
-                f"{state['sampling']}; go on with --noise.sampling {state['sampling']}"
-            )
-
-
-class Uniform(NoiseSampler):
-    """Every active noise level is as likely as any other."""
-
-    name = "uniform"
-
-    def warp(self, v: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-        check_draw(v, low, high)
-        return v, torch.ones_like(v, dtype=torch.float32)
-
-
-class LogitNormal(NoiseSampler):
-    """Noise levels whose logit is normal: eq. 19 of arXiv:2403.03206, whose t, like u, is 1 for
-    noise."""
-
-    name = "logit_normal"
-
-    def __init__(self, mean: float, std: float):
-        if not (math.isfinite(mean) and 0 < std < math.inf):
-            raise ConfigError(
-                f"logit-normal noise levels need a finite mean and a positive std, got {mean} and "
-                f"{std}; set --noise.logit-mean and --noise.logit-std (0 and 1 in the paper)"
-            )
-        self.mean, self.std = mean, std
-
-    def warp(self, v: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-        check_draw(v, low, high)
-        a = (_logit(low) - self.mean) / self.std
-        b = (_logit(high) - self.mean) / self.std
-        # By symmetry in the lower half: a tail's digits are in its own mass, not in 1 minus it.
-        z = -_truncated_normal(1 - v, -b, -a) if a + b > 0 else _truncated_normal(v, a, b)
-        u = torch.sigmoid(self.mean + self.std * z)
-        return _open((u - low) / (high - low)), torch.ones_like(v, dtype=torch.float32)
-
-
-def _logit(u: float) -> float:
-    return math.log(u) - math.log1p(-u) if 0 < u < 1 else math.copysign(math.inf, u - 0.5)
-
-
-@functools.cache
-def _log_cdf(z: float) -> float:
-    """ln Phi(z), on the host."""
-    return torch.special.log_ndtr(torch.tensor(z, dtype=torch.float64)).item()
-
-
-def _truncated_normal(v: Tensor, a: float, b: float) -> Tensor:
-    """The z of a standard normal within (a, b), at the share v of its mass there; accurate where
-    a + b <= 0."""
-    log_a = _log_cdf(a)
-    log_b = _log_cdf(b)
-    below = v + (1 - v) * math.exp(log_a - log_b)  # Phi(z) / Phi(b)
-    if b > -30:
-        return torch.special.ndtri(below * math.exp(log_b))
-
-    # Phi(b) nears the smallest float64: solve ln Phi(z) = ln(below) + ln Phi(b), from the tail's
-    # leading term, by Newton's method with d/dz ln Phi(z) = -z (1 + O(z ** -2)).
-    z = -(b * b - 2 * below.log()).sqrt()
-    for _ in range(3):
-        z = z + (torch.special.log_ndtr(z) - log_b - below.log()) / z
-    return z
-
-
-def _open(v: Tensor) -> Tensor:
-    """v inside the open (0, 1), whose ends rounding may reach."""
-    # The smallest and the largest v that are drawn.
-    return v.clamp(2.0**-53, 1 - 2.0**-53)
 
 
 class _Binned(NoiseSampler):
@@ -145,11 +53,7 @@ class _Binned(NoiseSampler):
             start = (edges - low) / (high - low)
             density = self.density(bins, np.diff(start))
             cdf = np.cumsum(density * np.diff(start)) - density * np.diff(start)
-            table = torch.from_numpy(np.stack([start[:-1], cdf, density]))
-            # From pinned memory the copy does not wait for the GPU.
-            if device.type == "cuda":
-                table = table.pin_memory()
-            self._tables[key] = table.to(device, non_blocking=True)
+            self._tables[key] = copied_to(device, np.stack([start[:-1], cdf, density]))
         return self._tables[key]
 
     def _bend(self, v: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
@@ -158,7 +62,7 @@ class _Binned(NoiseSampler):
         table = self._table(low, high, v.device)
         # The inverse CDF, which is linear within a bin.
         start, cdf, density = table[:, torch.searchsorted(table[1, 1:], v, right=True)]
-        return _open(start + (v - cdf) / density), density
+        return share_of(start + (v - cdf) / density, 0.0, 1.0), density
 
 
 class LossSecondMoment(_Binned):
@@ -248,7 +152,7 @@ class SpeeD(_Binned):
 
     def warp(self, v: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
         bent, _ = self._bend(v, low, high)
-        return bent, torch.ones_like(v, dtype=torch.float32)
+        return bent, unit_importance(v)
 
     def density(self, bins: np.ndarray, width: np.ndarray) -> np.ndarray:
         relative: np.ndarray = self._relative[bins]
@@ -256,17 +160,32 @@ class SpeeD(_Binned):
 
 
 # The values of noise.sampling
-NOISE_SAMPLERS: dict[str, Callable[[NoiseConfig, int, np.ndarray], NoiseSampler]] = {
-    "uniform": lambda config, n_bins, log_snr: Uniform(),
-    "logit_normal": lambda config, n_bins, log_snr: LogitNormal(
+NOISE_SAMPLERS: dict[str, Callable[[NoiseConfig, Objective, int], NoiseSampler]] = {
+    "uniform": lambda config, objective, n_bins: Uniform(),
+    "logit_normal": lambda config, objective, n_bins: LogitNormal(
         config.logit_mean, config.logit_std
     ),
-    "loss_second_moment": lambda config, n_bins, log_snr: LossSecondMoment(n_bins),
-    "speed": lambda config, n_bins, log_snr: SpeeD(log_snr, config.speed_ratio),
+    "loss_second_moment": lambda config, objective, n_bins: LossSecondMoment(n_bins),
+    "speed": lambda config, objective, n_bins: SpeeD(
+        log_snr_of_bins(objective, n_bins), config.speed_ratio
+    ),
+    "laplace": lambda config, objective, n_bins: Laplace(
+        objective, config.laplace_mu, config.laplace_b
+    ),
+    "beta": lambda config, objective, n_bins: Beta(config.beta_alpha, config.beta_beta),
+    "mode": lambda config, objective, n_bins: Mode(config.mode_scale),
+    "cosine_map": lambda config, objective, n_bins: CosineMap(objective),
 }
 
 
-def make_noise_sampler(config: NoiseConfig, n_bins: int, log_snr: np.ndarray) -> NoiseSampler:
-    """The sampler of a config. `log_snr`: (n_bins,) float64, of the objective at the middle of
-    n_bins equal shares of the noise axis."""
-    return look_up(NOISE_SAMPLERS, config.sampling, "noise.sampling")(config, n_bins, log_snr)
+def make_noise_sampler(config: NoiseConfig, objective: Objective, n_bins: int) -> NoiseSampler:
+    """The sampler of a config, for an objective. `n_bins`: in how many equal shares of the noise
+    axis statistics are kept."""
+    make = look_up(NOISE_SAMPLERS, config.sampling, "noise.sampling")
+    sampler = make(config, objective, n_bins)
+    return sampler if config.shift == 1 else Shifted(sampler, config.shift)
+
+
+def log_snr_of_bins(objective: Objective, n_bins: int) -> np.ndarray:
+    """ln SNR in the middle of n_bins equal shares of the noise axis, (n_bins,) float64."""
+    return objective.log_snr(objective.draw(middle_of_bins(n_bins))).numpy()

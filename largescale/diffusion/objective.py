@@ -63,6 +63,16 @@ class Objective(Protocol):
         rises."""
         ...
 
+    def log_snr_at(self, u: float) -> float:
+        """`log_snr` at a noise level in [0, 1], on the host; infinite where it is at an end.
+        Continuous and falling: between integer times, where nothing is drawn, it is interpolated.
+        """
+        ...
+
+    def noise_level_of_snr(self, log_snr: Tensor) -> Tensor:
+        """The inverse of `log_snr_at`, (N,) float64."""
+        ...
+
     def x_start_weight(self, t: Tensor) -> Tensor:
         """The factor from the squared error of the predicted x_start to the mse, (N,) float64."""
         ...

@@ -392,11 +392,12 @@ def _training(facts: CardFacts, config: Config) -> str:
     elif diffusion.objective == "edm":
         schedule = f"ln sigma of mean {diffusion.p_mean} and deviation {diffusion.p_std}"
     optimizer = config.optimizer
+    draw = noise.sampling if noise.shift == 1 else f"{noise.sampling} (shift {noise.shift})"
     rows = [
         ("data", _data(facts)),
         ("noise", schedule),
         ("learned variance", "yes" if config.model.learn_sigma else "no"),
-        ("draw and weighting of noise levels", f"{noise.sampling}, {noise.weighting}"),
+        ("draw and weighting of noise levels", f"{draw}, {noise.weighting}"),
         ("mirrored at random", "yes" if config.data.horizontal_flip else "no"),
         ("steps", f"{d['step']:,} of {config.train.steps:,}"),
         ("global batch", f"{config.train.global_batch_size:,}"),
@@ -420,7 +421,13 @@ def _curriculum(facts: CardFacts, config: Config) -> str:
         f"## Curriculum\n\nThat of [arXiv:2403.10348](https://arxiv.org/abs/2403.10348): {n} clusters of "
         f"noise levels ({c.clusters}), {c.order}, {c.stages}; pacing {c.pacing}"
     )
-    text += f", patience {c.patience}.\n" if c.pacing == "patience" else f", {c.interval} steps.\n"
+    if c.pacing == "patience" and c.loss_smoothing:
+        smoothed = f"on losses smoothed by {c.loss_smoothing}, which is not the paper's"
+        text += f", patience {c.patience} {smoothed}.\n"
+    elif c.pacing == "patience":
+        text += f", patience {c.patience}.\n"
+    else:
+        text += f", {c.interval} steps.\n"
     rows = [(f"{step:,}", index, stage(index, n)) for step, index in state.get("transitions", [])]
     if not rows:
         return f"{text}\nNo transition up to this step.\n"

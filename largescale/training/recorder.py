@@ -126,6 +126,8 @@ class Recorder:
             "curriculum/highest": curriculum.active[1],
             "curriculum/patience": pacing.patience_count,
             "curriculum/best_loss": pacing.best_loss if math.isfinite(pacing.best_loss) else None,
+            # What the patience watches, where it is not the loss itself.
+            **({} if pacing.average is None else {"curriculum/loss_average": pacing.average}),
             "optimizer/lr": engine.lr,
             "optimizer/grad_norm": engine.grad_norm(),
             "optimizer/loss_scale": engine.loss_scale,

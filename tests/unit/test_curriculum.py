@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,60 @@ def test_a_stage_ends_at_the_observation_after_tau_max(tau_max: int) -> None:
         assert not curriculum.observe(1.0)
     assert curriculum.observe(1.0) and curriculum.index == 2
     assert curriculum.state.best_loss == math.inf and curriculum.state.patience_count == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("smoothing, memory", [(0.3, 1), (0.9, 10), (0.98, 50)])
+def test_smoothed_losses_in_place_of_the_papers(smoothing: float, memory: int, seed: int) -> None:
+    """The same algorithm on the weighted mean of the stage's losses, written out, once it is as long as its memory."""
+    random = np.random.default_rng(seed)
+    losses = (1 + 0.3 * random.standard_normal(400) + np.exp(-np.arange(400) / 30)).tolist()
+    curriculum = Curriculum(uniform_clusters(4), PatiencePacing(6, smoothing))
+    first, best, tau, changes = 0, math.inf, 0, []
+    for i, loss in enumerate(losses):
+        stage_ended = curriculum.observe(loss)
+        weights = smoothing ** np.arange(i - first, -1, -1)
+        average = float(weights @ losses[first : i + 1] / weights.sum())
+        if i - first + 1 >= memory:
+            best, tau = (average, 0) if average < best else (best, tau + 1)
+        if tau > 6:
+            first, best, tau = i + 1, math.inf, 0
+            changes.append(i + 1)
+        assert stage_ended == (first == i + 1)
+        if curriculum.index == 0:
+            break
+        assert (curriculum.state.average, curriculum.state.best_loss) == (pytest.approx(None if stage_ended else average), pytest.approx(best))
+    assert curriculum.index == 0 and [at for at, _ in curriculum.transitions] == changes
+
+
+def test_a_smoothed_loss_of_chance_ends_no_stage() -> None:
+    """A loss that falls by a quarter of its noise in the time of the patience: the paper's rule ends stages, the smoothed one none."""
+    losses = 1 - np.arange(2000) / 4000 + 0.2 * np.random.default_rng(0).standard_normal(2000)
+    ended = [sum(map(Curriculum(uniform_clusters(20), PatiencePacing(200, smoothing)).observe, losses.tolist())) for smoothing in (0.0, 0.99)]
+    assert ended[0] >= 2 and ended[1] == 0
+
+
+def test_a_smoothed_loss_is_saved() -> None:
+    """Constant losses count as no improvement, whatever rounding does; a state of before there was an average is read."""
+    constant = Curriculum(uniform_clusters(2), PatiencePacing(5, 0.97))
+    assert constant.pacing.shortest_stage == 32 + 7
+    assert [constant.observe(0.1) for _ in range(78)] == [i in (38, 77) for i in range(78)]
+    losses = (1 + np.random.default_rng(1).random(60)).tolist()
+    truth, again, older = (Curriculum(uniform_clusters(3), PatiencePacing(4, 0.9)) for _ in range(3))
+    for loss in losses[:9]:
+        truth.observe(loss)
+    saved = json.loads(json.dumps(truth.state_dict(), allow_nan=False))
+    again.load_state_dict(saved)
+    assert again.state == truth.state and truth.state.average is not None
+    del saved["pacing"]["average"]
+    older.load_state_dict(saved)
+    assert older.state == replace(truth.state, average=None)
+    for loss in losses[9:]:
+        for each in (truth, again, older):
+            each.observe(loss)
+    assert again.state_dict() == truth.state_dict() and len(truth.transitions) > 1
+    with pytest.raises(ConfigError, match=r"loss_smoothing=1 must be in \[0, 1\)"):
+        PatiencePacing(4, 1)
 
 
 def test_stages_and_the_end() -> None:

@@ -14,7 +14,7 @@ import torch
 from largescale.curriculum import logit_normal, sigma, timesteps, uniform_clusters
 from largescale.diffusion.edm import Edm
 from largescale.diffusion.gaussian import GaussianDiffusion
-from largescale.diffusion.noise_levels import LogitNormal
+from largescale.diffusion.noise_densities import LogitNormal
 from largescale.errors import ConfigError
 from largescale.noise_schedule import make_betas
 

@@ -74,6 +74,7 @@ def test_captions_and_recomputed_blocks_do_not_wait(steps: Steps, captioned: Pat
     ("debug_sit", ("--noise.sampling", "logit_normal", "--curriculum.stages", "separate")),
     ("debug_edm", ("--model.unet.augment-dim", 9, "--data.augment", 0.5, "--train.activation-checkpointing")),
     ("debug", ("--noise.sampling", "speed", "--noise.weighting", "p2")),
+    ("debug", ("--noise.sampling", "laplace")),
     ("debug", ("--noise.sampling", "loss_second_moment", "--diffusion.timesteps", 10)),
 ])
 def test_other_systems_do_not_wait(preset: str, args: tuple[Any, ...], steps: Steps) -> None:

@@ -118,6 +118,11 @@ def test_the_curriculum_and_its_transitions() -> None:
     text = card_text(CardFacts(description(curriculum=state), 1))
     assert "20 clusters of noise levels (uniform), easy_first, accumulating; pacing patience" in text
     assert "| 100 | 19 | stage 2 of 20 |" in text and "| 2,000 | 0 | complete |" in text
+    other = description("debug_sit")
+    other["config"]["curriculum"]["loss_smoothing"], other["config"]["noise"]["shift"] = 0.99, 3.0
+    text = card_text(CardFacts(other, 1))
+    assert "patience 1 on losses smoothed by 0.99, which is not the paper's." in text
+    assert "| draw and weighting of noise levels | uniform (shift 3.0), none |" in text
     none = description()
     none["config"]["curriculum"]["pacing"] = "none"
     assert "None: all noise levels from the first step on." in card_text(CardFacts(none, 1))

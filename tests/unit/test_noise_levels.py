@@ -10,13 +10,25 @@ import torch
 from torch import Tensor
 
 from largescale.config.schema import NoiseConfig
-from largescale.diffusion.noise_levels import (
+from largescale.diffusion.edm import Edm
+from largescale.diffusion.flow import Flow
+from largescale.diffusion.gaussian import GaussianDiffusion
+from largescale.diffusion.noise_densities import (
+    Beta,
+    CosineMap,
+    Laplace,
     LogitNormal,
+    Mode,
+    Shifted,
+    Uniform,
+)
+from largescale.diffusion.noise_levels import (
+    NOISE_SAMPLERS,
     LossSecondMoment,
-    NoiseSampler,
     SpeeD,
     make_noise_sampler,
 )
+from largescale.diffusion.noise_sampler import NoiseSampler
 from largescale.errors import CheckpointError, ConfigError
 from largescale.noise_schedule import alphas_cumprod, log_snr, make_betas
 from tests.waits import Functions, Operations
@@ -24,7 +36,9 @@ from tests.waits import Functions, Operations
 N = 200_000
 V = (torch.arange(N, dtype=torch.float64) + 0.5) / N
 INTERVALS = [(0.0, 1.0), (0.95, 1.0), (0.0, 0.05), (0.3, 0.62), (0.4567, 0.5001)]  # the last two cut bins of 1/16
+FEW = V[::100].contiguous()
 ENDS = torch.tensor([2.0**-53, 1 - 2.0**-53], dtype=torch.float64)
+COSINE = GaussianDiffusion(make_betas("cosine", 1000), learn_sigma=False)
 LINEAR_FLOW = 2 * np.log(1 / ((np.arange(1000) + 0.5) / 1000) - 1)                     # log SNR: x_t = (1 - u) x + u noise
 
 
@@ -46,9 +60,11 @@ def warm(n_bins: int = 16, seed: int = 0) -> LossSecondMoment:
 
 def every() -> list[NoiseSampler]:
     return [
-        *(make_noise_sampler(NoiseConfig(sampling=name), 1000, LINEAR_FLOW)
-          for name in ("uniform", "logit_normal", "loss_second_moment", "speed")),
+        *(make_noise_sampler(NoiseConfig(sampling=name, beta_alpha=2.0, beta_beta=0.7), Flow(), 1000) for name in NOISE_SAMPLERS),
         LogitNormal(-1.2, 0.4), LogitNormal(3.0, 0.02), LogitNormal(0.0, 50.0), warm(), warm(1000), SpeeD(LINEAR_FLOW, 100.0),
+        Beta(1e-3, 1e-3), Beta(1e4, 3.0), Mode(-1.0), Mode(1.7519), Shifted(Beta(0.1, 50.0), 30.0), Shifted(Uniform(), 1e-2),
+        *(Laplace(objective, mu, b) for objective in (COSINE, Edm(), Flow("gvp")) for mu, b in [(0.0, 0.5), (-30.0, 1e-3), (8.0, 1e3)]),
+        *(CosineMap(objective) for objective in (COSINE, Edm(), Flow("gvp"))),
     ]
 
 
@@ -62,7 +78,7 @@ def test_v_stays_in_the_open_interval_and_in_order(low: float, high: float) -> N
 
 
 def test_uniform_changes_nothing() -> None:
-    bent, importance = make_noise_sampler(NoiseConfig(), 1000, LINEAR_FLOW).warp(V, 0.3, 0.7)
+    bent, importance = make_noise_sampler(NoiseConfig(), Flow(), 1000).warp(V, 0.3, 0.7)
     assert torch.equal(bent, V) and torch.equal(importance, torch.ones(N))
 
 
@@ -231,7 +247,7 @@ def test_states_of_other_runs_are_refused() -> None:
 
 def test_only_loss_second_moment_needs_losses() -> None:
     assert {sampler.name: sampler.needs_losses for sampler in every()} == {
-        "uniform": False, "logit_normal": False, "loss_second_moment": True, "speed": False}
+        name: name == "loss_second_moment" for name in NOISE_SAMPLERS}
     for loss in (math.nan, math.inf):
         sampler = warm()
         before = sampler.state_dict()
@@ -288,21 +304,34 @@ def test_what_cannot_be_drawn_from_is_refused() -> None:
     (NoiseConfig(sampling="logit_normal", logit_std=0.0), "--noise.logit-std"),
     (NoiseConfig(sampling="logit_normal", logit_mean=math.nan), "--noise.logit-mean"),
     (NoiseConfig(sampling="speed", speed_ratio=0.0), "speed_ratio=0.0.*--noise.speed-ratio"),
+    (NoiseConfig(sampling="laplace", laplace_b=0.0), "got 0.0 and 0.0.*--noise.laplace-b"),
+    (NoiseConfig(sampling="laplace", laplace_mu=math.inf), "--noise.laplace-mu"),
+    (NoiseConfig(sampling="beta"), "got None and None; set --noise.beta-alpha and --noise.beta-beta, which have no default"),
+    (NoiseConfig(sampling="beta", beta_alpha=2.0, beta_beta=-1.0), "two positive numbers, got 2.0 and -1.0"),
+    (NoiseConfig(sampling="mode", mode_scale=1.76), "mode_scale=1.76 must be from -1.*--noise.mode-scale"),
+    (NoiseConfig(shift=0.0), "shift=0.0 must be positive.*--noise.shift"),
     (NoiseConfig(sampling="sobol"), "sobol.*choose one of uniform"),  # type: ignore[arg-type]
 ])
 def test_bad_settings(config: NoiseConfig, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        make_noise_sampler(config, 1000, LINEAR_FLOW)
+        make_noise_sampler(config, Flow(), 1000)
 
 
 def test_settings_reach_the_samplers() -> None:
     def quantile(**settings: object) -> float:
-        sampler = make_noise_sampler(NoiseConfig(**settings), 1000, LINEAR_FLOW)  # type: ignore[arg-type]
+        sampler = make_noise_sampler(NoiseConfig(**settings), Flow(), 1000)  # type: ignore[arg-type]
         return float(drawn(sampler, 0.0, 1.0, torch.tensor([0.3], dtype=torch.float64))[0][0])
 
-    normal = quantile(sampling="logit_normal")
-    assert len({normal, quantile(sampling="logit_normal", logit_mean=1.0), quantile(sampling="logit_normal", logit_std=2.0),
-                quantile(sampling="speed"), quantile(sampling="speed", speed_ratio=2.0), quantile()}) == 6
+    beta = {"sampling": "beta", "beta_alpha": 2.0, "beta_beta": 3.0}
+    different: list[dict[str, object]] = [
+        {}, {"shift": 3.0},
+        {"sampling": "logit_normal"}, {"sampling": "logit_normal", "logit_mean": 1.0}, {"sampling": "logit_normal", "logit_std": 2.0},
+        {"sampling": "speed"}, {"sampling": "speed", "speed_ratio": 2.0},
+        {"sampling": "laplace"}, {"sampling": "laplace", "laplace_mu": 1.0}, {"sampling": "laplace", "laplace_b": 1.0},
+        beta, beta | {"beta_alpha": 1.0}, beta | {"beta_beta": 1.0},
+        {"sampling": "mode"}, {"sampling": "mode", "mode_scale": 0.5}, {"sampling": "cosine_map"},
+    ]
+    assert len({quantile(**settings) for settings in different}) == len(different)
 
 
 def test_nobody_waits_for_the_device() -> None:
@@ -310,11 +339,11 @@ def test_nobody_waits_for_the_device() -> None:
     waited: list[str] = []
     for sampler in every():
         for low in (0.95, 0.5):
-            sampler.warp(V, low, 1.0)                                      # constants of an interval: on the host, once
+            sampler.warp(FEW, low, 1.0)                                    # constants of an interval: on the host, once
         with Operations(waited.append), Functions(waited.append):
             sampler.observe([0, 1], [1.0, 1.0])
-            sampler.warp(V, 0.95, 1.0)
-            sampler.warp(V, 0.5, 1.0)
+            sampler.warp(FEW, 0.95, 1.0)
+            sampler.warp(FEW, 0.5, 1.0)
     assert waited == []
     with Operations(waited.append), Functions(waited.append):
         V[0].item()

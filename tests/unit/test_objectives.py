@@ -12,6 +12,7 @@ from largescale.config.validation import validate
 from largescale.diffusion.build import OBJECTIVES, build_noise_sampler, build_objective
 from largescale.diffusion.edm import Edm
 from largescale.diffusion.flow import Flow
+from largescale.diffusion.noise_levels import NOISE_SAMPLERS
 from largescale.diffusion.objective import Objective, SamplerName
 from largescale.diffusion.samplers import check_sampler, quick_sampler, sample
 from largescale.diffusion.sampling import SampleNoise, SamplingConfig, draw_samples
@@ -142,9 +143,26 @@ def test_draws_are_uniform_in_the_noise_level(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "speed", "loss_second_moment"])
+def test_a_log_snr_is_that_of_one_noise_level(kind: str) -> None:
+    """Continuous in u, that of the time where there is one, and inverted."""
+    objective = make(kind)
+    u = objective.noise_level(objective.draw((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000))
+    log_snr = objective.log_snr(objective.draw(u))
+    at = torch.tensor([objective.log_snr_at(x) for x in u.tolist()], dtype=torch.float64)
+    gaussian = KINDS[kind].objective == "gaussian"  # half-way between edges that are half-way between timesteps
+    torch.testing.assert_close(at[:900], log_snr[:900], rtol=1e-9, atol=0.2 if gaussian else 1e-9)
+    torch.testing.assert_close(objective.noise_level_of_snr(at), u, rtol=0, atol=1e-12)
+    ends = objective.noise_level_of_snr(torch.tensor([1e4, -1e4], dtype=torch.float64))
+    assert ends.tolist() == [0, 1] and objective.log_snr_at(0.0) > at[0] > at[-1] > objective.log_snr_at(1.0)
+    if gaussian:
+        assert torch.equal((objective.noise_level_of_snr(log_snr) * 1000).floor(), torch.arange(1000).double())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sampling", NOISE_SAMPLERS)
 def test_every_way_of_drawing_goes_with_every_objective(kind: str, sampling: Any) -> None:
-    config = Config("x", model=ModelConfig(learn_sigma=False), diffusion=KINDS[kind], noise=NoiseConfig(sampling))
+    noise = NoiseConfig(sampling, beta_alpha=2.0, beta_beta=3.0)
+    config = Config("x", model=ModelConfig(learn_sigma=False), diffusion=KINDS[kind], noise=noise)
     objective = build_objective(config)
     sampler = build_noise_sampler(config, objective)
     v = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import numpy as np
 import pytest
 
 from eval.scoring.figures import FIGURES, METRICS
@@ -14,7 +13,7 @@ from largescale.config.derived import CLUSTERS, cluster_edges, pacing, pacing_se
 from largescale.config.schema import Config, CurriculumConfig, DiffusionConfig, NoiseConfig
 from largescale.curriculum import PACINGS, Curriculum, uniform_clusters
 from largescale.diffusion.build import OBJECTIVES, build_objective
-from largescale.diffusion.flow import INTERPOLANTS
+from largescale.diffusion.flow import INTERPOLANTS, Flow
 from largescale.diffusion.loss_weighting import WEIGHTINGS, make_weighting
 from largescale.diffusion.noise_levels import NOISE_SAMPLERS, make_noise_sampler
 from largescale.errors import ConfigError
@@ -75,7 +74,7 @@ def test_a_name_that_is_not_there() -> None:
 @pytest.mark.parametrize("section, field, make", [
     (CurriculumConfig, "curriculum.pacing", pacing), (CurriculumConfig, "curriculum.clusters", cluster_edges),
     (DiffusionConfig, "diffusion.objective", build_objective), (DiffusionConfig, "diffusion.schedule", build_objective),
-    (NoiseConfig, "noise.sampling", lambda config: make_noise_sampler(config.noise, 10, None)),
+    (NoiseConfig, "noise.sampling", lambda config: make_noise_sampler(config.noise, None, 10)),
     (NoiseConfig, "noise.weighting", lambda config: make_weighting(config.noise)),
 ])
 def test_nothing_else_is_made_instead(section, field, make) -> None:
@@ -88,13 +87,13 @@ def test_nothing_else_is_made_instead(section, field, make) -> None:
 
 @pytest.mark.parametrize("name", NOISE_SAMPLERS)
 def test_a_noise_sampler_saves_its_name(name: str) -> None:
-    assert make_noise_sampler(NoiseConfig(sampling=name), 10, np.linspace(5, -5, 10)).name == name  # type: ignore[arg-type]
+    assert make_noise_sampler(NoiseConfig(sampling=name, beta_alpha=2.0, beta_beta=1.0), Flow(), 10).name == name  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", PACINGS)
 def test_a_pacing_rule_is_made_with_fields_of_the_config(name: str) -> None:
     """Each with its own, and no stage is shorter than it says."""
-    values = {setting: 3 + i for i, setting in enumerate(pacing_settings(name))}
+    values = {setting: 0.75 if setting == "loss_smoothing" else 3 + i for i, setting in enumerate(pacing_settings(name))}
     rule = pacing(Config("x", curriculum=CurriculumConfig(pacing=name, **values)))  # type: ignore[arg-type]
     assert rule == PACINGS[name](**values)
     curriculum = Curriculum(uniform_clusters(4), rule)

@@ -38,6 +38,8 @@ SYSTEMS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "P2": ("debug_edm", ("--noise.weighting", "p2")),
     "SpeeD": ("debug", ("--noise.sampling", "speed", "--noise.weighting", "p2")),
     "logit-normal": ("debug_sit", ("--noise.sampling", "logit_normal")),
+    "shifted beta, smoothed": ("debug_sit", ("--noise.sampling", "beta", "--noise.beta-alpha", 2, "--noise.beta-beta", 0.5, "--noise.shift", 3,
+                                             "--curriculum.loss-smoothing", 0.6)),
 }
 
 
