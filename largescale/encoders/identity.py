@@ -104,13 +104,12 @@ def offline() -> Iterator[None]:
 
 
 def _say_loading(what: str) -> None:
-    if env_rank() == 0:
-        print(
-            f"still loading {what}: it may be downloaded, which without a network takes a minute to "
-            "fail",
-            file=sys.stderr,
-            flush=True,
-        )
+    if env_rank() != 0:
+        return
+    # A folder may come after the kind of encoder, as in hf:/models/bert.
+    here = any(Path(name).is_dir() for name in (what, what.partition(":")[2]) if name)
+    why = "" if here else ": it may be downloaded, which without a network takes a minute to fail"
+    print(f"still loading {what}{why}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -147,6 +147,18 @@ def test_a_load_that_takes_long_says_so(monkeypatch: pytest.MonkeyPatch, capsys:
             raise OSError("no network")
 
 
+def test_a_folder_that_takes_long_is_not_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(identity, "SAID_AFTER_S", 0.01)
+    said = ""
+    with identity.loading(f"hf:{tmp_path}", "give a folder"):
+        while not said:
+            said = capsys.readouterr().err
+            time.sleep(0.01)
+    assert said == f"still loading hf:{tmp_path}\n"
+
+
 def test_resolution_that_does_not_divide(tmp_path: Path) -> None:
     kl().save_pretrained(tmp_path)
     with pytest.raises(DataError, match="resolution 17 is not a multiple of 2.*try 16 or 18"):
