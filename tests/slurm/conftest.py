@@ -161,9 +161,18 @@ class Job:
         assert processes, self.text()
         for process in processes:
             os.kill(process, signal.SIGSTOP)
-        self.lab("scancel", "--signal=USR1", self.id)
-        for process in processes:
-            self.wait_for("USR1", lambda process=process: waits_for(process, signal.SIGUSR1))
+        polls = itertools.count()
+
+        def heard() -> bool:
+            # Slurm does not repeat a signal that a busy node did not take in time.
+            if next(polls) % 200 == 0:
+                self.lab("scancel", "--signal=USR1", self.id)
+            try:
+                return all(waits_for(process, signal.SIGUSR1) for process in processes)
+            except FileNotFoundError as error:
+                pytest.fail(f"a rank that stood still is gone: {error}\n{self.text()}")
+
+        self.wait_for("USR1", heard)
         for process in processes:
             os.kill(process, signal.SIGCONT)
 
