@@ -43,7 +43,7 @@ def page(
 
 
 def _figures(shown: Sequence[tuple[OfRuns, str]], relative: bool = False) -> list[str]:
-    figures = []
+    figures: list[str] = []
     for runs, name in shown:
         lines = []
         for method in runs:

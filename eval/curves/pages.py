@@ -26,7 +26,7 @@ def curve_page(of_runs: OfRuns) -> str:
         note += " Bands: the stages of the curriculum, with their index, which counts down to 0."
     if marks:
         note += " Lines on top: where a stage of a curriculum ended."
-    figures = []
+    figures: list[str] = []
     for name in figure_names(scored):
         lines = [Line(str(run), c) for run, rows in scored.items() if (c := curve_of(rows, name))]
         # The note is said once.
@@ -52,7 +52,7 @@ def widths_page(of_runs: OfRuns, best: Sequence[str]) -> str:
             line = Line(f"{run}, step {rows[-1]['step']:,}", curve)
             of_names.setdefault(name, []).append(line)
     note = f"{_NOTE} A width is a share of the training."
-    figures = []
+    figures: list[str] = []
     for name, lines in of_names.items():
         figures.append(figure_of(name, lines, widest, "" if figures else note, over="width"))
     content = (
