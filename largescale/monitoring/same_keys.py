@@ -3,7 +3,8 @@ many times as fast as line by line, and exact.
 
 A number begins two bytes after a colon, and ends where the next key begins. So colons are looked
 for in all lines at once, what lies between the numbers is compared with the keys, and pyarrow reads
-the numbers where they stand."""
+the numbers where they stand. It also takes numbers that are none of JSON, such as 01, which only a
+disk that changes bytes makes of others."""
 
 import json
 from dataclasses import dataclass
