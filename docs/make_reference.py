@@ -34,7 +34,7 @@ PROGRAMS = {  # program: the dataclass whose fields are its options
     "largescale.requeue": "largescale.requeue:Requeue",
     "eval.sample": "eval.sample:Sample",
     "eval.score": "eval.score:Score",
-    "eval.curve": "eval.curve:Curve",
+    "eval.curve": "eval.curves.options:Curve",
     "eval.compare": "eval.compare:Compare",
     "eval.difficulty": "eval.difficulty_study.study:Study",
     "eval.prompts": "eval.prompts:Freeze",

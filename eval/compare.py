@@ -8,8 +8,9 @@ against, seed by seed.
 
     OUT/METHOD/seed_S/          the runs: checkpoints, and loss/ and curve/ with a row for each that
                                 was scored
-    OUT/table.md                final and best figures, paired differences, steps to the first
-                                method's best
+    OUT/report.html             final and best figures, paired differences, steps to the first
+                                method's best, curves and samples: one file, which needs no network
+    OUT/table.md                the tables of it
     OUT/results.json            every number, the commands, versions and machine
     OUT/curves.png              the validation loss (EMA) per cluster; relative.png: against the
                                 first method
@@ -40,7 +41,9 @@ from eval.comparison.methods import read_methods
 from eval.comparison.plan import plan
 from eval.comparison.report import Findings, seeds_of, write_report
 from eval.comparison.validation_loss import ValidationLoss
-from eval.curve import Curve, Curves, make_scorer, steps_of, steps_to_score
+from eval.curves.options import Curve
+from eval.curves.rows import steps_of, steps_to_score
+from eval.curves.scores import Curves, make_scorer
 from eval.sample import Sample, Sampler, folder_of
 from eval.score import Scorer
 from eval.training_runs import Run, check_same, configure

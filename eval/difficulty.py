@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval.curve import lines
+from eval.curves.rows import lines
 from eval.difficulty_study.denoising import SplicedSampler, asked_levels, bounds
 from eval.difficulty_study.findings import Findings
 from eval.difficulty_study.relative_entropy import (

@@ -1,4 +1,4 @@
-"""What a comparison writes: table.md, results.json and pictures."""
+"""What a comparison writes: table.md, report.html, results.json and pictures."""
 
 import json
 import platform
@@ -13,19 +13,21 @@ import torch
 from PIL import Image
 
 import largescale
+from eval.comparison.page import page
 from eval.comparison.statistics import (
     SIGNIFICANCE_LEVEL,
     OfRuns,
     Standing,
+    Table,
     cluster_table,
     mean,
-    points,
+    over_seeds,
     standings,
     summary,
     table,
 )
 from eval.comparison.validation_loss import WEIGHTS, figure
-from eval.curve import Row, main_figure, steps_of
+from eval.curves.rows import Row, main_figure, steps_of
 from eval.training_runs import Run
 from largescale.checkpoint.files import checkpoints
 from largescale.config.validation import ema_note
@@ -69,7 +71,8 @@ class Findings:
 
 
 def write_report(f: Findings) -> None:
-    """Write table.md, results.json and the pictures, and print the table. Raises DataError."""
+    """Write table.md, report.html, results.json and the pictures, and print the table. Raises
+    DataError."""
     loss = f.of_runs(f.loss)
     n_clusters = len(f.loss_protocol["edges"]) - 1
 
@@ -92,47 +95,55 @@ def write_report(f: Findings) -> None:
     if f.grids:
         plot_side_by_side(f.grids, f.out / "samples.png")
 
-    # Every number is computed before table.md and results.json are written.
+    # Every number is computed before table.md, report.html and results.json are written.
     found = {key: standings(runs, key) for key, runs in figures.items()}
-    lines = [*heading(f, name), *same_as_first(loss)]
-    for key, standing in found.items():
-        lines += ["", f"## {key}: lower is better", "", *table(standing)]
-    lines += [
-        "",
-        f"## {figure('EMA')} at the last step, by noise cluster",
-        "",
-        *cluster_table(loss, n_clusters, "EMA"),
-        "",
-        "## Stages",
-        "",
-        *stages(f),
-    ]
+    tables = {f"{key}: lower is better": table(standing) for key, standing in found.items()}
+    by_cluster = f"{figure('EMA')} at the last step, by noise cluster"
+    tables[by_cluster] = cluster_table(loss, n_clusters, "EMA")
+    tables["Stages"] = stages(f)
     conclusion = summary(found[name], name, f.runs[0].config.train.steps)
+    title = f"{f.runs[0].config.name}: {', '.join(methods_of(f.runs))}"
+    notes = [*about(f, name), *same_as_first(loss)]
+    lines = markdown(title, notes, f.command, tables)
     numbers = results(f, found)
+    shown = [(figures[name], name)] if f.frechet else []
+    shown += [(loss, each) for each in names]
+    made = page(title, [conclusion, *notes], f.command, tables, shown, f.grids)
     write_atomically(f.out / "table.md", "\n".join([*lines, "", conclusion, ""]))
+    write_atomically(f.out / "report.html", made)
     write_atomically(f.out / "results.json", json.dumps(numbers, indent=1) + "\n")
-    lines += ["", f"{f.out / 'table.md'}, results.json and pictures", conclusion]
+    lines += ["", f"{f.out / 'report.html'}, table.md, results.json and pictures", conclusion]
     print("\n".join(lines), flush=True)
 
 
-def heading(f: Findings, name: str) -> list[str]:
-    """The head of table.md: what was trained, and how it was measured."""
+def markdown(
+    title: str, notes: Sequence[str], command: str, tables: Mapping[str, Table]
+) -> list[str]:
+    """The lines of table.md, but for the last."""
+    lines = [f"# {title}"]
+    for note in notes:
+        lines += ["", note]
+    lines += ["", f"    {command}"]
+    for heading, each in tables.items():
+        lines += ["", f"## {heading}", "", *each.markdown]
+    return lines
+
+
+def about(f: Findings, name: str) -> list[str]:
+    """What was trained, and how it was measured."""
     config = f.runs[0].config
     lines = [
-        f"# {config.name}: {', '.join(methods_of(f.runs))}",
-        "",
         f"{seeds_text(f)}; {config.train.steps:,} steps of {config.train.global_batch_size} "
         f"images; scored every {config.checkpoint.every:,} steps, which is how exactly steps are "
         f"known. {spread_text(f)}",
-        "",
         f"Validation loss: unweighted, of {f.loss_protocol['images']} images a cluster that were "
         + ("not trained on." if f.held_out else "trained on (no --validation was given)."),
     ]
     if f.frechet_protocol:
-        lines += ["", f"{name}: {frechet_text(f)}"]
+        lines.append(f"{name}: {frechet_text(f)}")
     if note := ema_note(config):
-        lines += ["", note]
-    return [*lines, "", f"    {f.command}"]
+        lines.append(note)
+    return lines
 
 
 def methods_of(runs: Sequence[Run]) -> list[str]:
@@ -178,7 +189,7 @@ def frechet_text(f: Findings) -> str:
 
 
 def same_as_first(loss: OfRuns) -> list[str]:
-    """A Markdown note on methods that cannot have done anything."""
+    """A note on methods that cannot have done anything."""
     # The numbers alone: rows also hold what differs between any two runs.
     numbers: dict[str, dict[int, list[Row]]] = {}
     for method, of_seed in loss.items():
@@ -191,16 +202,15 @@ def same_as_first(loss: OfRuns) -> list[str]:
     if not same:
         return []
     return [
-        "",
         f"The same as {first} to the last digit, and so without effect in these steps: "
         f"{', '.join(same)}. (loss_second_moment is uniform until each active timestep has been "
         "drawn 10 times.)",
     ]
 
 
-def stages(f: Findings) -> list[str]:
-    """A Markdown table of the steps at which each method's curriculum was complete."""
-    lines = ["| method | curriculum complete at step |", "|---|---|"]
+def stages(f: Findings) -> Table:
+    """The steps at which each method's curriculum was complete."""
+    rows = []
     for method in methods_of(f.runs):
         of_method = [run for run in f.runs if run.method == method]
 
@@ -217,8 +227,8 @@ def stages(f: Findings) -> list[str]:
             text = str(mean(ends))
         if ends and len(ends) < len(of_method):
             text += f" ({len(ends)} of {len(of_method)} seeds)"
-        lines.append(f"| {method} | {text} |")
-    return lines
+        rows.append((method, text))
+    return Table(("method", "curriculum complete at step"), tuple(rows))
 
 
 def transitions(run: Run) -> list[tuple[int, int]]:
@@ -319,28 +329,11 @@ def plot_panels(runs: OfRuns, names: Sequence[str], path: Path, relative: bool =
 
 def plot_method(axis: Any, runs: OfRuns, method: str, name: str, relative: bool) -> None:
     """One method's curve of one figure, shaded by the standard deviation over seeds."""
-    first = next(iter(runs))
-    # By step, the value of each seed.
-    each: dict[int, list[float]] = {}
-    for seed, rows in runs[method].items():
-        base = dict(points(runs[first][seed], name))
-        for step, value in points(rows, name):
-            if not relative:
-                each.setdefault(step, []).append(value)
-            elif step in base:
-                each.setdefault(step, []).append(100 * (value / base[step] - 1))
-
-    # Means over seeds, and one standard deviation to both sides.
-    steps = sorted(each)
-    middle, low, high = [], [], []
-    for step in steps:
-        over_seeds = mean(each[step])
-        spread = over_seeds.spread or 0.0
-        middle.append(over_seeds.value)
-        low.append(over_seeds.value - spread)
-        high.append(over_seeds.value + spread)
-    line = axis.plot(steps, middle, marker=".", label=method)
-    axis.fill_between(steps, low, high, color=line[0].get_color(), alpha=0.2, linewidth=0)
+    c = over_seeds(runs, method, name, relative)
+    if not c:
+        return
+    line = axis.plot(c.step, c.mean, marker=".", label=method)
+    axis.fill_between(c.step, c.low, c.high, color=line[0].get_color(), alpha=0.2, linewidth=0)
 
 
 def plot_side_by_side(grids: Mapping[str, Path], path: Path) -> None:

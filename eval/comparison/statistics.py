@@ -5,9 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
+import numpy as np
+
 from eval.comparison.validation_loss import figure
-from eval.curve import Row, steps_to_match_best_of
+from eval.curves.rows import Row, steps_to_match_best_of
 from largescale.errors import DataError
+from largescale.page.series import Curve
 
 # Below this (adjusted) p-value a difference is called better or worse.
 SIGNIFICANCE_LEVEL = 0.05
@@ -70,6 +73,23 @@ class Standing:
     difference: Difference | None  # of the final one; None: this is the first method
     reached: tuple[int | None, ...]  # by seed: first step as good as the first method ever was
     speedup: float | None  # steps of that best over `reached`; None: a seed has not
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    @property
+    def markdown(self) -> list[str]:
+        lines = [_line(self.header), "|---" * len(self.header) + "|"]
+        return [*lines, *map(_line, self.rows)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def mean(values: Sequence[float]) -> Mean:
@@ -140,6 +160,30 @@ def of_figure(rows: Sequence[Row], name: str) -> list[Row]:
 def points(rows: Sequence[Row], name: str) -> list[tuple[int, float]]:
     """(step, value) of one figure, where it is finite."""
     return [(row["step"], row["figures"][name]["value"]) for row in of_figure(rows, name)]
+
+
+def over_seeds(runs: OfRuns, method: str, name: str, relative: bool = False) -> Curve | None:
+    """The curve of one method: means over seeds, from one standard deviation below to one above;
+    None without a finite value. `relative`: against the first method's of the same seed and step,
+    in percent of it."""
+    first = next(iter(runs))
+    # By step, the value of each seed.
+    each: dict[int, list[float]] = {}
+    for seed, rows in runs[method].items():
+        base = dict(points(runs[first][seed], name))
+        for step, value in points(rows, name):
+            if not relative:
+                each.setdefault(step, []).append(value)
+            elif step in base:
+                each.setdefault(step, []).append(100 * (value / base[step] - 1))
+    if not each:
+        return None
+
+    steps = sorted(each)
+    means = [mean(each[step]) for step in steps]
+    middle = np.array([m.value for m in means])
+    spread = np.array([m.spread or 0.0 for m in means])
+    return Curve(np.array(steps, float), middle - spread, middle, middle + spread, 0)
 
 
 def curves_of(runs: OfRuns, name: str) -> dict[str, list[list[tuple[int, float]]]]:
@@ -216,21 +260,23 @@ def at_best(curve: Sequence[tuple[int, float]]) -> tuple[int, float]:
     return min(curve, key=lambda point: point[1])
 
 
-def table(found: Mapping[str, Standing]) -> list[str]:
-    """The standings by one figure, as a Markdown table."""
+def table(found: Mapping[str, Standing]) -> Table:
+    """The standings by one figure."""
     first = next(iter(found))
-    lines = [
-        f"| method | final | best | final, less {first}'s of the same seed | steps to {first}'s "
-        "best | times as fast |",
-        "|---|---|---|---|---|---|",
-    ]
+    header = (
+        "method",
+        "final",
+        "best",
+        f"final, less {first}'s of the same seed",
+        f"steps to {first}'s best",
+        "times as fast",
+    )
+    rows = []
     for method, s in found.items():
         speedup = "" if s.speedup is None else f"{s.speedup:.2f}"
-        lines.append(
-            f"| {method} | {s.final} | {s.best} | {s.difference or ''} | {steps_text(s.reached)} | "
-            f"{speedup} |"
-        )
-    return lines
+        difference = str(s.difference or "")
+        rows.append((method, str(s.final), str(s.best), difference, steps_text(s.reached), speedup))
+    return Table(header, tuple(rows))
 
 
 def steps_text(reached: Sequence[int | None]) -> str:
@@ -244,13 +290,12 @@ def steps_text(reached: Sequence[int | None]) -> str:
     return text
 
 
-def cluster_table(runs: OfRuns, n_clusters: int, weights: str) -> list[str]:
-    """A Markdown table of final losses per cluster against the first method's of the same seed, in
-    percent."""
+def cluster_table(runs: OfRuns, n_clusters: int, weights: str) -> Table:
+    """Final losses per cluster against the first method's of the same seed, in percent."""
     first = next(iter(runs))
     columns = [f"C{i}" for i in range(1, n_clusters + 1)]
     finals = final_losses(runs, columns, weights)
-    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (n_clusters + 1) + "|"]
+    rows = []
     for method in runs:
         cells = []
         for column in columns:
@@ -260,8 +305,8 @@ def cluster_table(runs: OfRuns, n_clusters: int, weights: str) -> list[str]:
                 cells.append(f"{fmean(losses):.4g}")
             else:
                 cells.append(percent_change(losses, finals[first][column]))
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return lines
+        rows.append((method, *cells))
+    return Table(("method", *columns), tuple(rows))
 
 
 def final_losses(

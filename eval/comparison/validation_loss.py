@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from eval.curve import rows_of_protocol
+from eval.curves.rows import rows_of_protocol
 from eval.score import RESULTS
 from largescale.checkpoint.files import CheckpointDir, named_weights
 from largescale.checkpoint.weights import load_trained

@@ -1,31 +1,17 @@
-"""What a difficulty study found: a table, three pictures, and one page with all of it."""
+"""What a difficulty study found: numbers, pictures, and one page with all of it."""
 
-import base64
-import html
 import json
-from collections.abc import Sequence
+import time
 from pathlib import Path
 
+from eval.difficulty_study.charts import denoising, entropy, losses
 from eval.difficulty_study.findings import Findings
 from eval.difficulty_study.pictures import draw
 from eval.difficulty_study.study import Row
 from largescale.host.files import write_atomically
+from largescale.page.frame import frame
+from largescale.page.markup import paragraphs, section, table, text
 
-# The caption of each picture.
-PICTURES = {
-    "losses.png": "Loss of each M_i, trained on its interval only (figure A of the paper). Left: "
-    "smoothed, and scaled to its own range. Middle: where it starts to oscillate "
-    "(hatched: not before the end), and where 90 % of its fall are done. Right: how "
-    "often the smoothed loss rises after step 100.",
-    "denoising.png": "Samples drawn with M_i inside its interval and with the full model "
-    "elsewhere; lower is better. The line is the full model everywhere. Hollow: "
-    "the sampler asks for no noise level of the interval.",
-    "relative_entropy.png": "Relative entropy of neighbouring noise levels (figure B of the "
-    "paper), and how many images' kernels explain a noised image. Where "
-    "that is one, the estimate is the one kernel's: an artefact of "
-    "finitely many images, whatever they show, and only an upper bound. "
-    "Where it is few, more images would give another value.",
-}
 # The head of the table, in the order of `cells`.
 COLUMNS = (
     "interval",
@@ -49,7 +35,7 @@ def write_report(found: Findings, out: Path, settings: Row) -> str:
     full = None
     if 0 in found.scored:
         full = {key: found.scored[0][key] for key in ("figure", "value", "error")}
-    table = {
+    numbers = {
         "study": found.study,
         "settings": settings,
         "edges": list(found.edges),
@@ -58,13 +44,12 @@ def write_report(found: Findings, out: Path, settings: Row) -> str:
         "rank correlations with the interval": found.correlations,
         "missing": found.missing,
     }
-    write_atomically(out / "report.json", json.dumps(table, indent=1) + "\n")
+    write_atomically(out / "report.json", json.dumps(numbers, indent=1) + "\n")
 
-    # The page has the pictures in itself; they also stand beside it, for papers and slides.
-    pictures = draw(found)
-    for name, picture in pictures.items():
+    # The page has its own pictures; these are for papers and slides.
+    for name, picture in draw(found).items():
         write_atomically(out / name, picture)
-    write_atomically(out / "report.html", page(found, pictures, settings))
+    write_atomically(out / "report.html", page(found, settings))
     return f"{found.study}: {summary(found)}: {out / 'report.html'}"
 
 
@@ -147,53 +132,41 @@ def cells(row: Row) -> list[str]:
     return found
 
 
-def table_row(tag: str, texts: Sequence[str]) -> str:
-    """One row of an HTML table; `tag`: th or td."""
-    escaped = [f"<{tag}>{html.escape(text)}</{tag}>" for text in texts]
-    return f"<tr>{''.join(escaped)}</tr>"
-
-
-def page(found: Findings, pictures: dict[str, bytes], settings: Row) -> str:
-    """The report as one HTML file, with the pictures in it."""
-    # The pictures are part of the file, which can then be sent by itself.
-    images = ""
-    for name, picture in pictures.items():
-        data = base64.b64encode(picture).decode()
-        images += (
-            f'<figure><img alt="{name}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{html.escape(PICTURES[name])}</figcaption></figure>"
-        )
-    lost = ""
+def page(found: Findings, settings: Row) -> str:
+    """The report as one HTML file."""
+    missing = []
     for stage, intervals in found.missing.items():
-        lost += f"<li>{stage}: {', '.join(map(str, intervals)) or 'all'}</li>"
-
+        missing.append((stage, ", ".join(map(str, intervals)) or "all"))
     # The same note of several intervals is shown once.
     notes = set()
     for row in found.scored.values():
         notes.update(row["notes"])
-    noted = "".join([f"<p>Note: {html.escape(note)}.</p>" for note in sorted(notes)])
-    rows = ""
-    for row in found.rows:
-        rows += table_row("td", cells(row))
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Denoising difficulty: {html.escape(found.study)}</title>
-<style>body{{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}}
-table{{border-collapse:collapse;font-size:13px}}td,th{{padding:.2em .7em;text-align:right;border-bottom:1px solid #ddd}}
-img{{max-width:100%}}figure{{margin:2em 0}}figcaption{{color:#444}}pre{{font-size:12px;white-space:pre-wrap}}</style>
-</head><body><h1>Denoising difficulty: {html.escape(found.study)}</h1>
-<p>{html.escape(summary(found))}.</p>
-{f"<p>Missing (intervals, by stage):</p><ul>{lost}</ul>" if lost else ""}
-{images}
-<table>{table_row("th", COLUMNS)}{rows}</table>
-<p>C_1 has the least noise. Final loss: smoothed, the mean of the last {window(found)} steps. Rises: steps after step
-100 whose loss is above that of the step before; smoothed: the same of the smoothed loss. Oscillates: from the first
-step whose smoothed loss is not undercut within {found.patience} steps. Falls until: the first step, after its largest
-value, at which it has fallen by 90 % of its range. D_KL: nats, the mean over the timesteps of the interval. One kernel:
-the share of them whose estimate is that of a single image's kernel. Section 4 and appendix C of arXiv:2403.10348.</p>
-{noted}
-<h2>Settings</h2><pre>{html.escape(json.dumps(settings, indent=1))}</pre>
-</body></html>
-"""
+    content = (
+        paragraphs(f"{summary(found)}.", *(f"Note: {note}." for note in sorted(notes)))
+        + table("missing", ("stage", "intervals"), missing)
+        + section("Loss of each M_i, trained on its interval only", *losses(found), grid=True)
+        + section("Denoising and relative entropy", *denoising(found), *entropy(found), grid=True)
+        + section(
+            "Intervals",
+            table("intervals", COLUMNS, map(cells, found.rows)),
+            paragraphs(legend(found)),
+        )
+        + section("Settings", f'<pre tabindex="0">{text(json.dumps(settings, indent=1))}</pre>')
+    )
+    return frame(f"Denoising difficulty: {found.study}", content, time.time())
+
+
+def legend(found: Findings) -> str:
+    """What the columns of the table mean."""
+    return (
+        f"C_1 has the least noise. Final loss: smoothed, the mean of the last {window(found)} "
+        "steps. Rises: steps after step 100 whose loss is above that of the step before; smoothed: "
+        "the same of the smoothed loss. Oscillates: from the first step whose smoothed loss is not "
+        f"undercut within {found.patience} steps. Falls until: the first step, after its largest "
+        "value, at which it has fallen by 90 % of its range. D_KL: nats, the mean over the "
+        "timesteps of the interval. One kernel: the share of them whose estimate is that of a "
+        "single image's kernel. Section 4 and appendix C of arXiv:2403.10348."
+    )
 
 
 def window(found: Findings) -> str:

@@ -61,6 +61,11 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
+def place(step: float) -> str:
+    """A place on the axis to the right: a step, or a share."""
+    return short(step) if 0 < step < 1 else f"{step:,.0f}"
+
+
 def ticks(low: float, high: float, *, log: bool = False, most: int = 5) -> list[float]:
     """Round numbers from low to high."""
     if log:
@@ -91,29 +96,36 @@ def _log_ticks(low: float, high: float, most: int) -> list[float]:
 def line_chart(
     title: str,
     lines: Sequence[Line],
-    last_step: int,
+    last_step: float,
     stages: Sequence[Stage] = (),
     marks: Sequence[tuple[int, str]] = (),
     log: bool = True,
+    percent: bool = False,
+    over: str = "step",
 ) -> str:
     """Curves over steps: the mean of each bin as a line, on a band from the lowest to the highest.
 
     `stages` are bands behind them, `marks` short lines on top at steps, with what happened. `log`:
-    the axis may be logarithmic."""
+    the axis may be logarithmic. `percent`: they are changes in percent, and the axis is fine near 0
+    and coarse far from it. `over`: what takes the place of a step."""
     low = min(float(line.curve.low.min()) for line in lines)
     high = max(float(line.curve.high.max()) for line in lines)
     log = log and low > 0 and high / low >= _LOG_FROM
-    y = _y_scale(low, high, log=log)
+    if percent:
+        kind, low, high = "percent", min(low, 0.0), max(high, 0.0)
+    else:
+        kind = "logarithmic" if log else "linear"
+    y = _y_scale(low, high, kind)
     x = _x_scale(last_step)
-    parts = [*_bands(stages, x), *_y_axis(low, high, y, log=log), *_x_axis(last_step, x)]
+    parts = [*_bands(stages, x), *_y_axis(low, high, y, kind), *_x_axis(last_step, x)]
     for step, what in marks:
         parts.append(
             f'<path class="mark" d="M{x(step):.1f} {_TOP}v12"><title>{text(what)}</title></path>'
         )
     for number, line in enumerate(lines):
         parts += _curve(line, number % STYLES, x, y)
-    spoken = "; ".join(_spoken(line) for line in lines)
-    return _svg(f"{title} over steps, {'logarithmic' if log else 'linear'}: {spoken}", parts)
+    spoken = "; ".join(_spoken(line, over) for line in lines)
+    return _svg(f"{title} over {over}s, {kind}: {spoken}", parts)
 
 
 def _svg(spoken: str, parts: Sequence[str], height: float = _HEIGHT) -> str:
@@ -123,13 +135,21 @@ def _svg(spoken: str, parts: Sequence[str], height: float = _HEIGHT) -> str:
     )
 
 
-def _x_scale(last_step: int) -> Scale:
+def _x_scale(last_step: float) -> Scale:
     width = _WIDTH - _LEFT - _RIGHT
-    return lambda step: _LEFT + width * min(step / max(last_step, 1), 1.0)
+    return lambda step: _LEFT + width * min(step / last_step if last_step > 0 else 0.0, 1.0)
 
 
-def _y_scale(low: float, high: float, *, log: bool) -> Scale:
-    convert: Scale = math.log if log else lambda value: value
+# What is drawn at equal distances on each kind of axis.
+_CONVERT: dict[str, Scale] = {
+    "linear": lambda value: value,
+    "logarithmic": math.log,
+    "percent": lambda value: math.asinh(value / 2),
+}
+
+
+def _y_scale(low: float, high: float, kind: str) -> Scale:
+    convert = _CONVERT[kind]
     bottom, top = convert(low), convert(high)
     # Halved, as the difference of two large numbers may not be finite.
     span = top / 2 - bottom / 2
@@ -142,7 +162,7 @@ def _y_scale(low: float, high: float, *, log: bool) -> Scale:
     return y
 
 
-def _x_axis(last_step: int, x: Scale, height: float = _HEIGHT) -> Iterator[str]:
+def _x_axis(last_step: float, x: Scale, height: float = _HEIGHT) -> Iterator[str]:
     base = height - _BOTTOM
     for step in ticks(0, last_step, most=4):
         # The last one would leave the picture.
@@ -154,11 +174,26 @@ def _x_axis(last_step: int, x: Scale, height: float = _HEIGHT) -> Iterator[str]:
     yield f'<path class="axis" d="M{_LEFT} {base:g}H{_WIDTH - _RIGHT}"/>'
 
 
-def _y_axis(low: float, high: float, y: Scale, *, log: bool) -> Iterator[str]:
-    for value in ticks(low, high, log=log):
+def _y_axis(low: float, high: float, y: Scale, kind: str) -> Iterator[str]:
+    values = ticks(low, high, log=kind == "logarithmic")
+    if kind == "percent":
+        values = _percent_ticks(low, high, y)
+    for value in values:
         at = y(value)
         yield f'<path class="rule" d="M{_LEFT} {at:.1f}H{_WIDTH - _RIGHT}"/>'
         yield f'<text x="{_LEFT - 5}" y="{at + 4:.1f}" text-anchor="end">{short(value)}</text>'
+
+
+def _percent_ticks(low: float, high: float, y: Scale) -> list[float]:
+    found = [0.0]
+    for factor, power in itertools.product((1, 3), range(-1, 7)):
+        found += [factor * 10.0**power, -factor * 10.0**power]
+    # As many as there is room for, from 0 outwards.
+    kept: list[float] = []
+    for value in sorted(found, key=abs):
+        if low <= value <= high and all(abs(y(value) - y(other)) >= 18 for other in kept):
+            kept.append(value)
+    return kept
 
 
 def _bands(stages: Sequence[Stage], x: Scale) -> Iterator[str]:
@@ -194,11 +229,11 @@ def _curve(line: Line, style: int, x: Scale, y: Scale) -> Iterator[str]:
             yield f'<circle class="s{style}" cx="{at}" cy="{height}" r="2.2"/>'
 
 
-def _spoken(line: Line) -> str:
+def _spoken(line: Line, over: str) -> str:
     c = line.curve
     return (
-        f"{line.name} from {short(c.mean[0])} at step {c.step[0]:,.0f} to {short(c.mean[-1])} at "
-        f"step {c.step[-1]:,.0f}, lowest {short(c.low.min())}, highest {short(c.high.max())}"
+        f"{line.name} from {short(c.mean[0])} at {over} {place(c.step[0])} to {short(c.mean[-1])} at "
+        f"{over} {place(c.step[-1])}, lowest {short(c.low.min())}, highest {short(c.high.max())}"
     )
 
 

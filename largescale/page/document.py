@@ -1,16 +1,15 @@
 """The whole page: one run, or several side by side."""
 
-import base64
-import hashlib
 from collections.abc import Iterator, Sequence
 
 from largescale.monitoring.run_record import duration
-from largescale.monitoring.run_words import date, progress
+from largescale.monitoring.run_words import progress
 from largescale.page.charts import Line, short
+from largescale.page.figures import figure_of
+from largescale.page.frame import frame
 from largescale.page.markup import section, table, text
 from largescale.page.previews import MOST
-from largescale.page.sections import RunView, figure_of, whole
-from largescale.page.style import REFRESH, STYLE
+from largescale.page.sections import RunView, whole
 
 # Lines that are compared between runs.
 _COMPARED = (
@@ -31,28 +30,7 @@ def page(runs: Sequence[RunView], made_unix_s: float, refresh_s: float | None = 
     """The page, which loads nothing from elsewhere. `refresh_s`: it is served, and asks for itself
     again after so many seconds."""
     names = ", ".join(run.name for run in runs) if len(runs) > 1 else _heading(runs[0])
-    script = ""
-    allowed = "default-src 'none';style-src 'unsafe-inline';img-src data:"
-    if refresh_s:
-        script = REFRESH.replace("EVERY", str(round(1e3 * refresh_s)))
-        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-        allowed += f";script-src 'sha256-{digest}';connect-src 'self'"
-        script = f"<script>{script}</script>"
-        script += f'<noscript><meta http-equiv="refresh" content="{refresh_s:g}"></noscript>'
-    lines = "".join(
-        f".line.s{i}{{stroke:var(--s{i})}}.range.s{i},circle.s{i}{{fill:var(--s{i})}}"
-        for i in range(8)
-    ) + "".join(f".k{i}{{fill:var(--k{i})}}" for i in range(9))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{allowed}">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{text(names)}</title><style>{STYLE.replace('LINES', lines)}</style></head><body>"
-        f'<a class="skip" href="#runs">to the runs</a><header><h1>{text(names)}</h1>'
-        f'<p class="trouble" id="lost" role="status"></p></header><main id="runs">'
-        f'<p class="soft">made {date(made_unix_s)}</p>{"".join(_runs(runs))}</main>{script}'
-        "</body></html>\n"
-    )
+    return frame(names, "".join(_runs(runs)), made_unix_s, refresh_s)
 
 
 def _runs(runs: Sequence[RunView]) -> Iterator[str]:

@@ -18,6 +18,11 @@ def text(value: object) -> str:
     return html.escape(printable_lines(value))
 
 
+def paragraphs(*lines: object) -> str:
+    """Lines of words, one below the other."""
+    return "".join(f"<p>{text(line)}</p>" for line in lines)
+
+
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table that scrolls by itself where it is too wide, by keyboard too; nothing where there are
     no rows."""

@@ -29,12 +29,7 @@ def strip(run_dir: Path, most: int) -> str:
 
     pictures = []
     for step, path in found:
-        picture = _small(path)
-        content = (
-            f'<img src="{picture}" alt="samples at step {step:,}">'
-            if picture
-            else f'<p class="note">{text(path.name)} cannot be read</p>'
-        )
+        content = picture(path, f"samples at step {step:,}", _WIDTH)
         pictures.append(f"<li>{content}<span>step {step:,}</span></li>")
     if not pictures:
         return ""
@@ -44,8 +39,16 @@ def strip(run_dir: Path, most: int) -> str:
     )
 
 
-def _small(path: Path) -> str | None:
-    """The picture at the strip's width, as a data URI; None where it cannot be read."""
+def picture(path: Path, spoken: str, width: int) -> str:
+    """A picture of at most this width; `spoken`: what it shows."""
+    found = _small(path, width)
+    if not found:
+        return f'<p class="note">{text(path.name)} cannot be read</p>'
+    return f'<img src="{found}" alt="{text(spoken)}">'
+
+
+def _small(path: Path, width: int) -> str | None:
+    """The picture at this width, as a data URI; None where it cannot be read."""
     # A run that draws it at present has not written all of it.
     try:
         with Image.open(path) as image:
@@ -54,7 +57,7 @@ def _small(path: Path) -> str | None:
             small = image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-    if small.width > _WIDTH:
-        height = max(1, round(small.height * _WIDTH / small.width))
-        small = small.resize((_WIDTH, height), Image.Resampling.LANCZOS)
+    if small.width > width:
+        height = max(1, round(small.height * width / small.width))
+        small = small.resize((width, height), Image.Resampling.LANCZOS)
     return data_uri(small, "JPEG")

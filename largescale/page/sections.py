@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from largescale.curriculum import stage
 from largescale.monitoring.run_facts import Facts
 from largescale.monitoring.run_record import KINDS, Account, duration
@@ -28,10 +26,10 @@ from largescale.page.charts import (
     Stage,
     curriculum_chart,
     heat_map,
-    line_chart,
     short,
     stacked_bar,
 )
+from largescale.page.figures import figure_of, numbers_of
 from largescale.page.markup import Markup, figure, folded, section, table, text
 from largescale.page.previews import strip
 from largescale.page.series import Series
@@ -40,8 +38,6 @@ from largescale.page.series import Series
 _MOST = 200
 # Starts that are not folded.
 _RECENT = 12
-# Groups of bins in the table below a chart.
-_GROUPS = 10
 # What happens in the normal course of a run.
 _NO_MARK = ("transition",)
 
@@ -189,52 +185,6 @@ def chart(
     return figure_of(title, known, run.last_step, note, marks, stages, log)
 
 
-def figure_of(
-    title: str,
-    lines: Sequence[Line],
-    last_step: int,
-    note: str = "",
-    marks: Sequence[tuple[int, str]] = (),
-    stages: Sequence[Stage] = (),
-    log: bool = True,
-) -> str:
-    """Curves in one picture, with a legend and their numbers."""
-    picture = line_chart(title, lines, last_step, stages, marks, log)
-    if len(lines) > 1:
-        picture += legend([line.name for line in lines])
-    lost = sum(line.curve.not_finite for line in lines)
-    if lost:
-        note = f"{note} Not finite, and not shown: {lost:,}.".strip()
-    numbers = "".join(_numbers(line) for line in lines)
-    return figure(title, picture, numbers, note)
-
-
-def legend(names: Sequence[str]) -> str:
-    items = []
-    for number, name in enumerate(names):
-        swatch = f'<svg viewBox="0 0 24 8" aria-hidden="true"><path class="line s{number % 8}" d="M0 4H24"/></svg>'
-        items.append(f"<li>{swatch}{text(name)}</li>")
-    return f'<ul class="legend">{"".join(items)}</ul>'
-
-
-def _numbers(line: Line) -> str:
-    c = line.curve
-    rows = []
-    for some in np.array_split(np.arange(len(c.step)), min(_GROUPS, len(c.step))):
-        steps = f"{c.step[some[0]]:,.0f}"
-        if len(some) > 1:
-            steps += f" to {c.step[some[-1]]:,.0f}"
-        rows.append(
-            (
-                steps,
-                short(float(c.mean[some].mean())),
-                short(float(c.low[some].min())),
-                short(float(c.high[some].max())),
-            )
-        )
-    return table(line.name, ("steps", "mean", "lowest", "highest"), rows)
-
-
 def curriculum(run: RunView) -> str:
     """The noise levels that were trained on, over steps."""
     stages = run.stages
@@ -366,7 +316,7 @@ def speed(run: RunView) -> str:
 
 def _lap(run: RunView, key: str) -> str:
     line = run.line(key, key.removeprefix("time/").removesuffix("_ms"))
-    return _numbers(line) if line else ""
+    return numbers_of(line) if line else ""
 
 
 def time_spent(run: RunView) -> str:

@@ -35,9 +35,10 @@ class Series:
 
     def __init__(self) -> None:
         self.width = 1
-        # By key, (5, bins): of the finite values lowest, highest, sum and count, and the sum of
-        # their steps.
-        self._bins: dict[str, np.ndarray] = {}
+        # The row of each key in `_bins`, which is (5, keys, bins): of the finite values lowest,
+        # highest, sum and count, and the sum of their steps.
+        self._rows: dict[str, int] = {}
+        self._bins = _empty(0)
         self._not_finite: dict[str, int] = {}
 
     def take(self, columns: Columns) -> None:
@@ -55,52 +56,62 @@ class Series:
         order = np.argsort(index, kind="stable")
         index = index[order]
         first = np.flatnonzero(np.diff(index, prepend=-1))
-        for key, values in columns.items():
-            self._add(key, step[order], values[usable][order], first, index[first])
+        values = np.stack([column[usable][order] for column in columns.values()])
+        self._add(list(columns), step[order], values, first, index[first])
 
     def _add(
         self,
-        key: str,
+        keys: list[str],
         step: np.ndarray,
         values: np.ndarray,
         first: np.ndarray,
         bins: np.ndarray,
     ) -> None:
-        """Add values of a key; those from each of `first` to the next one belong in `bins`."""
+        """Add values of some keys, (keys, steps); those from each of `first` to the next one belong
+        in `bins`."""
+        for key, count in zip(keys, np.isinf(values).sum(1), strict=True):
+            self._rows.setdefault(key, len(self._rows))
+            self._not_finite[key] = self._not_finite.get(key, 0) + int(count)
+        new = len(self._rows) - self._bins.shape[1]
+        if new:
+            self._bins = np.concatenate([self._bins, _empty(new)], axis=1)
+
         finite = np.isfinite(values)
-        held = self._bins.setdefault(key, _empty())
         known = np.where(finite, values, np.nan)
-        held[0, bins] = np.fmin(held[0, bins], np.fmin.reduceat(known, first))
-        held[1, bins] = np.fmax(held[1, bins], np.fmax.reduceat(known, first))
-        held[2, bins] += np.add.reduceat(np.where(finite, values, 0.0), first)
-        held[3, bins] += np.add.reduceat(finite.astype(np.float64), first)
-        held[4, bins] += np.add.reduceat(np.where(finite, step, 0.0), first)
-        not_finite = int(np.isinf(values).sum())
-        self._not_finite[key] = self._not_finite.get(key, 0) + not_finite
+        at = np.ix_(np.array([self._rows[key] for key in keys]), bins)
+        low, high, total, count, steps = self._bins
+        low[at] = np.fmin(low[at], np.fmin.reduceat(known, first, axis=1))
+        high[at] = np.fmax(high[at], np.fmax.reduceat(known, first, axis=1))
+        total[at] += np.add.reduceat(np.where(finite, values, 0.0), first, axis=1)
+        count[at] += np.add.reduceat(finite, first, axis=1, dtype=np.float64)
+        steps[at] += np.add.reduceat(np.where(finite, step, 0.0), first, axis=1)
 
     def _widen(self) -> None:
         """Make two bins one."""
         self.width *= 2
-        for key, held in self._bins.items():
-            pairs = held.reshape(5, BINS, 2)
-            wider = _empty()
-            wider[0, :BINS] = np.fmin(pairs[0, :, 0], pairs[0, :, 1])
-            wider[1, :BINS] = np.fmax(pairs[1, :, 0], pairs[1, :, 1])
-            wider[2:, :BINS] = pairs[2:].sum(-1)
-            self._bins[key] = wider
+        pairs = self._bins.reshape(5, -1, BINS, 2)
+        self._bins = _empty(len(self._rows))
+        self._bins[0, :, :BINS] = np.fmin(pairs[0, ..., 0], pairs[0, ..., 1])
+        self._bins[1, :, :BINS] = np.fmax(pairs[1, ..., 0], pairs[1, ..., 1])
+        self._bins[2:, :, :BINS] = pairs[2:].sum(-1)
 
     @property
     def keys(self) -> list[str]:
-        return list(self._bins)
+        return list(self._rows)
 
     @property
     def last_step(self) -> int:
-        return int(self._bins["step"][1][self._bins["step"][3] > 0][-1]) if self._bins else 0
+        if not self._rows:
+            return 0
+        _, high, _, count, _ = self._bins[:, self._rows["step"]]
+        return int(high[count > 0][-1])
 
     def curve(self, key: str) -> Curve | None:
         """The curve of a key; None where no row has a finite value of it."""
-        held = self._bins.get(key)
-        if held is None or not held[3].any():
+        if key not in self._rows:
+            return None
+        held = self._bins[:, self._rows[key]]
+        if not held[3].any():
             return None
         some = held[3] > 0
         low, high, total, count, step = held[:, some]
@@ -111,8 +122,7 @@ class Series:
     def means(self, keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(the steps, (bins,); means of each key in the bins from the first to the last that have
         rows of these keys, (keys, bins)): NaN where a bin has none."""
-        count = np.stack([self._bins[key][3] for key in keys])
-        total = np.stack([self._bins[key][2] for key in keys])
+        _, _, total, count, _ = self._bins[:, [self._rows[key] for key in keys]]
         any_row = np.flatnonzero(count.any(0))
         # A bin in which nothing was logged at all looks like the one before.
         last = np.zeros(2 * BINS, np.int64)
@@ -124,7 +134,7 @@ class Series:
         return edges, means
 
 
-def _empty() -> np.ndarray:
-    held = np.zeros((5, 2 * BINS))
+def _empty(keys: int) -> np.ndarray:
+    held = np.zeros((5, keys, 2 * BINS))
     held[:2] = np.nan
     return held

@@ -1,5 +1,7 @@
 """How the page looks, and the one script of a page that is served."""
 
+# Styles of shares of a bar, --k0 and so on; of lines there are `charts.STYLES`.
+SHARES = 9
 # Light and dark, narrow and printed; no colour is named outside.
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1c2024;--soft:#5b646d;--line:#d5dae0;--card:#f5f7f9;
@@ -23,7 +25,7 @@ progress{width:100%;height:12px;accent-color:var(--on)}
 dt{color:var(--soft);font-size:.8rem}dd{margin:0;overflow-wrap:anywhere}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,380px),1fr));gap:16px 20px}
 figure{margin:0;min-width:0;break-inside:avoid}figcaption{font-weight:600;font-size:.9rem;margin-bottom:2px}
-figure>svg{display:block;width:100%;height:auto}
+figure>svg{display:block;width:100%;height:auto}figure>img{display:block;max-width:100%;height:auto}
 svg text{fill:var(--soft);font:12px system-ui,sans-serif}svg text.small{font-size:10px}
 .axis,.tick,.rule{stroke:var(--line);fill:none;vector-effect:non-scaling-stroke}.axis,.tick{stroke:var(--soft)}
 .b0{fill:var(--b0)}.b1{fill:var(--b1)}.off{fill:var(--off)}.on{fill:var(--on)}

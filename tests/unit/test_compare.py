@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from eval import compare, curve, score
+from eval import compare, score
 from eval.compare import Compare, Comparison
 from eval.comparison import report
 from eval.comparison.methods import METHODS, read_methods
@@ -36,6 +36,7 @@ from eval.comparison.statistics import (
     table,
 )
 from eval.comparison.validation_loss import ValidationLoss, figure
+from eval.curves.scores import Curves
 from eval.scoring.extractors import Extractor, Features
 from eval.training_runs import Run, TrainingFailed, differences
 from largescale import train as train_program
@@ -58,6 +59,7 @@ from largescale.monitoring.telemetry import read_metrics
 from largescale.randomness import step_draws
 from largescale.training import startup
 from tests.conftest import QUIET
+from tests.unit.test_page import Reader
 
 CPU = torch.device("cpu")
 
@@ -314,7 +316,7 @@ def test_standings() -> None:
     assert fast.difference == replace(paired([2, 1], [4.5, 3]), p_adjusted=fast.difference.p_adjusted) and fast.reached == (200, 200) and fast.speedup == 1.75
     assert half.reached == (400, None) and half.speedup is None
     assert never.reached == (None, None) and never.best == mean([6, 7]) and never.best_at == 350
-    lines = table(found)
+    lines = table(found).markdown
     assert lines[2] == "| vanilla | 3.75 ± 1.1 | 3.5 ± 0.71 |  | 350 | 1.00 |"
     assert [s.difference.p_adjusted for s in (fast, half, never) if s.difference] == holm(
         [s.difference.p_value or 0 for s in (fast, half, never) if s.difference])
@@ -337,7 +339,7 @@ def test_clusters_in_percent() -> None:
     def run(*clusters: float) -> list[dict[str, Any]]:
         return [{"step": 1, "figures": {figure("EMA", f" C{i}"): {"value": v} for i, v in enumerate(clusters, 1)}}]
 
-    lines = cluster_table({"vanilla": {0: run(2.0, 4.0), 1: run(4.0, 4.0)}, "other": {0: run(1.0, 4.4), 1: run(2.0, 4.8)}}, 2, "EMA")
+    lines = cluster_table({"vanilla": {0: run(2.0, 4.0), 1: run(4.0, 4.0)}, "other": {0: run(1.0, 4.4), 1: run(2.0, 4.8)}}, 2, "EMA").markdown
     assert lines == ["| method | C1 | C2 |", "|---|---|---|", "| vanilla | 3 | 4 |", "| other | -50.00 % ± 0.00 | +15.00 % ± 5.00 |"]
 
 
@@ -454,13 +456,16 @@ def test_a_comparison(arguments: Arguments, trained_here: Started, tmp_path: Pat
     for run in found["runs"]:
         assert [row["step"] for row in run["loss"]] == [row["step"] for row in run["frechet"]] == [4, 8, 9]
     assert found["runs"][1]["transitions"] == [[i, 5 - i] for i in range(1, 6)] and not found["runs"][0]["transitions"]
+    page = " ".join(Reader((out / "report.html").read_text()).text)
+    for words in ("debug: vanilla, naive", "FD-tiny-20, change in %", figure("EMA", " C2"), "Samples of the last step", "curriculum complete at step", "--seeds 2"):
+        assert words in page, words
     assert "| naive | 5 ± 0 |" in said                  # when its curriculum was complete
     assert np.asarray(Image.open(out / "samples.png").convert("RGB")).std() > 0
     clusters = [figure("EMA"), figure("EMA", " C1"), figure("EMA", " C2")]
     assert pictures[-3:] == [("frechet.png", ["FD-tiny-20"]), ("curves.png", clusters), ("relative.png", clusters)]
     assert found["runs"][0]["loss"] != found["runs"][2]["loss"]             # seeds differ
     # again: nothing is trained, drawn or scored, and the same report comes out
-    monkeypatch.setattr(curve.Curves, "add", lambda *args: 1 / 0)
+    monkeypatch.setattr(Curves, "add", lambda *args: 1 / 0)
     monkeypatch.setattr(ValidationLoss, "add", lambda *args: 1 / 0)
     monkeypatch.setattr(compare, "make_scorer", lambda *args: 1 / 0)
     assert compare.main(arguments()) == 0 and len(trained_here) == 4

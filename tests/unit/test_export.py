@@ -11,7 +11,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from eval import curve, sample
+from eval import sample
+from eval.curves.options import Curve
+from eval.curves.scores import Curves
 from largescale import convert, export
 from largescale.checkpoint.files import checkpoints
 from largescale.checkpoint.weights import load_trained, read_weights
@@ -86,7 +88,7 @@ def test_an_ema_that_holds_untrained_weights_is_said(run_here: RunHere, capsys: 
     assert export.main([str(trained.run)]) == 0 and note in capsys.readouterr().err
     assert sample.main([str(trained.run), "--out", str(tmp_path), "--num-samples", "1", "--steps", "2", "--device", "cpu"]) == 0
     assert f"note: {note}" in capsys.readouterr().err
-    curves = curve.Curves(curve.Curve((trained.run,), tmp_path / "reference", num_samples=10, device="cpu"))
+    curves = Curves(Curve((trained.run,), tmp_path / "reference", num_samples=10, device="cpu"))
     (earliest,) = curves.notes()                        # which is checkpoint 5
     assert earliest.startswith(f"{trained.run}: The EMA still holds 95% of the untrained weights at step 5")
     quick = run_here("--train.steps", 6, "--optimizer.ema-decay", 0.4, output=tmp_path / "quick")

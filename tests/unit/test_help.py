@@ -20,7 +20,7 @@ OPTIONS = {  # file: dataclasses whose fields are options
     "data_prep/split.py": ["Split"],
     "data_prep/webdataset.py": ["WebDataset"],
     "eval/compare.py": ["Compare"],
-    "eval/curve.py": ["Curve"],
+    "eval/curves/options.py": ["Curve"],
     "eval/difficulty_study/study.py": ["Study"],
     "eval/digits.py": ["Digits"],
     "eval/prompts.py": ["Freeze"],
@@ -64,7 +64,7 @@ def test_no_program_is_forgotten() -> None:
         str(path.relative_to(ROOT)) for package in ("largescale", "data_prep", "eval") for path in (ROOT / package).rglob("*.py")
         if '__name__ == "__main__"' in path.read_text()
     }
-    elsewhere = {"largescale/train.py", "eval/difficulty.py"}  # config/schema.py, difficulty_study/study.py
+    elsewhere = {"largescale/train.py", "eval/curve.py", "eval/difficulty.py"}  # config/schema.py, curves/options.py, difficulty_study/study.py
     assert programs - elsewhere <= OPTIONS.keys()
 
 
@@ -74,4 +74,4 @@ def test_the_reference_is_current() -> None:
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
     assert (ROOT / "docs/reference.md").read_text() == made.reference(), "run python docs/make_reference.py"
-    assert {f"{module.replace('.', '/')}.py" for module in made.PROGRAMS} <= {*OPTIONS, "eval/difficulty.py"}
+    assert {f"{module.replace('.', '/')}.py" for module in made.PROGRAMS} <= {*OPTIONS, "eval/curve.py", "eval/difficulty.py"}

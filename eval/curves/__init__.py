@@ -1,0 +1,1 @@
+"""Scores of checkpoints against steps, and of averages against their width."""

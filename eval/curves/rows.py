@@ -1,0 +1,110 @@
+"""Rows of scores, one a checkpoint, as JSON lines: which there are, which is best, and which are
+missing."""
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from largescale.checkpoint.files import checkpoints
+from largescale.host.files import from_json
+from largescale.page.series import Curve
+
+Row = dict[str, Any]
+
+
+def lines(path: Path) -> list[Row]:
+    """The rows of a file of JSON lines; a line that was cut short is left out."""
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        # A crash while writing leaves a part of the last line.
+        with suppress(ValueError):
+            row = from_json(line)
+            if isinstance(row, dict):
+                found.append(row)
+    return found
+
+
+def rows_of_protocol(path: Path, protocol: Row) -> list[Row]:
+    """The rows of one protocol in a file, in the order of steps; of two of one step, the later."""
+    found = {}
+    for row in lines(path):
+        if row.get("protocol") == protocol:
+            found[row["step"]] = row
+    return [found[step] for step in sorted(found)]
+
+
+def steps_of(rows: Sequence[Row]) -> list[int]:
+    """The steps of some rows."""
+    return [row["step"] for row in rows]
+
+
+def steps_to_score(run: Path, known: Sequence[int], every: int) -> list[int]:
+    """The steps of a run's checkpoints that are not `known`: multiples of `every`, and the newest,
+    but never step 0, at which nothing is trained."""
+    steps = sorted([checkpoint.step for checkpoint in checkpoints(run)])
+    found = []
+    for step in steps:
+        wanted = step % every == 0 or step == steps[-1]
+        if wanted and step > 0 and step not in known:
+            found.append(step)
+    return found
+
+
+def main_figure(rows: Sequence[Row]) -> str:
+    """The Frechet distance, by the name that it has for this extractor."""
+    return next(iter(rows[0]["figures"]))
+
+
+def steps_to_match_best_of(one: Sequence[Row], other: Sequence[Row]) -> tuple[int, int] | None:
+    """The first step at which `one` is at least as good as `other` ever was, and the step of that
+    best of the other; None where it never is."""
+    name = main_figure(other)
+    best = best_row(other)
+    for row in one:
+        if value_of(row, name) <= value_of(best, name):
+            return row["step"], best["step"]
+    return None
+
+
+def best_row(rows: Sequence[Row]) -> Row:
+    """The row with the least Frechet distance."""
+    name = main_figure(rows)
+    return min(rows, key=lambda row: value_of(row, name))
+
+
+def value_of(row: Row, name: str) -> float:
+    """One figure of a row; infinite where it was not finite, which JSON cannot hold."""
+    value = row["figures"][name]["value"]
+    return math.inf if value is None else float(value)
+
+
+def curve_of(rows: Sequence[Row], name: str, over: str = "step") -> Curve | None:
+    """One figure of the rows that have it, with its error; None where it is finite in none."""
+    having = [row for row in rows if name in row["figures"]]
+    figures = [row["figures"][name] for row in having]
+    places = np.array([row[over] for row in having], float)
+    values = np.array([figure["value"] for figure in figures], float)
+    errors = np.array([figure["error"] for figure in figures], float)
+    finite = np.isfinite(values) & np.isfinite(errors)
+    if not finite.any():
+        return None
+    places, values, errors = places[finite], values[finite], errors[finite]
+    return Curve(places, values - errors, values, values + errors, int((~finite).sum()))
+
+
+def figure_text(figure: Row, sign: str = "+-") -> str:
+    """A figure with its error."""
+    if figure["value"] is None or figure["error"] is None:
+        return "not finite"
+    return f"{figure['value']:.5g} {sign} {figure['error']:.2g}"
+
+
+def overlap(one: Row, other: Row) -> bool:
+    """Whether two figures, with their errors, leave open which is the greater."""
+    if None in (one["value"], other["value"], one["error"], other["error"]):
+        return False
+    return bool(abs(one["value"] - other["value"]) <= one["error"] + other["error"])
