@@ -180,7 +180,7 @@ def cell_commands(cell: Cell, first: dict[Step, str]) -> list[str]:
             continue
         if step in first:
             continue
-        lines.append(f"    {step.job}")
+        lines.append(f"    {step.job()}")
     known = [first[step] for step in cell.steps if step in first]
     title = f"    # {cell.name}"
     if known:
@@ -212,7 +212,7 @@ def of_models() -> list[str]:
 
 def page(written: str) -> str:
     """The page, of which all before BEGIN stays as it is written."""
-    ours = json.loads(OURS.read_text())
+    ours = json.loads(OURS.read_text())["rows"]
     sections, total = of_rows(paper(Path("runs/paper")), ours)
     lines = [
         "## GPU hours",
@@ -231,7 +231,11 @@ def main() -> int:
     words = sys.argv[1:]
     if "--results" in words:
         given = Path(words[words.index("--results") + 1])
-        OURS.write_text(json.dumps(json.loads(given.read_text()), indent=1) + "\n")
+        found = json.loads(given.read_text())
+        if found["scale"] != "paper":
+            print(f"error: {given} is of {found['scale']} size, not the paper's", file=sys.stderr)
+            return 2
+        OURS.write_text(json.dumps(found, indent=1) + "\n")
     before = PAGE.read_text()
     text = page(before)
     if "--check" in words:

@@ -26,7 +26,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from eval.reproduction.found_runs import find_runs
+from eval.reproduction.found_runs import FoundRuns, find_runs
 from eval.reproduction.pictures import write_pictures
 from eval.reproduction.progress import status_lines, steps, with_row_filter
 from eval.reproduction.rows import Scale, paper
@@ -143,36 +143,37 @@ def run(options: Paper) -> None:
     for number, step in enumerate(todo, 1):
         if stop_requested():
             raise Stopped
-        standing = step.standing(find_runs(options.folder))
+        found = find_runs(options.folder)
+        standing = step.standing(found)
         if standing.state == "done":
             continue
         # What is there is nobody's to remove but a person's.
         if standing.state in ("refused", "running"):
             raise ConfigError(f"{standing.text}; choose another --root")
-        program, arguments = step.call
+        program, arguments = step.call(found)
         minutes = (time.monotonic() - start) / 60
         print(
             f"[{number} of {len(todo)}, {minutes:.1f} min] {program} {' '.join(arguments)}",
             flush=True,
         )
-        do(step)
+        do(step, found)
     table(options)
     figures(options)
 
 
-def do(step: Step) -> None:
+def do(step: Step, found: FoundRuns) -> None:
     """Do one step: a training in a process of its own, everything else in this one. Raises
     StepFailed, TrainingFailed, Stopped."""
     if isinstance(step, Train):
-        step.run.train(1)
+        step.run_in(step.place(found)).train(1)
         return
-    program, arguments = step.call
-    found = importlib.import_module(program).main(arguments)
-    if found:
+    program, arguments = step.call(found)
+    status = importlib.import_module(program).main(arguments)
+    if status:
         raise StepFailed(
-            f"{program} ended with status {found}; correct the error printed above, and run the same "
-            "command again",
-            found,
+            f"{program} ended with status {status}; correct the error printed above, and run the "
+            "same command again",
+            status,
         )
 
 

@@ -73,6 +73,8 @@ class FoundRun:
     dataset: str | None
     """The fingerprint of the data set; None before the first checkpoint."""
     num_classes: int | None
+    curriculum: dict[str, Any] | None
+    """Where its curriculum stands at that checkpoint; with it samples are known to be of this run."""
 
     @property
     def method(self) -> str:
@@ -161,12 +163,13 @@ def read_run(folder: Path) -> FoundRun | None:
             alive,
             state["dataset"],
             state["data_info"].get("num_classes"),
+            state.get("curriculum"),
         )
     if last is None or not last.settings:
         return None
     config = from_dict(last.settings)
     chosen = precision(load_ds_config(config.train.ds_config))
-    return FoundRun(folder, config, chosen, last.step, 0, alive, None, None)
+    return FoundRun(folder, config, chosen, last.step, 0, alive, None, None, None)
 
 
 def other_settings(run: FoundRun, wanted: Run) -> list[str]:

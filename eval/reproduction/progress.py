@@ -84,6 +84,7 @@ def steps(scale: Scale) -> Iterator[Step]:
 def status_lines(scale: Scale, found: FoundRuns) -> list[str]:
     """How every cell stands, with the next command where one is missing; a summary last."""
     cells = survey(scale, found)
+    at_paper_size = scale.name == "paper"
     lines = []
     for row in scale.rows:
         of_row = [cell for cell in cells if cell.row is row]
@@ -94,7 +95,8 @@ def status_lines(scale: Scale, found: FoundRuns) -> list[str]:
             lines.append(f"  {cell.cell.name:<{width}}  {_short(cell.standing)}")
             if cell.next:
                 # At toy size this machine does what is a batch job at the paper's.
-                command = cell.next.job if scale.name == "paper" else python(*cell.next.call)
+                step = cell.next
+                command = step.job(found) if at_paper_size else python(*step.call(found))
                 lines.append(f"  {'':<{width}}  next: {command}")
 
     notes = notes_on(scale, found, cells)

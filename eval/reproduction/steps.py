@@ -32,6 +32,8 @@ from largescale.diffusion.objective import SamplerName
 from largescale.errors import DataError, LargescaleError, usable
 from largescale.host.files import from_json
 
+# Where nothing is there yet.
+NO_RUNS = FoundRuns(Path(), ())
 # done; running; stopped, which the same command continues; missing; refused: something else is there.
 State = Literal["done", "running", "stopped", "missing", "refused"]
 # The stages of a difficulty study that measure something.
@@ -54,14 +56,13 @@ MISSING = Standing("missing", "missing")
 class Step(ABC):
     """One call of a program."""
 
-    @property
     @abstractmethod
-    def job(self) -> str:
-        """The command that a person types: at the paper's size a batch job."""
+    def job(self, found: FoundRuns = NO_RUNS) -> str:
+        """The command that a person types, for the runs that are there: at the paper's size a batch
+        job."""
 
-    @property
     @abstractmethod
-    def call(self) -> tuple[str, list[str]]:
+    def call(self, found: FoundRuns = NO_RUNS) -> tuple[str, list[str]]:
         """The program and its arguments, to be called on this machine."""
 
     @abstractmethod
@@ -105,12 +106,10 @@ class Prepare(Step):
     script: str = ""
     """The batch job that does it, where there is one."""
 
-    @property
-    def job(self) -> str:
+    def job(self, found: FoundRuns = NO_RUNS) -> str:
         return self.script or python(self.program, self.arguments)
 
-    @property
-    def call(self) -> tuple[str, list[str]]:
+    def call(self, found: FoundRuns = NO_RUNS) -> tuple[str, list[str]]:
         return self.program, [*self.arguments]
 
     def standing(self, found: FoundRuns) -> Standing:
@@ -154,25 +153,32 @@ class Train(Step):
     @property
     def run(self) -> Run:
         """The run that the training program makes of the options."""
-        where = ("--output", str(self.folder), "--data.path", str(self.data.path))
+        return self.run_in(self.folder)
+
+    def run_in(self, folder: Path) -> Run:
+        """The same in another folder."""
+        where = ("--output", str(folder), "--data.path", str(self.data.path))
         options = tuple(self.own_options)
         base = _configured(self.preset, options)
         data = replace(base.data, path=str(self.data.path))
-        config = replace(base, output=str(self.folder), data=data)
+        config = replace(base, output=str(folder), data=data)
         return Run(self.kind, config.train.seed, config, (self.preset, *where, *options))
+
+    def place(self, found: FoundRuns) -> Path:
+        """The folder that the run lies in, or would be started in."""
+        run = self.chosen(found)
+        return run.folder if run else self.folder
 
     @property
     def steps(self) -> int:
         return self.run.config.train.steps
 
-    @property
-    def job(self) -> str:
-        where = environment(PRESET=self.preset, RUN=self.folder, DATA=self.data.path)
+    def job(self, found: FoundRuns = NO_RUNS) -> str:
+        where = environment(PRESET=self.preset, RUN=self.place(found), DATA=self.data.path)
         return f"{where} sbatch slurm/train.sh {shlex.join(self.own_options)}"
 
-    @property
-    def call(self) -> tuple[str, list[str]]:
-        return "largescale.train", [*self.run.arguments]
+    def call(self, found: FoundRuns = NO_RUNS) -> tuple[str, list[str]]:
+        return "largescale.train", [*self.run_in(self.place(found)).arguments]
 
     def standing(self, found: FoundRuns) -> Standing:
         right, notes = self._claims(found)
@@ -242,8 +248,7 @@ class Draw(Step):
 
     def folder(self, found: FoundRuns) -> Path:
         """The folder of the sample set."""
-        run = self.train.chosen(found)
-        return (run.folder if run else self.train.folder) / self.purpose / f"cfg{self.cfg_scale}"
+        return self.train.place(found) / self.purpose / f"cfg{self.cfg_scale}"
 
     @property
     def own_options(self) -> list[str]:
@@ -255,21 +260,19 @@ class Draw(Step):
             words += ["--captions", str(self.train.data.path)]
         return [*words, *self.options]
 
-    @property
-    def job(self) -> str:
+    def job(self, found: FoundRuns = NO_RUNS) -> str:
         if not self.scored:
-            return python(*self.call)
+            return python(*self.call(found))
         where = environment(
-            RUN=self.train.folder,
+            RUN=self.train.place(found),
             REFERENCE=self.train.data.reference,
             CFG_SCALE=self.cfg_scale,
             NUM_SAMPLES=self.num_samples,
         )
         return f"{where} sbatch slurm/sample_eval.sh {shlex.join(self.own_options)}"
 
-    @property
-    def call(self) -> tuple[str, list[str]]:
-        run = self.train.folder
+    def call(self, found: FoundRuns = NO_RUNS) -> tuple[str, list[str]]:
+        run = self.train.place(found)
         words = [str(run), "--out", str(run / self.purpose)]
         words += ["--num-samples", str(self.num_samples), "--cfg-scale", str(self.cfg_scale)]
         return "eval.sample", [*words, *self.own_options]
@@ -288,7 +291,8 @@ class Draw(Step):
         folder = self.folder(found)
         try:
             with usable(folder / PROVENANCE):
-                there = dict(flatten(from_json((folder / PROVENANCE).read_text())))
+                facts = from_json((folder / PROVENANCE).read_text())
+                there = dict(flatten(facts))
         except (LargescaleError, OSError) as error:
             return str(error)
         run = self.train.chosen(found)
@@ -312,6 +316,9 @@ class Draw(Step):
         for key, value in wanted.items():
             if there.get(key) != value:
                 wrong.append(f"{key}: {there.get(key)}, not {value}")
+        # Samples of the other method have the same name and step.
+        if run and facts.get("curriculum") != run.curriculum:
+            wrong.append("drawn from another run than the one that it lies in")
         return f"{folder} has samples of another protocol: {'; '.join(wrong)}" if wrong else None
 
 
@@ -339,15 +346,12 @@ class ScoreSamples(Step):
     draw: Draw
     scoring: Scoring = INCEPTION
 
-    @property
-    def job(self) -> str:
-        return python(*self.call)
+    def job(self, found: FoundRuns = NO_RUNS) -> str:
+        return python(*self.call(found))
 
-    @property
-    def call(self) -> tuple[str, list[str]]:
-        draw = self.draw
-        samples = draw.train.folder / draw.purpose / f"cfg{draw.cfg_scale}"
-        words = [str(samples), "--reference", str(draw.train.data.reference)]
+    def call(self, found: FoundRuns = NO_RUNS) -> tuple[str, list[str]]:
+        reference = str(self.draw.train.data.reference)
+        words = [str(self.draw.folder(found)), "--reference", reference]
         if self.scoring.extractor != "inception":
             words += ["--extractor", self.scoring.extractor]
         return "eval.score", words
@@ -404,15 +408,13 @@ class ScoreOverTraining(Step):
             words += ["--extractor", self.scoring.extractor]
         return words
 
-    @property
-    def job(self) -> str:
-        where = environment(RUNS=self.train.folder, REFERENCE=self.train.data.reference)
+    def job(self, found: FoundRuns = NO_RUNS) -> str:
+        where = environment(RUNS=self.train.place(found), REFERENCE=self.train.data.reference)
         return f"{where} sbatch slurm/curve.sh {shlex.join(self.own_options)}"
 
-    @property
-    def call(self) -> tuple[str, list[str]]:
+    def call(self, found: FoundRuns = NO_RUNS) -> tuple[str, list[str]]:
         reference = ["--reference", str(self.train.data.reference)]
-        return "eval.curve", [str(self.train.folder), *reference, *self.own_options]
+        return "eval.curve", [str(self.train.place(found)), *reference, *self.own_options]
 
     @property
     def figure(self) -> str:
@@ -436,8 +438,7 @@ class ScoreOverTraining(Step):
         return self._rows(found)[0]
 
     def _rows(self, found: FoundRuns) -> tuple[dict[int, Row], list[str]]:
-        run = self.train.chosen(found)
-        folder = (run.folder if run else self.train.folder) / "curve"
+        folder = self.train.place(found) / "curve"
         wanted = {
             "num_samples": self.num_samples,
             "cfg_scale": self.train.data.cfg_scale,
@@ -482,8 +483,7 @@ class StudyStage(Step):
         reference = ["--reference", str(self.data.reference)] if self.stage == "denoise" else []
         return [*self.options, *reference, *(["--", *self.extra] if self.extra else [])]
 
-    @property
-    def job(self) -> str:
+    def job(self, found: FoundRuns = NO_RUNS) -> str:
         # The report is written from what all tasks of the array have left, by `figures`.
         first = "" if self.stage == "train" else f"STAGES={self.stage} "
         where = environment(STUDY=self.study, DATA=self.data.path, OUT=self.out)
@@ -491,8 +491,7 @@ class StudyStage(Step):
         command = f"{first}{where} sbatch{array} slurm/difficulty.sh"
         return " ".join([command, shlex.join(self.own_options)]).strip()
 
-    @property
-    def call(self) -> tuple[str, list[str]]:
+    def call(self, found: FoundRuns = NO_RUNS) -> tuple[str, list[str]]:
         words = [self.study, "--out", str(self.out), "--data", str(self.data.path)]
         return "eval.difficulty", [*words, "--stages", self.stage, "report", *self.own_options]
 

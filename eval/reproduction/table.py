@@ -32,11 +32,11 @@ class Tables:
     notes: list[str]
 
     def plain(self) -> dict[str, Any]:
-        """The figures as JSON values: row -> cell -> figure -> value."""
-        found: dict[str, Any] = {}
+        """The figures as JSON values: row -> cell -> figure -> value, and the size that they are of."""
+        rows: dict[str, Any] = {}
         for (row, cell), scored in self.scored.items():
-            found.setdefault(row, {})[cell] = {**scored.values, "run": scored.run}
-        return found
+            rows.setdefault(row, {})[cell] = {**scored.values, "run": scored.run}
+        return {"scale": self.scale.name, "rows": rows}
 
 
 def read_tables(scale: Scale, found: FoundRuns) -> Tables:

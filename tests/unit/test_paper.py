@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import shutil
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+from data_prep.folder import Folder
+from data_prep.parquet import Parquet
 from eval import curve, paper, score
 from eval.comparison.methods import read_method
 from eval.curve import Curve
@@ -115,34 +118,44 @@ def test_how_samples_are_drawn_and_scored(paper_size: Scale) -> None:
             assert step.num_samples == (50_000 if step.purpose == "eval" else 40 if step.purpose == "figure" else 200)
     assert kinds == {Prepare, Train, Draw, ScoreSamples, ScoreOverTraining, StudyStage}
     first = {kind: next(step for step in steps(paper_size) if isinstance(step, kind)) for kind in kinds}
-    drawn = parsed(Sample, first[Draw].call)
+    drawn = parsed(Sample, first[Draw].call())
     assert (drawn.sampler, drawn.steps, drawn.cfg_scale, drawn.num_samples) == ("ddpm", 250, (1.5,), 50_000)
-    assert parsed(Score, first[ScoreSamples].call).extractor == "inception"
-    curve = parsed(Curve, first[ScoreOverTraining].call)
+    assert parsed(Score, first[ScoreSamples].call()).extractor == "inception"
+    curve = parsed(Curve, first[ScoreOverTraining].call())
     assert (curve.num_samples, curve.every, curve.cfg_scale, curve.extractor) == (10_000, 50_000, 1.5, "inception")
     classes = paper_size.row("Figures G to K").cells[0].steps[-1]
     assert isinstance(classes, Draw) and classes.classes == CLASSES == (207, 388, 972, 975, 291) and classes.cfg_scale == 2.0
     for step in steps(paper_size):
         if isinstance(step, StudyStage):
-            name, *words = step.call[1]
+            name, *words = step.call()[1]
             own = words[: words.index("--")] if "--" in words else words
             study = parse_options(Study, own, program="x", description=None, default=STUDIES[name])
             assert step.stage in study.stages and study.steps == (15_625 if "edm" in name else 20_000) and study.intervals == 20
 
 
+def test_how_data_are_packed(paper_size: Scale) -> None:
+    """As the programs read the commands."""
+    programs = {"data_prep.folder": Folder, "data_prep.parquet": Parquet, "eval.score": Score}
+    packed = [step for step in steps(paper_size) if isinstance(step, Prepare) and not step.script]
+    for step in packed:
+        options: Any = parse_options(programs[step.program], step.arguments, program=step.program, description=None)
+        assert step.makes == (options.save_reference if isinstance(options, Score) else options.out)
+    assert {step.program for step in packed} == programs.keys()
+
+
 def test_commands_are_typed_as_they_are_shown(paper_size: Scale) -> None:
     """Scripts exist, and set what their heads say."""
     for step in steps(paper_size):
-        script = next((word for word in step.job.split() if word.startswith("slurm/")), None)
+        script = next((word for word in step.job().split() if word.startswith("slurm/")), None)
         assert script is None or (ROOT / script).exists()
     table_a = paper_size.row("Table A").cells[1].steps
-    assert table_a[0].job == (
+    assert table_a[0].job() == (
         "PRESET=dit_b2_imagenet256 RUN=runs/paper/dit_b2_imagenet256/curriculum DATA=data/imagenet256 sbatch slurm/train.sh "
         "--train.ds-config ds_configs/zero2_fp32.json --curriculum.pacing patience")
-    assert table_a[1].job == (
+    assert table_a[1].job() == (
         "RUN=runs/paper/dit_b2_imagenet256/curriculum REFERENCE=VIRTUAL_imagenet256_labeled.npz CFG_SCALE=1.5 NUM_SAMPLES=50000 "
         "sbatch slurm/sample_eval.sh --sampler ddpm --steps 250")
-    assert read_method("naive@interval=10000").arguments[-1] in paper_size.row("Figure D").cells[1].steps[0].job.split()
+    assert read_method("naive@interval=10000").arguments[-1] in paper_size.row("Figure D").cells[1].steps[0].job().split()
 
 
 def test_toy_size_has_every_row(tmp_path: Path) -> None:
@@ -186,6 +199,15 @@ def test_the_page_is_current(make_paper: Any, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.slow  # ten seconds: the operations and the memory of every model
 def test_the_hours_are_current(make_paper: Any) -> None:
     assert make_paper.page(PAGE) == PAGE, "run python docs/make_paper.py"
+
+
+def test_a_toy_table_is_none_of_the_pages(make_paper: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "table.json").write_text(json.dumps({"scale": "toy", "rows": {}}))
+    monkeypatch.setattr(make_paper, "OURS", tmp_path / "ours.json")
+    monkeypatch.setattr(sys, "argv", ["make_paper.py", "--results", str(tmp_path / "table.json")])
+    assert make_paper.main() == 2 and "is of toy size, not the paper's" in capsys.readouterr().err
+    assert not (tmp_path / "ours.json").exists()
 
 
 # ---- a small paper: Table A, figures A, D, F, and G to K, of the preset debug
@@ -256,7 +278,7 @@ def test_every_row_is_made(made: Path, blobs: Path) -> None:
     table = (made / "table.md").read_text()
     assert "| cosine, vanilla | 30.27 | " in table and "| FID-50K, paper | FD-tiny-20, here |" in table and "which is no FID" in table
     assert "## Not in the tables" not in table
-    found = json.loads((made / "table.json").read_text())["Table A"]
+    found = json.loads((made / "table.json").read_text())["rows"]["Table A"]
     assert list(found) == [*PUBLISHED] and found["cosine, vanilla"]["FID"] != found["cosine, curriculum"]["FID"]
     assert found["linear, vanilla"]["run"] == "seed 0, fp32"
     for cell in scale.row("Table A").cells:
@@ -270,7 +292,7 @@ def test_every_row_is_made(made: Path, blobs: Path) -> None:
 
 
 def test_again_nothing_is_made(made: Path, blobs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(paper, "do", lambda step: 1 / 0)
+    monkeypatch.setattr(paper, "do", lambda *args: 1 / 0)
     monkeypatch.setattr(paper, "toy", lambda folder, cifar10: tiny(folder, blobs))
     before = {path: path.stat().st_mtime_ns for path in made.rglob("*") if "figures" not in path.parts and path.name[:5] != "table"}
     assert paper.main(["run", "--scale", "toy", "--root", str(made)]) == 0
@@ -284,14 +306,14 @@ def test_what_is_missing_is_made(copy: Path, blobs: Path, monkeypatch: pytest.Mo
     run = copy / "tiny_dit_b2_imagenet256/vanilla"
     shutil.rmtree(run / "eval")
     done: list[str] = []
-    monkeypatch.setattr(paper, "do", lambda step: done.append(step.call[0]))
+    monkeypatch.setattr(paper, "do", lambda step, found: done.append(step.call()[0]))
     monkeypatch.setattr(paper, "toy", lambda folder, cifar10: tiny(folder, blobs))
     assert paper.main(["run", "--scale", "toy", "--root", str(copy), "--rows", "Table A"]) == 0
     assert done == ["eval.sample", "eval.score"]
     monkeypatch.undo()
     scale = tiny(copy, blobs)
     with pytest.raises(paper.StepFailed, match="eval.score ended with status 2") as error:
-        paper.do(scale.row("Table A").cells[0].steps[2])
+        paper.do(scale.row("Table A").cells[0].steps[2], find_runs(copy))
     assert error.value.exit_status == 2
 
 
@@ -348,7 +370,11 @@ def test_how_samples_and_studies_stand(copy: Path, blobs: Path) -> None:
 def test_a_run_may_lie_anywhere(copy: Path, blobs: Path) -> None:
     """It is known by its name and pacing; its samples go with it."""
     (copy / "tiny_dit_b2_imagenet256_linear/vanilla").rename(copy / "mine")
-    assert standing(tiny(copy, blobs, rows=TABLE_A), copy)["Table A, linear, vanilla"] == "done"
+    scale = tiny(copy, blobs, rows=TABLE_A)
+    assert standing(scale, copy)["Table A, linear, vanilla"] == "done"
+    (copy / "mine/eval/cfg1.5/results.jsonl").unlink()
+    said = "\n".join(status_lines(scale, find_runs(copy)))
+    assert f"next: python -m eval.score {copy}/mine/eval/cfg1.5 --reference" in said
 
 
 # ---- bad input: listed, and not counted
@@ -394,6 +420,13 @@ def test_another_protocol(made: Path, blobs: Path) -> None:
     said = listed(tiny(made, blobs, sampler_steps=3, rows=("Table A", "Figure F")), made)
     assert "vanilla/eval/cfg1.5 has samples of another protocol: sampling.steps: 2, not 3" in said
     assert "tiny_dit_b2_imagenet256/vanilla/curve has 2 rows of another protocol" in said
+
+
+def test_samples_of_another_run(copy: Path, blobs: Path) -> None:
+    run = copy / "tiny_dit_b2_imagenet256"
+    shutil.rmtree(run / "vanilla/eval")
+    shutil.copytree(run / "curriculum/eval", run / "vanilla/eval")
+    assert "drawn from another run than the one that it lies in" in listed(tiny(copy, blobs, rows=TABLE_A), copy)
 
 
 def test_another_network_is_no_fid(made: Path, blobs: Path) -> None:
@@ -475,5 +508,5 @@ def test_the_whole_of_it_at_toy_size(tmp_path: Path) -> None:
     root = tmp_path / "toy"
     assert paper.main(["run", "--scale", "toy", "--root", str(root)]) == 0
     assert set(standing(toy(root), root).values()) == {"done"}
-    found = json.loads((root / "table.json").read_text())
+    found = json.loads((root / "table.json").read_text())["rows"]
     assert [*found] == ["Table A", "FFHQ", "ImageNet", "MS-COCO"] and len(list((root / "figures").glob("*.png"))) == 15
