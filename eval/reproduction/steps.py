@@ -501,11 +501,12 @@ class StudyStage(Step):
         wrong = self._other_settings()
         if wrong:
             return Standing("refused", wrong)
-        missing = self.findings().missing
-        if self.stage not in missing:
+        # The loss curves of all models are read for it.
+        measured = self.findings()
+        if self.stage not in measured.missing:
             return DONE
-        intervals = missing[self.stage]
-        count = len(self.findings().intervals) + (self.stage == "denoise")
+        intervals = measured.missing[self.stage]
+        count = len(measured.intervals) + (self.stage == "denoise")
         if self.stage == "entropy" or len(intervals) == count:
             return MISSING
         return Standing("stopped", f"{count - len(intervals)} of {count} intervals")
