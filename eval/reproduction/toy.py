@@ -20,13 +20,13 @@ PREFIX = "toy_"
 
 # The share of each data set that samples are compared with: some 400 images.
 HELD_OUT = {"digits": "0.08", "emoji": "0.1", "cifar10": "0.008"}
-STEPS = 120
+STEPS = 80
 # What figures G to K are drawn of trains for longer, as in the paper.
-HEADLINE_STEPS = 240
+HEADLINE_STEPS = 160
 CLUSTERS = 5
 # Short enough that the curriculum is complete, and the EMA forgets the untrained weights.
 SHORT = (
-    *("--train.global-batch-size", "32", "--optimizer.ema-decay", "0.9"),
+    *("--train.global-batch-size", "16", "--optimizer.ema-decay", "0.9"),
     *("--curriculum.patience", "5", "--checkpoint.every", "40", "--checkpoint.keep-every", "40"),
     *("--telemetry.preview-every", "0", "--telemetry.reference-every", "0"),
     "--telemetry.trackers",
@@ -54,14 +54,14 @@ STANDS = {
     "dit_b2_ffhq256": Stand("digits", "digits", UNLABELLED),
     "sit_b2_ffhq256": Stand("digits_sit", "digits", UNLABELLED),
     "edm_ddpmpp_ffhq64": Stand("digits_edm", "digits", UNLABELLED),
-    "dit_b2_coco256": Stand("emoji", "emoji"),
+    "dit_b2_coco256": Stand("emoji", "emoji", ("--model.depth", "2")),
     "edm_ddpmpp_cifar10": Stand(
         "digits_edm", "cifar10", ("--model.in-channels", "3", "--model.input-size", "32")
     ),
 }
 STUDY = (
-    *("--intervals", "2", "--steps", "60", "--patience", "10", "--num-samples", "1000"),
-    *("--sampler-steps", "10", "--entropy-images", "1000", "--entropy-samples", "20"),
+    *("--intervals", "2", "--steps", "40", "--patience", "10", "--num-samples", "1000"),
+    *("--sampler-steps", "10", "--entropy-images", "1000", "--entropy-samples", "10"),
 )
 STUDIES = {
     "dit_b2_ffhq256": ("digits", UNLABELLED),
@@ -80,7 +80,7 @@ def toy(root: Path, cifar10: Path | None = None) -> Scale:
             models[name] = _model(MODELS[name], stand, data[stand.data])
     studies = {}
     for name, (study, options) in STUDIES.items():
-        extra = ("--optimizer.ema-decay", "0.9", "--train.global-batch-size", "32", *options)
+        extra = ("--optimizer.ema-decay", "0.9", "--train.global-batch-size", "16", *options)
         studies[name] = (study, STUDY, extra)
     size = Size(
         name="toy",
