@@ -56,7 +56,12 @@ STANDS = {
     "edm_ddpmpp_ffhq64": Stand("digits_edm", "digits", UNLABELLED),
     "dit_b2_coco256": Stand("emoji", "emoji", ("--model.depth", "2")),
     "edm_ddpmpp_cifar10": Stand(
-        "digits_edm", "cifar10", ("--model.in-channels", "3", "--model.input-size", "32")
+        "digits_edm",
+        "cifar10",
+        (
+            *("--model.in-channels", "3", "--model.input-size", "32"),
+            *("--model.unet.attn-resolutions", "16"),
+        ),
     ),
 }
 STUDY = (

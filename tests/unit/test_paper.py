@@ -164,6 +164,9 @@ def test_toy_size_has_every_row(tmp_path: Path) -> None:
     small = toy(tmp_path, tmp_path / "cifar10")
     assert {row.name: [cell.name for cell in row.cells] for row in small.rows if row.name != "Data"} == rows
     assert {train.name for train in trainings(small)} == {PREFIX + name for name in MODELS}
+    for train in trainings(small):
+        if train.kind == "curriculum":
+            validate(train.run.config, 1)
     assert [row.name for row in toy(tmp_path).rows] == NAMES[:-1]       # without the path of CIFAR-10
     assert small.scoring.names(50)[0] == "FD-efficientnet-lite0-50" and paper.paper(tmp_path).scoring.names(50_000)[0] == "FID-50K"
 
