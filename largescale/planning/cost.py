@@ -346,3 +346,40 @@ class Plan:
     def at(self, mfu: float) -> "Plan":
         """The same where forward and backward reach another share of the peak."""
         return replace(self, hardware=replace(self.hardware, mfu=mfu))
+
+    def in_fp32(self, *, tf32: bool) -> "Plan":
+        """The same run with products of float32 matrices, from above: the bytes that were counted in
+        half precision are doubled, though a part of them is of float32 already.
+
+        `tf32`: at half the rate of half precision, as on every card of the table; else by the
+        units of float32. `work` has the bytes of weights and gradients."""
+        hardware = self.hardware
+        rates = hardware.rates
+        assert rates is not None
+        products = rates.products / 2 if tf32 else rates.fp32
+        peak = hardware.peak_flops / 2 if tf32 else rates.fp32
+        blocks = self.work.blocks
+        if blocks is not None:
+            code = replace(
+                blocks.code,
+                forward_bytes=2 * blocks.code.forward_bytes,
+                backward_bytes=2 * blocks.code.backward_bytes,
+            )
+            blocks = replace(blocks, code=code)
+        return replace(
+            self,
+            hardware=replace(
+                hardware,
+                peak_flops=peak,
+                rates=replace(rates, products=products, measured=False),
+            ),
+            work=replace(self.work, blocks=blocks),
+        )
+
+    @property
+    def sampling_seconds(self) -> float:
+        """Seconds of one GPU for the model's answer to one image: a third of its forward and backward
+        passes, as a forward pass has a third of their operations."""
+        return sum(compute_parts(self.work, self.hardware, self.gpus).values()) / (
+            3 * self.work.global_batch_size / self.gpus
+        )

@@ -57,7 +57,7 @@ def runs_here(command: str) -> bool:
 def test_what_the_pages_offer() -> None:
     """A command added there is either run below or named here with what runs it."""
     others = {"make demo", "make test", "tensorboard --logdir runs", "sbatch slurm/dit_l2_2m.sh",
-              "sbatch slurm/dit_l2_coco_2m.sh", "sbatch slurm/pack_imagenet.sh", "sbatch slurm/pack_coco.sh",  # tests/slurm
+              "sbatch slurm/dit_l2_coco_2m.sh", "PRESET=dit_b2_imagenet256 sbatch slurm/train.sh", "sbatch slurm/pack_imagenet.sh", "sbatch slurm/pack_coco.sh",  # tests/slurm
               "sbatch slurm/sample_eval.sh", "sbatch slurm/curve.sh", "sbatch slurm/gpu_check.sh", "STUDY=paper DATA=data/ffhq256 sbatch slurm/difficulty.sh",
               "pip install -e '.[prep]'", "pip install -e '.[eval]'"}
     assert {c for c in commands() if not runs_here(c)} == others

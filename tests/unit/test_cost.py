@@ -184,6 +184,26 @@ def test_activations_computed_again() -> None:
     assert plain.backward_share == pytest.approx(2 / 3) and again.backward_share == pytest.approx(3 / 4, rel=0.01)
 
 
+def test_products_of_float32() -> None:
+    """TF32 at half the rate, without it the units of float32; twice the bytes of half precision."""
+    config, _ = dit_l()
+    half = Plan(workload(config, load_ds_config("ds_configs/zero2_fp32.json"), 1), HARDWARE["a100"], 8, 1000, 1000)
+    tf32, fp32 = half.in_fp32(tf32=True), half.in_fp32(tf32=False)
+    of = [compute_parts(plan.work, plan.hardware, 8) for plan in (half, tf32, fp32)]
+    for part in ("matrix products", "attention"):
+        assert of[1][part] == pytest.approx(2 * of[0][part]) and of[2][part] == pytest.approx(270 / 19.5 * of[0][part])
+    assert of[1]["elementwise"] == of[2]["elementwise"] == pytest.approx(2 * of[0]["elementwise"])
+    assert tf32.hardware.peak_flops == 156e12 and fp32.hardware.peak_flops == 19.5e12 and half.hours < tf32.hours < fp32.hours
+    assert tf32.work.weight_bytes == 4 and not tf32.hardware.rates.measured  # type: ignore[union-attr]
+
+
+def test_an_answer_of_the_model() -> None:
+    """A third of the operations of forward and backward pass of an image, on one GPU."""
+    plan = Plan(WORK, ROUND, 4, 10, 10)
+    assert plan.sampling_seconds == pytest.approx(1e12 / (0.5 * 2e12))
+    assert replace(plan, gpus=8).sampling_seconds == pytest.approx(plan.sampling_seconds)
+
+
 def test_the_headline_workload() -> None:
     config, ds = dit_l()
     work = workload(config, ds, 1)

@@ -23,7 +23,7 @@ NO_TORCH = ("errors", "registry", "noise_schedule", "power_ema", "host", "curric
             "monitoring.run_record", "monitoring.run_facts", "monitoring.run_log", "monitoring.same_keys", "monitoring.run_words", "page", "status", "requeue", "train")  # at import; functions of some load it
 EMPTY = {"largescale.checkpoint", "largescale.config", "largescale.data", "largescale.diffusion", "largescale.distributed", "largescale.encoders",
          "largescale.engine", "largescale.host", "largescale.interop", "largescale.models", "largescale.monitoring", "largescale.monitoring.trackers", "largescale.page", "largescale.planning", "largescale.training",
-         "largescale", "eval", "eval.comparison", "eval.curves", "eval.difficulty_study", "eval.drawing", "eval.scoring", "data_prep"}  # packages that import nothing
+         "largescale", "eval", "eval.comparison", "eval.curves", "eval.difficulty_study", "eval.drawing", "eval.reproduction", "eval.scoring", "data_prep"}  # packages that import nothing
 # ... but what names the extra that a missing package is in, which is set before a program's first line
 MISSING = {"sys", "largescale", "largescale.host.extras", "largescale.host.extras.name_the_extra"}
 ABOVE_THE_LIBRARY = ("data_prep", "eval")

@@ -1,0 +1,192 @@
+"""The training runs below a folder: what each is, how far it is, and whether it is the one that a row
+of the paper asks for. Reads files only, without torch."""
+
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from eval.training_runs import Run
+from largescale.checkpoint.files import checkpoints
+from largescale.config.deepspeed import load_ds_config, precision
+from largescale.config.schema import Config
+from largescale.config.serialise import flatten, from_dict, to_dict
+from largescale.data.format import read_manifest
+from largescale.errors import LargescaleError, usable
+from largescale.monitoring.run_record import read_starts
+
+# A run that takes steps writes its record every few seconds.
+SILENT_S = 900.0
+# By curriculum.pacing, in the words of eval.compare.
+METHODS = {"none": "vanilla", "fixed": "naive", "patience": "curriculum"}
+# What two runs of one row may differ in: how they are carried out and watched, and the seed, which
+# the table names.
+_FREE = (
+    "name",
+    "output",
+    "dry_run",
+    "fit_ranks",
+    "print_config",
+    "verbose",
+    "profile",
+    "data.path",
+    "data.validation",
+    "data.prefetch",
+    "data.verify",
+    "checkpoint.",
+    "telemetry.",
+    "anomaly.",
+    "optimizer.kernel",
+    "optimizer.ema_widths",
+    "train.compile",
+    "train.kernels",
+    "train.micro_batch_size",
+    "train.activation_checkpointing",
+    "train.threads",
+    "train.ds_config",
+    "train.device",
+    "train.timeout_s",
+    "train.seed",
+    # The paper says fp32, and not which; the table says which it was.
+    "train.tf32",
+)
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """A run directory, as its newest checkpoint, or else the record of its last start, has it."""
+
+    folder: Path
+    config: Config
+    precision: str
+    step: int
+    """The last step that is known."""
+    saved_step: int
+    """The step of the newest checkpoint; 0 without one."""
+    alive: bool
+    """Whether its record was written lately by a start that has not ended."""
+    dataset: str | None
+    """The fingerprint of the data set; None before the first checkpoint."""
+    num_classes: int | None
+    curriculum: dict[str, Any] | None
+    """Where its curriculum stands at that checkpoint; with it samples are known to be of this run."""
+
+    @property
+    def method(self) -> str:
+        return METHODS[self.config.curriculum.pacing]
+
+    @property
+    def arithmetic(self) -> str:
+        """The precision of the training, of fp32 on a GPU whether in TF32."""
+        if self.precision == "fp32" and self.config.train.device == "cuda":
+            return "fp32 (TF32)" if self.config.train.tf32 else "fp32 (no TF32)"
+        return self.precision
+
+
+@dataclass(frozen=True)
+class FoundRuns:
+    """All runs below a folder."""
+
+    root: Path
+    runs: Sequence[FoundRun]
+    unreadable: Mapping[Path, str] = field(default_factory=dict)
+    """Folders of runs that cannot be read, and why."""
+
+    def claiming(self, name: str, method: str) -> list[FoundRun]:
+        """The runs that say that they are this training: by their name and pacing, wherever they
+        lie."""
+        return [run for run in self.runs if (run.config.name, run.method) == (name, method)]
+
+    @cached_property
+    def _packed(self) -> dict[Path, str | None]:
+        return {}
+
+    def dataset_at(self, path: Path) -> str | None:
+        """The fingerprint of the data set that is packed at `path`; None where there is none."""
+        if path not in self._packed:
+            self._packed[path] = None
+            with suppress(LargescaleError, OSError):
+                self._packed[path] = read_manifest(path)["fingerprint"]
+        return self._packed[path]
+
+
+def find_runs(root: Path) -> FoundRuns:
+    """The runs below `root`, in the order of their paths. The models of a difficulty study, each of
+    one interval of noise levels, are none of them."""
+    runs = []
+    unreadable = {}
+    for folder in _run_folders(root):
+        try:
+            with usable(folder):
+                run = read_run(folder)
+        except LargescaleError as error:
+            unreadable[folder] = str(error)
+            continue
+        # A folder that was only prepared says nothing yet.
+        if run is not None:
+            runs.append(run)
+    return FoundRuns(root, runs, unreadable)
+
+
+def _run_folders(root: Path) -> list[Path]:
+    found = []
+    for path, folders, _ in os.walk(root):
+        folders.sort()
+        if {"checkpoints", "starts"} & {*folders}:
+            found.append(Path(path))
+            # What lies in a run are its samples and pictures.
+            folders.clear()
+        folders[:] = [name for name in folders if not re.fullmatch(r"interval_\d+", name)]
+    return found
+
+
+def read_run(folder: Path) -> FoundRun | None:
+    """What is known of the run in a folder; None for one that has neither a checkpoint nor a record
+    with settings."""
+    starts = read_starts(folder)
+    last = starts[-1] if starts else None
+    alive = last is not None and last.ended is None and time.time() - last.seen_unix_s < SILENT_S
+    saved = checkpoints(folder)
+    if saved:
+        state = saved[0].manifest()["state"]
+        return FoundRun(
+            folder,
+            from_dict(state["config"]),
+            state["precision"],
+            max(saved[0].step, last.step if last else 0),
+            saved[0].step,
+            alive,
+            state["dataset"],
+            state["data_info"].get("num_classes"),
+            state.get("curriculum"),
+        )
+    if last is None or not last.settings:
+        return None
+    config = from_dict(last.settings)
+    chosen = precision(load_ds_config(config.train.ds_config))
+    return FoundRun(folder, config, chosen, last.step, 0, alive, None, None, None)
+
+
+def other_settings(run: FoundRun, wanted: Run) -> list[str]:
+    """The settings of a run that are not those which a row asks for, as 'key: found, not wanted'."""
+    ds = load_ds_config(wanted.config.train.ds_config)
+    return setting_differences(
+        to_dict(run.config) | {"precision": run.precision},
+        to_dict(wanted.config) | {"precision": precision(ds)},
+    )
+
+
+def setting_differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """The settings that differ, but for those that change no figure of a row."""
+    before = dict(flatten(found))
+    after = dict(flatten(wanted))
+    changed = []
+    for key in sorted(before.keys() | after.keys()):
+        if not key.startswith(_FREE) and before.get(key) != after.get(key):
+            changed.append(f"{key}: {before.get(key)}, not {after.get(key)}")
+    return changed

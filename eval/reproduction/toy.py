@@ -1,0 +1,155 @@
+"""The rows of the paper at toy size: every program and every row, on digits, emoji and, given its
+path, CIFAR-10, in minutes on two cores. It shows that a row can be made, and nothing about the
+paper."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from eval.reproduction.rows import MODELS, PAPER, Cell, Model, Rows, Scale, Size
+from eval.reproduction.steps import DataSet, Prepare, Scoring
+
+# A distance by the network that pip carries, which is no FID.
+NETWORK = "efficientnet-lite0"
+SCORING = Scoring(
+    NETWORK,
+    f"FD-{NETWORK}",
+    (f"class score-{NETWORK}", f"Precision-{NETWORK}", f"Recall-{NETWORK}"),
+)
+# No toy run has the name of one of the paper's.
+PREFIX = "toy_"
+
+# The share of each data set that samples are compared with: some 400 images.
+HELD_OUT = {"digits": "0.08", "emoji": "0.1", "cifar10": "0.008"}
+STEPS = 80
+# What figures G to K are drawn of trains for longer, as in the paper.
+HEADLINE_STEPS = 160
+CLUSTERS = 5
+# Short enough that the curriculum is complete, and the EMA forgets the untrained weights.
+SHORT = (
+    *("--train.global-batch-size", "16", "--optimizer.ema-decay", "0.9"),
+    *("--curriculum.patience", "5", "--checkpoint.every", "40", "--checkpoint.keep-every", "40"),
+    *("--telemetry.preview-every", "0", "--telemetry.reference-every", "0"),
+    "--telemetry.trackers",
+)
+UNLABELLED = ("--model.num-classes", "0", "--model.class-dropout-prob", "0")
+LINEAR = ("--diffusion.schedule", "linear", "--curriculum.clusters", "snr")
+
+
+@dataclass(frozen=True)
+class Stand:
+    """What stands for a model of the paper."""
+
+    preset: str
+    data: str
+    options: tuple[str, ...] = ()
+
+
+STANDS = {
+    "dit_b2_imagenet256": Stand("digits", "digits"),
+    "dit_b2_imagenet256_linear": Stand("digits", "digits", LINEAR),
+    "dit_s2_imagenet256": Stand("digits", "digits", ("--model.depth", "2")),
+    "dit_l2_imagenet256_400k": Stand("digits", "digits", ("--model.depth", "6")),
+    "dit_l2_imagenet256": Stand("digits", "digits", ("--model.depth", "6")),
+    "sit_b2_imagenet256": Stand("digits_sit", "digits"),
+    "dit_b2_ffhq256": Stand("digits", "digits", UNLABELLED),
+    "sit_b2_ffhq256": Stand("digits_sit", "digits", UNLABELLED),
+    "edm_ddpmpp_ffhq64": Stand("digits_edm", "digits", UNLABELLED),
+    "dit_b2_coco256": Stand("emoji", "emoji", ("--model.depth", "2")),
+    "edm_ddpmpp_cifar10": Stand(
+        "digits_edm",
+        "cifar10",
+        (
+            *("--model.in-channels", "3", "--model.input-size", "32"),
+            *("--model.unet.attn-resolutions", "16"),
+        ),
+    ),
+}
+STUDY = (
+    *("--intervals", "2", "--steps", "40", "--patience", "10", "--num-samples", "1000"),
+    *("--sampler-steps", "10", "--entropy-images", "1000", "--entropy-samples", "10"),
+)
+STUDIES = {
+    "dit_b2_ffhq256": ("digits", UNLABELLED),
+    "sit_b2_ffhq256": ("digits_sit", UNLABELLED),
+    "edm_ddpmpp_ffhq64": ("digits_edm", UNLABELLED),
+    "dit_b2_imagenet256": ("digits", ()),
+}
+
+
+def toy(root: Path, cifar10: Path | None = None) -> Scale:
+    """The rows at toy size. `cifar10`: its packed data set; without it its rows are left out."""
+    data = _data(root, with_cifar10=cifar10 is not None)
+    models = {}
+    for name, stand in STANDS.items():
+        if stand.data in data:
+            models[name] = _model(MODELS[name], stand, data[stand.data])
+    studies = {}
+    for name, (study, options) in STUDIES.items():
+        extra = ("--optimizer.ema-decay", "0.9", "--train.global-batch-size", "16", *options)
+        studies[name] = (study, STUDY, extra)
+    size = Size(
+        name="toy",
+        models=models,
+        scoring=SCORING,
+        prepare=_prepare(root, data, cifar10),
+        samples=50,
+        curve_samples=50,
+        curve_every=40,
+        picture_samples=20,
+        class_samples=20,
+        classes=(0, 2, 5, 7, 9),
+        studies=studies,
+    )
+    return Rows(root, size).scale()
+
+
+def _data(root: Path, *, with_cifar10: bool) -> dict[str, DataSet]:
+    """By name, what is trained on, guided as the paper guides what it stands for."""
+    names = ["digits", "emoji", *(["cifar10"] if with_cifar10 else [])]
+    found = {}
+    for name in names:
+        found[name] = DataSet(
+            name,
+            root / "data" / name / "train",
+            root / "references" / f"{name}.npz",
+            1.5,
+            captions=name == "emoji",
+        )
+    return found
+
+
+def _model(paper: Model, stand: Stand, data: DataSet) -> Model:
+    """A model of the paper as its toy."""
+    steps = HEADLINE_STEPS if paper.name == "dit_l2_imagenet256" else STEPS
+    return Model(
+        paper.title,
+        f"{PREFIX}{paper.name}",
+        stand.preset,
+        # Unlabelled models have nothing to guide with.
+        replace(data, cfg_scale=paper.data.cfg_scale),
+        ("--train.steps", str(steps), *stand.options, *SHORT),
+        paper.sampler,
+        10,
+        steps // (2 * CLUSTERS),
+    )
+
+
+def _prepare(root: Path, data: dict[str, DataSet], cifar10: Path | None) -> tuple[Cell, ...]:
+    """What packs the data, holds a part of it out, and computes the statistics of that part."""
+    cells = []
+    for name, of in data.items():
+        folder = of.path.parent
+        steps = []
+        # CIFAR-10 is packed already, wherever it lies.
+        everything = cifar10 if name == "cifar10" and cifar10 else root / "data" / f"{name}_all"
+        if name != "cifar10":
+            steps.append(Prepare(everything, f"data_prep.{name}", ("--out", str(everything))))
+        split = (str(everything), "--share", HELD_OUT[name], "--out", str(folder))
+        steps.append(Prepare(of.path, "data_prep.split", split))
+        words = ("--reference", str(folder / "validation"), "--save-reference", str(of.reference))
+        steps.append(Prepare(of.reference, "eval.score", (*words, "--extractor", NETWORK)))
+        cells.append(Cell(name, tuple(steps)))
+    return tuple(cells)
+
+
+assert STANDS.keys() == MODELS.keys() and STUDIES.keys() == PAPER.studies.keys()
