@@ -18,9 +18,10 @@ from PIL import Image
 
 from data_prep.folder import Folder
 from data_prep.parquet import Parquet
-from eval import curve, paper, score
+from eval import paper, score
 from eval.comparison.methods import read_method
-from eval.curve import Curve
+from eval.curves import scores
+from eval.curves.options import Curve
 from eval.difficulty_study.study import STUDIES, Study
 from eval.reproduction.found_runs import find_runs
 from eval.reproduction.pictures import write_pictures
@@ -256,7 +257,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, blobs: Path, one_rank: Ranks)
         patch.setenv("OMP_NUM_THREADS", "1")
         extractor = Extractor("tiny", "tiny sha256:0", 12, None, 12, CPU, tiny_features)
         patch.setattr(score, "load_extractor", lambda spec, *args, **more: extractor)
-        patch.setattr(curve, "plot", lambda *args: None)
+        patch.setattr(scores, "plot", lambda *args: None)
         patch.setattr(startup, "Ranks", lambda device, *timeout: one_rank)
         patch.setattr(Run, "train", train_here)
         patch.setattr(paper, "toy", lambda folder, cifar10: tiny(folder, blobs))
