@@ -134,6 +134,10 @@ class Vae:
         # Feature maps of the full resolution, of 4 bytes a value.
         return 6 * max(widths[:2]) * side**2 * 4
 
+    def normalized(self, normalization: Normalization) -> "Vae":
+        """The VAE that decodes x_start as a data set or model has it."""
+        return replace(self, normalization=normalization)
+
     def moved(self, device: torch.device) -> "Vae":
         """The VAE on another device, where it moves to."""
         module = self.module.to(device, memory_format=_memory_format(device))
@@ -237,9 +241,12 @@ def _of_flux2(module: Any, facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def load_vae_of_model(spec: str, trained_with: str | None, device: torch.device) -> Vae:
+def load_vae_of_model(
+    spec: str, trained_with: str | None, normalization: Normalization, device: torch.device
+) -> Vae:
     """The VAE that `spec` names, where it is the one that made a model's latents, by its identity
-    `trained_with`. Raises ConfigError for another one, DataError where there is none."""
+    `trained_with`; it decodes what the model draws, which is normalised so. Raises ConfigError for
+    another one, DataError where there is none."""
     # A model of pixels, or of latents of unknown origin, has nothing to compare the VAE with.
     if trained_with is None:
         raise ConfigError(
@@ -251,7 +258,7 @@ def load_vae_of_model(spec: str, trained_with: str | None, device: torch.device)
         raise ConfigError(
             f"the VAE {spec} is {vae.identity}, the model was trained with {trained_with}"
         )
-    return vae
+    return vae.normalized(normalization)
 
 
 def _memory_format(device: torch.device) -> torch.memory_format:
