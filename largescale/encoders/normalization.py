@@ -36,4 +36,6 @@ class Normalization:
 @functools.lru_cache(16)
 def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
     """(C, 1, 1) on the device. Copied once: each step would wait for a copy."""
-    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+    # A decoder may ask first, in inference mode, whose tensors training cannot take.
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
