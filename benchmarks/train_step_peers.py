@@ -91,6 +91,7 @@ class Job:
         peer to draw."""
         c = self.config
         dataset = ShardDataset(c.data.path)
+        dataset.normalize(c.data.normalize)
         objective = build_objective(c)
         active = make_curriculum(c).active
         size = c.train.global_batch_size
@@ -120,7 +121,7 @@ class Job:
                     device=self.device,
                 )
                 x = to_x_start(
-                    rows["latent"], dataset.info.kind, dataset.info.scale_factor, draws.posterior
+                    rows["latent"], dataset.info.kind, dataset.info.normalization, draws.posterior
                 )
                 batches.append((x, rows["label"]))
                 yield (

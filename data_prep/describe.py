@@ -3,9 +3,10 @@
 python -m data_prep.describe data/coco2014 --verify --picture coco.png
 """
 
+import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,15 +15,19 @@ import numpy.typing as npt
 import torch
 import tyro
 from PIL import Image
+from tqdm import tqdm
 
+from data_prep.images import round_trip_words
 from largescale.config.command_line import check_counts, parse_options, run_program
 from largescale.data.format import MANIFEST, DatasetInfo
 from largescale.data.images import grid, titled, to_uint8
 from largescale.data.loader import to_x_start
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset
+from largescale.data.statistics import from_manifest, measure_rows, merge
 from largescale.encoders.vae import load_vae
 from largescale.errors import ConfigError, DataError
+from largescale.host.files import write_atomically
 from largescale.host.launch import printable
 
 
@@ -32,6 +37,9 @@ class Describe:
     """The folder that a packing program wrote."""
     verify: bool = False
     """Read every shard and compare its hash."""
+    measure: bool = False
+    """Measure the mean and standard deviation of each channel of latents, which sets of older
+    versions lack, and write them into the manifest."""
     picture: Path | None = None
     """Write a picture of images drawn at random, decoded, with their first captions or their
     labels."""
@@ -66,6 +74,7 @@ def _content(data: ShardDataset) -> list[tuple[str, str]]:
         f"factor {info.scale_factor:g}"
     )
     facts.append(("images", images))
+    facts += _latents(data)
     labels = "none"
     if info.num_classes:
         labels = f"{info.num_classes} classes{_class_names(manifest)}"
@@ -84,6 +93,42 @@ def _content(data: ShardDataset) -> list[tuple[str, str]]:
     on_disk = f"{size / 1e6:,.1f} MB, shards: {len(shards)}, {size / len(data):,.0f} bytes an image"
     facts.append(("on disk", on_disk))
     return facts
+
+
+def _latents(data: ShardDataset) -> list[tuple[str, str]]:
+    """Names and values of what was measured of latents: their statistics and their round trip."""
+    facts = []
+    info = data.info
+    if info.latent_mean and info.latent_std:
+        facts.append(("of encoder", _ranges(info.latent_mean, info.latent_std)))
+    if statistics := from_manifest(data.manifest, data.path):
+        facts.append(("measured", _ranges(statistics.mean, statistics.std)))
+    if trip := data.manifest.get("round_trip"):
+        facts.append(("round trip", round_trip_words(trip)))
+    return facts
+
+
+def _ranges(mean: Sequence[float], std: Sequence[float]) -> str:
+    """Statistics of channels as their ranges."""
+    return (
+        f"mean {min(mean):.3g} to {max(mean):.3g}, std {min(std):.3g} to {max(std):.3g} over "
+        f"{len(mean)} channels"
+    )
+
+
+def measure(data: ShardDataset) -> None:
+    """Writes the statistics of latents into the manifest, of which the fingerprint does not depend.
+    Raises ConfigError for pixels."""
+    info = data.packed
+    if info.kind == "pixels":
+        raise ConfigError(f"{data.path} holds pixels, which need no --measure; leave it out")
+    shards = tqdm(range(len(data.manifest["shards"])), "measure", unit="shard", delay=2)
+    # Shard by shard, as the packer does: the same digits.
+    parts = (measure_rows([row["latent"] for row in data.rows(n)], info.kind) for n in shards)
+    found = replace(merge(parts), encoder=info.encoders.get("vae"))
+    file = data.path / MANIFEST
+    manifest = json.loads(file.read_text()) | {"statistics": asdict(found)}
+    write_atomically(file, json.dumps(manifest, indent=1) + "\n")
 
 
 def _origin(manifest: dict[str, Any]) -> list[tuple[str, str]]:
@@ -162,7 +207,7 @@ def _decoded(data: ShardDataset, latent: torch.Tensor, vae: str | None) -> npt.N
     info = data.info
     # Of moments the mean: the posterior without noise.
     noise = torch.zeros(len(latent), *info.x_shape) if info.kind == "moments" else None
-    x_start = to_x_start(latent, info.kind, info.scale_factor, noise)
+    x_start = to_x_start(latent, info.kind, info.normalization, noise)
     if info.kind == "pixels":
         return to_uint8(x_start)
 
@@ -177,7 +222,9 @@ def _decoded(data: ShardDataset, latent: torch.Tensor, vae: str | None) -> npt.N
         raise ConfigError(
             f"--vae {vae} is {decoder.identity}, the latents are of {info.encoders.get('vae')}"
         )
-    images: npt.NDArray[np.uint8] = decoder.decode(x_start).permute(0, 2, 3, 1).numpy()
+    images: npt.NDArray[np.uint8] = (
+        decoder.normalized(info.normalization).decode(x_start).permute(0, 2, 3, 1).numpy()
+    )
     return images
 
 
@@ -189,6 +236,9 @@ def run(options: Describe) -> None:
         )
     check_counts(options, "images")
     data = ShardDataset(options.data, verify=options.verify)
+    if options.measure:
+        measure(data)
+        data = ShardDataset(options.data)
     # What a packing program adds to the manifest is not checked when it is read.
     try:
         print("\n".join(describe(data)))

@@ -4,6 +4,7 @@ uses it."""
 import struct
 import warnings
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -147,3 +148,15 @@ def _orient(rgb: Image.Image, source: Image.Image) -> Image.Image:
         # EXIF data that cannot be read state nothing, and the pixels are sound.
         return rgb
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+
+
+def psnr(image: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> float:
+    """Peak signal-to-noise ratio of two images in dB; 99 for equal ones."""
+    error = np.square(image.astype(np.float64) - other).mean()
+    return min(99.0, float(10 * np.log10(255**2 / error))) if error else 99.0
+
+
+def round_trip_words(trip: dict[str, Any]) -> str:
+    """The manifest's round_trip as words."""
+    values = trip["psnr"]
+    return f"{np.mean(values):.1f} dB ({min(values):.1f} to {max(values):.1f}) over {len(values)} images"

@@ -21,6 +21,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -67,6 +68,7 @@ PLACES = {
     "source.files",
     "source.shards",
 }
+ROUND_TRIP_IMAGES = 8
 # Bytes of image files that wait in memory to be decoded.
 MOST_HELD = 2**30
 
@@ -203,6 +205,8 @@ class Packer:
                 kind=vae.kind,
                 shape=vae.stored_shape(side),
                 scale_factor=vae.scale_factor,
+                latent_mean=vae.normalization.mean,
+                latent_std=vae.normalization.std,
                 encoders={"vae": vae.identity},
             )
         if text := self.text:
@@ -473,6 +477,8 @@ class Packer:
             (encoding,) = self.text([""])
             empty = write_empty_caption(out, self.info, encoding.tokens, encoding.pooled)
         reasons = self._write_skipped(skipped)
+        trip = self.round_trip() if self.vae else []
+        about = {"round_trip": {"images": len(trip), "psnr": trip}} if trip else {}
         write_manifest(
             out,
             self.info,
@@ -485,12 +491,41 @@ class Packer:
             captions_cut=captions_cut,
             skipped={"count": len(skipped), "reasons": dict(reasons.most_common(20))},
             made_with={"vae": _resolved(self.options.vae), "text_encoder": self._text_encoder()},
+            **about,
         )
         # The map to colours is fitted to latents as they are read from the data set.
         if self.vae:
             matrix = self.vae.fit_rgb(self._some_latents())
             write_atomically(out / LATENT_RGB, json.dumps(matrix) + "\n")
         self.parts.remove()
+
+    def round_trip(self) -> list[float]:
+        """How well images survive encoding and decoding: PSNR in dB of a few, from first to last.
+        Fewer, or none, where they cannot be read any more."""
+        assert self.vae
+        values: list[float] = []
+        count = min(ROUND_TRIP_IMAGES, self.parts.parts)
+        each = -(-ROUND_TRIP_IMAGES // count)
+        for part in np.linspace(0, self.parts.parts - 1, count).astype(int).tolist():
+            items = self.source.part(part, self.options.rows_per_shard)
+            # A part whose images are all unusable is not read to its end.
+            decoded = (self.decode(item)[1] for item in islice(items, 10 * each))
+            usable = (image for image in decoded if not isinstance(image, str))
+            # One by one: a batch would need the memory of all. All is packed by now, and a source
+            # that is gone is no reason to fail.
+            with suppress(DataError, OSError):
+                for image in islice(usable, each):
+                    values.append(round(images.psnr(image, self._restored(image)), 2))
+        return values
+
+    def _restored(self, image: Image) -> Image:
+        """What an image becomes by way of its latent; of moments, their mean."""
+        assert self.vae
+        stored = self.vae.encode(torch.from_numpy(image)[None].to(self.device)).cpu()
+        no_noise = torch.zeros(1, *self.info.x_shape)
+        x_start = to_x_start(stored, self.info.kind, self.info.normalization, no_noise)
+        restored: Image = self.vae.decode(x_start)[0].numpy()
+        return restored
 
     def _write_skipped(self, skipped: list[list[str]]) -> Counter[str]:
         """Writes the list of (id, reason); returns how often each reason occurs."""
@@ -509,7 +544,7 @@ class Packer:
         latent = torch.from_numpy(data.gather(rows)["latent"])
         # Of moments the mean: the posterior without noise.
         no_noise = torch.zeros(len(rows), *data.info.x_shape)
-        return to_x_start(latent, self.info.kind, self.info.scale_factor, no_noise)
+        return to_x_start(latent, self.info.kind, self.info.normalization, no_noise)
 
     def _text_encoder(self) -> str | None:
         scheme, _, where = (self.options.text_encoder or "").partition(":")
@@ -530,6 +565,8 @@ class Packer:
         encoders = ""
         for name, identity in data.info.encoders.items():
             encoders += f"; {name}: {identity}"
+        if trip := manifest.get("round_trip"):
+            encoders += f"; round trip: {images.round_trip_words(trip)}"
         left_out = manifest["skipped"]["count"]
         listed = f", see {data.path / 'skipped.jsonl'}" if left_out else ""
         return (

@@ -22,6 +22,7 @@ PROGRAMS = {  # program: the dataclass whose fields are its options
     "data_prep.coco": "data_prep.coco:Coco",
     "data_prep.folder": "data_prep.folder:Folder",
     "data_prep.webdataset": "data_prep.webdataset:WebDataset",
+    "data_prep.latents": "data_prep.latents:Latents",
     "data_prep.parquet": "data_prep.parquet:Parquet",
     "data_prep.digits": "data_prep.digits:Digits",
     "data_prep.split": "data_prep.split:Split",

@@ -257,8 +257,10 @@ class Comparison:
                 "--model.in-channels and --model.input-size"
             )
         # Without --validation the loss is measured on images of the training set.
+        data.normalize(config.data.normalize)
         validation = ShardDataset(self.options.validation) if self.options.validation else data
         check_alike(validation, data, "--validation")
+        validation.normalize_as(data)
         return data, validation
 
     def edges(self) -> tuple[float, ...]:

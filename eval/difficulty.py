@@ -301,7 +301,7 @@ class Difficulty(Plan):
             noise = None
             if info.kind == "moments":
                 noise = torch.randn(len(some), *info.x_shape, generator=generator)
-            parts.append(to_x_start(stored, info.kind, info.scale_factor, noise))
+            parts.append(to_x_start(stored, info.kind, info.normalization, noise))
         return torch.cat(parts)
 
     def report(self) -> None:

@@ -36,7 +36,7 @@ from largescale.checkpoint.files import CheckpointDir, require_outside_checkpoin
 from largescale.checkpoint.weights import load_trained, weights_sha256
 from largescale.config.command_line import check_counts, parse_options, run_program
 from largescale.config.validation import ema_note
-from largescale.data.format import KINDS, MANIFEST, DatasetInfo
+from largescale.data.format import KINDS, MANIFEST, DatasetInfo, normalization_of
 from largescale.data.parts import JOB
 from largescale.diffusion.objective import Model, SamplerName
 from largescale.diffusion.samplers import evaluations
@@ -292,7 +292,12 @@ class Sampler:
             vae = load_vae(spec, self.device)
             self.check_latents(vae, spec)
             return vae
-        return load_vae_of_model(spec, None if self.pixels else encoder, self.device)
+        return load_vae_of_model(
+            spec,
+            None if self.pixels else encoder,
+            normalization_of(self.trained.info["data_info"]),
+            self.device,
+        )
 
     def check_latents(self, vae: Vae, spec: str) -> None:
         """Raises ConfigError for a VAE whose latents the model cannot draw. Converted weights do not

@@ -18,6 +18,7 @@ from largescale.checkpoint.files import is_run
 from largescale.checkpoint.weights import Trained, build_trained, is_export, load_trained
 from largescale.condition import Condition
 from largescale.config.deepspeed import Precision
+from largescale.data.format import normalization_of
 from largescale.data.images import to_uint8
 from largescale.data.loader import encoded_condition
 from largescale.diffusion.objective import SamplerName
@@ -81,7 +82,12 @@ class Pipeline:
         Raises ConfigError for another VAE than the model was trained with."""
         if self._vae_spec == "none":
             return None
-        return load_vae_of_model(self._vae_spec, self._encoders.get("vae"), self.device)
+        return load_vae_of_model(
+            self._vae_spec,
+            self._encoders.get("vae"),
+            normalization_of(self.trained.info["data_info"]),
+            self.device,
+        )
 
     @cached_property
     def text_encoder(self) -> TextEncoder:

@@ -122,7 +122,7 @@ def meaning(trained: Trained) -> dict[str, Any]:
         "num_classes": model.num_classes,
         "learn_sigma": model.learn_sigma,
     }
-    for name in ("kind", "shape", "scale_factor", "encoders"):
+    for name in ("kind", "shape", "scale_factor", "latent_mean", "latent_std", "encoders"):
         facts[f"{name} of the data"] = trained.info["data_info"].get(name)
     return facts
 

@@ -341,7 +341,9 @@ class Plan:
     @cached_property
     def data(self) -> ShardDataset:
         """The training set; opened when it is first needed."""
-        return ShardDataset(self.config.data.path)
+        data = ShardDataset(self.config.data.path)
+        data.normalize(self.config.data.normalize)
+        return data
 
     def title(self, i: int) -> str:
         """An interval as messages name it."""

@@ -66,6 +66,21 @@ def dit(size: str, patch_size: int, data: str, steps: int | None = None) -> Conf
     )
 
 
+def dit_of_stride(size: str, stride: int) -> Config:
+    """DiT on ImageNet's latents of an autoencoder that scales down by 16 or 32 to 32 channels, with
+    patches of one latent pixel and the rest as in `dit`. By 16 as VA-VAE's f16d32 and LightningDiT
+    (arXiv:2501.01423), which normalises by the data's statistics; by 32 as DC-AE's f32c32
+    (arXiv:2410.10733), whose DiT multiplies by the autoencoder's scaling_factor."""
+    config = dit(size, 1, "imagenet256")
+    name = f"imagenet256_f{stride}"
+    return dataclasses.replace(
+        config,
+        name=f"dit_{size}1_{name}",
+        model=dataclasses.replace(config.model, input_size=256 // stride, in_channels=32),
+        data=DataConfig(path=f"data/{name}", normalize="dataset" if stride == 16 else "encoder"),
+    )
+
+
 def linear(size: str, data: str, steps: int | None = None) -> Config:
     """The paper's linear variant: betas from 1e-4 to 0.02, and clusters at the SNRs of the cosine
     schedule's."""
@@ -288,6 +303,11 @@ def _presets() -> dict[str, Callable[[], Config]]:
             presets[f"dit_{size}2_{data}"] = partial(dit, size, 2, data)
     presets["dit_l2_imagenet256"] = partial(dit, "l", 2, "imagenet256", HEADLINE_STEPS)
     presets["dit_l2_coco256"] = partial(dit, "l", 2, "coco256", HEADLINE_STEPS)
+
+    # DiT on latents of autoencoders that scale down further
+    for stride in (16, 32):
+        for size in ("b", "l", "xl"):
+            presets[f"dit_{size}1_imagenet256_f{stride}"] = partial(dit_of_stride, size, stride)
 
     # DiT with the linear schedule
     for size in "sbl":

@@ -198,6 +198,10 @@ class DataConfig:
     augment: Annotated[float, between(0, 1)] = 0.0
     """Probability of each of EDM's augmentations, whose labels the network gets
     (model.unet.augment_dim=9); 0: none."""
+    normalize: Literal["encoder", "dataset", "none"] = "encoder"
+    """What makes x_start of a latent. encoder: its own scale_factor, and mean and std of each channel
+    where it has them. dataset: mean and std of each channel that were measured while packing, so that
+    each has mean 0 and std 1. none: latents as they are stored. Of pixels always encoder."""
     prefetch: Annotated[int, at_least(1, 1024)] = 4
     """Steps whose data a thread reads ahead."""
     verify: bool = False

@@ -22,6 +22,8 @@ FIXED_ON_RESUME = (
     "curriculum.only_cluster",
     "data.horizontal_flip",
     "data.augment",
+    "data.normalize",
+    "normalization",
     "train.global_batch_size",
     "train.seed",
     "optimizer.ema_widths",

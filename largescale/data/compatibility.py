@@ -17,9 +17,10 @@ def open_dataset(config: Config, rank: int = 0, world_size: int = 1) -> ShardDat
     if dataset.info.x_shape != latent_shape(config.model):
         raise DataError(
             f"{config.data.path} holds {dataset.info.kind} of shape {dataset.info.x_shape}, the "
-            f"model takes {latent_shape(config.model)}; set --model.in-channels and "
-            "--model.input-size, or choose other data"
+            f"model takes {latent_shape(config.model)}{_other_stride(dataset, config)}; set "
+            "--model.in-channels and --model.input-size, or choose other data"
         )
+    dataset.normalize(config.data.normalize)
     check_condition(dataset, config)
 
     # Mirrored latents have to be stored, and augmented ones cannot be.
@@ -33,12 +34,38 @@ def open_dataset(config: Config, rank: int = 0, world_size: int = 1) -> ShardDat
     return dataset
 
 
+def _other_stride(dataset: ShardDataset, config: Config) -> str:
+    """A remark where the latents are of an encoder with another stride than the model is for."""
+    encoder = dataset.info.encoders.get("vae")
+    side = dataset.info.x_shape[1]
+    if encoder is None or side == config.model.input_size:
+        return ""
+    factor = side / config.model.input_size
+    times = f"{factor:g} times as large" if factor > 1 else f"{1 / factor:g} times as small"
+    return (
+        f", and these latents of {encoder} are {times}: an encoder of another stride, or images of "
+        "another resolution"
+    )
+
+
+_ALIKE = (
+    "kind",
+    "shape",
+    "num_classes",
+    "scale_factor",
+    "latent_mean",
+    "latent_std",
+    "encoders",
+    "captions",
+)
+
+
 def check_alike(validation: ShardDataset, training: ShardDataset, option: str) -> None:
     """Raises DataError where the sets are not of one kind, but for their names. `option`: the one
     that names the held-out images."""
-    for key in ("kind", "shape", "num_classes", "scale_factor", "encoders", "captions"):
-        theirs = getattr(validation.info, key)
-        ours = getattr(training.info, key)
+    for key in _ALIKE:
+        theirs = getattr(validation.packed, key)
+        ours = getattr(training.packed, key)
         if theirs != ours:
             raise DataError(
                 f"{option} {validation.path} has {key}={theirs}, the training set {training.path} "
@@ -56,6 +83,7 @@ def open_validation(
     part = slice(rank, None, world_size)
     dataset = ShardDataset(config.data.validation, config.data.verify, part)
     check_alike(dataset, training, "--data.validation")
+    dataset.normalize_as(training)
     shared = _shared_rows(dataset, training, part)
     if shared:
         raise DataError(

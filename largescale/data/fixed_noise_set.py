@@ -64,7 +64,7 @@ class FixedNoiseSet:
             chosen, choice=np.zeros(n) if captions else None
         ).items():
             rows[name] = torch.from_numpy(values).to(device)
-        self.x_start = to_x_start(rows["latent"], info.kind, info.scale_factor, draws.posterior)
+        self.x_start = to_x_start(rows["latent"], info.kind, info.normalization, draws.posterior)
         self.noise = draws.noise
         self.y = to_condition(rows)
 

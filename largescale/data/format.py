@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from largescale.encoders.normalization import Normalization
 from largescale.errors import DataError, NewerVersionError
 from largescale.host.files import from_json
 
@@ -76,10 +77,16 @@ class DatasetInfo:
     scale_factor: float = 1.0  # x_start = latent * scale_factor
     encoders: dict[str, str] = field(default_factory=dict)
     captions: CaptionInfo | None = None
+    # Of each channel: x_start = (latent - latent_mean) / latent_std * scale_factor
+    latent_mean: tuple[float, ...] | None = None
+    latent_std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         # JSON gives a list and a dict, and a frozen dataclass has no other way to replace them.
         object.__setattr__(self, "shape", tuple(self.shape))
+        for name in ("latent_mean", "latent_std"):
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(values))
         if isinstance(self.captions, dict):
             object.__setattr__(self, "captions", CaptionInfo(**self.captions))
         if self.kind not in KINDS:
@@ -94,10 +101,23 @@ class DatasetInfo:
         channels, height, width = self.shape
         return (channels // 2 if self.kind == "moments" else channels), height, width
 
+    @property
+    def normalization(self) -> Normalization:
+        """What makes x_start of a latent."""
+        return Normalization(self.scale_factor, self.latent_mean, self.latent_std)
+
     def plain(self) -> dict[str, Any]:
         """The plain values that JSON has, without the fields that are None."""
         tree: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return {key: value for key, value in tree.items() if value is not None}
+
+
+def normalization_of(data_info: dict[str, Any]) -> Normalization:
+    """What made x_start of a latent, from the data_info of a checkpoint or an export."""
+    mean, std = data_info.get("latent_mean"), data_info.get("latent_std")
+    return Normalization(
+        data_info.get("scale_factor", 1.0), mean and tuple(mean), std and tuple(std)
+    )
 
 
 def remedy(what: object) -> str:
@@ -163,6 +183,11 @@ def _check(manifest: dict[str, Any]) -> None:
     for side in info.shape:
         _check_number("shape", side, 1, 2**20)
     _check_number("num_classes", info.num_classes, 0, 2**31)
+    for values in (info.latent_mean, info.latent_std):
+        if values is not None and len(values) != info.x_shape[0]:
+            raise ValueError(f"{len(values)} statistics for {info.x_shape[0]} channels")
+    if info.latent_std and not min(info.latent_std) > 0:
+        raise ValueError("latent_std is not above 0")
     if info.captions:
         for key, value in asdict(info.captions).items():
             _check_number(key, value, 1, 2**20)

@@ -15,6 +15,7 @@ from torch import Tensor
 from largescale.condition import Captions, Condition
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset
+from largescale.encoders.normalization import Normalization
 from largescale.encoders.text import EncodedCaption
 from largescale.errors import ConfigError
 from largescale.randomness import host_draws
@@ -192,7 +193,7 @@ class DeviceBatches:
 
 
 def to_x_start(
-    latent: Tensor, kind: str, scale_factor: float, posterior_noise: Tensor | None
+    latent: Tensor, kind: str, normalization: Normalization, posterior_noise: Tensor | None
 ) -> Tensor:
     """The x_start that a network learns, from stored values; on any device, without a host
     synchronisation.
@@ -203,12 +204,12 @@ def to_x_start(
     if kind == "pixels":
         return latent.float() / 127.5 - 1
     if kind == "latents":
-        return latent.float() * scale_factor
+        return normalization.apply(latent.float())
     if posterior_noise is None:
         raise ValueError("moments need posterior_noise, standard normal of the mean's shape")
     # A draw from the LDM's DiagonalGaussianDistribution, with its bounds of the log-variance.
     mean, logvar = latent.float().chunk(2, dim=1)
-    return (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * posterior_noise) * scale_factor
+    return normalization.apply(mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * posterior_noise)
 
 
 def encoded_condition(

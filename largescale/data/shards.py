@@ -26,6 +26,7 @@ from largescale.data.format import (
     read_manifest,
     remedy,
 )
+from largescale.data.statistics import Normalize, normalized
 from largescale.errors import DataError, StorageError
 from largescale.host.files import from_json, sha256
 from largescale.host.launch import env_rank
@@ -71,7 +72,8 @@ class ShardDataset:
     def __init__(self, path: str | Path, verify: bool = False, part: slice = slice(None)) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
-        self.info: DatasetInfo = self.manifest["info"]
+        self.packed: DatasetInfo = self.manifest["info"]
+        self.info = self.packed  # as data.normalize has it; see normalize()
         self.fingerprint: str = self.manifest["fingerprint"]
         self.has_mirror = "latent_mirror" in self.manifest["columns"]
         self._shards: list[dict[str, Any]] = self.manifest["shards"]
@@ -89,6 +91,21 @@ class ShardDataset:
         self._check_labels()
         if verify:
             self._verify(part)
+
+    def normalize(self, how: Normalize) -> None:
+        """Makes `info` what data.normalize says. Raises DataError where the set lacks what that
+        needs."""
+        self.info = normalized(self.manifest, how, self.path)
+
+    def normalize_as(self, other: "ShardDataset") -> None:
+        """Normalise as another set of the same encoder is: held-out images by the training set's
+        statistics."""
+        self.info = replace(
+            self.packed,
+            scale_factor=other.info.scale_factor,
+            latent_mean=other.info.latent_mean,
+            latent_std=other.info.latent_std,
+        )
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -134,8 +151,8 @@ class ShardDataset:
         """Whether the fingerprint `other` is of this content in these shards. Older versions
         hashed the data set's name too, which was then `name`."""
         content = self._shards, self.manifest.get("empty_caption")
-        named = fingerprint(replace(self.info, name=name), *content, named=True)
-        return other in (self.fingerprint, fingerprint(self.info, *content), named)
+        named = fingerprint(replace(self.packed, name=name), *content, named=True)
+        return other in (self.fingerprint, fingerprint(self.packed, *content), named)
 
     def gather(
         self,
@@ -295,7 +312,7 @@ class ShardDataset:
             raise self._damaged(entry, f"cannot be read ({error!r})") from error
 
         # The schema repeats the manifest's entry, but for what is known only of the written file.
-        expected = {"format": FORMAT, **self.info.plain(), **entry}
+        expected = {"format": FORMAT, **self.packed.plain(), **entry}
         for key in ("file", "bytes", "sha256"):
             expected.pop(key, None)
         differ = [key for key in expected | found if expected.get(key) != found.get(key)]

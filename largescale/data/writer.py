@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,12 @@ from largescale.data.format import (
     fingerprint,
     read_manifest,
 )
+from largescale.data.statistics import Statistics, measure_rows, merge
 from largescale.errors import DataError
 from largescale.host.files import fsync_dir, sha256, write_atomically
 
 Array = npt.NDArray[Any]
+STATISTICS = "statistics"
 
 
 class Shard:
@@ -153,7 +156,12 @@ class Shard:
             "label_max": max(labels),
             "content_sha256": content_sha256(batch),
         }
-        return _write_file(path, batch, {**self.info.plain(), **facts}, facts)
+        entry = _write_file(path, batch, {**self.info.plain(), **facts}, facts)
+        # Until the manifest has those of all shards.
+        if self.info.kind != "pixels":
+            latents = [row["latent"] for row in self._rows]
+            entry[STATISTICS] = asdict(measure_rows(latents, self.info.kind))
+        return entry
 
     def _column(self, name: str) -> pa.Array:
         values = [row[name] for row in self._rows]
@@ -232,6 +240,8 @@ def write_manifest(
         raise DataError(f"no rows were written to {out_dir}; check what the packer read")
     # The shards' names have to be on disk before a manifest that lists them.
     fsync_dir(out_dir)
+    shards, statistics = _with_statistics(info, shards)
+    about |= statistics
     manifest = {
         "format": FORMAT,
         "info": info.plain(),
@@ -244,6 +254,21 @@ def write_manifest(
     if empty_caption:
         manifest["empty_caption"] = empty_caption
     write_atomically(out_dir / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+def _with_statistics(
+    info: DatasetInfo, shards: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The shards' entries without statistics, and those of all; none where a shard was written by a
+    version that measured nothing."""
+    bare, parts = [], []
+    for shard in shards:
+        bare.append({key: value for key, value in shard.items() if key != STATISTICS})
+        if STATISTICS in shard:
+            parts.append(Statistics(**shard[STATISTICS]))
+    if len(parts) < len(shards):
+        return bare, {}
+    return bare, {STATISTICS: asdict(replace(merge(parts), encoder=info.encoders.get("vae")))}
 
 
 class ShardWriter(AbstractContextManager["ShardWriter"]):

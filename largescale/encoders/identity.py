@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ SAID_AFTER_S = 5.0
 """Seconds of loading after which it is reported."""
 
 
-def weights_identity(module: nn.Module) -> str:
-    """ "sha256:" and 16 hex digits over names and float32 bytes of the parameters: the same wherever
-    the files are."""
+def weights_identity(module: nn.Module, buffers: bool = False) -> str:
+    """ "sha256:" and 16 hex digits over names and float32 bytes of the parameters, on request of the
+    buffers too: the same wherever the files are."""
     # Sorted, so that the order of a library's modules does not matter.
     digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
+    named = [*module.named_parameters(), *(module.named_buffers() if buffers else ())]
+    for name, parameter in sorted(named, key=itemgetter(0)):
         digest.update(name.encode())
         digest.update(parameter.detach().to("cpu", torch.float32).contiguous().numpy())
     return f"sha256:{digest.hexdigest()[:16]}"

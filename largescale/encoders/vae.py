@@ -1,4 +1,5 @@
-"""Images to latents and back, by a VAE of diffusers or one of TAESD's family."""
+"""Images to latents and back, by an autoencoder of diffusers, one of TAESD's family, or a file of
+latent-diffusion's."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,9 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from largescale.encoders.identity import library, loading, locate, silence, weights_identity
+from largescale.encoders.ldm_vae import load_ldm_vae
+from largescale.encoders.normalization import Normalization
 from largescale.errors import ConfigError, DataError
 
-CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+# Of a VAE in one file.
+WEIGHT_FILES = (".pt", ".pth", ".ckpt", ".safetensors")
+CLASSES = (
+    "AutoencoderKL",
+    "AutoencoderTiny",
+    "AutoencoderDC",
+    "AutoencoderRAE",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLHunyuanImage",
+    "AsymmetricAutoencoderKL",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +33,18 @@ class Vae:
     kind: Literal["latents", "moments"]  # moments: mean, then log-variance (AutoencoderKL)
     latent_channels: int
     downsampling: int  # image side / latent side
-    scale_factor: float  # x_start = latent * scale_factor
+    normalization: Normalization  # from what encode returns to x_start
     shift_factor: float  # already subtracted from what encode returns
     device: torch.device
     dtype: torch.dtype  # of the computation
     module: Any = field(repr=False)
+    patch: int = 1  # pixels of the module's latent, a side, that are one of ours (Flux 2)
+    unit_range: bool = False  # the module's pixels lie in [0, 1], not [-1, 1] (RAE)
+    only_resolution: int | None = None  # where the module takes one (RAE)
+
+    @property
+    def scale_factor(self) -> float:
+        return self.normalization.scale_factor
 
     def stored_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of one encoded image: C is twice latent_channels for moments. Raises
@@ -36,6 +56,11 @@ class Vae:
                 f"VAE scales down; try {max(below, self.downsampling)} or "
                 f"{below + self.downsampling}"
             )
+        if self.only_resolution not in (None, resolution):
+            raise DataError(
+                f"resolution {resolution} is not the {self.only_resolution} pixels that this "
+                f"{type(self.module).__name__} was made for; try {self.only_resolution}"
+            )
         side = resolution // self.downsampling
         return self.latent_channels * (2 if self.kind == "moments" else 1), side, side
 
@@ -43,13 +68,16 @@ class Vae:
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, R, R) uint8 on any device -> (B, C or 2 C, H, W) float16 on the VAE's. DataError
         if not finite."""
-        x = images.to(self.device).float() / 127.5 - 1
+        x = images.to(self.device).float()
+        x = x / 255 if self.unit_range else x / 127.5 - 1
         encoded = self.module.encode(
             x.to(self.dtype, memory_format=_memory_format(self.device)), return_dict=False
         )[0]
         if self.kind == "moments":
             encoded = encoded.parameters  # (B, 2 C, H, W)
         encoded = encoded.float()
+        if self.patch > 1:
+            encoded = F.pixel_unshuffle(encoded, self.patch)
         # Of moments, the means only.
         encoded[:, : self.latent_channels] -= self.shift_factor
         encoded = encoded.half().contiguous()
@@ -63,10 +91,13 @@ class Vae:
     @torch.inference_mode()
     def decode(self, x_start: Tensor) -> Tensor:
         """(B, C, H, W) float -> (B, 3, R, R) uint8 on the CPU."""
-        latent = x_start.to(self.device).float() / self.scale_factor + self.shift_factor
+        latent = self.normalization.undo(x_start.to(self.device).float()) + self.shift_factor
+        if self.patch > 1:
+            latent = F.pixel_shuffle(latent, self.patch)
         latent = latent.to(self.dtype, memory_format=_memory_format(self.device))
         images = self.module.decode(latent, return_dict=False)[0].float()
-        return ((images + 1) * 127.5).round().clamp(0, 255).byte().cpu().contiguous()
+        images = images * 255 if self.unit_range else (images + 1) * 127.5
+        return images.round().clamp(0, 255).byte().cpu().contiguous()
 
     @torch.inference_mode()
     def fit_rgb(self, x_start: Tensor) -> list[list[float]]:
@@ -96,11 +127,16 @@ class Vae:
         the weights, in float32. With the VAE of Stable Diffusion at 256 pixels it was 0.43 GB on a
         CPU."""
         config = self.module.config
-        # AutoencoderTiny names those of its decoder apart.
-        name = "block_out_channels" if self.kind == "moments" else "decoder_block_out_channels"
-        widths = getattr(config, name)
+        # Some classes name those of their decoder apart; RAE's has none, as it is a transformer.
+        widths = (
+            config.get("decoder_block_out_channels") or config.get("block_out_channels") or (3,)
+        )
         # Feature maps of the full resolution, of 4 bytes a value.
         return 6 * max(widths[:2]) * side**2 * 4
+
+    def normalized(self, normalization: Normalization) -> "Vae":
+        """The VAE that decodes x_start as a data set or model has it."""
+        return replace(self, normalization=normalization)
 
     def moved(self, device: torch.device) -> "Vae":
         """The VAE on another device, where it moves to."""
@@ -112,42 +148,105 @@ def load_vae(spec: str, device: torch.device, dtype: torch.dtype = torch.float32
     """Loads the VAE that `spec` names. Raises DataError.
 
     spec: a hub name or a folder in diffusers' layout, of the VAE or of a pipeline with a subfolder
-    `vae`; or a folder with one pair NAME_encoder.pth, NAME_decoder.pth of github madebyollin/taesd
-    (taesd, taesdxl, taesd3, taef1, taef2).
+    `vae`; a folder with one pair NAME_encoder.pth, NAME_decoder.pth of github madebyollin/taesd
+    (taesd, taesdxl, taesd3, taef1, taef2); or a file of weights under latent-diffusion's names, such
+    as VA-VAE's.
     """
     folder = Path(spec).expanduser()
     pairs = set()
     for part in ("encoder", "decoder"):
         for file in folder.glob(f"*_{part}.pth"):
             pairs.add(file.name.removesuffix(f"_{part}.pth"))
-    module = _load_taesd(folder, sorted(pairs)) if pairs else _load_diffusers(spec)
+    if folder.is_file() and folder.suffix in WEIGHT_FILES:
+        module = load_ldm_vae(folder)
+    else:
+        module = _load_taesd(folder, sorted(pairs)) if pairs else _load_diffusers(spec)
 
-    # The identity is of the weights in float32, so it comes before the cast.
-    identity = f"{type(module).__name__} {weights_identity(module)}"
+    # Identity and statistics are of float32, so they come before the cast. RAE's latents depend on
+    # statistics that are buffers.
+    buffers = type(module).__name__ == "AutoencoderRAE"
+    identity = f"{type(module).__name__} {weights_identity(module, buffers)}"
+    facts = _facts(module)
     with silence():  # diffusers reports that none of its modules need to stay in float32
         module.eval().requires_grad_(False)
         module = module.to(device, dtype, memory_format=_memory_format(device))
 
-    # AutoencoderTiny names its blocks, and has no variance.
+    return Vae(identity=identity, device=device, dtype=dtype, module=module, **facts)
+
+
+def _facts(module: Any) -> dict[str, Any]:
+    """What the module's config says of its latents, by `Vae`'s names."""
     config = module.config
-    moments = type(module).__name__ == "AutoencoderKL"
-    blocks = config.block_out_channels if moments else config.encoder_block_out_channels
-    return Vae(
-        identity=identity,
-        kind="moments" if moments else "latents",
-        latent_channels=config.latent_channels,
-        downsampling=2 ** (len(blocks) - 1),
-        scale_factor=config.scaling_factor,
-        shift_factor=config.shift_factor or 0.0,
-        device=device,
-        dtype=dtype,
-        module=module,
-    )
+    name = type(module).__name__
+    # RAE's own encode normalises its latents.
+    if name == "AutoencoderRAE":
+        grid = config.encoder_input_size // config.encoder_patch_size
+        return {
+            "kind": "latents",
+            "latent_channels": config.encoder_hidden_size,
+            "downsampling": config.patch_size,
+            "normalization": Normalization(),
+            "shift_factor": 0.0,
+            "unit_range": True,
+            "only_resolution": config.patch_size * grid,
+        }
+
+    # Several classes name the widths of their encoder apart.
+    widths = config.get("encoder_block_out_channels") or config.get("down_block_out_channels")
+    downsampling = config.get("spatial_compression_ratio")
+    normalization = _normalization(config)
+    facts = {
+        "kind": "moments" if "KL" in name else "latents",
+        "latent_channels": config.latent_channels,
+        "downsampling": downsampling or 2 ** (len(widths or config.block_out_channels) - 1),
+        "normalization": normalization,
+        # Pipelines of diffusers that know a mean take no shift.
+        "shift_factor": 0.0 if normalization.mean else config.get("shift_factor") or 0.0,
+    }
+    if name == "AutoencoderKLFlux2":
+        facts |= _of_flux2(module, facts)
+    return facts
 
 
-def load_vae_of_model(spec: str, trained_with: str | None, device: torch.device) -> Vae:
+def _normalization(config: Any) -> Normalization:
+    """What diffusers' pipelines do to a latent. Raises DataError for statistics that do not fit it."""
+    scale_factor = config.get("scaling_factor") or 1.0
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    # They look at both or none.
+    if not mean or not std:
+        return Normalization(scale_factor)
+    channels = config.latent_channels
+    if not len(mean) == len(std) == channels or not min(std) > 0:
+        raise DataError(
+            f"latents_mean and latents_std in the VAE's config.json have {len(mean)} and {len(std)} "
+            f"values, the latents {channels} channels, and std has to be above 0; they are another "
+            "encoder's: fetch the config anew"
+        )
+    return Normalization(scale_factor, tuple(map(float, mean)), tuple(map(float, std)))
+
+
+def _of_flux2(module: Any, facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts of Flux 2's VAE, whose 2 x 2 pixels of a latent are one of 4 times the channels,
+    normalised by running statistics that lie with the weights."""
+    patch = module.config.patch_size[0]
+    norm = module.bn
+    std = (norm.running_var.double() + norm.eps).sqrt()
+    return {
+        "patch": patch,
+        "latent_channels": facts["latent_channels"] * patch**2,
+        "downsampling": facts["downsampling"] * patch,
+        "normalization": Normalization(
+            1.0, tuple(norm.running_mean.double().tolist()), tuple(std.tolist())
+        ),
+    }
+
+
+def load_vae_of_model(
+    spec: str, trained_with: str | None, normalization: Normalization, device: torch.device
+) -> Vae:
     """The VAE that `spec` names, where it is the one that made a model's latents, by its identity
-    `trained_with`. Raises ConfigError for another one, DataError where there is none."""
+    `trained_with`; it decodes what the model draws, which is normalised so. Raises ConfigError for
+    another one, DataError where there is none."""
     # A model of pixels, or of latents of unknown origin, has nothing to compare the VAE with.
     if trained_with is None:
         raise ConfigError(
@@ -159,7 +258,7 @@ def load_vae_of_model(spec: str, trained_with: str | None, device: torch.device)
         raise ConfigError(
             f"the VAE {spec} is {vae.identity}, the model was trained with {trained_with}"
         )
-    return vae
+    return vae.normalized(normalization)
 
 
 def _memory_format(device: torch.device) -> torch.memory_format:
@@ -167,7 +266,7 @@ def _memory_format(device: torch.device) -> torch.memory_format:
 
 
 def _load_diffusers(spec: str) -> Any:
-    """AutoencoderKL or AutoencoderTiny in float32, as diffusers saves them."""
+    """One of CLASSES in float32, as diffusers saves it."""
     source, remedy = locate(spec, "--vae DIR")
 
     # A VAE's own folder, or that of a pipeline with one in it.
@@ -185,7 +284,7 @@ def _load_diffusers(spec: str) -> Any:
         subfolder, class_name = _find_config(diffusers, source, subfolders)
         if class_name not in CLASSES:
             raise DataError(
-                f"{spec} is of class {class_name}; the VAEs that work are {' and '.join(CLASSES)}"
+                f"{spec} is of class {class_name}; the VAEs that work are {', '.join(CLASSES)}"
             )
         module, report = getattr(diffusers, class_name).from_pretrained(
             source, subfolder=subfolder, torch_dtype=torch.float32, output_loading_info=True

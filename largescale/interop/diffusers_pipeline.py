@@ -22,7 +22,9 @@ from torch import Tensor
 
 from largescale.checkpoint.weights import Trained
 from largescale.config.schema import Config, ModelConfig
+from largescale.data.format import normalization_of
 from largescale.encoders.identity import library, silence
+from largescale.encoders.normalization import Normalization
 from largescale.encoders.vae import Vae, load_vae
 from largescale.errors import CheckpointError, ConfigError, DataError
 from largescale.host.files import safetensors_disk_errors
@@ -64,6 +66,20 @@ class PipelineParts:
     def pixels(self) -> bool:
         """Whether the model draws pixels."""
         return bool(self.trained.info["data_info"]["kind"] == "pixels")
+
+    @property
+    def normalization(self) -> Normalization | None:
+        """How latents are normalised, where it is not by the VAE's own scaling_factor alone."""
+        if self.pixels:
+            return None
+        if self.vae:
+            norm = self.vae.normalization
+            own = Normalization(self.vae.module.config.get("scaling_factor") or 0.0)
+            return None if norm == own else norm
+        # The caller's VAE has the scaling_factor that the data were packed with.
+        norm = normalization_of(self.trained.info["data_info"])
+        by_encoder = self.trained.config.data.normalize == "encoder"
+        return None if by_encoder and norm.mean is None else norm
 
     @property
     def null_class(self) -> int | None:
@@ -130,6 +146,11 @@ def reasons(parts: PipelineParts) -> tuple[str, ...]:
         found.append("the folder carries no VAE, which DiTPipeline needs")
     elif parts.vae.shift_factor:
         found.append("the VAE has a shift_factor, which DiTPipeline ignores")
+    if parts.normalization:
+        found.append(
+            "the latents are normalised otherwise than by the VAE's scaling_factor, which DiTPipeline "
+            "divides by"
+        )
     return tuple(found)
 
 
@@ -204,6 +225,12 @@ def model_index(parts: PipelineParts, why: tuple[str, ...]) -> dict[str, Any]:
             "num_classes": parts.trained.num_classes,
             "null_class": parts.null_class,
             "pixels": parts.pixels,
+        }
+    if norm := parts.normalization:
+        index |= {
+            "latents_scale": norm.scale_factor,
+            "latents_mean": list(norm.mean) if norm.mean else None,
+            "latents_std": list(norm.std) if norm.std else None,
         }
     return index
 
@@ -330,7 +357,12 @@ def open_vae(spec: str | None, trained: Trained) -> tuple[Vae | None, str]:
     expected = info["data_info"].get("encoders", {}).get("vae")
     if expected not in (None, vae.identity):
         raise ConfigError(f"--vae {where} is {vae.identity}, the model was trained with {expected}")
-    return vae, ""
+    if vae.patch > 1 or vae.unit_range:
+        raise ConfigError(
+            f"a pipeline of a DiT cannot decode by {type(vae.module).__name__}, whose latents or "
+            "pixels are arranged otherwise; leave it out with --vae none, and draw with eval.sample"
+        )
+    return (vae.normalized(normalization_of(info["data_info"])) if expected else vae), ""
 
 
 def _write_vae(folder: Path, vae: Vae) -> None:

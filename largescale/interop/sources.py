@@ -225,7 +225,14 @@ def _data(read: Source, name: str, facts: Facts) -> tuple[DatasetInfo, dict[str,
     vae = load_vae(spec, torch.device("cpu"))
     _require_fitting(vae, spec, shape)
     place = Path(spec).expanduser()
-    found = replace(info, scale_factor=vae.scale_factor, encoders={"vae": vae.identity})
+    norm = vae.normalization
+    found = replace(
+        info,
+        scale_factor=norm.scale_factor,
+        latent_mean=norm.mean,
+        latent_std=norm.std,
+        encoders={"vae": vae.identity},
+    )
     return found, {"vae": str(place.resolve()) if place.exists() else spec}
 
 

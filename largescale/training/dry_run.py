@@ -323,6 +323,7 @@ def print_run_directory(config: Config, ds: dict[str, Any], dataset: ShardDatase
         "config": to_dict(resolve_auto(config)),
         "precision": precision(ds),
         "dataset": fingerprint,
+        **({"data_info": dataset.info.plain()} if dataset else {}),
     }
     check_same_run(newest, identity, dataset, log)
     check_resumed(config, newest)

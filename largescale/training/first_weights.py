@@ -24,7 +24,12 @@ _UNSEEN_IN_SHAPES = (
     "model.mlp_norm_eps",
 )
 # What the weights were trained for: another value is another task, which fine-tuning may be.
-_OF_THE_TASK = ("diffusion.objective", "diffusion.schedule", "diffusion.interpolant")
+_OF_THE_TASK = (
+    "diffusion.objective",
+    "diffusion.schedule",
+    "diffusion.interpolant",
+    "data.normalize",
+)
 # Weights that are named in an error.
 _NAMED = 4
 

@@ -52,7 +52,7 @@ def load_decoder(dataset: ShardDataset) -> tuple[Vae | None, str]:
     made_by = dataset.info.encoders.get("vae")
     if vae.identity != made_by:
         return None, f"{spec} is {vae.identity}, the data are of {made_by}"
-    return vae, ""
+    return vae.normalized(dataset.info.normalization), ""
 
 
 def load_linear_rgb(dataset: ShardDataset) -> list[list[float]] | None:
@@ -98,6 +98,8 @@ class Preview:
         self._ranks = ranks
         self._stop = stop
         self._pixels = dataset.info.kind == "pixels"
+        self._packed = dataset.packed.normalization
+        self._normalization = dataset.info.normalization
 
         # Only rank 0 lays out the sheet, so only it needs a way from latents to pictures.
         self._vae: Vae | None = None
@@ -184,6 +186,9 @@ class Preview:
         images = self._decoded(x)
         heading = ""
         if images is None and self._rgb:
+            # The map is of latents as their encoder normalises them.
+            if self._normalization != self._packed:
+                x = self._packed.apply(self._normalization.undo(x))
             images = to_uint8(linear_rgb(x, self._rgb))
             heading = LINEAR
         elif images is None:

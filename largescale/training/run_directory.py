@@ -4,6 +4,7 @@ it is this run's, and that its checkpoints still exist."""
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from largescale.checkpoint.run_lock import RunLock
 from largescale.config.derived import batch_layout
 from largescale.config.schema import Config
 from largescale.config.serialise import differences, from_dict, to_dict
+from largescale.data.format import normalization_of
 from largescale.data.shards import ShardDataset
 from largescale.errors import CheckpointError, StorageError, usable
 from largescale.host.files import LOCK, PERMANENT, names_of, require_writable, try_lock, visible
@@ -160,6 +162,8 @@ def check_same_run(
         name = saved.get("data_info", {}).get("name", "")
         if dataset and dataset.has_fingerprint(saved["dataset"], name):
             saved["dataset"] = identity["dataset"]
+        # A dry run without the data does not know it.
+        identity = {"data_info": saved.get("data_info"), **identity}
         refused, allowed = differences(_comparable(saved), _comparable(identity))
 
     if refused:
@@ -177,7 +181,13 @@ def _comparable(state: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run, from its state in a checkpoint."""
     # Fields that are newer than the checkpoint get their defaults.
     config = to_dict(from_dict(state["config"]))
-    return {**config, "precision": state["precision"], "dataset": state["dataset"]}
+    normalization = asdict(normalization_of(state.get("data_info") or {}))
+    return {
+        **config,
+        "precision": state["precision"],
+        "dataset": state["dataset"],
+        "normalization": normalization,
+    }
 
 
 def rounding_changes(

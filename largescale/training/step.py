@@ -180,7 +180,7 @@ class TrainStep:
         # The images and their conditions, dropped at random for classifier-free guidance.
         draws = draws.rows(self._rows[k])
         rows = {name: values[k] for name, values in batch.items()}
-        x_start = to_x_start(rows["latent"], info.kind, info.scale_factor, draws.posterior)
+        x_start = to_x_start(rows["latent"], info.kind, info.normalization, draws.posterior)
         y = drop(to_condition(rows), draws.dropout, self.config.model.num_classes)
 
         # EDM's augmentation, whose parameters the network sees. Its normal draws are the inverse

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from largescale.config.presets import PRESETS
 from largescale.diffusion.sampling import SamplingConfig, draw_samples
+from largescale.encoders.normalization import Normalization
 from largescale.encoders.vae import Vae
 from largescale.errors import CheckpointError, ConfigError, DataError
 from largescale.interop import diffusers_pipeline
@@ -165,6 +166,35 @@ def test_a_vae_with_a_shift(tmp_path: Path) -> None:
     images = opened(tmp_path / "out", False)(class_labels=[3, 999], guidance_scale=2.0, generator=noise_of(range(2)),
                                              num_inference_steps=10, output_type="np").images
     assert off(ours(parts, "ddim", 10, 2.0, [3, 999]), images) < SAME
+
+
+@pytest.mark.parametrize("carried", [True, False])
+def test_latents_normalised_by_the_data(tmp_path: Path, carried: bool) -> None:
+    """As data.normalize dataset has it: the folder says so, whoever gives the VAE."""
+    vae = make_vae(tmp_path / "vae", shift_factor=0.3)
+    norm = Normalization(1.0, (0.5, -1.0, 0.0, 2.0), (0.5, 2.0, 1.0, 3.0))
+    trained = make_trained(**STOCK)
+    trained.info["data_info"] |= {"scale_factor": 1.0, "latent_mean": list(norm.mean or ()), "latent_std": list(norm.std or ()),
+                                  "encoders": {"vae": vae.identity}}
+    opened_vae, _ = open_vae(str(tmp_path / "vae"), trained)
+    assert opened_vae is not None and opened_vae.normalization == norm
+    parts = PipelineParts(trained, opened_vae if carried else None, class_names(None, trained))
+    (tmp_path / "out").mkdir()
+    facts = write_pipeline(tmp_path / "out", parts)
+    assert any("normalised otherwise" in reason for reason in facts.reasons)
+    pipe = opened(tmp_path / "out", False, **({} if carried else {"vae": vae.module}))
+    images = pipe(class_labels=[3, 999], guidance_scale=2.0, generator=noise_of(range(2)), num_inference_steps=10, output_type="np").images
+    x = pipe(class_labels=[3, 999], guidance_scale=2.0, generator=noise_of(range(2)), num_inference_steps=10, output_type="latent").images
+    expected = opened_vae.decode(x).permute(0, 2, 3, 1).numpy() / 255
+    assert np.abs(images - expected).max() < 0.6 / 255 and expected.std() > 0.01
+
+
+def test_a_vae_whose_latents_a_pipeline_cannot_arrange(tmp_path: Path) -> None:
+    vae = replace(make_vae(tmp_path / "vae"), patch=2)
+    trained = make_trained(**STOCK)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError, match="cannot decode by AutoencoderKL.*--vae none"):
+        patch.setattr("largescale.interop.diffusers_pipeline.load_vae", lambda *_: vae)
+        open_vae(str(tmp_path / "vae"), trained)
 
 
 def test_without_a_vae_it_is_given_by_the_caller(vae: Vae, tmp_path: Path) -> None:

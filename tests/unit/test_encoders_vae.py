@@ -204,7 +204,7 @@ def truncated(folder: Path) -> None:
 
 @pytest.mark.parametrize(("damage", "message"), [
     (empty, "neither config.json .* nor NAME_encoder.pth and NAME_decoder.pth"),
-    (edit_config("_class_name", "VQModel"), "is of class VQModel; the VAEs that work are AutoencoderKL and AutoencoderTiny"),
+    (edit_config("_class_name", "VQModel"), "is of class VQModel; the VAEs that work are AutoencoderKL, AutoencoderTiny, AutoencoderDC"),
     (edit_config("layers_per_block", 2), "do not fit its config.json: .* missing or too many"),
     (edit_config("mid_block_add_attention", False), "do not fit its config.json: .* missing or too many"),
     (edit_config("latent_channels", 8), "cannot be loaded .*(size mismatch|expected shape).*fetch the folder anew"),

@@ -102,6 +102,7 @@ ELSEWHERE = {
     "noise.beta_alpha": "test_settings_reach_the_samplers",
     "noise.beta_beta": "test_settings_reach_the_samplers",
     "noise.mode_scale": "test_settings_reach_the_samplers",
+    "data.normalize": "test_a_run_keeps_its_normalisation",
     "data.prefetch": "test_prefetch",
     "data.verify": "test_verify_finds_an_altered_shard",
     "optimizer.kernel": "test_a_run_goes_on_with_another_kernel",

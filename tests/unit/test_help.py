@@ -15,6 +15,7 @@ OPTIONS = {  # file: dataclasses whose fields are options
     "data_prep/emoji.py": ["Emoji"],
     "data_prep/folder.py": ["Folder"],
     "data_prep/imagenet.py": ["ImageNet"],
+    "data_prep/latents.py": ["Latents"],
     "data_prep/packing.py": ["Packing"],
     "data_prep/parquet.py": ["Parquet"],
     "data_prep/split.py": ["Split"],

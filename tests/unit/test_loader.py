@@ -15,6 +15,7 @@ from largescale.data.loader import DeviceBatches, Loader, to_x_start
 from largescale.data.order import sample_indices
 from largescale.data.shards import ShardDataset, check_flip
 from largescale.data.writer import ShardWriter
+from largescale.encoders.normalization import Normalization
 from largescale.errors import ConfigError, DataError, StorageError
 from largescale.randomness import host_draws
 
@@ -158,14 +159,14 @@ def test_latents_without_mirrors_are_not_flipped_in_silence(tmp_path: Path) -> N
 
 def test_pixels_are_scaled() -> None:
     pixels = torch.tensor([0, 255, 51, 102], dtype=torch.uint8).reshape(1, 1, 2, 2)
-    x_start = to_x_start(pixels, "pixels", 1.0, None)
+    x_start = to_x_start(pixels, "pixels", Normalization(), None)
     assert x_start.dtype == torch.float32
     torch.testing.assert_close(x_start[0, 0], torch.tensor([[-1, 1], [-0.6, -0.2]]))
 
 
 def test_latents_are_scaled_in_fp32() -> None:
     latent = torch.full((2, 4, 3, 3), 3, dtype=torch.float16)
-    torch.testing.assert_close(to_x_start(latent, "latents", 0.18215, None), torch.full((2, 4, 3, 3), 3 * 0.18215))
+    torch.testing.assert_close(to_x_start(latent, "latents", Normalization(0.18215), None), torch.full((2, 4, 3, 3), 3 * 0.18215))
 
 
 def test_moments_are_sampled_as_in_the_ldm() -> None:
@@ -173,10 +174,10 @@ def test_moments_are_sampled_as_in_the_ldm() -> None:
     logvar = torch.tensor([-40.0, -1.0, 30.0]).half().reshape(1, 3, 1, 1).expand(2, 3, 4, 4)
     std = torch.exp(0.5 * torch.tensor([-30.0, -1.0, 20.0])).reshape(1, 3, 1, 1)    # the clamp's ends
     mean[:, 0] = 0                                      # so that the smallest std shows
-    x_start = to_x_start(torch.cat([mean, logvar], dim=1), "moments", 0.5, noise)
+    x_start = to_x_start(torch.cat([mean, logvar], dim=1), "moments", Normalization(0.5), noise)
     torch.testing.assert_close(x_start, (mean.float() + std * noise) * 0.5, rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match="posterior_noise"):
-        to_x_start(torch.cat([mean, logvar], dim=1), "moments", 1.0, None)
+        to_x_start(torch.cat([mean, logvar], dim=1), "moments", Normalization(), None)
 
 
 @pytest.mark.parametrize(("kind", "has_mirror", "ok"), [

@@ -651,7 +651,7 @@ def test_a_vae_that_does_not_fit_the_preset_is_said_by_the_dry_run(images: Path,
     done = subprocess.run([sys.executable, "-m", "largescale.train", "dit_b2_ffhq256", "--data.path", tmp_path / "out", "--dry-run"],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "holds moments of shape (4, 8, 8), the model takes (4, 32, 32); set --model.in-channels" in done.stderr
+    assert "holds moments of shape (4, 8, 8), the model takes (4, 32, 32), and these latents" in done.stderr and "another stride" in done.stderr
 
 
 def test_every_thread_of_a_rank_is_on_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,7 @@ def test_latents_are_decoded(run: Path, tmp_path: Path) -> None:
     folder = export(run, tmp_path / "export")
     description = json.loads((folder / EXPORT_CONFIG).read_text())
     identity = load_vae(str(tmp_path / "vae"), torch.device("cpu")).identity
-    description["data_info"] |= {"kind": "moments", "encoders": {"vae": identity}}
+    description["data_info"] |= {"kind": "moments", "encoders": {"vae": identity}, "latent_mean": [0.5], "latent_std": [2.0]}
     description["made_with"] = {"vae": str(tmp_path / "vae")}
     (folder / EXPORT_CONFIG).write_text(json.dumps(description))
 
@@ -139,6 +139,9 @@ def test_latents_are_decoded(run: Path, tmp_path: Path) -> None:
     assert (images.transpose(0, 3, 1, 2) == by_program).all()
     latents = largescale.load(folder, vae="none").sample(labels=[1, 2, 3], cfg_scale=2.0, steps=4)
     assert latents.shape == (3, 1, 16, 16) and latents.dtype == np.float32
+    with torch.no_grad():  # whose mean and std are undone, and not the VAE's own scale
+        decoded = (vae.eval().decode(torch.from_numpy(latents) * 2 + 0.5).sample + 1) * 127.5
+    assert np.abs(decoded.clamp(0, 255).permute(0, 2, 3, 1).numpy() - images).max() <= 1
 
     vae.decoder.conv_out.bias.data += 1
     vae.save_pretrained(tmp_path / "other")

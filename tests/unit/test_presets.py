@@ -60,6 +60,20 @@ def test_every_preset_is_one_that_can_run(name: str) -> None:
         assert (sum(p.numel() for p in built), sum(p.numel() for p in built if p.requires_grad)) == parameters(model)
 
 
+@pytest.mark.parametrize("size", ["b", "l", "xl"])
+@pytest.mark.parametrize(("stride", "normalize"), [(16, "dataset"), (32, "encoder")])
+def test_latents_of_autoencoders_that_scale_down_further(size: str, stride: int, normalize: str) -> None:
+    """32 channels and patches of 1, as LightningDiT's config has for VA-VAE f16d32 and DC-AE's for f32c32."""
+    c = PRESETS[f"dit_{size}1_imagenet256_f{stride}"]()
+    m = c.model
+    assert (m.patch_size, m.in_channels, m.input_size * stride) == (1, 32, 256)
+    assert (m.hidden_size, m.depth, m.num_heads) == DIT_SIZES[size] and m.num_classes == 1000
+    assert (c.data.normalize, c.data.path) == (normalize, f"data/imagenet256_f{stride}")
+    same = PRESETS[f"dit_{size}2_imagenet256"]()
+    assert (c.optimizer, c.diffusion, c.train.global_batch_size, c.curriculum) == (
+        same.optimizer, same.diffusion, same.train.global_batch_size, same.curriculum)
+
+
 @pytest.mark.parametrize("name, size, steps, patience, told", [
     ("dit_xl2_imagenet256", "xl", 400_000, 400, (1000, 0, 0.1)),
     ("dit_l2_imagenet256", "l", 2_000_000, 400, (1000, 0, 0.1)),

@@ -23,7 +23,8 @@ class LargescaleDiTPipeline(DiTPipeline):
 
     `num_classes`: how many classes were trained; 0: no labels. `null_class`: the label that stands
     for none, which guidance needs; None where none was trained. `pixels`: the model draws pixels,
-    and there is no VAE.
+    and there is no VAE. `latents_mean`, `latents_std`, `latents_scale`: how latents were normalised,
+    x = (latent - mean) / std * scale, where it is not by the VAE's own scaling_factor.
     """
 
     _optional_components: ClassVar[list[str]] = ["vae"]
@@ -38,10 +39,19 @@ class LargescaleDiTPipeline(DiTPipeline):
         num_classes: int = 1000,
         null_class: Optional[int] = 1000,  # noqa: UP045
         pixels: bool = False,
+        latents_scale: Optional[float] = None,  # noqa: UP045
+        latents_mean: Optional[list] = None,  # type: ignore[type-arg]  # noqa: UP045
+        latents_std: Optional[list] = None,  # type: ignore[type-arg]  # noqa: UP045
     ) -> None:
         super().__init__(transformer, vae, scheduler, id2label)
         self.register_to_config(
-            id2label=id2label, num_classes=num_classes, null_class=null_class, pixels=pixels
+            id2label=id2label,
+            num_classes=num_classes,
+            null_class=null_class,
+            pixels=pixels,
+            latents_scale=latents_scale,
+            latents_mean=latents_mean,
+            latents_std=latents_std,
         )
 
     @torch.no_grad()
@@ -168,8 +178,16 @@ class LargescaleDiTPipeline(DiTPipeline):
         """Images of what the model draws, which is x (N, C, H, W)."""
         if self.vae is not None:
             config = self.vae.config
-            # DiTPipeline has no shift.
-            x = x / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
+            # DiTPipeline has no shift, and no statistics.
+            ours = self.config
+            x = x / (ours.latents_scale or config.scaling_factor)
+            if ours.latents_mean:
+                mean = torch.tensor(ours.latents_mean, dtype=x.dtype, device=x.device)
+                std = torch.tensor(ours.latents_std, dtype=x.dtype, device=x.device)
+                x = x * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
+            # A VAE with statistics of its own takes no shift.
+            if not (getattr(config, "latents_mean", None) and getattr(config, "latents_std", None)):
+                x = x + (getattr(config, "shift_factor", None) or 0)
             x = self.vae.decode(x.to(self.vae.dtype)).sample
         x = (x / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
