@@ -80,6 +80,8 @@ class Curve:
     ema_widths: tuple[str, ...] = ()
     """Score power-function averages of these widths, such as 0.05 0.1, or 0.02:0.25, which is eight
     from one to the other, at each run's newest snapshot; in place of its checkpoints."""
+    validation: Path | None = None
+    """A packed set of held-out images, whose loss is measured for each of --ema-widths as well."""
     keep_samples: bool = False
     """Keep the samples; by default they are removed once they are scored."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -97,6 +99,11 @@ class Curve:
         if self.out:
             require_outside_checkpoints(self.out, "--out")
         self.widths()
+        if self.validation and not self.ema_widths:
+            raise ConfigError(
+                "--validation is for --ema-widths; train with --data.validation for the loss of each "
+                "checkpoint"
+            )
         if self.every < 1:
             raise ConfigError(f"every={self.every} must be at least 1; it counts training steps")
         # By resolved path: a run under two names would be scored twice.

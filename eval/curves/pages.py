@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.curves.report import figure_names, summary
-from eval.curves.rows import Row, curve_of, figure_text, main_figure
+from eval.curves.rows import HELD_OUT_LOSS, Row, curve_of, figure_text, main_figure
 from largescale.page.charts import Line, Stage
 from largescale.page.figures import figure_of
 from largescale.page.frame import frame
@@ -41,16 +41,17 @@ def curve_page(of_runs: OfRuns) -> str:
 
 
 def widths_page(of_runs: OfRuns, best: Sequence[str]) -> str:
-    """The main figure of each run against the width of the average. `best`: a line on each run."""
+    """The Frechet distance of each run, and its held-out loss where it was measured, against the
+    width of the average. `best`: lines on the runs."""
     widest = max(row["ema_width"] for rows in of_runs.values() for row in rows)
     # Distances of two extractors have nothing to do with each other.
     of_names: dict[str, list[Line]] = {}
     for run, rows in of_runs.items():
-        name = main_figure(rows)
-        curve = curve_of(rows, name, "ema_width")
-        if curve:
-            line = Line(f"{run}, step {rows[-1]['step']:,}", curve)
-            of_names.setdefault(name, []).append(line)
+        for name in (main_figure(rows), HELD_OUT_LOSS):
+            curve = curve_of(rows, name, "ema_width")
+            if curve:
+                line = Line(f"{run}, step {rows[-1]['step']:,}", curve)
+                of_names.setdefault(name, []).append(line)
     note = f"{_NOTE} A width is a share of the training."
     figures: list[str] = []
     for name, lines in of_names.items():

@@ -15,6 +15,9 @@ from largescale.page.series import Curve
 
 Row = dict[str, Any]
 
+HELD_OUT_LOSS = "held-out loss"
+"""The figure of eval.curve --ema-widths --validation: unweighted, over all noise levels."""
+
 
 def lines(path: Path) -> list[Row]:
     """The rows of a file of JSON lines; a line that was cut short is left out."""
@@ -70,9 +73,9 @@ def steps_to_match_best_of(one: Sequence[Row], other: Sequence[Row]) -> tuple[in
     return None
 
 
-def best_row(rows: Sequence[Row]) -> Row:
-    """The row with the least Frechet distance."""
-    name = main_figure(rows)
+def best_row(rows: Sequence[Row], name: str = "") -> Row:
+    """The row with the least of a figure, by default the Frechet distance."""
+    name = name or main_figure(rows)
     return min(rows, key=lambda row: value_of(row, name))
 
 

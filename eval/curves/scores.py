@@ -190,7 +190,7 @@ class Curves:
             "images": info.get("samples_seen"),
             "protocol": self.protocol(),
             "transitions": (info.get("curriculum") or {}).get("transitions", []),
-            "figures": scored["figures"],
+            "figures": scored["figures"] | self.more_figures(run, step),
             "notes": scored["notes"],
             "extractor": scored["extractor"],
             "n": scored["n"],
@@ -210,6 +210,10 @@ class Curves:
             # Not empty where another step's samples lie in it.
             with suppress(OSError):
                 out.parent.rmdir()
+
+    def more_figures(self, run: Path, step: int) -> Row:
+        """Figures beside the scores of the samples."""
+        return {}
 
     def scorer(self) -> Scorer:
         """The one scorer of all checkpoints: features of the reference are computed once."""

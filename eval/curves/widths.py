@@ -1,14 +1,24 @@
 """A scan of the widths of power-function averages: each is scored at the newest snapshot."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from eval.curves.options import Curve
 from eval.curves.pages import widths_page
-from eval.curves.rows import Row, best_row, curve_of, figure_text, main_figure
-from eval.curves.scores import Curves
+from eval.curves.rows import HELD_OUT_LOSS, Row, best_row, curve_of, figure_text, main_figure
+from eval.curves.scores import Curves, config_of
+from eval.held_out_loss import HeldOutLoss
 from eval.score import Scorer
 from largescale.checkpoint.ema_snapshots import snapshots
+from largescale.checkpoint.weights import load_trained
+from largescale.config.derived import cluster_edges
+from largescale.data.compatibility import open_validation
+from largescale.data.fixed_noise_set import over_all
+from largescale.data.shards import ShardDataset
+from largescale.distributed.ranks import local_device
 from largescale.errors import CheckpointError
 from largescale.host.files import write_atomically
 from largescale.host.launch import env_rank
@@ -17,16 +27,37 @@ from largescale.host.launch import env_rank
 class ScoresOfWidth(Curves):
     """The scores of the average of one width, at the newest snapshot of each run."""
 
-    def __init__(self, options: Curve, width: float, scorer: Scorer | None = None) -> None:
+    def __init__(
+        self,
+        options: Curve,
+        width: float,
+        losses: Mapping[Path, HeldOutLoss],
+        scorer: Scorer | None = None,
+    ) -> None:
+        """`losses`: of each run, where its held-out loss is measured too."""
         super().__init__(options, scorer)
         self.width = width
+        self._losses = losses
 
     def exists(self, run: Path, step: int) -> bool:
         # Of an average that cannot be made any more, its own error says why.
         return True
 
     def protocol(self) -> Row:
-        return super().protocol() | {"ema_width": self.width}
+        protocol = super().protocol() | {"ema_width": self.width}
+        if self.options.validation:
+            protocol["validation"] = str(self.options.validation)
+        return protocol
+
+    def more_figures(self, run: Path, step: int) -> Row:
+        if run not in self._losses:
+            return {}
+        loss = self._losses[run]
+        # Not the sampler's, which may be in half precision.
+        trained = load_trained(run, step, ema_width=self.width)
+        clusters = loss(trained.model.to(loss.device), trained.objective)
+        # All widths have the same images and noise, so there is no error between them.
+        return {HELD_OUT_LOSS: {"value": over_all(clusters, loss.edges), "error": 0.0}}
 
     def missing(self, run: Path) -> list[int]:
         return [] if self.newest(run) else [newest_snapshot(run)]
@@ -40,10 +71,11 @@ class ScoresOfWidth(Curves):
 def scan_widths(options: Curve) -> None:
     """Score the averages of all widths of all runs, and write widths.json, widths.png and
     widths.html."""
+    losses = held_out_losses(options)
     scorer = None
     found: dict[Path, list[Row]] = {run: [] for run in options.runs}
     for width in options.widths():
-        scores = ScoresOfWidth(options, width, scorer)
+        scores = ScoresOfWidth(options, width, losses, scorer)
         scores.score()
         # The reference's features are computed once.
         scorer = scores.shared_scorer
@@ -57,22 +89,53 @@ def scan_widths(options: Curve) -> None:
     plain = {str(run): rows for run, rows in found.items()}
     write_atomically(out / "widths.json", json.dumps(plain, indent=1) + "\n")
     plot_widths(found, out / "widths.png")
-    best = [best_text(run, rows) for run, rows in found.items()]
+    best: list[str] = []
+    for run, rows in found.items():
+        best += best_texts(run, rows)
     write_atomically(out / "widths.html", widths_page(found, best))
     for line in best:
         print(line, flush=True)
     print(f"{len(options.widths())} widths of {len(found)} runs: {out / 'widths.png'}", flush=True)
 
 
-def best_text(run: Path, rows: list[Row]) -> str:
-    """The best width of one run."""
-    name = main_figure(rows)
-    best = best_row(rows)
-    figure = best["figures"][name]
-    return (
-        f"{run}: best {name} {figure_text(figure)} at width {best['ema_width']:g} of step "
-        f"{best['step']:,}"
-    )
+def held_out_losses(options: Curve) -> dict[Path, HeldOutLoss]:
+    """The held-out loss of each run: as many images a cluster as it was trained with. Raises
+    DataError for a set that is not like the training set, or shares rows with it."""
+    found: dict[Path, HeldOutLoss] = {}
+    for run in options.runs if options.validation else ():
+        config = config_of(run)
+        data = replace(config.data, validation=str(options.validation))
+        training = ShardDataset(config.data.path)
+        training.normalize(config.data.normalize)
+        held_out = open_validation(replace(config, data=data), training)
+        assert held_out is not None
+        found[run] = HeldOutLoss(
+            held_out,
+            config,
+            cluster_edges(config),
+            config.telemetry.validation_images,
+            options.batch_size or 32,
+            local_device(options.device),
+        )
+    return found
+
+
+def best_texts(run: Path, rows: list[Row]) -> list[str]:
+    """The best width of one run, by each figure."""
+    found = []
+    for name in shown_figures(rows):
+        best = best_row(rows, name)
+        found.append(
+            f"{run}: best {name} {figure_text(best['figures'][name])} at width "
+            f"{best['ema_width']:g} of step {best['step']:,}"
+        )
+    return found
+
+
+def shown_figures(rows: list[Row]) -> list[str]:
+    """The Frechet distance, and the held-out loss where it was measured."""
+    names = [main_figure(rows)]
+    return [*names, HELD_OUT_LOSS] if HELD_OUT_LOSS in rows[0]["figures"] else names
 
 
 def newest_snapshot(run: Path) -> int:
@@ -87,24 +150,33 @@ def newest_snapshot(run: Path) -> int:
 
 
 def plot_widths(of_runs: dict[Path, list[Row]], path: Path) -> None:
-    """The main figure of each run against the width."""
+    """Each shown figure of each run against the width."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    plots, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    # The runs' distances may be of two extractors; their losses have one axis.
+    with_loss = any(HELD_OUT_LOSS in shown_figures(rows) for rows in of_runs.values())
+    plots, axes = plt.subplots(
+        1, 1 + with_loss, figsize=(6 + 5 * with_loss, 4), layout="constrained", squeeze=False
+    )
     for run, rows in of_runs.items():
-        name = main_figure(rows)
-        c = curve_of(rows, name, "ema_width")
-        label = f"{run}, step {rows[-1]['step']:,}"
-        if c:
-            error = c.high - c.mean
-            axis.errorbar(c.step, c.mean, error, marker="o", markersize=3, capsize=2, label=label)
-        axis.set(xlabel="width of the average (share of the training)", ylabel=name)
-    axis.set_xscale("log")
-    axis.legend(fontsize="small")
+        for axis, name in zip(axes[0], shown_figures(rows), strict=False):
+            draw_widths(axis, f"{run}, step {rows[-1]['step']:,}", rows, name)
+    for axis in axes[0]:
+        axis.set_xscale("log")
+        axis.legend(fontsize="small")
     temporary = path.with_name("widths.tmp.png")
     plots.savefig(temporary, dpi=120)
     plt.close(plots)
     temporary.replace(path)
+
+
+def draw_widths(axis: Any, label: str, rows: list[Row], name: str) -> None:
+    """One figure of one run against the width."""
+    c = curve_of(rows, name, "ema_width")
+    if c:
+        error = c.high - c.mean
+        axis.errorbar(c.step, c.mean, error, marker="o", markersize=3, capsize=2, label=label)
+    axis.set(xlabel="width of the average (share of the training)", ylabel=name)

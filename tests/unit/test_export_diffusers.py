@@ -98,7 +98,7 @@ def test_the_card_is_right_about_how_to_use_it(run_here: RunHere, tmp_path: Path
 def test_from_an_export_of_latents_to_images(settings: dict[str, Any], ddim: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With diffusers' own class where it has the frequencies of the network, and its VAE from where the data were packed with it."""
     trained, vae = make_trained(**settings), make_vae(tmp_path / "vae")
-    trained.info["data_info"] |= {"encoders": {"vae": vae.identity}}
+    trained.info["data_info"] |= {"encoders": {"vae": vae.identity}, "scale_factor": vae.normalization.scale_factor}
     write_export(tmp_path / "export", dict(trained.model.state_dict()),
                  {"config": to_dict(trained.config), **trained.info, "made_with": {"vae": str(tmp_path / "vae")}})
     assert main(tmp_path / "export", "--out", tmp_path / "out", "--scheduler", "dpm++2m") == 0

