@@ -99,10 +99,13 @@ def scan_widths(options: Curve) -> None:
 
 
 def held_out_losses(options: Curve) -> dict[Path, HeldOutLoss]:
-    """The held-out loss of each run: as many images a cluster as it was trained with. Raises
-    DataError for a set that is not like the training set, or shares rows with it."""
+    """The held-out loss of each run: as many images a cluster as it was trained with. On rank 0, which
+    alone scores. Raises DataError for a set that is not like the training set, or shares rows with
+    it."""
     found: dict[Path, HeldOutLoss] = {}
-    for run in options.runs if options.validation else ():
+    if not options.validation or env_rank() != 0:
+        return found
+    for run in options.runs:
         config = config_of(run)
         data = replace(config.data, validation=str(options.validation))
         training = ShardDataset(config.data.path)
