@@ -22,7 +22,7 @@ def losses(found: Findings) -> list[str]:
         series.take({"step": curve.step.astype(float), f"C_{i}": curve.normalised})
         c = found.convergence[i]
         rows.append((f"C_{i}", f"{curve.smoothed.max():.4g}", f"{c.final:.4g}"))
-    names = [f"C_{i}" for i in found.curves]
+    names = list(map("C_{}".format, found.curves))
     title = "loss, smoothed, scaled to its own range"
     shown = [
         figure(
@@ -34,13 +34,17 @@ def losses(found: Findings) -> list[str]:
     ]
 
     last = len(found.edges) - 1
-    oscillates, falls, rises = {}, {}, {}
+    oscillates: dict[int, float] = {}
+    falls: dict[int, float] = {}
+    rises: dict[int, float] = {}
+    still = []
     for i, c in found.convergence.items():
         falls[i] = float(c.falls_until)
         rises[i] = float(c.smoothed_rises)
-        if c.oscillates_from is not None:
+        if c.oscillates_from is None:
+            still.append(f"C_{i}")
+        else:
             oscillates[i] = float(c.oscillates_from)
-    still = [f"C_{i}" for i in found.convergence if i not in oscillates]
     note = f"Does not oscillate before the end: {', '.join(still)}." if still else ""
     lines = [Line("90 % of its fall are done", by_interval(falls))]
     if oscillates:
@@ -86,15 +90,14 @@ def entropy(found: Findings) -> list[str]:
     """The relative entropy of neighbouring noise levels; nothing before it is measured."""
     if not found.entropy:
         return []
-    columns = {key: np.array(found.entropy[key], float) for key in ("value", "single", "kernels")}
-    # Their axis is logarithmic.
-    for values in columns.values():
+    columns = {}
+    for key in ("value", "single", "kernels"):
+        values = np.array(found.entropy[key], float)
+        # Their axis is logarithmic.
         values[values <= 0] = np.nan
+        columns[key] = values
     series = Series()
     series.take({"step": np.array(found.entropy["t"], float), **columns})
-
-    def lines(names: Mapping[str, str]) -> list[Line]:
-        return [Line(name, c) for key, name in names.items() if (c := series.curve(key))]
 
     shown = []
     for title, names, note in (
@@ -111,7 +114,12 @@ def entropy(found: Findings) -> list[str]:
             f"{FEW_KERNELS:g} more images would give another value.",
         ),
     ):
-        drawn = lines(names)
+        drawn = []
+        for key, name in names.items():
+            curve = series.curve(key)
+            if curve:
+                drawn.append(Line(name, curve))
+        # All values of one may lie at or below 0.
         if drawn:
             shown.append(figure_of(title, drawn, series.last_step, note, over="timestep"))
     return shown

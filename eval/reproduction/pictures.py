@@ -1,5 +1,6 @@
 """The paper's figures, in its layout, of what there is so far."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,18 +39,20 @@ def write_pictures(scale: Scale, found: FoundRuns, out: Path) -> tuple[list[Path
     written: list[Path] = []
     missing: list[str] = []
     for row in scale.rows:
-        for kind, write in WRITERS.items():
-            if any(isinstance(cell.steps[-1], kind) for cell in row.cells):
-                paths, lacks = write(row, found, out)
-                written += paths
-                missing += lacks
+        # The cells of a row end with one kind of step, which tells what its picture is.
+        write = WRITERS.get(type(row.cells[0].steps[-1]))
+        if write:
+            paths, lacks = write(row, found, out)
+            written += paths
+            missing += lacks
     return written, missing
 
 
 def _file(row: Row, *more: str) -> str:
     """Figure A, DiT-B/2 -> figure_a_dit_b_2.png."""
     words = " ".join([row.name, *more]).lower()
-    return "_".join("".join([c if c.isalnum() else " " for c in words]).split()) + ".png"
+    # Names have slashes and commas, which files must not.
+    return "_".join(re.findall("[a-z0-9]+", words)) + ".png"
 
 
 Written = tuple[list[Path], list[str]]
@@ -60,10 +63,12 @@ def _done(row: Row, found: FoundRuns) -> tuple[list[Cell], list[str]]:
     done = []
     missing = []
     for cell in row.cells:
-        standings = [step.standing(found) for step in cell.steps]
-        lacks = [standing.text for standing in standings if standing.state != "done"]
-        if lacks:
-            missing.append(f"{row.name}, {cell.name}: {lacks[0]}")
+        for step in cell.steps:
+            standing = step.standing(found)
+            # The steps that follow need this one, so one line is enough.
+            if standing.state != "done":
+                missing.append(f"{row.name}, {cell.name}: {standing.text}")
+                break
         else:
             done.append(cell)
     return done, missing
@@ -117,10 +122,10 @@ def _other_draws(folders: dict[str, Path]) -> str | None:
     for name, folder in folders.items():
         with usable(folder / PROVENANCE):
             facts = dict(flatten(from_json((folder / PROVENANCE).read_text())))
-        drawn = {}
-        for key in ("device", "labels", "classes", "captions", "dataset"):
-            drawn[key] = facts.get(key)
-        drawn |= {key: value for key, value in facts.items() if key.startswith("sampling.")}
+        drawn = dict.fromkeys(("device", "labels", "classes", "captions", "dataset"))
+        for key, value in facts.items():
+            if key in drawn or key.startswith("sampling."):
+                drawn[key] = value
         first = first or drawn
         for key, value in drawn.items():
             if first.get(key) != value:

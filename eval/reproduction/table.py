@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eval.reproduction.found_runs import FoundRuns
-from eval.reproduction.progress import CellStanding, notes_on, score_of, survey
+from eval.reproduction.progress import CellStanding, cells_of, notes_on, score_of, survey
 from eval.reproduction.rows import Row, Scale
 
 # The figures that the paper has.
@@ -47,7 +47,7 @@ def read_tables(scale: Scale, found: FoundRuns) -> Tables:
     for row in scale.rows:
         # Of one table all samples are compared with the same images, and all runs saw the same data.
         first: dict[str, tuple[Any, Any]] = {}
-        for cell in [cell for cell in cells if cell.row is row]:
+        for cell in cells_of(row, cells):
             step = score_of(cell.cell)
             if step is None or cell.standing.state != "done":
                 continue
@@ -97,7 +97,7 @@ def table_lines(tables: Tables) -> list[str]:
         if any(score_of(cell) for cell in row.cells):
             lines += row_lines(row, tables)
     if tables.notes:
-        lines += ["## Not in the tables", "", *[f"- {note}" for note in tables.notes], ""]
+        lines += ["## Not in the tables", "", *map("- {}".format, tables.notes), ""]
     return lines
 
 
