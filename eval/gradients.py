@@ -21,11 +21,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import tyro
+from torch.nn.utils import parameters_to_vector
 
 from eval.curves.rows import Row, rows_of_protocol, steps_of
 from eval.curves.scores import config_of
 from eval.score import RESULTS
-from largescale.checkpoint.files import checkpoints
+from largescale.checkpoint.files import checkpoints, find_checkpoint
 from largescale.checkpoint.weights import Trained, load_trained
 from largescale.config.command_line import check_counts, parse_options, run_program
 from largescale.config.derived import cluster_edges
@@ -76,6 +77,8 @@ class ClusterGradients:
     """The gradients of one run's checkpoints on a fixed set of noised images."""
 
     def __init__(self, run: Path, options: Gradients, data: ShardDataset) -> None:
+        # A folder that is no run is an error before anything is computed.
+        find_checkpoint(run)
         config = config_of(run)
         training = ShardDataset(config.data.path)
         training.normalize(config.data.normalize)
@@ -139,7 +142,7 @@ class ClusterGradients:
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         half = self.options.images // 2
         found = []
-        total: list[torch.Tensor] | None = None
+        total: tuple[torch.Tensor, ...] = ()
         seen = 0
         # A batch lies in one half: batches are cut evenly from it.
         size = math.gcd(half, self.options.batch_size)
@@ -147,11 +150,12 @@ class ClusterGradients:
             model, trained.objective, size, self.device, stop_requested
         ):
             gradient = torch.autograd.grad(losses.sum() / half, weights)
-            total = list(gradient) if total is None else torch._foreach_add(total, gradient)
+            total = tuple(map(torch.add, total, gradient)) if total else gradient
             seen += len(losses)
             if seen == half:
-                found.append(torch.cat([part.flatten() for part in total]).cpu())
-                total, seen = None, 0
+                found.append(parameters_to_vector(total).cpu())
+                total = ()
+                seen = 0
         return torch.stack(found).view(len(self.edges) - 1, 2, -1)
 
 
