@@ -189,6 +189,7 @@ class Difficulty(Plan):
         protocol = self.options.protocol()
         found = {}
         for row in lines(self.rows_file):
+            # A model that was scored twice counts by its last row.
             if row.get("protocol") == protocol:
                 found[row["interval"]] = row
         return found
@@ -266,6 +267,7 @@ class Difficulty(Plan):
     def measure_entropy(self, levels: Array) -> RelativeEntropy:
         """The relative entropies of all pairs of neighbouring `levels`, with a progress bar."""
         o = self.options
+        # All images at once: each sample is compared with every one of them.
         images = self.images().to(local_device(o.device))
         with tqdm(
             total=len(levels) - 1,
@@ -326,6 +328,7 @@ class Difficulty(Plan):
         # A page without a single number is a mistake in the call.
         if not (found.curves or found.scored or found.entropy):
             raise DataError(f"{o.out} holds nothing to report yet")
+        # Paths as text, as JSON has no type for them.
         settings = json.loads(
             json.dumps({**asdict(o), "training options": self.extra}, default=str)
         )
@@ -334,6 +337,7 @@ class Difficulty(Plan):
 
 def read_json(path: Path) -> Row | None:
     """The content of a JSON file; None for one that is missing or damaged."""
+    # What is damaged is measured again, like what is missing.
     with contextlib.suppress(FileNotFoundError, ValueError):
         found: Row = from_json(path.read_text())
         return found

@@ -124,6 +124,7 @@ def table(options: Paper) -> None:
 def figures(options: Paper) -> None:
     """Write the figures for which something is there."""
     out = options.folder / "figures"
+    # All pictures lie in one folder, so one file stands for all of them.
     require_writable(out / "figure_a.png", remedy="choose another --root")
     written, missing = write_pictures(options.chosen(), find_runs(options.folder), out)
     for line in missing:
@@ -142,6 +143,7 @@ def run(options: Paper) -> None:
     for number, step in enumerate(todo, 1):
         if stop_requested():
             raise Stopped
+        # Looked for anew each time: the step before may have made a run.
         found = find_runs(options.folder)
         standing = step.standing(found)
         if standing.state == "done":

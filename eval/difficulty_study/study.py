@@ -198,6 +198,7 @@ class Plan:
         self.options = options
         self.extra = list(extra)
         self.rank = env_rank()
+        # The full model's config; those of the intervals are made from it.
         self.config = configure(options.preset, self.arguments(0)[1:])
         self.check_extra()
         self.check_objective()
@@ -302,6 +303,8 @@ class Plan:
             self.check_entropy_data()
         if "denoise" in o.stages and o.reference is None:
             self.check_own_reference()
+        # A run that lies there from before is sampled together with the others, so it has to fit
+        # them.
         for run in self.runs:
             check_same(run, o.nproc, data.fingerprint)
 
