@@ -26,9 +26,10 @@ from typing import Annotated, Literal
 import tyro
 
 from eval.reproduction.found_runs import FoundRuns, find_runs
+from eval.reproduction.paper_size import paper
 from eval.reproduction.pictures import write_pictures
 from eval.reproduction.progress import status_lines, steps, with_row_filter
-from eval.reproduction.rows import Scale, paper
+from eval.reproduction.rows import Scale
 from eval.reproduction.steps import Step, Train
 from eval.reproduction.table import read_tables, table_lines
 from eval.reproduction.toy import toy

@@ -14,7 +14,8 @@ from eval.difficulty_study.pictures import draw
 from eval.drawing.sample_set import GRID, PROVENANCE, pictures
 from eval.reproduction.found_runs import FoundRuns
 from eval.reproduction.rows import Cell, Row, Scale
-from eval.reproduction.steps import Draw, ScoreOverTraining, StudyStage
+from eval.reproduction.sample_steps import Draw, ScoreOverTraining
+from eval.reproduction.study_steps import StudyStage
 from largescale.config.serialise import flatten
 from largescale.data.images import grid
 from largescale.data.shards import ShardDataset

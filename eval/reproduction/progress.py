@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from eval.reproduction.found_runs import FoundRuns
 from eval.reproduction.rows import Cell, Row, Scale
-from eval.reproduction.steps import DONE, ScoreSamples, Standing, Step, Train, python
+from eval.reproduction.sample_steps import ScoreSamples
+from eval.reproduction.steps import DONE, Standing, Step, Train, python
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ paper."""
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eval.reproduction.rows import MODELS, PAPER, Cell, Model, Rows, Scale, Size
-from eval.reproduction.steps import DataSet, Prepare, Scoring
+from eval.reproduction.paper_size import MODELS, PAPER
+from eval.reproduction.rows import Cell, Model, Rows, Scale, Size
+from eval.reproduction.sample_steps import Scoring
+from eval.reproduction.steps import DataSet, Prepare
 
 # A distance by the network that pip carries, which is no FID.
 NETWORK = "efficientnet-lite0"

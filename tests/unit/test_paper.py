@@ -24,20 +24,13 @@ from eval.curves import scores
 from eval.curves.options import Curve
 from eval.difficulty_study.study import STUDIES, Study
 from eval.reproduction.found_runs import find_runs
+from eval.reproduction.paper_size import MODELS
 from eval.reproduction.pictures import write_pictures
 from eval.reproduction.progress import status_lines, steps, survey, trainings, with_row_filter
-from eval.reproduction.rows import CLASSES, MODELS, Cell, Model, Rows, Scale, Size
-from eval.reproduction.steps import (
-    INCEPTION,
-    DataSet,
-    Draw,
-    Prepare,
-    ScoreOverTraining,
-    ScoreSamples,
-    Scoring,
-    StudyStage,
-    Train,
-)
+from eval.reproduction.rows import CLASSES, Cell, Model, Rows, Scale, Size
+from eval.reproduction.sample_steps import INCEPTION, Draw, ScoreOverTraining, ScoreSamples, Scoring
+from eval.reproduction.steps import DataSet, Prepare, Train
+from eval.reproduction.study_steps import StudyStage
 from eval.reproduction.table import read_tables, row_lines, table_lines
 from eval.reproduction.toy import PREFIX, toy
 from eval.sample import Sample
