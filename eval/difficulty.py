@@ -306,18 +306,25 @@ class Difficulty(Plan):
             parts.append(to_x_start(stored, info.kind, info.normalization, noise))
         return torch.cat(parts)
 
+    def findings(self) -> Findings:
+        """What is measured so far, read off the files of all stages."""
+        folders = {}
+        for i, run in enumerate(self.runs):
+            folders[i] = run.folder
+        return Findings(
+            study=self.name,
+            edges=self.edges,
+            folders=folders,
+            steps=self.options.steps,
+            patience=self.options.patience,
+            scored=self.scored(),
+            entropy=read_json(self.entropy_file),
+        )
+
     def report(self) -> None:
         """Write the report of what is measured, and log what is missing and how to make it."""
         o = self.options
-        found = Findings(
-            self.name,
-            self.edges,
-            dict(enumerate([run.folder for run in self.runs])),
-            o.steps,
-            o.patience,
-            self.scored(),
-            read_json(self.entropy_file),
-        )
+        found = self.findings()
         # What is missing is reported with the command that makes it.
         for stage, intervals in found.missing.items():
             what = names(intervals) if intervals else "the relative entropy is"

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
-from eval.reproduction.rows import CLASSES, Cell, Model, Rows, Scale, Size
+from eval.reproduction.rows import CLASSES, Cell, Model, Rows, Scale, Size, naive_interval
 from eval.reproduction.sample_steps import INCEPTION
 from eval.reproduction.steps import DataSet, Prepare
 
 # As the paper trained DiT and SiT; the presets have bf16.
 FP32 = ("--train.ds-config", "ds_configs/zero2_fp32.json")
+# Of the curriculum in all presets, and so stages of NaiveCL.
+CLUSTERS = 20
 
 DATA = {
     "imagenet256": DataSet(
@@ -26,21 +28,25 @@ DATA = {
 # ---- models
 
 
-def _dit(title: str, preset: str, data: str, steps: int, *, headline: bool = False) -> Model:
-    """A DiT in fp32. `headline`: whether the preset's own steps are another number."""
-    options = (*FP32, "--train.steps", str(steps)) if headline else FP32
-    name = f"{preset}_400k" if headline else preset
-    return Model(title, name, preset, DATA[data], options, "ddpm", 250, steps // 40)
+def _dit(title: str, preset: str, data: str, steps: int, *, shortened: bool = False) -> Model:
+    """A DiT in fp32. `shortened`: to 400K steps, whereas its preset trains for longer."""
+    options = (*FP32, "--train.steps", str(steps)) if shortened else FP32
+    # Under the preset's name it would be taken for the longer training, and the reverse.
+    name = f"{preset}_400k" if shortened else preset
+    interval = naive_interval(steps, CLUSTERS)
+    return Model(title, name, preset, DATA[data], options, "ddpm", 250, interval)
 
 
 def _sit(preset: str, data: str, steps: int) -> Model:
     """SiT has no DDPM sampler: its own stochastic one, with as many steps."""
-    return Model("SiT-B/2", preset, preset, DATA[data], FP32, "sde", 250, steps // 40)
+    interval = naive_interval(steps, CLUSTERS)
+    return Model("SiT-B/2", preset, preset, DATA[data], FP32, "sde", 250, interval)
 
 
 def _edm(preset: str, data: str, steps: int, *more: str) -> Model:
     """DDPM++ in fp16, which is its preset's."""
-    return Model("EDM, DDPM++", preset, preset, DATA[data], more, "euler", 40, steps // 40)
+    interval = naive_interval(steps, CLUSTERS)
+    return Model("EDM, DDPM++", preset, preset, DATA[data], more, "euler", 40, interval)
 
 
 MODELS = {
@@ -50,7 +56,7 @@ MODELS = {
     ),
     "dit_s2_imagenet256": _dit("DiT-S/2", "dit_s2_imagenet256", "imagenet256", 400_000),
     "dit_l2_imagenet256_400k": _dit(
-        "DiT-L/2, 400K steps", "dit_l2_imagenet256", "imagenet256", 400_000, headline=True
+        "DiT-L/2, 400K steps", "dit_l2_imagenet256", "imagenet256", 400_000, shortened=True
     ),
     "dit_l2_imagenet256": _dit("DiT-L/2, 2M steps", "dit_l2_imagenet256", "imagenet256", 2_000_000),
     "sit_b2_imagenet256": _sit("sit_b2_imagenet256", "imagenet256", 400_000),

@@ -33,9 +33,12 @@ OF_STUDY = {
 }
 
 
-def write_pictures(scale: Scale, found: FoundRuns, out: Path) -> tuple[list[Path], list[str]]:
-    """Write every picture for which something is there; returns the files, and what is missing or
-    could not be drawn."""
+# The files that were written, and what is missing or could not be drawn.
+Written = tuple[list[Path], list[str]]
+
+
+def write_pictures(scale: Scale, found: FoundRuns, out: Path) -> Written:
+    """Write every picture for which something is there."""
     out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     missing: list[str] = []
@@ -54,9 +57,6 @@ def _file(row: Row, *more: str) -> str:
     words = " ".join([row.name, *more]).lower()
     # Names have slashes and commas, which files must not.
     return "_".join(re.findall("[a-z0-9]+", words)) + ".png"
-
-
-Written = tuple[list[Path], list[str]]
 
 
 def _done(row: Row, found: FoundRuns) -> tuple[list[Cell], list[str]]:
@@ -98,23 +98,30 @@ def _write_study(row: Row, found: FoundRuns, out: Path) -> Written:
 def _write_samples(row: Row, found: FoundRuns, out: Path) -> Written:
     """Figures C to E, a picture of each method side by side; figures G to K, one of each class."""
     done, missing = _done(row, found)
-    sets: dict[str, tuple[Draw, Path]] = {}
-    for cell in done:
-        step = cell.steps[-1]
-        assert isinstance(step, Draw)
-        sets[cell.name] = step, step.folder(found)
-    if not sets:
+    if not done:
         return [], missing
+    # One method, so there is nothing to set side by side.
     if row.name == "Figures G to K":
-        [(step, folder)] = sets.values()
-        return _write_classes(row, step, folder, out), missing
+        return _write_classes(row, _draw_of(done[0]), found, out), missing
 
+    folders = {}
+    grids = {}
+    for cell in done:
+        folders[cell.name] = _draw_of(cell).folder(found)
+        grids[cell.name] = folders[cell.name] / GRID
     # Pictures on other noise or of other classes would show more than the method.
-    if differs := _other_draws({name: folder for name, (_, folder) in sets.items()}):
+    if differs := _other_draws(folders):
         return [], [*missing, f"{row.name}: {differs}"]
     path = out / _file(row)
-    plot_side_by_side({name: folder / GRID for name, (_, folder) in sets.items()}, path)
+    plot_side_by_side(grids, path)
     return [path], missing
+
+
+def _draw_of(cell: Cell) -> Draw:
+    """The step that draws the samples of a cell of pictures."""
+    step = cell.steps[-1]
+    assert isinstance(step, Draw)
+    return step
 
 
 def _other_draws(folders: dict[str, Path]) -> str | None:
@@ -134,9 +141,9 @@ def _other_draws(folders: dict[str, Path]) -> str | None:
     return None
 
 
-def _write_classes(row: Row, step: Draw, folder: Path, out: Path) -> list[Path]:
+def _write_classes(row: Row, step: Draw, found: FoundRuns, out: Path) -> list[Path]:
     """A sheet of each class: sample i is of the class i modulo their number, none is left out."""
-    data = ShardDataset(folder)
+    data = ShardDataset(step.folder(found))
     written = []
     for i, label in enumerate(step.classes):
         chosen = np.arange(i, len(data), len(step.classes))
@@ -183,8 +190,8 @@ def _write_curves(row: Row, found: FoundRuns, out: Path) -> Written:
         1, len(panels), squeeze=False, layout="constrained", figsize=(5 * len(panels), 4)
     )
     for (model, methods), axis in zip(panels.items(), axes.flat, strict=True):
-        for method, rows_of in methods.items():
-            plot_run(axis, Path(method), rows_of, figure)
+        for method, curve in methods.items():
+            plot_run(axis, Path(method), curve, figure)
         axis.set(title=model, xlabel="step", ylabel=figure)
         axis.legend(fontsize="small")
     path = out / _file(row)

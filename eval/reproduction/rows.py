@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from eval.reproduction.found_runs import KINDS
 from eval.reproduction.sample_steps import Draw, ScoreOverTraining, ScoreSamples, Scoring
 from eval.reproduction.steps import DataSet, Step, Train
 from eval.reproduction.study_steps import Measured, StudyStage
 from largescale.diffusion.objective import SamplerName
 
-# NaiveCL's stages take half of the run, as in eval.compare.
-METHODS = ("vanilla", "naive", "curriculum")
+# The figures of Table A, in its order.
+FIGURES = ("FID", "IS", "Precision", "Recall")
 # Of figures G to K.
 CLASSES = (207, 388, 972, 975, 291)
 
@@ -24,7 +25,7 @@ class Cell:
     name: str
     steps: tuple[Step, ...]
     published: Mapping[str, float] = field(default_factory=dict)
-    """The paper's figures, by FID, IS, Precision and Recall."""
+    """The paper's figures, by FIGURES."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,14 @@ class Model:
     naive_interval: int
 
     def train(self, root: Path, kind: str) -> Train:
-        """Its training by one of METHODS."""
+        """Its training by one of KINDS."""
         method = f"naive@interval={self.naive_interval}" if kind == "naive" else kind
         return Train(root, self.name, self.preset, method, self.data, self.options)
+
+
+def naive_interval(steps: int, clusters: int) -> int:
+    """Steps of a stage of NaiveCL, whose stages take half of the run, as in eval.compare."""
+    return steps // (2 * clusters)
 
 
 @dataclass(frozen=True)
@@ -155,10 +161,10 @@ class Rows:
         study, options, extra = self.size.studies[model]
         out = self.root / "difficulty" / self.size.models[model].name
         data = self.size.models[model].data
-        found = []
+        steps = []
         for stage in stages:
-            found.append(StudyStage(study, stage, out, data, options, extra))
-        return tuple(found)
+            steps.append(StudyStage(study, stage, out, data, options, extra))
+        return tuple(steps)
 
     # ---- tables and figures
 
@@ -170,12 +176,11 @@ class Rows:
             ("linear", "vanilla"): (16.99, 83.62, 0.68, 0.53),
             ("linear", "curriculum"): (16.03, 87.66, 0.69, 0.53),
         }
-        names = ("FID", "IS", "Precision", "Recall")
         cells = []
         for (schedule, kind), figures in published.items():
             suffix = "_linear" if schedule == "linear" else ""
             steps = self.scored(f"dit_b2_imagenet256{suffix}", kind)
-            figures_by_name = dict(zip(names, figures, strict=True))
+            figures_by_name = dict(zip(FIGURES, figures, strict=True))
             cells.append(Cell(f"{schedule}, {kind}", steps, figures_by_name))
         return Row(
             "Table A",
@@ -187,11 +192,14 @@ class Rows:
 
     def difficulty(self) -> tuple[Row, ...]:
         """Figures A and B, and sections B and C: which noise levels are hard."""
-        names = {"DiT-B/2 on FFHQ": "dit_b2_ffhq256", "SiT on FFHQ": "sit_b2_ffhq256"}
-        names["EDM's DDPM++ on FFHQ, 4,000 kimg"] = "edm_ddpmpp_ffhq64"
-        section_b = [
-            Cell(title, self.study(model, "train", "denoise")) for title, model in names.items()
-        ]
+        section_b = []
+        for title, model in (
+            ("DiT-B/2 on FFHQ", "dit_b2_ffhq256"),
+            ("SiT on FFHQ", "sit_b2_ffhq256"),
+            ("EDM's DDPM++ on FFHQ, 4,000 kimg", "edm_ddpmpp_ffhq64"),
+        ):
+            # Every cell names all that it needs; a step that several of them share is done once.
+            section_b.append(Cell(title, self.study(model, "train", "denoise")))
         return (
             Row(
                 "Figure A",
@@ -223,14 +231,14 @@ class Rows:
 
     def pictures(self) -> tuple[Row, ...]:
         """Figures C to E."""
-        found = []
+        rows = []
         for letter, title, model in (
             ("C", "FFHQ", "dit_b2_ffhq256"),
             ("D", "ImageNet", "dit_b2_imagenet256"),
             ("E", "MS-COCO", "dit_b2_coco256"),
         ):
-            cells = [Cell(kind, self.pictured(model, kind)) for kind in METHODS]
-            found.append(
+            cells = [Cell(kind, self.pictured(model, kind)) for kind in KINDS.values()]
+            rows.append(
                 Row(
                     f"Figure {letter}",
                     f"{title}: samples of vanilla, NaiveCL and the curriculum on the same noise; DiT-B "
@@ -239,7 +247,7 @@ class Rows:
                     "pictures",
                 )
             )
-        return tuple(found)
+        return tuple(rows)
 
     def figure_f(self) -> Row:
         """FID-10K over training."""
@@ -269,6 +277,7 @@ class Rows:
         chosen = self.size.models["dit_l2_imagenet256"]
         train = chosen.train(self.root, "curriculum")
         classes = self.size.classes
+        # As many of each class, as samples get the classes in turn.
         draw = Draw(
             train,
             "classes",
@@ -288,7 +297,7 @@ class Rows:
 
     def main_text(self) -> tuple[Row, ...]:
         """The tables of the main text, by data set."""
-        of_data: Mapping[str, Sequence[str]] = {
+        models_of: Mapping[str, Sequence[str]] = {
             "FFHQ": ("dit_b2_ffhq256", "sit_b2_ffhq256", "edm_ddpmpp_ffhq64"),
             "ImageNet": (
                 "dit_s2_imagenet256",
@@ -299,12 +308,14 @@ class Rows:
             "MS-COCO": ("dit_b2_coco256",),
             "CIFAR-10": ("edm_ddpmpp_cifar10",),
         }
-        found = []
-        for title, models in of_data.items():
+        rows = []
+        for title, models in models_of.items():
             cells = []
-            # Without a data set of its own a smaller size has no such row.
-            for model in [model for model in models if model in self.size.models]:
-                for kind in METHODS:
+            for model in models:
+                # A smaller size may lack a data set, and so its models.
+                if model not in self.size.models:
+                    continue
+                for kind in KINDS.values():
                     name = f"{self.size.models[model].title}, {kind}"
                     cells.append(Cell(name, self.scored(model, kind)))
             # The headline was trained with the curriculum.
@@ -314,5 +325,5 @@ class Rows:
                 cells.append(Cell(f"{headline}, curriculum", steps))
             if cells:
                 shows = f"{title}: vanilla, NaiveCL and the curriculum."
-                found.append(Row(title, shows, tuple(cells), "in the main text"))
-        return tuple(found)
+                rows.append(Row(title, shows, tuple(cells), "in the main text"))
+        return tuple(rows)

@@ -2,7 +2,7 @@
 
 import shlex
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eval.curves.rows import Row, lines
@@ -92,6 +92,7 @@ class Draw(Step):
                 there = dict(flatten(facts))
         except (LargescaleError, OSError) as error:
             return str(error)
+        # Every choice that eval.sample leaves open, also where the paper takes its default.
         run = self.train.chosen(found)
         wanted: Row = {
             "run": self.train.name,
@@ -105,7 +106,7 @@ class Draw(Step):
             "sampling.eta": 0.0,
             "sampling.guidance_interval": [0.0, 1.0],
             "sampling.cfg_channels": None,
-            "dataset": run and run.dataset,
+            "dataset": run.dataset if run else None,
         }
         if self.classes:
             wanted["classes"] = [*self.classes]
@@ -132,6 +133,11 @@ class Scoring:
         """The figures of Table A, in its order."""
         return [f"{self.frechet}-{short(num_samples)}", *self.others]
 
+    @property
+    def options(self) -> list[str]:
+        """The network as an option of the programs that score, of which FID's is the default."""
+        return [] if self.extractor == "inception" else ["--extractor", self.extractor]
+
 
 INCEPTION = Scoring("inception", "FID", ("IS", "Precision", "Recall"))
 
@@ -149,20 +155,18 @@ class ScoreSamples(Step):
     def call(self, found: FoundRuns = NO_RUNS) -> tuple[str, list[str]]:
         reference = str(self.draw.train.data.reference)
         words = [str(self.draw.folder(found)), "--reference", reference]
-        if self.scoring.extractor != "inception":
-            words += ["--extractor", self.scoring.extractor]
-        return "eval.score", words
+        return "eval.score", [*words, *self.scoring.options]
 
     def standing(self, found: FoundRuns) -> Standing:
         row, notes = self._rows(found)
-        return Standing("done" if row else "missing", "done" if row else "missing", tuple(notes))
+        return replace(DONE if row else MISSING, notes=tuple(notes))
 
     def row(self, found: FoundRuns) -> Row | None:
         """The newest row of these samples by this network."""
         return self._rows(found)[0]
 
     def _rows(self, found: FoundRuns) -> tuple[Row | None, list[str]]:
-        """That row, and what is said of rows that do not count."""
+        """That row, and what is said of rows that do not count, each once."""
         folder = self.draw.folder(found)
         frechet = self.scoring.names(self.draw.num_samples)[0]
         # Samples that were replaced since have another fingerprint.
@@ -170,19 +174,19 @@ class ScoreSamples(Step):
         with suppress(DataError, OSError):
             fingerprint = read_manifest(folder)["fingerprint"]
         chosen = None
-        notes: dict[str, None] = {}
+        notes = []
         for row in lines(folder / RESULTS):
             figures = row.get("figures", {})
             if row.get("fingerprint") != fingerprint or row.get("n") != self.draw.num_samples:
-                notes[f"{folder} was scored with {row.get('n')} samples, or with others"] = None
+                notes.append(f"{folder} was scored with {row.get('n')} samples, or with others")
             elif frechet in figures:
                 chosen = row
             else:
                 other = next(iter(figures), "nothing")
-                notes[f"{folder} was scored by another network: {other}, which is no {frechet}"] = (
-                    None
+                notes.append(
+                    f"{folder} was scored by another network: {other}, which is no {frechet}"
                 )
-        return chosen, [*notes]
+        return chosen, list(dict.fromkeys(notes))
 
 
 @dataclass(frozen=True)
@@ -198,12 +202,11 @@ class ScoreOverTraining(Step):
 
     @property
     def own_options(self) -> list[str]:
+        """Which checkpoints are scored, and how, as options of eval.curve."""
         words = ["--num-samples", str(self.num_samples), "--every", str(self.every)]
         words += ["--cfg-scale", str(self.train.data.cfg_scale)]
         words += ["--sampler", self.sampler, "--steps", str(self.steps)]
-        if self.scoring.extractor != "inception":
-            words += ["--extractor", self.scoring.extractor]
-        return words
+        return [*words, *self.scoring.options]
 
     def job(self, found: FoundRuns = NO_RUNS) -> str:
         where = environment(RUNS=self.train.place(found), REFERENCE=self.train.data.reference)
@@ -215,6 +218,7 @@ class ScoreOverTraining(Step):
 
     @property
     def figure(self) -> str:
+        """The name of the Frechet distance in the rows."""
         return self.scoring.names(self.num_samples)[0]
 
     @property
@@ -226,15 +230,18 @@ class ScoreOverTraining(Step):
         rows, notes = self._rows(found)
         missing = [step for step in self.wanted if step not in rows]
         if not missing:
-            return Standing("done", "done", tuple(notes))
-        text = f"{len(rows)} of {len(self.wanted)} checkpoints scored" if rows else "missing"
-        return Standing("stopped" if rows else "missing", text, tuple(notes))
+            return replace(DONE, notes=tuple(notes))
+        if not rows:
+            return replace(MISSING, notes=tuple(notes))
+        text = f"{len(rows)} of {len(self.wanted)} checkpoints scored"
+        return Standing("stopped", text, tuple(notes))
 
     def rows(self, found: FoundRuns) -> dict[int, Row]:
         """The rows of this protocol by step."""
         return self._rows(found)[0]
 
     def _rows(self, found: FoundRuns) -> tuple[dict[int, Row], list[str]]:
+        """Those rows, and what is said of rows of another protocol."""
         folder = self.train.place(found) / "curve"
         wanted = {
             "num_samples": self.num_samples,
@@ -249,6 +256,7 @@ class ScoreOverTraining(Step):
         others = 0
         for row in lines(folder / RESULTS):
             protocol = row.get("protocol", {})
+            # Rows of an average of another width are not of the EMA.
             same = wanted.items() <= protocol.items() and "ema_width" not in protocol
             if same and self.figure in row.get("figures", {}):
                 if row["step"] in self.wanted:

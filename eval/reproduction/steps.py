@@ -153,6 +153,7 @@ class Train(Step):
 
     @property
     def steps(self) -> int:
+        """How many steps it takes."""
         return self.run.config.train.steps
 
     def job(self, found: FoundRuns = NO_RUNS) -> str:
@@ -171,11 +172,15 @@ class Train(Step):
                 f"two runs for one cell: {several}; move all but one out of {found.root}",
                 tuple(notes),
             )
+        # Runs that only claim to be this one are a mistake, which a person has to look at.
+        if not right and notes:
+            return Standing("refused", notes[0], tuple(notes[1:]))
         if not right:
-            return Standing("refused" if notes else "missing", notes[0] if notes else "missing", ())
+            return MISSING
         run = right[0]
+        # A step that is not on the disk would be lost with the process.
         if run.saved_step >= self.steps:
-            return Standing("done", "done", tuple(notes))
+            return replace(DONE, notes=tuple(notes))
         state: State = "running" if run.alive else "stopped"
         return Standing(state, f"{state} at step {run.step:,} of {self.steps:,}", tuple(notes))
 

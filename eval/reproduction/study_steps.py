@@ -6,15 +6,12 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from eval.difficulty import Difficulty, read_json
+from eval.difficulty import Difficulty
 from eval.difficulty_study.findings import Findings
 from eval.difficulty_study.study import STUDIES, Study
-from eval.reproduction.found_runs import FoundRuns, setting_differences
+from eval.reproduction.found_runs import FoundRuns, other_settings, read_run
 from eval.reproduction.steps import DONE, MISSING, NO_RUNS, DataSet, Standing, Step, environment
-from largescale.checkpoint.files import checkpoints
 from largescale.config.command_line import parse_options
-from largescale.config.deepspeed import load_ds_config, precision
-from largescale.config.serialise import from_dict, to_dict
 from largescale.errors import usable
 
 # The stages of a difficulty study that measure something.
@@ -37,6 +34,7 @@ class StudyStage(Step):
 
     @property
     def own_options(self) -> list[str]:
+        """The options of the study, and behind -- those of its training."""
         reference = ["--reference", str(self.data.reference)] if self.stage == "denoise" else []
         return [*self.options, *reference, *(["--", *self.extra] if self.extra else [])]
 
@@ -62,21 +60,17 @@ class StudyStage(Step):
         measured = self.findings()
         if self.stage not in measured.missing:
             return DONE
-        intervals = measured.missing[self.stage]
-        count = len(measured.intervals) + (self.stage == "denoise")
-        if self.stage == "entropy" or len(intervals) == count:
+        # The full model, interval 0, is sampled with as well.
+        intervals = [0, *measured.intervals] if self.stage == "denoise" else measured.intervals
+        done = len(intervals) - len(measured.missing[self.stage])
+        # The relative entropy is one measurement over all intervals.
+        if self.stage == "entropy" or not done:
             return MISSING
-        return Standing("stopped", f"{count - len(intervals)} of {count} intervals")
+        return Standing("stopped", f"{done} of {len(intervals)} intervals")
 
     def findings(self) -> Findings:
         """What the study has measured so far."""
-        study = self.plan
-        o = study.options
-        folders = dict(enumerate([run.folder for run in study.runs]))
-        entropy = read_json(study.entropy_file)
-        return Findings(
-            self.study, study.edges, folders, o.steps, o.patience, study.scored(), entropy
-        )
+        return self.plan.findings()
 
     @property
     def plan(self) -> Difficulty:
@@ -86,14 +80,9 @@ class StudyStage(Step):
     def _other_settings(self) -> str | None:
         """How the runs that are there differ from those of the row; None where none does."""
         for run in self.plan.runs:
-            saved = checkpoints(run.folder)
-            if not saved:
-                continue
-            with usable(saved[0].path):
-                state = saved[0].manifest()["state"]
-                found = to_dict(from_dict(state["config"])) | {"precision": state["precision"]}
-            ds = load_ds_config(run.config.train.ds_config)
-            wrong = setting_differences(found, to_dict(run.config) | {"precision": precision(ds)})
+            with usable(run.folder):
+                found = read_run(run.folder)
+            wrong = other_settings(found, run) if found else []
             if wrong:
                 return f"{run.folder} has other settings than the row: {'; '.join(wrong)}"
         return None
@@ -101,6 +90,7 @@ class StudyStage(Step):
 
 @cache
 def _difficulty(stage: StudyStage) -> Difficulty:
+    """The study that a stage is of."""
     # Read as the program itself reads them, but for the report only, which needs no data.
     reference = ["--reference", str(stage.data.reference)]
     words = ["--out", str(stage.out), "--data", str(stage.data.path), *stage.options, *reference]
