@@ -199,6 +199,7 @@ def _require_folder(options: Export) -> None:
 def _write_pipeline(options: Export) -> tuple[dict[str, Any], int, PipelineFacts, list[str]]:
     """Write a diffusers folder; returns what a card needs of it, and notes."""
     trained = load_trained(options.run, options.step, options.weights, options.ema_width)
+    # Before the VAE is loaded, and anything is written.
     check_exportable(trained.config)
     vae, note = open_vae(options.vae, trained)
     description = {"config": to_dict(trained.config), **trained.info}

@@ -74,6 +74,7 @@ def _lines(settings: Any, prefix: str, usual: dict[str, Any]) -> Iterator[str]:
             continue
         for line in textwrap.wrap(texts.get(field.name, ""), 96 - len(indent)):
             yield f"{indent}# {line}"
+        # YAML has no tuples.
         plain = list(value) if isinstance(value, tuple) else value
         differs = "" if usual.get(key) == plain else f"  # the preset has {_text(usual.get(key))}"
         yield f"{indent}{field.name}: {_text(plain)}{differs}"
@@ -99,8 +100,10 @@ def read_options(path: Path) -> tuple[str | None, list[str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
+        # The parser's message has several lines, an error of ours one.
         reason = " ".join(str(error).split())
         raise ConfigError(f"--config {path} is neither YAML nor JSON: {reason}") from error
+    # An empty file sets nothing, which is no mistake.
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):

@@ -308,6 +308,7 @@ def _where(facts: CardFacts) -> str:
 
 def _use_in_diffusers(facts: CardFacts, config: Config) -> str:
     own = facts.pipeline.reasons if facts.pipeline else ()
+    # Where it is not known whether the folder carries code, the call has to work if it does.
     trust = ", trust_remote_code=True" if own or facts.pipeline is None else ""
     model = config.model
     asked = "class_labels=[1, 2]" if model.num_classes else "num_images=2"
@@ -340,6 +341,7 @@ def _use_here(facts: CardFacts, config: Config) -> str:
     fetch = f"    hf download {_where(facts)} --local-dir {where}\n" if facts.repository else ""
     convert = ""
     if facts.diffusers:
+        # eval.sample and largescale.load read our own layout only.
         convert = f"    python -m largescale.convert {where} --out EXPORT\n"
         where = "EXPORT"
     guided = config.model.class_dropout_prob and (
@@ -431,6 +433,7 @@ def _curriculum(facts: CardFacts, config: Config) -> str:
     rows = [(f"{step:,}", index, stage(index, n)) for step, index in state.get("transitions", [])]
     if not rows:
         return f"{text}\nNo transition up to this step.\n"
+    # A run with hundreds of stages would bury the rest of the card.
     if len(rows) > MOST_ROWS:
         half = MOST_ROWS // 2
         rows = [*rows[:half], ("...", "...", "..."), *rows[-half:]]
