@@ -30,6 +30,7 @@ from largescale.config.validation import ema_note
 from largescale.encoders.identity import library
 from largescale.errors import ConfigError
 from largescale.host.files import require_writable
+from largescale.interop.card_text import GRID, CardFacts
 from largescale.interop.diffusers_pipeline import (
     PipelineFacts,
     PipelineParts,
@@ -43,8 +44,6 @@ from largescale.interop.diffusers_pipeline import (
 from largescale.interop.hub_upload import EXTRA, check_push, push
 from largescale.interop.model_card import (
     CARD,
-    GRID,
-    CardFacts,
     find_grid,
     only_card,
     read_scores,
