@@ -119,9 +119,9 @@ def test_checkpoints_that_are_gone(run_here: RunHere, tmp_path: Path) -> None:
 
 def test_a_finished_run_that_could_not_be_saved_is_not_finished(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
     """It tries again until it is asked to stop, and then comes back."""
-    from largescale.checkpoint import checkpointer as checkpoint
+    from largescale.checkpoint import writer
 
-    write = checkpoint._write
+    write = writer._write
 
     def full(state: Any, path: Path) -> Any:
         if "step_00000006" in str(path):
@@ -130,7 +130,7 @@ def test_a_finished_run_that_could_not_be_saved_is_not_finished(run_here: RunHer
         return write(state, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write", full)
+        patch.setattr(writer, "_write", full)
         outcome = run_here("--train.steps", 6, "--checkpoint.every", 4)
     assert outcome.code == 75 and "all after step 4 will be trained again" in outcome.err
     assert read_starts(outcome.run)[-1].ended == "stopped"

@@ -163,7 +163,7 @@ def test_a_run_directory_that_is_renamed(old_name: str, run_here: RunHere, monke
 
 def test_the_old_name_does_not_come_back(tmp_path: Path) -> None:
     """Renamed between two calls of a save: that save fails, and is tried again where the run lies then."""
-    from largescale.checkpoint.checkpointer import Writer
+    from largescale.checkpoint.writer import Writer
 
     writer = Writer()
     writer.makedirs(str(tmp_path / "run/checkpoints"), exist_ok=True)
@@ -197,12 +197,12 @@ def test_data_that_can_be_read_at_the_third_try(run_here: RunHere, monkeypatch: 
 
 def test_a_disk_that_is_full_at_the_start(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint of step 0 proves that the run can be saved."""
-    from largescale.checkpoint import checkpointer as checkpoint
+    from largescale.checkpoint import writer
 
     def full(state: Any, path: Path) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(writer, "_write", full)
     outcome = run_here()
     assert_refused(outcome, "checkpoint of step 0 was not written", "No space left on device", "free space")
     assert read_metrics(outcome.run) == []
@@ -221,16 +221,16 @@ def test_a_limit_on_the_size_of_files(run_here: RunHere) -> None:
 
 def test_a_failed_write_is_said_and_tried_again(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that is full for a while: training goes on, the last good checkpoint stays, the next one is written."""
-    from largescale.checkpoint import checkpointer as checkpoint
+    from largescale.checkpoint import writer
 
-    write = checkpoint._write
+    write = writer._write
 
     def full(state: Any, path: Path) -> Any:
         if "step_00000004" in str(path):
             raise OSError(28, "No space left on device")
         return write(state, path)
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(writer, "_write", full)
     outcome = run_here("--train.steps", 8, "--checkpoint.every", 2)
     assert outcome.code == 0
     assert "checkpoint of step 4 was not written: rank 0: OSError: [Errno 28] No space left on device" in outcome.err
