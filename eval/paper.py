@@ -87,6 +87,7 @@ class Paper:
             raise ConfigError("--cifar10 is of --scale toy; the paper's rows read data/cifar10")
         if self.root and self.action != "run" and not self.root.is_dir():
             raise ConfigError(f"--root {self.root} is no folder; give the one that holds the runs")
+        # Under torchrun or srun every rank would do every step.
         if env_world_size() > 1:
             raise ConfigError(
                 f"this is one process, not {env_world_size()}; start it without torchrun or srun"

@@ -148,6 +148,7 @@ def read_run(folder: Path) -> FoundRun | None:
     with settings."""
     starts = read_starts(folder)
     last = starts[-1] if starts else None
+    # A start that was killed has no end on record; what gives it away is its silence.
     alive = last is not None and last.ended is None and time.time() - last.seen_unix_s < SILENT_S
     saved = checkpoints(folder)
     if saved:

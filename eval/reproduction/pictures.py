@@ -85,6 +85,7 @@ def _write_study(row: Row, found: FoundRuns, out: Path) -> Written:
     for cell in done:
         step = cell.steps[-1]
         assert isinstance(step, StudyStage)
+        # Section B has a picture of each of its models.
         several = (cell.name,) if len(row.cells) > 1 else ()
         path = out / _file(row, *several)
         write_atomically(path, draw(step.findings())[OF_STUDY[row.name]])
@@ -151,6 +152,7 @@ def _write_classes(row: Row, step: Draw, found: FoundRuns, out: Path) -> list[Pa
         scale = max(1, SIDE // images.shape[2])
         path = out / _file(row, f"class {label}")
         sheet = Image.fromarray(grid(images, min(8, len(images)), scale))
+        # Under another name until it is complete.
         temporary = path.with_suffix(".tmp")
         sheet.save(temporary, "PNG")
         temporary.replace(path)

@@ -143,6 +143,7 @@ class Rows:
         with, the same noise whatever the method."""
         chosen = self.size.models[model]
         train = chosen.train(self.root, kind)
+        # Scores at scale 1 mean that the model has nothing to guide with.
         guided = chosen.data.cfg_scale != 1
         classes = self.size.classes if guided and not chosen.data.captions else ()
         draw = Draw(

@@ -76,6 +76,7 @@ class Draw(Step):
 
     def standing(self, found: FoundRuns) -> Standing:
         folder = self.folder(found)
+        # Provenance is written last: with it the set is complete.
         if not (folder / PROVENANCE).exists():
             begun = (folder / JOB).exists()
             return Standing("stopped", f"{folder} is partly drawn") if begun else MISSING
@@ -92,13 +93,15 @@ class Draw(Step):
                 there = dict(flatten(facts))
         except (LargescaleError, OSError) as error:
             return str(error)
-        # Every choice that eval.sample leaves open, also where the paper takes its default.
+        # What eval.sample may have been asked otherwise; None is what it was not asked for.
         run = self.train.chosen(found)
         wanted: Row = {
             "run": self.train.name,
             "step": self.train.steps,
             "num_samples": self.num_samples,
             "weights": "ema",
+            # Of a power-function average; the paper's EMA has none.
+            "ema.width": None,
             "sampling.sampler": self.sampler,
             "sampling.steps": self.steps,
             "sampling.cfg_scale": self.cfg_scale,
@@ -106,10 +109,12 @@ class Draw(Step):
             "sampling.eta": 0.0,
             "sampling.guidance_interval": [0.0, 1.0],
             "sampling.cfg_channels": None,
+            "labels_seed": None,
+            "classes": [*self.classes] or None,
+            "prompts": None,
+            "prompts_file.sha256": None,
             "dataset": run.dataset if run else None,
         }
-        if self.classes:
-            wanted["classes"] = [*self.classes]
         wrong = []
         for key, value in wanted.items():
             if there.get(key) != value:

@@ -129,6 +129,7 @@ class Train(Step):
     @property
     def own_options(self) -> list[str]:
         """The options of the training program but for the folders."""
+        # By its name a run says which row it is of; the preset's own goes without saying.
         named = [] if PRESETS[self.preset]().name == self.name else ["--name", self.name]
         return [*named, *self.options, *read_method(self.method).arguments]
 

@@ -79,6 +79,7 @@ class StudyStage(Step):
 
     def _other_settings(self) -> str | None:
         """How the runs that are there differ from those of the row; None where none does."""
+        # The models are compared with one another, so each of them has to be the row's.
         for run in self.plan.runs:
             with usable(run.folder):
                 found = read_run(run.folder)

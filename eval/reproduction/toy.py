@@ -83,6 +83,7 @@ def toy(root: Path, cifar10: Path | None = None) -> Scale:
     data = _data(root, with_cifar10=cifar10 is not None)
     models = {}
     for name, stand_in in STAND_INS.items():
+        # Without its data set a model is left out, and its cells with it.
         if stand_in.data in data:
             models[name] = _model(MODELS[name], stand_in, data[stand_in.data])
     studies = {}
