@@ -166,6 +166,7 @@ class Difficulty(Plan):
     def sample_options(self, folder: Path) -> Sample:
         """How all samples are drawn; they replace those of other settings."""
         o = self.options
+        # Drawn from the full model; a SplicedSampler puts model i in its place in the interval.
         return Sample(
             self.full,
             folder,

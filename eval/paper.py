@@ -167,6 +167,7 @@ def run(options: Paper) -> None:
 def do(step: Step, found: FoundRuns) -> None:
     """Do one step: a training in a process of its own, everything else in this one. Raises
     StepFailed, TrainingFailed, Stopped."""
+    # A process can train once: DeepSpeed takes no second process group.
     if isinstance(step, Train):
         step.run_in(step.place(found)).train(1)
         return

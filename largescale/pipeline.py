@@ -295,6 +295,7 @@ def load(
     `Pipeline`. Raises CheckpointError where there is no model.
     """
     path = Path(source).expanduser()
+    # Only a run has averages of other widths; of anything else load_trained says so.
     if is_run(path) or is_export(path) or ema_width is not None:
         return Pipeline(load_trained(path, step, ema_width=ema_width), **options)
     converted = read_source(str(source), Choices(), step)

@@ -329,6 +329,7 @@ class Plan:
     def check_own_reference(self) -> None:
         """Raises for a data set that cannot be the reference of the Frechet distance."""
         data = self.data
+        # Samples are decoded, so their reference has to be images.
         if data.info.kind != "pixels":
             raise ConfigError(
                 f"{data.path} holds {data.info.kind}: for the stage denoise give --reference, "

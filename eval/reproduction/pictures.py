@@ -131,6 +131,7 @@ def _other_draws(folders: dict[str, Path]) -> str | None:
     for name, folder in folders.items():
         with usable(folder / PROVENANCE):
             facts = dict(flatten(from_json((folder / PROVENANCE).read_text())))
+        # Named even where they are absent: what one set lacks, another may have.
         drawn = dict.fromkeys(("device", "labels", "classes", "captions", "dataset"))
         for key, value in facts.items():
             if key in drawn or key.startswith("sampling."):

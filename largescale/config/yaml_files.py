@@ -28,6 +28,7 @@ def explanations(cls: type) -> dict[str, str]:
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):
             continue
+        # A text below a field is in the source only: Python does not keep it.
         (tree,) = ast.parse(inspect.cleandoc("\n" + inspect.getsource(base))).body
         assert isinstance(tree, ast.ClassDef)
         for node, after in zip(tree.body, tree.body[1:], strict=False):

@@ -80,6 +80,7 @@ def front_matter(facts: CardFacts, config: Config) -> str:
     conditional = "class-conditional" if config.model.num_classes else "unconditional"
     if config.model.max_caption_tokens:
         conditional = "text-to-image"
+    # The hub has no task for images of classes.
     task = "text-to-image" if config.model.max_caption_tokens else "unconditional-image-generation"
     tags = ["largescale", "diffusion", config.model.architecture, config.diffusion.objective]
     values: dict[str, Any] = {

@@ -226,6 +226,7 @@ def _data(read: Source, name: str, facts: Facts) -> tuple[DatasetInfo, dict[str,
         return info, {}
     vae = load_vae(spec, torch.device("cpu"))
     _require_fitting(vae, spec, shape)
+    # A folder is noted by its full path, as the export is used from elsewhere too.
     place = Path(spec).expanduser()
     norm = vae.normalization
     found = replace(
