@@ -294,6 +294,7 @@ def run_results(f: Findings, run: Run) -> dict[str, Any]:
     return {
         "method": run.method,
         "seed": run.seed,
+        # By its name: the path of the interpreter is that of this machine.
         "command": shlex.join(["python", *run.command(f.nproc)[1:]]),
         "transitions": transitions(run),
         "loss": f.loss[run.folder],
@@ -320,6 +321,7 @@ def plot_panels(runs: OfRuns, names: Sequence[str], path: Path, relative: bool =
         layout="constrained",
         figsize=(4.2 * columns + 1, 3.2 * rows),
     )
+    # The last line of panels may have room to spare.
     for unused in axes.flat[len(names) :]:
         unused.set_axis_off()
     for name, axis in zip(names, axes.flat, strict=False):

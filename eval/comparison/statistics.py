@@ -249,6 +249,7 @@ def steps_to_match_first(
     """By seed, the first step as good as the first method ever was; None where it never is."""
     reached: list[int | None] = []
     for seed, rows in of_first.items():
+        # Rows with this figure only, as the first figure of a row is what is compared.
         pair = steps_to_match_best_of(of_figure(of_seed[seed], name), of_figure(rows, name))
         reached.append(pair and pair[0])
     return tuple(reached)

@@ -24,6 +24,7 @@ def losses(found: Findings) -> list[str]:
         rows.append((f"C_{i}", f"{curve.smoothed.max():.4g}", f"{c.final:.4g}"))
     names = list(map("C_{}".format, found.curves))
     title = "loss, smoothed, scaled to its own range"
+    # Colours show the order of the intervals; the numbers are in the table.
     shown = [
         figure(
             title,
@@ -37,6 +38,7 @@ def losses(found: Findings) -> list[str]:
     oscillates: dict[int, float] = {}
     falls: dict[int, float] = {}
     rises: dict[int, float] = {}
+    # An interval that never oscillates has no step to draw: the note names it.
     still = []
     for i, c in found.convergence.items():
         falls[i] = float(c.falls_until)
@@ -71,6 +73,7 @@ def denoising(found: Findings) -> list[str]:
         if i and not row["evaluations_inside"]:
             outside.append(f"C_{i}")
     lines = [Line("M_i inside its interval", by_interval(values, errors))] if values else []
+    # The full model has no interval: its level is drawn from the first to the last.
     full = found.scored.get(0)
     if full and full["value"] is not None:
         ends = (1, last)
@@ -127,6 +130,7 @@ def entropy(found: Findings) -> list[str]:
 
 def by_interval(values: Mapping[int, float], errors: Mapping[int, float] | None = None) -> Curve:
     """A number of each interval, with its error."""
+    # Rows stand in the order in which they were scored.
     intervals = sorted(values)
     middle = np.array([values[i] for i in intervals], float)
     error = np.array([errors[i] if errors else 0.0 for i in intervals], float)

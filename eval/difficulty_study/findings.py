@@ -93,6 +93,7 @@ class Findings:
         """A row for each interval, as plain JSON; None stands for what is missing."""
         found = []
         for i in self.intervals:
+            # What is missing is null, not left out: every row has the same keys.
             denoising = None
             if i in self.scored:
                 denoising = {key: self.scored[i][key] for key in DENOISING}

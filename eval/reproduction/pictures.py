@@ -14,7 +14,8 @@ from eval.difficulty_study.pictures import draw
 from eval.drawing.sample_set import GRID, PROVENANCE, pictures
 from eval.reproduction.found_runs import FoundRuns
 from eval.reproduction.rows import Cell, Row, Scale
-from eval.reproduction.steps import Draw, ScoreOverTraining, StudyStage
+from eval.reproduction.sample_steps import Draw, ScoreOverTraining
+from eval.reproduction.study_steps import StudyStage
 from largescale.config.serialise import flatten
 from largescale.data.images import grid
 from largescale.data.shards import ShardDataset
@@ -32,9 +33,12 @@ OF_STUDY = {
 }
 
 
-def write_pictures(scale: Scale, found: FoundRuns, out: Path) -> tuple[list[Path], list[str]]:
-    """Write every picture for which something is there; returns the files, and what is missing or
-    could not be drawn."""
+# The files that were written, and what is missing or could not be drawn.
+Written = tuple[list[Path], list[str]]
+
+
+def write_pictures(scale: Scale, found: FoundRuns, out: Path) -> Written:
+    """Write every picture for which something is there."""
     out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     missing: list[str] = []
@@ -53,9 +57,6 @@ def _file(row: Row, *more: str) -> str:
     words = " ".join([row.name, *more]).lower()
     # Names have slashes and commas, which files must not.
     return "_".join(re.findall("[a-z0-9]+", words)) + ".png"
-
-
-Written = tuple[list[Path], list[str]]
 
 
 def _done(row: Row, found: FoundRuns) -> tuple[list[Cell], list[str]]:
@@ -84,6 +85,7 @@ def _write_study(row: Row, found: FoundRuns, out: Path) -> Written:
     for cell in done:
         step = cell.steps[-1]
         assert isinstance(step, StudyStage)
+        # Section B has a picture of each of its models.
         several = (cell.name,) if len(row.cells) > 1 else ()
         path = out / _file(row, *several)
         write_atomically(path, draw(step.findings())[OF_STUDY[row.name]])
@@ -97,23 +99,30 @@ def _write_study(row: Row, found: FoundRuns, out: Path) -> Written:
 def _write_samples(row: Row, found: FoundRuns, out: Path) -> Written:
     """Figures C to E, a picture of each method side by side; figures G to K, one of each class."""
     done, missing = _done(row, found)
-    sets: dict[str, tuple[Draw, Path]] = {}
-    for cell in done:
-        step = cell.steps[-1]
-        assert isinstance(step, Draw)
-        sets[cell.name] = step, step.folder(found)
-    if not sets:
+    if not done:
         return [], missing
+    # One method, so there is nothing to set side by side.
     if row.name == "Figures G to K":
-        [(step, folder)] = sets.values()
-        return _write_classes(row, step, folder, out), missing
+        return _write_classes(row, _draw_of(done[0]), found, out), missing
 
+    folders = {}
+    grids = {}
+    for cell in done:
+        folders[cell.name] = _draw_of(cell).folder(found)
+        grids[cell.name] = folders[cell.name] / GRID
     # Pictures on other noise or of other classes would show more than the method.
-    if differs := _other_draws({name: folder for name, (_, folder) in sets.items()}):
+    if differs := _other_draws(folders):
         return [], [*missing, f"{row.name}: {differs}"]
     path = out / _file(row)
-    plot_side_by_side({name: folder / GRID for name, (_, folder) in sets.items()}, path)
+    plot_side_by_side(grids, path)
     return [path], missing
+
+
+def _draw_of(cell: Cell) -> Draw:
+    """The step that draws the samples of a cell of pictures."""
+    step = cell.steps[-1]
+    assert isinstance(step, Draw)
+    return step
 
 
 def _other_draws(folders: dict[str, Path]) -> str | None:
@@ -122,6 +131,7 @@ def _other_draws(folders: dict[str, Path]) -> str | None:
     for name, folder in folders.items():
         with usable(folder / PROVENANCE):
             facts = dict(flatten(from_json((folder / PROVENANCE).read_text())))
+        # Named even where they are absent: what one set lacks, another may have.
         drawn = dict.fromkeys(("device", "labels", "classes", "captions", "dataset"))
         for key, value in facts.items():
             if key in drawn or key.startswith("sampling."):
@@ -133,9 +143,9 @@ def _other_draws(folders: dict[str, Path]) -> str | None:
     return None
 
 
-def _write_classes(row: Row, step: Draw, folder: Path, out: Path) -> list[Path]:
+def _write_classes(row: Row, step: Draw, found: FoundRuns, out: Path) -> list[Path]:
     """A sheet of each class: sample i is of the class i modulo their number, none is left out."""
-    data = ShardDataset(folder)
+    data = ShardDataset(step.folder(found))
     written = []
     for i, label in enumerate(step.classes):
         chosen = np.arange(i, len(data), len(step.classes))
@@ -143,6 +153,7 @@ def _write_classes(row: Row, step: Draw, folder: Path, out: Path) -> list[Path]:
         scale = max(1, SIDE // images.shape[2])
         path = out / _file(row, f"class {label}")
         sheet = Image.fromarray(grid(images, min(8, len(images)), scale))
+        # Under another name until it is complete.
         temporary = path.with_suffix(".tmp")
         sheet.save(temporary, "PNG")
         temporary.replace(path)
@@ -182,8 +193,8 @@ def _write_curves(row: Row, found: FoundRuns, out: Path) -> Written:
         1, len(panels), squeeze=False, layout="constrained", figsize=(5 * len(panels), 4)
     )
     for (model, methods), axis in zip(panels.items(), axes.flat, strict=True):
-        for method, rows_of in methods.items():
-            plot_run(axis, Path(method), rows_of, figure)
+        for method, curve in methods.items():
+            plot_run(axis, Path(method), curve, figure)
         axis.set(title=model, xlabel="step", ylabel=figure)
         axis.legend(fontsize="small")
     path = out / _file(row)

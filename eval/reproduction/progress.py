@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from eval.reproduction.found_runs import FoundRuns
 from eval.reproduction.rows import Cell, Row, Scale
-from eval.reproduction.steps import DONE, ScoreSamples, Standing, Step, Train, python
+from eval.reproduction.sample_steps import ScoreSamples
+from eval.reproduction.steps import DONE, Standing, Step, Train, python
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ def notes_on(scale: Scale, found: FoundRuns, cells: list[CellStanding]) -> list[
         names.add((train.name, train.kind))
     # A run of another size or another project is worth a word: it may be a mistake.
     for run in found.runs:
-        if (run.config.name, run.method) not in names:
-            notes[f"{run.folder} is of no row at this size: {run.config.name}, {run.method}"] = None
+        if (run.config.name, run.kind) not in names:
+            notes[f"{run.folder} is of no row at this size: {run.config.name}, {run.kind}"] = None
     for folder, why in found.unreadable.items():
         notes[f"{folder} cannot be read: {why}"] = None
     return list(notes)
