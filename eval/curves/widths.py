@@ -13,7 +13,7 @@ from eval.curves.scores import Curves, config_of
 from eval.held_out_loss import HeldOutLoss
 from eval.score import Scorer
 from largescale.checkpoint.ema_snapshots import snapshots
-from largescale.checkpoint.weights import load_trained
+from largescale.checkpoint.weights import Trained
 from largescale.config.derived import cluster_edges
 from largescale.data.compatibility import open_validation
 from largescale.data.fixed_noise_set import over_all
@@ -49,12 +49,11 @@ class ScoresOfWidth(Curves):
             protocol["validation"] = str(self.options.validation)
         return protocol
 
-    def more_figures(self, run: Path, step: int) -> Row:
+    def more_figures(self, run: Path, trained: Trained) -> Row:
         if run not in self._losses:
             return {}
         loss = self._losses[run]
-        # Not the sampler's, which may be in half precision.
-        trained = load_trained(run, step, ema_width=self.width)
+        # In fp32, whatever the samples were drawn in.
         clusters = loss(trained.model.to(loss.device), trained.objective)
         # All widths have the same images and noise, so there is no error between them.
         return {HELD_OUT_LOSS: {"value": over_all(clusters, loss.edges), "error": 0.0}}
@@ -105,15 +104,20 @@ def held_out_losses(options: Curve) -> dict[Path, HeldOutLoss]:
     found: dict[Path, HeldOutLoss] = {}
     if not options.validation or env_rank() != 0:
         return found
+    # Runs are mostly of the same data, whose ids need to be compared only once.
+    opened: dict[tuple[str, str], ShardDataset] = {}
     for run in options.runs:
         config = config_of(run)
-        data = replace(config.data, validation=str(options.validation))
-        training = ShardDataset(config.data.path)
-        training.normalize(config.data.normalize)
-        held_out = open_validation(replace(config, data=data), training)
-        assert held_out is not None
+        key = (config.data.path, config.data.normalize)
+        if key not in opened:
+            data = replace(config.data, validation=str(options.validation))
+            training = ShardDataset(config.data.path)
+            training.normalize(config.data.normalize)
+            held_out = open_validation(replace(config, data=data), training)
+            assert held_out is not None
+            opened[key] = held_out
         found[run] = HeldOutLoss(
-            held_out,
+            opened[key],
             config,
             cluster_edges(config),
             config.telemetry.validation_images,

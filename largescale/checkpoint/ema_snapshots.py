@@ -21,7 +21,7 @@ from largescale.host.files import safetensors_disk_errors
 from largescale.power_ema import WIDEST, Profile, Reconstruction, reconstruct, state_key
 
 FOLDER = "ema_snapshots"
-_NAME = re.compile(r"step_(\d+)_width_(0\.\d+)\.safetensors")
+_NAME = re.compile(r"step_(\d+)_width_(\d+(?:\.\d+)?(?:e-\d+)?)\.safetensors")
 # Snapshots whose share of the sum is smaller are not read.
 _NEGLIGIBLE = 1e-6
 
@@ -111,8 +111,8 @@ def average(run_dir: Path, width: float, step: int | None = None) -> Average:
     solution = reconstruct(used, wanted)
     # Of the widths that were kept a checkpoint has the average in full precision.
     checkpoint = CheckpointDir.at(run_dir, step)
-    if wanted in used and checkpoint.exists:
-        weights = named_weights(find_checkpoint(run_dir, step), state_key(width))
+    if wanted in used and checkpoint.exists and not checkpoint.problem():
+        weights = named_weights(checkpoint, state_key(width))
         return Average(wanted, weights, solution, len(used))
 
     weights = fixed_weights(find_checkpoint(run_dir))

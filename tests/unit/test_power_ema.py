@@ -237,7 +237,15 @@ def test_what_cannot_be_averaged(run_here: RunHere, tmp_path: Path) -> None:
     ema_snapshots.path_of(run.run, Profile(5, 0.05)).write_bytes(b"cut off")
     with pytest.raises(CheckpointError, match="step_00000005_width_0.05.safetensors cannot be read"):
         average(run.run, 0.2)
-    for options, message in ((("0.3",), "ema_widths"), (("0",), "ema_widths"), (("0.1", "0.1"), "must be different widths")):
+    damaged = CheckpointDir.at(run.run, 10)
+    expected = average(run.run, 0.05, step=10)
+    (damaged.path / "zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()  # the snapshot is there all the same
+    for name, weights in average(run.run, 0.05).weights.items():
+        torch.testing.assert_close(weights, expected.weights[name], rtol=1e-3, atol=1e-5)
+    ema_snapshots.path_of(run.run, Profile(11, 1e-5)).touch()
+    assert snapshots(run.run)[-1] == Profile(11, 1e-5)
+    for options, message in ((("0.3",), "ema_widths"), (("0",), "ema_widths"), (("0.1", "0.1"), "must be different widths"),
+                             (("0.1", "0.10000001"), "must be different widths")):
         wrong = run_here("--optimizer.ema-widths", *options, output=tmp_path / "wrong")
         assert wrong.code == 2 and message in wrong.err, wrong.err
     other = run_here("--train.steps", 12, "--optimizer.ema-widths", 0.05)
