@@ -293,6 +293,8 @@ def test_an_axis_of_changes_in_percent() -> None:
     assert {"0", "3", "-3", "30", "300"} <= shown.keys() and "0.1" not in shown
     at = sorted(shown.values())
     assert min(b - a for a, b in itertools.pairwise(at)) > 17 and "percent: a from 500 at step 1" in made
+    small = Curve(*(np.array(x, float) for x in ([1, 2], [-0.02, 0], [-0.02, 0], [-0.02, 0])), 0)
+    assert ">-0.01<" in line_chart("loss", [Line("a", small)], 3, percent=True)
     only = Curve(*(np.array(x, float) for x in ([0.02, 0.2], [1, 1], [1, 1], [1, 1])), 0)
     assert "from 1 at width 0.02 to 1 at width 0.2" in line_chart("FID", [Line("b", only)], 0.2, over="width")
 

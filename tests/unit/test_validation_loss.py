@@ -129,5 +129,6 @@ def test_sets_that_do_not_fit(held_out: Path, blobs: Path, captioned: Path, run_
             assert run.code == 2 and message in run.err and "Traceback" not in run.err, run.err
     wrong = run_here("--checkpoint.keep-best", "ema", output=tmp_path / "run")
     assert wrong.code == 2 and "checkpoint.keep_best=ema must be none without data.validation" in wrong.err
-    dry = run_here("--data.validation", held_out, "--dry-run", output=tmp_path / "run")
+    dry = run_here("--data.validation", held_out, "--checkpoint.keep-best", "ema", "--dry-run", output=tmp_path / "run")
+    assert "for the 5 that are kept: the last 3, 0 for ever, 1 of a stop, the best" in dry.err
     assert dry.code == 0 and f"validation: {held_out}, 90 images; every 5,000 steps 1,664 forward passes" in dry.err

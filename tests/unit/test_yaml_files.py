@@ -99,6 +99,7 @@ def test_what_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     assert "many" in capsys.readouterr().err
     for words, message in ((("debug", "--config"), "needs a file"), (("debug", "--config", "--dry-run"), "needs a file"),
                            (("debug", "--config", tmp_path / "none.yaml"), "cannot be read"), (("--config", tmp_path / "x.yaml"), "names no preset"),
+                           (("--print-config",), "no preset is given before --print-config"),
                            (("debug", "--config", tmp_path), "cannot be read")):
         with pytest.raises(ConfigError, match=message):
             parsed(*words)
