@@ -12,14 +12,13 @@ from eval.curves.rows import HELD_OUT_LOSS, Row, best_row, curve_of, figure_text
 from eval.curves.scores import Curves, config_of
 from eval.held_out_loss import HeldOutLoss
 from eval.score import Scorer
-from largescale.checkpoint.ema_snapshots import snapshots
+from largescale.checkpoint.ema_snapshots import newest_step
 from largescale.checkpoint.weights import Trained
 from largescale.config.derived import cluster_edges
 from largescale.data.compatibility import open_validation
 from largescale.data.fixed_noise_set import over_all
 from largescale.data.shards import ShardDataset
 from largescale.distributed.ranks import local_device
-from largescale.errors import CheckpointError
 from largescale.host.files import write_atomically
 from largescale.host.launch import env_rank
 
@@ -59,11 +58,11 @@ class ScoresOfWidth(Curves):
         return {HELD_OUT_LOSS: {"value": over_all(clusters, loss.edges), "error": 0.0}}
 
     def missing(self, run: Path) -> list[int]:
-        return [] if self.newest(run) else [newest_snapshot(run)]
+        return [] if self.newest(run) else [newest_step(run)]
 
     def newest(self, run: Path) -> list[Row]:
         """The row of the newest snapshot, if it has been scored."""
-        newest = newest_snapshot(run)
+        newest = newest_step(run)
         return [row for row in self.rows(run) if row["step"] == newest]
 
 
@@ -143,17 +142,6 @@ def shown_figures(rows: list[Row]) -> list[str]:
     """The Frechet distance, and the held-out loss where it was measured."""
     names = [main_figure(rows)]
     return [*names, HELD_OUT_LOSS] if HELD_OUT_LOSS in rows[0]["figures"] else names
-
-
-def newest_snapshot(run: Path) -> int:
-    """The step of a run's newest snapshot of averages. Raises CheckpointError where there is
-    none."""
-    kept = snapshots(run)
-    if not kept:
-        raise CheckpointError(
-            f"{run} has no snapshots of averages; train with --optimizer.ema-widths 0.05 0.1"
-        )
-    return kept[-1].step
 
 
 def plot_widths(of_runs: dict[Path, list[Row]], path: Path) -> None:

@@ -5,6 +5,7 @@ RUN/ema_snapshots/step_00001000_width_0.05.safetensors    weights by name, in ha
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,23 @@ def snapshots(run_dir: Path) -> list[Profile]:
     return sorted(found)
 
 
+def newest_step(run_dir: Path) -> int:
+    """The newest step with a snapshot of every width that was kept; of one that a full disk, or a
+    kill, has left with some of them little could be made. Raises CheckpointError where there is no
+    snapshot."""
+    kept = snapshots(run_dir)
+    if not kept:
+        what = f"has no snapshots of averages in {FOLDER}" if run_dir.is_dir() else "is no folder"
+        raise CheckpointError(
+            f"{run_dir} {what}; give the folder of a run that was trained with "
+            "--optimizer.ema-widths 0.05 0.1"
+        )
+    counts = Counter(each.step for each in kept)
+    widths = {each.width for each in kept}
+    whole = [step for step, count in counts.items() if count == len(widths)]
+    return max(whole, default=kept[-1].step)
+
+
 def write(run_dir: Path, profile: Profile, weights: dict[str, Tensor]) -> None:
     """Write a snapshot: whole, or not at all. Raises OSError."""
     from safetensors.torch import save_file
@@ -86,20 +104,16 @@ def remove(run_dir: Path, *, after: int | None = None, newest: int = 0) -> None:
 
 
 def average(run_dir: Path, width: float, step: int | None = None) -> Average:
-    """The average of some width at a step, by default that of the newest snapshot, as a sum of the
+    """The average of some width at a step, by default that of the newest snapshots, as a sum of the
     snapshots. Raises ConfigError for a width that no average has, CheckpointError where snapshots
     are missing or damaged."""
     if not 0 < width <= WIDEST:
         raise ConfigError(
             f"ema_width={width} must be above 0 and at most {WIDEST}; EDM2's best lie from 0.03 to 0.2"
         )
+    newest = newest_step(run_dir)
+    step = newest if step is None else step
     kept = snapshots(run_dir)
-    if not kept:
-        raise CheckpointError(
-            f"{run_dir} has no snapshots of averages in {FOLDER}; they are kept by a run with "
-            "--optimizer.ema-widths 0.05 0.1"
-        )
-    step = kept[-1].step if step is None else step
     used = [each for each in kept if each.step <= step]
     if not used or used[-1].step != step:
         steps = sorted({each.step for each in kept})

@@ -48,7 +48,9 @@ def facts(run_dir: Path, verify: bool = True, log: LogReader | None = None) -> F
     logged, reference, events = _kinds_of_rows(rows)
     seen_unix_s = last.seen_unix_s if last else _last_change(run_dir)
     patience_s = max(SILENT_S, _at(config, "train", "timeout_s", default=0.0))
-    finished = step >= (steps or step + 1)
+    # The last step may still wait for room on a full disk.
+    saved = max((c["step"] for c in found if c["usable"]), default=-1)
+    finished = bool(steps) and saved >= steps
     spent = account(starts)
     return {
         "run": str(run_dir),
