@@ -222,11 +222,14 @@ def print_disk(config: Config, checkpoint_bytes: float) -> None:
     c = config.checkpoint
     # Of the checkpoints, those whose step is also a multiple of keep_every are kept for ever.
     for_ever = config.train.steps // math.lcm(c.every, c.keep_every) if c.keep_every else 0
-    # One more for a checkpoint that was written on a stop.
-    kept = c.keep_last + for_ever + 1
+    # One more for a checkpoint that was written on a stop, and for the best.
+    best = c.keep_best != "none"
+    kept = c.keep_last + for_ever + 1 + best
     print(
         f"disk: {checkpoint_bytes / 1e9:.3g} GB a checkpoint, {kept * checkpoint_bytes / 1e9:,.3g} "
         f"GB for the {kept} that are kept: the last {c.keep_last}, {for_ever} for ever, 1 of a stop"
+        + ", the best"
+        * best
     )
 
 
