@@ -23,6 +23,7 @@ FIXED_ON_RESUME = (
     "data.horizontal_flip",
     "data.augment",
     "data.normalize",
+    "data.order",
     "normalization",
     "train.global_batch_size",
     "train.seed",

@@ -17,10 +17,12 @@ from largescale.config.learning_rate import described
 from largescale.config.schema import Config, ModelConfig
 from largescale.config.serialise import to_dict
 from largescale.config.validation import remarks, validate
+from largescale.data.order import CHUNK_ROWS
 from largescale.data.shards import ShardDataset
 from largescale.engine.optimizer import check_apex
 from largescale.errors import DataError
 from largescale.host.launch import env_world_size, printable_lines
+from largescale.host.machine import file_system, is_shared
 from largescale.models.build import build_model, flops_per_image
 from largescale.models.half_precision import IN_TRAINING, check_on_cpu
 from largescale.monitoring.run_record import duration
@@ -40,6 +42,8 @@ from largescale.training.first_weights import FirstWeights, check_resumed, start
 
 # Host memory of the diffusers library, loaded to decode previews: measured, 284 MiB.
 _DIFFUSERS_BYTES = 3e8
+# A data set that is read so soon that its order does not matter.
+_SOON_CACHED_BYTES = 1e9
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -263,6 +267,7 @@ def print_data(config: Config) -> ShardDataset | None:
     print(f"data: {config.data.path}, {len(dataset):,} images of {info.kind} {info.shape}{classes}")
     per_epoch = len(dataset) / config.train.global_batch_size
     print(f"steps per epoch: {per_epoch:,.1f}, {config.train.steps / per_epoch:,.1f} epochs in all")
+    print_order(config, dataset)
     if validation := open_validation(config, dataset):
         images = config.telemetry.validation_images * (config.curriculum.n_clusters + LEVELS)
         print(
@@ -270,6 +275,27 @@ def print_data(config: Config) -> ShardDataset | None:
             f"{config.telemetry.validation_every:,} steps {2 * images:,} forward passes"
         )
     return dataset
+
+
+def print_order(config: Config, dataset: ShardDataset) -> None:
+    """Print how a step's rows lie in the files, and what suits the file system better."""
+    batch = config.train.global_batch_size
+    row = dataset.nbytes / len(dataset)
+    kind = file_system(dataset.path)
+    where = f" of {kind}" * bool(kind)
+    if config.data.order == "blocks":
+        print(
+            f"order: blocks, {batch} x {CHUNK_ROWS} neighbouring rows at a time, each read ahead by "
+            f"the rank that needs them in pieces of {CHUNK_ROWS * row / 2**20:,.2f} MiB{where}"
+        )
+        return
+    print(
+        f"order: full, each step {batch} reads of {row / 2**10:,.1f} KiB anywhere in "
+        f"{dataset.nbytes / 1e9:,.3g} GB{where}"
+    )
+    # Small sets are in the page cache soon.
+    if is_shared(kind) and dataset.nbytes > _SOON_CACHED_BYTES:
+        print(f"note: small reads are slow on {kind}: take --data.order blocks, which reads ahead")
 
 
 def print_previews(config: Config, dataset: ShardDataset) -> None:

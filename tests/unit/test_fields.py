@@ -63,6 +63,7 @@ CHANGES_WHAT_IS_COMPUTED: dict[str, tuple[str, str]] = {
     "noise.p2_gamma": ("0.5", "--noise.weighting p2"),
     "noise.p2_k": ("2", "--noise.weighting p2"),
     "data.horizontal_flip": ("yes", ""),
+    "data.order": ("blocks", ""),
     "optimizer.lr": ("1e-4", ""),
     "optimizer.schedule": ("cosine", ""),
     "optimizer.warmup_steps": ("4", ""),
