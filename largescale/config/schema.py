@@ -209,8 +209,12 @@ class DataConfig:
     set as it has rows."""
     prefetch: Annotated[int, at_least(1, 1024)] = 4
     """Steps whose data a thread reads ahead."""
+    stage: str | None = None
+    """A folder on each node's own disk that the data sets are copied to before training, and read
+    from: by the node's ranks together, each file verified by its hash. What is there already, also
+    from other jobs, is not copied again."""
     verify: bool = False
-    """Whether to hash every shard again before training."""
+    """Whether to hash every shard again before training, or every copy of data.stage."""
 
 
 @dataclass(frozen=True)

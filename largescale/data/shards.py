@@ -48,6 +48,7 @@ class ShardDataset:
 
     def __init__(self, path: str | Path, verify: bool = False, part: slice = slice(None)) -> None:
         self.path = Path(path)
+        self._folder = self.path  # where the files are read
         self.manifest = read_manifest(self.path)
         self.packed: DatasetInfo = self.manifest["info"]
         self.info = self.packed  # as data.normalize has it; see normalize()
@@ -66,6 +67,14 @@ class ShardDataset:
         # What costs nothing at each start; the content is read only where that is asked for.
         self._check_sizes()
         self._check_labels()
+        if verify:
+            self._verify(part)
+
+    def read_copy(self, folder: Path, verify: bool = False, part: slice = slice(None)) -> None:
+        """Read the files from a folder with copies of them (stage.py) from here on; all else is as
+        before."""
+        self._folder = folder
+        self._check_sizes()
         if verify:
             self._verify(part)
 
@@ -99,7 +108,7 @@ class ShardDataset:
 
     def _check_sizes(self) -> None:
         for entry in self._files():
-            file = self.path / entry["file"]
+            file = self._folder / entry["file"]
             if not file.is_file():
                 raise self._damaged(entry, "is missing")
             size = file.stat().st_size
@@ -123,7 +132,7 @@ class ShardDataset:
         for number, entry in tqdm(
             numbered, "verify", unit="shard", delay=2, disable=env_rank() != 0
         ):
-            if sha256(self.path / entry["file"]) != entry["sha256"]:
+            if sha256(self._folder / entry["file"]) != entry["sha256"]:
                 raise self._damaged(entry, "was altered: its hash is not the manifest's")
             # The empty caption comes after the shards, and is not mapped as they are.
             is_shard = number < len(self._shards)
@@ -203,7 +212,7 @@ class ShardDataset:
             row = first - int(self._starts[number])
             rows = min(n, self._shards[number]["rows"] - row)
             shard = self._shard(number)
-            file = self.path / self._shards[number]["file"]
+            file = self._folder / self._shards[number]["file"]
             for piece in shard.pieces(row, row + rows, mirrors=mirrors, captions=captions):
                 address = piece.__array_interface__["data"][0]
                 yield file, address - shard.address, piece.nbytes
@@ -306,7 +315,7 @@ class ShardDataset:
         try:
             # The views keep the mapping alive. The file is closed, as thousands of open ones would
             # reach a limit.
-            with pa.memory_map(str(self.path / entry["file"])) as file:
+            with pa.memory_map(str(self._folder / entry["file"])) as file:
                 address = file.read_buffer(1).address
                 batch = pa.ipc.open_file(file).get_batch(0)
             found = from_json(batch.schema.metadata[METADATA_KEY])
@@ -315,7 +324,7 @@ class ShardDataset:
             # pyarrow calls bad content an OSError too, without a number.
             if isinstance(error, OSError) and error.errno:
                 raise StorageError(
-                    f"{self.path / entry['file']} cannot be read at present: {error}"
+                    f"{self._folder / entry['file']} cannot be read at present: {error}"
                 ) from error
             raise self._damaged(entry, f"cannot be read ({error!r})") from error
 
@@ -343,9 +352,10 @@ class ShardDataset:
             raise self._damaged(entry, f"is damaged ({error})") from error
 
     def _damaged(self, entry: Mapping[str, Any], what: str) -> DataError:
-        return DataError(
-            f"{self.path / entry['file']} {what}; restore the file, or {remedy(self.path)}"
-        )
+        file = self._folder / entry["file"]
+        if self._folder != self.path:
+            return DataError(f"{file} {what}; delete this copy of {self.path}, and run again")
+        return DataError(f"{file} {what}; restore the file, or {remedy(self.path)}")
 
 
 def check_flip(info: DatasetInfo, has_mirror: bool) -> None:

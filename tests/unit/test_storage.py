@@ -33,7 +33,7 @@ def test_a_dry_run_says_which_order_to_take(kind: str, run_here: RunHere, monkey
     said = run_here("--dry-run").err
     assert f"order: full, each step 16 reads of 0.3 KiB anywhere in 8.53e-05 GB of {kind}" in said and "slow on" not in said
     monkeypatch.setattr(dry_run, "_SOON_CACHED_BYTES", 1000)
-    assert ("small reads are slow on lustre: take --data.order blocks" in run_here("--dry-run").err) == (kind == "lustre")
+    assert ("small reads are slow on lustre: take --data.stage DIR" in run_here("--dry-run").err) == (kind == "lustre")
     said = run_here("--dry-run", "--data.order", "blocks").err
     assert f"order: blocks, 16 x 64 neighbouring rows at a time, each read ahead by the rank that needs them in pieces of 0.02 MiB of {kind}" in said
 
