@@ -137,9 +137,10 @@ def paths_to_copy(config: Config) -> list[str]:
     return [path for path in (config.data.path, config.data.validation) if path is not None]
 
 
-def plan_copies(paths: Sequence[str], stage: str) -> list[StagedCopy]:
-    """The copies of these data sets in the folder `stage`, which is made. Nothing is copied. Raises
-    DataError where they do not fit on its disk, with the sizes."""
+def plan_copies(paths: Sequence[str], stage: str) -> tuple[list[StagedCopy], int]:
+    """The copies of these data sets in the folder `stage`, which is made, and the bytes that are not
+    there yet. Nothing is copied. Raises DataError where they do not fit on its disk, with the
+    sizes."""
     folder = Path(stage)
     if (folder / MANIFEST).exists():
         raise DataError(
@@ -163,7 +164,7 @@ def plan_copies(paths: Sequence[str], stage: str) -> list[StagedCopy]:
             f"is not needed any more in {folder}{_others(folder, copies)}, or leave it out and take "
             "--data.order blocks"
         )
-    return copies
+    return copies, needed
 
 
 def _others(folder: Path, copies: list[StagedCopy]) -> str:

@@ -24,9 +24,8 @@ def stage_data(config: Config, ranks: Ranks, log: Callable[[str], None]) -> dict
     if stage is None:
         return {}
     paths = paths_to_copy(config)
-    copies = ranks.raise_on_all_ranks(lambda: plan_copies(paths, stage))
     begin = time.monotonic()
-    to_copy = sum(copy.bytes_to_copy() for copy in copies)
+    copies, to_copy = ranks.raise_on_all_ranks(lambda: plan_copies(paths, stage))
     filled = False
     while not filled:
         is_filled = ranks.raise_on_all_ranks(lambda: _fill(copies))
