@@ -94,6 +94,19 @@ def try_lock(path: Path) -> IO[str] | None:
     return file
 
 
+def try_lock_byte(file: IO[str], number: int) -> bool:
+    """Lock one byte of a file, which need not exist, until the file is closed or the process dies.
+    False where another process holds it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+    except (BlockingIOError, PermissionError):
+        return False
+    # A file system without locks: nothing protects the byte there.
+    except OSError:
+        pass
+    return True
+
+
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
     """Keep other processes from writing to the folder until the block ends, where they ask so too.

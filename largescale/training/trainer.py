@@ -303,6 +303,7 @@ class Trainer:
             world_size=self.ranks.world_size,
             flip=config.data.horizontal_flip,
             captions=config.model.max_caption_tokens > 0,
+            order=config.data.order,
             start_step=self.state.input_step,
             prefetch=config.data.prefetch,
             pin_memory=config.train.device == "cuda",
