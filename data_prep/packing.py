@@ -34,7 +34,8 @@ import tyro
 from tqdm import tqdm
 
 from data_prep import images
-from data_prep.sources import Item, Source, first_reasons
+from data_prep.listing import Listings
+from data_prep.sources import Item, Source, first_reasons, source_changed
 from largescale.checkpoint.files import require_outside_checkpoints
 from largescale.config.command_line import check_counts, parse_options, run_program
 from largescale.data.format import LATENT_RGB, CaptionInfo, DatasetInfo
@@ -69,6 +70,9 @@ PLACES = {
     "source.shards",
 }
 ROUND_TRIP_IMAGES = 8
+SKIPPED = "skipped.jsonl"
+# Reasons to leave images out that are counted apart.
+MOST_REASONS = 10_000
 # Bytes of image files that wait in memory to be decoded.
 MOST_HELD = 2**30
 
@@ -113,6 +117,11 @@ class Packing:
     def source(self) -> Source:
         raise NotImplementedError
 
+    @property
+    def listings(self) -> Listings:
+        """Where a source keeps the list of what it holds, for all ranks."""
+        return Listings(self.out / "packing")
+
     def check(self) -> None:
         """Raises ConfigError, or CheckpointError for --out, before anything is read."""
         check_counts(self, "resolution", "rows_per_shard", "batch_size", "workers", "max_pixels")
@@ -138,6 +147,15 @@ class Packer:
         options.check()
         self.options = options
         self.source = options.source()
+        try:
+            self._prepare()
+        except BaseException:
+            self.source.discard()
+            raise
+
+    def _prepare(self) -> None:
+        """Loads the encoders, and finds out what is packed already."""
+        options = self.options
         self._check_text_encoder()
 
         # Ranks do not talk to each other: each takes parts that no other has claimed.
@@ -244,6 +262,7 @@ class Packer:
         start = time.perf_counter()
         try:
             if not self.parts.claim():
+                self.source.discard()
                 return self.summary("already packed; to pack it anew, delete the folder first")
             if self.rank == 0:
                 print(announcement(self.source), file=sys.stderr, flush=True)
@@ -256,6 +275,7 @@ class Packer:
             raise  # not a failure: the same ranks continue later
         except BaseException as error:
             self.parts.failed(error)
+            self.source.discard()  # not where a job has begun
             raise
         finally:
             self.parts.close()
@@ -453,43 +473,41 @@ class Packer:
     def finish(self) -> None:
         """Writes the manifest once every part is done, and removes what only packing needed. For
         rank 0."""
-        records = self.parts.all_records()
-        skipped = list(map(list, self.source.skipped))
-        shards: list[dict[str, Any]] = []
-        columns: list[str] = []
-        captions = captions_cut = 0
-        for record in records:
-            skipped += record["skipped"]
-            shards += record["shards"]
-            captions += record["captions"]
-            captions_cut += record.get("captions_cut", 0)
-            columns = columns or record["columns"]
-        if not shards:
+        self.parts.wait_for_all()
+        if what := self.source.changed():
+            raise source_changed(what)
+        totals = _Totals(self.parts.records())
+        # Written as it is read: millions may have been left out.
+        out = self.options.out
+        left_out = chain(self.source.skipped, totals)
+        reasons = _write_skipped(out / SKIPPED, left_out)
+        if not totals.shards:
+            with (out / SKIPPED).open() as file:
+                first = [tuple(json.loads(line).values()) for line in islice(file, 3)]
+            (out / SKIPPED).unlink()
             raise DataError(
                 f"not one image of {self.source.name} could be used; the first: "
-                f"{first_reasons(skipped)}"
+                f"{first_reasons(first)}"
             )
 
         # All other files come before the manifest, with which the data set exists.
-        out = self.options.out
         empty = None
         if self.text:
             (encoding,) = self.text([""])
             empty = write_empty_caption(out, self.info, encoding.tokens, encoding.pooled)
-        reasons = self._write_skipped(skipped)
         trip = self.round_trip() if self.vae else []
         about = {"round_trip": {"images": len(trip), "psnr": trip}} if trip else {}
         write_manifest(
             out,
             self.info,
-            columns,
-            shards,
+            totals.columns,
+            totals.shards,
             empty,
             job=self.parts.job,
             class_names=list(self.source.class_names),
-            captions=captions,
-            captions_cut=captions_cut,
-            skipped={"count": len(skipped), "reasons": dict(reasons.most_common(20))},
+            captions=totals.captions,
+            captions_cut=totals.captions_cut,
+            skipped={"count": reasons.total(), "reasons": dict(reasons.most_common(20))},
             made_with={"vae": _resolved(self.options.vae), "text_encoder": self._text_encoder()},
             **about,
         )
@@ -526,16 +544,6 @@ class Packer:
         x_start = to_x_start(stored, self.info.kind, self.info.normalization, no_noise)
         restored: Image = self.vae.decode(x_start)[0].numpy()
         return restored
-
-    def _write_skipped(self, skipped: list[list[str]]) -> Counter[str]:
-        """Writes the list of (id, reason); returns how often each reason occurs."""
-        reasons: Counter[str] = Counter()
-        lines = []
-        for id, reason in skipped:
-            lines.append(json.dumps({"id": id, "reason": reason}) + "\n")
-            reasons[reason] += 1
-        write_atomically(self.options.out / "skipped.jsonl", "".join(lines))
-        return reasons
 
     def _some_latents(self) -> torch.Tensor:
         """The latents of a few images, from first to last, as a model learns them: (n, C, H, W)."""
@@ -574,6 +582,40 @@ class Packer:
             f"({size / len(data):,.0f} bytes an image){encoders}; {done}; {left_out} left "
             f"out{listed}"
         )
+
+
+class _Totals(Iterable[tuple[str, str]]):
+    """What the records of all parts add up to, once they are read: reading them gives what the parts
+    have left out, (id, reason) each."""
+
+    def __init__(self, records: Iterable[dict[str, Any]]) -> None:
+        self._records = records
+        self.shards: list[dict[str, Any]] = []
+        self.columns: list[str] = []
+        self.captions = self.captions_cut = 0
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for record in self._records:
+            self.shards += record["shards"]
+            self.captions += record["captions"]
+            self.captions_cut += record.get("captions_cut", 0)
+            self.columns = self.columns or record["columns"]
+            yield from record["skipped"]
+
+
+def _write_skipped(path: Path, skipped: Iterable[tuple[str, str]]) -> Counter[str]:
+    """Writes the list of (id, reason); returns how often each reason occurs."""
+    reasons: Counter[str] = Counter()
+
+    def lines() -> Iterator[str]:
+        for id, reason in skipped:
+            # A reason may have a file's name in it, and be another for each of millions.
+            known = reason in reasons or len(reasons) < MOST_REASONS
+            reasons[reason if known else "other reasons"] += 1
+            yield json.dumps({"id": id, "reason": reason}) + "\n"
+
+    write_atomically(path, lines())
+    return reasons
 
 
 def _places(found: Mapping[str, Any], ours: Mapping[str, Any]) -> set[str]:
