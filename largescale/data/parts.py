@@ -32,6 +32,8 @@ from largescale.host.launch import printable
 from largescale.host.signals import stop_requested
 
 JOB = "packing/job.json"
+# The key of a job that adds to a set which is there.
+APPEND = "append"
 Flat = Mapping[str, Any]  # a job by dotted keys
 # Seconds without a new part, after which rank 0 looks which ranks still work.
 _GONE_S = 300.0
@@ -173,18 +175,12 @@ class Parts:
                     f"{self.out} lacks a shard, or has one of another size; restore it, or to pack "
                     f"it anew, delete {self.out} first"
                 )
-            if self.rank == 0:
-                self.remove()  # left by a kill after the manifest was written
+            # Left by a kill after the manifest was written; or of an addition that is under way.
+            if self.rank == 0 and (self.adds or not self._is_growing()):
+                self.remove()
             return False
 
-        # Shards of an unknown job would be overwritten one by one.
-        stray = list(self.out.glob("shard_*.arrow"))
-        if stray and not job_file.exists():
-            raise DataError(
-                f"{self.out} holds {stray[0].name}, and nothing that says whose they are; give "
-                "another --out, or delete the folder"
-            )
-
+        self._require_no_stray_shards()
         # All ranks try to create the file, and then compare with the one that came first.
         self.folder.mkdir(parents=True, exist_ok=True)
         _create(job_file, json.dumps(self.job, indent=1))
@@ -203,6 +199,30 @@ class Parts:
             for failed in self.folder.glob("failed_*"):
                 failed.unlink(missing_ok=True)
         return True
+
+    @property
+    def adds(self) -> bool:
+        """Whether this job adds to a set that is there."""
+        return APPEND in self.job
+
+    def _is_growing(self) -> bool:
+        """Whether another job is adding to the set."""
+        with suppress(OSError, ValueError, TypeError):
+            return APPEND in from_json((self.out / JOB).read_text())
+        return False
+
+    def _require_no_stray_shards(self) -> None:
+        """Raises DataError for shards of an unknown job, which would be overwritten one by one."""
+        stray = list(self.out.glob("shard_*.arrow"))
+        if stray and not (self.out / JOB).exists():
+            raise DataError(
+                f"{self.out} holds {stray[0].name}, and nothing that says whose they are; give "
+                "another --out, or delete the folder"
+            )
+
+    def shard_name(self, name: str) -> str:
+        """The name of a shard's file, of which `name` is unique among those of this job."""
+        return name
 
     def _join(self) -> None:
         """Raises DataError where others work here as another number of ranks: each of two packers
@@ -239,6 +259,7 @@ class Parts:
             "columns": [],
             "shards": [],
             "skipped": [],
+            "hashes": "",
         }
         try:
             record: dict[str, Any] = from_json(self._path(part).read_text())
