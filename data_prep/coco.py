@@ -8,23 +8,26 @@ import itertools
 import posixpath
 import sys
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep import packing
 from data_prep.images import Unusable
+from data_prep.listing import Found, Listings, Writer
 from data_prep.sources import (
     ListSource,
     clean,
     first_three,
-    missing_files,
     name_of,
     refuse_splits,
     relative_name,
+    require_file,
+    some_missing,
     text_of,
 )
+from data_prep.walk import Missing, missing_files
 from largescale.errors import DataError
 from largescale.host.files import from_json, sha256
 
@@ -63,82 +66,93 @@ class Coco(packing.Packing):
     are an error."""
 
     def source(self) -> ListSource:
-        return read(self.images, self.captions, self.skip_missing, self.splits)
+        return read(self.images, self.captions, self.skip_missing, self.splits, self.listings)
 
 
 def read(
-    images: Path, captions: Path, skip_missing: bool = False, splits: Sequence[str] = ()
+    images: Path,
+    captions: Path,
+    skip_missing: bool = False,
+    splits: Sequence[str] = (),
+    listings: Listings | None = None,
 ) -> ListSource:
     """Images in the order of their ids, numbers before texts; those without a caption are skipped.
 
     Raises DataError for a file that is not COCO captions, ids or file names given twice, captions
     without their image, and images that are missing.
     """
-    # Whatever can be refused is refused before the first image is opened.
-    listed = parse(captions, splits)
-    missing, unlisted = missing_files(images, list(listed.files.values()), captions, skip_missing)
-    chosen = choose(listed, missing)
-
+    require_file(captions)
     # The list's hash identifies it, wherever it is.
     facts: dict[str, Any] = {
         "program": "data_prep.coco",
         "images": str(images.resolve()),
         "captions": str(captions.resolve()),
         "captions_sha256": sha256(captions),
+    }
+    key = facts | {"skip_missing": skip_missing, "splits": sorted(splits)}
+
+    def make(writer: Writer) -> Found:
+        return _write(writer, images, captions, skip_missing, splits, facts)
+
+    listing = (listings or Listings()).get(key, ("id", "captions"), make)
+    return ListSource(f"coco-{name_of(captions)}", images, listing)
+
+
+def _write(
+    writer: Writer,
+    images: Path,
+    captions: Path,
+    skip_missing: bool,
+    splits: Sequence[str],
+    facts: dict[str, Any],
+) -> Found:
+    # Whatever can be refused is refused before the first image is opened. The file is one JSON
+    # document, which only the rank that lists has in memory, and only now.
+    listed = parse(captions, splits)
+    in_order = sorted(listed.files.items())
+    names = ((number, file) for number, (_, file) in enumerate(in_order))
+    missing = missing_files(images, names, writer.scratch, writer.listed)
+    if missing.count and not skip_missing:
+        raise some_missing(missing, len(in_order), captions, images)
+    of_packed, without = _choose(listed, missing, writer)
+
+    facts = facts | {
         "images_listed": len(listed.files),
-        "images_missing": len(missing),
-        "images_without_caption": len(chosen.skipped) - len(missing),
-        "images_not_listed": unlisted,
-        "captions_of_packed": sum(map(len, chosen.captions)),
+        "images_missing": missing.count,
+        "images_without_caption": without,
+        "images_not_listed": missing.unlisted,
+        "captions_of_packed": of_packed,
         "captions_empty": listed.empty,
     }
     if splits:
         facts["splits"] = sorted(splits)
-    source = ListSource(
-        f"coco-{name_of(captions)}",
-        images,
-        chosen.files,
-        ids=chosen.ids,
-        captions=chosen.captions,
-        facts=facts,
-        skipped=chosen.skipped,
-    )
-
     # A list of hundreds of thousands may have a few nulls.
+    notes = []
     if listed.no_text:
         facts["captions_no_text"] = len(listed.no_text)
         ids = first_three(id for _, (_, id) in listed.no_text)
-        source.notes.append(f"{len(listed.no_text):,} captions that are no text (ids {ids})")
-    return source
+        notes.append(f"{len(listed.no_text):,} captions that are no text (ids {ids})")
+    return Found(facts, notes=notes)
 
 
-class Chosen(NamedTuple):
-    """The images that are packed, and why the others are not."""
-
-    files: list[str]
-    ids: list[str]
-    captions: list[tuple[str, ...]]
-    skipped: list[tuple[str, str]]  # (id, reason)
-
-
-def choose(listed: Listed, missing: Container[str]) -> Chosen:
-    """Packs the listed images in the order of their ids, and skips those that lack something."""
-    chosen = Chosen([], [], [], [])
+def _choose(listed: Listed, missing: Missing, writer: Writer) -> tuple[int, int]:
+    """Packs the listed images in the order of their ids, and skips those that lack something; returns
+    how many captions the packed ones have, and how many images have none."""
     no_text = dict(listed.no_text)
+    of_packed = without = 0
     # The reason is that of the first thing that lacks.
-    for image, file in sorted(listed.files.items()):
+    for number, (image, file) in enumerate(sorted(listed.files.items())):
         id = str(image[1])
-        if file in missing:
-            chosen.skipped.append((id, "the file is missing"))
-        elif listed.captions.get(image):
-            chosen.files.append(file)
-            chosen.ids.append(id)
-            chosen.captions.append(listed.captions[image])
-        elif image in no_text:
-            chosen.skipped.append((id, "its caption is no text"))
+        captions = listed.captions.get(image)
+        if number in missing:
+            writer.skip(id, "the file is missing")
+        elif captions:
+            writer.add(file, id, captions=captions)
+            of_packed += len(captions)
         else:
-            chosen.skipped.append((id, "it has no caption"))
-    return chosen
+            writer.skip(id, "its caption is no text" if image in no_text else "it has no caption")
+            without += 1
+    return of_packed, without
 
 
 def parse(path: Path, splits: Sequence[str] = ()) -> Listed:

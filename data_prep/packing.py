@@ -3,6 +3,8 @@ is run again.
 
     OUT/shard_00000.arrow ...  OUT/manifest.json     the data set (largescale/data/format.py)
     OUT/skipped.jsonl                                what was left out, and why
+    OUT/content.hashes                               which images there are, to find doubles by later
+                                                     (content.py)
     OUT/latent_rgb.json                              of latents: a linear map to colours, for
                                                      previews without the VAE
     OUT/packing/                                     while packing: the progress of each part
@@ -34,7 +36,17 @@ import tyro
 from tqdm import tqdm
 
 from data_prep import images
-from data_prep.sources import Item, Source, first_reasons
+from data_prep.append import (
+    ALREADY,
+    AddedParts,
+    check_alike,
+    check_class_names,
+    grown,
+    known_images,
+)
+from data_prep.content import Known, content_hash, write_hashes
+from data_prep.listing import Listings
+from data_prep.sources import Item, Source, first_reasons, source_changed
 from largescale.checkpoint.files import require_outside_checkpoints
 from largescale.config.command_line import check_counts, parse_options, run_program
 from largescale.data.format import LATENT_RGB, CaptionInfo, DatasetInfo
@@ -69,6 +81,10 @@ PLACES = {
     "source.shards",
 }
 ROUND_TRIP_IMAGES = 8
+SKIPPED = "skipped.jsonl"
+HASHES = "content{}.hashes"
+# Reasons to leave images out that are counted apart.
+MOST_REASONS = 10_000
 # Bytes of image files that wait in memory to be decoded.
 MOST_HELD = 2**30
 
@@ -110,8 +126,17 @@ class Packing:
     precision: Literal["fp32", "bf16"] | None = None
     """What the encoders compute in; by default bf16 on a GPU, fp32 on a CPU."""
 
+    append: bool = False
+    """Add the images to the set that --out holds already, as new rows behind its own. Its settings must
+    be those of the set. Images that it has, by their pixels, are left out."""
+
     def source(self) -> Source:
         raise NotImplementedError
+
+    @property
+    def listings(self) -> Listings:
+        """Where a source keeps the list of what it holds, for all ranks."""
+        return Listings(self.out / "packing")
 
     def check(self) -> None:
         """Raises ConfigError, or CheckpointError for --out, before anything is read."""
@@ -138,6 +163,15 @@ class Packer:
         options.check()
         self.options = options
         self.source = options.source()
+        try:
+            self._prepare()
+        except BaseException:
+            self.source.discard()
+            raise
+
+    def _prepare(self) -> None:
+        """Loads the encoders, and finds out what is packed already."""
+        options = self.options
         self._check_text_encoder()
 
         # Ranks do not talk to each other: each takes parts that no other has claimed.
@@ -167,7 +201,21 @@ class Packer:
         self.info = self._info()
         self.min_side = options.min_side or max(options.resolution // 4, 1)
         parts = self.source.parts(options.rows_per_shard)
-        self.parts = Parts(options.out, self._job(), parts, self.rank, self.world_size, _places)
+        place = (parts, self.rank, self.world_size, _places)
+        self.base: ShardDataset | None = None  # the set that grows
+        self._known: Known | None = None
+        job = self._job()
+        if options.append:
+            self.base = ShardDataset(options.out)
+            check_alike(self.base, job, self.source.captioned)
+            check_class_names(self.base, self.source.class_names)
+            self._known, notes = known_images(self.base)
+            self.source.notes += notes
+            # The set keeps its name.
+            self.info = replace(self.info, name=self.base.info.name)
+            self.parts: Parts = AddedParts(options.out, job, *place)
+        else:
+            self.parts = Parts(options.out, job, *place)
 
     def _check_text_encoder(self) -> None:
         """Raises ConfigError unless captions have a text encoder, and only they."""
@@ -244,11 +292,13 @@ class Packer:
         start = time.perf_counter()
         try:
             if not self.parts.claim():
+                self.source.discard()
                 return self.summary("already packed; to pack it anew, delete the folder first")
             if self.rank == 0:
                 print(announcement(self.source), file=sys.stderr, flush=True)
             # A job that was started under another name keeps it.
-            self.info = replace(self.info, name=self.parts.job["info"]["name"])
+            if self.base is None:
+                self.info = replace(self.info, name=self.parts.job["info"]["name"])
             new = self.pack()
             if self.rank == 0:
                 self.finish()
@@ -256,6 +306,7 @@ class Packer:
             raise  # not a failure: the same ranks continue later
         except BaseException as error:
             self.parts.failed(error)
+            self.source.discard()  # not where a job has begun
             raise
         finally:
             self.parts.close()
@@ -329,25 +380,30 @@ class Packer:
             # Decoders and encoders work ahead of this loop, in order.
             chunk = _Counted(islice(items, rows_per_shard))
             shard = Shard(self.info)
+            hashes = b""
             decoded = _ahead(decoders, self.decode, chunk, 2 * self.options.batch_size)
             batches = self.batches(decoded, record["skipped"], bar)
             for rows in _ahead(encoder, self.encode, batches, batches_ahead):
                 bar.update(len(rows))
-                for row, cut in rows:
+                for row, cut, digest in rows:
                     shard.add(**row)
                     record["captions"] += len(row.get("captions", ()))
                     record["captions_cut"] = record.get("captions_cut", 0) + cut
+                    hashes += digest
 
             # All images of a chunk may have been skipped.
             if len(shard):
                 number = len(record["shards"])  # only tar files have more than one
                 name = f"shard_{part:05d}" + (f"_{number}" if number else "") + ".arrow"
+                name = self.parts.shard_name(name)
                 record["shards"].append(shard.write(self.options.out / name))
                 record["columns"] = shard.columns
                 encoded += len(shard)
 
             # The shard first, then the record of it: a kill between the two packs it again.
             record["items"] += chunk.count
+            if "hashes" in record:  # not where an older version has begun the part
+                record["hashes"] += hashes.hex()
             record["done"] = chunk.count < rows_per_shard or self.source.size is not None
             self.parts.save(part, record)
         return encoded
@@ -362,6 +418,8 @@ class Packer:
             if self.source.captioned and not item.captions:
                 raise images.Unusable("it has no caption")
             image = images.decode(data, options.resolution, self.min_side, options.max_pixels)
+            if self._known is not None and content_hash(image) in self._known:
+                raise images.Unusable(ALREADY)
             return item, image
         except (images.Unusable, FileNotFoundError) as error:
             return item, str(error)
@@ -392,9 +450,9 @@ class Packer:
         if batch:
             yield batch
 
-    def encode(self, batch: list[tuple[Item, Image]]) -> list[tuple[dict[str, Any], int]]:
+    def encode(self, batch: list[tuple[Item, Image]]) -> list[tuple[dict[str, Any], int, bytes]]:
         """The rows of a batch, as `Shard.add` takes them, each with the number of its captions that
-        are cut."""
+        are cut, and the hash of its image."""
         rows: list[dict[str, Any]] = []
         pictures: list[Image] = []
         for item, picture in batch:
@@ -405,7 +463,7 @@ class Packer:
             pictures.append(picture)
         self._encode_images(np.stack(pictures), rows)
         cut = self._encode_captions(rows) if self.text else [0] * len(rows)
-        return list(zip(rows, cut, strict=True))
+        return list(zip(rows, cut, map(content_hash, pictures), strict=True))
 
     def _encode_images(self, pixels: npt.NDArray[np.uint8], rows: list[dict[str, Any]]) -> None:
         """Adds to each row its image as it is stored, and the mirrored one where it is packed.
@@ -453,51 +511,98 @@ class Packer:
     def finish(self) -> None:
         """Writes the manifest once every part is done, and removes what only packing needed. For
         rank 0."""
-        records = self.parts.all_records()
-        skipped = list(map(list, self.source.skipped))
-        shards: list[dict[str, Any]] = []
-        columns: list[str] = []
-        captions = captions_cut = 0
-        for record in records:
-            skipped += record["skipped"]
-            shards += record["shards"]
-            captions += record["captions"]
-            captions_cut += record.get("captions_cut", 0)
-            columns = columns or record["columns"]
-        if not shards:
+        self.parts.wait_for_all()
+        if what := self.source.changed():
+            raise source_changed(what)
+        totals = _Totals(self.parts.records())
+        # Written as it is read: millions may have been left out.
+        out = self.options.out
+        reasons = self._write_skipped(totals)
+        if not totals.shards and self.base is None:
+            with (out / SKIPPED).open() as file:
+                first = [tuple(json.loads(line).values()) for line in islice(file, 3)]
+            (out / SKIPPED).unlink()
             raise DataError(
                 f"not one image of {self.source.name} could be used; the first: "
-                f"{first_reasons(skipped)}"
+                f"{first_reasons(first)}"
             )
 
         # All other files come before the manifest, with which the data set exists.
+        number = len(self.base.manifest.get("additions", ())) + 1 if self.base else 0
+        hashes = HASHES.format(f"_a{number}" if number else "")
+        known = write_hashes(out / hashes, self.parts.records())
+        named = {"content_hashes": [hashes]} if known else {}
+        if self.base is None:
+            self._write_set(totals, reasons, named)
+        else:
+            self._write_grown_set(self.base, totals, reasons, named)
+        self.parts.remove()
+
+    def _write_skipped(self, totals: Iterable[tuple[str, str]]) -> Counter[str]:
+        """Lists what was left out, behind what the set that grows has left out; returns how often
+        each reason occurs in the source."""
+        path = self.options.out / SKIPPED
+        left_out = chain(self.source.skipped, totals)
+        if self.base is None:
+            return _write_skipped(path, left_out)
+        # Not what a start has added that was killed before it wrote the manifest.
+        count = self.base.manifest["skipped"]["count"]
+        with path.open() as before:
+            return _write_skipped(path, left_out, islice(before, count))
+
+    def _write_grown_set(
+        self,
+        base: ShardDataset,
+        totals: "_Totals",
+        reasons: Counter[str],
+        named: dict[str, list[str]],
+    ) -> None:
+        """Writes the manifest of the set that has grown. The statistics stay those of its first rows:
+        a run that goes on must learn the same x_start of them."""
+        manifest = base.manifest
+        about = grown(base, self.parts.job, totals, reasons)
+        for key, names in named.items():
+            about[key] = [*manifest.get(key, ()), *names]
+        columns = manifest["columns"]
+        if totals.shards and totals.columns != columns:
+            raise DataError(
+                f"--append: the new rows have the columns {totals.columns}, those of {base.path} "
+                f"{columns}; pack into another --out"
+            )
+        shards = [*manifest["shards"], *totals.shards]
+        empty = manifest.get("empty_caption")
+        write_manifest(base.path, base.packed, columns, shards, empty, **about)
+
+    def _write_set(
+        self, totals: "_Totals", reasons: Counter[str], named: dict[str, list[str]]
+    ) -> None:
+        """Writes the manifest of a new set, and what belongs to it."""
         out = self.options.out
         empty = None
         if self.text:
             (encoding,) = self.text([""])
             empty = write_empty_caption(out, self.info, encoding.tokens, encoding.pooled)
-        reasons = self._write_skipped(skipped)
         trip = self.round_trip() if self.vae else []
         about = {"round_trip": {"images": len(trip), "psnr": trip}} if trip else {}
         write_manifest(
             out,
             self.info,
-            columns,
-            shards,
+            totals.columns,
+            totals.shards,
             empty,
             job=self.parts.job,
             class_names=list(self.source.class_names),
-            captions=captions,
-            captions_cut=captions_cut,
-            skipped={"count": len(skipped), "reasons": dict(reasons.most_common(20))},
+            captions=totals.captions,
+            captions_cut=totals.captions_cut,
+            skipped={"count": reasons.total(), "reasons": dict(reasons.most_common(20))},
             made_with={"vae": _resolved(self.options.vae), "text_encoder": self._text_encoder()},
+            **named,
             **about,
         )
         # The map to colours is fitted to latents as they are read from the data set.
         if self.vae:
             matrix = self.vae.fit_rgb(self._some_latents())
             write_atomically(out / LATENT_RGB, json.dumps(matrix) + "\n")
-        self.parts.remove()
 
     def round_trip(self) -> list[float]:
         """How well images survive encoding and decoding: PSNR in dB of a few, from first to last.
@@ -526,16 +631,6 @@ class Packer:
         x_start = to_x_start(stored, self.info.kind, self.info.normalization, no_noise)
         restored: Image = self.vae.decode(x_start)[0].numpy()
         return restored
-
-    def _write_skipped(self, skipped: list[list[str]]) -> Counter[str]:
-        """Writes the list of (id, reason); returns how often each reason occurs."""
-        reasons: Counter[str] = Counter()
-        lines = []
-        for id, reason in skipped:
-            lines.append(json.dumps({"id": id, "reason": reason}) + "\n")
-            reasons[reason] += 1
-        write_atomically(self.options.out / "skipped.jsonl", "".join(lines))
-        return reasons
 
     def _some_latents(self) -> torch.Tensor:
         """The latents of a few images, from first to last, as a model learns them: (n, C, H, W)."""
@@ -574,6 +669,44 @@ class Packer:
             f"({size / len(data):,.0f} bytes an image){encoders}; {done}; {left_out} left "
             f"out{listed}"
         )
+
+
+class _Totals(Iterable[tuple[str, str]]):
+    """What the records of all parts add up to, once they are read: reading them gives what the parts
+    have left out, (id, reason) each."""
+
+    def __init__(self, records: Iterable[dict[str, Any]]) -> None:
+        self._records = records
+        self.shards: list[dict[str, Any]] = []
+        self.columns: list[str] = []
+        self.captions = self.captions_cut = 0
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for record in self._records:
+            self.shards += record["shards"]
+            self.captions += record["captions"]
+            self.captions_cut += record.get("captions_cut", 0)
+            self.columns = self.columns or record["columns"]
+            yield from record["skipped"]
+
+
+def _write_skipped(
+    path: Path, skipped: Iterable[tuple[str, str]], before: Iterable[str] = ()
+) -> Counter[str]:
+    """Writes the list of (id, reason), behind the lines `before`; returns how often each reason
+    occurs."""
+    reasons: Counter[str] = Counter()
+
+    def lines() -> Iterator[str]:
+        yield from before
+        for id, reason in skipped:
+            # A reason may have a file's name in it, and be another for each of millions.
+            known = reason in reasons or len(reasons) < MOST_REASONS
+            reasons[reason if known else "other reasons"] += 1
+            yield json.dumps({"id": id, "reason": reason}) + "\n"
+
+    write_atomically(path, lines())
+    return reasons
 
 
 def _places(found: Mapping[str, Any], ours: Mapping[str, Any]) -> set[str]:

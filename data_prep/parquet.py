@@ -7,6 +7,7 @@ python -m data_prep.parquet --files train.parquet --label-column label --vae non
 import os
 import sys
 from bisect import bisect
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,31 +16,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep import packing
 from data_prep.images import Unusable
+from data_prep.listing import fingerprint
 from data_prep.sources import (
     Item,
+    Skips,
     class_labels,
     clean,
-    fingerprint,
+    file_size,
     first_three,
     given,
     name_of,
+    other_size,
     refuse_splits,
     refuse_twice,
     splits_in,
     unusable,
 )
+from data_prep.spool import sorted_on_disk
 from largescale.errors import DataError
 from largescale.host.files import from_json
 
 # Rows that are read at a time: images are large.
 ROWS_READ = 64
+# Labels or ids that are read at a time.
+TEXTS_READ = 2**16
 # Bytes that are read at a time, if every value were as large as its column chunk.
 BYTES_READ = 2**28
 # Bytes of a column chunk that is less than a hundredth of it when compressed.
@@ -100,7 +105,7 @@ class ParquetSource:
 
         self.name = f"parquet-{name_of(files[0])}"
         self.captioned = caption_column is not None
-        self.skipped: list[tuple[str, str]] = []
+        self.skipped: Skips = []
         self.class_names: Sequence[str] = ()
         self.num_classes = 0
         self.notes = self._not_packed()
@@ -108,14 +113,16 @@ class ParquetSource:
         if len(splits) > 1:
             self.notes.append(f"the splits {', '.join(splits)} together")
 
-        # Labels and ids of all rows are kept in memory; images and captions are read part by part.
-        self._labels = self._read_labels() if label_column else None
-        self._ids = self._read_ids() if id_column else None
+        # Labels and ids are read as streams here, to be checked, and with the images of a part again.
+        self._label_of = self._read_labels() if label_column else None
+        if id_column:
+            self._check_ids()
+        self._sizes = list(map(os.path.getsize, self._files))
         self.facts: dict[str, Any] = {
             "program": "data_prep.parquet",
             "files": list(map(str, self._files)),
             "rows": self.size,
-            "bytes": sum(map(os.path.getsize, self._files)),
+            "bytes": sum(self._sizes),
             "columns": self._columns,
             "num_classes": self.num_classes,
         }
@@ -124,8 +131,8 @@ class ParquetSource:
             (name or "" for name in self._columns.values()),
             self.class_names,
             map(str, rows),
-            b"" if self._labels is None else self._labels.astype("<i4").tobytes(),
-            () if self._ids is None else (_text(id)[0] for id in self._ids),
+            self._labels() if label_column else b"",
+            (text for text, _ in self._ids()) if id_column else (),
             *map(_footer, self._files),
         )
 
@@ -141,9 +148,15 @@ class ParquetSource:
                 with _reading(file):
                     yield from self._rows(file, first, start, stop)
 
+    def changed(self) -> str | None:
+        return other_size(map(str, self._files), self._sizes, map(file_size, map(str, self._files)))
+
+    def discard(self) -> None:
+        pass  # nothing was written
+
     def _rows(self, path: Path, row: int, start: int, stop: int) -> Iterator[Item]:
         """The items of the rows in [start, stop); `row` is the number of the file's first."""
-        columns = list(filter(None, (self._columns["image"], self._columns["caption"])))
+        columns = list(dict.fromkeys(filter(None, self._columns.values())))
         with pq.ParquetFile(path) as file:
             for number in range(file.num_row_groups):
                 group = file.metadata.row_group(number)
@@ -154,17 +167,28 @@ class ParquetSource:
                     for batch in file.iter_batches(
                         max(rows, 1), row_groups=[number], columns=columns
                     ):
-                        for i in range(max(start - at, 0), min(stop - at, len(batch))):
-                            yield self._item(at + i, batch, i)
+                        yield from self._items(batch, at, start, stop)
                         at += len(batch)
                         if at >= stop:
                             return
                 row += group.num_rows
 
-    def _item(self, row: int, batch: pa.RecordBatch, i: int) -> Item:
+    def _items(self, batch: pa.RecordBatch, at: int, start: int, stop: int) -> Iterator[Item]:
+        """The items of a batch, whose first row is `at`, that lie in [start, stop)."""
+        numbers = range(max(start - at, 0), min(stop - at, len(batch)))
+        ids: Sequence[tuple[str, bool]] = [(str(at + i), True) for i in range(len(batch))]
+        if name := self._columns["id"]:
+            ids = list(map(_text, batch.column(name).cast(pa.large_string())))
+        labels = [0] * len(batch)
+        if name := self._columns["label"]:
+            assert self._label_of
+            texts = batch.column(name).cast(pa.large_string()).to_pylist()
+            labels = [self._label_of[text] for text in texts]
+        for i in numbers:
+            yield self._item(*ids[i], labels[i], batch, i)
+
+    def _item(self, id: str, is_utf8: bool, label: int, batch: pa.RecordBatch, i: int) -> Item:
         """The item of row i of a batch; one that cannot be read where something is missing."""
-        id, is_utf8 = (str(row), True) if self._ids is None else _text(self._ids[row])
-        label = 0 if self._labels is None else int(self._labels[row])
         try:
             if not is_utf8:
                 raise Unusable("its id is not UTF-8")
@@ -216,24 +240,31 @@ class ParquetSource:
             )
         return rows
 
-    def _read(self, key: str, type: pa.DataType) -> pa.ChunkedArray:
-        """A column of all files, cast to a type. Raises DataError for a row without a value."""
-        name = self._columns[key]
-        chunks: list[pa.Array] = []
-        # Sizes are checked before a column is expanded.
+    def _read(self, key: str) -> Iterator[pa.Array]:
+        """A column of all files as text, many rows at a time. Raises DataError, at the end, where a
+        row has no value."""
+        name = str(self._columns[key])
+        nulls, first_null = 0, ""
+        row = 0
         for path in self._files:
             with _reading(path), pq.ParquetFile(path) as file:
                 for group in range(file.num_row_groups):
-                    _largest(path, file.metadata.row_group(group), [str(name)])
-                chunks += file.read(columns=[name]).column(name).cast(type).chunks
-        column = pa.chunked_array(chunks, type).combine_chunks()
-        if column.null_count:
-            first = self._where(int(np.argmax(column.is_null().to_numpy(zero_copy_only=False))))
+                    # Sizes are checked before a column is expanded.
+                    _largest(path, file.metadata.row_group(group), [name])
+                for batch in file.iter_batches(TEXTS_READ, columns=[name]):
+                    column = batch.column(name).cast(pa.large_string())
+                    if column.null_count and not nulls:
+                        is_null = column.is_null().to_numpy(zero_copy_only=False)
+                        first_null = self._where(row + int(np.argmax(is_null)))
+                    nulls += column.null_count
+                    row += len(column)
+                    if not nulls:
+                        yield column
+        if nulls:
             raise DataError(
-                f"{first}: column {name} has no value ({column.null_count:,} such rows in all); "
+                f"{first_null}: column {name} has no value ({nulls:,} such rows in all); "
                 f"complete them, or leave out --{key}-column"
             )
-        return column
 
     def _where(self, row: int) -> str:
         """The file and the row in it, for a message."""
@@ -253,35 +284,53 @@ class ParquetSource:
                     notes.append(f"{column} is not packed (--{key}-column {field.name})")
         return notes
 
-    def _read_labels(self) -> npt.NDArray[np.int32]:
-        """The label of every row. Sets num_classes and class_names too."""
+    def _read_labels(self) -> dict[str, int]:
+        """The number of each label, as it stands in the column. Sets num_classes and class_names
+        too."""
         name = str(self._columns["label"])
-        column = self._read("label", pa.large_string()).dictionary_encode()
         names = self._stored_class_names(name)
 
-        # Of millions of rows only the distinct labels are looked at, and how often each occurs.
-        index = column.indices.to_numpy()
-        distinct = []
-        for value in column.dictionary:
-            text, is_utf8 = _text(value)
-            if not is_utf8:
-                raise DataError(
-                    f"column {name}: {text!r} is not UTF-8; correct it, or leave out --label-column"
-                )
-            distinct.append(text)
-        counts = dict(zip(distinct, np.bincount(index).tolist(), strict=True))
-
-        def where(label: str) -> str:
-            return self._where(int(np.argmax(index == distinct.index(label))))
+        # Of millions of rows only the distinct labels are kept, how often each occurs, and where it
+        # occurs first.
+        counts: Counter[str] = Counter()
+        first: dict[str, int] = {}
+        row = 0
+        for column in self._read("label"):
+            encoded = column.dictionary_encode()
+            numbers = encoded.indices.to_numpy()
+            often = np.bincount(numbers, minlength=len(encoded.dictionary)).tolist()
+            for number, (value, count) in enumerate(zip(encoded.dictionary, often, strict=True)):
+                text, is_utf8 = _text(value)
+                if not is_utf8:
+                    raise DataError(
+                        f"column {name}: {text!r} is not UTF-8; correct it, or leave out "
+                        "--label-column"
+                    )
+                if text not in first:
+                    first[text] = row + int(np.argmax(numbers == number))
+                counts[text] += count
+            row += len(column)
 
         # Numbers that are stored as text may be names; numbers that are stored as such are not.
-        numbers = not any(_is_text(pq.read_schema(file).field(name).type) for file in self._files)
+        numeric = not any(_is_text(pq.read_schema(file).field(name).type) for file in self._files)
         labels, self.class_names, self.num_classes = class_labels(
-            counts, names, where, "correct the column, or leave out --label-column", numbers
+            counts,
+            names,
+            lambda label: self._where(first[label]),
+            "correct the column, or leave out --label-column",
+            numeric,
         )
         if self.class_names and not names:
             self.notes.append("classes numbered in the sorted order of their names")
-        return np.array(list(labels.values()), np.int32)[index]
+        return labels
+
+    def _labels(self) -> Iterator[bytes]:
+        """The numbers of all rows' labels, many at a time."""
+        assert self._label_of
+        for column in self._read("label"):
+            encoded = column.dictionary_encode()
+            numbers = [self._label_of[text] for text in encoded.dictionary.to_pylist()]
+            yield np.array(numbers, "<i4")[encoded.indices.to_numpy()].tobytes()
 
     def _stored_class_names(self, column: str) -> tuple[str, ...]:
         """The names of the classes that the files' schemas have. Raises DataError where they
@@ -295,17 +344,31 @@ class ParquetSource:
                 )
         return first
 
-    def _read_ids(self) -> pa.Array:
-        """The id of every row. Raises DataError for ids that are given more than once."""
-        ids = self._read("id", pa.large_string())
-        counts = pc.value_counts(ids)
-        if len(counts) < len(ids):
-            twice = [_text(count["values"])[0] for count in counts if count["counts"].as_py() > 1]
+    def _ids(self) -> Iterator[tuple[str, bool]]:
+        """The ids of all rows, and whether each is UTF-8."""
+        for column in self._read("id"):
+            try:
+                for text in column.to_pylist():
+                    yield text, True
+            except UnicodeDecodeError:
+                yield from map(_text, column)
+
+    def _check_ids(self) -> None:
+        """Raises DataError for ids that are given more than once."""
+        twice = 0
+        some: list[str] = []
+        last, times = None, 1
+        for id, _ in sorted_on_disk(self._ids(), None):
+            times = times + 1 if id == last else 1
+            last = id
+            if times == 2:
+                twice += 1
+                some += [id] if len(some) < 4 else []
+        if twice:
             raise DataError(
-                f"column {self._columns['id']}: {len(twice):,} ids are given more than once: "
-                f"{first_three(twice)}; give another --id-column, or none to number the rows"
+                f"column {self._columns['id']}: {twice:,} ids are given more than once: "
+                f"{first_three(some)}; give another --id-column, or none to number the rows"
             )
-        return ids
 
 
 # What a column has to be, for a message.

@@ -1,36 +1,28 @@
 """Where images come from: the sources that programs give to data_prep.packing, and the checks that
 they share."""
 
-import hashlib
 import os
 import posixpath
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
-
-import numpy as np
-import numpy.typing as npt
-from tqdm import tqdm
+from typing import IO, Any, NoReturn, Protocol
 
 from data_prep.images import Unusable
+from data_prep.listing import Listing, fingerprint
+from data_prep.walk import SUFFIXES, Missing
 from largescale.errors import DataError
 from largescale.host.files import is_unicode
-from largescale.host.launch import env_rank, printable
-
-T = TypeVar("T")
+from largescale.host.launch import printable
 
 # Words in file names, and numbers as they stand in tables.
 SPLIT = re.compile("(train|training|val|valid|validation|test|testing|dev)[0-9]*")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
-# Files whose sizes distinguish two folders of the same names: all of millions would take hours.
-SIZES = 1000
 # A label beyond this is an id, or damage.
 MOST_CLASSES = 2**20
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 
 # Facts that count what a list does not hold, or should not; and what they are called in a note.
 NOTES = {
@@ -66,7 +58,7 @@ class Source(Protocol):
     facts: dict[str, Any]  # for the manifest: what was read, plain JSON
     notes: list[str]  # what is odd about it, to be printed before the work
     fingerprint: str  # of what determines content and order, not of the pixels
-    skipped: list[tuple[str, str]]  # (id, reason): left out before any image is read
+    skipped: "Skips"  # left out before any image is read
     size: int | None  # items in all; None where only reading tells
 
     def parts(self, rows_per_shard: int) -> int:
@@ -75,117 +67,110 @@ class Source(Protocol):
     def part(self, number: int, rows_per_shard: int) -> Iterator[Item]:
         """The items of a part, the same each time, in the same order."""
 
+    def changed(self) -> str | None:
+        """What is no longer as it was when the source was made; None where nothing is known to
+        be. What is gone does not count."""
+
+    def discard(self) -> None:
+        """Removes what making the source has left in the folder of the set."""
+
+
+class Skips(Protocol):
+    """What is left out before any image is read, (id, reason) each. There may be millions."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[str, str]]: ...
+
 
 class ListSource:
-    """Image files below `root`, given by relative path; a part is `rows_per_shard` of them. There
-    may be millions.
+    """Image files below `root`, of a listing; a part is `rows_per_shard` of them. There may be
+    millions, of which only a part is in memory.
 
-    ids: the paths, unless given. Raises DataError where there are none, and for a label outside [0,
-    num_classes).
+    Raises DataError where there are none, and for a label outside [0, num_classes).
     """
 
-    def __init__(
-        self,
-        name: str,
-        root: Path,
-        files: Sequence[str],
-        *,
-        ids: Sequence[str] | None = None,
-        labels: npt.NDArray[np.int32] | None = None,
-        num_classes: int = 0,
-        class_names: Sequence[str] = (),
-        captions: Sequence[tuple[str, ...]] | None = None,
-        facts: dict[str, Any],
-        skipped: list[tuple[str, str]] | None = None,
-    ) -> None:
+    def __init__(self, name: str, root: Path, listing: Listing) -> None:
+        found = listing.found
         self.name = name
-        self.num_classes = num_classes
-        self.class_names = class_names
-        self.captioned = captions is not None
-        self.facts = facts
-        self.skipped = skipped or []
+        self.num_classes = found.num_classes
+        self.class_names = found.class_names
+        self.captioned = "captions" in listing.columns
+        self.facts = dict(found.facts)
+        self.skipped: Skips = listing.skipped
         self.notes = []
         for key, what in NOTES.items():
-            if facts.get(key):
-                self.notes.append(f"{facts[key]:,} {what}")
-
-        # What the items are made from. The lists are not copied: they may have millions of entries.
+            if self.facts.get(key):
+                self.notes.append(f"{self.facts[key]:,} {what}")
+        self.notes += found.notes
         self._root = str(root)
-        self._files = files
-        self._ids = files if ids is None else ids
-        self._labels = labels
-        self._captions = captions
-        odd = {i for i, file in enumerate(files) if not is_unicode(file)}
-        if odd:
-            self._leave_out(odd, "its name is not UTF-8")
+        self._listing = listing
         self._check(root)
 
         # A list is identified by names, labels and captions, and its images by some of their sizes.
-        some_files = self._files[:: -(-len(self._files) // SIZES)]
-        paths = map(partial(os.path.join, root), some_files)
-        facts["sizes"] = fingerprint(map(str, map(_size, paths)))
-        self.size: int | None = len(self._files)
-        self.fingerprint = fingerprint(
-            self._files,
-            self._ids if ids is not None else (),
-            class_names,
-            map(_joined, self._captions or ()),
-            b"" if self._labels is None else self._labels.astype("<i4").tobytes(),
-        )
+        self._sizes = self._sizes_now()
+        self.facts["sizes"] = fingerprint(map(str, self._sizes))
+        self.size: int | None = listing.rows
+        self.fingerprint = listing.fingerprint
 
     def _check(self, root: Path) -> None:
         """Raises DataError where there is nothing to pack, and for labels outside the classes."""
-        labels = self._labels
+        labels = self._listing.labels
         # Where all images are skipped, the reasons help more than the folder.
-        if not self._files and self.skipped:
+        if not self._listing.rows and len(self.skipped):
             raise DataError(
                 f"not one of {len(self.skipped):,} images can be packed; the first: "
                 f"{first_reasons(self.skipped)}"
             )
-        if not self._files:
+        if not self._listing.rows:
             raise DataError(
                 f"no images were found to pack in {root}; correct the folder (files "
                 f"that are read end in {', '.join(SUFFIXES)})"
             )
-        if labels is not None and not 0 <= labels.min() <= labels.max() < self.num_classes:
+        if labels is not None and not 0 <= labels[0] <= labels[1] < self.num_classes:
             raise DataError(
-                f"labels from {labels.min()} to {labels.max()} are not in [0, "
+                f"labels from {labels[0]} to {labels[1]} are not in [0, "
                 f"num_classes={self.num_classes})"
             )
 
-    def _leave_out(self, odd: set[int], reason: str) -> None:
-        """Moves files, by number, to those that are skipped."""
-        for i in sorted(odd):
-            self.skipped.append((self._ids[i], reason))
-        # Files, ids, labels and captions stay in step.
-        kept = sorted(set(range(len(self._files))) - odd)
-        self._files = _chosen(self._files, kept)
-        self._ids = _chosen(self._ids, kept)
-        if self._labels is not None:
-            self._labels = self._labels[kept]
-        if self._captions is not None:
-            self._captions = _chosen(self._captions, kept)
+    def _sizes_now(self) -> list[int]:
+        return [file_size(os.path.join(self._root, file)) for file in self._listing.sample]
 
     def parts(self, rows_per_shard: int) -> int:
-        return -(-len(self._files) // rows_per_shard)
+        return -(-self._listing.rows // rows_per_shard)
 
     def part(self, number: int, rows_per_shard: int) -> Iterator[Item]:
         # Nothing is read here: a worker's thread reads the file when it decodes the item.
         first = number * rows_per_shard
-        for i in range(first, min(first + rows_per_shard, len(self._files))):
-            yield Item(
-                self._ids[i],
-                partial(_read, os.path.join(self._root, self._files[i])),
-                0 if self._labels is None else int(self._labels[i]),
-                () if self._captions is None else self._captions[i],
-            )
+        for row in self._listing.read(first, min(first + rows_per_shard, self._listing.rows)):
+            path = os.path.join(self._root, row.file)
+            yield Item(row.id, partial(_read, path), row.label, row.captions)
+
+    def changed(self) -> str | None:
+        return other_size(self._listing.sample, self._sizes, self._sizes_now())
+
+    def discard(self) -> None:
+        self._listing.discard()
 
 
-def _chosen(values: Sequence[T], numbers: Iterable[int]) -> list[T]:
-    return [values[i] for i in numbers]
+def other_size(files: Iterable[str], before: Iterable[int], now: Iterable[int]) -> str | None:
+    """The first file that has another size now, in words; None where there is none. One that is
+    gone, of size -1, does not count."""
+    for file, size, size_now in zip(files, before, now, strict=True):
+        if size_now not in (size, -1):
+            return f"{file} has {size_now:,} bytes, and had {size:,} when packing began"
+    return None
 
 
-def _size(path: str) -> int:
+def source_changed(what: str) -> DataError:
+    """The error of a source that is not as it was listed. `what`: what is other now."""
+    return DataError(
+        f"{what}: the source changed while it was packed; put it back as it was and run again, or "
+        "delete --out and pack it anew"
+    )
+
+
+def file_size(path: str) -> int:
     """A file's size; -1 for one that is missing, which may be skipped later."""
     try:
         return os.path.getsize(path)
@@ -193,14 +178,15 @@ def _size(path: str) -> int:
         return -1
 
 
-def _joined(captions: Sequence[str]) -> str:
-    """An image's captions as one text, from which no other captions give the same."""
-    return "\n".join([str(len(captions)), *captions])
-
-
 def _read(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError as error:
+        # A link to nothing is left out. A file that is gone was there when the source was listed.
+        if os.path.islink(path):
+            raise
+        raise source_changed(f"{path} is gone") from error
 
 
 def given(data: bytes) -> Callable[[], bytes]:
@@ -217,112 +203,13 @@ def _raise(reason: str) -> NoReturn:
     raise Unusable(reason)
 
 
-def fingerprint(*columns: bytes | Iterable[str]) -> str:
-    """sha256 of columns of text, read as streams, and of bytes."""
-    # Streams, as the texts of millions of files would take gigabytes.
-    digest = hashlib.sha256()
-    for column in columns:
-        length = 0
-        for chunk in [column] if isinstance(column, bytes) else _chunks(column):
-            digest.update(chunk)
-            length += len(chunk)
-        # The end of the column: what follows is not part of it.
-        digest.update(f"#{length}".encode())
-    return digest.hexdigest()
-
-
-def _chunks(texts: Iterable[str], size: int = 10_000) -> Iterator[bytes]:
-    """The bytes of many texts, each with its length before it."""
-    texts = iter(texts)
-    while some := list(islice(texts, size)):
-        try:
-            yield "".join(f"{len(text)}:{text}" for text in some).encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{error.object[max(error.start - 40, 0) : error.end + 10]!r}: a name that is not "
-                "UTF-8; rename the file"
-            ) from error
-
-
-def list_images(root: Path, folders: Container[str] | None = None) -> tuple[list[str], int]:
-    """Relative paths of the image files below `root`, sorted, and the number of other files.
-
-    Links are followed, and names that begin with a dot are ignored. Raises DataError for a folder
-    that cannot be listed. Where `folders` are given, another one in `root`, such as lost+found, is
-    counted as a file instead.
-    """
-    # A stack instead of recursion: folders may be nested more deeply than Python allows.
-    found: list[str] = []
-    others = 0
-    # Folders to list: the path from `root`, and the identities of the folders above it.
-    stack = [("", frozenset[tuple[int, int]]())]
-    with tqdm(desc=f"list {root}", unit="file", delay=2, disable=env_rank() != 0) as bar:
-        while stack:
-            prefix, above = stack.pop()
-            folder = os.path.join(root, prefix)
-            try:
-                here, entries = _scan(folder)
-            except DataError:
-                if folders is None or prefix.count("/") != 1 or prefix[:-1] in folders:
-                    raise
-                others += 1
-                continue
-            if here in above:
-                raise DataError(f"{folder} is a link to a folder that it lies in; remove the link")
-
-            for entry in entries:
-                if entry.is_dir():
-                    stack.append((f"{prefix}{entry.name}/", above | {here}))
-                elif not entry.name.lower().endswith(SUFFIXES):
-                    others += 1
-                elif entry.is_symlink() or entry.is_file():
-                    # A link to nothing too: reading it will give the error.
-                    found.append(prefix + entry.name)
-                else:
-                    others += 1
-            bar.update(len(entries))
-    return sorted(found), others
-
-
-def _scan(folder: str) -> tuple[tuple[int, int], list[os.DirEntry[str]]]:
-    """A folder's identity, and its entries that do not begin with a dot."""
-    try:
-        status = os.stat(folder)
-        with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith(".")]
-        return (status.st_dev, status.st_ino), visible
-    except OSError as error:
-        raise DataError(
-            f"{folder} cannot be listed ({error.strerror}); correct the path, or make it readable"
-        ) from error
-
-
-def missing_files(
-    root: Path, names: Sequence[str], listed_in: Path, skip: bool
-) -> tuple[set[str], int]:
-    """Which of `names` are not files below `root`, and how many images in the same folders are not
-    named. Raises DataError for missing files, unless `skip`."""
-    # An unreadable root is an error of its own.
-    _scan(str(root))
-
-    # Each folder is listed once: asking for each of millions of files takes hours.
-    files: set[str] = set()
-    for folder in set(map(posixpath.dirname, names)):
-        path = os.path.join(root, folder)
-        if os.path.isdir(path):
-            for entry in _scan(path)[1]:
-                if entry.is_file():
-                    files.add(posixpath.join(folder, entry.name))
-
-    missing = set(names) - files
-    if missing and not skip:
-        raise DataError(
-            f"{listed_in} names {len(names):,} images, and {len(missing):,} are not in {root}: "
-            f"{first_three(sorted(missing))}; complete the folder, or pack the others with "
-            "--skip-missing"
-        )
-    images = sum(file.lower().endswith(SUFFIXES) for file in files)
-    return missing, images - (len(set(names)) - len(missing))
+def some_missing(missing: Missing, names: int, listed_in: Path, root: Path) -> DataError:
+    """The error of a list of so many names, of which some are no files."""
+    return DataError(
+        f"{listed_in} names {names:,} images, and {missing.count:,} are not in {root}: "
+        f"{first_three(missing.first)}; complete the folder, or pack the others with "
+        "--skip-missing"
+    )
 
 
 def relative_name(name: str, listed_in: object) -> str:
@@ -330,7 +217,7 @@ def relative_name(name: str, listed_in: object) -> str:
     images."""
     # A name that leads out of the folder could read any file.
     short = posixpath.normpath(name)
-    if not name or short.startswith("/") or short.split("/")[0] in (".", ".."):
+    if not name or "\0" in name or short.startswith("/") or short.split("/")[0] in (".", ".."):
         raise DataError(
             f"{listed_in}: {name!r} does not lie below --images; give file names relative to it"
         )
@@ -448,9 +335,9 @@ def first_three(names: Iterable[object]) -> str:
     return ", ".join(map(str, some[:3])) + (" ..." if len(some) > 3 else "")
 
 
-def first_reasons(skipped: Sequence[Sequence[str]]) -> str:
+def first_reasons(skipped: Iterable[Sequence[str]]) -> str:
     """Why the first images were skipped, (id, reason) each, for a message."""
-    return "; ".join(f"{id}: {reason}" for id, reason in skipped[:3])
+    return "; ".join(f"{id}: {reason}" for id, reason in islice(skipped, 3))
 
 
 def text_of(path: Path) -> str:
@@ -459,11 +346,40 @@ def text_of(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path} cannot be read: line {line} is not UTF-8; save it as UTF-8"
-        ) from error
+        raise _line_not_utf8(path, line) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error}); correct the path") from error
+
+
+def require_file(path: Path) -> None:
+    """Raises DataError for a file that cannot be opened."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}); correct the path") from error
+
+
+def open_text(path: Path) -> IO[str]:
+    """A file of lines, however long it is, to be read. Raises DataError for one that is missing, or
+    not UTF-8."""
+    number = 0
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                number += 1
+                # Decoded line by line, which finds the line; csv would see the block that it is in.
+                if not line.isascii():
+                    line.decode()
+    except UnicodeDecodeError as error:
+        raise _line_not_utf8(path, number) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}); correct the path") from error
+    # With newline="" csv itself finds the ends of lines, also inside quotes.
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _line_not_utf8(path: Path, line: int) -> DataError:
+    return DataError(f"{path} cannot be read: line {line} is not UTF-8; save it as UTF-8")
 
 
 def clean(captions: Iterable[str]) -> tuple[str, ...]:

@@ -29,7 +29,17 @@ from largescale.host.files import require_writable
 
 PARTS = ("train", "validation")
 # Entries of a manifest that are of its own shards, not of what was packed.
-_OF_THE_SHARDS = ("format", "info", "columns", "fingerprint", "rows", "shards", "empty_caption")
+_OF_THE_SHARDS = (
+    "format",
+    "info",
+    "columns",
+    "fingerprint",
+    "rows",
+    "shards",
+    "empty_caption",
+    "content_hashes",
+    "additions",
+)
 
 
 @dataclass(frozen=True)

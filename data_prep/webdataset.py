@@ -30,13 +30,16 @@ from urllib.parse import urlparse
 
 from data_prep import packing
 from data_prep.images import Unusable
+from data_prep.listing import fingerprint
 from data_prep.sources import (
     Item,
+    Skips,
     class_index,
     clean,
-    fingerprint,
+    file_size,
     first_three,
     given,
+    other_size,
     refuse_splits,
     refuse_twice,
     splits_in,
@@ -110,7 +113,7 @@ class TarSource:
         self.captioned = bool(caption_key)
         self.num_classes = num_classes
         self.class_names: Sequence[str] = ()
-        self.skipped: list[tuple[str, str]] = []
+        self.skipped: Skips = []
         self.notes: list[str] = []
         self.size: int | None = None
 
@@ -127,6 +130,7 @@ class TarSource:
             if is_local:
                 local.append(shard)
         sizes = list(map(os.path.getsize, local))
+        self._local, self._sizes = local, sizes
         self.fingerprint = fingerprint(
             names, map(str, sizes), [caption_key, str(num_classes), label_key]
         )
@@ -176,6 +180,12 @@ class TarSource:
                 f"{shard} cannot be read to its end: {reason}; restore or download it again, or "
                 "leave it out of --shards"
             ) from error
+
+    def changed(self) -> str | None:
+        return other_size(self._local, self._sizes, map(file_size, self._local))
+
+    def discard(self) -> None:
+        pass  # a list of tar files is short
 
     def _items(self, id: str, sample: dict[str, Any], shard: str) -> Iterator[Item]:
         """The item of a sample; several where dots in file names put several images into one."""

@@ -4,6 +4,8 @@ OUT/packing/job.json             what is being made; the first rank writes it, t
                                  want the same
 OUT/packing/part_00000.json ...  what is done of each part
 OUT/packing/rank_0.lock ...      held while a rank works: two processes must not be the same rank
+OUT/packing/ranks.lock           held by all who work, who must agree on what it says: how many ranks
+                                 there are
 OUT/packing/failed_1 ...         why a rank failed, so that rank 0 does not wait for it
 """
 
@@ -14,7 +16,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -25,11 +27,13 @@ from largescale.config.serialise import flatten
 from largescale.data.format import MANIFEST, read_manifest
 from largescale.data.shards import ShardDataset
 from largescale.errors import DataError, Stopped, usable
-from largescale.host.files import from_json, try_lock, write_atomically
+from largescale.host.files import from_json, lock_shared, try_lock, write_atomically
 from largescale.host.launch import printable
 from largescale.host.signals import stop_requested
 
 JOB = "packing/job.json"
+# The key of a job that adds to a set which is there.
+APPEND = "append"
 Flat = Mapping[str, Any]  # a job by dotted keys
 # Seconds without a new part, after which rank 0 looks which ranks still work.
 _GONE_S = 300.0
@@ -62,6 +66,7 @@ class Parts:
         self.folder = out / "packing"
         self._places, self._other = places, other
         self._lock: IO[str] | None = None
+        self._together: IO[str] | None = None
         self._is_this_job()  # takes over a job that was started before
 
     @property
@@ -170,18 +175,12 @@ class Parts:
                     f"{self.out} lacks a shard, or has one of another size; restore it, or to pack "
                     f"it anew, delete {self.out} first"
                 )
-            if self.rank == 0:
-                self.remove()  # left by a kill after the manifest was written
+            # Left by a kill after the manifest was written; or of an addition that is under way.
+            if self.rank == 0 and (self.adds or not self._is_growing()):
+                self.remove()
             return False
 
-        # Shards of an unknown job would be overwritten one by one.
-        stray = list(self.out.glob("shard_*.arrow"))
-        if stray and not job_file.exists():
-            raise DataError(
-                f"{self.out} holds {stray[0].name}, and nothing that says whose they are; give "
-                "another --out, or delete the folder"
-            )
-
+        self._require_no_stray_shards()
         # All ranks try to create the file, and then compare with the one that came first.
         self.folder.mkdir(parents=True, exist_ok=True)
         _create(job_file, json.dumps(self.job, indent=1))
@@ -193,11 +192,56 @@ class Parts:
                 "launcher other than torchrun and srun must set RANK and WORLD_SIZE)"
             )
 
+        self._join()
+
         # Failures of the last start are not this one's.
         if self.rank == 0:
             for failed in self.folder.glob("failed_*"):
                 failed.unlink(missing_ok=True)
         return True
+
+    @property
+    def adds(self) -> bool:
+        """Whether this job adds to a set that is there."""
+        return APPEND in self.job
+
+    def _is_growing(self) -> bool:
+        """Whether another job is adding to the set."""
+        with suppress(OSError, ValueError, TypeError):
+            return APPEND in from_json((self.out / JOB).read_text())
+        return False
+
+    def _require_no_stray_shards(self) -> None:
+        """Raises DataError for shards of an unknown job, which would be overwritten one by one."""
+        stray = list(self.out.glob("shard_*.arrow"))
+        if stray and not (self.out / JOB).exists():
+            raise DataError(
+                f"{self.out} holds {stray[0].name}, and nothing that says whose they are; give "
+                "another --out, or delete the folder"
+            )
+
+    def shard_name(self, name: str) -> str:
+        """The name of a shard's file, of which `name` is unique among those of this job."""
+        return name
+
+    def _join(self) -> None:
+        """Raises DataError where others work here as another number of ranks: each of two packers
+        would take parts of the other."""
+        layout = f"{self.world_size} ranks"
+        path = self.folder / "ranks.lock"
+        # The first of all says how many there are. Read again under the shared lock: between the two
+        # another may have been the first.
+        if first := try_lock(path):
+            first.truncate(0)
+            first.write(layout)
+            first.close()
+        self._together = lock_shared(path)
+        found = path.read_text()
+        if self._together and found != layout:
+            raise DataError(
+                f"another packer works in {self.out}, as {found}, and this one as {layout}; wait for "
+                "it or stop it, or give another --out"
+            )
 
     def _compare(self, found: dict[str, Any]) -> None:
         """Raises DataError where the job found in the folder is another one."""
@@ -215,6 +259,7 @@ class Parts:
             "columns": [],
             "shards": [],
             "skipped": [],
+            "hashes": "",
         }
         try:
             record: dict[str, Any] = from_json(self._path(part).read_text())
@@ -236,10 +281,8 @@ class Parts:
     def _path(self, part: int) -> Path:
         return self.folder / f"part_{part:05d}.json"
 
-    def all_records(self) -> list[dict[str, Any]]:
-        """The records of all parts in order; waits until all are done. Raises DataError when a rank
-        has failed, or has died."""
-        records: dict[int, dict[str, Any]] = {}
+    def wait_for_all(self) -> None:
+        """Waits until all parts are done. Raises DataError when a rank has failed, or has died."""
         missing = list(range(self.parts))
         reported = progressed = time.monotonic()
         with tqdm(
@@ -250,15 +293,11 @@ class Parts:
             dynamic_ncols=True,
         ) as bar:
             while missing:
-                before = len(records)
-                for part in missing:
-                    record = self.record(part)
-                    if record["done"]:
-                        records[part] = record
-                bar.update(len(records) - before)
-                if len(records) > before:
+                before = len(missing)
+                missing = [part for part in missing if not self.record(part)["done"]]
+                bar.update(before - len(missing))
+                if len(missing) < before:
                     progressed = time.monotonic()
-                missing = [part for part in missing if part not in records]
                 if not missing:
                     break
 
@@ -273,7 +312,21 @@ class Parts:
                 if time.monotonic() - progressed > _GONE_S:
                     self._check_at_work(missing)
                 time.sleep(0.5)
-        return [records[part] for part in range(self.parts)]
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The records of all parts, once they are done, in order. They are read one by one: all of
+        them may list millions of images that were left out."""
+        for part in range(self.parts):
+            record = self.record(part)
+            if not record["done"]:
+                raise _changed(part)
+            yield record
+
+    def all_records(self) -> list[dict[str, Any]]:
+        """The records of all parts in order; waits until all are done. Raises DataError when a rank
+        has failed, or has died."""
+        self.wait_for_all()
+        return list(self.records())
 
     def _owners(self, parts: list[int]) -> list[int]:
         """The ranks that make these parts, rising."""
@@ -284,7 +337,7 @@ class Parts:
         # Rank 0 has made its own parts before it waits for the others'.
         broken = [part for part in missing if part in self.mine]
         if broken:
-            raise DataError(f"the shards of part {broken[0]} were changed while packing; run again")
+            raise _changed(broken[0])
 
         # Files of ranks that owe nothing were left by another job.
         for rank in self._owners(missing):
@@ -324,8 +377,13 @@ class Parts:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
-        if self._lock:
-            self._lock.close()
+        for lock in (self._lock, self._together):
+            if lock:
+                lock.close()
+
+
+def _changed(part: int) -> DataError:
+    return DataError(f"the shards of part {part} were changed while packing; run again")
 
 
 def _is_complete(out: Path) -> bool:

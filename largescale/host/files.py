@@ -9,7 +9,7 @@ import os
 import pwd
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -105,6 +105,18 @@ def try_lock_byte(file: IO[str], number: int) -> bool:
     except OSError:
         pass
     return True
+
+
+def lock_shared(path: Path) -> IO[str] | None:
+    """Lock a file, together with others who do so, until it is closed or the process dies; waits for
+    one who holds it alone. None on a file system without locks."""
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH)
+    except OSError:
+        file.close()
+        return None
+    return file
 
 
 @contextlib.contextmanager
@@ -229,13 +241,18 @@ def located(path: Path, descriptor: int) -> Path:
     return path
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file that has its old content or all of the new one, whenever the machine stops."""
+def write_atomically(path: Path, content: str | bytes | Iterable[str]) -> None:
+    """Write a file that has its old content or all of the new one, whenever the machine stops. A
+    long text can be given in parts."""
     temporary = path.with_name(path.name + ".tmp")
     # On disk before the name is: else a power cut could leave an empty file under it.
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                for part in [content] if isinstance(content, str) else content:
+                    file.write(part.encode())
             file.flush()
             os.fsync(file.fileno())
     except OSError:

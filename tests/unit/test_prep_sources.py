@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep import coco, emoji, folder, imagenet, parquet, sources, webdataset
+from data_prep import coco, emoji, folder, imagenet, parquet, sources, walk, webdataset
 from data_prep.images import Unusable, decode
+from data_prep.listing import Found, Listings, Writer
 from data_prep.sources import Item, ListSource, Source
 from largescale.data.shards import ShardDataset
 from largescale.errors import DataError
@@ -72,25 +73,31 @@ def test_parts_hold_rows_per_shard(tmp_path: Path) -> None:
     item = next(source.part(2, 3))
     assert pickle.loads(pickle.dumps(item)).read() == picture() and (item.label, item.captions) == (0, ())
     (tmp_path / "6.png").unlink()
-    with pytest.raises(OSError, match=r"6\.png"):
+    with pytest.raises(DataError, match=r"6\.png is gone: the source changed while it was packed; put it back"):
         item.read()
 
 
 def test_the_fingerprint_tells_content_and_order_apart(tmp_path: Path) -> None:
-    def made(root: str = "a", files: Sequence[str] = ("1", "2"), **changes: Any) -> str:
-        return ListSource("name", Path(root), files, facts={}, **changes).fingerprint
+    def made(root: str = "a", files: Sequence[str] = ("1", "2"), num_classes: int = 0, class_names: Sequence[str] = (),
+             **columns: Any) -> str:
+        def make(writer: Writer) -> Found:
+            for i, file in enumerate(files):
+                writer.add(file, **{name: values[i] for name, values in columns.items()})
+            return Found({}, num_classes, class_names)
 
-    labels, captions = np.array([0, 1], np.int32), [("x",), ("y", "z")]
+        return ListSource("name", Path(root), Listings().get({}, list(columns), make)).fingerprint
+
+    labels, captions = [0, 1], [("x",), ("y", "z")]
     assert made() == made(root="b")                     # a folder may move
     fingerprints = [
-        made(), made(files=("2", "1")), made(files=("12", "")), made(ids=("1", "2")), made(ids=("1", "3")),
+        made(), made(files=("2", "1")), made(files=("12", "")), made(id=("1", "2")), made(id=("1", "3")),
         made(captions=captions), made(captions=captions[::-1]), made(captions=[("x", "y"), ("z",)]),
         made(captions=[("ab", "c"), ()]), made(captions=[("a", "bc"), ()]), made(captions=[("a\nbc",), ()]),
-        made(labels=labels, num_classes=2), made(labels=labels[::-1], num_classes=2),
-        made(labels=labels, num_classes=2, class_names=("a", "b")), made(labels=labels, num_classes=2, class_names=("b", "a"))]
+        made(label=labels, num_classes=2), made(label=labels[::-1], num_classes=2),
+        made(label=labels, num_classes=2, class_names=("a", "b")), made(label=labels, num_classes=2, class_names=("b", "a"))]
     assert len(set(fingerprints)) == len(fingerprints)
     with pytest.raises(DataError, match=r"labels from 0 to 1 are not in \[0, num_classes=1\)"):
-        made(labels=labels, num_classes=1)
+        made(label=labels, num_classes=1)
 
 
 def test_folder(tmp_path: Path) -> None:
@@ -145,7 +152,7 @@ def test_coco(tmp_path: Path) -> None:
                          [(10, 7, "second\n"), (10, 5, " first"), (9, 1, "b"), (3, 2, " \n"), (9, 3, "")])
     source = coco.read(tmp_path, file)
     assert [(item.id, item.captions) for item in items(source)] == [("9", ("b",)), ("10", ("first", "second"))]
-    assert source.skipped == [("3", "it has no caption"), ("4", "it has no caption")]
+    assert list(source.skipped) == [("3", "it has no caption"), ("4", "it has no caption")]
     assert (source.name, source.captioned, source.num_classes) == ("coco-captions_x", True, 0)
     counts = {key: value for key, value in source.facts.items() if isinstance(value, int)}
     assert counts == {"images_listed": 4, "images_missing": 0, "images_without_caption": 2, "images_not_listed": 1,
@@ -200,7 +207,7 @@ def test_coco_captions_that_are_no_text(tmp_path: Path) -> None:
     captions: Any = [(1, 11, "x"), (1, 12, None), (1, 13, "half \ud83d"), (2, 14, ["y"])]
     source = coco.read(tmp_path, captions_file(tmp_path / "x.json", [(1, "a.png"), (2, "b.png")], captions))
     assert [(item.id, item.captions) for item in items(source)] == [("1", ("x",))]
-    assert source.skipped == [("2", "its caption is no text")] and source.facts["captions_no_text"] == 3
+    assert list(source.skipped) == [("2", "its caption is no text")] and source.facts["captions_no_text"] == 3
     assert source.notes[-1] == "3 captions that are no text (ids 12, 13, 14)"
 
 
@@ -238,7 +245,7 @@ def test_coco_with_images_missing(tmp_path: Path) -> None:
     write(tmp_path, "b.png")
     file = captions_file(tmp_path / "x.json", **GOOD)
     source = coco.read(tmp_path, file, skip_missing=True)
-    assert ids(source) == ["2"] and source.skipped == [("1", "the file is missing")]
+    assert ids(source) == ["2"] and list(source.skipped) == [("1", "the file is missing")]
     assert source.facts["images_missing"] == 1 and source.fingerprint != coco.read(write(tmp_path, "a.png"), file).fingerprint
 
 
@@ -247,7 +254,7 @@ def test_real_coco() -> None:
     source = coco.read(root / "val2017", root / "annotations/captions_val2017_mini.json")
     found = list(source.part(0, 1000))
     assert len(found) == source.size == 283 and sum(len(item.captions) for item in found) == 1416
-    assert not source.skipped and found[0].id == "139"
+    assert not len(source.skipped) and found[0].id == "139"
     for item in found:
         assert decode(item.read(), 256, 64).shape == (3, 256, 256)
     with pytest.raises(DataError, match=r"names 5,000 images, and 4,717 are not in .*val2017: 0+13291\.jpg, .* \.\.\.; .*--skip-missing"):
@@ -296,14 +303,14 @@ def test_a_folder_without_images_is_no_class(tmp_path: Path, stray: str) -> None
 def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """lost+found belongs to root: named, and passed over where --classes does not name it."""
     write(tmp_path / "i", "n1/a.png", "lost+found/x")
-    classes, scan = tmp_path / "classes.txt", sources._scan
+    classes, scandir = tmp_path / "classes.txt", os.scandir
 
     def as_user(folder: str) -> Any:
-        if "lost+found" in folder:
-            raise DataError(f"{folder} cannot be listed (Permission denied)")
-        return scan(folder)
+        if "lost+found" in str(folder):
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
 
-    monkeypatch.setattr(sources, "_scan", as_user)
+    monkeypatch.setattr(os, "scandir", as_user)
     with pytest.raises(DataError, match=r"lost\+found/ cannot be listed"):
         imagenet.read(tmp_path / "i")
     classes.write_text("n1")
@@ -398,7 +405,7 @@ def test_labels_of_missing_images(tmp_path: Path) -> None:
     write(tmp_path, "b.png")
     labels = table(tmp_path / "x.csv", ("gone/a.png", 1), ("b.png", 0))
     source = imagenet.read(tmp_path, labels, skip_missing=True)
-    assert ids(source) == ["b.png"] and source.skipped == [("gone/a.png", "the file is missing")] and source.num_classes == 2
+    assert ids(source) == ["b.png"] and list(source.skipped) == [("gone/a.png", "the file is missing")] and source.num_classes == 2
     (tmp_path / "b.png").unlink()
     with pytest.raises(DataError, match="not one of 2 images can be packed; the first: gone/a.png: the file is missing"):
         imagenet.read(tmp_path, labels, skip_missing=True)
@@ -857,18 +864,19 @@ def test_programs_without_webdataset(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_programs_take_their_options(tmp_path: Path) -> None:
     """Each field reaches what it is for: the same source as the function's."""
     write(tmp_path, "c/a.png", "b.png")
+    out = tmp_path.with_name(f"{tmp_path.name}_out")
     file = captions_file(tmp_path / "x.json", **GOOD)
     labels, path = table(tmp_path / "x.csv", ("c/a.png", 1), ("gone.png", 0)), rows(tmp_path / "1.parquet", i=pictures(2), l=[0, 1], t=["a", "b"])
     (tmp_path / "classes.txt").write_text("x\ny\nz")
     shard = tar(tmp_path / "1.tar", *SAMPLES)
     pairs = [
-        (coco.Coco(out=tmp_path, images=tmp_path, captions=file, skip_missing=True), coco.read(tmp_path, file, True)),
-        (folder.Folder(out=tmp_path, images=tmp_path), folder.read(tmp_path)),
-        (imagenet.ImageNet(out=tmp_path, images=tmp_path, labels=labels, classes=tmp_path / "classes.txt", skip_missing=True),
+        (coco.Coco(out=out, images=tmp_path, captions=file, skip_missing=True), coco.read(tmp_path, file, True)),
+        (folder.Folder(out=out, images=tmp_path), folder.read(tmp_path)),
+        (imagenet.ImageNet(out=out, images=tmp_path, labels=labels, classes=tmp_path / "classes.txt", skip_missing=True),
          imagenet.read(tmp_path, labels, tmp_path / "classes.txt", True)),
-        (webdataset.WebDataset(out=tmp_path, shards=(f"pipe:cat {shard}",), caption_key="json", num_classes=3, label_key="c", allow_remote=True),
+        (webdataset.WebDataset(out=out, shards=(f"pipe:cat {shard}",), caption_key="json", num_classes=3, label_key="c", allow_remote=True),
          webdataset.read([f"pipe:cat {shard}"], "json", 3, "c", True)),
-        (parquet.Parquet(out=tmp_path, files=(path,), image_column="i", label_column="l", caption_column="t", id_column="t"),
+        (parquet.Parquet(out=out, files=(path,), image_column="i", label_column="l", caption_column="t", id_column="t"),
          parquet.ParquetSource([path], "i", "l", "t", "t")),
     ]
     for program, source in pairs:
@@ -878,12 +886,12 @@ def test_programs_take_their_options(tmp_path: Path) -> None:
 
 def test_long_listings_say_how_far_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[dict[str, Any]] = []
-    original = sources.tqdm
-    monkeypatch.setattr(sources, "tqdm", lambda **options: made.append(options) or original(**options))
+    original = walk.tqdm
+    monkeypatch.setattr(walk, "tqdm", lambda **options: made.append(options) or original(**options))
     write(tmp_path, "a.png")
     for rank in "0", "1":
         monkeypatch.setenv("RANK", rank)
-        sources.list_images(tmp_path)
+        walk.list_images(tmp_path)
     assert [(options["delay"], options["disable"]) for options in made] == [(2, False), (2, True)]
 
 

@@ -1,0 +1,369 @@
+"""What a source holds, in files: found once, by the rank that comes first, and read part by part, so
+that no rank keeps it in memory.
+
+OUT/packing/listing_KEY.rows      the images in order: file, and where there are ids, labels, captions
+OUT/packing/listing_KEY.skipped   what is left out before any image is read, as skipped.jsonl has it
+OUT/packing/listing_KEY.folders   the folders that were listed, and when each changed last
+OUT/packing/listing_KEY.json      what follows from all of it; written last
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from data_prep.walk import changed_ns
+from largescale.errors import DataError, Stopped
+from largescale.host.files import from_json, is_unicode, try_lock
+from largescale.host.launch import env_rank
+from largescale.host.signals import stop_requested
+
+# Rows that are read and written at a time.
+BATCH = 4096
+# Files whose sizes distinguish two folders of the same names: all of millions would take hours.
+SIZES = 1000
+COLUMNS = {
+    "file": pa.string(),
+    "id": pa.string(),
+    "label": pa.int32(),
+    "captions": pa.list_(pa.string()),
+}
+
+
+class Row(NamedTuple):
+    """An image of a listing."""
+
+    file: str
+    id: str
+    label: int = 0
+    captions: tuple[str, ...] = ()
+
+
+@dataclass
+class Found:
+    """What is known of a source once it is listed, besides its images; plain JSON."""
+
+    facts: dict[str, Any]
+    num_classes: int = 0
+    class_names: Sequence[str] = ()
+    notes: list[str] = field(default_factory=list)
+
+
+class Writer:
+    """Writes the rows of a listing, and what is left out. `columns`: which of id, label and captions
+    its rows have."""
+
+    def __init__(self, base: Path, columns: Sequence[str], scratch: Path) -> None:
+        self.scratch = scratch  # for what does not fit in memory either
+        self.rows = self.skipped = 0
+        self.labels: tuple[int, int] | None = None  # the least and the greatest
+        self._columns = ("file", *columns)
+        self._pending: dict[str, list[Any]] = {name: [] for name in self._columns}
+        self._schema = pa.schema([(name, COLUMNS[name]) for name in self._columns])
+        with ExitStack() as stack:
+            sink = stack.enter_context(pa.OSFile(f"{base}.rows", "wb"))
+            self._file = stack.enter_context(pa.ipc.new_file(sink, self._schema))
+            self._skipped: IO[str] = stack.enter_context(open(f"{base}.skipped", "w"))
+            self._folders: IO[str] = stack.enter_context(open(f"{base}.folders", "w"))
+            self._open = stack.pop_all()
+
+    def add(self, file: str, id: str = "", label: int = 0, captions: tuple[str, ...] = ()) -> None:
+        """Adds an image; one whose name is not UTF-8 is left out."""
+        if not is_unicode(file):
+            self.skip(id or file, "its name is not UTF-8")
+            return
+        row = {"file": file, "id": id, "label": label, "captions": captions}
+        for name, values in self._pending.items():
+            values.append(row[name])
+        self._added(1, label)
+
+    def extend(self, files: list[str], label: int = 0) -> None:
+        """Adds images that have the same label, and no ids or captions."""
+        # All at once, unless one has such a name.
+        if not is_unicode("".join(files)):
+            for file in files:
+                self.add(file, label=label)
+            return
+        self._pending["file"] += files
+        if "label" in self._pending:
+            self._pending["label"] += [label] * len(files)
+        self._added(len(files), label)
+
+    def _added(self, rows: int, label: int) -> None:
+        self.rows += rows
+        if "label" in self._pending:
+            low, high = self.labels or (label, label)
+            self.labels = (min(low, label), max(high, label))
+        while len(self._pending["file"]) >= BATCH:
+            self._write()
+
+    def skip(self, id: str, reason: str) -> None:
+        self._skipped.write(json.dumps({"id": id, "reason": reason}) + "\n")
+        self.skipped += 1
+
+    def listed(self, folder: str, changed: int) -> None:
+        """Notes a folder that was listed, with the time of its last change."""
+        self._folders.write(json.dumps([folder, changed]) + "\n")
+
+    def _write(self) -> None:
+        arrays = []
+        for name, values in self._pending.items():
+            try:
+                arrays.append(pa.array(values[:BATCH], COLUMNS[name]))
+            except UnicodeEncodeError as error:
+                raise not_utf8(error) from error
+            del values[:BATCH]
+        self._file.write_batch(pa.record_batch(arrays, self._schema))
+
+    def close(self) -> None:
+        if self._pending["file"]:
+            self._write()
+        self._open.close()
+
+
+class Skipped(Iterable[tuple[str, str]]):
+    """What is left out before any image is read, (id, reason) each, in a file."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        self._path, self._count = path, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        with self._path.open() as file:
+            for line in file:
+                entry = json.loads(line)
+                yield entry["id"], entry["reason"]
+
+
+class Listing:
+    """A list of images in a file, of which a part is read at a time."""
+
+    def __init__(self, base: Path, found: Mapping[str, Any], discard: Callable[[], None]) -> None:
+        self._base = base
+        self.discard = discard
+        """Removes what this process has written, unless a job has begun there."""
+        self.rows: int = found["rows"]
+        self.columns: Sequence[str] = found["columns"]
+        self.labels: Sequence[int] | None = found["labels"]
+        self.fingerprint: str = found["fingerprint"]
+        self.sample: list[str] = found["sample"]  # files whose sizes are compared
+        self.found = Found(**found["found"])
+        self.skipped = Skipped(Path(f"{base}.skipped"), found["skipped"])
+
+    def read(self, start: int, stop: int) -> Iterator[Row]:
+        """The rows in [start, stop)."""
+        with pa.OSFile(f"{self._base}.rows") as source, pa.ipc.open_file(source) as file:
+            for number in range(start // BATCH, -(-stop // BATCH)):
+                first = number * BATCH
+                batch = file.get_batch(number)[max(start - first, 0) : stop - first]
+                columns = {name: batch.column(name).to_pylist() for name in self.columns}
+                files = columns["file"]
+                ids = columns.get("id", files)
+                labels = columns.get("label") or [0] * len(files)
+                captions = columns.get("captions") or [()] * len(files)
+                for file_, id, label, texts in zip(files, ids, labels, captions, strict=True):
+                    yield Row(file_, id, label, tuple(texts))
+
+
+class Listings:
+    """Listings in a folder, by default in one that goes with the process. Those of a packer's ranks
+    lie in OUT/packing, which goes when the set is packed."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder or Path(tempfile.mkdtemp(prefix="listing"))
+        if folder is None:
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._made: list[Path] = []  # files and folders, the innermost last
+
+    def get(
+        self, key: Mapping[str, Any], columns: Sequence[str], make: Callable[[Writer], Found]
+    ) -> Listing:
+        """The listing of what `key` names: the one that is there, while the folders are as they were,
+        or one that `make` writes now. Raises DataError where it cannot be written."""
+        digest = hashlib.sha256(json.dumps([key, columns], sort_keys=True).encode()).hexdigest()
+        base = self._folder / f"listing_{digest[:16]}"
+        try:
+            found = _usable(base)
+            if found is None:
+                self._make_folders()
+                # Another rank may make it while this one waits.
+                with self._lock():
+                    found = _usable(base) or self._make(base, columns, make)
+        except OSError as error:
+            raise DataError(
+                f"cannot write {base}: {error}; free space, or correct --out, and run again"
+            ) from error
+        return Listing(base, found, self.discard)
+
+    def _make_folders(self) -> None:
+        for folder in (*reversed(self._folder.parents), self._folder):
+            if not folder.exists():
+                folder.mkdir(exist_ok=True)
+                self._made.append(folder)
+
+    def _lock(self) -> IO[str]:
+        """Waits until no other rank lists."""
+        path = self._folder / "listing.lock"
+        self._made.append(path)
+        while not (lock := try_lock(path)):
+            if stop_requested():
+                raise Stopped
+            time.sleep(0.2)
+        return lock
+
+    def _make(
+        self, base: Path, columns: Sequence[str], make: Callable[[Writer], Found]
+    ) -> dict[str, Any]:
+        # A name of each rank's own: a file system without locks would mix two ranks' files.
+        mine = base.with_name(f"{base.name}.{env_rank()}")
+        names = (".rows", ".skipped", ".folders", ".json")
+        try:
+            writer = Writer(mine, columns, self._folder)
+            try:
+                found = make(writer)
+            finally:
+                writer.close()
+            listing = _describe(mine, writer, found, columns)
+            # The same as is there, but for the times of folders: another rank may be reading that.
+            text = json.dumps(listing)
+            before = _read(base)
+            if before is not None and before == json.loads(text):
+                os.rename(f"{mine}.folders", f"{base}.folders")
+                return before
+            Path(f"{mine}.json").write_text(text)
+            for name in names:
+                os.rename(f"{mine}{name}", f"{base}{name}")
+                self._made.append(Path(f"{base}{name}"))
+            return dict(json.loads(text))
+        finally:
+            for name in names:
+                Path(f"{mine}{name}").unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Removes what this process has made, unless a job has begun in the folder."""
+        if (self._folder / "job.json").exists():
+            return
+        for path in reversed(self._made):
+            with suppress(OSError):
+                path.rmdir() if path.is_dir() else path.unlink()
+
+
+def _describe(base: Path, writer: Writer, found: Found, columns: Sequence[str]) -> dict[str, Any]:
+    """The content of a listing's .json."""
+    about: dict[str, Any] = {
+        "rows": writer.rows,
+        "skipped": writer.skipped,
+        "labels": writer.labels,
+        "columns": ["file", *columns],
+        "found": asdict(found),
+    }
+    batches = partial(_column, base)
+    # The files whose sizes are looked at come by the way.
+    sample: list[str] = []
+    step = -(-writer.rows // SIZES) or 1
+
+    def files() -> Iterator[str]:
+        for number, file in enumerate(_texts(batches("file"))):
+            if number % step == 0:
+                sample.append(file)
+            yield file
+
+    about["fingerprint"] = fingerprint(
+        files(),
+        _texts(batches("id")) if "id" in columns else (),
+        found.class_names,
+        map(_joined, _texts(batches("captions"))) if "captions" in columns else (),
+        map(_label_bytes, batches("label")) if "label" in columns else b"",
+    )
+    return about | {"sample": sample}
+
+
+def _column(base: Path, name: str) -> Iterator[pa.Array]:
+    """A column of a listing, a batch at a time."""
+    with pa.OSFile(f"{base}.rows") as source, pa.ipc.open_file(source) as file:
+        for number in range(file.num_record_batches):
+            yield file.get_batch(number).column(name)
+
+
+def _texts(arrays: Iterable[pa.Array]) -> Iterator[Any]:
+    for array in arrays:
+        yield from array.to_pylist()
+
+
+def _label_bytes(array: pa.Array) -> bytes:
+    return np.from_dlpack(array).astype("<i4").tobytes()
+
+
+def _joined(captions: Sequence[str]) -> str:
+    """An image's captions as one text, from which no other captions give the same."""
+    return "\n".join([str(len(captions)), *captions])
+
+
+def _read(base: Path) -> dict[str, Any] | None:
+    """The content of a listing's .json; None where there is none."""
+    with suppress(OSError, ValueError):
+        found: dict[str, Any] = from_json(Path(f"{base}.json").read_bytes())
+        return found
+    return None
+
+
+def _usable(base: Path) -> dict[str, Any] | None:
+    """A listing that is there, and whose folders have not changed since."""
+    found = _read(base)
+    with suppress(OSError, ValueError):
+        with open(f"{base}.folders") as file:
+            for line in file:
+                folder, changed = json.loads(line)
+                if not changed or changed_ns(os.stat(folder)) != changed:
+                    return None
+        return found
+    return None
+
+
+def fingerprint(*columns: bytes | Iterable[str | bytes]) -> str:
+    """sha256 of columns of text, read as streams, and of bytes."""
+    # Streams, as the texts of millions of files would take gigabytes.
+    digest = hashlib.sha256()
+    for column in columns:
+        length = 0
+        for chunk in [column] if isinstance(column, bytes) else _chunks(column):
+            digest.update(chunk)
+            length += len(chunk)
+        # The end of the column: what follows is not part of it.
+        digest.update(f"#{length}".encode())
+    return digest.hexdigest()
+
+
+def _chunks(values: Iterable[str | bytes]) -> Iterator[bytes]:
+    """The bytes of many texts, each with its length before it; bytes as they are."""
+    values = iter(values)
+    while some := list(islice(values, BATCH)):
+        try:
+            if isinstance(some[0], bytes):
+                yield b"".join(some)  # type: ignore[arg-type]
+            else:
+                yield "".join(f"{len(text)}:{text!s}" for text in some).encode()
+        except UnicodeEncodeError as error:
+            raise not_utf8(error) from error
+
+
+def not_utf8(error: UnicodeEncodeError) -> DataError:
+    return DataError(
+        f"{error.object[max(error.start - 40, 0) : error.end + 10]!r}: a name that is not "
+        "UTF-8; rename the file"
+    )
