@@ -434,6 +434,8 @@ def test_words_or_a_page(small_run: Path, tmp_path: Path, capsys: pytest.Capture
         assert status.main([str(small_run), "--html", str(path)]) == 2
         assert f"--html {path} is there and is no page" in capsys.readouterr().err
         assert before == (sorted(tmp_path.rglob("*")), (small_run / "metrics.jsonl").read_text())
+    assert status.main([str(small_run), "--html", str(small_run / "metrics.jsonl/page.html")]) == 2
+    assert "metrics.jsonl/page.html cannot be written: " in capsys.readouterr().err
     for port in ("-1", "70000"):
         assert status.main([str(small_run), "--follow", "--port", port]) == 2
         assert f"port={port} cannot be served on" in capsys.readouterr().err
