@@ -44,6 +44,7 @@ FREE_ON_RESUME = (
     "data.path",
     "data.validation",
     "data.prefetch",
+    "data.grown",
     "data.verify",
     "train.micro_batch_size",
     "train.activation_checkpointing",

@@ -7,6 +7,8 @@ ever saved.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -62,3 +64,39 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Extent:
+    """From a position of the run on, its data set has so many rows; epochs begin there."""
+
+    start: int
+    rows: int
+
+
+def indices_in_extents(
+    positions: npt.NDArray[np.int64],
+    extents: Sequence[Extent],
+    indices: Callable[[npt.NDArray[np.int64], int], npt.NDArray[np.int64]],
+) -> npt.NDArray[np.int64]:
+    """Rows to read at these positions of a run whose data set has grown. `indices`: the rows at
+    positions of a set that has so many rows."""
+    rows = np.empty_like(positions)
+    # The last extent that begins before a position, or at it.
+    of_extent = np.searchsorted([extent.start for extent in extents], positions, side="right") - 1
+    for number, extent in enumerate(extents):
+        inside = of_extent == number
+        if inside.any():
+            rows[inside] = indices(positions[inside] - extent.start, extent.rows)
+    return rows
+
+
+def grown_extents(extents: Sequence[Extent], position: int, rows: int) -> list[Extent]:
+    """The extents of a run that finds at `position`, the next that it reads, that its data set has
+    grown to so many rows: the epoch that it is in keeps its rows, and the next has all."""
+    begun = [extent for extent in extents if extent.start < position] or [extents[0]]
+    start, rows_now = begun[-1].start, begun[-1].rows
+    end = start + -(-(position - start) // rows_now) * rows_now
+    # Nothing was read of an epoch that would begin just here.
+    kept = [extent for extent in begun if extent.start < end]
+    return [*kept, Extent(end, rows)]
