@@ -14,16 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from eval.reproduction.rows import MODELS, Cell, Row, Scale, paper
-from eval.reproduction.steps import (
-    Draw,
-    ScoreOverTraining,
-    ScoreSamples,
-    Step,
-    StudyStage,
-    Train,
-)
-from eval.reproduction.table import FIGURES
+from eval.reproduction.paper_size import MODELS, paper
+from eval.reproduction.rows import FIGURES, Cell, Row, Scale
+from eval.reproduction.sample_steps import Draw, ScoreOverTraining, ScoreSamples
+from eval.reproduction.steps import Step, Train
+from eval.reproduction.study_steps import StudyStage
 from eval.training_runs import configure
 from largescale.config.deepspeed import load_ds_config, precision
 from largescale.config.derived import batch_layout

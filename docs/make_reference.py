@@ -38,6 +38,7 @@ PROGRAMS = {  # program: the dataclass whose fields are its options
     "eval.curve": "eval.curves.options:Curve",
     "eval.compare": "eval.compare:Compare",
     "eval.difficulty": "eval.difficulty_study.study:Study",
+    "eval.gradients": "eval.gradients:Gradients",
     "eval.paper": "eval.paper:Paper",
     "eval.prompts": "eval.prompts:Freeze",
     "eval.digits": "eval.digits:Digits",

@@ -385,6 +385,7 @@ class Comparison:
             curves = self.curves(run)
             for step in curves.missing(run.folder):
                 curves.add(run.folder, step)
+        # Not before both scores, which read the same checkpoints.
         if self.options.discard:
             run.discard()
 

@@ -30,6 +30,7 @@ def main(args: Sequence[str] | None = None) -> int:
     serve_stop_signals()
 
     def score() -> None:
+        # Averages of several widths are scored at the newest snapshot only, not along the run.
         if options.ema_widths:
             options.check()
             scan_widths(options)

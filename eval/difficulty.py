@@ -166,6 +166,7 @@ class Difficulty(Plan):
     def sample_options(self, folder: Path) -> Sample:
         """How all samples are drawn; they replace those of other settings."""
         o = self.options
+        # Drawn from the full model; a SplicedSampler puts model i in its place in the interval.
         return Sample(
             self.full,
             folder,
@@ -189,6 +190,7 @@ class Difficulty(Plan):
         protocol = self.options.protocol()
         found = {}
         for row in lines(self.rows_file):
+            # A model that was scored twice counts by its last row.
             if row.get("protocol") == protocol:
                 found[row["interval"]] = row
         return found
@@ -266,6 +268,7 @@ class Difficulty(Plan):
     def measure_entropy(self, levels: Array) -> RelativeEntropy:
         """The relative entropies of all pairs of neighbouring `levels`, with a progress bar."""
         o = self.options
+        # All images at once: each sample is compared with every one of them.
         images = self.images().to(local_device(o.device))
         with tqdm(
             total=len(levels) - 1,
@@ -304,18 +307,25 @@ class Difficulty(Plan):
             parts.append(to_x_start(stored, info.kind, info.normalization, noise))
         return torch.cat(parts)
 
+    def findings(self) -> Findings:
+        """What is measured so far, read off the files of all stages."""
+        folders = {}
+        for i, run in enumerate(self.runs):
+            folders[i] = run.folder
+        return Findings(
+            study=self.name,
+            edges=self.edges,
+            folders=folders,
+            steps=self.options.steps,
+            patience=self.options.patience,
+            scored=self.scored(),
+            entropy=read_json(self.entropy_file),
+        )
+
     def report(self) -> None:
         """Write the report of what is measured, and log what is missing and how to make it."""
         o = self.options
-        found = Findings(
-            self.name,
-            self.edges,
-            dict(enumerate([run.folder for run in self.runs])),
-            o.steps,
-            o.patience,
-            self.scored(),
-            read_json(self.entropy_file),
-        )
+        found = self.findings()
         # What is missing is reported with the command that makes it.
         for stage, intervals in found.missing.items():
             what = names(intervals) if intervals else "the relative entropy is"
@@ -326,6 +336,7 @@ class Difficulty(Plan):
         # A page without a single number is a mistake in the call.
         if not (found.curves or found.scored or found.entropy):
             raise DataError(f"{o.out} holds nothing to report yet")
+        # Paths as text, as JSON has no type for them.
         settings = json.loads(
             json.dumps({**asdict(o), "training options": self.extra}, default=str)
         )
@@ -334,6 +345,7 @@ class Difficulty(Plan):
 
 def read_json(path: Path) -> Row | None:
     """The content of a JSON file; None for one that is missing or damaged."""
+    # What is damaged is measured again, like what is missing.
     with contextlib.suppress(FileNotFoundError, ValueError):
         found: Row = from_json(path.read_text())
         return found

@@ -162,6 +162,7 @@ def score(sample_dirs: tuple[Path, ...], data: Path, earlier: Path | None = None
         "data": fingerprint,
         "samples": fingerprints,
     }
+    # A file that is missing, damaged or something else holds no earlier results.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         if earlier and (results := json.loads(earlier.read_text())).get("of") == of:
             return dict(results)

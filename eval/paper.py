@@ -26,9 +26,10 @@ from typing import Annotated, Literal
 import tyro
 
 from eval.reproduction.found_runs import FoundRuns, find_runs
+from eval.reproduction.paper_size import paper
 from eval.reproduction.pictures import write_pictures
 from eval.reproduction.progress import status_lines, steps, with_row_filter
-from eval.reproduction.rows import Scale, paper
+from eval.reproduction.rows import Scale
 from eval.reproduction.steps import Step, Train
 from eval.reproduction.table import read_tables, table_lines
 from eval.reproduction.toy import toy
@@ -86,6 +87,7 @@ class Paper:
             raise ConfigError("--cifar10 is of --scale toy; the paper's rows read data/cifar10")
         if self.root and self.action != "run" and not self.root.is_dir():
             raise ConfigError(f"--root {self.root} is no folder; give the one that holds the runs")
+        # Under torchrun or srun every rank would do every step.
         if env_world_size() > 1:
             raise ConfigError(
                 f"this is one process, not {env_world_size()}; start it without torchrun or srun"
@@ -124,6 +126,7 @@ def table(options: Paper) -> None:
 def figures(options: Paper) -> None:
     """Write the figures for which something is there."""
     out = options.folder / "figures"
+    # All pictures lie in one folder, so one file stands for all of them.
     require_writable(out / "figure_a.png", remedy="choose another --root")
     written, missing = write_pictures(options.chosen(), find_runs(options.folder), out)
     for line in missing:
@@ -142,6 +145,7 @@ def run(options: Paper) -> None:
     for number, step in enumerate(todo, 1):
         if stop_requested():
             raise Stopped
+        # Looked for anew each time: the step before may have made a run.
         found = find_runs(options.folder)
         standing = step.standing(found)
         if standing.state == "done":
@@ -163,6 +167,7 @@ def run(options: Paper) -> None:
 def do(step: Step, found: FoundRuns) -> None:
     """Do one step: a training in a process of its own, everything else in this one. Raises
     StepFailed, TrainingFailed, Stopped."""
+    # A process can train once: DeepSpeed takes no second process group.
     if isinstance(step, Train):
         step.run_in(step.place(found)).train(1)
         return

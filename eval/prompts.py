@@ -271,6 +271,7 @@ def run(options: Freeze) -> str:
     except OSError as error:
         raise DataError(f"{options.out} cannot be written ({error}); give another --out") from error
     return (
+        # Read from the file, as the programs that use the prompts do.
         f"{options.out}: {options.num:,} prompts, sha256 {read_prompts(options.out).sha256}; {done}"
     )
 

@@ -191,11 +191,13 @@ class Sampler:
             text_encoder=options.text_encoder or made_with.get("text_encoder"),
             device=self.device,
         )
+        # An encoder that cannot be loaded is an error now, not at the first prompt.
         self.conditions.prepare()
         vae = options.vae or made_with.get("vae") or "none"
         self.vae: Vae | None = None
         if vae != "none":
             self.vae = self.decoder(vae)
+        # A batch lies in one shard, as shards are drawn one after another.
         default = 128 if self.device.type == "cuda" else 32
         self.batch_size = min(options.batch_size or default, options.shard_size)
 
@@ -225,6 +227,8 @@ class Sampler:
     def checkpoint_of_unfinished_samples(self) -> int | None:
         """The step of the checkpoint of these very samples, where they are partly drawn, or complete
         and not to be replaced: a run that is still training has a newer one by now."""
+        # A manifest is that of a complete set, which --replace draws anew from the newest
+        # checkpoint.
         names = (JOB,) if self.options.replace else (JOB, MANIFEST)
         for scale in self.options.cfg_scale:
             folder = folder_of(self.options.out, scale)
@@ -253,6 +257,7 @@ class Sampler:
             wanted["sampler"] = o.sampler
         if o.steps:
             wanted["steps"] = o.steps
+        # Another run may lie in the folder by now, so its name is compared too.
         checkpoint = CheckpointDir.at(o.source, int(job["step"]))
         if job.get("ema", {}).get("width") != o.ema_width:
             return False
@@ -266,6 +271,7 @@ class Sampler:
     def config(self, cfg_scale: float) -> SamplingConfig:
         """How samples are drawn at one guidance scale. Raises ConfigError."""
         o = self.options
+        # A CPU computes in half precision slowly, or not at all, whatever the training had.
         precision = o.precision
         if precision == "auto":
             on_gpu = self.device.type == "cuda"
@@ -362,6 +368,8 @@ class Sampler:
         finally:
             made.parts.close()
         if self.rank == 0:
+            # Also where the set was complete: --also may ask for a format that it does not have
+            # yet.
             make_of(made.folder, o.also)
             print(
                 f"{made.folder}: {o.num_samples:,} images, {config.sampler} {config.steps} steps, "
@@ -484,6 +492,7 @@ class Sampler:
         model = self.trained.config.model
         shape = latent_shape(model)
         if self.vae:
+            # A decoder returns RGB images, larger than its latents.
             side = model.input_size * self.vae.downsampling
             shape = (3, side, side)
         # The text encoder's captions are not stored beside samples.
@@ -516,6 +525,8 @@ class Sampler:
             "weights_sha256": self.weights_sha256,
             **self.trained.info,
         }
+        # As JSON has it, where tuples are lists: it is compared with a job that was read from a
+        # file.
         plain: dict[str, Any] = json.loads(json.dumps(facts))
         return plain
 

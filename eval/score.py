@@ -220,6 +220,7 @@ class Scorer:
     def __call__(self, path: Path) -> dict[str, Any]:
         """Score one set; returns its row."""
         o = self.options
+        # A set may have been drawn since: other programs score each as soon as it exists.
         images = self.sets.get(path) or self._open(path)
         start = time.perf_counter()
         n = o.num_samples or len(images)

@@ -108,6 +108,8 @@ def configure(preset: str, arguments: Sequence[str]) -> Config:
     unknown preset; exits for options that are wrong."""
     default = find_preset(preset)
     program = f"largescale.train {preset}"
+    # A comparison continues by its old command, whose options may have the names of an older
+    # version.
     current = with_current_options(arguments)
     return parse_options(Config, current, program=program, description=None, default=default)
 

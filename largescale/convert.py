@@ -62,6 +62,7 @@ def run(options: Convert) -> None:
     options.check()
     converted = read_source(options.source, options, options.step)
     write_export(options.out, converted.weights, converted.description)
+    # A card from before is of other weights.
     remove_card(options.out)
     report(options, converted)
 

@@ -30,6 +30,7 @@ from largescale.config.validation import ema_note
 from largescale.encoders.identity import library
 from largescale.errors import ConfigError
 from largescale.host.files import require_writable
+from largescale.interop.card_text import GRID, CardFacts
 from largescale.interop.diffusers_pipeline import (
     PipelineFacts,
     PipelineParts,
@@ -43,8 +44,6 @@ from largescale.interop.diffusers_pipeline import (
 from largescale.interop.hub_upload import EXTRA, check_push, push
 from largescale.interop.model_card import (
     CARD,
-    GRID,
-    CardFacts,
     find_grid,
     only_card,
     read_scores,
@@ -199,6 +198,7 @@ def _require_folder(options: Export) -> None:
 def _write_pipeline(options: Export) -> tuple[dict[str, Any], int, PipelineFacts, list[str]]:
     """Write a diffusers folder; returns what a card needs of it, and notes."""
     trained = load_trained(options.run, options.step, options.weights, options.ema_width)
+    # Before the VAE is loaded, and anything is written.
     check_exportable(trained.config)
     vae, note = open_vae(options.vae, trained)
     description = {"config": to_dict(trained.config), **trained.info}

@@ -61,6 +61,7 @@ class Pipeline:
         name = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_cuda(name)
         self.device = local_device(name)
+        # A CPU computes in half precision slowly, or not at all, whatever the training had.
         if precision == "auto":
             on_gpu = self.device.type == "cuda"
             precision = trained.info.get("precision", "fp32") if on_gpu else "fp32"
@@ -73,6 +74,7 @@ class Pipeline:
         self.precision: Precision = precision
         self._compile = compile
         made_with = trained.info.get("made_with", {})
+        # Loaded when they are first needed: pixels need no VAE, and labels no text encoder.
         self._vae_spec = vae or made_with.get("vae") or "none"
         self._text_encoder_spec = text_encoder or made_with.get("text_encoder")
 
@@ -132,6 +134,33 @@ class Pipeline:
         default ddpm in 250 steps, for SiT sde, for EDM heun in 18. Raises ConfigError for settings
         that the model cannot take, DataError for images that are not finite.
         """
+        config = self._config(cfg_scale, sampler, steps, seed, eta, guidance_interval, cfg_channels)
+        count, condition = self._conditions(labels, prompts, n)
+        model = self.trained.config.model
+        batches = draw_batches(
+            self._model,
+            self.trained.objective,
+            config,
+            index=range(count),
+            condition=condition,
+            shape=latent_shape(model),
+            num_classes=model.num_classes,
+            batch_size=batch_size,
+            device=self.device,
+        )
+        return np.concatenate([self._to_images(x) for _, x in batches])
+
+    def _config(
+        self,
+        cfg_scale: float | None,
+        sampler: SamplerName | None,
+        steps: int | None,
+        seed: int,
+        eta: float,
+        guidance_interval: tuple[float, float],
+        cfg_channels: int | None,
+    ) -> SamplingConfig:
+        """How samples are drawn, as `sample` is asked to. Raises ConfigError."""
         objective = self.trained.objective
         model = self.trained.config.model
         if cfg_scale is None:
@@ -142,7 +171,6 @@ class Pipeline:
             class_dropout_prob=model.class_dropout_prob,
             in_channels=model.in_channels,
         )
-        pixels = self.trained.info["data_info"]["kind"] == "pixels"
         config = SamplingConfig(
             sampler or objective.samplers[0],
             objective.default_steps if steps is None else steps,
@@ -150,37 +178,27 @@ class Pipeline:
             guidance_interval,
             cfg_channels,
             eta,
-            clip_denoised=pixels and objective.clips_predictions,
+            clip_denoised=self._pixels and objective.clips_predictions,
             seed=seed,
             precision=self.precision,
         )
         config.check(objective)
-        count, condition = self._conditions(labels, prompts, n)
+        return config
 
-        images = []
-        batches = draw_batches(
-            self._model,
-            objective,
-            config,
-            index=range(count),
-            condition=condition,
-            shape=latent_shape(model),
-            num_classes=model.num_classes,
-            batch_size=batch_size,
-            device=self.device,
-        )
-        for _, x in batches:
-            if not x.isfinite().all():
-                raise DataError(
-                    f"a sample is not finite, drawn in {self.precision}; try precision='fp32', or "
-                    "another checkpoint"
-                )
-            images.append(self._to_images(x, pixels))
-        return np.concatenate(images)
+    @property
+    def _pixels(self) -> bool:
+        """Whether the model draws pixels, not latents."""
+        return bool(self.trained.info["data_info"]["kind"] == "pixels")
 
-    def _to_images(self, x: Tensor, pixels: bool) -> npt.NDArray[Any]:
-        """Samples (B, C, H, W) as they are returned."""
-        if pixels:
+    def _to_images(self, x: Tensor) -> npt.NDArray[Any]:
+        """Samples (B, C, H, W) as they are returned. Raises DataError for those that are not
+        finite."""
+        if not x.isfinite().all():
+            raise DataError(
+                f"a sample is not finite, drawn in {self.precision}; try precision='fp32', or "
+                "another checkpoint"
+            )
+        if self._pixels:
             return to_uint8(x)
         if self.vae is None:
             return x.cpu().numpy()
@@ -220,6 +238,7 @@ class Pipeline:
                 raise ConfigError(
                     f"prompt {i} is empty; give a text, or cfg_scale=0 to draw without"
                 )
+        # All at once: images that share a prompt share its encoding.
         encoded = self.text_encoder(prompts)
 
         def condition(index: Sequence[int]) -> Condition:
@@ -276,6 +295,7 @@ def load(
     `Pipeline`. Raises CheckpointError where there is no model.
     """
     path = Path(source).expanduser()
+    # Only a run has averages of other widths; of anything else load_trained says so.
     if is_run(path) or is_export(path) or ema_width is not None:
         return Pipeline(load_trained(path, step, ema_width=ema_width), **options)
     converted = read_source(str(source), Choices(), step)

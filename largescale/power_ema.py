@@ -23,6 +23,7 @@ def gamma_of(width: float) -> float:
     """The exponent of the profile of that width: the real root above -1 of width^2 (gamma + 2)^2
     (gamma + 3) = gamma + 1 (eq. 126)."""
     square = width**-2
+    # Real roots have an imaginary part of rounding.
     roots = np.roots([1.0, 7.0, 16.0 - square, 12.0 - square])
     return float(np.max(roots.real[np.abs(roots.imag) < 1e-9]))
 
@@ -64,6 +65,7 @@ class Reconstruction:
 
 def inner_product(a: Profile, b: Profile) -> float:
     """Of two profiles, the integral of their product (algorithm 3)."""
+    # Beyond its own step a profile is 0, so the integral ends with the earlier one.
     early, late = sorted((a, b))
     gamma_early, gamma_late = gamma_of(early.width), gamma_of(late.width)
     numerator = (gamma_early + 1) * (gamma_late + 1) * (early.step / late.step) ** gamma_late

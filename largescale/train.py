@@ -88,6 +88,7 @@ def config_files(given: Sequence[str]) -> tuple[list[Path], list[str]]:
             rest.append(word)
             continue
         path = value if equals else next(words, "")
+        # An option where the file should be: the file was forgotten.
         if not path or path.startswith("--"):
             raise ConfigError("--config needs a file, such as runs/digits/config.yaml")
         files.append(Path(path))

@@ -15,7 +15,7 @@ import torch
 from tyro import _unsafe_cache
 
 from largescale import train as train_program
-from largescale.checkpoint.files import checkpoints, named_weights
+from largescale.checkpoint.files import CheckpointDir, checkpoints, named_weights, seal
 from largescale.data.format import CaptionInfo, DatasetInfo
 from largescale.data.writer import ShardWriter
 from largescale.distributed.ranks import Ranks
@@ -145,6 +145,12 @@ class Outcome:
 RunHere = Callable[..., Outcome]
 
 
+def assert_refused(outcome: Outcome, *parts: str) -> None:
+    assert outcome.code == 2 and "Traceback" not in outcome.err
+    for part in parts:
+        assert part in outcome.err
+
+
 @pytest.fixture(scope="session")
 def one_rank() -> Iterator[Ranks]:
     ranks = Ranks("cpu")
@@ -213,6 +219,19 @@ def cut(truth: Path, run: Path, step: int) -> None:
     """What is on disk when the run `truth` is killed after the save of `step`."""
     later = {checkpoint.path.name for checkpoint in checkpoints(truth) if checkpoint.step > step}
     shutil.copytree(truth, run, ignore=lambda folder, names: later.intersection(names))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Relative path -> content of every file below."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rewrite(checkpoint: CheckpointDir, **changes: Any) -> None:
+    """A manifest that says something else, whole in itself."""
+    path = checkpoint.path / "manifest.json"
+    manifest = {**json.loads(path.read_text()), **changes}
+    del manifest["sha256"]
+    path.write_text(seal(manifest))
 
 
 def ds_json(precision: str, folder: Path, **fp16: Any) -> Path:

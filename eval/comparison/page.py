@@ -24,6 +24,7 @@ def page(
     grids: Mapping[str, Path],
 ) -> str:
     """`shown`: the figures that are drawn, each with its runs. `grids`: method -> its picture."""
+    # Every figure has the same methods in the same order; the first is what is compared with.
     first = next(iter(shown[0][0]))
     written = []
     for heading, each in tables.items():

@@ -28,6 +28,7 @@ def plan(
     base = configure(preset, extra)
     steps = base.train.steps
     first = base.train.seed
+    # Rounded up, for ten checkpoints at most.
     every = every or max(1, -(-steps // 10))
     # Every checkpoint that is scored has to be kept until then.
     fixed = {"checkpoint.every": str(every), "checkpoint.keep_every": str(every)}
@@ -42,6 +43,7 @@ def plan(
             options["curriculum.interval"] = str(interval)
         settings.append(Method(method.name, options))
 
+    # An option for all runs that is one of these would be overridden without a word.
     taken = {"output", *fixed}
     for method in settings:
         taken.update(method.options)
@@ -58,6 +60,7 @@ def plan(
             }
             arguments = [*extra, *method.arguments, *Method("", own).arguments]
             runs.append(Run(method.name, seed, configure(preset, arguments), (preset, *arguments)))
+    # One seed is enough: with every seed the methods differ in the same settings.
     check_distinct(runs[: len(settings)])
     return runs
 

@@ -5,6 +5,7 @@ import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,11 @@ def write_report(f: Findings) -> None:
         plot_side_by_side(f.grids, f.out / "samples.png")
 
     # Every number is computed before table.md, report.html and results.json are written.
-    found = {key: standings(runs, key) for key, runs in figures.items()}
-    tables = {f"{key}: lower is better": table(standing) for key, standing in found.items()}
+    found = {}
+    tables = {}
+    for key, runs in figures.items():
+        found[key] = standings(runs, key)
+        tables[f"{key}: lower is better"] = table(found[key])
     by_cluster = f"{figure('EMA')} at the last step, by noise cluster"
     tables[by_cluster] = cluster_table(loss, n_clusters, "EMA")
     tables["Stages"] = stages(f)
@@ -148,7 +152,7 @@ def about(f: Findings, name: str) -> list[str]:
 
 def methods_of(runs: Sequence[Run]) -> list[str]:
     """The methods of some runs, in their order."""
-    return list(dict.fromkeys([run.method for run in runs]))
+    return list(dict.fromkeys(run.method for run in runs))
 
 
 def seeds_of(runs: Sequence[Run]) -> set[int]:
@@ -195,10 +199,13 @@ def same_as_first(loss: OfRuns) -> list[str]:
     for method, of_seed in loss.items():
         numbers[method] = {}
         for seed, rows in of_seed.items():
-            numbers[method][seed] = [row["figures"] for row in rows]
+            numbers[method][seed] = list(map(itemgetter("figures"), rows))
 
     first, *others = numbers
-    same = [method for method in others if numbers[method] == numbers[first]]
+    same = []
+    for method in others:
+        if numbers[method] == numbers[first]:
+            same.append(method)
     if not same:
         return []
     return [
@@ -212,11 +219,13 @@ def stages(f: Findings) -> Table:
     """The steps at which each method's curriculum was complete."""
     rows = []
     for method in methods_of(f.runs):
-        of_method = [run for run in f.runs if run.method == method]
-
         # Curriculum index 0 trains on the complete noise axis.
+        of_method = []
         ends = []
-        for run in of_method:
+        for run in f.runs:
+            if run.method != method:
+                continue
+            of_method.append(run)
             for step, index in transitions(run):
                 if index == 0:
                     ends.append(step)
@@ -245,7 +254,9 @@ def results(f: Findings, found: Mapping[str, Mapping[str, Standing]]) -> dict[st
     # Dataclasses are no JSON.
     plain: dict[str, dict[str, Any]] = {}
     for name, of_methods in found.items():
-        plain[name] = {method: asdict(standing) for method, standing in of_methods.items()}
+        plain[name] = {}
+        for method, standing in of_methods.items():
+            plain[name][method] = asdict(standing)
     return {
         "command": f.command,
         "preset": config.name,
@@ -278,11 +289,12 @@ def run_results(f: Findings, run: Run) -> dict[str, Any]:
     seconds = {}
     for kind in KINDS:
         # Over all starts: a run that was stopped has several.
-        spent = [start.seconds.get(kind, 0.0) for start in starts]
-        seconds[kind] = round(sum(spent), 1)
+        spent = sum(start.seconds.get(kind, 0.0) for start in starts)
+        seconds[kind] = round(spent, 1)
     return {
         "method": run.method,
         "seed": run.seed,
+        # By its name: the path of the interpreter is that of this machine.
         "command": shlex.join(["python", *run.command(f.nproc)[1:]]),
         "transitions": transitions(run),
         "loss": f.loss[run.folder],
@@ -309,6 +321,7 @@ def plot_panels(runs: OfRuns, names: Sequence[str], path: Path, relative: bool =
         layout="constrained",
         figsize=(4.2 * columns + 1, 3.2 * rows),
     )
+    # The last line of panels may have room to spare.
     for unused in axes.flat[len(names) :]:
         unused.set_axis_off()
     for name, axis in zip(names, axes.flat, strict=False):

@@ -135,10 +135,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def against_first(finals: Mapping[str, Sequence[float]]) -> dict[str, Difference]:
     """The difference of each method but the first, with Holm's correction over all of them."""
     first, *others = finals
-    found = {method: paired(finals[method], finals[first]) for method in others}
-
-    # One seed has no spread, so there is no p-value to correct.
-    p_values = [d.p_value for d in found.values() if d.p_value is not None]
+    found = {}
+    p_values = []
+    for method in others:
+        found[method] = difference = paired(finals[method], finals[first])
+        # One seed has no spread, so there is no p-value to correct.
+        if difference.p_value is not None:
+            p_values.append(difference.p_value)
     if not p_values:
         return found
     for method, adjusted in zip(others, holm(p_values), strict=True):
@@ -179,11 +182,12 @@ def over_seeds(runs: OfRuns, method: str, name: str, relative: bool = False) -> 
     if not each:
         return None
 
-    steps = sorted(each)
-    means = [mean(each[step]) for step in steps]
-    middle = np.array([m.value for m in means])
-    spread = np.array([m.spread or 0.0 for m in means])
-    return Curve(np.array(steps, float), middle - spread, middle, middle + spread, 0)
+    points_of: list[tuple[float, float, float]] = []
+    for step in sorted(each):
+        m = mean(each[step])
+        points_of.append((step, m.value, m.spread or 0.0))
+    steps, middle, spread = np.array(points_of).T
+    return Curve(steps, middle - spread, middle, middle + spread, 0)
 
 
 def curves_of(runs: OfRuns, name: str) -> dict[str, list[list[tuple[int, float]]]]:
@@ -210,7 +214,7 @@ def standings(runs: OfRuns, name: str) -> dict[str, Standing]:
     # The final value of each seed, and its difference from the first method's of the same seed.
     finals: dict[str, list[float]] = {}
     for method, of_method in curves.items():
-        finals[method] = [curve[-1][1] for curve in of_method]
+        finals[method] = list(map(last_value, of_method))
     differences = against_first(finals)
     # Against which a speed-up is measured.
     best_step_of_first, _ = mean_best(curves[first])
@@ -245,6 +249,7 @@ def steps_to_match_first(
     """By seed, the first step as good as the first method ever was; None where it never is."""
     reached: list[int | None] = []
     for seed, rows in of_first.items():
+        # Rows with this figure only, as the first figure of a row is what is compared.
         pair = steps_to_match_best_of(of_figure(of_seed[seed], name), of_figure(rows, name))
         reached.append(pair and pair[0])
     return tuple(reached)
@@ -253,6 +258,11 @@ def steps_to_match_first(
 def known_steps(reached: Sequence[int | None]) -> list[int]:
     """The steps of the seeds that got there."""
     return [step for step in reached if step is not None]
+
+
+def last_value(curve: Sequence[tuple[int, float]]) -> float:
+    """The value at the last step."""
+    return curve[-1][1]
 
 
 def at_best(curve: Sequence[tuple[int, float]]) -> tuple[int, float]:
@@ -325,8 +335,9 @@ def final_losses(
 
 def percent_change(ours: Sequence[float], theirs: Sequence[float]) -> str:
     """The mean over seeds of the change from `theirs`, with its standard error."""
-    shares = [100 * one / other for one, other in zip(ours, theirs, strict=True)]
-    change = paired(shares, [100.0] * len(ours))
+    # As shares of 100, so that the error is one of percents.
+    shares = 100 * np.array(ours) / np.array(theirs)
+    change = paired(shares.tolist(), [100.0] * len(ours))
     text = f"{change.value:+.2f} %"
     if change.error is not None:
         text += f" ± {change.error:.2f}"

@@ -22,8 +22,9 @@ def losses(found: Findings) -> list[str]:
         series.take({"step": curve.step.astype(float), f"C_{i}": curve.normalised})
         c = found.convergence[i]
         rows.append((f"C_{i}", f"{curve.smoothed.max():.4g}", f"{c.final:.4g}"))
-    names = [f"C_{i}" for i in found.curves]
+    names = list(map("C_{}".format, found.curves))
     title = "loss, smoothed, scaled to its own range"
+    # Colours show the order of the intervals; the numbers are in the table.
     shown = [
         figure(
             title,
@@ -34,13 +35,18 @@ def losses(found: Findings) -> list[str]:
     ]
 
     last = len(found.edges) - 1
-    oscillates, falls, rises = {}, {}, {}
+    oscillates: dict[int, float] = {}
+    falls: dict[int, float] = {}
+    rises: dict[int, float] = {}
+    # An interval that never oscillates has no step to draw: the note names it.
+    still = []
     for i, c in found.convergence.items():
         falls[i] = float(c.falls_until)
         rises[i] = float(c.smoothed_rises)
-        if c.oscillates_from is not None:
+        if c.oscillates_from is None:
+            still.append(f"C_{i}")
+        else:
             oscillates[i] = float(c.oscillates_from)
-    still = [f"C_{i}" for i in found.convergence if i not in oscillates]
     note = f"Does not oscillate before the end: {', '.join(still)}." if still else ""
     lines = [Line("90 % of its fall are done", by_interval(falls))]
     if oscillates:
@@ -67,6 +73,7 @@ def denoising(found: Findings) -> list[str]:
         if i and not row["evaluations_inside"]:
             outside.append(f"C_{i}")
     lines = [Line("M_i inside its interval", by_interval(values, errors))] if values else []
+    # The full model has no interval: its level is drawn from the first to the last.
     full = found.scored.get(0)
     if full and full["value"] is not None:
         ends = (1, last)
@@ -86,15 +93,14 @@ def entropy(found: Findings) -> list[str]:
     """The relative entropy of neighbouring noise levels; nothing before it is measured."""
     if not found.entropy:
         return []
-    columns = {key: np.array(found.entropy[key], float) for key in ("value", "single", "kernels")}
-    # Their axis is logarithmic.
-    for values in columns.values():
+    columns = {}
+    for key in ("value", "single", "kernels"):
+        values = np.array(found.entropy[key], float)
+        # Their axis is logarithmic.
         values[values <= 0] = np.nan
+        columns[key] = values
     series = Series()
     series.take({"step": np.array(found.entropy["t"], float), **columns})
-
-    def lines(names: Mapping[str, str]) -> list[Line]:
-        return [Line(name, c) for key, name in names.items() if (c := series.curve(key))]
 
     shown = []
     for title, names, note in (
@@ -111,7 +117,12 @@ def entropy(found: Findings) -> list[str]:
             f"{FEW_KERNELS:g} more images would give another value.",
         ),
     ):
-        drawn = lines(names)
+        drawn = []
+        for key, name in names.items():
+            curve = series.curve(key)
+            if curve:
+                drawn.append(Line(name, curve))
+        # All values of one may lie at or below 0.
         if drawn:
             shown.append(figure_of(title, drawn, series.last_step, note, over="timestep"))
     return shown
@@ -119,6 +130,7 @@ def entropy(found: Findings) -> list[str]:
 
 def by_interval(values: Mapping[int, float], errors: Mapping[int, float] | None = None) -> Curve:
     """A number of each interval, with its error."""
+    # Rows stand in the order in which they were scored.
     intervals = sorted(values)
     middle = np.array([values[i] for i in intervals], float)
     error = np.array([errors[i] if errors else 0.0 for i in intervals], float)

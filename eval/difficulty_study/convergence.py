@@ -90,6 +90,7 @@ def read_losses(run: Path) -> LossCurve:
 def converge(curve: LossCurve, patience: int) -> Convergence:
     """Measure a curve of at least one observation. `patience`: in observations."""
     smoothed = curve.smoothed
+    # A rise belongs to the later of its two steps, so the first step has none.
     late = curve.step[1:] > AFTER
     # A loss that rises at first starts its fall at its top.
     top = int(np.argmax(smoothed))
@@ -122,6 +123,7 @@ def rank_correlation(values: list[float | None]) -> float | None:
     """Spearman's rank correlation of values with their place in the list; None counts as the
     largest of all. Returns None where there are fewer than three values, or all are the same."""
     known = np.array([np.inf if value is None else value for value in values])
+    # Two values always correlate fully, and equal ones have no deviation to divide by.
     if len(known) < 3 or (known == known[0]).all():
         return None
 

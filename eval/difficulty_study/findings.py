@@ -93,6 +93,7 @@ class Findings:
         """A row for each interval, as plain JSON; None stands for what is missing."""
         found = []
         for i in self.intervals:
+            # What is missing is null, not left out: every row has the same keys.
             denoising = None
             if i in self.scored:
                 denoising = {key: self.scored[i][key] for key in DENOISING}
@@ -126,9 +127,9 @@ class Findings:
         if self.scored.keys() >= set(self.intervals):
             columns["distance"] = [self.scored[i]["value"] for i in self.intervals]
         # A short noise axis has intervals without a timestep.
-        entropies = [row["relative_entropy"] for row in self.rows]
-        if self.entropy and all(entropies):
-            columns["D_KL a timestep"] = [entropy["value"] for entropy in entropies]
+        entropies = list(map(self.entropy_of, self.intervals))
+        if all(entropies):
+            columns["D_KL a timestep"] = [entropy["value"] for entropy in entropies if entropy]
 
         found = {}
         for name, values in columns.items():

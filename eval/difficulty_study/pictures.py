@@ -80,6 +80,7 @@ def _bars_of_steps(axis: Any, found: "Findings", colours: dict[int, Any]) -> Non
     for i, c in found.convergence.items():
         fallen[i] = c.falls_until
         still_falls = c.oscillates_from is None
+        # A loss that falls to the end oscillates later, if at all: its bar reaches the last step.
         axis.bar(
             i,
             found.steps if still_falls else c.oscillates_from,

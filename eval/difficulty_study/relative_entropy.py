@@ -150,6 +150,7 @@ def relative_entropy(
     generator = torch.Generator().manual_seed(stream_seed(seed, "point", 0))
     chosen = torch.randint(points, (samples,), generator=generator)
     found = torch.zeros(3, len(p), samples, dtype=torch.float64, device=data.device)
+    # As many samples at once as a chunk has room for with all points.
     rows = max(1, min(samples, chunk // points))
     for first in range(0, samples, rows):
         own = chosen[first : first + rows].to(data.device)

@@ -198,6 +198,7 @@ class Plan:
         self.options = options
         self.extra = list(extra)
         self.rank = env_rank()
+        # The full model's config; those of the intervals are made from it.
         self.config = configure(options.preset, self.arguments(0)[1:])
         self.check_extra()
         self.check_objective()
@@ -302,6 +303,8 @@ class Plan:
             self.check_entropy_data()
         if "denoise" in o.stages and o.reference is None:
             self.check_own_reference()
+        # A run that lies there from before is sampled together with the others, so it has to fit
+        # them.
         for run in self.runs:
             check_same(run, o.nproc, data.fingerprint)
 
@@ -326,6 +329,7 @@ class Plan:
     def check_own_reference(self) -> None:
         """Raises for a data set that cannot be the reference of the Frechet distance."""
         data = self.data
+        # Samples are decoded, so their reference has to be images.
         if data.info.kind != "pixels":
             raise ConfigError(
                 f"{data.path} holds {data.info.kind}: for the stage denoise give --reference, "

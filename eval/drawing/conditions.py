@@ -126,6 +126,7 @@ def _encoder_loader(
 ) -> Callable[[], TextEncoder]:
     """The function that loads the text encoder. Raises ConfigError where there is none to load; the
     function does for another one than the model was trained with. `option`: gave the prompts."""
+    # Both are errors now: the encoder itself is loaded when the first prompt is asked for.
     if text_encoder is None:
         raise ConfigError(
             f"{option} needs --text-encoder, the one that the model was trained with: "
@@ -157,6 +158,7 @@ def _check_given(model: ModelConfig, given: list[str], of_labels: list[str]) -> 
         raise ConfigError(
             f"the model was trained on captions, not on labels; leave out {' and '.join(of_labels)}"
         )
+    # Sample i takes its text from one list; of two it would not be known which.
     if len(given) != 1:
         several = f"; one of them, not {' and '.join(given)}" if given else ""
         raise ConfigError(
@@ -175,6 +177,7 @@ def _prompt_list(
         fact = {"name": read.source["name"], "sha256": read.sha256, "count": len(read.texts)}
         return read.texts, {"prompts_file": fact}
     for i, prompt in enumerate(prompts):
+        # Bytes of a command line that are not UTF-8 arrive as surrogates, which are no text.
         if not is_unicode(prompt):
             raise ConfigError(
                 f"prompt {i} of --prompts is not UTF-8: {prompt!r}; give it in UTF-8, or with "
@@ -387,6 +390,7 @@ class OfPrompts(Conditions):
         """Load the encoder; rank 0 reports prompts that it cuts, as two that start alike would be
         drawn as one."""
         encoder = self._encodings.encoder
+        # Every rank loads the encoder; the report of one is enough.
         if env_rank() != 0:
             return
         cut = encoder.cut(self._prompts)

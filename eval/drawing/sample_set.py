@@ -117,6 +117,7 @@ class SampleSet:
         self.n = n
         self.shard_size = shard_size
         self.rank = rank
+        # Shards of another size would hold other samples under the same names, so the size counts.
         self.parts = Parts(
             folder,
             job | {"shard_size": shard_size},
@@ -210,6 +211,7 @@ class Worker(AbstractContextManager["Worker"]):
 
     def __call__(self, work: Callable[..., None], *args: Any) -> None:
         """Submit work(*args), after the oldest of two that wait."""
+        # Each batch that waits takes memory, on a GPU too.
         while len(self._pending) >= 2:
             self._pending.popleft().result()
         self._pending.append(self._pool.submit(work, *args))

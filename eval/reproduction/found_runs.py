@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,10 @@ from largescale.monitoring.run_record import read_starts
 
 # A run that takes steps writes its record every few seconds.
 SILENT_S = 900.0
-# By curriculum.pacing, in the words of eval.compare.
-METHODS = {"none": "vanilla", "fixed": "naive", "patience": "curriculum"}
+# Kinds of training by curriculum.pacing, in the words of eval.compare.
+KINDS = {"none": "vanilla", "fixed": "naive", "patience": "curriculum"}
 # What two runs of one row may differ in: how they are carried out and watched, and the seed, which
-# the table names.
+# the table names. A setting is one of them if its name begins so.
 _FREE = (
     "name",
     "output",
@@ -77,8 +76,9 @@ class FoundRun:
     """Where its curriculum stands at that checkpoint; with it samples are known to be of this run."""
 
     @property
-    def method(self) -> str:
-        return METHODS[self.config.curriculum.pacing]
+    def kind(self) -> str:
+        """Vanilla, naive or curriculum: by its pacing, as a run does not record its method."""
+        return KINDS[self.config.curriculum.pacing]
 
     @property
     def arithmetic(self) -> str:
@@ -96,23 +96,21 @@ class FoundRuns:
     runs: Sequence[FoundRun]
     unreadable: Mapping[Path, str] = field(default_factory=dict)
     """Folders of runs that cannot be read, and why."""
+    _fingerprints: dict[Path, str | None] = field(default_factory=dict, init=False, repr=False)
+    """Of the data sets that were asked for: rows share them, and each is read once."""
 
-    def claiming(self, name: str, method: str) -> list[FoundRun]:
+    def claiming(self, name: str, kind: str) -> list[FoundRun]:
         """The runs that say that they are this training: by their name and pacing, wherever they
         lie."""
-        return [run for run in self.runs if (run.config.name, run.method) == (name, method)]
-
-    @cached_property
-    def _packed(self) -> dict[Path, str | None]:
-        return {}
+        return [run for run in self.runs if (run.config.name, run.kind) == (name, kind)]
 
     def dataset_at(self, path: Path) -> str | None:
         """The fingerprint of the data set that is packed at `path`; None where there is none."""
-        if path not in self._packed:
-            self._packed[path] = None
+        if path not in self._fingerprints:
+            self._fingerprints[path] = None
             with suppress(LargescaleError, OSError):
-                self._packed[path] = read_manifest(path)["fingerprint"]
-        return self._packed[path]
+                self._fingerprints[path] = read_manifest(path)["fingerprint"]
+        return self._fingerprints[path]
 
 
 def find_runs(root: Path) -> FoundRuns:
@@ -150,26 +148,37 @@ def read_run(folder: Path) -> FoundRun | None:
     with settings."""
     starts = read_starts(folder)
     last = starts[-1] if starts else None
+    # A start that was killed has no end on record; what gives it away is its silence.
     alive = last is not None and last.ended is None and time.time() - last.seen_unix_s < SILENT_S
     saved = checkpoints(folder)
     if saved:
         state = saved[0].manifest()["state"]
         return FoundRun(
-            folder,
-            from_dict(state["config"]),
-            state["precision"],
-            max(saved[0].step, last.step if last else 0),
-            saved[0].step,
-            alive,
-            state["dataset"],
-            state["data_info"].get("num_classes"),
-            state.get("curriculum"),
+            folder=folder,
+            config=from_dict(state["config"]),
+            precision=state["precision"],
+            # Steps since the newest checkpoint are known by the record only.
+            step=max(saved[0].step, last.step if last else 0),
+            saved_step=saved[0].step,
+            alive=alive,
+            dataset=state["dataset"],
+            num_classes=state["data_info"].get("num_classes"),
+            curriculum=state.get("curriculum"),
         )
     if last is None or not last.settings:
         return None
     config = from_dict(last.settings)
-    chosen = precision(load_ds_config(config.train.ds_config))
-    return FoundRun(folder, config, chosen, last.step, 0, alive, None, None, None)
+    return FoundRun(
+        folder=folder,
+        config=config,
+        precision=precision(load_ds_config(config.train.ds_config)),
+        step=last.step,
+        saved_step=0,
+        alive=alive,
+        dataset=None,
+        num_classes=None,
+        curriculum=None,
+    )
 
 
 def other_settings(run: FoundRun, wanted: Run) -> list[str]:

@@ -1,5 +1,6 @@
 """The paper's figures, in its layout, of what there is so far."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from eval.difficulty_study.pictures import draw
 from eval.drawing.sample_set import GRID, PROVENANCE, pictures
 from eval.reproduction.found_runs import FoundRuns
 from eval.reproduction.rows import Cell, Row, Scale
-from eval.reproduction.steps import Draw, ScoreOverTraining, StudyStage
+from eval.reproduction.sample_steps import Draw, ScoreOverTraining
+from eval.reproduction.study_steps import StudyStage
 from largescale.config.serialise import flatten
 from largescale.data.images import grid
 from largescale.data.shards import ShardDataset
@@ -31,28 +33,30 @@ OF_STUDY = {
 }
 
 
-def write_pictures(scale: Scale, found: FoundRuns, out: Path) -> tuple[list[Path], list[str]]:
-    """Write every picture for which something is there; returns the files, and what is missing or
-    could not be drawn."""
+# The files that were written, and what is missing or could not be drawn.
+Written = tuple[list[Path], list[str]]
+
+
+def write_pictures(scale: Scale, found: FoundRuns, out: Path) -> Written:
+    """Write every picture for which something is there."""
     out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     missing: list[str] = []
     for row in scale.rows:
-        for kind, write in WRITERS.items():
-            if any(isinstance(cell.steps[-1], kind) for cell in row.cells):
-                paths, lacks = write(row, found, out)
-                written += paths
-                missing += lacks
+        # The cells of a row end with one kind of step, which tells what its picture is.
+        write = WRITERS.get(type(row.cells[0].steps[-1]))
+        if write:
+            paths, lacks = write(row, found, out)
+            written += paths
+            missing += lacks
     return written, missing
 
 
 def _file(row: Row, *more: str) -> str:
     """Figure A, DiT-B/2 -> figure_a_dit_b_2.png."""
     words = " ".join([row.name, *more]).lower()
-    return "_".join("".join([c if c.isalnum() else " " for c in words]).split()) + ".png"
-
-
-Written = tuple[list[Path], list[str]]
+    # Names have slashes and commas, which files must not.
+    return "_".join(re.findall("[a-z0-9]+", words)) + ".png"
 
 
 def _done(row: Row, found: FoundRuns) -> tuple[list[Cell], list[str]]:
@@ -60,10 +64,12 @@ def _done(row: Row, found: FoundRuns) -> tuple[list[Cell], list[str]]:
     done = []
     missing = []
     for cell in row.cells:
-        standings = [step.standing(found) for step in cell.steps]
-        lacks = [standing.text for standing in standings if standing.state != "done"]
-        if lacks:
-            missing.append(f"{row.name}, {cell.name}: {lacks[0]}")
+        for step in cell.steps:
+            standing = step.standing(found)
+            # The steps that follow need this one, so one line is enough.
+            if standing.state != "done":
+                missing.append(f"{row.name}, {cell.name}: {standing.text}")
+                break
         else:
             done.append(cell)
     return done, missing
@@ -79,6 +85,7 @@ def _write_study(row: Row, found: FoundRuns, out: Path) -> Written:
     for cell in done:
         step = cell.steps[-1]
         assert isinstance(step, StudyStage)
+        # Section B has a picture of each of its models.
         several = (cell.name,) if len(row.cells) > 1 else ()
         path = out / _file(row, *several)
         write_atomically(path, draw(step.findings())[OF_STUDY[row.name]])
@@ -92,23 +99,30 @@ def _write_study(row: Row, found: FoundRuns, out: Path) -> Written:
 def _write_samples(row: Row, found: FoundRuns, out: Path) -> Written:
     """Figures C to E, a picture of each method side by side; figures G to K, one of each class."""
     done, missing = _done(row, found)
-    sets: dict[str, tuple[Draw, Path]] = {}
-    for cell in done:
-        step = cell.steps[-1]
-        assert isinstance(step, Draw)
-        sets[cell.name] = step, step.folder(found)
-    if not sets:
+    if not done:
         return [], missing
+    # One method, so there is nothing to set side by side.
     if row.name == "Figures G to K":
-        [(step, folder)] = sets.values()
-        return _write_classes(row, step, folder, out), missing
+        return _write_classes(row, _draw_of(done[0]), found, out), missing
 
+    folders = {}
+    grids = {}
+    for cell in done:
+        folders[cell.name] = _draw_of(cell).folder(found)
+        grids[cell.name] = folders[cell.name] / GRID
     # Pictures on other noise or of other classes would show more than the method.
-    if differs := _other_draws({name: folder for name, (_, folder) in sets.items()}):
+    if differs := _other_draws(folders):
         return [], [*missing, f"{row.name}: {differs}"]
     path = out / _file(row)
-    plot_side_by_side({name: folder / GRID for name, (_, folder) in sets.items()}, path)
+    plot_side_by_side(grids, path)
     return [path], missing
+
+
+def _draw_of(cell: Cell) -> Draw:
+    """The step that draws the samples of a cell of pictures."""
+    step = cell.steps[-1]
+    assert isinstance(step, Draw)
+    return step
 
 
 def _other_draws(folders: dict[str, Path]) -> str | None:
@@ -117,10 +131,11 @@ def _other_draws(folders: dict[str, Path]) -> str | None:
     for name, folder in folders.items():
         with usable(folder / PROVENANCE):
             facts = dict(flatten(from_json((folder / PROVENANCE).read_text())))
-        drawn = {}
-        for key in ("device", "labels", "classes", "captions", "dataset"):
-            drawn[key] = facts.get(key)
-        drawn |= {key: value for key, value in facts.items() if key.startswith("sampling.")}
+        # Named even where they are absent: what one set lacks, another may have.
+        drawn = dict.fromkeys(("device", "labels", "classes", "captions", "dataset"))
+        for key, value in facts.items():
+            if key in drawn or key.startswith("sampling."):
+                drawn[key] = value
         first = first or drawn
         for key, value in drawn.items():
             if first.get(key) != value:
@@ -128,9 +143,9 @@ def _other_draws(folders: dict[str, Path]) -> str | None:
     return None
 
 
-def _write_classes(row: Row, step: Draw, folder: Path, out: Path) -> list[Path]:
+def _write_classes(row: Row, step: Draw, found: FoundRuns, out: Path) -> list[Path]:
     """A sheet of each class: sample i is of the class i modulo their number, none is left out."""
-    data = ShardDataset(folder)
+    data = ShardDataset(step.folder(found))
     written = []
     for i, label in enumerate(step.classes):
         chosen = np.arange(i, len(data), len(step.classes))
@@ -138,6 +153,7 @@ def _write_classes(row: Row, step: Draw, folder: Path, out: Path) -> list[Path]:
         scale = max(1, SIDE // images.shape[2])
         path = out / _file(row, f"class {label}")
         sheet = Image.fromarray(grid(images, min(8, len(images)), scale))
+        # Under another name until it is complete.
         temporary = path.with_suffix(".tmp")
         sheet.save(temporary, "PNG")
         temporary.replace(path)
@@ -177,8 +193,8 @@ def _write_curves(row: Row, found: FoundRuns, out: Path) -> Written:
         1, len(panels), squeeze=False, layout="constrained", figsize=(5 * len(panels), 4)
     )
     for (model, methods), axis in zip(panels.items(), axes.flat, strict=True):
-        for method, rows_of in methods.items():
-            plot_run(axis, Path(method), rows_of, figure)
+        for method, curve in methods.items():
+            plot_run(axis, Path(method), curve, figure)
         axis.set(title=model, xlabel="step", ylabel=figure)
         axis.legend(fontsize="small")
     path = out / _file(row)

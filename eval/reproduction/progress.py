@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from eval.reproduction.found_runs import FoundRuns
 from eval.reproduction.rows import Cell, Row, Scale
-from eval.reproduction.steps import DONE, ScoreSamples, Standing, Step, Train, python
+from eval.reproduction.sample_steps import ScoreSamples
+from eval.reproduction.steps import DONE, Standing, Step, Train, python
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,16 @@ def notes_on(scale: Scale, found: FoundRuns, cells: list[CellStanding]) -> list[
     notes: dict[str, None] = {}
     for cell in cells:
         notes.update(dict.fromkeys(cell.notes))
-    names = {(train.name, train.kind) for train in trainings(scale)}
+    names = set()
+    for train in trainings(scale):
+        names.add((train.name, train.kind))
+    # A run of another size or another project is worth a word: it may be a mistake.
     for run in found.runs:
-        if (run.config.name, run.method) not in names:
-            notes[f"{run.folder} is of no row at this size: {run.config.name}, {run.method}"] = None
+        if (run.config.name, run.kind) not in names:
+            notes[f"{run.folder} is of no row at this size: {run.config.name}, {run.kind}"] = None
     for folder, why in found.unreadable.items():
         notes[f"{folder} cannot be read: {why}"] = None
-    return [*notes]
+    return list(notes)
 
 
 def trainings(scale: Scale) -> list[Train]:
@@ -71,7 +75,7 @@ def trainings(scale: Scale) -> list[Train]:
     for step in steps(scale):
         if isinstance(step, Train):
             found[step] = None
-    return [*found]
+    return list(found)
 
 
 def steps(scale: Scale) -> Iterator[Step]:
@@ -87,10 +91,9 @@ def status_lines(scale: Scale, found: FoundRuns) -> list[str]:
     at_paper_size = scale.name == "paper"
     lines = []
     for row in scale.rows:
-        of_row = [cell for cell in cells if cell.row is row]
-        done = len([cell for cell in of_row if cell.standing.state == "done"])
-        lines += ["", f"{row.name}: {done} of {len(of_row)} done. {row.shows}"]
-        width = max([len(cell.cell.name) for cell in of_row])
+        of_row = cells_of(row, cells)
+        lines += ["", f"{row.name}: {count_done(of_row)} of {len(of_row)} done. {row.shows}"]
+        width = max(len(cell.cell.name) for cell in of_row)
         for cell in of_row:
             lines.append(f"  {cell.cell.name:<{width}}  {_short(cell.standing)}")
             if cell.next:
@@ -101,9 +104,24 @@ def status_lines(scale: Scale, found: FoundRuns) -> list[str]:
 
     notes = notes_on(scale, found, cells)
     if notes:
-        lines += ["", "Not counted:", *[f"  {note}" for note in notes]]
-    done = len([cell for cell in cells if cell.standing.state == "done"])
-    return [*lines, "", f"{found.root}: {done} of {len(cells)} cells done, {len(notes)} notes"]
+        lines += ["", "Not counted:"]
+    for note in notes:
+        lines.append(f"  {note}")
+    done = f"{count_done(cells)} of {len(cells)} cells done"
+    return [*lines, "", f"{found.root}: {done}, {len(notes)} notes"]
+
+
+def cells_of(row: Row, cells: list[CellStanding]) -> list[CellStanding]:
+    """The cells of one row."""
+    return [cell for cell in cells if cell.row is row]
+
+
+def count_done(cells: list[CellStanding]) -> int:
+    """How many of these cells are done."""
+    count = 0
+    for cell in cells:
+        count += cell.standing.state == "done"
+    return count
 
 
 def _short(standing: Standing) -> str:
@@ -113,6 +131,7 @@ def _short(standing: Standing) -> str:
 
 def with_row_filter(scale: Scale, names: tuple[str, ...]) -> Scale:
     """The scale with these rows only, and the data that they need."""
+    # Without the data no other row could be made.
     kept = [row for row in scale.rows if row.name in ("Data", *names)]
     return dataclasses.replace(scale, rows=tuple(kept))
 

@@ -6,25 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval.reproduction.steps import (
-    INCEPTION,
-    DataSet,
-    Draw,
-    Measured,
-    Prepare,
-    ScoreOverTraining,
-    ScoreSamples,
-    Scoring,
-    Step,
-    StudyStage,
-    Train,
-)
+from eval.reproduction.found_runs import KINDS
+from eval.reproduction.sample_steps import Draw, ScoreOverTraining, ScoreSamples, Scoring
+from eval.reproduction.steps import DataSet, Step, Train
+from eval.reproduction.study_steps import Measured, StudyStage
 from largescale.diffusion.objective import SamplerName
 
-# As the paper trained DiT and SiT; the presets have bf16.
-FP32 = ("--train.ds-config", "ds_configs/zero2_fp32.json")
-# NaiveCL's stages take half of the run, as in eval.compare.
-METHODS = ("vanilla", "naive", "curriculum")
+# The figures of Table A, in its order.
+FIGURES = ("FID", "IS", "Precision", "Recall")
 # Of figures G to K.
 CLASSES = (207, 388, 972, 975, 291)
 
@@ -36,7 +25,7 @@ class Cell:
     name: str
     steps: tuple[Step, ...]
     published: Mapping[str, float] = field(default_factory=dict)
-    """The paper's figures, by FID, IS, Precision and Recall."""
+    """The paper's figures, by FIGURES."""
 
 
 @dataclass(frozen=True)
@@ -64,22 +53,6 @@ class Scale:
         return next(row for row in self.rows if row.name == name)
 
 
-# ---- the paper's data and models
-
-DATA = {
-    "imagenet256": DataSet(
-        "imagenet256", Path("data/imagenet256"), Path("VIRTUAL_imagenet256_labeled.npz"), 1.5
-    ),
-    "ffhq256": DataSet("ffhq256", Path("data/ffhq256"), Path("references/ffhq256.npz"), 1.0),
-    "coco256": DataSet(
-        "coco256", Path("data/coco256"), Path("references/coco256.npz"), 1.5, captions=True
-    ),
-    # Pixels, which are compared with themselves.
-    "ffhq64": DataSet("ffhq64", Path("data/ffhq64"), Path("data/ffhq64"), 1.0),
-    "cifar10": DataSet("cifar10", Path("data/cifar10"), Path("data/cifar10"), 1.5),
-}
-
-
 @dataclass(frozen=True)
 class Model:
     """A model of the paper: a preset, what is changed of it, and how it is sampled."""
@@ -94,49 +67,14 @@ class Model:
     naive_interval: int
 
     def train(self, root: Path, kind: str) -> Train:
-        """Its training by one of METHODS."""
+        """Its training by one of KINDS."""
         method = f"naive@interval={self.naive_interval}" if kind == "naive" else kind
         return Train(root, self.name, self.preset, method, self.data, self.options)
 
 
-def _dit(title: str, preset: str, data: str, steps: int, *, headline: bool = False) -> Model:
-    """A DiT in fp32. `headline`: whether the preset's own steps are another number."""
-    options = (*FP32, "--train.steps", str(steps)) if headline else FP32
-    name = f"{preset}_400k" if headline else preset
-    return Model(title, name, preset, DATA[data], options, "ddpm", 250, steps // 40)
-
-
-def _sit(preset: str, data: str, steps: int) -> Model:
-    """SiT has no DDPM sampler: its own stochastic one, with as many steps."""
-    return Model("SiT-B/2", preset, preset, DATA[data], FP32, "sde", 250, steps // 40)
-
-
-def _edm(preset: str, data: str, steps: int, *more: str) -> Model:
-    """DDPM++ in fp16, which is its preset's."""
-    return Model("EDM, DDPM++", preset, preset, DATA[data], more, "euler", 40, steps // 40)
-
-
-MODELS = {
-    "dit_b2_imagenet256": _dit("DiT-B/2", "dit_b2_imagenet256", "imagenet256", 400_000),
-    "dit_b2_imagenet256_linear": _dit(
-        "DiT-B/2, linear", "dit_b2_imagenet256_linear", "imagenet256", 400_000
-    ),
-    "dit_s2_imagenet256": _dit("DiT-S/2", "dit_s2_imagenet256", "imagenet256", 400_000),
-    "dit_l2_imagenet256_400k": _dit(
-        "DiT-L/2, 400K steps", "dit_l2_imagenet256", "imagenet256", 400_000, headline=True
-    ),
-    "dit_l2_imagenet256": _dit("DiT-L/2, 2M steps", "dit_l2_imagenet256", "imagenet256", 2_000_000),
-    "sit_b2_imagenet256": _sit("sit_b2_imagenet256", "imagenet256", 400_000),
-    "dit_b2_ffhq256": _dit("DiT-B/2", "dit_b2_ffhq256", "ffhq256", 100_000),
-    "sit_b2_ffhq256": _sit("sit_b2_ffhq256", "ffhq256", 100_000),
-    # 100K steps on FFHQ, as the paper says of it; of CIFAR-10 it does not: EDM's 200M images.
-    "edm_ddpmpp_ffhq64": _edm("edm_ddpmpp_ffhq64", "ffhq64", 100_000, "--train.steps", "100000"),
-    "edm_ddpmpp_cifar10": _edm("edm_ddpmpp_cifar10", "cifar10", 781_250),
-    "dit_b2_coco256": _dit("DiT-B/2", "dit_b2_coco256", "coco256", 400_000),
-}
-
-
-# ---- how much of it
+def naive_interval(steps: int, clusters: int) -> int:
+    """Steps of a stage of NaiveCL, whose stages take half of the run, as in eval.compare."""
+    return steps // (2 * clusters)
 
 
 @dataclass(frozen=True)
@@ -158,99 +96,6 @@ class Size:
     classes: tuple[int, ...]
     studies: Mapping[str, tuple[str, tuple[str, ...], tuple[str, ...]]]
     """By the model's name: the study of eval.difficulty, its options, and those of its training."""
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-PAPER_PREPARE = (
-    Cell(
-        "imagenet256",
-        (
-            Prepare(
-                Path("data/imagenet256"),
-                "data_prep.imagenet",
-                (),
-                script="IMAGES=ILSVRC2012/train sbatch slurm/pack_imagenet.sh",
-            ),
-        ),
-    ),
-    Cell(
-        "ffhq256",
-        (
-            Prepare(
-                Path("data/ffhq256"),
-                "data_prep.folder",
-                _words("--images ffhq --vae stabilityai/sd-vae-ft-ema --out data/ffhq256"),
-            ),
-            Prepare(
-                Path("references/ffhq256.npz"),
-                "eval.score",
-                _words("--reference ffhq --resize 256 --save-reference references/ffhq256.npz"),
-            ),
-        ),
-    ),
-    Cell(
-        "ffhq64",
-        (
-            Prepare(
-                Path("data/ffhq64"),
-                "data_prep.folder",
-                _words("--images ffhq --vae none --resolution 64 --out data/ffhq64"),
-            ),
-        ),
-    ),
-    Cell(
-        "coco256",
-        (
-            Prepare(
-                Path("data/coco256"),
-                "data_prep.coco",
-                (),
-                script="IMAGES=train2014 sbatch slurm/pack_coco.sh",
-            ),
-            Prepare(
-                Path("references/coco256.npz"),
-                "eval.score",
-                _words(
-                    "--reference train2014 --resize 256 --save-reference references/coco256.npz"
-                ),
-            ),
-        ),
-    ),
-    Cell(
-        "cifar10",
-        (
-            Prepare(
-                Path("data/cifar10"),
-                "data_prep.parquet",
-                _words(
-                    "--files train.parquet --label-column label --vae none --resolution 32 "
-                    "--out data/cifar10"
-                ),
-            ),
-        ),
-    ),
-)
-PAPER = Size(
-    name="paper",
-    models=MODELS,
-    scoring=INCEPTION,
-    prepare=PAPER_PREPARE,
-    samples=50_000,
-    curve_samples=10_000,
-    curve_every=50_000,
-    picture_samples=40,
-    class_samples=40,
-    classes=CLASSES,
-    studies={
-        "dit_b2_ffhq256": ("paper", (), FP32),
-        "sit_b2_ffhq256": ("paper_sit", (), FP32),
-        "edm_ddpmpp_ffhq64": ("paper_edm", (), ()),
-        "dit_b2_imagenet256": ("paper", ("--preset", "dit_b2_imagenet256"), FP32),
-    },
-)
 
 
 # ---- the rows
@@ -298,6 +143,7 @@ class Rows:
         with, the same noise whatever the method."""
         chosen = self.size.models[model]
         train = chosen.train(self.root, kind)
+        # Scores at scale 1 mean that the model has nothing to guide with.
         guided = chosen.data.cfg_scale != 1
         classes = self.size.classes if guided and not chosen.data.captions else ()
         draw = Draw(
@@ -316,10 +162,10 @@ class Rows:
         study, options, extra = self.size.studies[model]
         out = self.root / "difficulty" / self.size.models[model].name
         data = self.size.models[model].data
-        found = []
+        steps = []
         for stage in stages:
-            found.append(StudyStage(study, stage, out, data, options, extra))
-        return tuple(found)
+            steps.append(StudyStage(study, stage, out, data, options, extra))
+        return tuple(steps)
 
     # ---- tables and figures
 
@@ -331,12 +177,11 @@ class Rows:
             ("linear", "vanilla"): (16.99, 83.62, 0.68, 0.53),
             ("linear", "curriculum"): (16.03, 87.66, 0.69, 0.53),
         }
-        names = ("FID", "IS", "Precision", "Recall")
         cells = []
         for (schedule, kind), figures in published.items():
             suffix = "_linear" if schedule == "linear" else ""
             steps = self.scored(f"dit_b2_imagenet256{suffix}", kind)
-            figures_by_name = dict(zip(names, figures, strict=True))
+            figures_by_name = dict(zip(FIGURES, figures, strict=True))
             cells.append(Cell(f"{schedule}, {kind}", steps, figures_by_name))
         return Row(
             "Table A",
@@ -348,11 +193,14 @@ class Rows:
 
     def difficulty(self) -> tuple[Row, ...]:
         """Figures A and B, and sections B and C: which noise levels are hard."""
-        names = {"DiT-B/2 on FFHQ": "dit_b2_ffhq256", "SiT on FFHQ": "sit_b2_ffhq256"}
-        names["EDM's DDPM++ on FFHQ, 4,000 kimg"] = "edm_ddpmpp_ffhq64"
-        section_b = [
-            Cell(title, self.study(model, "train", "denoise")) for title, model in names.items()
-        ]
+        section_b = []
+        for title, model in (
+            ("DiT-B/2 on FFHQ", "dit_b2_ffhq256"),
+            ("SiT on FFHQ", "sit_b2_ffhq256"),
+            ("EDM's DDPM++ on FFHQ, 4,000 kimg", "edm_ddpmpp_ffhq64"),
+        ):
+            # Every cell names all that it needs; a step that several of them share is done once.
+            section_b.append(Cell(title, self.study(model, "train", "denoise")))
         return (
             Row(
                 "Figure A",
@@ -384,14 +232,14 @@ class Rows:
 
     def pictures(self) -> tuple[Row, ...]:
         """Figures C to E."""
-        found = []
+        rows = []
         for letter, title, model in (
             ("C", "FFHQ", "dit_b2_ffhq256"),
             ("D", "ImageNet", "dit_b2_imagenet256"),
             ("E", "MS-COCO", "dit_b2_coco256"),
         ):
-            cells = [Cell(kind, self.pictured(model, kind)) for kind in METHODS]
-            found.append(
+            cells = [Cell(kind, self.pictured(model, kind)) for kind in KINDS.values()]
+            rows.append(
                 Row(
                     f"Figure {letter}",
                     f"{title}: samples of vanilla, NaiveCL and the curriculum on the same noise; DiT-B "
@@ -400,7 +248,7 @@ class Rows:
                     "pictures",
                 )
             )
-        return tuple(found)
+        return tuple(rows)
 
     def figure_f(self) -> Row:
         """FID-10K over training."""
@@ -430,6 +278,7 @@ class Rows:
         chosen = self.size.models["dit_l2_imagenet256"]
         train = chosen.train(self.root, "curriculum")
         classes = self.size.classes
+        # As many of each class, as samples get the classes in turn.
         draw = Draw(
             train,
             "classes",
@@ -449,7 +298,7 @@ class Rows:
 
     def main_text(self) -> tuple[Row, ...]:
         """The tables of the main text, by data set."""
-        of_data: Mapping[str, Sequence[str]] = {
+        models_of: Mapping[str, Sequence[str]] = {
             "FFHQ": ("dit_b2_ffhq256", "sit_b2_ffhq256", "edm_ddpmpp_ffhq64"),
             "ImageNet": (
                 "dit_s2_imagenet256",
@@ -460,12 +309,14 @@ class Rows:
             "MS-COCO": ("dit_b2_coco256",),
             "CIFAR-10": ("edm_ddpmpp_cifar10",),
         }
-        found = []
-        for title, models in of_data.items():
+        rows = []
+        for title, models in models_of.items():
             cells = []
-            # Without a data set of its own a smaller size has no such row.
-            for model in [model for model in models if model in self.size.models]:
-                for kind in METHODS:
+            for model in models:
+                # A smaller size may lack a data set, and so its models.
+                if model not in self.size.models:
+                    continue
+                for kind in KINDS.values():
                     name = f"{self.size.models[model].title}, {kind}"
                     cells.append(Cell(name, self.scored(model, kind)))
             # The headline was trained with the curriculum.
@@ -475,10 +326,5 @@ class Rows:
                 cells.append(Cell(f"{headline}, curriculum", steps))
             if cells:
                 shows = f"{title}: vanilla, NaiveCL and the curriculum."
-                found.append(Row(title, shows, tuple(cells), "in the main text"))
-        return tuple(found)
-
-
-def paper(root: Path) -> Scale:
-    """The rows at the paper's size."""
-    return Rows(root, PAPER).scale()
+                rows.append(Row(title, shows, tuple(cells), "in the main text"))
+        return tuple(rows)

@@ -4,12 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from eval.reproduction.found_runs import FoundRuns
-from eval.reproduction.progress import CellStanding, notes_on, score_of, survey
-from eval.reproduction.rows import Row, Scale
-
-# The figures that the paper has.
-FIGURES = ("FID", "IS", "Precision", "Recall")
-DIGITS = {"FID": 2, "IS": 2, "Precision": 2, "Recall": 2}
+from eval.reproduction.progress import CellStanding, cells_of, notes_on, score_of, survey
+from eval.reproduction.rows import FIGURES, Row, Scale
 
 
 @dataclass(frozen=True)
@@ -47,25 +43,25 @@ def read_tables(scale: Scale, found: FoundRuns) -> Tables:
     for row in scale.rows:
         # Of one table all samples are compared with the same images, and all runs saw the same data.
         first: dict[str, tuple[Any, Any]] = {}
-        for cell in [cell for cell in cells if cell.row is row]:
+        for cell in cells_of(row, cells):
             step = score_of(cell.cell)
             if step is None or cell.standing.state != "done":
                 continue
             run = step.draw.train.chosen(found)
-            figures = step.row(found)
-            assert run and figures
-            reference = (figures.get("reference") or {}).get("fingerprint")
+            result = step.row(found)
+            assert run and result
+            reference = (result.get("reference") or {}).get("fingerprint")
             data = step.draw.train.data.name
-            there, there_reference = first.setdefault(data, (run.dataset, reference))
+            first_dataset, first_reference = first.setdefault(data, (run.dataset, reference))
             folder = step.draw.folder(found)
-            if run.dataset != there:
+            if run.dataset != first_dataset:
                 notes.append(f"{run.folder} was trained on other data than the table's first run")
-            elif reference != there_reference:
+            elif reference != first_reference:
                 notes.append(f"{folder} was compared with other images than the table's first run")
             else:
                 text = f"seed {run.config.train.seed}, {run.arithmetic}"
                 names = scale.scoring.names(step.draw.num_samples)
-                scored[row.name, cell.cell.name] = _scored(figures["figures"], names, text)
+                scored[row.name, cell.cell.name] = _scored(result["figures"], names, text)
     return Tables(scale, cells, scored, notes)
 
 
@@ -94,17 +90,23 @@ def table_lines(tables: Tables) -> list[str]:
             "",
         ]
     for row in scale.rows:
-        if any(score_of(cell) for cell in row.cells):
+        # The cells of a row end with one kind of step: all of them are scores, or none is.
+        if score_of(row.cells[0]):
             lines += row_lines(row, tables)
     if tables.notes:
-        lines += ["## Not in the tables", "", *[f"- {note}" for note in tables.notes], ""]
+        lines += ["## Not in the tables", ""]
+        for note in tables.notes:
+            lines.append(f"- {note}")
+        lines.append("")
     return lines
 
 
 def row_lines(row: Row, tables: Tables) -> list[str]:
     """One table: the paper's figures, empty where they are in the main text, and those here, empty
     where a run, its samples or its score are missing."""
-    step = next(filter(None, map(score_of, row.cells)))
+    step = score_of(row.cells[0])
+    assert step
+    # Beside each other as in the paper, whose FID is of 50,000 samples: here it may be of fewer.
     names = tables.scale.scoring.names(step.draw.num_samples)
     head = [""]
     for short, name in zip(("FID-50K", *FIGURES[1:]), names, strict=True):
@@ -122,7 +124,7 @@ def row_lines(row: Row, tables: Tables) -> list[str]:
         words = [cell.name]
         for short in FIGURES:
             published = cell.published.get(short)
-            words.append("" if published is None else f"{published:.{DIGITS[short]}f}")
+            words.append("" if published is None else f"{published:.2f}")
             words.append(_here(scored, short))
         words.append(scored.run if scored else "")
         lines.append(f"| {' | '.join(words)} |")
@@ -133,4 +135,4 @@ def _here(scored: Scored | None, short: str) -> str:
     """A figure with its error; empty where it is missing."""
     if scored is None or short not in scored.values:
         return ""
-    return f"{scored.values[short]:.{DIGITS[short]}f} ± {scored.errors[short]:.2g}"
+    return f"{scored.values[short]:.2f} ± {scored.errors[short]:.2g}"

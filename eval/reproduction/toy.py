@@ -5,8 +5,10 @@ paper."""
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eval.reproduction.rows import MODELS, PAPER, Cell, Model, Rows, Scale, Size
-from eval.reproduction.steps import DataSet, Prepare, Scoring
+from eval.reproduction.paper_size import MODELS, PAPER
+from eval.reproduction.rows import Cell, Model, Rows, Scale, Size, naive_interval
+from eval.reproduction.sample_steps import Scoring
+from eval.reproduction.steps import DataSet, Prepare
 
 # A distance by the network that pip carries, which is no FID.
 NETWORK = "efficientnet-lite0"
@@ -36,7 +38,7 @@ LINEAR = ("--diffusion.schedule", "linear", "--curriculum.clusters", "snr")
 
 
 @dataclass(frozen=True)
-class Stand:
+class StandIn:
     """What stands for a model of the paper."""
 
     preset: str
@@ -44,18 +46,18 @@ class Stand:
     options: tuple[str, ...] = ()
 
 
-STANDS = {
-    "dit_b2_imagenet256": Stand("digits", "digits"),
-    "dit_b2_imagenet256_linear": Stand("digits", "digits", LINEAR),
-    "dit_s2_imagenet256": Stand("digits", "digits", ("--model.depth", "2")),
-    "dit_l2_imagenet256_400k": Stand("digits", "digits", ("--model.depth", "6")),
-    "dit_l2_imagenet256": Stand("digits", "digits", ("--model.depth", "6")),
-    "sit_b2_imagenet256": Stand("digits_sit", "digits"),
-    "dit_b2_ffhq256": Stand("digits", "digits", UNLABELLED),
-    "sit_b2_ffhq256": Stand("digits_sit", "digits", UNLABELLED),
-    "edm_ddpmpp_ffhq64": Stand("digits_edm", "digits", UNLABELLED),
-    "dit_b2_coco256": Stand("emoji", "emoji", ("--model.depth", "2")),
-    "edm_ddpmpp_cifar10": Stand(
+STAND_INS = {
+    "dit_b2_imagenet256": StandIn("digits", "digits"),
+    "dit_b2_imagenet256_linear": StandIn("digits", "digits", LINEAR),
+    "dit_s2_imagenet256": StandIn("digits", "digits", ("--model.depth", "2")),
+    "dit_l2_imagenet256_400k": StandIn("digits", "digits", ("--model.depth", "6")),
+    "dit_l2_imagenet256": StandIn("digits", "digits", ("--model.depth", "6")),
+    "sit_b2_imagenet256": StandIn("digits_sit", "digits"),
+    "dit_b2_ffhq256": StandIn("digits", "digits", UNLABELLED),
+    "sit_b2_ffhq256": StandIn("digits_sit", "digits", UNLABELLED),
+    "edm_ddpmpp_ffhq64": StandIn("digits_edm", "digits", UNLABELLED),
+    "dit_b2_coco256": StandIn("emoji", "emoji", ("--model.depth", "2")),
+    "edm_ddpmpp_cifar10": StandIn(
         "digits_edm",
         "cifar10",
         (
@@ -80,9 +82,10 @@ def toy(root: Path, cifar10: Path | None = None) -> Scale:
     """The rows at toy size. `cifar10`: its packed data set; without it its rows are left out."""
     data = _data(root, with_cifar10=cifar10 is not None)
     models = {}
-    for name, stand in STANDS.items():
-        if stand.data in data:
-            models[name] = _model(MODELS[name], stand, data[stand.data])
+    for name, stand_in in STAND_INS.items():
+        # Without its data set a model is left out, and its cells with it.
+        if stand_in.data in data:
+            models[name] = _model(MODELS[name], stand_in, data[stand_in.data])
     studies = {}
     for name, (study, options) in STUDIES.items():
         extra = ("--optimizer.ema-decay", "0.9", "--train.global-batch-size", "16", *options)
@@ -104,7 +107,7 @@ def toy(root: Path, cifar10: Path | None = None) -> Scale:
 
 
 def _data(root: Path, *, with_cifar10: bool) -> dict[str, DataSet]:
-    """By name, what is trained on, guided as the paper guides what it stands for."""
+    """By name, what is trained on. How it is guided is `_model`'s to say, as models share data."""
     names = ["digits", "emoji", *(["cifar10"] if with_cifar10 else [])]
     found = {}
     for name in names:
@@ -112,44 +115,49 @@ def _data(root: Path, *, with_cifar10: bool) -> dict[str, DataSet]:
             name,
             root / "data" / name / "train",
             root / "references" / f"{name}.npz",
-            1.5,
+            cfg_scale=1.0,
             captions=name == "emoji",
         )
     return found
 
 
-def _model(paper: Model, stand: Stand, data: DataSet) -> Model:
+def _model(paper: Model, stand_in: StandIn, data: DataSet) -> Model:
     """A model of the paper as its toy."""
     steps = HEADLINE_STEPS if paper.name == "dit_l2_imagenet256" else STEPS
     return Model(
         paper.title,
         f"{PREFIX}{paper.name}",
-        stand.preset,
-        # Unlabelled models have nothing to guide with.
+        stand_in.preset,
+        # Guided as in the paper: what is unlabelled there is so here, and has nothing to guide with.
         replace(data, cfg_scale=paper.data.cfg_scale),
-        ("--train.steps", str(steps), *stand.options, *SHORT),
+        ("--train.steps", str(steps), *stand_in.options, *SHORT),
         paper.sampler,
-        10,
-        steps // (2 * CLUSTERS),
+        sampler_steps=10,
+        naive_interval=naive_interval(steps, CLUSTERS),
     )
 
 
 def _prepare(root: Path, data: dict[str, DataSet], cifar10: Path | None) -> tuple[Cell, ...]:
     """What packs the data, holds a part of it out, and computes the statistics of that part."""
     cells = []
-    for name, of in data.items():
-        folder = of.path.parent
+    for name, dataset in data.items():
+        folder = dataset.path.parent
         steps = []
         # CIFAR-10 is packed already, wherever it lies.
-        everything = cifar10 if name == "cifar10" and cifar10 else root / "data" / f"{name}_all"
-        if name != "cifar10":
+        if name == "cifar10" and cifar10:
+            everything = cifar10
+        else:
+            everything = root / "data" / f"{name}_all"
             steps.append(Prepare(everything, f"data_prep.{name}", ("--out", str(everything))))
         split = (str(everything), "--share", HELD_OUT[name], "--out", str(folder))
-        steps.append(Prepare(of.path, "data_prep.split", split))
-        words = ("--reference", str(folder / "validation"), "--save-reference", str(of.reference))
-        steps.append(Prepare(of.reference, "eval.score", (*words, "--extractor", NETWORK)))
+        steps.append(Prepare(dataset.path, "data_prep.split", split))
+
+        # Samples are compared with images that no model was trained on.
+        reference = dataset.reference
+        words = ("--reference", str(folder / "validation"), "--save-reference", str(reference))
+        steps.append(Prepare(reference, "eval.score", (*words, *SCORING.options)))
         cells.append(Cell(name, tuple(steps)))
     return tuple(cells)
 
 
-assert STANDS.keys() == MODELS.keys() and STUDIES.keys() == PAPER.studies.keys()
+assert STAND_INS.keys() == MODELS.keys() and STUDIES.keys() == PAPER.studies.keys()

@@ -74,6 +74,7 @@ class Extractor:
         """The features of images (B, 3, H, W) uint8 on any device, float32 on the extractor's; of
         each image by itself but for rounding. Raises DataError for other images, and for features
         that are not finite."""
+        # Pixels from 0 to 1 would be taken for nearly black ones, and scored without an error.
         if (
             images.dtype != torch.uint8
             or images.dim() != 4
@@ -166,6 +167,7 @@ def load_clip(spec: str, device: torch.device, dtype: torch.dtype = torch.float3
     """Both towers of the CLIP that clip:MODEL/WEIGHTS names. Raises DataError."""
     open_clip = library("open_clip", "eval")
     source = spec.removeprefix("clip:")
+    # These name a folder or repository that says itself which model it holds.
     if source.startswith(("local-dir:", "hf-hub:")):
         model_name, weights, quick_gelu = source, None, False
         shown = f"{source.partition(':')[0]}:{Path(source.partition(':')[2]).name}"
@@ -438,6 +440,7 @@ def _load_dino(source: str, device: torch.device, dtype: torch.dtype) -> Extract
 def _identity(what: str, network: nn.Module, dtype: torch.dtype) -> str:
     """The identity of a network: its name, the hash of its weights and of its running statistics,
     which are buffers, and its precision."""
+    # Buffers are hashed too; a parameter's name may have no dot.
     held = {}
     for name, tensor in network.state_dict().items():
         if tensor.is_floating_point():

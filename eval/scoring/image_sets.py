@@ -72,6 +72,7 @@ class ImageSet(ABC):
         """A hash of the set: two sets with the same one are the same, as far as `fingerprint_of`
         covers it."""
         content = self._content()
+        # The same images at another size give other features.
         if not self.resize:
             return content
         return hashlib.sha256(f"{content} {self.resize}".encode()).hexdigest()
@@ -181,6 +182,7 @@ class _Packed(ImageSet):
     def labels(self) -> Indices | None:
         if not self.data.info.num_classes:
             return None
+        # All at once: labels are small beside pixels.
         numbers = range(len(self.data.manifest["shards"]))
         labels = [self.data._shard(number).label for number in numbers]
         return np.concatenate(labels).astype(np.int64)
@@ -246,6 +248,7 @@ class _Npz(ImageSet):
     def texts(self, indices: Indices) -> list[list[str]] | None:
         if self._extra is None or self._extra.dtype.kind != "U":
             return None
+        # One text each, where a data set may have several captions.
         found: list[list[str]] = self._extra[indices, None].tolist()
         return found
 
@@ -270,6 +273,7 @@ class _Folder(ImageSet):
         digest = hashlib.sha256()
         with npz.reading(self.path):
             for file in self.files:
+                # Names of files need not be UTF-8, nor free of white space.
                 line = f"{file}\0{(self.path / file).stat().st_size}\n"
                 digest.update(line.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()

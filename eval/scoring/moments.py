@@ -170,6 +170,7 @@ class GroupedMoments:
         new = cls(dim, groups, device)
         for i, group in enumerate(new.groups):
             group.count = int(state["count"][i])
+            # torch.tensor copies, so that adding to the groups leaves the state as it was.
             group.mean = torch.tensor(state["mean"][i], dtype=torch.float64, device=device)
             group.scatter = torch.tensor(state["scatter"][i], dtype=torch.float64, device=device)
         return new

@@ -91,6 +91,7 @@ def reading(path: Path) -> Iterator[None]:
     """A context in which whatever a damaged file raises becomes a DataError with its path."""
     try:
         yield
+    # It has a message of its own, and would be caught below as a ValueError.
     except DataError:
         raise
     except (

@@ -65,6 +65,7 @@ def write(run_dir: Path, profile: Profile, weights: dict[str, Tensor]) -> None:
 
     path = path_of(run_dir, profile)
     path.parent.mkdir(exist_ok=True)
+    # Hidden, and under a name that `snapshots` does not take for one.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with safetensors_disk_errors(path):
@@ -101,6 +102,7 @@ def average(run_dir: Path, width: float, step: int | None = None) -> Average:
         )
     step = kept[-1].step if step is None else step
     used = [each for each in kept if each.step <= step]
+    # An average ends with the weights of its step, which only snapshots of that step have.
     if not used or used[-1].step != step:
         steps = sorted({each.step for each in kept})
         raise CheckpointError(
@@ -115,6 +117,7 @@ def average(run_dir: Path, width: float, step: int | None = None) -> Average:
         weights = named_weights(find_checkpoint(run_dir, step), state_key(width))
         return Average(wanted, weights, solution, len(used))
 
+    # What is not trained is in no snapshot.
     weights = fixed_weights(find_checkpoint(run_dir))
     for each, coefficient in zip(used, solution.coefficients.tolist(), strict=True):
         if abs(coefficient) > _NEGLIGIBLE:

@@ -114,8 +114,10 @@ def schedule_note(config: Config) -> str:
             f"optimizer.warmup_steps={o.warmup_steps:,} is not over at the end of the run, step "
             f"{steps:,}: the learning rate never reaches {o.lr:g}"
         )
+    # The others have no end that could miss the run's.
     if o.schedule not in ("cosine", "linear", "wsd"):
         return ""
+    # wsd begins to fall so late that it ends with the run, but not before the warm-up is over.
     end = (
         max(o.warmup_steps, steps - decay_steps(o, steps))
         if o.schedule == "wsd"

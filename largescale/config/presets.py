@@ -152,6 +152,7 @@ def edm_original() -> Config:
         optimizer=OptimizerConfig(
             lr=1e-3,
             warmup_steps=10_000_000 // batch,
+            # A half-life in images, as a decay a step.
             ema_decay=0.5 ** (batch / 500_000),
             ema_rampup=0.05,
         ),

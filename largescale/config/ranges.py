@@ -37,6 +37,7 @@ class Range:
         for number in value if isinstance(value, tuple) else (value,):
             if not isinstance(number, int | float):
                 continue
+            # Not only infinities: NaN would pass the test of any range.
             if not -math.inf < number < math.inf:
                 return "finite"
             if not self.holds(number):
@@ -72,6 +73,7 @@ def one_of(*values: int) -> Range:
 
 def range_of(annotation: Any) -> Range | None:
     """The range that a field's annotation states, if any."""
+    # What stands behind the type in Annotated[type, ...].
     for note in getattr(annotation, "__metadata__", ()):
         if isinstance(note, Range):
             return note

@@ -141,6 +141,7 @@ def without_effect(config: Config) -> list[tuple[str, str]]:
             ("telemetry.reference_images",),
         ),
     ]
+    # A config under a name of its own has no preset: the plain defaults take its place.
     usual = PRESETS[config.name]() if config.name in PRESETS else Config(config.name)
     values, defaults = (dict(flatten(to_dict(each))) for each in (config, usual))
     found = []

@@ -28,6 +28,7 @@ def explanations(cls: type) -> dict[str, str]:
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):
             continue
+        # A text below a field is in the source only: Python does not keep it.
         (tree,) = ast.parse(inspect.cleandoc("\n" + inspect.getsource(base))).body
         assert isinstance(tree, ast.ClassDef)
         for node, after in zip(tree.body, tree.body[1:], strict=False):
@@ -74,6 +75,7 @@ def _lines(settings: Any, prefix: str, usual: dict[str, Any]) -> Iterator[str]:
             continue
         for line in textwrap.wrap(texts.get(field.name, ""), 96 - len(indent)):
             yield f"{indent}# {line}"
+        # YAML has no tuples.
         plain = list(value) if isinstance(value, tuple) else value
         differs = "" if usual.get(key) == plain else f"  # the preset has {_text(usual.get(key))}"
         yield f"{indent}{field.name}: {_text(plain)}{differs}"
@@ -99,8 +101,10 @@ def read_options(path: Path) -> tuple[str | None, list[str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
+        # The parser's message has several lines, an error of ours one.
         reason = " ".join(str(error).split())
         raise ConfigError(f"--config {path} is neither YAML nor JSON: {reason}") from error
+    # An empty file sets nothing, which is no mistake.
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):

@@ -31,6 +31,7 @@ class ClassifierFreeGuidance:
         channels: int | None = None,
         interval: tuple[float, float] = (0.0, 1.0),
     ):
+        # Not cfg_scale < 0, which is false for NaN too.
         if not cfg_scale >= 0:
             raise ConfigError(
                 f"cfg_scale={cfg_scale} must be 0 or more; 1 is no guidance, the paper uses 1.5"

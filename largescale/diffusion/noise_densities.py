@@ -271,6 +271,7 @@ def _where_negligible(
     inner, outer = peak, end
     if float(log_density(np.array(end))) >= least:
         return end
+    # Until float64 cannot tell the two ends apart.
     for _ in range(60):
         middle = (inner + outer) / 2
         if float(log_density(np.array(middle))) >= least:

@@ -78,6 +78,7 @@ class SampleNoise:
         self._shape = shape
         self._device = device
         self._generators = []
+        # On the device: it draws other noise than a CPU would, but nothing has to be copied to it.
         for i in index:
             seed_of_sample = stream_seed(seed, "sample", i)
             self._generators.append(torch.Generator(device).manual_seed(seed_of_sample))
@@ -118,6 +119,7 @@ def draw_batches(
         return model(*inputs)
 
     guided = config.guided(unless_stopped, num_classes)
+    # Every evaluation of the model is an equal part of a batch's work.
     rounds = evaluations(objective, config.sampler, config.steps)
     for start in range(0, len(index), batch_size):
         part = index[start : start + batch_size]
@@ -161,6 +163,7 @@ def draw_samples(
     **how: Any,
 ) -> Tensor:
     """All samples of `draw_batches` at once: (N, C, H, W), on the CPU."""
+    # So that no sample at all has the right shape too.
     drawn = [torch.empty(0, *shape)]
     for _, samples in draw_batches(model, objective, config, index=index, shape=shape, **how):
         drawn.append(samples.cpu())

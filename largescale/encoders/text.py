@@ -154,6 +154,7 @@ def _try_out(encode: Encode, spec: str, max_tokens: int, device: torch.device) -
             tokens, pooled, _ = encode([""])
             encode(["a " * max_tokens])
             if device.type == "cuda":
+                # A GPU reports an index out of range only when it is waited for.
                 torch.cuda.synchronize(device)
     except (IndexError, RuntimeError) as error:
         raise DataError(

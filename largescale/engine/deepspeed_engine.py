@@ -163,7 +163,7 @@ class Engine:
         return int(torch.stack(sums).sum())
 
     def save(self, checkpoint: CheckpointDir, client_state: dict[str, Any], writer: Any) -> None:
-        """Give every file's content to `writer` (checkpointer.py), which decides when it is on
+        """Give every file's content to `writer` (checkpoint/writer.py), which decides when it is on
         disk. Collective."""
         if self._staged is None and self._master.device.type == "cuda":
             self._staged = StagedCopies()

@@ -34,6 +34,7 @@ def adamw_kernel(
     """Nothing is written where `finite` is 0. The numbers are those of `Coefficients`."""
     if tl.load(finite) == 0:
         return
+    # In 64 bits: an offset in a large tensor does not fit into 32.
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = at < numel
     g = tl.load(grad + at, mask=inside, other=0.0) * tl.load(factor)
@@ -173,6 +174,7 @@ def _update_eagerly(
     factor: Tensor,
     numbers: Coefficients,
 ) -> None:
+    # The kernel's arithmetic for a CPU, where looking at `finite` waits for nothing.
     if not finite:
         return
     grad = grad * factor

@@ -37,6 +37,7 @@ def env_int(
         text = env.get(name, "").strip()
         if not text:
             continue
+        # Not by int() alone, which takes +1 and 1_0 too.
         if not text.isdecimal() or int(text) < at_least:
             raise ConfigError(
                 f"{name}={text!r} in the environment must be a whole number of at least {at_least}; "

@@ -322,6 +322,7 @@ def _fields(pid: int) -> list[str]:
 def _identity() -> dict[str, Any]:
     """What the processes that want a lease are told of this one."""
     job = os.environ.get("SLURM_JOB_ID", "")
+    # In another namespace the same number is another process.
     namespace = ""
     with contextlib.suppress(OSError):
         namespace = os.readlink(_PROC / "self/ns/pid")

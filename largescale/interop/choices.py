@@ -46,6 +46,7 @@ class Choices:
 
     def require_unset(self, names: Sequence[str], because: str) -> None:
         """Raises ConfigError for one of these options that was given."""
+        # An option that nothing reads would be taken to have worked.
         for name in names:
             if getattr(self, name) is not None:
                 flag = f"--{name.replace('_', '-')}"

@@ -123,6 +123,7 @@ def read_diffusers(folder: Path) -> DiffusersModel:
     _require_dit(config, transformer / CONFIG)
     ours, files = read_weights(transformer, int(config["sample_size"]))
     model = _model(config, ours, transformer)
+    # Beside a transformer that is no part of a pipeline may lie anything.
     scheduler = transformer.parent / "scheduler" / "scheduler_config.json"
     pipeline = transformer.parent / PIPELINE
     in_pipeline = transformer.name == "transformer" and pipeline.is_file()
@@ -246,11 +247,13 @@ def _schedule(path: Path) -> DiffusionConfig:
         raise CheckpointError(
             f"{path} has betas from {_short(first)} to {_short(last)}, which are no numbers below 1"
         )
+    # Other betas under the same name are another schedule.
     if schedule == "linear" and not np.allclose(
         np.linspace(first, last, timesteps), make_betas(schedule, timesteps), rtol=1e-5
     ):
         schedule = None
     changed = config.get("rescale_betas_zero_snr")
+    # Betas that are listed take the place of the schedule that is named.
     if trained := config.get("trained_betas"):
         kind, schedule = "trained betas", _schedule_of(trained, timesteps)
     if schedule is None or changed:

@@ -112,6 +112,7 @@ def check_exportable(config: Config) -> None:
     instead = (
         "leave out --format diffusers: largescale's own format takes every model, with its card"
     )
+    # What diffusers' class computes otherwise would be other images, not an error.
     if model.architecture != "dit":
         raise ConfigError(f"diffusers has no class for model.architecture=ddpmpp; {instead}")
     if config.diffusion.objective != "gaussian":
@@ -218,6 +219,7 @@ def model_index(parts: PipelineParts, why: tuple[str, ...]) -> dict[str, Any]:
         "id2label": {str(i): name for i, name in enumerate(parts.labels)},
         "scheduler": ["diffusers", SCHEDULERS[parts.scheduler]],
         "transformer": transformer,
+        # [None, None] is diffusers' spelling of a part that is absent.
         "vae": ["diffusers", type(parts.vae.module).__name__] if parts.vae else [None, None],
     }
     if why:
@@ -308,6 +310,7 @@ def class_names(file: Path | None, trained: Trained) -> tuple[str, ...]:
         raise ConfigError(
             f"--labels {file} cannot be read ({error}); give a text file with one name a line"
         ) from error
+    # A line too many would give every class after it another one's name.
     if len(names) != count:
         raise ConfigError(
             f"--labels {file} names {len(names)} classes, and the model has {count}; give one line "

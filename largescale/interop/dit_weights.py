@@ -133,6 +133,7 @@ def reverse_time(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     timestep's embedding takes it in; the last layer takes in the sign.
     """
     reversed_ = dict(weights)
+    # In float64, so that only the result is rounded.
     first = weights["t_embedder.mlp.0.weight"].double()
     half = first.shape[1] // 2
     one = sinusoid(torch.ones(1), first.shape[1]).double()[0]

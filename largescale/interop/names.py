@@ -40,6 +40,7 @@ def require_names(found: Iterable[str], expected: Iterable[str], what: str) -> N
 def require_fit(weights: Mapping[str, Tensor], config: ModelConfig) -> None:
     """Raises CheckpointError, with the names, where the weights are not those of a network: too many,
     too few, or of other shapes."""
+    # Names and shapes only: a large network would take memory and time.
     with torch.device("meta"):
         expected = build_model(config).state_dict()
     require_names(weights, expected, f"a network ({config.architecture}) of these sizes")

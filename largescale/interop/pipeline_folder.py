@@ -21,6 +21,7 @@ from largescale.host.files import (
     visible,
     write_atomically,
 )
+from largescale.interop.card_text import GRID
 from largescale.interop.diffusers_folder import read_weights
 from largescale.interop.diffusers_pipeline import (
     DESCRIPTION,
@@ -28,7 +29,7 @@ from largescale.interop.diffusers_pipeline import (
     PIPELINE_FILE,
     PipelineFacts,
 )
-from largescale.interop.model_card import CARD, GRID
+from largescale.interop.model_card import CARD
 from largescale.interop.names import require_fit
 
 # What we write, in the order in which it gets its place: a folder is ours from the first on, and

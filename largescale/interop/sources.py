@@ -52,6 +52,7 @@ def read_source(source: str, choices: Choices, step: int | None = None) -> Conve
     layout, a name on the hub, or a run or export of ours. Raises CheckpointError or ConfigError with
     what is wrong with it."""
     path = _locate(source)
+    # The weights of an export are never read alone: what they are is described beside them.
     own = path.parent if path.name == EXPORT_WEIGHTS else path
     if own.is_dir() and (is_export(own) or is_run(own)):
         return _own(own, source, choices, step)
@@ -59,6 +60,7 @@ def read_source(source: str, choices: Choices, step: int | None = None) -> Conve
         raise ConfigError(
             f"--step {step} chooses a checkpoint of a run, and {source} is none; leave it out"
         )
+    # A pipeline that largescale wrote says what diffusers' own do not, such as its training.
     if is_pipeline(path):
         return _own_pipeline(path, source, choices)
     facts = Facts(choices)
@@ -224,6 +226,7 @@ def _data(read: Source, name: str, facts: Facts) -> tuple[DatasetInfo, dict[str,
         return info, {}
     vae = load_vae(spec, torch.device("cpu"))
     _require_fitting(vae, spec, shape)
+    # A folder is noted by its full path, as the export is used from elsewhere too.
     place = Path(spec).expanduser()
     norm = vae.normalization
     found = replace(

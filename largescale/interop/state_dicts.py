@@ -54,6 +54,7 @@ def read_state_dict(path: Path, which: Which | None) -> StateDict:
     weights, found = _chosen(content, which, path)
     weights = without_prefixes(weights)
     args = content.get("args", {})
+    # facebookresearch/DiT saves what argparse returned.
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     return StateDict(
         weights,
@@ -79,6 +80,7 @@ def to_fp32(weights: Mapping[str, Tensor], path: object) -> dict[str, Tensor]:
                 f"{path}: {name} has values that are not finite, of a training that diverged or a "
                 "damaged file; take an earlier checkpoint, or fetch the file again"
             )
+        # safetensors writes contiguous tensors only.
         converted[name] = tensor.float().contiguous()
     return converted
 

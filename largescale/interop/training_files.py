@@ -52,6 +52,7 @@ def _edm(found: StateDict, path: Path, facts: Facts) -> Source:
     )
     weights = from_edm(to_fp32(found.weights, path))
     model = edm_weights.ddpmpp_config(weights)
+    # Dropout leaves no trace in the weights.
     dropout = "0.13, as for CIFAR-10; only further training reads it"
     facts.assumed["model.unet.dropout"] = dropout
     diffusion = DiffusionConfig(objective="edm")
@@ -101,6 +102,7 @@ def _as_source(
     """What a file says, with its training's settings as far as JSON has them."""
     plain = {}
     for key, value in found.args.items():
+        # A training may have saved anything among its arguments, such as paths and devices.
         if isinstance(value, str | int | float | bool):
             plain[key] = value
     return Source(
@@ -186,6 +188,7 @@ def _objective_name(
 ) -> Literal["gaussian", "flow", "edm"]:
     """The objective by the settings of the training, else by the file's name, else DiT's."""
     is_sit = is_repa or "path_type" in args or str(args.get("model")).startswith("SiT")
+    # What the file says counts before what its name suggests.
     said: Literal["gaussian", "flow", "edm"] | None = None
     if is_sit:
         said = "flow"

@@ -127,6 +127,7 @@ def _unpickled(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
             f'    torch.save(network.state_dict(), "{path.with_suffix(".pt").name}")\n'
             "and convert that"
         )
+    # torch words it in one way or the other, by version and kind of pickle.
     named = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) ([\w.]+)", str(error))
     code = named[1] if named else _first_global(path)
     if code is None:

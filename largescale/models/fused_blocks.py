@@ -110,6 +110,7 @@ class FusedBlocks:
         for block in self.blocks:
             given = (x, pending, c, captions)
             if checkpoint_blocks:
+                # The state of the generators is not kept, as no block draws from them.
                 x, pending = checkpoint(
                     block, *given, use_reentrant=False, preserve_rng_state=False
                 )
@@ -117,5 +118,6 @@ class FusedBlocks:
                 x, pending = block(*given)
         if pending is None:
             return x
+        # No norm follows the last block, which would have added its branch.
         added = pending.branch.float() + pending.bias.float()
         return x + pending.gate.float()[:, None] * added

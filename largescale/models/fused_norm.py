@@ -158,6 +158,7 @@ def residual_norm(
     `keep_input`: the backward pass reads x and makes x_new again, else it reads x_new. Keep the one
     that something else keeps too, and the other is freed.
     """
+    # The mean and rstd of each row are for the backward pass.
     x_new, y, _, _ = torch.ops.largescale.residual_norm(
         x, branch, bias, gate, shift, scale, keep_input, eps
     )
@@ -238,6 +239,7 @@ def _forward(
         variance, mean = torch.var_mean(x_new, dim=-1, correction=0)
         return x_new, y, mean, (variance + eps).rsqrt()
     images, tokens, width = x.shape
+    # A program finds its row by its number.
     x, branch = x.contiguous(), branch.contiguous()
     x_new, y = torch.empty_like(x), torch.empty_like(branch)
     mean = x.new_empty(images, tokens)
@@ -277,6 +279,7 @@ def _backward(
         )
     dx_new, dy = dx_new.contiguous(), dy.contiguous()
     dx, dbranch = torch.empty_like(saved), torch.empty_like(branch)
+    # No program's tokens are of two images, whose sums are apart.
     rows = math.gcd(tokens, ROWS)
     parts = tokens // rows
     partial = saved.new_empty(images, parts, 4, width)
@@ -309,6 +312,7 @@ def _backward_eager(
     kind = saved.dtype
     added = branch.to(kind) if bias is None else branch.to(kind) + bias.to(kind)
     weight = torch.ones((), dtype=kind) if gate is None else gate.to(kind)[:, None]
+    # Of x and x_new only one was kept.
     x_new = saved + weight * added if saved_is_input else saved
     normed = (x_new - mean[..., None]) * rstd[..., None]
     grad_y = dy.to(kind)
@@ -345,6 +349,7 @@ def gradients(
         None if gate is None else dgate.to(gate.dtype),
         None if scale is None else dshift.to(scale.dtype),
         None if scale is None else dscale.to(scale.dtype),
+        # keep_input and eps are no tensors.
         None,
         None,
     )

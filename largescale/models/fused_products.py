@@ -59,6 +59,7 @@ def tile_of_product(
     """left (rows, depth) times right (depth, columns), which has these strides, at row and column:
     (tile_rows, tile_columns) float32."""
     k = tl.arange(0, tile_depth)
+    # In 64 bits: an offset in a large batch does not fit into 32.
     left_at = left + row.to(tl.int64)[:, None] * depth + k[None, :]
     right_at = right + k[:, None] * depth_stride + column.to(tl.int64)[None, :] * column_stride
     total = tl.zeros((tile_rows, tile_columns), tl.float32)
@@ -157,6 +158,7 @@ def pack_qkv_kernel(
         into = dqkv + ((image * tokens + token) * 3 + which) * width + column
         tl.store(into, value, mask=inside)
         total += value.to(tl.float32)
+    # A place for each program instead of atomic sums, which would round in another order each time.
     into = partial + ((image * tl.num_programs(1) + part) * 3 + which) * width + column
     tl.store(into, total, mask=inside)
 # fmt: on

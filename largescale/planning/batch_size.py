@@ -172,6 +172,7 @@ def step_fits(
     try:
         with torch.device(device):
             x_start, noise = torch.zeros(2, n, *latent_shape(config.model))
+            # Every noise level takes the same memory.
             t = objective.draw(torch.full((n,), 0.5, dtype=torch.float64))
             y = blank_condition(config.model, n)
         objective.training_losses(model, x_start, t, noise, y).loss.mean().backward()

@@ -358,6 +358,7 @@ class Plan:
         assert rates is not None
         products = rates.products / 2 if tf32 else rates.fp32
         peak = hardware.peak_flops / 2 if tf32 else rates.fp32
+        # Without counted blocks the time comes from the peak alone.
         blocks = self.work.blocks
         if blocks is not None:
             code = replace(
@@ -371,6 +372,7 @@ class Plan:
             hardware=replace(
                 hardware,
                 peak_flops=peak,
+                # From the rates of half precision, which are the ones that were measured.
                 rates=replace(rates, products=products, measured=False),
             ),
             work=replace(self.work, blocks=blocks),

@@ -183,6 +183,7 @@ def _find_gradient(
 ) -> tuple[str, list[int]] | None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for micro_step in micro_steps:
+        # The graph is kept, as the rows to blame are found by going through it again.
         loss, clusters = micro_step()
         gradients = torch.autograd.grad(
             loss.mean() * loss_scale, list(trained.values()), retain_graph=True

@@ -201,6 +201,7 @@ def prediction_source(plan: Plan) -> str:
     blocks = plan.work.blocks
     rates = plan.hardware.rates
     parts = compute_parts(plan.work, plan.hardware, plan.gpus)
+    # Without what a block computes and what the card reaches, a share of the peak is assumed.
     if blocks is None or rates is None or len(parts) == 1:
         share = ASSUMED_MFU if plan.hardware.mfu is None else plan.hardware.mfu
         return f"assumed: forward and backward reach {100 * share:.0f} % of the peak"

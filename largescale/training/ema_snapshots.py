@@ -48,11 +48,13 @@ class EmaSnapshots:
         weights = {}
         offset = 0
         for name, p in self._engine.module.named_parameters():
+            # One after another, as the optimizer has them, and without those that are fixed.
             if p.requires_grad:
                 weights[name] = flat[offset : offset + p.numel()].view(p.shape)
                 offset += p.numel()
         run_dir = self._telemetry.run_dir
         try:
+            # Another start may have taken over the run, whose snapshots these would replace.
             self._telemetry.require_lock()
             ema_snapshots.write(run_dir, profile, weights)
             ema_snapshots.remove(run_dir, newest=self._config.checkpoint.ema_snapshots)

@@ -110,6 +110,7 @@ class FirstWeights:
         with usable(self.source):
             before = dict(flatten(to_dict(from_dict(self.description["config"]))))
         now = dict(flatten(to_dict(config)))
+        # With another of these every shape fits, and the outputs mean something else.
         for key in _UNSEEN_IN_SHAPES:
             if before[key] != now[key]:
                 raise ConfigError(
@@ -158,6 +159,7 @@ class FirstWeights:
         for key in sorted(now):
             if key.startswith("model.") and before.get(key) != now[key]:
                 settings.append(f"{key}={before.get(key)} there, {now[key]} here")
+        # Tens of names may be wrong, of two or three parts.
         parts = list(dict.fromkeys(_part_of(name) for name, _, _ in wrong))
         return (
             f"--train.init-from {self.source} does not fit this run's network:\n  "

@@ -62,7 +62,7 @@ class Trainer:
 
         self.ema_snapshots = EmaSnapshots(config, self.engine, ranks, self.telemetry)
 
-        # Both read the data set, in which one rank alone may fail.
+        # They read data sets, in which one rank alone may fail.
         self.preview = ranks.raise_on_all_ranks(
             lambda: Preview(
                 config, train_step.objective, self.engine, ranks, dataset, recorder.stop_requested
@@ -80,22 +80,26 @@ class Trainer:
                 recorder.stop_requested,
             )
         )
-        self.validation: ValidationLoss | None = None
-        if validation is not None:
-            self.validation = ranks.raise_on_all_ranks(
-                lambda: ValidationLoss(
-                    config,
-                    validation,
-                    train_step.objective,
-                    state.curriculum.edges,
-                    ranks,
-                    recorder.stop_requested,
-                )
-            )
+        self.validation = self._validation_loss(validation)
         if config.checkpoint.keep_best != "none":
             checkpointer.best_steps = lambda: state.best_steps
         # Of the step that is taken. Where this rank cannot read one, the last stands in its place.
         self.batch: Batch = {}
+
+    def _validation_loss(self, held_out: ShardDataset | None) -> ValidationLoss | None:
+        """The loss on held-out images, where there are any. Collective."""
+        if held_out is None:
+            return None
+        return self.ranks.raise_on_all_ranks(
+            lambda: ValidationLoss(
+                self.config,
+                held_out,
+                self.train_step.objective,
+                self.state.curriculum.edges,
+                self.ranks,
+                self.recorder.stop_requested,
+            )
+        )
 
     def run(self) -> bool:
         """Train to the last step, or until a rank is asked to stop. True if the run is finished."""

@@ -17,6 +17,7 @@ import torch
 os.environ["DS_ACCELERATOR"] = "cuda" if "cuda" in sys.argv else "cpu"
 from largescale import train
 from largescale.checkpoint import checkpointer as checkpoint
+from largescale.checkpoint import writer
 from largescale.data.loader import Loader
 from largescale.distributed import watchdog
 from largescale.distributed.watchdog import Watchdog
@@ -271,14 +272,14 @@ if faults.stop_in:
 
 if faults.full_disk:
     step, rank = faults.full_disk
-    write = checkpoint._write
+    write = writer._write
 
     def full(state: object, path: Path) -> object:
         if os.environ["RANK"] == str(rank) and path.parent.name == f"step_{step:08d}":
             raise OSError(28, "No space left on device")
         return write(state, path)  # type: ignore[arg-type]
 
-    checkpoint._write = full  # type: ignore[assignment]
+    writer._write = full  # type: ignore[assignment]
     save = checkpoint.Checkpointer.save
 
     def save_and_fail(self: checkpoint.Checkpointer, at: int, *args: object) -> None:

@@ -34,6 +34,7 @@ import torch
 os.environ["DS_ACCELERATOR"] = "cpu"
 from largescale import train
 from largescale.checkpoint import checkpointer as product
+from largescale.checkpoint import writer
 from largescale.checkpoint.checkpointer import Checkpointer
 from largescale.checkpoint.files import (
     CLIENT_KEY,
@@ -559,7 +560,7 @@ def break_rule(rule: str) -> Callable[[str], bool]:
         path.with_suffix(".tmp").replace(path)
 
     if rule == "the manifest before the files":
-        product._write, product._publish = facts_only, publish_first  # type: ignore[assignment]
+        writer._write, product._publish = facts_only, publish_first  # type: ignore[assignment]
     elif rule == "old ones removed before the new one is valid":
         product._publish = retain_first  # type: ignore[assignment]
     elif rule == "the manifest written in place":

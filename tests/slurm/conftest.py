@@ -261,9 +261,9 @@ def submit(lab: Lab, tmp_path: Path) -> Submit:
 def training(submit: Submit, blobs: Path, tmp_path: Path) -> Submit:
     """The training script, small."""
 
-    def start(*options: Any, run: Path | None = None, **more: Any) -> Job:
+    def start(*options: Any, run: Path | None = None, script: str = "dit_l2_2m.sh", **more: Any) -> Job:
         run = run or tmp_path / "run"
-        return submit("dit_l2_2m.sh", *SMALL_RUN, *options, run=run, RUN=run, DATA=blobs, **more)
+        return submit(script, *SMALL_RUN, *options, run=run, RUN=run, DATA=blobs, **more)
 
     return start
 

@@ -77,7 +77,7 @@ def test_cancelled(lab: Lab, training: Submit) -> None:
 
 def test_nothing_to_come_back_for(training: Submit, truth: Path) -> None:
     """A finished run, and a setting that a person must correct."""
-    finished = training(run=truth)
+    finished = training(run=truth, script="train.sh", PRESET="dit_l2_imagenet256")
     text = finished.ended("COMPLETED", restarts=0)
     assert f"finished already: {truth}" in text and "not asking for another start: the run is finished" in text
     wrong = training("--train.micro-batch-size", 3)

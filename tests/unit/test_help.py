@@ -24,6 +24,7 @@ OPTIONS = {  # file: dataclasses whose fields are options
     "eval/curves/options.py": ["Curve"],
     "eval/difficulty_study/study.py": ["Study"],
     "eval/digits.py": ["Digits"],
+    "eval/gradients.py": ["Gradients"],
     "eval/paper.py": ["Paper"],
     "eval/prompts.py": ["Freeze"],
     "eval/sample.py": ["Sample"],

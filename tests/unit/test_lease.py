@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from largescale.checkpoint.checkpointer import Writer
 from largescale.checkpoint.files import checkpoints
+from largescale.checkpoint.writer import Writer
 from largescale.errors import TakenOverError
 from largescale.host import lease as lease_module
 from largescale.host.files import try_lock

@@ -10,14 +10,11 @@ import pytest
 from largescale import export
 from largescale.config.presets import PRESETS
 from largescale.config.serialise import to_dict
+from largescale.interop.card_text import CardFacts, as_yaml, card_text, plain
 from largescale.interop.diffusers_pipeline import PipelineFacts
 from largescale.interop.model_card import (
-    CardFacts,
-    as_yaml,
-    card_text,
     is_our_card,
     only_card,
-    plain,
     read_scores,
     sample_sets,
     write_card,

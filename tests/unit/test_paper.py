@@ -24,20 +24,13 @@ from eval.curves import scores
 from eval.curves.options import Curve
 from eval.difficulty_study.study import STUDIES, Study
 from eval.reproduction.found_runs import find_runs
+from eval.reproduction.paper_size import MODELS
 from eval.reproduction.pictures import write_pictures
 from eval.reproduction.progress import status_lines, steps, survey, trainings, with_row_filter
-from eval.reproduction.rows import CLASSES, MODELS, Cell, Model, Rows, Scale, Size
-from eval.reproduction.steps import (
-    INCEPTION,
-    DataSet,
-    Draw,
-    Prepare,
-    ScoreOverTraining,
-    ScoreSamples,
-    Scoring,
-    StudyStage,
-    Train,
-)
+from eval.reproduction.rows import CLASSES, Cell, Model, Rows, Scale, Size
+from eval.reproduction.sample_steps import INCEPTION, Draw, ScoreOverTraining, ScoreSamples, Scoring
+from eval.reproduction.steps import DataSet, Prepare, Train
+from eval.reproduction.study_steps import StudyStage
 from eval.reproduction.table import read_tables, row_lines, table_lines
 from eval.reproduction.toy import PREFIX, toy
 from eval.sample import Sample
@@ -404,6 +397,13 @@ def test_other_settings(made: Path, blobs: Path) -> None:
     assert set(standing(tiny(made, blobs, options=free, rows=TABLE_A), made).values()) == {"done"}
 
 
+def test_every_run_with_other_settings_is_listed(copy: Path, blobs: Path) -> None:
+    run = copy / "tiny_dit_b2_imagenet256/vanilla"
+    shutil.copytree(run, copy / "again")
+    said = listed(tiny(copy, blobs, rows=TABLE_A, options=("--optimizer.lr", "0.5")), copy)
+    assert all(f"{folder} has other settings than the row: optimizer.lr" in said for folder in (run, copy / "again"))
+
+
 def test_settings_of_a_study(made: Path, blobs: Path) -> None:
     scale = tiny(made, blobs)
     step = scale.row("Figure A").cells[0].steps[0]
@@ -424,6 +424,17 @@ def test_another_protocol(made: Path, blobs: Path) -> None:
     said = listed(tiny(made, blobs, sampler_steps=3, rows=("Table A", "Figure F")), made)
     assert "vanilla/eval/cfg1.5 has samples of another protocol: sampling.steps: 2, not 3" in said
     assert "tiny_dit_b2_imagenet256/vanilla/curve has 2 rows of another protocol" in said
+
+
+@pytest.mark.parametrize(("asked", "wrong"), [
+    ({"ema": {"width": 0.1}}, "ema.width: 0.1, not None"),
+    ({"labels_seed": 0}, "labels_seed: 0, not None"),
+    ({"classes": [1]}, "classes: [1], not None"),
+])
+def test_samples_that_were_asked_for_otherwise(asked: dict[str, Any], wrong: str, copy: Path, blobs: Path) -> None:
+    path = copy / "tiny_dit_b2_imagenet256/vanilla/eval/cfg1.5/provenance.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | asked))
+    assert f"samples of another protocol: {wrong}" in listed(tiny(copy, blobs, rows=TABLE_A), copy)
 
 
 def test_samples_of_another_run(copy: Path, blobs: Path) -> None:
