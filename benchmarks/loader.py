@@ -19,6 +19,8 @@ software, not disks. Peers run in an environment of their own.
 
 Every number is the median of three, with the libraries taking turns. What else runs on the machine
 shows in the load.
+
+    --mixing    instead: how well orders mix a set that is sorted by class, see mixing.py
 """
 
 import argparse
@@ -39,6 +41,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mixing
 import numpy as np
 from loader_peers import BATCH, LABELS, LATENTS, OPEN, SHAPE, WRITE
 from ports import free_port
@@ -455,6 +458,17 @@ def captions_on_disk(folder: Path, rows: int, seconds: float) -> dict[str, float
     }
 
 
+def compare_mixing(report: Path | None) -> None:
+    """Print how well the orders of all libraries mix."""
+    command = [ENVIRONMENT / "bin/python", HERE / "mixing.py"]
+    env = os.environ | {"PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout)
+    print(mixing.markdown(found))
+    if report:
+        report.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -467,6 +481,7 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, help="a new folder, which stays; else a temporary one, which does not"
     )
+    parser.add_argument("--mixing", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     least = 4 * BATCH * max(options.processes)
@@ -475,6 +490,9 @@ def main() -> None:
     begin = time.perf_counter()
     load = os.getloadavg()[0]
     make_environment()
+    if options.mixing:
+        compare_mixing(options.json)
+        return
     with ExitStack() as stack:
         work = (options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))).resolve()
         if work.exists() and any(work.iterdir()):

@@ -56,6 +56,10 @@ def open_source(
         return _mds(folder, column, shape, kind)
     if (folder / "state.json").is_file():
         return _datasets(folder, column, shape, kind)
+    # A DatasetDict has a folder for each of its sets.
+    if (folder / "dataset_dict.json").is_file():
+        splits = _json(folder / "dataset_dict.json")["splits"]
+        raise DataError(f"{folder} holds several sets; give one of its folders {', '.join(splits)}")
     raise DataError(
         f"{folder} has neither dataset.json with .npy files (REPA, EDM2), nor .safetensors "
         "(LightningDiT), nor index.json (MDS), nor state.json (datasets.save_to_disk); give the "
@@ -247,7 +251,7 @@ def _datasets(
         shape = found.shape
     shape = _shape(shape, found.size, f"the column {column} of {folder}")
     labelled = "label" in first.schema.names
-    size, classes = 0, 0
+    size, classes = 0, len(_class_names(folder))
     for batch in batches():
         size += batch.num_rows
         if labelled and batch.num_rows:
@@ -266,6 +270,15 @@ def _datasets(
                 number += 1
 
     return LatentSource(folder.name, "datasets on disk", _kind(kind), shape, rows, size, classes)
+
+
+def _class_names(folder: Path) -> list[str]:
+    """The names of a ClassLabel, by which classes are counted that no row has; none without them."""
+    path = folder / "dataset_info.json"
+    features = _json(path).get("features") if path.is_file() else None
+    label = (features or {}).get("label")
+    names = label.get("names") if isinstance(label, dict) else None
+    return names if isinstance(names, list) else []
 
 
 def _batches(files: list[Path]) -> Iterator[pa.RecordBatch]:

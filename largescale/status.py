@@ -17,10 +17,11 @@ from typing import Annotated
 import tyro
 
 from largescale.config.command_line import parse_options, run_program
-from largescale.errors import ConfigError, usable
+from largescale.errors import ConfigError, StorageError, usable
 from largescale.host.files import write_atomically
 from largescale.host.launch import printable_lines
 from largescale.monitoring.run_facts import Facts, facts
+from largescale.monitoring.run_log import LogReader
 from largescale.monitoring.run_record import Account, duration
 from largescale.monitoring.run_words import (
     checkpoint_row,
@@ -37,6 +38,7 @@ from largescale.monitoring.run_words import (
     start_row,
 )
 from largescale.page.document import page
+from largescale.page.frame import DOCTYPE
 from largescale.page.sections import RunView
 from largescale.page.series import Series
 from largescale.page.server import Server
@@ -217,36 +219,64 @@ def run(options: Status) -> int:
 
 
 def _write_page(options: Status, path: Path) -> int:
-    views = _views(options.runs, options.verify)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, page(views, time.time()))
+    _require_no_other_file(path)
+    views = Watched(options.runs).views(options.verify)
+    made = page(views, time.time())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, made)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error}; choose another --html") from error
     print(f"{path}: {', '.join(map(str, options.runs))}")
     return int(any(view.facts["damaged"] for view in views))
 
 
-def _views(runs: Sequence[Path], verify: bool) -> list[RunView]:
-    """The runs as the page shows them."""
-    # The last parts of their paths, where these differ.
-    names = [run.resolve().name for run in runs]
-    views = []
-    for run_dir, name in zip(runs, names, strict=True):
-        series = Series()
-        with usable(run_dir):
-            found = facts(run_dir, verify, series.take)
-        views.append(RunView(name if names.count(name) == 1 else str(run_dir), found, series))
-    return views
+def _require_no_other_file(path: Path) -> None:
+    """Raise ConfigError where the page would take the place of what is no page."""
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(len(DOCTYPE))
+        if start in (b"", DOCTYPE.encode()):
+            return
+    if path.exists():
+        raise ConfigError(f"--html {path} is there and is no page; choose another name")
 
 
-def followed(options: Status) -> str:
+class Watched:
+    """Some runs, of whose logs only what was added is read when they are looked at again."""
+
+    def __init__(self, runs: Sequence[Path]):
+        self._runs = runs
+        self._series = [Series() for _ in runs]
+        self._logs = []
+        for run_dir, series in zip(runs, self._series, strict=True):
+            self._logs.append(LogReader(run_dir, series.take, series.clear))
+
+    def views(self, verify: bool) -> list[RunView]:
+        """The runs as the page shows them."""
+        # The last parts of their paths, where these differ.
+        names = [run.resolve().name for run in self._runs]
+        views = []
+        for run_dir, name, series, log in zip(
+            self._runs, names, self._series, self._logs, strict=True
+        ):
+            with usable(run_dir):
+                found = facts(run_dir, verify, log)
+            views.append(RunView(name if names.count(name) == 1 else str(run_dir), found, series))
+        return views
+
+
+def followed(watched: Watched) -> str:
     """The page as it is served."""
-    return page(_views(options.runs, False), time.time(), _REFRESH_S)
+    return page(watched.views(verify=False), time.time(), _REFRESH_S)
 
 
 def _follow(options: Status) -> int:
     """Serve the page until it is interrupted."""
+    watched = Watched(options.runs)
     # What is no run is said at once.
-    followed(options)
-    with Server(lambda: followed(options), options.port, _REFRESH_S / 2) as server:
+    followed(watched)
+    with Server(lambda: followed(watched), options.port, _REFRESH_S / 2) as server:
         runs = ", ".join(map(str, options.runs))
         print(f"{server.address} shows {runs}; Ctrl-C ends it", flush=True)
         with contextlib.suppress(KeyboardInterrupt):

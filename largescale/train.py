@@ -58,6 +58,8 @@ def parse(args: Sequence[str] | None) -> Config:
         presets = "\n  ".join(PRESETS)
         print(f"{__doc__}\nPresets:\n  {presets}\n\nIts settings: PRESET --help")
         sys.exit(0)
+    if name.startswith("-"):
+        raise ConfigError(f"no preset is given before {name}; give one, as in digits {name}")
     program = f"largescale.train {name}"
     default = find_preset(name)
     config = parse_options(

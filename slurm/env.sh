@@ -86,8 +86,11 @@ export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$PWD/$SLURM_JOB_NAME-$
 
 # train PRESET OPTION...: the run RUN, on as many of the job's tasks as the batch can be split over. If one rank dies, Slurm ends the others after two minutes: without --wait they
 # would hang in a collective, and --kill-on-bad-exit would kill a rank that still saves.
+# STAGE=/local/scratch is a folder on each node's own disk that the data are copied to first, and read from; with
+# CONTAINER, BIND has to list it. What is copied stays for the next job: where no job needs it any more, delete it.
 train() {
     again() { worth_another_start "$RUN" "$1"; }
+    [ -z "${STAGE:-}" ] || set -- "$@" --data.stage "$STAGE"
     local per_node=${SLURM_NTASKS_PER_NODE:-} tasks=${SLURM_NTASKS:-1} ranks some=()
     [ -z "$per_node" ] || tasks=$((SLURM_JOB_NUM_NODES * per_node))
     ranks=$(alone -m largescale.train "$@" --fit-ranks "$tasks") || leave $?

@@ -15,6 +15,7 @@ from eval.curves.rows import Row, figure_text, rows_of_protocol, steps_of, steps
 from eval.sample import Sample, Sampler, folder_of
 from eval.score import RESULTS, Score, Scorer
 from largescale.checkpoint.files import CheckpointDir, checkpoints
+from largescale.checkpoint.weights import Trained
 from largescale.config.schema import Config
 from largescale.config.serialise import from_dict
 from largescale.config.validation import ema_note
@@ -190,7 +191,7 @@ class Curves:
             "images": info.get("samples_seen"),
             "protocol": self.protocol(),
             "transitions": (info.get("curriculum") or {}).get("transitions", []),
-            "figures": scored["figures"] | self.more_figures(run, step),
+            "figures": scored["figures"] | self.more_figures(run, sampler.trained),
             "notes": scored["notes"],
             "extractor": scored["extractor"],
             "n": scored["n"],
@@ -211,8 +212,8 @@ class Curves:
             with suppress(OSError):
                 out.parent.rmdir()
 
-    def more_figures(self, run: Path, step: int) -> Row:
-        """Figures beside the scores of the samples."""
+    def more_figures(self, run: Path, trained: Trained) -> Row:
+        """Figures beside the scores of the samples, of the model that drew them."""
         return {}
 
     def scorer(self) -> Scorer:

@@ -12,14 +12,13 @@ from eval.curves.rows import HELD_OUT_LOSS, Row, best_row, curve_of, figure_text
 from eval.curves.scores import Curves, config_of
 from eval.held_out_loss import HeldOutLoss
 from eval.score import Scorer
-from largescale.checkpoint.ema_snapshots import snapshots
-from largescale.checkpoint.weights import load_trained
+from largescale.checkpoint.ema_snapshots import newest_step
+from largescale.checkpoint.weights import Trained
 from largescale.config.derived import cluster_edges
 from largescale.data.compatibility import open_validation
 from largescale.data.fixed_noise_set import over_all
 from largescale.data.shards import ShardDataset
 from largescale.distributed.ranks import local_device
-from largescale.errors import CheckpointError
 from largescale.host.files import write_atomically
 from largescale.host.launch import env_rank
 
@@ -49,22 +48,21 @@ class ScoresOfWidth(Curves):
             protocol["validation"] = str(self.options.validation)
         return protocol
 
-    def more_figures(self, run: Path, step: int) -> Row:
+    def more_figures(self, run: Path, trained: Trained) -> Row:
         if run not in self._losses:
             return {}
         loss = self._losses[run]
-        # Not the sampler's, which may be in half precision.
-        trained = load_trained(run, step, ema_width=self.width)
+        # In fp32, whatever the samples were drawn in.
         clusters = loss(trained.model.to(loss.device), trained.objective)
         # All widths have the same images and noise, so there is no error between them.
         return {HELD_OUT_LOSS: {"value": over_all(clusters, loss.edges), "error": 0.0}}
 
     def missing(self, run: Path) -> list[int]:
-        return [] if self.newest(run) else [newest_snapshot(run)]
+        return [] if self.newest(run) else [newest_step(run)]
 
     def newest(self, run: Path) -> list[Row]:
         """The row of the newest snapshot, if it has been scored."""
-        newest = newest_snapshot(run)
+        newest = newest_step(run)
         return [row for row in self.rows(run) if row["step"] == newest]
 
 
@@ -105,15 +103,20 @@ def held_out_losses(options: Curve) -> dict[Path, HeldOutLoss]:
     found: dict[Path, HeldOutLoss] = {}
     if not options.validation or env_rank() != 0:
         return found
+    # Runs are mostly of the same data, whose ids need to be compared only once.
+    opened: dict[tuple[str, str], ShardDataset] = {}
     for run in options.runs:
         config = config_of(run)
-        data = replace(config.data, validation=str(options.validation))
-        training = ShardDataset(config.data.path)
-        training.normalize(config.data.normalize)
-        held_out = open_validation(replace(config, data=data), training)
-        assert held_out is not None
+        key = (config.data.path, config.data.normalize)
+        if key not in opened:
+            data = replace(config.data, validation=str(options.validation))
+            training = ShardDataset(config.data.path)
+            training.normalize(config.data.normalize)
+            held_out = open_validation(replace(config, data=data), training)
+            assert held_out is not None
+            opened[key] = held_out
         found[run] = HeldOutLoss(
-            held_out,
+            opened[key],
             config,
             cluster_edges(config),
             config.telemetry.validation_images,
@@ -139,17 +142,6 @@ def shown_figures(rows: list[Row]) -> list[str]:
     """The Frechet distance, and the held-out loss where it was measured."""
     names = [main_figure(rows)]
     return [*names, HELD_OUT_LOSS] if HELD_OUT_LOSS in rows[0]["figures"] else names
-
-
-def newest_snapshot(run: Path) -> int:
-    """The step of a run's newest snapshot of averages. Raises CheckpointError where there is
-    none."""
-    kept = snapshots(run)
-    if not kept:
-        raise CheckpointError(
-            f"{run} has no snapshots of averages; train with --optimizer.ema-widths 0.05 0.1"
-        )
-    return kept[-1].step
 
 
 def plot_widths(of_runs: dict[Path, list[Row]], path: Path) -> None:

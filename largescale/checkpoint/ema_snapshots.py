@@ -5,6 +5,7 @@ RUN/ema_snapshots/step_00001000_width_0.05.safetensors    weights by name, in ha
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from largescale.host.files import safetensors_disk_errors
 from largescale.power_ema import WIDEST, Profile, Reconstruction, reconstruct, state_key
 
 FOLDER = "ema_snapshots"
-_NAME = re.compile(r"step_(\d+)_width_(0\.\d+)\.safetensors")
+_NAME = re.compile(r"step_(\d+)_width_(\d+(?:\.\d+)?(?:e-\d+)?)\.safetensors")
 # Snapshots whose share of the sum is smaller are not read.
 _NEGLIGIBLE = 1e-6
 
@@ -59,6 +60,23 @@ def snapshots(run_dir: Path) -> list[Profile]:
     return sorted(found)
 
 
+def newest_step(run_dir: Path) -> int:
+    """The newest step with a snapshot of every width that was kept; of one that a full disk, or a
+    kill, has left with some of them little could be made. Raises CheckpointError where there is no
+    snapshot."""
+    kept = snapshots(run_dir)
+    if not kept:
+        what = f"has no snapshots of averages in {FOLDER}" if run_dir.is_dir() else "is no folder"
+        raise CheckpointError(
+            f"{run_dir} {what}; give the folder of a run that was trained with "
+            "--optimizer.ema-widths 0.05 0.1"
+        )
+    counts = Counter(each.step for each in kept)
+    widths = {each.width for each in kept}
+    whole = [step for step, count in counts.items() if count == len(widths)]
+    return max(whole, default=kept[-1].step)
+
+
 def write(run_dir: Path, profile: Profile, weights: dict[str, Tensor]) -> None:
     """Write a snapshot: whole, or not at all. Raises OSError."""
     from safetensors.torch import save_file
@@ -87,20 +105,16 @@ def remove(run_dir: Path, *, after: int | None = None, newest: int = 0) -> None:
 
 
 def average(run_dir: Path, width: float, step: int | None = None) -> Average:
-    """The average of some width at a step, by default that of the newest snapshot, as a sum of the
+    """The average of some width at a step, by default that of the newest snapshots, as a sum of the
     snapshots. Raises ConfigError for a width that no average has, CheckpointError where snapshots
     are missing or damaged."""
     if not 0 < width <= WIDEST:
         raise ConfigError(
             f"ema_width={width} must be above 0 and at most {WIDEST}; EDM2's best lie from 0.03 to 0.2"
         )
+    newest = newest_step(run_dir)
+    step = newest if step is None else step
     kept = snapshots(run_dir)
-    if not kept:
-        raise CheckpointError(
-            f"{run_dir} has no snapshots of averages in {FOLDER}; they are kept by a run with "
-            "--optimizer.ema-widths 0.05 0.1"
-        )
-    step = kept[-1].step if step is None else step
     used = [each for each in kept if each.step <= step]
     # An average ends with the weights of its step, which only snapshots of that step have.
     if not used or used[-1].step != step:
@@ -113,8 +127,8 @@ def average(run_dir: Path, width: float, step: int | None = None) -> Average:
     solution = reconstruct(used, wanted)
     # Of the widths that were kept a checkpoint has the average in full precision.
     checkpoint = CheckpointDir.at(run_dir, step)
-    if wanted in used and checkpoint.exists:
-        weights = named_weights(find_checkpoint(run_dir, step), state_key(width))
+    if wanted in used and checkpoint.exists and not checkpoint.problem():
+        weights = named_weights(checkpoint, state_key(width))
         return Average(wanted, weights, solution, len(used))
 
     # What is not trained is in no snapshot.

@@ -114,6 +114,12 @@ def schedule_note(config: Config) -> str:
             f"optimizer.warmup_steps={o.warmup_steps:,} is not over at the end of the run, step "
             f"{steps:,}: the learning rate never reaches {o.lr:g}"
         )
+    if o.schedule == "inverse_sqrt" and not 0 < decay_steps(o, steps) < steps:
+        return (
+            f"the learning rate of the inverse_sqrt schedule is constant: it falls from "
+            f"optimizer.decay_steps on, {decay_steps(o, steps):,}, by default the warm-up's end; set "
+            f"--optimizer.decay-steps below {steps:,}"
+        )
     # The others have no end that could miss the run's.
     if o.schedule not in ("cosine", "linear", "wsd"):
         return ""

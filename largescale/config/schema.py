@@ -206,10 +206,19 @@ class DataConfig:
     """What a resumed run does where images were added to its set (data_prep --append). refuse: it ends
     with an error that says so. next_epoch: it finishes the epoch in the old order, as if nothing were
     added, and the next epoch has all rows."""
+    order: Literal["full", "blocks"] = "full"
+    """In which order an epoch visits the rows. full: every row may come next, by one small read for
+    each. blocks: for slow shared storage, by long reads ahead: each place of the global batch takes 64
+    neighbouring rows in random order, then 64 from elsewhere, so a batch is of as many places of the
+    set as it has rows."""
     prefetch: Annotated[int, at_least(1, 1024)] = 4
     """Steps whose data a thread reads ahead."""
+    stage: str | None = None
+    """A folder on each node's own disk that the data sets are copied to before training, and read
+    from: by the node's ranks together, each file verified by its hash. What is there already, also
+    from other jobs, is not copied again."""
     verify: bool = False
-    """Whether to hash every shard again before training."""
+    """Whether to hash every shard again before training, or every copy of data.stage."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from largescale.config.ranges import range_of
 from largescale.config.schema import Config, ModelConfig, UNetConfig
 from largescale.config.serialise import flatten, to_dict
 from largescale.errors import ConfigError
+from largescale.power_ema import state_key
 
 # Fields that only one architecture, objective or way of training reads. Anywhere else, another
 # value than the default is a mistake, not a setting.
@@ -402,7 +403,11 @@ def check_the_rest(config: Config, require: Any) -> None:
         "give --data.validation DIR",
     )
     widths = config.optimizer.ema_widths
-    require(len({*widths}) == len(widths), "optimizer.ema_widths", "be different widths")
+    require(
+        len({*map(state_key, widths)}) == len(widths), "optimizer.ema_widths", "be different widths"
+    )
+    trackers = config.telemetry.trackers
+    require(len({*trackers}) == len(trackers), "telemetry.trackers", "be named once each")
     require(
         config.train.init_from is not None or not config.train.init_new,
         "train.init_new",

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from largescale.errors import ConfigError
 # Of one start, not of the run.
 OF_A_START = ("output", "dry_run", "fit_ranks", "print_config", "verbose", "profile")
 PRESET = "preset"
+_BOOL = "tag:yaml.org,2002:bool"
 
 
 @functools.cache
@@ -94,16 +96,7 @@ def read_options(path: Path) -> tuple[str | None, list[str]]:
     """The preset that a file of settings names, or None, and its settings as command-line options.
     Raises ConfigError for what is no such file, and for a setting that does not exist, with the
     nearest."""
-    import yaml
-
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        # The parser's message has several lines, an error of ours one.
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--config {path} is neither YAML nor JSON: {reason}") from error
+    tree = _read(path)
     # An empty file sets nothing, which is no mistake.
     if tree is None:
         tree = {}
@@ -117,12 +110,61 @@ def read_options(path: Path) -> tuple[str | None, list[str]]:
     return None if preset is None else str(preset), options
 
 
+def _read(path: Path) -> Any:
+    """What is in the file, as plain values. Raises ConfigError."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Words are words, as in YAML 1.2: off may be a choice, and 2026-01-31 a name."""
+
+        yaml_implicit_resolvers = _without(
+            yaml.SafeLoader.yaml_implicit_resolvers, _BOOL, "tag:yaml.org,2002:timestamp"
+        )
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            # Of two, YAML would take the last one without a word.
+            seen = set()
+            for key, _ in node.value:
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise ConfigError(
+                        f"--config {path} has {key.value} twice, the second time in line {line}; "
+                        "keep one of them"
+                    )
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    Loader.add_implicit_resolver(_BOOL, re.compile("true|True|TRUE|false|False|FALSE"), [*"tTfF"])
+    try:
+        with path.open(encoding="utf-8") as file:
+            return yaml.load(file, Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        tab = "; indent with spaces" if "\\t" in reason else ""
+        raise ConfigError(f"--config {path} is neither YAML nor JSON: {reason}{tab}") from error
+
+
+def _without(resolvers: dict[Any, Any], *tags: str) -> dict[Any, Any]:
+    """YAML's rules for what an unquoted word is, but for those of some types."""
+    left = {}
+    for first, rules in resolvers.items():
+        left[first] = [(tag, pattern) for tag, pattern in rules if tag not in tags]
+    return left
+
+
 def _options(cls: Any, values: dict[Any, Any], prefix: str, path: Path) -> Iterator[str]:
     """The command-line options of a section."""
     kinds = get_type_hints(cls)
     for name, value in values.items():
         key = f"{prefix}{name}"
-        if name not in kinds or key in OF_A_START:
+        if key in OF_A_START:
+            raise ConfigError(
+                f"--config {path} has {key}, which is of one start and not of the run; give it on the "
+                "command line"
+            )
+        if name not in kinds:
             near = difflib.get_close_matches(str(name), kinds, n=1)
             meant = f"did you mean {prefix}{near[0]}? " if near else ""
             raise ConfigError(
@@ -131,6 +173,8 @@ def _options(cls: Any, values: dict[Any, Any], prefix: str, path: Path) -> Itera
             )
         kind = kinds[name]
         if dataclasses.is_dataclass(kind):
+            # A section of which every line is a comment.
+            value = {} if value is None else value
             if not isinstance(value, dict):
                 raise ConfigError(f"--config {path}: {key} must have settings of its own below it")
             yield from _options(kind, value, f"{key}.", path)

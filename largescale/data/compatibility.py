@@ -1,19 +1,23 @@
 """Whether a data set is one that the model of a config can be trained on."""
 
 import dataclasses
+import os
+from pathlib import Path
 
 import numpy as np
 
 from largescale.config.schema import Config
 from largescale.data.shards import ShardDataset, check_flip
 from largescale.errors import DataError
+from largescale.host.launch import env_local_rank, local_world_size
 from largescale.models.build import latent_shape
 
 
 def open_dataset(config: Config, rank: int = 0, world_size: int = 1) -> ShardDataset:
     """The data set, checked against the model; ranks share the hashing. Raises DataError."""
-    # Rank r verifies every world_size-th file: no file is hashed twice.
-    dataset = ShardDataset(config.data.path, config.data.verify, slice(rank, None, world_size))
+    # Rank r verifies every world_size-th file: no file is hashed twice. Copies are verified as such.
+    verify = config.data.verify and config.data.stage is None
+    dataset = ShardDataset(config.data.path, verify, slice(rank, None, world_size))
     if dataset.info.x_shape != latent_shape(config.model):
         raise DataError(
             f"{config.data.path} holds {dataset.info.kind} of shape {dataset.info.x_shape}, the "
@@ -32,6 +36,13 @@ def open_dataset(config: Config, rank: int = 0, world_size: int = 1) -> ShardDat
             "--data.augment 0"
         )
     return dataset
+
+
+def read_copy(config: Config, dataset: ShardDataset, copy: Path) -> None:
+    """Have a data set's files read from a copy on this node's disk; the node's ranks share the
+    hashing. Raises DataError."""
+    part = slice(env_local_rank(), None, local_world_size(os.environ))
+    dataset.read_copy(copy, config.data.verify, part)
 
 
 def _other_stride(dataset: ShardDataset, config: Config) -> str:
@@ -74,14 +85,21 @@ def check_alike(validation: ShardDataset, training: ShardDataset, option: str) -
 
 
 def open_validation(
-    config: Config, training: ShardDataset, rank: int = 0, world_size: int = 1
+    config: Config,
+    training: ShardDataset,
+    rank: int = 0,
+    world_size: int = 1,
+    copy: Path | None = None,
 ) -> ShardDataset | None:
     """The held-out images of data.validation, checked against the training set; None where there are
-    none. Ranks share the comparison of ids. Raises DataError."""
+    none. Ranks share the comparison of ids. `copy`: a folder with copies of the files, which are
+    read in their place. Raises DataError."""
     if config.data.validation is None:
         return None
     part = slice(rank, None, world_size)
-    dataset = ShardDataset(config.data.validation, config.data.verify, part)
+    dataset = ShardDataset(config.data.validation, config.data.verify and copy is None, part)
+    if copy is not None:
+        read_copy(config, dataset, copy)
     check_alike(dataset, training, "--data.validation")
     dataset.normalize_as(training)
     shared = _shared_rows(dataset, training, part)

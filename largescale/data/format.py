@@ -173,7 +173,8 @@ def _not_packed(path: Path) -> DataError:
     else:
         what = f"was never packed: it has no {MANIFEST} and no shards"
     return DataError(
-        f"{path} {what}; correct the path (of training: --data.path), or {remedy(path)}"
+        f"{path} {what}; correct the path (of training: --data.path or --data.validation), or "
+        f"{remedy(path)}"
     )
 
 

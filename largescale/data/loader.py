@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from largescale.condition import Captions, Condition
-from largescale.data.order import Extent, indices_in_extents, sample_indices
+from largescale.data.order import ORDERS, Extent, indices_in_extents
+from largescale.data.read_ahead import ReadAhead
 from largescale.data.shards import ShardDataset
 from largescale.encoders.normalization import Normalization
 from largescale.encoders.text import EncodedCaption
 from largescale.errors import ConfigError
 from largescale.randomness import host_draws
+from largescale.registry import look_up
 
 # Steps whose order is computed at once: a call costs more than a step's rows.
 _STEPS_A_BLOCK = 16
@@ -34,7 +36,8 @@ class Loader(AbstractContextManager["Loader"]):
     Row g of step s has position s * global_batch_size + g of the order. The rows are laid out as
     (accum, world, micro): micro step k of rank r takes [k, r], so every world size sees the same
     global batch. `flip`: half of the rows are those of mirrored images; `captions`: with one of
-    each row's captions. Both are drawn anew at every step.
+    each row's captions. Both are drawn anew at every step. `order`: as data.order has it; in blocks
+    the rank's chunks are read ahead too.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Loader(AbstractContextManager["Loader"]):
         world_size: int,
         flip: bool = False,
         captions: bool = False,
+        order: str = "full",
         start_step: int = 0,
         prefetch: int = 4,
         pin_memory: bool = False,
@@ -76,16 +80,22 @@ class Loader(AbstractContextManager["Loader"]):
         self._rows = layout[:, rank]
         # The order of the last blocks of steps, and the batches of the current step and of the
         # `prefetch` steps after it.
+        self._rows_at = look_up(ORDERS, order, "data.order")
         self._order: dict[int, npt.NDArray[np.int64]] = {}
         self._pending: dict[int, Future[Batch]] = {}
 
-        # A new thread starts on GPU 0. Left there, pinning memory would open a context on that GPU
-        # for every rank.
-        if pin_memory:
-            device = torch.cuda.current_device()
-            self._threads = ThreadPoolExecutor(2, "loader", torch.cuda.set_device, (device,))
-        else:
-            self._threads = ThreadPoolExecutor(2, "loader")
+        self._threads = _threads(pin_memory)
+        self._chunks: ReadAhead | None = None
+        if order == "blocks":
+            self._chunks = ReadAhead(
+                dataset,
+                seed,
+                global_batch_size,
+                self._rows,
+                mirrors=flip,
+                captions=captions,
+                extents=self._extents,
+            )
         self._read_ahead(start_step)
 
     def batch(self, step: int) -> Batch:
@@ -111,6 +121,8 @@ class Loader(AbstractContextManager["Loader"]):
 
     def _read_ahead(self, step: int) -> None:
         """Starts reading `step` and the `prefetch` steps after it, and drops all others."""
+        if self._chunks:
+            self._chunks.advance(step)
         wanted = range(step, step + 1 + self.prefetch)
         for stale in self._pending.keys() - set(wanted):
             self._pending.pop(stale).cancel()
@@ -150,15 +162,27 @@ class Loader(AbstractContextManager["Loader"]):
         return order[within]
 
     def _order_of(self, positions: npt.NDArray[np.int64], n_rows: int) -> npt.NDArray[np.int64]:
-        return sample_indices(positions, n_rows, self.seed)
+        return self._rows_at(positions, n_rows, self.seed, self.global_batch_size)
 
     def close(self) -> None:
         """Ends the threads; a batch that one is reading is finished first."""
+        if self._chunks:
+            self._chunks.close()
         self._threads.shutdown(cancel_futures=True)
         self._pending.clear()
 
     def __exit__(self, *error: Any) -> None:
         self.close()
+
+
+def _threads(pin_memory: bool) -> ThreadPoolExecutor:
+    """The threads that read batches."""
+    # A new thread starts on GPU 0. Left there, pinning memory would open a context on that GPU for
+    # every rank.
+    if pin_memory:
+        device = torch.cuda.current_device()
+        return ThreadPoolExecutor(2, "loader", torch.cuda.set_device, (device,))
+    return ThreadPoolExecutor(2, "loader")
 
 
 class DeviceBatches:

@@ -4,17 +4,26 @@ same cost.
 A shuffled list of indices would need memory for every row and a replay on every resume. Here each
 index is computed by itself, by a keyed permutation of [0, n_rows), so nothing about the order is
 ever saved.
+
+Two orders: `full`, in which a step's rows come from anywhere, and `blocks`, for storage on which many
+small reads are slow. There the rows are cut into chunks of neighbours, as many chunks as a global
+batch has rows are open at a time (a window), and place g of the batch takes the rows of one of them
+in random order until all have come. So what a rank reads is a few long pieces, which no other rank
+reads, however many ranks there are.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 # Rounds of the Feistel network: 4 give a pseudorandom permutation (Luby and Rackoff, 1988).
 _ROUNDS = 6
+CHUNK_ROWS = 64
+"""Neighbouring rows that are read at once in blocks: 1 MiB of latents of 16 KiB. Longer chunks are
+read faster, and leave a batch's place with rows of one kind for longer where a set is sorted."""
 
 
 def sample_indices(
@@ -28,6 +37,73 @@ def sample_indices(
     no rows. Golden values in the tests pin the order: to change it would change the inputs of every
     run that resumes.
     """
+    key, index = _epochs(positions, n_rows, seed)
+    return _permute(index, np.uint64(n_rows), key).astype(np.int64)
+
+
+class Chunks(NamedTuple):
+    """The chunk of each of some positions; arrays of one shape."""
+
+    first: npt.NDArray[np.int64]  # its first row; behind the last row of the set comes row 0
+    size: npt.NDArray[np.int64]  # its rows
+    place: npt.NDArray[np.int64]  # of the position among the chunk's; 0 where the chunk begins
+    key: npt.NDArray[np.uint64]  # of the order of its rows
+
+
+def chunks(positions: npt.NDArray[np.int64], n_rows: int, seed: int, lanes: int) -> Chunks:
+    """The chunks that hold the rows of these positions in blocks; see `block_indices`."""
+    key, index = _epochs(positions, n_rows, seed)
+    in_window = np.uint64(lanes * CHUNK_ROWS)
+    n_whole = np.uint64(n_rows) // in_window * np.uint64(lanes)  # chunks of windows that are full
+
+    # Neighbouring positions are those of different chunks: of one lane each.
+    window, index = np.divmod(index, in_window)
+    place, lane = np.divmod(index, np.uint64(lanes))
+    slot = window * np.uint64(lanes) + lane
+    is_whole = slot < n_whole
+    chunk = _permute(np.where(is_whole, slot, 0), np.maximum(n_whole, np.uint64(1)), key)
+
+    # The rows that are left make a last, smaller window: each lane has as many, or one more.
+    each, more = np.divmod(np.uint64(n_rows) - n_whole * np.uint64(CHUNK_ROWS), np.uint64(lanes))
+    left = n_whole * np.uint64(CHUNK_ROWS) + lane * each + np.minimum(lane, more)
+    first = np.where(is_whole, chunk * np.uint64(CHUNK_ROWS), left)
+    size = np.where(is_whole, np.uint64(CHUNK_ROWS), each + (lane < more))
+
+    # Chunks begin at other rows in each epoch, so that the same rows are not always neighbours.
+    first = (first + _mix(~key) % np.uint64(n_rows)) % np.uint64(n_rows)
+    return Chunks(
+        first.astype(np.int64),
+        size.astype(np.int64),
+        place.astype(np.int64),
+        _mix(key + slot + np.uint64(1)),
+    )
+
+
+def block_indices(
+    positions: npt.NDArray[np.int64], n_rows: int, seed: int, lanes: int
+) -> npt.NDArray[np.int64]:
+    """Rows to read at these positions of the run, as `sample_indices` has them, but in blocks.
+
+    lanes: chunks that are open at a time, the global batch's size: place g of the batch then takes
+    its rows from one chunk for CHUNK_ROWS steps. The order depends on it.
+    """
+    found = chunks(positions, n_rows, seed, lanes)
+    inside = _permute(found.place.astype(np.uint64), found.size.astype(np.uint64), found.key)
+    return (found.first + inside.astype(np.int64)) % n_rows
+
+
+ORDERS: dict[str, Callable[[npt.NDArray[np.int64], int, int, int], npt.NDArray[np.int64]]] = {
+    "full": lambda positions, n_rows, seed, lanes: sample_indices(positions, n_rows, seed),
+    "blocks": block_indices,
+}
+"""The rows at (positions, n_rows, seed, global batch size), by data.order."""
+
+
+def _epochs(
+    positions: npt.NDArray[np.int64], n_rows: int, seed: int
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """The key of each position's epoch, and its place there. Raises ValueError for a negative
+    position or no rows."""
     if n_rows < 1 or positions.min(initial=0) < 0:
         raise ValueError(
             f"n_rows={n_rows} must be at least 1 and positions at least 0; "
@@ -35,19 +111,31 @@ def sample_indices(
         )
     epoch, index = np.divmod(positions.astype(np.uint64), np.uint64(n_rows))
     # A key for each epoch, so that each has a permutation of its own.
-    key = _mix(_mix(np.full_like(epoch, seed)) ^ epoch)
-    side = np.uint64(math.isqrt(n_rows - 1) + 1)  # the smallest square that holds [0, n_rows)
+    return _mix(_mix(np.full_like(epoch, seed)) ^ epoch), index
+
+
+def _permute(
+    index: npt.NDArray[np.uint64],
+    n: np.uint64 | npt.NDArray[np.uint64],
+    key: npt.NDArray[np.uint64],
+) -> npt.NDArray[np.uint64]:
+    """A permutation of [0, n) for each key."""
+    # The smallest square that holds [0, n). Roots are rounded exactly, and n is far below 2 ** 52.
+    side = np.ceil(np.sqrt(n)).astype(np.uint64)
     index = _feistel(index, key, side)
 
     # Cycle walking: follow the cycle of the permutation of the square until it is back inside.
-    # This is rare, as the square has fewer than 2 sqrt(n_rows) + 1 numbers too many.
-    while (outside := index >= n_rows).any():
-        index[outside] = _feistel(index[outside], key[outside], side)
-    return index.astype(np.int64)
+    # This is rare, as the square has fewer than 2 sqrt(n) + 1 numbers too many.
+    sides = np.broadcast_to(side, index.shape)
+    while (outside := index >= n).any():
+        index[outside] = _feistel(index[outside], key[outside], sides[outside])
+    return index
 
 
 def _feistel(
-    index: npt.NDArray[np.uint64], key: npt.NDArray[np.uint64], side: np.uint64
+    index: npt.NDArray[np.uint64],
+    key: npt.NDArray[np.uint64],
+    side: np.uint64 | npt.NDArray[np.uint64],
 ) -> npt.NDArray[np.uint64]:
     """A permutation of [0, side ** 2) for each key: a Feistel network whose halves are digits in
     base `side`."""
@@ -74,6 +162,20 @@ class Extent:
     rows: int
 
 
+def in_extents(
+    positions: npt.NDArray[np.int64], extents: Sequence[Extent]
+) -> Iterator[tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64], int]]:
+    """For each extent that some of the positions lie in: which of them do, how far behind its start,
+    and its rows."""
+    # The last extent that begins before a position, or at it.
+    starts = [extent.start for extent in extents]
+    of_extent = np.searchsorted(starts, positions, side="right") - 1
+    for number, extent in enumerate(extents):
+        inside = of_extent == number
+        if inside.any():
+            yield inside, positions[inside] - extent.start, extent.rows
+
+
 def indices_in_extents(
     positions: npt.NDArray[np.int64],
     extents: Sequence[Extent],
@@ -82,12 +184,8 @@ def indices_in_extents(
     """Rows to read at these positions of a run whose data set has grown. `indices`: the rows at
     positions of a set that has so many rows."""
     rows = np.empty_like(positions)
-    # The last extent that begins before a position, or at it.
-    of_extent = np.searchsorted([extent.start for extent in extents], positions, side="right") - 1
-    for number, extent in enumerate(extents):
-        inside = of_extent == number
-        if inside.any():
-            rows[inside] = indices(positions[inside] - extent.start, extent.rows)
+    for inside, behind, n_rows in in_extents(positions, extents):
+        rows[inside] = indices(behind, n_rows)
     return rows
 
 

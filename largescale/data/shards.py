@@ -3,11 +3,11 @@
 import math
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,37 +26,14 @@ from largescale.data.format import (
     read_manifest,
     remedy,
 )
+from largescale.data.mapped import Array, Lists, MappedShard
 from largescale.data.statistics import Normalize, normalized
 from largescale.errors import DataError, StorageError
 from largescale.host.files import from_json, sha256
 from largescale.host.launch import env_rank
 
-Array = npt.NDArray[Any]
-
 MAX_MAPPED = 16_384
 """Shards that a process keeps mapped. Linux allows it 65,530 maps in all (vm.max_map_count)."""
-
-
-class _Lists(NamedTuple):
-    """A column of lists whose elements are captions' embeddings."""
-
-    outer: Array  # (rows + 1,): row r has the elements outer[r] .. outer[r + 1]
-    inner: Array  # (elements + 1,): where in `values` each starts
-    values: Array  # flat float16, a view of the mapped file
-
-    def element(self, k: int) -> Array:
-        return self.values[self.inner[k] : self.inner[k + 1]]
-
-
-@dataclass(frozen=True)
-class _Mapped:
-    """One shard's columns as NumPy views of the mapped file."""
-
-    label: Array
-    latent: Array  # (rows, C * H * W)
-    latent_mirror: Array  # of the same shape; where there is none, the same array as `latent`
-    lists: dict[str, _Lists]
-    batch: pa.RecordBatch
 
 
 class ShardDataset:
@@ -71,6 +48,7 @@ class ShardDataset:
 
     def __init__(self, path: str | Path, verify: bool = False, part: slice = slice(None)) -> None:
         self.path = Path(path)
+        self._folder = self.path  # where the files are read
         self.manifest = read_manifest(self.path)
         self.packed: DatasetInfo = self.manifest["info"]
         self.info = self.packed  # as data.normalize has it; see normalize()
@@ -78,7 +56,7 @@ class ShardDataset:
         self.has_mirror = "latent_mirror" in self.manifest["columns"]
         self._shards: list[dict[str, Any]] = self.manifest["shards"]
         self._starts = np.array([0, *accumulate(shard["rows"] for shard in self._shards)])
-        self._mapped: dict[int, _Mapped] = {}
+        self._mapped: dict[int, MappedShard] = {}
         self._lock = threading.Lock()  # the loader's threads map shards
         if not len(self):
             raise DataError(f"{self.path} holds no rows; {remedy(self.path)}")
@@ -89,6 +67,14 @@ class ShardDataset:
         # What costs nothing at each start; the content is read only where that is asked for.
         self._check_sizes()
         self._check_labels()
+        if verify:
+            self._verify(part)
+
+    def read_copy(self, folder: Path, verify: bool = False, part: slice = slice(None)) -> None:
+        """Read the files from a folder with copies of them (stage.py) from here on; all else is as
+        before."""
+        self._folder = folder
+        self._check_sizes()
         if verify:
             self._verify(part)
 
@@ -110,6 +96,11 @@ class ShardDataset:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    @property
+    def nbytes(self) -> int:
+        """The size of all files that are read."""
+        return sum(entry["bytes"] for entry in self._files())
+
     def _files(self) -> list[dict[str, Any]]:
         """The manifest's entries of all files that are read."""
         empty_caption = self.manifest["empty_caption"] if self.info.captions else None
@@ -117,7 +108,7 @@ class ShardDataset:
 
     def _check_sizes(self) -> None:
         for entry in self._files():
-            file = self.path / entry["file"]
+            file = self._folder / entry["file"]
             if not file.is_file():
                 raise self._damaged(entry, "is missing")
             size = file.stat().st_size
@@ -141,7 +132,7 @@ class ShardDataset:
         for number, entry in tqdm(
             numbered, "verify", unit="shard", delay=2, disable=env_rank() != 0
         ):
-            if sha256(self.path / entry["file"]) != entry["sha256"]:
+            if sha256(self._folder / entry["file"]) != entry["sha256"]:
                 raise self._damaged(entry, "was altered: its hash is not the manifest's")
             # The empty caption comes after the shards, and is not mapped as they are.
             is_shard = number < len(self._shards)
@@ -230,6 +221,23 @@ class ShardDataset:
             rows["caption_pooled"] = np.empty((n, pooled_width), np.float16)
         return rows
 
+    def pieces(
+        self, first: int, n: int, *, mirrors: bool, captions: bool
+    ) -> Iterator[tuple[Path, int, int]]:
+        """Where `n` rows from row `first` on lie: (file, offset, bytes) of each piece. Behind the
+        last row of the set comes row 0. Raises as `gather` does."""
+        while n:
+            number = int(np.searchsorted(self._starts, first, side="right")) - 1
+            row = first - int(self._starts[number])
+            rows = min(n, self._shards[number]["rows"] - row)
+            shard = self._shard(number)
+            file = self._folder / self._shards[number]["file"]
+            for piece in shard.pieces(row, row + rows, mirrors=mirrors, captions=captions):
+                address = piece.__array_interface__["data"][0]
+                yield file, address - shard.address, piece.nbytes
+            first = (first + rows) % len(self)
+            n -= rows
+
     def texts(self, indices: npt.NDArray[np.int64]) -> list[list[str]]:
         """All captions of each row. Raises DataError for a data set without."""
         if "captions" not in self.manifest["columns"]:
@@ -283,27 +291,31 @@ class ShardDataset:
         pooled = np.from_dlpack(batch.column("caption_pooled").values.values)
         return tokens.reshape(-1, self.info.captions.width), pooled
 
-    def _shard(self, number: int) -> _Mapped:
+    def _shard(self, number: int) -> MappedShard:
         """The shard's columns; mapped when it is first asked for."""
         if shard := self._mapped.get(number):
             return shard
-        batch = self._read(self._shards[number])
+        batch, address = self._map(self._shards[number])
+        names = IMAGES[: 1 + self.has_mirror]
         # Not to_numpy(), which imports pandas where that is installed, and takes half a second.
         view = np.from_dlpack
-        images = [view(batch.column(name).values) for name in IMAGES[: 1 + self.has_mirror]]
         size = math.prod(self.info.shape)
+        images = [view(batch.column(name).values).reshape(-1, size) for name in names]
         lists = {}
         if self.info.captions:
             for name in EMBEDDINGS:
                 outer = batch.column(name)
                 inner = outer.values
-                lists[name] = _Lists(view(outer.offsets), view(inner.offsets), view(inner.values))
-        shard = _Mapped(
-            label=view(batch.column("label")),
-            latent=images[0].reshape(-1, size),
-            latent_mirror=images[-1].reshape(-1, size),
+                lists[name] = Lists(view(outer.offsets), view(inner.offsets), view(inner.values))
+        shard = MappedShard(
+            # Copied, as all threads of this process would stand still while Python reads a label
+            # from a page that is not in memory.
+            label=view(batch.column("label")).copy(),
+            latent=images[0],
+            latent_mirror=images[-1],
             lists=lists,
             batch=batch,
+            address=address,
         )
 
         # The oldest goes: a loader in random order asks for all of them alike.
@@ -315,10 +327,15 @@ class ShardDataset:
 
     def _read(self, entry: Mapping[str, Any]) -> pa.RecordBatch:
         """A file's only batch, mapped, once its schema is found to be the manifest's."""
+        return self._map(entry)[0]
+
+    def _map(self, entry: Mapping[str, Any]) -> tuple[pa.RecordBatch, int]:
+        """A file's only batch, and the address at which the file is mapped."""
         try:
             # The views keep the mapping alive. The file is closed, as thousands of open ones would
             # reach a limit.
-            with pa.memory_map(str(self.path / entry["file"])) as file:
+            with pa.memory_map(str(self._folder / entry["file"])) as file:
+                address = file.read_buffer(1).address
                 batch = pa.ipc.open_file(file).get_batch(0)
             found = from_json(batch.schema.metadata[METADATA_KEY])
             batch.validate()
@@ -326,7 +343,7 @@ class ShardDataset:
             # pyarrow calls bad content an OSError too, without a number.
             if isinstance(error, OSError) and error.errno:
                 raise StorageError(
-                    f"{self.path / entry['file']} cannot be read at present: {error}"
+                    f"{self._folder / entry['file']} cannot be read at present: {error}"
                 ) from error
             raise self._damaged(entry, f"cannot be read ({error!r})") from error
 
@@ -343,7 +360,7 @@ class ShardDataset:
             raise self._damaged(
                 entry, f"holds {batch.num_rows:,} rows, not the manifest's {entry.get('rows', 1):,}"
             )
-        return batch
+        return batch, address
 
     def _check(self, entry: Mapping[str, Any], batch: pa.RecordBatch) -> None:
         """Raises DataError for offsets outside the file and for text that is not UTF-8, which takes
@@ -354,9 +371,10 @@ class ShardDataset:
             raise self._damaged(entry, f"is damaged ({error})") from error
 
     def _damaged(self, entry: Mapping[str, Any], what: str) -> DataError:
-        return DataError(
-            f"{self.path / entry['file']} {what}; restore the file, or {remedy(self.path)}"
-        )
+        file = self._folder / entry["file"]
+        if self._folder != self.path:
+            return DataError(f"{file} {what}; delete this copy of {self.path}, and run again")
+        return DataError(f"{file} {what}; restore the file, or {remedy(self.path)}")
 
 
 def check_flip(info: DatasetInfo, has_mirror: bool) -> None:
@@ -369,7 +387,9 @@ def check_flip(info: DatasetInfo, has_mirror: bool) -> None:
         )
 
 
-def _copy_caption(shard: _Mapped, row: int, choice: float, rows: dict[str, Array], i: int) -> None:
+def _copy_caption(
+    shard: MappedShard, row: int, choice: float, rows: dict[str, Array], i: int
+) -> None:
     """Copies one caption of a shard's row into row i of a batch."""
     tokens = shard.lists["caption_tokens"]
     pooled = shard.lists["caption_pooled"]

@@ -94,6 +94,19 @@ def try_lock(path: Path) -> IO[str] | None:
     return file
 
 
+def try_lock_byte(file: IO[str], number: int) -> bool:
+    """Lock one byte of a file, which need not exist, until the file is closed or the process dies.
+    False where another process holds it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+    except (BlockingIOError, PermissionError):
+        return False
+    # A file system without locks: nothing protects the byte there.
+    except OSError:
+        pass
+    return True
+
+
 def lock_shared(path: Path) -> IO[str] | None:
     """Lock a file, together with others who do so, until it is closed or the process dies; waits for
     one who holds it alone. None on a file system without locks."""

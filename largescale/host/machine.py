@@ -5,6 +5,7 @@ import ctypes
 import itertools
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass
 from operator import attrgetter
@@ -28,6 +29,20 @@ LESS_MEMORY = (
 # `python -m largescale.train debug`; the rest is for the kernel's part.
 TORCH_BYTES = 300 * 10**6
 PROCESS_BYTES = 520 * 10**6
+# File systems that are reached over a network, by how the names that mounts have begin. Those that
+# programs serve, such as a bucket's, are fuse.NAME.
+_NETWORK = (
+    "lustre",
+    "nfs",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "wekafs",
+    "orangefs",
+    "cifs",
+    "smb3",
+    "fuse.",
+)
 # Version 1 writes "no limit" as a number near the largest.
 _NO_LIMIT = 2**62
 
@@ -79,6 +94,26 @@ def available_bytes() -> int | None:
             cache = sum(_numbers(stat, "total_inactive_file") or _numbers(stat, "inactive_file"))
             found.append(max(0, limit - int(used or 0) + cache))
     return min(found, default=None)
+
+
+def file_system(path: Path) -> str:
+    """The type of the file system on which a path lies or would lie, such as ext4 or lustre; empty
+    where it is not known (not on Linux)."""
+    path = path.resolve()
+    found, above = "", -1
+    for line in _read(_PROC / "self/mountinfo").splitlines():
+        mount, _, kind = line.partition(" - ")
+        # Spaces and the like are written as octal numbers.
+        folder = Path(re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), mount.split()[4]))
+        # The innermost, and of several on one folder the last, which hides the others.
+        if path.is_relative_to(folder) and len(folder.parts) >= above:
+            found, above = kind.split()[0], len(folder.parts)
+    return found
+
+
+def is_shared(kind: str) -> bool:
+    """Whether a file system of this type is reached over a network."""
+    return kind.startswith(_NETWORK)
 
 
 def has_swap() -> bool:

@@ -3,7 +3,6 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from pathlib import Path
@@ -15,7 +14,7 @@ from largescale.checkpoint.files import CheckpointDir, step_folders
 from largescale.config.serialise import flatten
 from largescale.curriculum import active_levels
 from largescale.errors import CheckpointError, NewerVersionError, StorageError
-from largescale.monitoring.run_log import Columns, read_log
+from largescale.monitoring.run_log import LogReader
 from largescale.monitoring.run_record import (
     Start,
     account,
@@ -31,15 +30,13 @@ SILENT_S = 900.0
 Facts = dict[str, Any]
 
 
-def facts(
-    run_dir: Path, verify: bool = True, take: Callable[[Columns], None] = lambda columns: None
-) -> Facts:
+def facts(run_dir: Path, verify: bool = True, log: LogReader | None = None) -> Facts:
     """How a run stands, as plain values. Raises CheckpointError where there is no run.
 
-    `take` is given the numbers of all rows of the log, see `read_log`."""
+    `log`: what reads the run's log, where it is read again later or its numbers are wanted too."""
     _require_run(run_dir)
     now = time.time()
-    starts, rows, problems = _records(run_dir, take)
+    starts, rows, problems = _records(run_dir, log or LogReader(run_dir))
     last = starts[-1] if starts else None
     found, manifest = _checkpoints(run_dir, verify, last)
 
@@ -51,7 +48,9 @@ def facts(
     logged, reference, events = _kinds_of_rows(rows)
     seen_unix_s = last.seen_unix_s if last else _last_change(run_dir)
     patience_s = max(SILENT_S, _at(config, "train", "timeout_s", default=0.0))
-    finished = step >= (steps or step + 1)
+    # The last step may still wait for room on a full disk.
+    saved = max((c["step"] for c in found if c["usable"]), default=-1)
+    finished = bool(steps) and saved >= steps
     spent = account(starts)
     return {
         "run": str(run_dir),
@@ -134,12 +133,10 @@ def _at(tree: Any, *keys: str, default: Any = None) -> Any:
     return default if tree is None else tree
 
 
-def _records(
-    run_dir: Path, take: Callable[[Columns], None]
-) -> tuple[list[Start], list[Facts], list[str]]:
+def _records(run_dir: Path, log: LogReader) -> tuple[list[Start], list[Facts], list[str]]:
     """(the run's starts, the rows of its log, what of these could not be read)."""
     starts = read_starts(run_dir)
-    rows, problems = _metrics(run_dir, take)
+    rows, problems = _metrics(run_dir, log)
     unread = len(list((run_dir / "starts").glob("start_*.json"))) - len(starts)
     if unread > 0:
         problems.append(
@@ -148,15 +145,15 @@ def _records(
     return starts, rows, problems
 
 
-def _metrics(run_dir: Path, take: Callable[[Columns], None]) -> tuple[list[Facts], list[str]]:
+def _metrics(run_dir: Path, log: LogReader) -> tuple[list[Facts], list[str]]:
     path = run_dir / "metrics.jsonl"
     try:
-        log = read_log(run_dir, take)
+        found = log.read()
     except OSError as error:
         return [], [f"{path} cannot be read: {error}"]
-    if not log.problems:
-        return log.rows, []
-    return log.rows, [f"lines of {path} that are no rows, and are left out: {log.problems}"]
+    if not found.problems:
+        return found.rows, []
+    return found.rows, [f"lines of {path} that are no rows, and are left out: {found.problems}"]
 
 
 def _kinds_of_rows(rows: list[Facts]) -> tuple[list[Facts], list[list[Any]], list[Facts]]:

@@ -1,5 +1,5 @@
 """Reads a log of any length, metrics.jsonl of a run of millions of steps, in one pass and in little
-memory."""
+memory, and goes on where it was read before."""
 
 import io
 import itertools
@@ -34,6 +34,8 @@ _MOST_ODD = 0.02
 _METRICS = b'"loss":'
 # Rows of metrics that are kept whole at the end of the log.
 _LAST = 5
+# Bytes, some rows, by which a log is known again that was read before.
+_COMPARED = 4096
 
 
 @dataclass
@@ -56,32 +58,81 @@ class _Part:
     problems: int
 
 
+class LogReader:
+    """Reads the log of a run; asked again, only what was added since. A log that was cut, as by a
+    roll-back, or that another one has replaced, is read from its beginning."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        take: Callable[[Columns], None] = lambda columns: None,
+        start_over: Callable[[], None] = lambda: None,
+    ):
+        """`take` is given the numbers of all rows, a part of them at a time; `start_over` is called
+        where those that it was given before count no more."""
+        self._path = run_dir / "metrics.jsonl"
+        self._take = take
+        self._start_over = start_over
+        self._forget()
+
+    def _forget(self) -> None:
+        # The bytes that were read so far, and the last ones of these.
+        self._end = 0
+        self._tail = b""
+        # The first and the last rows of metrics, and all other rows.
+        self._logged: list[Row] = []
+        self._others: list[Row] = []
+        self._problems = 0
+        self._start_over()
+
+    def read(self) -> Log:
+        """The log as it is now. Raises OSError."""
+        try:
+            self._read_on()
+        except FileNotFoundError:
+            self._forget()
+        except BaseException:
+            # It may have been read in part.
+            self._forget()
+            raise
+        rows = sorted([*self._logged, *self._others], key=lambda row: row["step"])
+        return Log(rows, self._problems)
+
+    def _read_on(self) -> None:
+        threads = min(os.cpu_count() or 1, _MOST_THREADS)
+        rare: list[Row] = []
+        # Parts are parsed in threads: pyarrow releases the interpreter's lock.
+        with self._path.open("rb") as file, ThreadPoolExecutor(threads) as pool:
+            if not self._goes_on(file):
+                self._forget()
+            file.seek(self._end)
+            chunks = _chunks(file)
+            while some := list(itertools.islice(chunks, threads)):
+                for part in pool.map(_parse, some):
+                    rare += part.others
+                    self._add(part)
+                for chunk in some:
+                    self._end += len(chunk)
+                    self._tail = (self._tail + chunk[-_COMPARED:])[-_COMPARED:]
+        self._others += rare
+        self._take(_columns_of([row for row in rare if "event" not in row]))
+
+    def _goes_on(self, file: IO[bytes]) -> bool:
+        """Whether the file still has what was read of it."""
+        # Where rows were dropped and others written in their place, these have other times.
+        file.seek(self._end - len(self._tail))
+        return file.read(len(self._tail)) == self._tail
+
+    def _add(self, part: _Part) -> None:
+        self._logged = _ends([*self._logged, *part.logged])
+        self._problems += part.problems
+        for columns in part.columns:
+            self._take(columns)
+
+
 def read_log(run_dir: Path, take: Callable[[Columns], None] = lambda columns: None) -> Log:
-    """The log of a run. `take` is given the numbers of all rows, a part of them at a time. Raises
-    OSError."""
-    path = run_dir / "metrics.jsonl"
-    log = Log()
-    if not path.exists():
-        return log
-
-    # Parts are parsed in threads: pyarrow releases the interpreter's lock.
-    logged: list[Row] = []
-    others: list[Row] = []
-    threads = min(os.cpu_count() or 1, _MOST_THREADS)
-    with path.open("rb") as file, ThreadPoolExecutor(threads) as pool:
-        chunks = _chunks(file)
-        while some := list(itertools.islice(chunks, threads)):
-            for part in pool.map(_parse, some):
-                logged += part.logged
-                logged = _ends(logged)
-                others += part.others
-                log.problems += part.problems
-                for columns in part.columns:
-                    take(columns)
-
-    take(_columns_of([row for row in others if "event" not in row]))
-    log.rows = sorted([*logged, *others], key=lambda row: row["step"])
-    return log
+    """The log of a run, once; see `LogReader`. Raises OSError."""
+    return LogReader(run_dir, take).read()
 
 
 def _chunks(file: IO[bytes]) -> Iterator[bytes]:

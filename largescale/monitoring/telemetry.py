@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,10 @@ _PEAK_FLOPS = {
 }
 
 
+# How training begins a row.
+_BEGIN = re.compile(rb'\{"step": (\d{1,18}), ')
+
+
 def peak_flops(device_name: str, precision: str) -> float | None:
     """The peak of a device in FLOP/s; None where it is not known."""
     if precision == "fp32":
@@ -49,6 +54,28 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [row for row in rows if row is not None]
 
 
+def rows_from(run_dir: Path, step: int) -> Iterator[dict[str, Any]]:
+    """The rows of metrics.jsonl from a step on, one after the other: there may be millions."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            row = _row_from(line, step)
+            if row:
+                yield row
+
+
+def _row_from(line: bytes, step: int) -> dict[str, Any] | None:
+    """The row on this line, if it is one of that step or a later one."""
+    # Nearly all rows of a long log are of earlier steps, and so need not be parsed.
+    begins = _BEGIN.match(line)
+    if begins and int(begins[1]) < step:
+        return None
+    row = parse_row(line)
+    return row if row and row["step"] >= step else None
+
+
 def _end_of_step(path: Path, step: int) -> int:
     """The length of the file up to the first row of a later step, or up to a half line at its
     end."""
@@ -56,8 +83,7 @@ def _end_of_step(path: Path, step: int) -> int:
     end = 0
     with path.open("rb") as file:
         for line in file:
-            row = parse_row(line)
-            if row and row["step"] > step:
+            if _row_from(line, step + 1):
                 break
             if line.endswith(b"\n"):
                 end += len(line)

@@ -186,7 +186,7 @@ def _y_axis(low: float, high: float, y: Scale, kind: str) -> Iterator[str]:
 
 def _percent_ticks(low: float, high: float, y: Scale) -> list[float]:
     found = [0.0]
-    for factor, power in itertools.product((1, 3), range(-1, 7)):
+    for factor, power in itertools.product((1, 3), range(-6, 7)):
         found += [factor * 10.0**power, -factor * 10.0**power]
     # As many as there is room for, from 0 outwards.
     kept: list[float] = []

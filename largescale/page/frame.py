@@ -8,6 +8,8 @@ from largescale.page.charts import STYLES
 from largescale.page.markup import text
 from largescale.page.style import REFRESH, SHARES, STYLE
 
+DOCTYPE = "<!doctype html>"
+
 
 def frame(title: str, content: str, made_unix_s: float, refresh_s: float | None = None) -> str:
     """A whole page. `refresh_s`: it is served, and asks for itself again after so many seconds."""
@@ -24,7 +26,7 @@ def frame(title: str, content: str, made_unix_s: float, refresh_s: float | None 
         for i in range(STYLES)
     ) + "".join(f".k{i}{{fill:var(--k{i})}}" for i in range(SHARES))
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'{DOCTYPE}<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{allowed}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{text(title)}</title><style>{STYLE.replace('LINES', lines)}</style></head><body>"

@@ -34,6 +34,10 @@ class Series:
     run."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all rows."""
         self.width = 1
         # The row of each key in `_bins`, which is (5, keys, bins): of the finite values lowest,
         # highest, sum and count, and the sum of their steps.

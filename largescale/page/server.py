@@ -57,7 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         # Another name for this machine is that of a page elsewhere which wants to read this one.
-        host = self.headers.get("Host", "").rpartition(":")[0]
+        host = self.headers.get("Host", "").partition(":")[0]
         if host not in (HOST, "localhost"):
             self._send(403, "only for this machine\n")
         elif self.path.split("?")[0] != "/":

@@ -55,8 +55,9 @@ pre{overflow:auto;max-height:60vh;background:var(--card);border:1px solid var(--
 --s6:#b52c72;--s7:#5b646d;--k0:#2b7fc4;--k1:#d98c1f;--k2:#8247b5;--k3:#2f9e75;--k4:#c4b33a;--k5:#8a97a5;--k6:#c2362b;
 --k7:#d5dae0;--k8:#6e5a4e}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 nav,details:not(.printed),.skip{display:none}details::details-content{content-visibility:visible;height:auto}
-pre{max-height:none;white-space:pre-wrap}.strip{flex-wrap:wrap}.scroll{overflow:visible}body{font-size:11px}
-.grid{grid-template-columns:1fr 1fr}tr,.strip li{break-inside:avoid}h2,h3{break-after:avoid}}
+pre{max-height:none;white-space:pre-wrap;font-size:8.5px}.strip{flex-wrap:wrap}.scroll{overflow:visible}body{font-size:11px}
+td{white-space:normal}table,.note,.legend{font-size:10px}
+.grid{grid-template-columns:1fr 1fr}tr,.strip li{break-inside:avoid}h2,h3,caption,thead{break-after:avoid}}
 """
 # Of a page that is served: takes its place, but for what is open, in focus and scrolled.
 REFRESH = """

@@ -4,6 +4,7 @@ nothing."""
 import json
 import math
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from largescale.config.learning_rate import described
 from largescale.config.schema import Config, ModelConfig
 from largescale.config.serialise import to_dict
 from largescale.config.validation import remarks, validate
+from largescale.data.order import CHUNK_ROWS
 from largescale.data.shards import ShardDataset
+from largescale.data.stage import StagedCopy, paths_to_copy
 from largescale.engine.optimizer import check_apex
 from largescale.errors import DataError
 from largescale.host.launch import env_world_size, printable_lines
+from largescale.host.machine import file_system, is_shared
 from largescale.models.build import build_model, flops_per_image
 from largescale.models.half_precision import IN_TRAINING, check_on_cpu
 from largescale.monitoring.run_record import duration
@@ -40,6 +44,8 @@ from largescale.training.first_weights import FirstWeights, check_resumed, start
 
 # Host memory of the diffusers library, loaded to decode previews: measured, 284 MiB.
 _DIFFUSERS_BYTES = 3e8
+# A data set that is read so soon that its order does not matter.
+_SOON_CACHED_BYTES = 1e9
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -222,11 +228,14 @@ def print_disk(config: Config, checkpoint_bytes: float) -> None:
     c = config.checkpoint
     # Of the checkpoints, those whose step is also a multiple of keep_every are kept for ever.
     for_ever = config.train.steps // math.lcm(c.every, c.keep_every) if c.keep_every else 0
-    # One more for a checkpoint that was written on a stop.
-    kept = c.keep_last + for_ever + 1
+    # One more for a checkpoint that was written on a stop, and for the best.
+    best = c.keep_best != "none"
+    kept = c.keep_last + for_ever + 1 + best
     print(
         f"disk: {checkpoint_bytes / 1e9:.3g} GB a checkpoint, {kept * checkpoint_bytes / 1e9:,.3g} "
         f"GB for the {kept} that are kept: the last {c.keep_last}, {for_ever} for ever, 1 of a stop"
+        + ", the best"
+        * best
     )
 
 
@@ -264,6 +273,8 @@ def print_data(config: Config) -> ShardDataset | None:
     print(f"data: {config.data.path}, {len(dataset):,} images of {info.kind} {info.shape}{classes}")
     per_epoch = len(dataset) / config.train.global_batch_size
     print(f"steps per epoch: {per_epoch:,.1f}, {config.train.steps / per_epoch:,.1f} epochs in all")
+    print_copies(config)
+    print_order(config, dataset)
     if validation := open_validation(config, dataset):
         images = config.telemetry.validation_images * (config.curriculum.n_clusters + LEVELS)
         print(
@@ -271,6 +282,44 @@ def print_data(config: Config) -> ShardDataset | None:
             f"{config.telemetry.validation_every:,} steps {2 * images:,} forward passes"
         )
     return dataset
+
+
+def print_copies(config: Config) -> None:
+    """Print what data.stage takes of a node's disk; what is there is known of this machine only."""
+    if config.data.stage is None:
+        return
+    folder = Path(config.data.stage)
+    copies = [StagedCopy(Path(path), folder) for path in paths_to_copy(config)]
+    total = sum(copy.nbytes for copy in copies)
+    to_copy = sum(copy.bytes_to_copy() for copy in copies)
+    here = f"on this machine {to_copy / 1e9:,.3g} GB are to be copied"
+    if folder.is_dir():
+        here += f", {shutil.disk_usage(folder).free / 1e9:,.3g} GB are free"
+    print(f"copies: {total / 1e9:,.3g} GB in {folder} on each node; {here}")
+
+
+def print_order(config: Config, dataset: ShardDataset) -> None:
+    """Print how a step's rows lie in the files, and what suits the file system better."""
+    batch = config.train.global_batch_size
+    row = dataset.nbytes / len(dataset)
+    kind = file_system(Path(config.data.stage or config.data.path))
+    where = f" of {kind}" * bool(kind)
+    if config.data.order == "blocks":
+        print(
+            f"order: blocks, {batch} x {CHUNK_ROWS} neighbouring rows at a time, each read ahead by "
+            f"the rank that needs them in pieces of {CHUNK_ROWS * row / 2**20:,.2f} MiB{where}"
+        )
+        return
+    print(
+        f"order: full, each step {batch} reads of {row / 2**10:,.1f} KiB anywhere in "
+        f"{dataset.nbytes / 1e9:,.3g} GB{where}"
+    )
+    # Small sets are in the page cache soon.
+    if is_shared(kind) and dataset.nbytes > _SOON_CACHED_BYTES:
+        print(
+            f"note: small reads are slow on {kind}: take --data.stage DIR, a folder on each node's own "
+            "disk, or where the data do not fit there --data.order blocks, which reads ahead"
+        )
 
 
 def print_previews(config: Config, dataset: ShardDataset) -> None:

@@ -59,10 +59,8 @@ class EmaSnapshots:
             ema_snapshots.write(run_dir, profile, weights)
             ema_snapshots.remove(run_dir, newest=self._config.checkpoint.ema_snapshots)
         except OSError as error:
-            path = ema_snapshots.path_of(run_dir, profile)
-            self._telemetry.event(
-                profile.step, "snapshot failed", f"{path} cannot be written: {error}"
-            )
+            text = f"step {profile.step}: no snapshot of width {profile.width:g}: {error}"
+            self._telemetry.event(profile.step, "snapshot failed", text)
 
     def drop_later(self, step: int) -> None:
         """Remove snapshots of later steps than `step`, where the run continues: they are of weights

@@ -17,7 +17,7 @@ from largescale.config.deepspeed import final_ds_config, precision
 from largescale.config.derived import resolved_kernels
 from largescale.config.schema import Config
 from largescale.config.validation import validate
-from largescale.data.compatibility import open_dataset, open_validation
+from largescale.data.compatibility import open_dataset, open_validation, read_copy
 from largescale.distributed.ranks import Ranks, is_lost_contact
 from largescale.distributed.watchdog import Watchdog, end_at_once, lost_rank
 from largescale.engine.optimizer import choose_kernel
@@ -38,6 +38,7 @@ from largescale.monitoring.run_record import note_end
 from largescale.planning.memory import check_memory
 from largescale.training.early_stop import asked_to_stop
 from largescale.training.run_directory import check_writable, lock_run_dir
+from largescale.training.staging import stage_data
 
 
 def resolve_auto(config: Config) -> Config:
@@ -162,8 +163,18 @@ def open_and_train(
     watchdog.heartbeat("start-up: data set")
     dataset = ranks.raise_on_all_ranks(lambda: open_dataset(config, ranks.rank, ranks.world_size))
 
+    # The set is one that the model can be trained on: it is worth the time to copy it.
+    watchdog.heartbeat("start-up: copies of the data")
+    copies = stage_data(config, ranks, log)
+    if copies is None:
+        return EXIT_REQUEUE
+    copy = copies.get(config.data.path)
+    if copy is not None:
+        ranks.raise_on_all_ranks(lambda: read_copy(config, dataset, copy))
+    copy_of_validation = copies.get(config.data.validation or "")
+
     validation = ranks.raise_on_all_ranks(
-        lambda: open_validation(config, dataset, ranks.rank, ranks.world_size)
+        lambda: open_validation(config, dataset, ranks.rank, ranks.world_size, copy_of_validation)
     )
 
     # Every rank writes there; rank 0 holds the lock for all.

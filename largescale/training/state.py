@@ -65,6 +65,8 @@ class TrainingState:
         # The least loss on held-out images, and the steps at which it fell.
         self.best_loss: float | None = None
         self.best_steps: list[int] = []
+        # Of which weights and images it is; empty where an older version did not say.
+        self.best_of = ""
 
     @property
     def input_step(self) -> int:
@@ -94,8 +96,12 @@ class TrainingState:
             self.spikes.new_stage()
         return stage_ended
 
-    def observe_validation(self, loss: float) -> bool:
-        """Note a loss on held-out images: True if it is the least so far."""
+    def observe_validation(self, loss: float, of: str = "") -> bool:
+        """Note a loss on held-out images: True if it is the least so far. `of`: of which weights and
+        images; the least of others does not count any more."""
+        if self.best_of not in ("", of):
+            self.best_loss, self.best_steps = None, []
+        self.best_of = of
         # A NaN is below nothing.
         if not (loss < (math.inf if self.best_loss is None else self.best_loss)):
             return False
@@ -114,7 +120,11 @@ class TrainingState:
             "skips": [asdict(skip) for skip in self.skips],
             "extents": [asdict(extent) for extent in self.extents],
             "spikes": self.spikes.state_dict(),
-            "best": {"loss": self.best_loss, "steps": list(self.best_steps)},
+            "best": {
+                "loss": self.best_loss,
+                "steps": list(self.best_steps),
+                "of": self.best_of,
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -130,6 +140,7 @@ class TrainingState:
         best = state.get("best", {"loss": None, "steps": []})
         self.best_loss = best["loss"]
         self.best_steps = list(best["steps"])
+        self.best_of = best.get("of", "")
         if "spikes" in state:
             self.spikes.load_state_dict(state["spikes"])
 

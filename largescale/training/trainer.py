@@ -235,7 +235,13 @@ class Trainer:
             figures = self.validation(self.engine)
             keep = self.config.checkpoint.keep_best
             if keep != "none":
-                best = self.state.observe_validation(figures[f"validation/{keep}"])
+                of = f"{keep} on {self.validation.identity}"
+                if (before := self.state.best_of) not in ("", of):
+                    self.telemetry.message(
+                        f"step {step}: the best checkpoint was that of {before}; from here on it is "
+                        f"that of {of}"
+                    )
+                best = self.state.observe_validation(figures[f"validation/{keep}"], of)
                 # None while no loss was a number.
                 if self.state.best_steps:
                     figures["validation/best_step"] = self.state.best_steps[-1]
@@ -297,6 +303,7 @@ class Trainer:
             world_size=self.ranks.world_size,
             flip=config.data.horizontal_flip,
             captions=config.model.max_caption_tokens > 0,
+            order=config.data.order,
             start_step=self.state.input_step,
             prefetch=config.data.prefetch,
             pin_memory=config.train.device == "cuda",

@@ -57,6 +57,8 @@ class ValidationLoss:
         self._ranks = ranks
         self._stop = stop
         images = config.telemetry.validation_images
+        # Losses on other images, or on more of them, cannot be compared.
+        self.identity = f"{images} images a cluster of {dataset.fingerprint}"
         levels = tuple(i / LEVELS for i in range(LEVELS + 1))
         self._clusters = self._part(dataset, edges, images, spread=True)
         self._levels = self._part(dataset, levels, images, spread=False)

@@ -173,7 +173,7 @@ for fault in ("lost_files", "damaged_data", "kill", "hang", "freeze"):
             if step == at:
                 if fault == "lost_files":  # really: no shard is mapped any more, and none is there
                     self.dataset._mapped.clear()
-                    self.dataset.path = Path("/nowhere")
+                    self.dataset._folder = Path("/nowhere")
                     self._pending.clear()
                     return read_batch(self, step)
                 if fault == "damaged_data":

@@ -111,11 +111,15 @@ def test_asked_to_stop(truths: dict[str, Any], tmp_path: Path, train: Train,
 
 
 def test_one_rank_and_two(tmp_path: Path, train: Train) -> None:
-    """The same 50 steps on 1 rank and on 2, and from 2 to 1 half-way: equal to rounding in fp32."""
-    args = ("--train.steps", 50, "--telemetry.log-every", 1, "--checkpoint.every", 25, "--curriculum.patience", 3)
+    """The same 50 steps on 1 rank and on 2, and from 2 to 1 half-way: equal to rounding in fp32; also in blocks, and of a
+    copy that two ranks make."""
+    args = ("--train.steps", 50, "--telemetry.log-every", 1, "--checkpoint.every", 25, "--curriculum.patience", 3,
+            "--data.order", "blocks")
     for ranks in (1, 2):
-        done = train(*args, "--output", tmp_path / f"on{ranks}", ranks=ranks)
+        copy = ("--data.stage", tmp_path / "local") if ranks == 2 else ()
+        done = train(*args, *copy, "--output", tmp_path / f"on{ranks}", ranks=ranks)
         assert done[0].returncode == 0, done[0].stderr
+    assert f"is read from {tmp_path}/local/" in done[0].stderr and "is read from" not in done[1].stderr
     shutil.copytree(tmp_path / "on2", tmp_path / "then1")
     shutil.rmtree(CheckpointDir.at(tmp_path / "then1", 50).path)
     done = train(*args, "--output", tmp_path / "then1", ranks=1)

@@ -50,7 +50,7 @@ class Shell:
 
     folder: Path
 
-    def __call__(self, container: Path | str, restarts: int = 0, **programs: str) -> tuple[int, str, list[str]]:
+    def __call__(self, container: Path | str, restarts: int = 0, stage: str = "", **programs: str) -> tuple[int, str, list[str]]:
         """(status, what was said, the calls of programs)."""
         bin, notes = self.folder / "bin", self.folder / "notes"
         bin.mkdir()
@@ -63,6 +63,8 @@ class Shell:
         env = {"PATH": str(bin), "NOTES": str(notes), "CONTAINER": str(container), "BIND": "/scratch,/datasets",
                "PYTHON": str(bin / "image-python"), "PYTHONPATH": "/another/python", "RUN": "R", "DATA": "D", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "x",
                "SLURM_JOB_NODELIST": "n1", "SLURM_SUBMIT_DIR": str(ROOT)}
+        if stage:
+            env["STAGE"] = stage
         if restarts:
             env["SLURM_RESTART_COUNT"] = str(restarts)
         done = subprocess.run(["bash", str(ROOT / "slurm/dit_l2_2m.sh"), "--train.steps", "9"], env=env, text=True,
@@ -135,6 +137,14 @@ def test_a_later_start_that_fails(shell: Shell) -> None:
     status, said, calls = shell(container, restarts=1, apptainer=APPTAINER, image_python=NOTE + "exit 9\n")
     assert status == 9 and "does not start in CONTAINER" not in said
     assert calls[-1].endswith("-m largescale.requeue R --status 9 --max-restarts 5")
+
+
+def test_a_folder_on_the_nodes_own_disks(shell: Shell) -> None:
+    status, said, calls = shell(image(shell, "largescale.sif"), stage="/local/my data", apptainer=APPTAINER, image_python=PYTHON)
+    assert status == 75, said
+    trained = [call for call in calls if " -m largescale.train " in call]
+    ends = ["--train.steps 9 --data.stage /local/my data --fit-ranks 1", "--train.steps 9 --data.stage /local/my data"]
+    assert all(call.endswith(tuple(ends)) for call in trained) and len({call.endswith(ends[1]) for call in trained}) == 2
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from largescale.checkpoint.files import checkpoints
 from largescale.config.presets import PRESETS
 from largescale.data import loader
 from largescale.data.loader import Loader
-from largescale.data.order import Extent, grown_extents, indices_in_extents, sample_indices
+from largescale.data.order import ORDERS, Extent, grown_extents, indices_in_extents, sample_indices
 from largescale.data.shards import ShardDataset
 from largescale.diffusion.build import build_objective
 from largescale.training.state import SkippedInputs, TrainingState
@@ -40,11 +40,11 @@ def test_from_where_on_all_rows_are_read(extents: list[tuple[int, int]], positio
     assert grown_extents([Extent(*extent) for extent in extents], position, AFTER) == [Extent(*extent) for extent in expected]
 
 
-def order(positions: npt.NDArray[np.int64], n_rows: int) -> npt.NDArray[np.int64]:
-    return sample_indices(positions, n_rows, seed=3)
+@pytest.mark.parametrize("name", ORDERS)
+def test_the_order_of_a_set_that_has_grown_twice(name: str) -> None:
+    def order(positions: npt.NDArray[np.int64], n_rows: int) -> npt.NDArray[np.int64]:
+        return ORDERS[name](positions, n_rows, 3, BATCH)
 
-
-def test_the_order_of_a_set_that_has_grown_twice() -> None:
     extents = [Extent(0, 40), Extent(80, 50), Extent(130, 64)]
     rows = indices_in_extents(np.arange(130 + 64), extents, order)
     assert np.array_equal(rows[:80], order(np.arange(80), 40))
@@ -143,9 +143,11 @@ def test_a_run_goes_on_with_a_set_that_has_grown(sets: Path, run_here: RunHere, 
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
-def test_two_ranks_read_what_one_reads(sets: Path) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_two_ranks_read_what_one_reads(sets: Path, order: str) -> None:
     data = ShardDataset(sets / "after")
-    rows = {"seed": 3, "global_batch_size": BATCH, "micro_batch_size": 2, "extents": [Extent(0, BEFORE), Extent(40, AFTER)]}
+    rows = {"seed": 3, "global_batch_size": BATCH, "micro_batch_size": 2, "order": order,
+            "extents": [Extent(0, BEFORE), Extent(40, AFTER)]}
     with Loader(data, rank=0, world_size=1, **rows) as one, Loader(data, rank=0, world_size=2, **rows) as first, \
             Loader(data, rank=1, world_size=2, **rows) as second:  # type: ignore[arg-type]
         for step in 4, 5, 12:

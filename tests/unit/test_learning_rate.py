@@ -97,6 +97,13 @@ def test_a_schedule_that_does_not_fit_the_run_is_noted(optimizer: dict[str, Any]
     assert not any("schedule" in remark or "rate" in remark for remark in remarks(config(**usual), 10))
 
 
+@pytest.mark.parametrize(("optimizer", "noted"), [({}, True), ({"decay_steps": 1000}, True), ({"warmup_steps": 10}, False), ({"decay_steps": 999}, False)])
+def test_inverse_sqrt_that_never_falls_is_noted(optimizer: dict[str, Any], noted: bool) -> None:
+    settings = config(schedule="inverse_sqrt", **optimizer)
+    assert any("inverse_sqrt schedule is constant" in remark for remark in remarks(settings, 10)) == noted
+    assert (learning_rate(settings, 1000) == settings.optimizer.lr) == noted
+
+
 def test_in_one_line(run_here: RunHere) -> None:
     assert described(config()) == "0.001, constant"
     line = described(config(schedule="cosine", warmup_steps=250))

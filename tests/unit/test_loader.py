@@ -1,8 +1,11 @@
 """Every world size sees the same global batch; a step's batch depends on nothing but (seed, step)."""
 
+import itertools
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ import torch
 
 from largescale.data.format import CaptionInfo, DatasetInfo
 from largescale.data.loader import DeviceBatches, Loader, to_x_start
-from largescale.data.order import sample_indices
+from largescale.data.order import ORDERS, chunks
+from largescale.data.read_ahead import ReadAhead
 from largescale.data.shards import ShardDataset, check_flip
 from largescale.data.writer import ShardWriter
 from largescale.encoders.normalization import Normalization
@@ -51,23 +55,24 @@ def loader(data: ShardDataset, rank: int = 0, world_size: int = 1, micro: int = 
                   **settings)
 
 
-def expected(step: int) -> np.ndarray:
-    return sample_indices(np.arange(step * GLOBAL, (step + 1) * GLOBAL), ROWS, SEED)
+def expected(step: int, order: str = "full") -> np.ndarray:
+    return ORDERS[order](np.arange(step * GLOBAL, (step + 1) * GLOBAL), ROWS, SEED, GLOBAL)
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("micro", [1, 2, 4])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_every_world_size_sees_the_same_rows_in_the_same_places(data: Counting, world_size: int, micro: int) -> None:
+def test_every_world_size_sees_the_same_rows_in_the_same_places(data: Counting, world_size: int, micro: int, order: str) -> None:
     for step in (0, 1, 2, 3, 1000):                     # step 3 straddles the first epoch's end
         labels = []
         for rank in range(world_size):
-            with loader(data, rank, world_size, micro, start_step=step) as ranks_loader:
+            with loader(data, rank, world_size, micro, start_step=step, order=order) as ranks_loader:
                 batch = ranks_loader.batch(step)
             assert batch["label"].shape == (GLOBAL // world_size // micro, micro) and batch["label"].dtype == torch.int64
             assert batch["latent"].shape == (*batch["label"].shape, 1, 2, 2) and batch["latent"].dtype == torch.uint8
             assert torch.equal(batch["latent"][..., 0, 0, 0].long(), batch["label"])
             labels.append(batch["label"])
-        assert np.array_equal(torch.stack(labels, dim=1).flatten(), expected(step))  # (accum, world, micro)
+        assert np.array_equal(torch.stack(labels, dim=1).flatten(), expected(step, order))  # (accum, world, micro)
 
 
 def test_a_retry_returns_the_same_batch_without_reading_again(data: Counting) -> None:
@@ -91,6 +96,70 @@ def test_reads_ahead_and_no_further(data: Counting) -> None:
                 time.sleep(0.001)
             time.sleep(0.02)                            # for what must not happen
             assert data.calls == step + 4 and len(batches._pending) == 4
+
+
+@pytest.mark.parametrize("micro", [2, 8])
+def test_in_blocks_ranks_read_their_own_chunks_once_and_in_time(data: Counting, micro: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 5,000 rows, over the end of an epoch; and after a jump those that are open there."""
+    n_rows, steps = 5000, 340
+    monkeypatch.setattr(Counting, "__len__", lambda self: n_rows)
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(ReadAhead, "_read", lambda self, first, n: asked.append((self.rank, first, n)))  # type: ignore[attr-defined]
+    found = chunks(np.arange((steps + 80) * GLOBAL).reshape(-1, GLOBAL), n_rows, SEED, GLOBAL)
+    for rank in range(2):
+        mine = np.arange(GLOBAL).reshape(-1, 2, micro)[:, rank].ravel()
+        with ReadAhead(data, SEED, GLOBAL, mine, mirrors=False, captions=False) as ahead:
+            ahead.rank = rank  # type: ignore[attr-defined]
+            for step in range(steps):
+                ahead.advance(step)
+                needed = {*found.first[step:step + 48, mine].ravel().tolist()}
+                if step % 20 == 0:
+                    wait(ahead._reads)
+                    assert needed <= {first for who, first, _ in asked if who == rank}
+            begun = len(asked)
+            ahead.advance(7)
+            wait(ahead._reads)
+            assert {first for _, first, _ in asked[begun:]} >= {*found.first[7, mine].tolist()}
+            del asked[begun:]
+    first_epoch = found.first.ravel()[:n_rows][found.place.ravel()[:n_rows] == 0]
+    assert {first for _, first, _ in asked} >= {*first_epoch.tolist()}
+    assert max(Counter((first, n) for _, first, n in asked).values()) == 1
+    ranks = [{first for who, first, _ in asked if who == rank} for rank in range(2)]
+    assert not ranks[0] & ranks[1]
+
+
+def test_pieces_of_the_files_are_those_of_the_rows(tmp_path: Path, captioned: ShardDataset) -> None:
+    def read(data: ShardDataset, first: int, n: int) -> list[bytes]:
+        found = data.pieces(first, n, mirrors=True, captions=True)
+        return [path.read_bytes()[offset:offset + size] for path, offset, size in found]
+
+    with ShardWriter(tmp_path / "mirrored", DatasetInfo("toy", "latents", (1, 1, 2), 50), rows_per_shard=20) as writer:
+        for i in range(50):
+            writer.write(id=str(i), latent=np.full((1, 1, 2), i, np.float16), latent_mirror=np.full((1, 1, 2), -i, np.float16), label=i)
+    mirrored = ShardDataset(tmp_path / "mirrored")
+
+    def values(*rows: int) -> bytes:
+        return np.repeat(rows, 2).astype(np.float16).tobytes()
+
+    # Over the edge of two shards, and over the end of the set.
+    assert read(mirrored, 18, 3) == [values(18, 19), values(-18, -19), values(20), values(-20)]
+    assert read(mirrored, 49, 2) == [values(49), values(-49), values(0), values(0)]
+    latents, *lists = read(captioned, 41, 2)            # rows of 3 and 1 captions
+    assert latents == bytes([41] * 4 + [42] * 4)
+    tokens, pooled = (np.frombuffer(lists[k], np.float16) for k in (2, 5))
+    assert tokens.tolist() == [410] * 2 + [411] * 4 + [412] * 6 + [420] * 2 and pooled.tolist() == [410, 411, 412, 420]
+
+
+def test_blocks_that_cannot_be_read_ahead_are_an_error_where_they_are_needed(data: Counting) -> None:
+    (data.path / "shard_00001.arrow").unlink()
+    with loader(data, order="blocks") as batches:
+        assert batches._chunks
+        wait(batches._chunks._reads)
+        for step in itertools.count():                  # 50 rows are three steps
+            if (expected(step, "blocks") // 20 == 1).any():
+                with pytest.raises(StorageError, match=r"shard_00001.arrow cannot be read at present"):
+                    batches.batch(step)
+                break
 
 
 def test_what_fails_in_the_thread_reaches_the_caller(data: Counting) -> None:

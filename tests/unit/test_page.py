@@ -25,7 +25,7 @@ from PIL import Image
 from largescale import status
 from largescale.errors import ConfigError
 from largescale.monitoring import run_log
-from largescale.monitoring.run_log import Columns, read_log
+from largescale.monitoring.run_log import Columns, LogReader, read_log
 from largescale.page import document
 from largescale.page.charts import Line, line_chart, short, ticks
 from largescale.page.sections import RunView
@@ -181,6 +181,56 @@ def test_a_row_that_is_whole_without_its_line_break_counts(tmp_path: Path) -> No
     assert [r["step"] for r in read_log(tmp_path).rows] == [1, 2]
 
 
+def test_a_log_is_read_on_where_it_was_read_before(tmp_path: Path) -> None:
+    """Whatever happened to it in between, it is what a first look finds; and what was read already is not read again."""
+    path = tmp_path / "metrics.jsonl"
+    series, taken = Series(), list[float]()
+
+    def take(columns: Columns) -> None:
+        series.take(columns)
+        taken.extend(columns.get("step", ()))
+
+    reader = LogReader(tmp_path, take, series.clear)
+
+    def rows(first: int, last: int, loss: float) -> str:
+        return "".join(json.dumps({"step": s, "loss": loss / s, "padding": "x" * 99}) + "\n" for s in range(first, last + 1)) \
+            + json.dumps({"step": last, "validation/ema": loss}) + "\n" + json.dumps({"step": last, "event": "spike", "text": "a"}) + "\n"
+
+    def check(expected: list[int]) -> None:
+        taken.clear()
+        log, fresh = reader.read(), Series()
+        assert log == read_log(tmp_path, fresh.take) and series.keys == fresh.keys and sorted({*taken}) == expected
+        for key in fresh.keys:
+            for ours, theirs in zip(vars(series.curve(key)).values(), vars(fresh.curve(key)).values(), strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+
+    def add(text: str) -> None:
+        with path.open("a") as file:
+            file.write(text)
+
+    check([])
+    add(rows(1, 100, 1.0))
+    check([*range(1, 101)])
+    check([])
+    add(rows(101, 700, 1.0) + '{"step": 701, "lo')
+    check([*range(101, 701)])
+    add('ss": 0.5}')  # whole, though its line is not ended
+    check([701])
+    add('\n{broken\n' + rows(702, 702, 1.0))
+    check([702])
+    whole = path.read_text()
+    path.write_text(whole[: whole.index('{"step": 51,')])  # rolled back
+    check([*range(1, 51)])
+    add(rows(51, 900, 2.0))  # another way, and further than before
+    check([*range(51, 901)])
+    path.write_text(whole[: whole.index('{"step": 51,')] + rows(51, 950, 3.0))  # both between two looks
+    check([*range(1, 951)])
+    path.unlink()
+    check([])
+    add(whole)
+    check([*range(1, 703)])
+
+
 @pytest.mark.parametrize("every, rows", [(1, 100), (1, 600), (100, 20_000), (7, 3_001)])
 def test_thinned_curves_keep_the_extremes(every: int, rows: int) -> None:
     rng = np.random.default_rng(0)
@@ -243,6 +293,8 @@ def test_an_axis_of_changes_in_percent() -> None:
     assert {"0", "3", "-3", "30", "300"} <= shown.keys() and "0.1" not in shown
     at = sorted(shown.values())
     assert min(b - a for a, b in itertools.pairwise(at)) > 17 and "percent: a from 500 at step 1" in made
+    small = Curve(*(np.array(x, float) for x in ([1, 2], [-0.02, 0], [-0.02, 0], [-0.02, 0])), 0)
+    assert ">-0.01<" in line_chart("loss", [Line("a", small)], 3, percent=True)
     only = Curve(*(np.array(x, float) for x in ([0.02, 0.2], [1, 1], [1, 1], [1, 1])), 0)
     assert "from 1 at width 0.02 to 1 at width 0.2" in line_chart("FID", [Line("b", only)], 0.2, over="width")
 
@@ -377,6 +429,11 @@ def test_a_real_run_that_was_changed(run_here: RunHere, tmp_path: Path) -> None:
 def test_words_or_a_page(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status.main([str(small_run), "--json", "--html", str(tmp_path / "x.html")]) == 2
     assert "ask for one of them at a time" in capsys.readouterr().err and not (tmp_path / "x.html").exists()
+    for path in (tmp_path, small_run / "metrics.jsonl"):
+        before = sorted(tmp_path.rglob("*")), (small_run / "metrics.jsonl").read_text()
+        assert status.main([str(small_run), "--html", str(path)]) == 2
+        assert f"--html {path} is there and is no page" in capsys.readouterr().err
+        assert before == (sorted(tmp_path.rglob("*")), (small_run / "metrics.jsonl").read_text())
     for port in ("-1", "70000"):
         assert status.main([str(small_run), "--follow", "--port", port]) == 2
         assert f"port={port} cannot be served on" in capsys.readouterr().err
@@ -409,8 +466,8 @@ def get(server: Server, path: str = "/", host: str | None = None) -> tuple[int, 
 
 
 def test_a_run_that_changes_while_it_is_served(small_run: Path, tmp_path: Path, serve: Any) -> None:
-    options = status.Status((small_run,), follow=True)
-    server = serve(lambda: status.followed(options))
+    watched = status.Watched((small_run,))
+    server = serve(lambda: status.followed(watched))
     code, made = get(server)
     assert code == 200 and "step 47 of 400" in made and "connect-src 'self'" in made and made.count("<script") == 1
     with (small_run / "metrics.jsonl").open("a") as file:
@@ -424,7 +481,8 @@ def test_a_run_that_changes_while_it_is_served(small_run: Path, tmp_path: Path, 
 
 
 def test_a_run_that_is_removed_while_it_is_read(small_run: Path, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = serve(lambda: status.followed(status.Status((small_run,), follow=True)))
+    watched = status.Watched((small_run,))
+    server = serve(lambda: status.followed(watched))
     read = status.facts
 
     def removing(*args: Any) -> Any:
@@ -441,6 +499,7 @@ def test_only_this_machine_and_only_the_page(serve: Any) -> None:
     made = []
     server = serve(lambda: made.append(1) or "page", fresh_s=60.0)
     assert get(server) == (200, "page") and get(server, "/?x", "localhost:1") == (200, "page") and made == [1]
+    assert get(server, host="127.0.0.1")[0] == 200  # port 80, which a browser leaves out
     assert get(server, "/metrics.jsonl")[0] == 404 and get(server, host="evil.example:80")[0] == 403
     assert server.server_address[0] == "127.0.0.1"
     with pytest.raises(ConfigError, match=f"port={server.server_port} cannot be served on: .*; give another --port"):
@@ -497,7 +556,7 @@ def test_a_served_page_takes_its_own_place(small_run: Path, tmp_path: Path, serv
     def make() -> str:
         made.append(1)
         found = Series()
-        view = RunView("run", status.facts(small_run, False, found.take), found)
+        view = RunView("run", status.facts(small_run, False, LogReader(small_run, found.take)), found)
         return document.page([view], 1e9 + 86400 * len(made), 0.2)
 
     done = browse(tmp_path, "--dump-dom", serve(make).address)

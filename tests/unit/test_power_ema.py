@@ -220,7 +220,7 @@ def test_a_full_disk_costs_a_snapshot_only(run_here: RunHere, monkeypatch: pytes
 
     monkeypatch.setattr(ema_snapshots, "write", write)
     run = run_here("--train.steps", 10, *WIDTHS)
-    assert run.code == 0 and "step_00000005_width_0.05.safetensors cannot be written: [Errno 28] No space left" in run.err
+    assert run.code == 0 and "step 5: no snapshot of width 0.05: [Errno 28] No space left" in run.err
     assert {each.step for each in snapshots(run.run)} == {10}
 
 
@@ -232,12 +232,22 @@ def test_what_cannot_be_averaged(run_here: RunHere, tmp_path: Path) -> None:
             average(run.run, width)
     with pytest.raises(CheckpointError, match="has no snapshots of averages .* --optimizer.ema-widths 0.05 0.1"):
         average(plain.run, 0.1)
+    with pytest.raises(CheckpointError, match="nowhere is no folder; give the folder of a run"):
+        average(tmp_path / "nowhere", 0.1)
     with pytest.raises(CheckpointError, match="no snapshot of step 7, where its average would end; there are: 5, 10"):
         average(run.run, 0.1, step=7)
     ema_snapshots.path_of(run.run, Profile(5, 0.05)).write_bytes(b"cut off")
     with pytest.raises(CheckpointError, match="step_00000005_width_0.05.safetensors cannot be read"):
         average(run.run, 0.2)
-    for options, message in ((("0.3",), "ema_widths"), (("0",), "ema_widths"), (("0.1", "0.1"), "must be different widths")):
+    damaged = CheckpointDir.at(run.run, 10)
+    expected = average(run.run, 0.05, step=10)
+    (damaged.path / "zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()  # the snapshot is there all the same
+    for name, weights in average(run.run, 0.05).weights.items():
+        torch.testing.assert_close(weights, expected.weights[name], rtol=1e-3, atol=1e-5)
+    ema_snapshots.path_of(run.run, Profile(11, 1e-5)).touch()
+    assert snapshots(run.run)[-1] == Profile(11, 1e-5)
+    for options, message in ((("0.3",), "ema_widths"), (("0",), "ema_widths"), (("0.1", "0.1"), "must be different widths"),
+                             (("0.1", "0.10000001"), "must be different widths")):
         wrong = run_here("--optimizer.ema-widths", *options, output=tmp_path / "wrong")
         assert wrong.code == 2 and message in wrong.err, wrong.err
     other = run_here("--train.steps", 12, "--optimizer.ema-widths", 0.05)
@@ -264,6 +274,12 @@ def test_the_program(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ema.main([str(run / "ema_0.07"), "--width", "0.1", "--out", str(run / "x")]) == 2
     assert "is an export, which has one average; give the run" in capsys.readouterr().err
     assert ema.main([str(run), "--width", "0.1", "--out", str(run / "checkpoints")]) == 2
+
+
+def test_a_step_with_one_of_two_snapshots_is_not_the_newest(run: Path) -> None:
+    """As a full disk, or a kill between the two, leaves it."""
+    ema_snapshots.path_of(run, Profile(12, 0.1)).unlink()
+    assert average(run, 0.07).profile.step == 9 and average(run, 0.07, step=12).profile.step == 12
 
 
 def test_samples_and_exports_of_an_average(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

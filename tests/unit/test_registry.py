@@ -12,6 +12,7 @@ from largescale.config import learning_rate
 from largescale.config.derived import CLUSTERS, cluster_edges, pacing, pacing_settings
 from largescale.config.schema import Config, CurriculumConfig, DiffusionConfig, NoiseConfig
 from largescale.curriculum import PACINGS, Curriculum, uniform_clusters
+from largescale.data.order import ORDERS
 from largescale.diffusion.build import OBJECTIVES, build_objective
 from largescale.diffusion.flow import INTERPOLANTS, Flow
 from largescale.diffusion.loss_weighting import WEIGHTINGS, make_weighting
@@ -25,6 +26,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "model.architecture": ARCHITECTURES,
     "curriculum.pacing": PACINGS, "curriculum.clusters": CLUSTERS, "noise.sampling": NOISE_SAMPLERS, "noise.weighting": WEIGHTINGS,
     "diffusion.objective": OBJECTIVES, "diffusion.schedule": SCHEDULES, "optimizer.schedule": learning_rate.SCHEDULES, "diffusion.interpolant": INTERPOLANTS,
+    "data.order": ORDERS,
 }
 # Ways of doing one thing, told apart where it is done: nothing is constructed for them.
 SWITCHES = {

@@ -170,8 +170,32 @@ def test_datasets_on_disk(tmp_path: Path, nested: bool) -> None:
     assert np.array_equal(rows["latent"], z.astype(np.float16)) and rows["label"].tolist() == list(range(N))
 
 
+@pytest.mark.parametrize("library", ["mds", "datasets"])
+def test_what_the_library_itself_wrote(tmp_path: Path, library: str) -> None:
+    """tests/reference/README.md says how."""
+    options = ("--scale-factor", 0.5) if library == "datasets" else ("--vae", tmp_path / "vae")
+    make_vae(tmp_path / "vae")
+    assert run(Path(__file__).parents[1] / "reference" / library, tmp_path / "out", *options) == 0
+    info, rows = stored(tmp_path / "out")
+    truth = np.arange(48, dtype=np.float16).reshape(3, 4, 2, 2) / 8
+    if library == "datasets":
+        assert np.array_equal(rows["latent"], truth)
+        # The fourth class has a name and no row.
+        assert info.num_classes == 4 and rows["label"].tolist() == [2, 0, 1]
+    else:
+        # micro_diffusion's are multiplied by the factor already, as a model learns them.
+        x_start = to_x_start(torch.from_numpy(rows["latent"]), info.kind, info.normalization, None)
+        assert np.array_equal(x_start.numpy(), truth)
+        assert ShardDataset(tmp_path / "out").texts(np.arange(3)) == [["größe 0"], ["größe 1"], ["größe 2"]]
+
+
 def nothing(folder: Path) -> None:
     folder.mkdir()
+
+
+def several_sets(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
 
 
 def images_only(folder: Path) -> None:
@@ -215,6 +239,7 @@ def too_large(folder: Path) -> None:
 
 @pytest.mark.parametrize(("make", "more", "message"), [
     (nothing, (), "has neither dataset.json"),
+    (several_sets, (), "holds several sets; give one of its folders train, test"),
     (images_only, (), "lists images, not latents"),
     (cut_npy, (), "npy cannot be read"),
     (odd_shape, (), "not mean and std of latents"),

@@ -245,6 +245,13 @@ def test_finished(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "curriculum   index 0, complete: all noise levels\n" in text
 
 
+def test_a_last_step_that_is_not_saved_is_not_finished(run: Path) -> None:
+    """It waits for room on the disk."""
+    begin(run, 3, NOW - 100, NOW - 5, 40, 400)
+    found = status.facts(run)
+    assert (found["step"], found["standing"]) == (400, "running")
+
+
 def test_a_run_of_an_older_version(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(run / "starts")
     then = time.time() - 7200

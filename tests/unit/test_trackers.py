@@ -15,7 +15,7 @@ from largescale.config.schema import TelemetryConfig
 from largescale.config.serialise import from_dict, to_dict
 from largescale.errors import TakenOverError
 from largescale.host import extras
-from largescale.monitoring.telemetry import Telemetry, read_metrics
+from largescale.monitoring.telemetry import Telemetry, read_metrics, rows_from
 from largescale.monitoring.trackers import background
 from largescale.monitoring.trackers.background import Background
 from largescale.monitoring.trackers.build import SERVICES, run_id
@@ -69,7 +69,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 def tracker(fake: Fake, folder: Path, said: list[str], step: int = 0, config: dict[str, Any] | None = None, deadline_s: float = 20) -> Background:
     folder.mkdir(exist_ok=True)
     return Background("fake", lambda: fake, lambda: RunInfo(run_id(folder), "x", config or {}, folder), folder=lambda: folder,
-                      step=step, logged=lambda: read_metrics(folder), message=said.append, deadline_s=deadline_s)
+                      step=step, logged=lambda first: rows_from(folder, first), message=said.append, deadline_s=deadline_s)
 
 
 def settled(folder: Path, number: int) -> None:
@@ -336,6 +336,12 @@ def test_mlflow_without_a_server(run_here: RunHere, monkeypatch: pytest.MonkeyPa
 def test_each_tracker_of_the_option_is_there() -> None:
     names = get_args(get_args(get_type_hints(TelemetryConfig)["trackers"])[0])
     assert names == ("tensorboard", *SERVICES)
+
+
+def test_a_tracker_that_is_named_twice(run_here: RunHere) -> None:
+    """It would send everything twice."""
+    run = run_here("--telemetry.trackers", "tensorboard", "tensorboard")
+    assert run.code == 2 and "must be named once each" in run.err
 
 
 def test_an_unknown_tracker(run_here: RunHere) -> None:

@@ -85,7 +85,7 @@ def test_the_same_on_two_ranks_and_after_a_cut(held_out: Path, blobs: Path, run_
 
 def test_the_best_checkpoint_is_kept(held_out: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Written when the loss falls, kept until it falls again, over resumes; without the option nothing is."""
-    given = {2: 5.0, 4: 3.0, 6: 4.0, 8: float("nan"), 10: 3.5, 12: 2.0, 14: 2.5}
+    given = {2: 5.0, 4: 3.0, 6: 4.0, 8: float("nan"), 10: 3.5, 12: 2.0, 14: 2.5, 16: 3.0}
 
     def figures(self: Any, engine: Any) -> dict[str, float]:
         step = int(engine._zero.optimizer.state[engine._master]["step"])
@@ -100,7 +100,12 @@ def test_the_best_checkpoint_is_kept(held_out: Path, run_here: RunHere, monkeypa
     shutil.copytree(run.run, tmp_path / "lost")
     run = run_here("--train.steps", 14, *options, "--checkpoint.keep-best", "ema")
     assert [checkpoint.step for checkpoint in checkpoints(run.run)] == [14, 12]
-    assert json.loads((CheckpointDir.at(run.run, 14).path / "manifest.json").read_text())["state"]["best"] == {"loss": 2.0, "steps": [2, 4, 12]}
+    assert json.loads((CheckpointDir.at(run.run, 14).path / "manifest.json").read_text())["state"]["best"] == {
+        "loss": 2.0, "steps": [2, 4, 12], "of": f"ema on 64 images a cluster of {ShardDataset(held_out).fingerprint}"}
+
+    # The least loss on other images says nothing of these.
+    other = run_here("--train.steps", 16, *options, "--checkpoint.keep-best", "ema", "--telemetry.validation-images", 8)
+    assert losses(run.run)[16]["validation/best_step"] == 16 and "from here on it is that of ema on 8 images a cluster" in other.err
 
     shutil.rmtree(tmp_path / "lost/checkpoints/step_00000004")  # somebody has removed it: the one before does not come back
     again = run_here("--train.steps", 12, *options, "--checkpoint.keep-best", "ema", output=tmp_path / "lost")
@@ -124,5 +129,6 @@ def test_sets_that_do_not_fit(held_out: Path, blobs: Path, captioned: Path, run_
             assert run.code == 2 and message in run.err and "Traceback" not in run.err, run.err
     wrong = run_here("--checkpoint.keep-best", "ema", output=tmp_path / "run")
     assert wrong.code == 2 and "checkpoint.keep_best=ema must be none without data.validation" in wrong.err
-    dry = run_here("--data.validation", held_out, "--dry-run", output=tmp_path / "run")
+    dry = run_here("--data.validation", held_out, "--checkpoint.keep-best", "ema", "--dry-run", output=tmp_path / "run")
+    assert "for the 5 that are kept: the last 3, 0 for ever, 1 of a stop, the best" in dry.err
     assert dry.code == 0 and f"validation: {held_out}, 90 images; every 5,000 steps 1,664 forward passes" in dry.err

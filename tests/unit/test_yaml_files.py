@@ -43,6 +43,9 @@ def test_a_part_and_the_order(tmp_path: Path) -> None:
     assert (found.optimizer.lr, found.optimizer.betas, found.train.steps, found.data.horizontal_flip) == (1e-4, (0.1, 0.2), 8, True)
     assert parsed("debug", "--config", tmp_path / "a.yaml", "--train.steps", 9, "--data.no-horizontal-flip").train.steps == 9
     assert parsed("debug", "--config", tmp_path / "a.yaml").train.init_new == ()
+    (tmp_path / "c.yaml").write_text("name: 2026-13-41\noptimizer:\n  # lr: 1e-3\ntrain: {compile: off, init_from: null}\n")
+    found = parsed("debug", "--config", tmp_path / "c.yaml")
+    assert (found.name, found.train.compile, found.train.init_from) == ("2026-13-41", "off", None)
 
 
 def test_every_run_writes_its_settings(run_here: RunHere, tmp_path: Path) -> None:
@@ -72,7 +75,13 @@ def test_print_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     ("optimizer: {lr: {x: 1}}", "optimizer.lr={'x': 1} must be one value, or a list of them"),
     ("data: {horizontal_flip: 3}", "data.horizontal_flip=3 must be true or false"),
     ("train: {steps: true}", "train.steps=True must be one value"),
-    ("dry_run: true", "has the setting dry_run, which does not exist"),
+    ("dry_run: true", "has dry_run, which is of one start and not of the run; give it on the command line"),
+    ("output: runs/x", "has output, which is of one start"),
+    ("train:\n  steps: 3\n  seed: 4\n  steps: 5\n", "has steps twice, the second time in line 4; keep one of them"),
+    ('{"optimizer": {"lr": 1}, "optimizer": {"lr": 2}}', "has optimizer twice, the second time in line 1"),
+    ("train:\n\tsteps: 3\n", "line 2, column 1; indent with spaces"),
+    ("data: {horizontal_flip: off}", "data.horizontal_flip=off must be true or false"),
+    ("[" * 500, "is neither YAML nor JSON"),
     ("- 1\n- 2", "must have settings by their names"),
     ("a: [", "is neither YAML nor JSON"),
 ])
@@ -90,6 +99,7 @@ def test_what_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     assert "many" in capsys.readouterr().err
     for words, message in ((("debug", "--config"), "needs a file"), (("debug", "--config", "--dry-run"), "needs a file"),
                            (("debug", "--config", tmp_path / "none.yaml"), "cannot be read"), (("--config", tmp_path / "x.yaml"), "names no preset"),
+                           (("--print-config",), "no preset is given before --print-config"),
                            (("debug", "--config", tmp_path), "cannot be read")):
         with pytest.raises(ConfigError, match=message):
             parsed(*words)

@@ -119,14 +119,14 @@ class Background:
         *,
         folder: Callable[[], Path],
         step: int,
-        logged: Callable[[], Iterable[dict[str, Any]]],
+        logged: Callable[[int], Iterable[dict[str, Any]]],
         message: Callable[[str], None],
         deadline_s: float,
     ):
         """`connect`, `run`, `folder` and `logged` are called in the thread. `folder`: where to note
-        what was sent. `step`: where the run stands; `logged`: the rows of metrics.jsonl, of which
-        those up to `step` are sent that the service lacks. `message` prints a line. `deadline_s`:
-        how long the end may wait for what is not sent yet."""
+        what was sent. `step`: where the run stands; `logged`: the rows of metrics.jsonl from a step
+        on, of which those up to `step` are sent that the service lacks. `message` prints a line.
+        `deadline_s`: how long the end may wait for what is not sent yet."""
         self.name = name
         self._connect = connect
         self._run = run
@@ -264,14 +264,15 @@ class Background:
     def _send_missing(self, service: Service) -> None:
         """Send what metrics.jsonl has up to the step at which this start begins, and the service has
         not: it was not reached, or the run was killed."""
-        rows: list[dict[str, Any]] = []
         with self._tolerated():
-            rows = [row for row in self._logged() if row["step"] <= self._step]
-        for row in rows:
-            item = item_of(row)
-            if not self._sent.has(item.step, item.name):
-                self._try(service, item)
-                self._note(service.settle_s)
+            for row in self._logged(self._sent.step):
+                # Rows of this start come by themselves.
+                if row["step"] > self._step:
+                    break
+                item = item_of(row)
+                if not self._sent.has(item.step, item.name):
+                    self._try(service, item)
+                    self._note(service.settle_s)
 
     def _try(self, service: Service, item: Item) -> bool:
         """Send an item, several times if need be; whether the service has it."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from largescale.config.schema import Config
 from largescale.config.serialise import to_dict
 from largescale.host.files import write_atomically
-from largescale.monitoring.telemetry import read_metrics
+from largescale.monitoring.telemetry import rows_from
 from largescale.monitoring.trackers.background import Background
 from largescale.monitoring.trackers.service import RunInfo, Service
 
@@ -54,7 +54,7 @@ def start_services(
                 run,
                 folder=folder,
                 step=step,
-                logged=lambda: read_metrics(run_dir()),
+                logged=lambda first: rows_from(run_dir(), first),
                 message=message,
                 deadline_s=deadline_s,
             )
