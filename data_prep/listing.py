@@ -85,9 +85,13 @@ class Writer:
         if not is_unicode(file):
             self.skip(id or file, "its name is not UTF-8")
             return
-        row = {"file": file, "id": id, "label": label, "captions": captions}
         for name, values in self._pending.items():
-            values.append(row[name])
+            if name == "file":
+                values.append(file)
+            elif name == "label":
+                values.append(label)
+            else:
+                values.append(id if name == "id" else captions)
         self._added(1, label)
 
     def extend(self, files: list[str], label: int = 0) -> None:
@@ -104,7 +108,10 @@ class Writer:
 
     def _added(self, rows: int, label: int) -> None:
         self.rows += rows
-        if "label" in self._pending:
+        # Most labels are neither less nor greater than those before.
+        if "label" in self._pending and not (
+            self.labels and self.labels[0] <= label <= self.labels[1]
+        ):
             low, high = self.labels or (label, label)
             self.labels = (min(low, label), max(high, label))
         while len(self._pending["file"]) >= BATCH:

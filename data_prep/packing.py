@@ -7,6 +7,7 @@ is run again.
                                                      (content.py)
     OUT/latent_rgb.json                              of latents: a linear map to colours, for
                                                      previews without the VAE
+    OUT/README.md  OUT/images.png                    its card, for people and for the hub (card.py)
     OUT/packing/                                     while packing: the progress of each part
                                                      (parts.py)
 
@@ -44,8 +45,10 @@ from data_prep.append import (
     grown,
     known_images,
 )
+from data_prep.card import CARD, write_card
 from data_prep.content import Known, content_hash, write_hashes
 from data_prep.listing import Listings
+from data_prep.progress import Progress, write_plan
 from data_prep.sources import Item, Source, first_reasons, source_changed
 from largescale.checkpoint.files import require_outside_checkpoints
 from largescale.config.command_line import check_counts, parse_options, run_program
@@ -129,6 +132,10 @@ class Packing:
     append: bool = False
     """Add the images to the set that --out holds already, as new rows behind its own. Its settings must
     be those of the set. Images that it has, by their pixels, are left out."""
+
+    licence: str | None = None
+    """The licence of the images, which the set's card names: as the hub spells it, such as cc-by-4.0, or
+    any other name."""
 
     def source(self) -> Source:
         raise NotImplementedError
@@ -293,7 +300,12 @@ class Packer:
         try:
             if not self.parts.claim():
                 self.source.discard()
+                if self.rank == 0:
+                    self._write_card()
                 return self.summary("already packed; to pack it anew, delete the folder first")
+            write_plan(
+                self.parts.folder, self.source.size, self.parts.parts, len(self.source.skipped)
+            )
             if self.rank == 0:
                 print(announcement(self.source), file=sys.stderr, flush=True)
             # A job that was started under another name keeps it.
@@ -346,9 +358,10 @@ class Packer:
             ThreadPoolExecutor(self.options.workers or cpus, "decode") as decoders,
             encoder,
         ):
+            progress = Progress(self.parts.folder, self.rank, self.world_size, bar)
             try:
                 for part in self.parts.mine:
-                    new += self.pack_part(part, decoders, encoder, encoders + 1, bar)
+                    new += self.pack_part(part, decoders, encoder, encoders + 1, progress)
             except BaseException:
                 # A pool's exit would first finish what is queued.
                 decoders.shutdown(wait=False, cancel_futures=True)
@@ -366,7 +379,12 @@ class Packer:
         return sum(min(rows, size - part * rows) for part in self.parts.mine)
 
     def pack_part(
-        self, part: int, decoders: Executor, encoder: Executor, batches_ahead: int, bar: Any
+        self,
+        part: int,
+        decoders: Executor,
+        encoder: Executor,
+        batches_ahead: int,
+        progress: Progress,
     ) -> int:
         """Packs a part, from behind its last complete shard; returns how many images were encoded
         now."""
@@ -382,9 +400,9 @@ class Packer:
             shard = Shard(self.info)
             hashes = b""
             decoded = _ahead(decoders, self.decode, chunk, 2 * self.options.batch_size)
-            batches = self.batches(decoded, record["skipped"], bar)
+            batches = self.batches(decoded, record["skipped"], progress)
             for rows in _ahead(encoder, self.encode, batches, batches_ahead):
-                bar.update(len(rows))
+                progress.update(len(rows))
                 for row, cut, digest in rows:
                     shard.add(**row)
                     record["captions"] += len(row.get("captions", ()))
@@ -430,7 +448,10 @@ class Packer:
             ) from error
 
     def batches(
-        self, decoded: Iterable[tuple[Item, Image | str]], skipped: list[list[str]], bar: Any
+        self,
+        decoded: Iterable[tuple[Item, Image | str]],
+        skipped: list[list[str]],
+        progress: Progress,
     ) -> Iterator[list[tuple[Item, Image]]]:
         """Batches of the images that could be decoded; the others are added to `skipped`."""
         batch: list[tuple[Item, Image]] = []
@@ -439,9 +460,9 @@ class Packer:
                 raise Stopped
             # A text is the reason why there is no image.
             if isinstance(image, str):
-                bar.update()
+                progress.update()
                 skipped.append([item.id, image])
-                bar.set_postfix(skipped=len(skipped), refresh=False)
+                progress.left_out(len(skipped))
             else:
                 batch.append((item, image))
             if len(batch) == self.options.batch_size:
@@ -536,7 +557,17 @@ class Packer:
             self._write_set(totals, reasons, named)
         else:
             self._write_grown_set(self.base, totals, reasons, named)
+        self._write_card()
         self.parts.remove()
+
+    def _write_card(self) -> None:
+        """Writes the card, which a start writes that was killed before it could."""
+        if not write_card(ShardDataset(self.options.out)):
+            print(
+                f"note: {self.options.out / CARD} is not ours, and stays as it is",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _write_skipped(self, totals: Iterable[tuple[str, str]]) -> Counter[str]:
         """Lists what was left out, behind what the set that grows has left out; returns how often
@@ -561,6 +592,8 @@ class Packer:
         a run that goes on must learn the same x_start of them."""
         manifest = base.manifest
         about = grown(base, self.parts.job, totals, reasons)
+        if self.options.licence:
+            about["additions"][-1]["licence"] = self.options.licence
         for key, names in named.items():
             about[key] = [*manifest.get(key, ()), *names]
         columns = manifest["columns"]
@@ -583,7 +616,11 @@ class Packer:
             (encoding,) = self.text([""])
             empty = write_empty_caption(out, self.info, encoding.tokens, encoding.pooled)
         trip = self.round_trip() if self.vae else []
-        about = {"round_trip": {"images": len(trip), "psnr": trip}} if trip else {}
+        about: dict[str, Any] = {}
+        if trip:
+            about["round_trip"] = {"images": len(trip), "psnr": trip}
+        if self.options.licence:
+            about["licence"] = self.options.licence
         write_manifest(
             out,
             self.info,

@@ -12,7 +12,8 @@ in random order until all have come. So what a rank reads is a few long pieces, 
 reads, however many ranks there are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -155,3 +156,49 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Extent:
+    """From a position of the run on, its data set has so many rows; epochs begin there."""
+
+    start: int
+    rows: int
+
+
+def in_extents(
+    positions: npt.NDArray[np.int64], extents: Sequence[Extent]
+) -> Iterator[tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64], int]]:
+    """For each extent that some of the positions lie in: which of them do, how far behind its start,
+    and its rows."""
+    # The last extent that begins before a position, or at it.
+    starts = [extent.start for extent in extents]
+    of_extent = np.searchsorted(starts, positions, side="right") - 1
+    for number, extent in enumerate(extents):
+        inside = of_extent == number
+        if inside.any():
+            yield inside, positions[inside] - extent.start, extent.rows
+
+
+def indices_in_extents(
+    positions: npt.NDArray[np.int64],
+    extents: Sequence[Extent],
+    indices: Callable[[npt.NDArray[np.int64], int], npt.NDArray[np.int64]],
+) -> npt.NDArray[np.int64]:
+    """Rows to read at these positions of a run whose data set has grown. `indices`: the rows at
+    positions of a set that has so many rows."""
+    rows = np.empty_like(positions)
+    for inside, behind, n_rows in in_extents(positions, extents):
+        rows[inside] = indices(behind, n_rows)
+    return rows
+
+
+def grown_extents(extents: Sequence[Extent], position: int, rows: int) -> list[Extent]:
+    """The extents of a run that finds at `position`, the next that it reads, that its data set has
+    grown to so many rows: the epoch that it is in keeps its rows, and the next has all."""
+    begun = [extent for extent in extents if extent.start < position] or [extents[0]]
+    start, rows_now = begun[-1].start, begun[-1].rows
+    end = start + -(-(position - start) // rows_now) * rows_now
+    # Nothing was read of an epoch that would begin just here.
+    kept = [extent for extent in begun if extent.start < end]
+    return [*kept, Extent(end, rows)]

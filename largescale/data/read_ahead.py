@@ -3,6 +3,7 @@ sequence, into the page cache: there the mapped shards find them."""
 
 import contextlib
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from largescale.data.order import CHUNK_ROWS, chunks
+from largescale.data.order import CHUNK_ROWS, Extent, chunks, in_extents
 from largescale.data.shards import ShardDataset
 from largescale.errors import DataError
 
@@ -40,11 +41,13 @@ class ReadAhead(AbstractContextManager["ReadAhead"]):
         *,
         mirrors: bool,
         captions: bool,
+        extents: Sequence[Extent] = (),
     ) -> None:
         self._dataset = dataset
         self._seed = seed
         self._global_batch_size = global_batch_size
         self._rows = rows
+        self._extents = extents or (Extent(0, len(dataset)),)
         self._columns = {"mirrors": mirrors, "captions": captions}
         # Chunks that begin in these steps are known; those that wait, by the step they begin in.
         self._known = range(0)
@@ -76,11 +79,16 @@ class ReadAhead(AbstractContextManager["ReadAhead"]):
 
     def _find(self, steps: range, begun: bool = False) -> None:
         """Has the chunks that begin in these steps wait, or with `begun` those that are open."""
-        positions = np.array(steps)[:, None] * self._global_batch_size + self._rows.ravel()
-        found = chunks(positions, len(self._dataset), self._seed, self._global_batch_size)
-        for row, lane in np.argwhere((found.place == 0) | begun).tolist():
-            first, n = int(found.first[row, lane]), int(found.size[row, lane])
-            self._waiting.append((steps[row], first, n))
+        column = np.array(steps)[:, None]
+        positions = column * self._global_batch_size + self._rows.ravel()
+        step_of = np.broadcast_to(column, positions.shape)
+        for inside, behind, n_rows in in_extents(positions, self._extents):
+            found = chunks(behind, n_rows, self._seed, self._global_batch_size)
+            wanted = (found.place == 0) | begun
+            pieces = np.stack([step_of[inside], found.first, found.size], 1)[wanted]
+            # Of a set that has grown, the one chunk over the end of the old rows goes on at new ones
+            # here: its rows are read when they are asked for.
+            self._waiting.extend(map(tuple, pieces.tolist()))
 
     def _read(self, first: int, n: int) -> None:
         # Read, not advised: the kernel follows advice to read for a few pages only.

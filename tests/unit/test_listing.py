@@ -106,8 +106,8 @@ class Entries(list[Any]):
 
 @pytest.mark.parametrize("kind", ["folder", "csv"])
 def test_memory_does_not_grow_with_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Not of the names, the labels or what is left out: the peak of 6,000 images is that of 2,000."""
-    monkeypatch.setattr(spool, "RUN", 500)
+    """Not of the names, the labels or what is left out: the peak of 3,000 images is that of 1,000."""
+    monkeypatch.setattr(spool, "RUN", 250)
     monkeypatch.setattr(spool, "_CHUNK", 5)
     monkeypatch.setattr(walk, "_AT_A_TIME", 100)
     monkeypatch.setattr(listing, "BATCH", 100)
@@ -115,7 +115,7 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "scandir", lambda path: Entries(n) if str(path).startswith(str(tmp_path / "i")) else scandir(path))
     (tmp_path / "i").mkdir()
     peaks = []
-    for n in 2000, 2000, 6000:                          # the first imports, and fills caches
+    for n in 1000, 1000, 3000:                          # the first imports, and fills caches
         labels = tmp_path / "labels.csv"
         labels.write_text("file,label\n" + "".join(f"{i if i % 3 else -i - 1:08d}.png,{i % 5}\n" for i in range(n)))
         tracemalloc.start()

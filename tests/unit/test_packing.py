@@ -82,7 +82,7 @@ def truth(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_is_packed(truth: Path, images: Path) -> None:
     data = ShardDataset(truth, verify=True)
-    assert sorted(files(truth)) == ["content.hashes", "manifest.json", *(f"shard_{i:05d}.arrow" for i in range(4)), "skipped.jsonl"]
+    assert sorted(files(truth)) == ["README.md", "content.hashes", "images.png", "manifest.json", *(f"shard_{i:05d}.arrow" for i in range(4)), "skipped.jsonl"]
     good = [i for i in range(37) if f"{i:03d}.png" not in BAD]
     rows = data.gather(np.arange(len(data)))["latent"]
     assert np.array_equal(rows, np.stack([decode(picture(i), 16, 4) for i in good]))
@@ -210,7 +210,7 @@ def test_a_damaged_set_is_not_called_packed(images: Path, truth: Path, tmp_path:
     assert "lacks a shard" in said and f"to pack it anew, delete {out} first" in said
 
 
-@pytest.mark.parametrize("at", range(1, 14))
+@pytest.mark.parametrize("at", range(1, 15))
 def test_stopped_at_any_write_it_goes_on(images: Path, truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                          capsys: pytest.CaptureFixture[str], at: int) -> None:
     """Stopped before the n-th renaming of a file; at most one shard is encoded twice."""
@@ -233,8 +233,8 @@ def test_stopped_at_any_write_it_goes_on(images: Path, truth: Path, tmp_path: Pa
     monkeypatch.setattr(Path, "replace", lambda path, target: counted(path, target))
     monkeypatch.setattr(packing.Packer, "decode", counting)
     stopped = pack(images, tmp_path / "out")
-    assert (stopped, "run the same command again" in capsys.readouterr().err) == ((75, True) if at <= 11 else (0, False))
-    assert (tmp_path / "out/manifest.json").exists() == (stopped == 0)
+    assert (stopped, "run the same command again" in capsys.readouterr().err) == ((75, True) if at <= 13 else (0, False))
+    assert (tmp_path / "out/manifest.json").exists() == (at > 11)   # what follows is the card
     monkeypatch.setenv("WORLD_SIZE", "1")
     calls = 100
     assert pack(images, tmp_path / "out", "--batch-size", 3) == 0
@@ -610,6 +610,15 @@ def test_moments_of_the_image_and_its_mirror(images: Path, vae: Path, tmp_path: 
         rows = data.gather(np.arange(5), flip=np.full(5, flip))["latent"]
         expected = encoder.encode(pixels.flip(-1) if flip else pixels)
         torch.testing.assert_close(torch.from_numpy(rows).float(), expected.float(), atol=2e-3, rtol=2e-3)
+    # Its card, with a picture by the map to colours; without the map there is none, and nothing is said of one.
+    card = (tmp_path / "out/README.md").read_text()
+    assert "- moments\n" in card and "- vae encoder: AutoencoderKL sha256:" in card and ", in fp32\n" in card and str(vae) not in card
+    assert "latents of 34 images have, over their 4 channels, means of" in card and "PSNR of" in card
+    assert "by a linear map of their latents to colours](images.png)" in card and np.asarray(Image.open(tmp_path / "out/images.png")).std() > 5
+    for name in LATENT_RGB, "README.md", "images.png":
+        (tmp_path / "out" / name).unlink()
+    assert pack(images, tmp_path / "out", "--vae", vae) == 0
+    assert "images.png" not in (tmp_path / "out/README.md").read_text() and not (tmp_path / "out/images.png").exists()
     assert pack(images, tmp_path / "plain", "--vae", vae, "--no-mirror") == 0
     assert not ShardDataset(tmp_path / "plain").has_mirror
 
