@@ -1,4 +1,5 @@
-"""Describes a packed data set; on request checks every hash, and draws a sheet of its images.
+"""Describes a packed data set; on request checks every hash, and draws a sheet of its images. Of a
+set that is being packed: how far all ranks have come, and when they will be done.
 
 python -m data_prep.describe data/coco2014 --verify --picture coco.png
 """
@@ -18,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_prep.images import round_trip_words
+from data_prep.progress import describe_packing, is_being_packed
 from largescale.config.command_line import check_counts, parse_options, run_program
 from largescale.data.format import MANIFEST, DatasetInfo
 from largescale.data.images import grid, titled, to_uint8
@@ -53,7 +55,10 @@ class Describe:
 
 def describe(data: ShardDataset) -> list[str]:
     """Lines about a data set: what it is, and how it was made."""
-    facts = [*_content(data), *_origin(data.manifest)]
+    return _lines([*_content(data), *_origin(data.manifest)])
+
+
+def _lines(facts: Sequence[tuple[str, str]]) -> list[str]:
     # Values stand in one column, behind the longest name.
     width = max(len(name) for name, _ in facts) + 2
     lines = []
@@ -146,6 +151,9 @@ def _origin(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     facts = [("packed", ", ".join(how))]
     for key, value in job["source"].items():
         facts.append((f"source {key}", _short(value)))
+    for addition in manifest.get("additions", ()):
+        source = addition["job"]["info"]["name"]
+        facts.append(("added", f"{addition['rows']:,} images of {source}"))
     skipped = manifest["skipped"]
     facts.append(("left out", f"{skipped['count']} images"))
     for reason, count in skipped["reasons"].items():
@@ -235,6 +243,11 @@ def run(options: Describe) -> None:
             f"--picture {options.picture} has no suffix of a picture; try {options.picture}.png"
         )
     check_counts(options, "images")
+    if is_being_packed(options.data):
+        print("\n".join(_lines(describe_packing(options.data))))
+        # A set to which images are added is there meanwhile.
+        if not (options.data / MANIFEST).exists():
+            return
     data = ShardDataset(options.data, verify=options.verify)
     if options.measure:
         measure(data)

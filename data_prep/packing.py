@@ -46,6 +46,7 @@ from data_prep.append import (
 )
 from data_prep.content import Known, content_hash, write_hashes
 from data_prep.listing import Listings
+from data_prep.progress import Progress, write_plan
 from data_prep.sources import Item, Source, first_reasons, source_changed
 from largescale.checkpoint.files import require_outside_checkpoints
 from largescale.config.command_line import check_counts, parse_options, run_program
@@ -294,6 +295,9 @@ class Packer:
             if not self.parts.claim():
                 self.source.discard()
                 return self.summary("already packed; to pack it anew, delete the folder first")
+            write_plan(
+                self.parts.folder, self.source.size, self.parts.parts, len(self.source.skipped)
+            )
             if self.rank == 0:
                 print(announcement(self.source), file=sys.stderr, flush=True)
             # A job that was started under another name keeps it.
@@ -346,9 +350,10 @@ class Packer:
             ThreadPoolExecutor(self.options.workers or cpus, "decode") as decoders,
             encoder,
         ):
+            progress = Progress(self.parts.folder, self.rank, self.world_size, bar)
             try:
                 for part in self.parts.mine:
-                    new += self.pack_part(part, decoders, encoder, encoders + 1, bar)
+                    new += self.pack_part(part, decoders, encoder, encoders + 1, progress)
             except BaseException:
                 # A pool's exit would first finish what is queued.
                 decoders.shutdown(wait=False, cancel_futures=True)
@@ -366,7 +371,12 @@ class Packer:
         return sum(min(rows, size - part * rows) for part in self.parts.mine)
 
     def pack_part(
-        self, part: int, decoders: Executor, encoder: Executor, batches_ahead: int, bar: Any
+        self,
+        part: int,
+        decoders: Executor,
+        encoder: Executor,
+        batches_ahead: int,
+        progress: Progress,
     ) -> int:
         """Packs a part, from behind its last complete shard; returns how many images were encoded
         now."""
@@ -382,9 +392,9 @@ class Packer:
             shard = Shard(self.info)
             hashes = b""
             decoded = _ahead(decoders, self.decode, chunk, 2 * self.options.batch_size)
-            batches = self.batches(decoded, record["skipped"], bar)
+            batches = self.batches(decoded, record["skipped"], progress)
             for rows in _ahead(encoder, self.encode, batches, batches_ahead):
-                bar.update(len(rows))
+                progress.update(len(rows))
                 for row, cut, digest in rows:
                     shard.add(**row)
                     record["captions"] += len(row.get("captions", ()))
@@ -430,7 +440,10 @@ class Packer:
             ) from error
 
     def batches(
-        self, decoded: Iterable[tuple[Item, Image | str]], skipped: list[list[str]], bar: Any
+        self,
+        decoded: Iterable[tuple[Item, Image | str]],
+        skipped: list[list[str]],
+        progress: Progress,
     ) -> Iterator[list[tuple[Item, Image]]]:
         """Batches of the images that could be decoded; the others are added to `skipped`."""
         batch: list[tuple[Item, Image]] = []
@@ -439,9 +452,9 @@ class Packer:
                 raise Stopped
             # A text is the reason why there is no image.
             if isinstance(image, str):
-                bar.update()
+                progress.update()
                 skipped.append([item.id, image])
-                bar.set_postfix(skipped=len(skipped), refresh=False)
+                progress.left_out(len(skipped))
             else:
                 batch.append((item, image))
             if len(batch) == self.options.batch_size:

@@ -32,7 +32,7 @@ TABLES: dict[str, dict[str, Any]] = {
 SWITCHES = {
     "model.null_caption", "model.downscale_freq_shift", "diffusion.fixed_variance", "curriculum.order", "curriculum.stages", "optimizer.kernel",
     "train.micro_batch_size", "train.compile", "train.kernels", "train.device", "anomaly.not_finite", "anomaly.spike", "checkpoint.keep_best",
-    "data.normalize",
+    "data.normalize", "data.grown",
 }
 
 
