@@ -52,6 +52,8 @@ class Emoji(packing.Packing):
     """none: pack pixels; or a VAE, as in the other packing programs."""
     text_encoder: str | None = field(default_factory=_text_encoder)
     """The text encoder of captions; by default the small one that pip carries."""
+    licence: str | None = "cc-by-4.0"
+    """The licence of the images, which the set's card names."""
     max_tokens: int | None = 16
     """Cut captions after so many tokens."""
 

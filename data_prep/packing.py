@@ -7,6 +7,7 @@ is run again.
                                                      (content.py)
     OUT/latent_rgb.json                              of latents: a linear map to colours, for
                                                      previews without the VAE
+    OUT/README.md  OUT/images.png                    its card, for people and for the hub (card.py)
     OUT/packing/                                     while packing: the progress of each part
                                                      (parts.py)
 
@@ -44,6 +45,7 @@ from data_prep.append import (
     grown,
     known_images,
 )
+from data_prep.card import CARD, write_card
 from data_prep.content import Known, content_hash, write_hashes
 from data_prep.listing import Listings
 from data_prep.progress import Progress, write_plan
@@ -130,6 +132,10 @@ class Packing:
     append: bool = False
     """Add the images to the set that --out holds already, as new rows behind its own. Its settings must
     be those of the set. Images that it has, by their pixels, are left out."""
+
+    licence: str | None = None
+    """The licence of the images, which the set's card names: as the hub spells it, such as cc-by-4.0, or
+    any other name."""
 
     def source(self) -> Source:
         raise NotImplementedError
@@ -294,6 +300,8 @@ class Packer:
         try:
             if not self.parts.claim():
                 self.source.discard()
+                if self.rank == 0:
+                    self._write_card()
                 return self.summary("already packed; to pack it anew, delete the folder first")
             write_plan(
                 self.parts.folder, self.source.size, self.parts.parts, len(self.source.skipped)
@@ -549,7 +557,17 @@ class Packer:
             self._write_set(totals, reasons, named)
         else:
             self._write_grown_set(self.base, totals, reasons, named)
+        self._write_card()
         self.parts.remove()
+
+    def _write_card(self) -> None:
+        """Writes the card, which a start writes that was killed before it could."""
+        if not write_card(ShardDataset(self.options.out)):
+            print(
+                f"note: {self.options.out / CARD} is not ours, and stays as it is",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _write_skipped(self, totals: Iterable[tuple[str, str]]) -> Counter[str]:
         """Lists what was left out, behind what the set that grows has left out; returns how often
@@ -574,6 +592,8 @@ class Packer:
         a run that goes on must learn the same x_start of them."""
         manifest = base.manifest
         about = grown(base, self.parts.job, totals, reasons)
+        if self.options.licence:
+            about["additions"][-1]["licence"] = self.options.licence
         for key, names in named.items():
             about[key] = [*manifest.get(key, ()), *names]
         columns = manifest["columns"]
@@ -596,7 +616,11 @@ class Packer:
             (encoding,) = self.text([""])
             empty = write_empty_caption(out, self.info, encoding.tokens, encoding.pooled)
         trip = self.round_trip() if self.vae else []
-        about = {"round_trip": {"images": len(trip), "psnr": trip}} if trip else {}
+        about: dict[str, Any] = {}
+        if trip:
+            about["round_trip"] = {"images": len(trip), "psnr": trip}
+        if self.options.licence:
+            about["licence"] = self.options.licence
         write_manifest(
             out,
             self.info,

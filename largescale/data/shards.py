@@ -141,9 +141,28 @@ class ShardDataset:
     def has_fingerprint(self, other: str, name: str) -> bool:
         """Whether the fingerprint `other` is of this content in these shards. Older versions
         hashed the data set's name too, which was then `name`."""
-        content = self._shards, self.manifest.get("empty_caption")
+        return other == self.fingerprint or other in self._fingerprints(self._shards, name)
+
+    def rows_when(self, other: str, name: str) -> int | None:
+        """How many rows the set had when its fingerprint was `other`, before it has grown; None where
+        it is of other content."""
+        for addition in self.manifest.get("additions", ()):
+            number = addition["shards_before"]
+            if other in self._fingerprints(self._shards[:number], name):
+                return int(self._starts[number])
+        return None
+
+    def _fingerprints(self, shards: list[dict[str, Any]], name: str) -> tuple[str, str]:
+        content = shards, self.manifest.get("empty_caption")
         named = fingerprint(replace(self.packed, name=name), *content, named=True)
-        return other in (self.fingerprint, fingerprint(self.packed, *content), named)
+        return fingerprint(self.packed, *content), named
+
+    @property
+    def first_rows(self) -> int:
+        """How many rows were packed first: all, unless the set has grown. What is drawn of them stays
+        the same then."""
+        additions = self.manifest.get("additions") or [{"shards_before": len(self._shards)}]
+        return int(self._starts[additions[0]["shards_before"]])
 
     def gather(
         self,
