@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -359,12 +359,15 @@ def fingerprint(*columns: bytes | Iterable[str | bytes]) -> str:
 def _chunks(values: Iterable[str | bytes]) -> Iterator[bytes]:
     """The bytes of many texts, each with its length before it; bytes as they are."""
     values = iter(values)
+    first = next(values, b"")
+    if isinstance(first, bytes):
+        yield first
+        yield from values  # type: ignore[misc]
+        return
+    values = chain([first], values)
     while some := list(islice(values, BATCH)):
         try:
-            if isinstance(some[0], bytes):
-                yield b"".join(some)  # type: ignore[arg-type]
-            else:
-                yield "".join(f"{len(text)}:{text!s}" for text in some).encode()
+            yield "".join(f"{len(text)}:{text!s}" for text in some).encode()
         except UnicodeEncodeError as error:
             raise not_utf8(error) from error
 
