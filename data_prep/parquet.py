@@ -118,14 +118,7 @@ class ParquetSource:
         if id_column:
             self._check_ids()
         self._sizes = list(map(os.path.getsize, self._files))
-        self.facts: dict[str, Any] = {
-            "program": "data_prep.parquet",
-            "files": list(map(str, self._files)),
-            "rows": self.size,
-            "bytes": sum(self._sizes),
-            "columns": self._columns,
-            "num_classes": self.num_classes,
-        }
+        self.facts = self._facts()
         # The files' footers stand for their content, which would take hours to hash.
         self.fingerprint = fingerprint(
             (name or "" for name in self._columns.values()),
@@ -135,6 +128,16 @@ class ParquetSource:
             (text for text, _ in self._ids()) if id_column else (),
             *map(_footer, self._files),
         )
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "program": "data_prep.parquet",
+            "files": list(map(str, self._files)),
+            "rows": self.size,
+            "bytes": sum(self._sizes),
+            "columns": self._columns,
+            "num_classes": self.num_classes,
+        }
 
     def parts(self, rows_per_shard: int) -> int:
         return -(-self._starts[-1] // rows_per_shard)

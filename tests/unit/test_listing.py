@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep import folder, imagenet, listing, packing, parquet, spool, walk, webdataset
+from data_prep import folder, imagenet, left_out, listing, packing, parquet, spool, walk, webdataset
 from data_prep.listing import Found, Listings
 from data_prep.sources import ListSource
 from data_prep.walk import Walk, missing_files
@@ -224,9 +224,9 @@ def test_two_packers_of_other_numbers_of_ranks(tmp_path: Path) -> None:
 
 
 def test_more_reasons_than_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "MOST_REASONS", 2)
+    monkeypatch.setattr(left_out, "MOST_REASONS", 2)
     skipped = [(str(i), why) for i, why in enumerate(["a", "b", "c", "a", "d"])]
-    assert packing._write_skipped(tmp_path / "x", iter(skipped)) == {"a": 2, "b": 1, "other reasons": 2}
+    assert left_out.write_skipped(tmp_path / "x", iter(skipped)) == {"a": 2, "b": 1, "other reasons": 2}
     assert [json.loads(line)["reason"] for line in (tmp_path / "x").read_text().splitlines()] == list("abcad")
 
 
