@@ -239,6 +239,16 @@ def test_ids_and_labels_of_tables_are_streams(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(spool, "RUN", 2)
     source = parquet.ParquetSource([tmp_path / "0.parquet"], label_column="l", id_column="id")
     assert source.fingerprint == whole.fingerprint and source.num_classes == 3
+    # A later start reads neither, unless a file was written anew.
+    listings, columns = Listings(tmp_path / "out/packing"), ("image", "l", None, "id")
+    parquet.ParquetSource([tmp_path / "0.parquet"], *columns, listings)
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet.ParquetSource, "_read", None)
+        later = parquet.ParquetSource([tmp_path / "0.parquet"], *columns, listings)
+        assert (later.fingerprint, later.facts, later.class_names, later.notes) == (source.fingerprint, source.facts, ("a", "b", "c"), source.notes)
+        os.utime(tmp_path / "0.parquet")
+        with pytest.raises(TypeError):
+            parquet.ParquetSource([tmp_path / "0.parquet"], *columns, listings)
     assert [(item.id, item.label) for item in source.part(1, 4)] == [("04", 0), ("05", 1), ("06", 2), ("07", 0)]
     pq.write_table(pa.table(table | {"id": [*"abcdefgha"]}), tmp_path / "1.parquet", row_group_size=4)
     with pytest.raises(DataError, match="column id: 1 ids are given more than once: a;"):
