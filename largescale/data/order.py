@@ -53,24 +53,28 @@ class Chunks(NamedTuple):
 def chunks(positions: npt.NDArray[np.int64], n_rows: int, seed: int, lanes: int) -> Chunks:
     """The chunks that hold the rows of these positions in blocks; see `block_indices`."""
     key, index = _epochs(positions, n_rows, seed)
-    in_window = np.uint64(lanes * CHUNK_ROWS)
-    n_whole = np.uint64(n_rows) // in_window * np.uint64(lanes)  # chunks of windows that are full
+    n, n_lanes, n_rows_of_chunk = map(np.uint64, (n_rows, lanes, CHUNK_ROWS))
+    n_windows, left = np.divmod(n, n_lanes * n_rows_of_chunk)  # those that are full
 
     # Neighbouring positions are those of different chunks: of one lane each.
-    window, index = np.divmod(index, in_window)
-    place, lane = np.divmod(index, np.uint64(lanes))
-    slot = window * np.uint64(lanes) + lane
-    is_whole = slot < n_whole
-    chunk = _permute(np.where(is_whole, slot, 0), np.maximum(n_whole, np.uint64(1)), key)
+    window, index = np.divmod(index, n_lanes * n_rows_of_chunk)
+    place, lane = np.divmod(index, n_lanes)
+    slot = window * n_lanes + lane
+    is_full = window < n_windows
+    chunk = _permute(np.where(is_full, slot, 0), np.maximum(n_windows * n_lanes, np.uint64(1)), key)
 
-    # The rows that are left make a last, smaller window: each lane has as many, or one more.
-    each, more = np.divmod(np.uint64(n_rows) - n_whole * np.uint64(CHUNK_ROWS), np.uint64(lanes))
-    left = n_whole * np.uint64(CHUNK_ROWS) + lane * each + np.minimum(lane, more)
-    first = np.where(is_whole, chunk * np.uint64(CHUNK_ROWS), left)
-    size = np.where(is_whole, np.uint64(CHUNK_ROWS), each + (lane < more))
+    # The set is cut into as many sections as there are lanes. A section has a chunk for each full
+    # window, and behind them its share of the rows that are left, which make a last, smaller one.
+    each, more = np.divmod(left, n_lanes)
+    section, chunk = np.divmod(chunk, np.maximum(n_windows, np.uint64(1)))
+    section = np.where(is_full, section, lane)
+    chunk = np.where(is_full, chunk, n_windows)
+    first = section * (n_windows * n_rows_of_chunk + each) + np.minimum(section, more)
+    first += chunk * n_rows_of_chunk
+    size = np.where(is_full, n_rows_of_chunk, each + (lane < more))
 
     # Chunks begin at other rows in each epoch, so that the same rows are not always neighbours.
-    first = (first + _mix(~key) % np.uint64(n_rows)) % np.uint64(n_rows)
+    first = (first + _mix(~key) % n) % n
     return Chunks(
         first.astype(np.int64),
         size.astype(np.int64),
