@@ -20,7 +20,9 @@ software, not disks. Peers run in an environment of their own.
 Every number is the median of three, with the libraries taking turns. What else runs on the machine
 shows in the load.
 
-    --mixing    instead: how well orders mix a set that is sorted by class, see mixing.py
+    --mixing                       instead: how well orders mix a set that is sorted by class, see mixing.py
+    --slow MS [--bandwidth MB/s]   instead: which order and prefetch keeps eight H100s fed from storage on
+                                   which each read waits so long, see slow_storage.py
 """
 
 import argparse
@@ -43,6 +45,7 @@ from typing import Any
 
 import mixing
 import numpy as np
+import slow_storage
 from loader_peers import BATCH, LABELS, LATENTS, OPEN, SHAPE, WRITE
 from ports import free_port
 from tqdm import tqdm
@@ -469,40 +472,16 @@ def compare_mixing(report: Path | None) -> None:
         report.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rows", type=int, default=20_000)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument(
-        "--seconds", type=float, default=2, help="at least, of each of the three repeats"
-    )
-    parser.add_argument(
-        "--work", type=Path, help="a new folder, which stays; else a temporary one, which does not"
-    )
-    parser.add_argument("--mixing", action="store_true")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    least = 4 * BATCH * max(options.processes)
-    if options.rows < least:
-        parser.error(f"--rows {options.rows} are too few; give at least {least}")
+def compare_speeds(options: argparse.Namespace, work: Path) -> None:
+    """Print how fast the libraries read, start and seek."""
     begin = time.perf_counter()
     load = os.getloadavg()[0]
-    make_environment()
-    if options.mixing:
-        compare_mixing(options.json)
-        return
-    with ExitStack() as stack:
-        work = (options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))).resolve()
-        if work.exists() and any(work.iterdir()):
-            parser.error(f"--work {work} is not empty; give a new folder, or empty it")
-        bench = Bench(work, options.rows, options.seconds)
-        rows = compare(bench, options.processes)
-        seeks = constant_seek(bench.folder("ours"))
-        captions = captions_on_disk(
-            work / "captioned", max(2 * BATCH, options.rows // 10), options.seconds
-        )
+    bench = Bench(work, options.rows, options.seconds)
+    rows = compare(bench, options.processes)
+    seeks = constant_seek(bench.folder("ours"))
+    captions = captions_on_disk(
+        work / "captioned", max(2 * BATCH, options.rows // 10), options.seconds
+    )
 
     print(markdown(rows, options.processes))
     print(
@@ -539,6 +518,42 @@ def main() -> None:
             "captions": captions,
         }
         options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument(
+        "--seconds", type=float, default=2, help="at least, of each of the three repeats"
+    )
+    parser.add_argument(
+        "--work", type=Path, help="a new folder, which stays; else a temporary one, which does not"
+    )
+    parser.add_argument("--mixing", action="store_true")
+    parser.add_argument("--slow", type=float, metavar="MS")
+    parser.add_argument("--bandwidth", type=float, default=1000, metavar="MB/s")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    least = 4 * BATCH * max(options.processes)
+    if options.rows < least:
+        parser.error(f"--rows {options.rows} are too few; give at least {least}")
+    make_environment()
+    if options.mixing:
+        compare_mixing(options.json)
+        return
+    with ExitStack() as stack:
+        work = (options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))).resolve()
+        if work.exists() and any(work.iterdir()):
+            parser.error(f"--work {work} is not empty; give a new folder, or empty it")
+        if options.slow is None:
+            compare_speeds(options, work)
+            return
+        python = ENVIRONMENT / "bin/python"
+        work.mkdir(parents=True, exist_ok=True)
+        slow_storage.measure(work, python, options.slow, options.bandwidth, options.seconds)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.content import Known
+from data_prep.left_out import Totals
 from largescale.config.serialise import flatten
 from largescale.data.format import read_manifest
 from largescale.data.parts import APPEND, Parts
@@ -141,7 +142,7 @@ def known_images(data: ShardDataset) -> tuple[Known, list[str]]:
 
 
 def grown(
-    data: ShardDataset, job: dict[str, Any], totals: Any, skipped: Counter[str]
+    data: ShardDataset, job: dict[str, Any], totals: Totals, skipped: Counter[str]
 ) -> dict[str, Any]:
     """The manifest's entries about a set that has grown, as write_manifest takes them. `totals`: of
     the new parts; `skipped`: how often each reason occurs in the source. Raises DataError where the

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -85,9 +85,13 @@ class Writer:
         if not is_unicode(file):
             self.skip(id or file, "its name is not UTF-8")
             return
-        row = {"file": file, "id": id, "label": label, "captions": captions}
         for name, values in self._pending.items():
-            values.append(row[name])
+            if name == "file":
+                values.append(file)
+            elif name == "label":
+                values.append(label)
+            else:
+                values.append(id if name == "id" else captions)
         self._added(1, label)
 
     def extend(self, files: list[str], label: int = 0) -> None:
@@ -104,7 +108,10 @@ class Writer:
 
     def _added(self, rows: int, label: int) -> None:
         self.rows += rows
-        if "label" in self._pending:
+        # Most labels are neither less nor greater than those before.
+        if "label" in self._pending and not (
+            self.labels and self.labels[0] <= label <= self.labels[1]
+        ):
             low, high = self.labels or (label, label)
             self.labels = (min(low, label), max(high, label))
         while len(self._pending["file"]) >= BATCH:
@@ -352,12 +359,15 @@ def fingerprint(*columns: bytes | Iterable[str | bytes]) -> str:
 def _chunks(values: Iterable[str | bytes]) -> Iterator[bytes]:
     """The bytes of many texts, each with its length before it; bytes as they are."""
     values = iter(values)
+    first = next(values, b"")
+    if isinstance(first, bytes):
+        yield first
+        yield from values  # type: ignore[misc]
+        return
+    values = chain([first], values)
     while some := list(islice(values, BATCH)):
         try:
-            if isinstance(some[0], bytes):
-                yield b"".join(some)  # type: ignore[arg-type]
-            else:
-                yield "".join(f"{len(text)}:{text!s}" for text in some).encode()
+            yield "".join(f"{len(text)}:{text!s}" for text in some).encode()
         except UnicodeEncodeError as error:
             raise not_utf8(error) from error
 

@@ -46,6 +46,7 @@ from data_prep.append import (
 )
 from data_prep.card import CARD, write_card
 from data_prep.content import Known, content_hash, write_hashes
+from data_prep.left_out import SKIPPED, Totals, write_skipped
 from data_prep.listing import Listings
 from data_prep.progress import Progress, write_plan
 from data_prep.sources import Item, Source, first_reasons, source_changed
@@ -84,10 +85,7 @@ PLACES = {
 }
 ALREADY_PACKED = "already packed; to pack it anew, delete the folder first"
 ROUND_TRIP_IMAGES = 8
-SKIPPED = "skipped.jsonl"
 HASHES = "content{}.hashes"
-# Reasons to leave images out that are counted apart.
-MOST_REASONS = 10_000
 # Bytes of image files that wait in memory to be decoded.
 MOST_HELD = 2**30
 
@@ -552,7 +550,7 @@ class Packer:
         self.parts.wait_for_all()
         if what := self.source.changed():
             raise source_changed(what)
-        totals = _Totals(self.parts.records())
+        totals = Totals(self.parts.records())
         # Written as it is read: millions may have been left out.
         out = self.options.out
         reasons = self._write_skipped(totals)
@@ -592,16 +590,16 @@ class Packer:
         path = self.options.out / SKIPPED
         left_out = chain(self.source.skipped, totals)
         if self.base is None:
-            return _write_skipped(path, left_out)
+            return write_skipped(path, left_out)
         # Not what a start has added that was killed before it wrote the manifest.
         count = self.base.manifest["skipped"]["count"]
         with path.open() as before:
-            return _write_skipped(path, left_out, islice(before, count))
+            return write_skipped(path, left_out, islice(before, count))
 
     def _write_grown_set(
         self,
         base: ShardDataset,
-        totals: "_Totals",
+        totals: Totals,
         reasons: Counter[str],
         named: dict[str, list[str]],
     ) -> None:
@@ -624,7 +622,7 @@ class Packer:
         write_manifest(base.path, base.packed, columns, shards, empty, **about)
 
     def _write_set(
-        self, totals: "_Totals", reasons: Counter[str], named: dict[str, list[str]]
+        self, totals: Totals, reasons: Counter[str], named: dict[str, list[str]]
     ) -> None:
         """Writes the manifest of a new set, and what belongs to it."""
         out = self.options.out
@@ -721,44 +719,6 @@ class Packer:
             f"({size / len(data):,.0f} bytes an image){encoders}; {done}; {left_out} left "
             f"out{listed}"
         )
-
-
-class _Totals(Iterable[tuple[str, str]]):
-    """What the records of all parts add up to, once they are read: reading them gives what the parts
-    have left out, (id, reason) each."""
-
-    def __init__(self, records: Iterable[dict[str, Any]]) -> None:
-        self._records = records
-        self.shards: list[dict[str, Any]] = []
-        self.columns: list[str] = []
-        self.captions = self.captions_cut = 0
-
-    def __iter__(self) -> Iterator[tuple[str, str]]:
-        for record in self._records:
-            self.shards += record["shards"]
-            self.captions += record["captions"]
-            self.captions_cut += record.get("captions_cut", 0)
-            self.columns = self.columns or record["columns"]
-            yield from record["skipped"]
-
-
-def _write_skipped(
-    path: Path, skipped: Iterable[tuple[str, str]], before: Iterable[str] = ()
-) -> Counter[str]:
-    """Writes the list of (id, reason), behind the lines `before`; returns how often each reason
-    occurs."""
-    reasons: Counter[str] = Counter()
-
-    def lines() -> Iterator[str]:
-        yield from before
-        for id, reason in skipped:
-            # A reason may have a file's name in it, and be another for each of millions.
-            known = reason in reasons or len(reasons) < MOST_REASONS
-            reasons[reason if known else "other reasons"] += 1
-            yield json.dumps({"id": id, "reason": reason}) + "\n"
-
-    write_atomically(path, lines())
-    return reasons
 
 
 def _places(found: Mapping[str, Any], ours: Mapping[str, Any]) -> set[str]:

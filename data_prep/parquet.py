@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 
 from data_prep import packing, program
 from data_prep.images import Unusable
-from data_prep.listing import fingerprint
+from data_prep.listing import Found, Listings, Writer, fingerprint
 from data_prep.sources import (
     Item,
     Skips,
@@ -68,7 +69,12 @@ class Parquet(packing.Packing):
 
     def source(self) -> "ParquetSource":
         return ParquetSource(
-            self.files, self.image_column, self.label_column, self.caption_column, self.id_column
+            self.files,
+            self.image_column,
+            self.label_column,
+            self.caption_column,
+            self.id_column,
+            self.listings,
         )
 
 
@@ -87,6 +93,7 @@ class ParquetSource:
         label_column: str | None = None,
         caption_column: str | None = None,
         id_column: str | None = None,
+        listings: Listings | None = None,
     ) -> None:
         self._files = _expand(files)
         self._columns = {
@@ -106,19 +113,47 @@ class ParquetSource:
         self.name = f"parquet-{name_of(files[0])}"
         self.captioned = caption_column is not None
         self.skipped: Skips = []
-        self.class_names: Sequence[str] = ()
-        self.num_classes = 0
         self.notes = self._not_packed()
         splits = splits_in(self._files)
         if len(splits) > 1:
             self.notes.append(f"the splits {', '.join(splits)} together")
 
-        # Labels and ids are read as streams here, to be checked, and with the images of a part again.
-        self._label_of = self._read_labels() if label_column else None
-        if id_column:
-            self._check_ids()
+        # Labels and ids are read as streams, to be checked, by the rank that comes first; and with the
+        # images of a part again.
+        self._label_of: dict[str, int] = {}
+        files_now = [[str(path), *_version(path)] for path in self._files]
+        key = {"program": "data_prep.parquet", "columns": self._columns, "files": files_now}
+        self._listing = (listings or Listings()).get(key, (), partial(self._check_columns, rows))
+        found = self._listing.found
+        self._label_of = found.facts["labels"]
+        self.class_names: Sequence[str] = tuple(found.class_names)
+        self.num_classes = found.num_classes
+        self.notes += found.notes
+        self.fingerprint: str = found.facts["fingerprint"]
         self._sizes = list(map(os.path.getsize, self._files))
-        self.facts: dict[str, Any] = {
+        self.facts = self._facts()
+
+    def _check_columns(self, rows: Sequence[int], writer: Writer) -> Found:
+        """What is known once all labels and ids are read. Raises DataError for bad ones."""
+        found = Found({})
+        if self._columns["label"]:
+            self._label_of = self._read_labels(found)
+        if self._columns["id"]:
+            self._check_ids(writer.scratch)
+        # The files' footers stand for their content, which would take hours to hash.
+        found.facts["fingerprint"] = fingerprint(
+            (name or "" for name in self._columns.values()),
+            found.class_names,
+            map(str, rows),
+            self._labels() if self._columns["label"] else b"",
+            (text for text, _ in self._ids()) if self._columns["id"] else (),
+            *map(_footer, self._files),
+        )
+        found.facts["labels"] = self._label_of
+        return found
+
+    def _facts(self) -> dict[str, Any]:
+        return {
             "program": "data_prep.parquet",
             "files": list(map(str, self._files)),
             "rows": self.size,
@@ -126,15 +161,6 @@ class ParquetSource:
             "columns": self._columns,
             "num_classes": self.num_classes,
         }
-        # The files' footers stand for their content, which would take hours to hash.
-        self.fingerprint = fingerprint(
-            (name or "" for name in self._columns.values()),
-            self.class_names,
-            map(str, rows),
-            self._labels() if label_column else b"",
-            (text for text, _ in self._ids()) if id_column else (),
-            *map(_footer, self._files),
-        )
 
     def parts(self, rows_per_shard: int) -> int:
         return -(-self._starts[-1] // rows_per_shard)
@@ -152,7 +178,7 @@ class ParquetSource:
         return other_size(map(str, self._files), self._sizes, map(file_size, map(str, self._files)))
 
     def discard(self) -> None:
-        pass  # nothing was written
+        self._listing.discard()
 
     def _rows(self, path: Path, row: int, start: int, stop: int) -> Iterator[Item]:
         """The items of the rows in [start, stop); `row` is the number of the file's first."""
@@ -181,7 +207,6 @@ class ParquetSource:
             ids = list(map(_text, batch.column(name).cast(pa.large_string())))
         labels = [0] * len(batch)
         if name := self._columns["label"]:
-            assert self._label_of
             texts = batch.column(name).cast(pa.large_string()).to_pylist()
             labels = [self._label_of[text] for text in texts]
         for i in numbers:
@@ -284,9 +309,8 @@ class ParquetSource:
                     notes.append(f"{column} is not packed (--{key}-column {field.name})")
         return notes
 
-    def _read_labels(self) -> dict[str, int]:
-        """The number of each label, as it stands in the column. Sets num_classes and class_names
-        too."""
+    def _read_labels(self, found: Found) -> dict[str, int]:
+        """The number of each label, as it stands in the column; the classes are added to `found`."""
         name = str(self._columns["label"])
         names = self._stored_class_names(name)
 
@@ -313,20 +337,19 @@ class ParquetSource:
 
         # Numbers that are stored as text may be names; numbers that are stored as such are not.
         numeric = not any(_is_text(pq.read_schema(file).field(name).type) for file in self._files)
-        labels, self.class_names, self.num_classes = class_labels(
+        labels, found.class_names, found.num_classes = class_labels(
             counts,
             names,
             lambda label: self._where(first[label]),
             "correct the column, or leave out --label-column",
             numeric,
         )
-        if self.class_names and not names:
-            self.notes.append("classes numbered in the sorted order of their names")
+        if found.class_names and not names:
+            found.notes.append("classes numbered in the sorted order of their names")
         return labels
 
     def _labels(self) -> Iterator[bytes]:
         """The numbers of all rows' labels, many at a time."""
-        assert self._label_of
         for column in self._read("label"):
             encoded = column.dictionary_encode()
             numbers = [self._label_of[text] for text in encoded.dictionary.to_pylist()]
@@ -353,12 +376,12 @@ class ParquetSource:
             except UnicodeDecodeError:
                 yield from map(_text, column)
 
-    def _check_ids(self) -> None:
+    def _check_ids(self, scratch: Path) -> None:
         """Raises DataError for ids that are given more than once."""
         twice = 0
         some: list[str] = []
         last, times = None, 1
-        for id, _ in sorted_on_disk(self._ids(), None):
+        for id, _ in sorted_on_disk(self._ids(), scratch):
             times = times + 1 if id == last else 1
             last = id
             if times == 2:
@@ -401,6 +424,12 @@ def _in_folder(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.parquet"))
     refuse_splits(folder, splits_in(files), "give the files of one with --files")
     return files
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """A file's size, and when it was written."""
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns
 
 
 def _is_text(type: pa.DataType) -> bool:

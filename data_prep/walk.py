@@ -6,7 +6,7 @@ import posixpath
 import time
 from collections.abc import Callable, Container, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, groupby
+from itertools import chain, groupby, starmap
 from pathlib import Path
 from typing import Any
 
@@ -197,12 +197,18 @@ def missing_files(
     listed(str(root), changed_ns(status))
     found = Missing()
     # Sorted by folder: each is listed once, as asking for each of millions of files takes hours.
-    keys = ("\0".join((*posixpath.split(name), f"{number:012d}")) for number, name in names)
-    for folder, group in groupby(sorted_on_disk(keys, scratch), key=lambda key: key.split("\0")[0]):
+    keys = sorted_on_disk(starmap(_key, names), scratch)
+    for folder, group in groupby(keys, key=lambda key: key.partition("\0")[0]):
         there, images = _files(root, folder, scratch, listed)
         present = _compare(folder, group, there, found)
         found.unlisted += images() - present
     return found
+
+
+def _key(number: int, name: str) -> str:
+    """Folder, name and number as one text: what is sorted by it, is sorted by folder."""
+    folder, _, file = name.rpartition("/")
+    return f"{folder}\0{file}\0{number:012d}"
 
 
 def _files(

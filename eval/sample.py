@@ -371,9 +371,10 @@ class Sampler:
             # Also where the set was complete: --also may ask for a format that it does not have
             # yet.
             make_of(made.folder, o.also)
+            width = f"average of width {o.ema_width:g} at" if o.ema_width else "checkpoint"
             print(
                 f"{made.folder}: {o.num_samples:,} images, {config.sampler} {config.steps} steps, "
-                f"cfg_scale {config.cfg_scale}, seed {config.seed}, checkpoint step "
+                f"cfg_scale {config.cfg_scale}, seed {config.seed}, {width} step "
                 f"{self.trained.info['step']}; {done}",
                 flush=True,
             )

@@ -17,7 +17,7 @@ from typing import Annotated
 import tyro
 
 from largescale.config.command_line import parse_options, run_program
-from largescale.errors import ConfigError, StorageError, usable
+from largescale.errors import ConfigError, usable
 from largescale.host.files import write_atomically
 from largescale.host.launch import printable_lines
 from largescale.monitoring.run_facts import Facts, facts
@@ -226,7 +226,7 @@ def _write_page(options: Status, path: Path) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, made)
     except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error}; choose another --html") from error
+        raise ConfigError(f"{path} cannot be written: {error}; choose another --html") from error
     print(f"{path}: {', '.join(map(str, options.runs))}")
     return int(any(view.facts["damaged"] for view in views))
 

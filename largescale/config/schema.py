@@ -202,6 +202,10 @@ class DataConfig:
     """What makes x_start of a latent. encoder: its own scale_factor, and mean and std of each channel
     where it has them. dataset: mean and std of each channel that were measured while packing, so that
     each has mean 0 and std 1. none: latents as they are stored. Of pixels always encoder."""
+    grown: Literal["refuse", "next_epoch"] = "refuse"
+    """What a resumed run does where images were added to its set (data_prep --append). refuse: it ends
+    with an error that says so. next_epoch: it finishes the epoch in the old order, as if nothing were
+    added, and the next epoch has all rows."""
     order: Literal["full", "blocks"] = "full"
     """In which order an epoch visits the rows. full: every row may come next, by one small read for
     each. blocks: for slow shared storage, by long reads ahead: each place of the global batch takes 64

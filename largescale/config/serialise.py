@@ -45,6 +45,7 @@ FREE_ON_RESUME = (
     "data.path",
     "data.validation",
     "data.prefetch",
+    "data.grown",
     "data.stage",
     "data.verify",
     "train.micro_batch_size",

@@ -58,7 +58,7 @@ class FixedNoiseSet:
         # Images and noise as a training step draws them.
         moments = info.kind == "moments"
         draws = step_draws(seed, 0, n, shape, dropout_prob=0.0, posterior=moments, device=device)
-        chosen = sample_indices(np.arange(n), len(dataset), seed)
+        chosen = sample_indices(np.arange(n), dataset.first_rows, seed)
         rows = {}
         for name, values in dataset.gather(
             chosen, choice=np.zeros(n) if captions else None

@@ -199,6 +199,9 @@ def _check(manifest: dict[str, Any]) -> None:
         _check_number("label_min", shard["label_min"], -(2**31), 2**31)
         _check_number("label_max", shard["label_max"], -(2**31), 2**31)
 
+    for addition in manifest.get("additions", ()):
+        _check_number("shards_before", addition["shards_before"], 1, len(manifest["shards"]))
+
     # A name with folders in it could lead out of the data set.
     for entry in all_files(manifest["shards"], manifest.get("empty_caption")):
         name = entry["file"]

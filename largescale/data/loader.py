@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from largescale.condition import Captions, Condition
-from largescale.data.order import ORDERS
+from largescale.data.order import ORDERS, Extent, indices_in_extents
 from largescale.data.read_ahead import ReadAhead
 from largescale.data.shards import ShardDataset
 from largescale.encoders.normalization import Normalization
@@ -55,7 +55,10 @@ class Loader(AbstractContextManager["Loader"]):
         start_step: int = 0,
         prefetch: int = 4,
         pin_memory: bool = False,
+        extents: Sequence[Extent] = (),
     ) -> None:
+        """`extents`: how many rows the set has from which position on, where it has grown while the
+        run trained."""
         each = micro_batch_size * world_size
         if global_batch_size % each:
             raise ConfigError(
@@ -70,6 +73,7 @@ class Loader(AbstractContextManager["Loader"]):
         self.captions = captions
         self.prefetch = prefetch
         self.pin_memory = pin_memory
+        self._extents = extents or (Extent(0, len(dataset)),)
 
         # This rank's rows of the global batch, (accum, micro).
         layout = np.arange(global_batch_size).reshape(-1, world_size, micro_batch_size)
@@ -84,7 +88,13 @@ class Loader(AbstractContextManager["Loader"]):
         self._chunks: ReadAhead | None = None
         if order == "blocks":
             self._chunks = ReadAhead(
-                dataset, seed, global_batch_size, self._rows, mirrors=flip, captions=captions
+                dataset,
+                seed,
+                global_batch_size,
+                self._rows,
+                mirrors=flip,
+                captions=captions,
+                extents=self._extents,
             )
         self._read_ahead(start_step)
 
@@ -143,13 +153,16 @@ class Loader(AbstractContextManager["Loader"]):
         if order is None:
             steps = np.arange(block * _STEPS_A_BLOCK, (block + 1) * _STEPS_A_BLOCK)
             positions = steps[:, None] * self.global_batch_size + self._rows.ravel()
-            order = self._rows_at(positions, len(self.dataset), self.seed, self.global_batch_size)
+            order = indices_in_extents(positions, self._extents, self._order_of)
 
             # Two threads may read on both sides of a block's edge. A new dict, as the other one
             # may be looking into this.
             near = {b: known for b, known in self._order.items() if abs(b - block) < 2}
             self._order = {**near, block: order}
         return order[within]
+
+    def _order_of(self, positions: npt.NDArray[np.int64], n_rows: int) -> npt.NDArray[np.int64]:
+        return self._rows_at(positions, n_rows, self.seed, self.global_batch_size)
 
     def close(self) -> None:
         """Ends the threads; a batch that one is reading is finished first."""

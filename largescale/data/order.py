@@ -12,7 +12,8 @@ in random order until all have come. So what a rank reads is a few long pieces, 
 reads, however many ranks there are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -52,24 +53,28 @@ class Chunks(NamedTuple):
 def chunks(positions: npt.NDArray[np.int64], n_rows: int, seed: int, lanes: int) -> Chunks:
     """The chunks that hold the rows of these positions in blocks; see `block_indices`."""
     key, index = _epochs(positions, n_rows, seed)
-    in_window = np.uint64(lanes * CHUNK_ROWS)
-    n_whole = np.uint64(n_rows) // in_window * np.uint64(lanes)  # chunks of windows that are full
+    n, n_lanes, n_rows_of_chunk = map(np.uint64, (n_rows, lanes, CHUNK_ROWS))
+    n_windows, left = np.divmod(n, n_lanes * n_rows_of_chunk)  # those that are full
 
     # Neighbouring positions are those of different chunks: of one lane each.
-    window, index = np.divmod(index, in_window)
-    place, lane = np.divmod(index, np.uint64(lanes))
-    slot = window * np.uint64(lanes) + lane
-    is_whole = slot < n_whole
-    chunk = _permute(np.where(is_whole, slot, 0), np.maximum(n_whole, np.uint64(1)), key)
+    window, index = np.divmod(index, n_lanes * n_rows_of_chunk)
+    place, lane = np.divmod(index, n_lanes)
+    slot = window * n_lanes + lane
+    is_full = window < n_windows
+    chunk = _permute(np.where(is_full, slot, 0), np.maximum(n_windows * n_lanes, np.uint64(1)), key)
 
-    # The rows that are left make a last, smaller window: each lane has as many, or one more.
-    each, more = np.divmod(np.uint64(n_rows) - n_whole * np.uint64(CHUNK_ROWS), np.uint64(lanes))
-    left = n_whole * np.uint64(CHUNK_ROWS) + lane * each + np.minimum(lane, more)
-    first = np.where(is_whole, chunk * np.uint64(CHUNK_ROWS), left)
-    size = np.where(is_whole, np.uint64(CHUNK_ROWS), each + (lane < more))
+    # The set is cut into as many sections as there are lanes. A section has a chunk for each full
+    # window, and behind them its share of the rows that are left, which make a last, smaller one.
+    each, more = np.divmod(left, n_lanes)
+    section, chunk = np.divmod(chunk, np.maximum(n_windows, np.uint64(1)))
+    section = np.where(is_full, section, lane)
+    chunk = np.where(is_full, chunk, n_windows)
+    first = section * (n_windows * n_rows_of_chunk + each) + np.minimum(section, more)
+    first += chunk * n_rows_of_chunk
+    size = np.where(is_full, n_rows_of_chunk, each + (lane < more))
 
     # Chunks begin at other rows in each epoch, so that the same rows are not always neighbours.
-    first = (first + _mix(~key) % np.uint64(n_rows)) % np.uint64(n_rows)
+    first = (first + _mix(~key) % n) % n
     return Chunks(
         first.astype(np.int64),
         size.astype(np.int64),
@@ -151,3 +156,49 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Extent:
+    """From a position of the run on, its data set has so many rows; epochs begin there."""
+
+    start: int
+    rows: int
+
+
+def in_extents(
+    positions: npt.NDArray[np.int64], extents: Sequence[Extent]
+) -> Iterator[tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64], int]]:
+    """For each extent that some of the positions lie in: which of them do, how far behind its start,
+    and its rows."""
+    # The last extent that begins before a position, or at it.
+    starts = [extent.start for extent in extents]
+    of_extent = np.searchsorted(starts, positions, side="right") - 1
+    for number, extent in enumerate(extents):
+        inside = of_extent == number
+        if inside.any():
+            yield inside, positions[inside] - extent.start, extent.rows
+
+
+def indices_in_extents(
+    positions: npt.NDArray[np.int64],
+    extents: Sequence[Extent],
+    indices: Callable[[npt.NDArray[np.int64], int], npt.NDArray[np.int64]],
+) -> npt.NDArray[np.int64]:
+    """Rows to read at these positions of a run whose data set has grown. `indices`: the rows at
+    positions of a set that has so many rows."""
+    rows = np.empty_like(positions)
+    for inside, behind, n_rows in in_extents(positions, extents):
+        rows[inside] = indices(behind, n_rows)
+    return rows
+
+
+def grown_extents(extents: Sequence[Extent], position: int, rows: int) -> list[Extent]:
+    """The extents of a run that finds at `position`, the next that it reads, that its data set has
+    grown to so many rows: the epoch that it is in keeps its rows, and the next has all."""
+    begun = [extent for extent in extents if extent.start < position] or [extents[0]]
+    start, rows_now = begun[-1].start, begun[-1].rows
+    end = start + -(-(position - start) // rows_now) * rows_now
+    # Nothing was read of an epoch that would begin just here.
+    kept = [extent for extent in begun if extent.start < end]
+    return [*kept, Extent(end, rows)]

@@ -183,7 +183,7 @@ class Parts:
                     f"it anew, delete {self.out} first"
                 )
             # Left by a kill after the manifest was written; or of an addition that is under way.
-            if self.rank == 0 and (self.adds or not self._is_growing()):
+            if self.rank == 0 and (APPEND in self.job or not self._is_growing()):
                 self.remove()
             return False
 
@@ -210,11 +210,6 @@ class Parts:
             for failed in self.folder.glob("failed_*"):
                 failed.unlink(missing_ok=True)
         return True
-
-    @property
-    def adds(self) -> bool:
-        """Whether this job adds to a set that is there."""
-        return APPEND in self.job
 
     def _is_growing(self) -> bool:
         """Whether another job is adding to the set."""

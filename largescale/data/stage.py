@@ -42,10 +42,14 @@ class StagedCopy:
         self.path = path
         manifest = read_manifest(path)
         self._files = all_files(manifest["shards"], manifest.get("empty_caption"))
+        self.nbytes = 0
         # Not the fingerprint: the same content may have been written as other bytes.
-        facts = [(entry["file"], entry["bytes"], entry["sha256"]) for entry in self._files]
-        self.folder = stage / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-        self.nbytes = sum(entry["bytes"] for entry in self._files)
+        digest = hashlib.sha256()
+        for entry in self._files:
+            self.nbytes += entry["bytes"]
+            facts = entry["file"], entry["bytes"], entry["sha256"]
+            digest.update(f"{json.dumps(facts)}\n".encode())
+        self.folder = stage / digest.hexdigest()[:16]
 
     def missing(self) -> list[int]:
         """The numbers of the files that are not there yet."""
@@ -134,7 +138,7 @@ class StagedCopy:
 
 def paths_to_copy(config: Config) -> list[str]:
     """The data sets of a run."""
-    return [path for path in (config.data.path, config.data.validation) if path is not None]
+    return list(filter(None, (config.data.path, config.data.validation)))
 
 
 def plan_copies(paths: Sequence[str], stage: str) -> tuple[list[StagedCopy], int]:
@@ -154,12 +158,14 @@ def plan_copies(paths: Sequence[str], stage: str) -> tuple[list[StagedCopy], int
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise _cannot_write(folder, error) from error
-    needed = sum(copy.bytes_to_copy() for copy in copies)
+    needed = total = 0
+    for copy in copies:
+        needed += copy.bytes_to_copy()
+        total += copy.nbytes
     if needed > free:
-        total = sum(copy.nbytes for copy in copies)
         raise DataError(
             f"--data.stage {folder} on {socket.gethostname()} has {free / 1e9:,.3g} GB free, and "
-            f"{needed / 1e9:,.3g} GB of {' and '.join(str(copy.path) for copy in copies)} "
+            f"{needed / 1e9:,.3g} GB of {' and '.join(paths)} "
             f"({total / 1e9:,.3g} GB) are not there yet; give a folder on a larger disk, delete what "
             f"is not needed any more in {folder}{_others(folder, copies)}, or leave it out and take "
             "--data.order blocks"

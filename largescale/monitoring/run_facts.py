@@ -29,6 +29,14 @@ SILENT_S = 900.0
 
 Facts = dict[str, Any]
 
+# Noise levels of a stage, in events and in rows of metrics.
+_LEVELS = ("lowest", "highest", "curriculum/lowest", "curriculum/highest")
+_KINDS_OF_VALUES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("event", "text"), (str,)),
+    **dict.fromkeys(("index", "curriculum/index", "curriculum/patience"), (int,)),
+    **dict.fromkeys(("images_per_s", *_LEVELS), (int, float)),
+}
+
 
 def facts(run_dir: Path, verify: bool = True, log: LogReader | None = None) -> Facts:
     """How a run stands, as plain values. Raises CheckpointError where there is no run.
@@ -151,9 +159,17 @@ def _metrics(run_dir: Path, log: LogReader) -> tuple[list[Facts], list[str]]:
         found = log.read()
     except OSError as error:
         return [], [f"{path} cannot be read: {error}"]
-    if not found.problems:
-        return found.rows, []
-    return found.rows, [f"lines of {path} that are no rows, and are left out: {found.problems}"]
+    rows = list(filter(_is_ours, found.rows))
+    odd = found.problems + len(found.rows) - len(rows)
+    return rows, [f"lines of {path} that are no rows, and are left out: {odd}"] * (odd > 0)
+
+
+def _is_ours(row: Facts) -> bool:
+    """Whether a row has what training writes in what is shown as more than a number of a curve."""
+    for key, kinds in _KINDS_OF_VALUES.items():
+        if key in row and type(row[key]) not in kinds:
+            return False
+    return all(0 <= row.get(key, 0) <= 1 for key in _LEVELS)
 
 
 def _kinds_of_rows(rows: list[Facts]) -> tuple[list[Facts], list[list[Any]], list[Facts]]:

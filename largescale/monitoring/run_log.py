@@ -5,8 +5,9 @@ import io
 import itertools
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -101,19 +102,17 @@ class LogReader:
     def _read_on(self) -> None:
         threads = min(os.cpu_count() or 1, _MOST_THREADS)
         rare: list[Row] = []
-        # Parts are parsed in threads: pyarrow releases the interpreter's lock.
+        # Parts are parsed in threads, while this one adds those before: numpy and pyarrow release the
+        # interpreter's lock.
         with self._path.open("rb") as file, ThreadPoolExecutor(threads) as pool:
             if not self._goes_on(file):
                 self._forget()
             file.seek(self._end)
-            chunks = _chunks(file)
-            while some := list(itertools.islice(chunks, threads)):
-                for part in pool.map(_parse, some):
-                    rare += part.others
-                    self._add(part)
-                for chunk in some:
-                    self._end += len(chunk)
-                    self._tail = (self._tail + chunk[-_COMPARED:])[-_COMPARED:]
+            for chunk, part in _parsed_ahead(pool, _chunks(file), threads):
+                rare += part.others
+                self._add(part)
+                self._end += len(chunk)
+                self._tail = (self._tail + chunk[-_COMPARED:])[-_COMPARED:]
         self._others += rare
         self._take(_columns_of([row for row in rare if "event" not in row]))
 
@@ -148,6 +147,20 @@ def _chunks(file: IO[bytes]) -> Iterator[bytes]:
     # A run that is writing has not ended its line yet.
     if parse_row(rest):
         yield rest + b"\n"
+
+
+def _parsed_ahead(
+    pool: ThreadPoolExecutor, chunks: Iterator[bytes], ahead: int
+) -> Iterator[tuple[bytes, _Part]]:
+    """The chunks in order, each parsed; so many of those that follow are parsed meanwhile."""
+    pending: deque[tuple[bytes, Future[_Part]]] = deque()
+    for chunk in chunks:
+        pending.append((chunk, pool.submit(_parse, chunk)))
+        if len(pending) > ahead:
+            first, part = pending.popleft()
+            yield first, part.result()
+    for last, part in pending:
+        yield last, part.result()
 
 
 def _parse(content: bytes) -> _Part:

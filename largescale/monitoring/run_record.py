@@ -103,7 +103,9 @@ def _start_of(record: dict[str, Any]) -> Start:
     for number in numbers:
         if not -1 <= number < _MOST:
             raise ValueError(f"{number} is not a number of a record")
-    for word in (start.device, start.host, start.memory, start.job or "", start.ended or ""):
+    job = "" if start.job is None else start.job
+    ended = "" if start.ended is None else start.ended
+    for word in (start.device, start.host, start.memory, job, ended):
         if not isinstance(word, str):
             raise TypeError(f"{word} is not a word")
     if not isinstance(start.settings, dict):

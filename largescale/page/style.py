@@ -57,7 +57,8 @@ pre{overflow:auto;max-height:60vh;background:var(--card);border:1px solid var(--
 nav,details:not(.printed),.skip{display:none}details::details-content{content-visibility:visible;height:auto}
 pre{max-height:none;white-space:pre-wrap;font-size:8.5px}.strip{flex-wrap:wrap}.scroll{overflow:visible}body{font-size:11px}
 td{white-space:normal}table,.note,.legend{font-size:10px}
-.grid{grid-template-columns:1fr 1fr}tr,.strip li{break-inside:avoid}h2,h3,caption,thead{break-after:avoid}}
+.grid{grid-template-columns:1fr 1fr}tr,.strip li,.cards div{break-inside:avoid}
+nav~article{break-before:page}h2,h3,caption,thead{break-after:avoid}}
 """
 # Of a page that is served: takes its place, but for what is open, in focus and scrolled.
 REFRESH = """

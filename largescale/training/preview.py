@@ -123,7 +123,7 @@ class Preview:
         self._y: Condition = torch.tensor(balanced_labels(n, n_classes))
         self._titles: list[str] | None = None
         if config.model.max_caption_tokens and config.telemetry.preview_every:
-            rows = sample_indices(np.arange(n), len(dataset), config.train.seed)
+            rows = sample_indices(np.arange(n), dataset.first_rows, config.train.seed)
             gathered = dataset.gather(rows, choice=np.zeros(n))
             self._y = to_condition(
                 {name: torch.from_numpy(values) for name, values in gathered.items()}

@@ -99,6 +99,7 @@ def train_run(
         if checkpoint is not None:
             watchdog.heartbeat("start-up: resume")
             resume(checkpoint, train_step, state, log)
+            take_over_growth(checkpoint, state, dataset, log)
         log(first_line(train_step, state, dataset, precision(ds)))
         finished, goodput = run_trainer(
             train_step, dataset, validation, checkpointer, identity, watchdog, lock, start_time
@@ -227,6 +228,25 @@ def newest_to_resume(
             lambda: check_resumed(config, checkpoint) if ranks.rank == 0 else None
         )
     return checkpoint
+
+
+def take_over_growth(
+    checkpoint: CheckpointDir, state: TrainingState, dataset: ShardDataset, log: Log
+) -> None:
+    """Note in the state where images were added to the data set since the checkpoint, which
+    check_same_run has allowed. All ranks do so alike."""
+    saved = checkpoint.manifest()["state"]
+    name = saved.get("data_info", {}).get("name", "")
+    if dataset.has_fingerprint(saved["dataset"], name):
+        return
+    rows = dataset.rows_when(saved["dataset"], name)
+    assert rows is not None
+    extent = state.data_has_grown(rows, len(dataset))
+    log(
+        f"the data set has grown from {rows:,} to {len(dataset):,} rows: this epoch is finished in the "
+        f"old order, and from sample {extent.start:,} on, in step "
+        f"{extent.start // state.global_batch_size + 1:,} of the inputs, each epoch has all rows"
+    )
 
 
 def read_first_weights(

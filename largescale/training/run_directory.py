@@ -162,6 +162,9 @@ def check_same_run(
         name = saved.get("data_info", {}).get("name", "")
         if dataset and dataset.has_fingerprint(saved["dataset"], name):
             saved["dataset"] = identity["dataset"]
+        elif dataset and (rows := dataset.rows_when(saved["dataset"], name)) is not None:
+            _check_grown(checkpoint, identity, dataset, rows)
+            saved["dataset"] = identity["dataset"]
         # A dry run without the data does not know it.
         identity = {"data_info": saved.get("data_info"), **identity}
         refused, allowed = differences(_comparable(saved), _comparable(identity))
@@ -175,6 +178,18 @@ def check_same_run(
         )
     for change in allowed:
         log(f"changed on resume, in force from here on: {change}")
+
+
+def _check_grown(
+    checkpoint: CheckpointDir, identity: dict[str, Any], dataset: ShardDataset, rows: int
+) -> None:
+    """Raise CheckpointError for a data set that has grown, unless the run may go on with it."""
+    if identity["config"]["data"]["grown"] == "refuse":
+        raise CheckpointError(
+            f"{dataset.path} has grown from {rows:,} to {len(dataset):,} rows since "
+            f"{checkpoint.path} was written; to go on, set --data.grown next_epoch: the epoch is "
+            "finished in the old order, and the next one has all rows"
+        )
 
 
 def _comparable(state: dict[str, Any]) -> dict[str, Any]:

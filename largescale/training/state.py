@@ -10,6 +10,7 @@ from typing import Any
 from largescale.checkpoint.files import CheckpointDir, client_state
 from largescale.config.derived import make_curriculum
 from largescale.config.schema import Config
+from largescale.data.order import Extent, grown_extents
 from largescale.diffusion.build import build_noise_sampler
 from largescale.diffusion.objective import Objective
 from largescale.distributed.ranks import Ranks
@@ -59,6 +60,8 @@ class TrainingState:
         self.noise_sampler = build_noise_sampler(config, objective)
         self.spikes = SpikeDetector(config.anomaly.spike_factor)
         self.skips: list[SkippedInputs] = []
+        # How many rows the data set has from which position on; empty unless it has grown.
+        self.extents: list[Extent] = []
         # The least loss on held-out images, and the steps at which it fell.
         self.best_loss: float | None = None
         self.best_steps: list[int] = []
@@ -69,6 +72,13 @@ class TrainingState:
     def input_step(self) -> int:
         """The step whose data and random draws the next optimizer step takes."""
         return input_step(self.step, self.skips)
+
+    def data_has_grown(self, rows_before: int, rows: int) -> Extent:
+        """Note that the data set has grown since the checkpoint; returns from where on it has all
+        rows."""
+        position = self.input_step * self.global_batch_size
+        self.extents = grown_extents(self.extents or [Extent(0, rows_before)], position, rows)
+        return self.extents[-1]
 
     def commit_step(self, report: StepReport) -> bool:
         """Count an applied step: the only thing that moves the step counter and the curriculum.
@@ -108,6 +118,7 @@ class TrainingState:
             "curriculum": self.curriculum.state_dict(),
             "noise_sampler": self.noise_sampler.state_dict(),
             "skips": [asdict(skip) for skip in self.skips],
+            "extents": [asdict(extent) for extent in self.extents],
             "spikes": self.spikes.state_dict(),
             "best": {
                 "loss": self.best_loss,
@@ -124,6 +135,8 @@ class TrainingState:
         if "noise_sampler" in state:
             self.noise_sampler.load_state_dict(state["noise_sampler"])
         self.skips = [SkippedInputs(**skip) for skip in state.get("skips", [])]
+        # Not of a checkpoint that a run goes back to: from before its data set was found to have grown.
+        self.extents = self.extents or [Extent(**extent) for extent in state.get("extents", [])]
         best = state.get("best", {"loss": None, "steps": []})
         self.best_loss = best["loss"]
         self.best_steps = list(best["steps"])

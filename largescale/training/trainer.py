@@ -307,6 +307,7 @@ class Trainer:
             start_step=self.state.input_step,
             prefetch=config.data.prefetch,
             pin_memory=config.train.device == "cuda",
+            extents=self.state.extents,
         )
 
     def _read(self, batches: DeviceBatches) -> Exception | None:

@@ -1,6 +1,5 @@
 """The card beside a packed set: what the packer knows and was told, and nothing else."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +8,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from data_prep import card, imagenet
-from data_prep.card import write_card
+from data_prep import imagenet
 from largescale.data.shards import ShardDataset
 from tests.unit.test_append import pack
-from tests.unit.test_packing import picture, vae
+from tests.unit.test_packing import picture
 from tests.unit.test_prep_sources import tar
-
-_ = vae  # a fixture
 
 
 def read(out: Path) -> tuple[dict[str, Any], str]:
@@ -74,7 +70,7 @@ def test_no_licence_is_invented_and_no_card_of_others_replaced(images: Path, tmp
         assert (out / "README.md").read_bytes() == own and "README.md is not ours, and stays as it is" in capsys.readouterr().err
 
 
-def test_a_card_of_captions_and_of_latents(images: Path, tmp_path: Path, vae: Path) -> None:
+def test_a_card_of_captions(tmp_path: Path) -> None:
     from data_prep import webdataset
 
     samples = [(f"{i}.{kind}", picture(i) if kind == "png" else b"x") for i in range(3) for kind in ("png", "txt")]
@@ -83,12 +79,3 @@ def test_a_card_of_captions_and_of_latents(images: Path, tmp_path: Path, vae: Pa
     assert pack(path, out, "--text-encoder", "none", program=webdataset) == 0
     front, body = read(out)
     assert front["task_categories"] == ["text-to-image"] and "with 3 captions:" in body and "## Left out\n\nNothing." in body
-    out = tmp_path / "latents"
-    assert pack(images / "first", out, "--vae", vae) == 0
-    front, body = read(out)
-    assert front["tags"][-1] == "moments" and "- vae encoder: AutoencoderKL sha256:" in body and ", in fp32" in body
-    assert str(vae) not in body and "latents of 6 images have, over their 4 channels, means of" in body and "PSNR of" in body
-    assert "by a linear map of their latents to colours](images.png)" in body and np.asarray(Image.open(out / "images.png")).std() > 5
-    # Without the map there is no picture, and the card says nothing of one.
-    bare = shutil.copytree(out, tmp_path / "bare", ignore=lambda folder, names: ["latent_rgb.json", "README.md", "images.png"])
-    assert write_card(ShardDataset(bare)) and "images.png" not in read(bare)[1] and not (bare / card.PICTURE).exists()

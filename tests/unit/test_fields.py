@@ -104,6 +104,7 @@ ELSEWHERE = {
     "noise.beta_beta": "test_settings_reach_the_samplers",
     "noise.mode_scale": "test_settings_reach_the_samplers",
     "data.normalize": "test_a_run_keeps_its_normalisation",
+    "data.grown": "test_a_run_goes_on_with_a_set_that_has_grown",
     "data.prefetch": "test_prefetch",
     "data.stage": "test_a_run_reads_the_copy_and_is_the_same_run",
     "data.verify": "test_verify_finds_an_altered_shard",

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep import folder, imagenet, listing, packing, parquet, spool, walk, webdataset
+from data_prep import folder, imagenet, left_out, listing, packing, parquet, spool, walk, webdataset
 from data_prep.listing import Found, Listings
 from data_prep.sources import ListSource
 from data_prep.walk import Walk, missing_files
@@ -106,8 +106,8 @@ class Entries(list[Any]):
 
 @pytest.mark.parametrize("kind", ["folder", "csv"])
 def test_memory_does_not_grow_with_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Not of the names, the labels or what is left out: the peak of 6,000 images is that of 2,000."""
-    monkeypatch.setattr(spool, "RUN", 500)
+    """Not of the names, the labels or what is left out: the peak of 3,000 images is that of 1,000."""
+    monkeypatch.setattr(spool, "RUN", 250)
     monkeypatch.setattr(spool, "_CHUNK", 5)
     monkeypatch.setattr(walk, "_AT_A_TIME", 100)
     monkeypatch.setattr(listing, "BATCH", 100)
@@ -115,7 +115,7 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "scandir", lambda path: Entries(n) if str(path).startswith(str(tmp_path / "i")) else scandir(path))
     (tmp_path / "i").mkdir()
     peaks = []
-    for n in 2000, 2000, 6000:                          # the first imports, and fills caches
+    for n in 1000, 1000, 3000:                          # the first imports, and fills caches
         labels = tmp_path / "labels.csv"
         labels.write_text("file,label\n" + "".join(f"{i if i % 3 else -i - 1:08d}.png,{i % 5}\n" for i in range(n)))
         tracemalloc.start()
@@ -224,9 +224,9 @@ def test_two_packers_of_other_numbers_of_ranks(tmp_path: Path) -> None:
 
 
 def test_more_reasons_than_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "MOST_REASONS", 2)
+    monkeypatch.setattr(left_out, "MOST_REASONS", 2)
     skipped = [(str(i), why) for i, why in enumerate(["a", "b", "c", "a", "d"])]
-    assert packing._write_skipped(tmp_path / "x", iter(skipped)) == {"a": 2, "b": 1, "other reasons": 2}
+    assert left_out.write_skipped(tmp_path / "x", iter(skipped)) == {"a": 2, "b": 1, "other reasons": 2}
     assert [json.loads(line)["reason"] for line in (tmp_path / "x").read_text().splitlines()] == list("abcad")
 
 
@@ -239,6 +239,16 @@ def test_ids_and_labels_of_tables_are_streams(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(spool, "RUN", 2)
     source = parquet.ParquetSource([tmp_path / "0.parquet"], label_column="l", id_column="id")
     assert source.fingerprint == whole.fingerprint and source.num_classes == 3
+    # A later start reads neither, unless a file was written anew.
+    listings, columns = Listings(tmp_path / "out/packing"), ("image", "l", None, "id")
+    parquet.ParquetSource([tmp_path / "0.parquet"], *columns, listings)
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet.ParquetSource, "_read", None)
+        later = parquet.ParquetSource([tmp_path / "0.parquet"], *columns, listings)
+        assert (later.fingerprint, later.facts, later.class_names, later.notes) == (source.fingerprint, source.facts, ("a", "b", "c"), source.notes)
+        os.utime(tmp_path / "0.parquet")
+        with pytest.raises(TypeError):
+            parquet.ParquetSource([tmp_path / "0.parquet"], *columns, listings)
     assert [(item.id, item.label) for item in source.part(1, 4)] == [("04", 0), ("05", 1), ("06", 2), ("07", 0)]
     pq.write_table(pa.table(table | {"id": [*"abcdefgha"]}), tmp_path / "1.parquet", row_group_size=4)
     with pytest.raises(DataError, match="column id: 1 ids are given more than once: a;"):

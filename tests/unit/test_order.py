@@ -95,7 +95,7 @@ def test_blocks_can_be_entered_anywhere() -> None:
 def test_blocks_are_pinned() -> None:
     """A resumed run relies on an order that no version of this library changes."""
     assert blocks(10, 2).tolist() == [6, 8, 5, 7, 2, 0, 4, 9, 3, 1]
-    assert block_indices(np.array([0, 10**9, LAST]), 10**9, 1, 1024).tolist() == [924269443, 257658004, 621048318]
+    assert block_indices(np.array([0, 10**9, LAST]), 10**9, 1, 1024).tolist() == [924300355, 257658973, 621070401]
 
 
 def test_a_place_of_the_batch_takes_the_rows_of_one_chunk() -> None:
@@ -116,15 +116,16 @@ def test_a_place_of_the_batch_takes_the_rows_of_one_chunk() -> None:
 
 
 def test_blocks_mix_a_sorted_set_as_full_does() -> None:
-    """1,000 classes of 130 rows, one after the other: a batch has about as many of them as one of random rows, and far
-    more than a shuffle buffer of 1,000 rows would leave it."""
-    n_rows, batch, steps = 130_000, 256, 100
+    """1,000 classes of 130 rows, one after the other: a batch has about as many of them as one of random rows, also of
+    the rows that make no full window at an epoch's end, which are no neighbours."""
+    n_rows, batch, steps = 130_000, 256, 50
 
     def classes(rows: np.ndarray) -> float:
         return float(np.mean([len(set(step // 130)) for step in rows.reshape(steps, batch)]))
 
     positions = np.arange(steps * batch)
-    full, mixed = classes(sample_indices(positions, n_rows, 0)), classes(block_indices(positions, n_rows, 0, batch))
-    assert mixed > 0.95 * full
+    full = classes(sample_indices(positions, n_rows, 0))
+    for begin in (0, n_rows - steps * batch):
+        assert classes(block_indices(begin + positions, n_rows, 0, batch)) > 0.95 * full
     neighbours = np.abs(np.diff(block_indices(positions, n_rows, 0, batch)))
     assert np.median(neighbours) > 0.25 * n_rows        # 0.29 where rows are independent

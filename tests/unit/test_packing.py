@@ -610,6 +610,15 @@ def test_moments_of_the_image_and_its_mirror(images: Path, vae: Path, tmp_path: 
         rows = data.gather(np.arange(5), flip=np.full(5, flip))["latent"]
         expected = encoder.encode(pixels.flip(-1) if flip else pixels)
         torch.testing.assert_close(torch.from_numpy(rows).float(), expected.float(), atol=2e-3, rtol=2e-3)
+    # Its card, with a picture by the map to colours; without the map there is none, and nothing is said of one.
+    card = (tmp_path / "out/README.md").read_text()
+    assert "- moments\n" in card and "- vae encoder: AutoencoderKL sha256:" in card and ", in fp32\n" in card and str(vae) not in card
+    assert "latents of 34 images have, over their 4 channels, means of" in card and "PSNR of" in card
+    assert "by a linear map of their latents to colours](images.png)" in card and np.asarray(Image.open(tmp_path / "out/images.png")).std() > 5
+    for name in LATENT_RGB, "README.md", "images.png":
+        (tmp_path / "out" / name).unlink()
+    assert pack(images, tmp_path / "out", "--vae", vae) == 0
+    assert "images.png" not in (tmp_path / "out/README.md").read_text() and not (tmp_path / "out/images.png").exists()
     assert pack(images, tmp_path / "plain", "--vae", vae, "--no-mirror") == 0
     assert not ShardDataset(tmp_path / "plain").has_mirror
 

@@ -369,12 +369,18 @@ def test_what_files_say_is_text(small_run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{", "[]\n", '{"step": 3}\n', '{"step": 3, "loss": NaN}\n', '{"step": 3, "loss": -Infinity}\n', '{"step": 0, "loss": 0.0}\n',
                                      '{"step": -3, "loss": 1}\n', '{"step": 1e3, "loss": 1}\n', '{"step": 3, "loss": 1e308}\n{"step": 4, "loss": -1e308}\n',
                                      '{"step": 123456789012345678901234567890, "loss": 1}\n', '{"step": 3, "loss": {}, "cluster/C1": []}\n',
+                                     '{"step": 3, "event": "spike", "text": 5}\n{"step": 3, "event": []}\n', '{"step": 3, "event": "transition", "index": "x", "lowest": 0}\n',
+                                     '{"step": 3, "loss": 1, "curriculum/index": 1.5, "curriculum/lowest": NaN}\n', '{"step": 3, "loss": 1, "images_per_s": {}}\n',
+                                     '{"step": 3, "event": "transition", "index": 2, "lowest": 7, "highest": "a"}\n',
                                      '{"step": 3, "loss": 1, "cluster/C1": 1e-300, "cluster/C99999999999999999999": 1e300}\n', '{"step": 3, "reference/C1": 0.0}\n'])
 def test_logs_that_hold_little_or_too_much(tmp_path: Path, content: str) -> None:
     run = tmp_path / "run"
     begin(run, 1, time.time() - 100, time.time() - 5, 0, 3)
     (run / "metrics.jsonl").write_text(content)
+    record = json.loads((run / "starts/start_00001.json").read_text())
+    (run / "starts/start_00002.json").write_text(json.dumps(record | {"number": 2, "ended": False, "job": {}}))
     made = page(tmp_path, run)
+    assert status.main([str(run)]) == 0
     Reader(made)
     assert not re.search(r'(?:[dxy]|width|height)="[^"]*(?:nan|inf)', made)
 
@@ -434,6 +440,8 @@ def test_words_or_a_page(small_run: Path, tmp_path: Path, capsys: pytest.Capture
         assert status.main([str(small_run), "--html", str(path)]) == 2
         assert f"--html {path} is there and is no page" in capsys.readouterr().err
         assert before == (sorted(tmp_path.rglob("*")), (small_run / "metrics.jsonl").read_text())
+    assert status.main([str(small_run), "--html", str(small_run / "metrics.jsonl/page.html")]) == 2
+    assert "metrics.jsonl/page.html cannot be written: " in capsys.readouterr().err
     for port in ("-1", "70000"):
         assert status.main([str(small_run), "--follow", "--port", port]) == 2
         assert f"port={port} cannot be served on" in capsys.readouterr().err

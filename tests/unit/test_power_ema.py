@@ -288,7 +288,7 @@ def test_samples_and_exports_of_an_average(run: Path, tmp_path: Path, capsys: py
     options = ["--num-samples", "4", "--steps", "4", "--device", "cpu", "--cfg-scale", "1.5"]
     for name, source in (("by_export", [str(run / "ema_0.07")]), ("by_width", [str(run), "--ema-width", "0.07"]), ("ema", [str(run)])):
         assert sample.main([*source, "--out", str(tmp_path / name), *options]) == 0
-    capsys.readouterr()
+    assert capsys.readouterr().out.count("average of width 0.07 at step 12; 4 drawn") == 1
     by_export, by_width, usual = (ShardDataset(tmp_path / name / "cfg1.5").gather(np.arange(4))["latent"] for name in ("by_export", "by_width", "ema"))
     assert (by_export == by_width).all() and (by_width != usual).any()
     provenance = json.loads((tmp_path / "by_width/cfg1.5/provenance.json").read_text())
