@@ -29,7 +29,19 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON, RECORD = VENV / "bin/python", VENV / "installed.json"
 PROJECT, LOCK = ROOT / "pyproject.toml", ROOT / "requirements.lock"
-EXTRAS = ("train", "demo", "demo-text", "hub", "prep", "eval", "examples", "wandb", "docs", "dev")
+EXTRAS = (
+    "train",
+    "demo",
+    "demo-text",
+    "hub",
+    "prep",
+    "eval",
+    "examples",
+    "wandb",
+    "ray",
+    "docs",
+    "dev",
+)
 # Not pinned: mlflow asks for older versions of what the others are pinned to.
 NOT_LOCKED = ("mlflow",)
 OLDEST, NEWEST = (3, 11), (3, 14)  # requirements.lock has files for these

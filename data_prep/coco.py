@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep import packing
+from data_prep import packing, program
 from data_prep.images import Unusable
 from data_prep.listing import Found, Listings, Writer
 from data_prep.sources import (
@@ -298,7 +298,7 @@ def _refuse(path: Path, what: str, found: list[Any]) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    return packing.main(Coco, args, __doc__)
+    return program.main(Coco, args, __doc__)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep import packing
+from data_prep import packing, program
 from data_prep.listing import Found, Listings, Writer
 from data_prep.sources import ListSource, clean
 from data_prep.walk import list_images
@@ -134,7 +134,7 @@ def _not_installed(package: str) -> DataError:
 
 
 def main(args: list[str] | None = None) -> int:
-    return packing.main(Emoji, args, __doc__)
+    return program.main(Emoji, args, __doc__)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep import packing
+from data_prep import packing, program
 from data_prep.listing import Found, Listings, Writer
 from data_prep.sources import SPLIT, ListSource, name_of, refuse_splits
 from data_prep.walk import Walk
@@ -46,7 +46,7 @@ def read(images: Path, listings: Listings | None = None) -> ListSource:
 
 
 def main(args: list[str] | None = None) -> int:
-    return packing.main(Folder, args, __doc__)
+    return program.main(Folder, args, __doc__)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep import packing
+from data_prep import packing, program
 from data_prep.listing import Found, Listings, Writer
 from data_prep.sources import (
     SPLIT,
@@ -280,7 +280,7 @@ def _rows(path: Path) -> Iterator[Row]:
 
 
 def main(args: list[str] | None = None) -> int:
-    return packing.main(ImageNet, args, __doc__)
+    return program.main(ImageNet, args, __doc__)
 
 
 if __name__ == "__main__":

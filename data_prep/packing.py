@@ -16,7 +16,6 @@ world_size, ... by itself: the data set does not depend on the number of ranks. 
 through files only: rank 0 finishes when it finds every part done.
 """
 
-import inspect
 import json
 import os
 import sys
@@ -24,7 +23,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -52,7 +51,7 @@ from data_prep.listing import Listings
 from data_prep.progress import Progress, write_plan
 from data_prep.sources import Item, Source, first_reasons, source_changed
 from largescale.checkpoint.files import require_outside_checkpoints
-from largescale.config.command_line import check_counts, parse_options, run_program
+from largescale.config.command_line import check_counts
 from largescale.data.format import LATENT_RGB, CaptionInfo, DatasetInfo
 from largescale.data.loader import to_x_start
 from largescale.data.parts import Parts
@@ -71,7 +70,7 @@ from largescale.host.launch import (
     printable,
 )
 from largescale.host.machine import cores
-from largescale.host.signals import serve_stop_signals, stop_requested
+from largescale.host.signals import stop_requested
 from largescale.models.half_precision import check_on_cpu
 
 # Keys of a job that say where its source is, not what it holds.
@@ -84,6 +83,7 @@ PLACES = {
     "source.files",
     "source.shards",
 }
+ALREADY_PACKED = "already packed; to pack it anew, delete the folder first"
 ROUND_TRIP_IMAGES = 8
 HASHES = "content{}.hashes"
 # Bytes of image files that wait in memory to be decoded.
@@ -131,6 +131,13 @@ class Packing:
     """Add the images to the set that --out holds already, as new rows behind its own. Its settings must
     be those of the set. Images that it has, by their pixels, are left out."""
 
+    engine: Literal["ranks", "ray"] = "ranks"
+    """What shares the work among processes. ranks: torchrun or srun, or there is one process. ray: a Ray
+    cluster, on which this program is started once."""
+    address: str = "auto"
+    """With --engine ray: the cluster's address. auto: of the cluster on this machine, or RAY_ADDRESS;
+    HOST:PORT; local: a cluster of this machine alone, which ends with the program."""
+
     licence: str | None = None
     """The licence of the images, which the set's card names: as the hub spells it, such as cc-by-4.0, or
     any other name."""
@@ -152,9 +159,13 @@ class Packing:
                 "give --vae a folder or a hub name (such as stabilityai/sd-vae-ft-ema) to pack "
                 "latents, or --vae none to pack pixels"
             )
-        check_cuda(self.device)
+        # With Ray, GPUs are needed where the encoders are.
+        if self.engine == "ranks":
+            check_cuda(self.device)
         if self.device == "cpu" and self.precision:
             check_on_cpu(self.precision, "--precision {}")
+        if self.engine != "ray" and self.address != "auto":
+            raise ConfigError(f"--address {self.address} is for --engine ray; give both or neither")
         require_outside_checkpoints(self.out, "--out")
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"--out {self.out} is a file; give a folder")
@@ -221,6 +232,7 @@ class Packer:
             self.parts: Parts = AddedParts(options.out, job, *place)
         else:
             self.parts = Parts(options.out, job, *place)
+        self.parts.engine = None if options.engine == "ranks" else options.engine
 
     def _check_text_encoder(self) -> None:
         """Raises ConfigError unless captions have a text encoder, and only they."""
@@ -299,16 +311,11 @@ class Packer:
             if not self.parts.claim():
                 self.source.discard()
                 if self.rank == 0:
-                    self._write_card()
-                return self.summary("already packed; to pack it anew, delete the folder first")
-            write_plan(
-                self.parts.folder, self.source.size, self.parts.parts, len(self.source.skipped)
-            )
+                    self.write_card()
+                return self.summary(ALREADY_PACKED) if self.rank == 0 else ""
             if self.rank == 0:
                 print(announcement(self.source), file=sys.stderr, flush=True)
-            # A job that was started under another name keeps it.
-            if self.base is None:
-                self.info = replace(self.info, name=self.parts.job["info"]["name"])
+            self.begin()
             new = self.pack()
             if self.rank == 0:
                 self.finish()
@@ -320,13 +327,23 @@ class Packer:
             raise
         finally:
             self.parts.close()
+        if self.rank != 0:
+            return ""
         seconds = time.perf_counter() - start
         return self.summary(
             f"rank 0 packed {new:,} now in {seconds:.1f} s, {new / seconds:.1f} images/s"
         )
 
-    def pack(self) -> int:
-        """Packs this rank's parts; returns how many images were packed now."""
+    def begin(self) -> None:
+        """What follows from the job in the folder, before the first part."""
+        write_plan(self.parts.folder, self.source.size, self.parts.parts, len(self.source.skipped))
+        # A job that was started under another name keeps it.
+        if self.base is None:
+            self.info = replace(self.info, name=self.parts.job["info"]["name"])
+
+    @contextmanager
+    def pools(self) -> Iterator[tuple[Executor, Executor, int]]:
+        """Threads that decode, threads that encode, and how many batches they encode ahead."""
         cpus = max(1, cores() // local_world_size(os.environ))
         if self.device.type == "cuda":
             # A new thread starts on GPU 0. Left there, pinning memory would open a context on that
@@ -338,7 +355,17 @@ class Packer:
             # shards' bytes.
             encoders = cpus
             encoder = ThreadPoolExecutor(cpus, "encode", torch.set_num_threads, (1,))
+        with ThreadPoolExecutor(self.options.workers or cpus, "decode") as decoders, encoder:
+            try:
+                yield decoders, encoder, encoders + 1
+            except BaseException:
+                # A pool's exit would first finish what is queued.
+                decoders.shutdown(wait=False, cancel_futures=True)
+                encoder.shutdown(wait=False, cancel_futures=True)
+                raise
 
+    def pack(self) -> int:
+        """Packs this rank's parts; returns how many images were packed now."""
         new = 0
         done = sum(self.parts.record(part)["items"] for part in self.parts.mine)
         bar = tqdm(
@@ -351,20 +378,10 @@ class Packer:
             disable=self.rank != 0,
             mininterval=0.5 if sys.stderr.isatty() else 20,
         )
-        with (
-            bar,
-            ThreadPoolExecutor(self.options.workers or cpus, "decode") as decoders,
-            encoder,
-        ):
+        with bar, self.pools() as pools:
             progress = Progress(self.parts.folder, self.rank, self.world_size, bar)
-            try:
-                for part in self.parts.mine:
-                    new += self.pack_part(part, decoders, encoder, encoders + 1, progress)
-            except BaseException:
-                # A pool's exit would first finish what is queued.
-                decoders.shutdown(wait=False, cancel_futures=True)
-                encoder.shutdown(wait=False, cancel_futures=True)
-                raise
+            for part in self.parts.mine:
+                new += self.pack_part(part, *pools, progress)
         return new
 
     def _share(self) -> int | None:
@@ -555,10 +572,10 @@ class Packer:
             self._write_set(totals, reasons, named)
         else:
             self._write_grown_set(self.base, totals, reasons, named)
-        self._write_card()
+        self.write_card()
         self.parts.remove()
 
-    def _write_card(self) -> None:
+    def write_card(self) -> None:
         """Writes the card, which a start writes that was killed before it could."""
         if not write_card(ShardDataset(self.options.out)):
             print(
@@ -681,9 +698,7 @@ class Packer:
         return f"{scheme}:{_resolved(where)}" if self.text else None
 
     def summary(self, done: str) -> str:
-        """A line about the packed data set; empty but on rank 0."""
-        if self.rank != 0:
-            return ""
+        """A line about the packed data set."""
         # Of the data set as it is on disk, also where it was packed before.
         data = ShardDataset(self.options.out)
         manifest = data.manifest
@@ -757,18 +772,3 @@ def _resolved(spec: str | None) -> str | None:
     if spec and Path(spec).expanduser().exists():
         return str(Path(spec).expanduser().resolve())
     return spec
-
-
-def main(program: type[Packing], args: Sequence[str] | None, description: str | None) -> int:
-    """The main program of every packer. `program`: its options."""
-    name = Path(inspect.getfile(program)).stem
-    options = parse_options(program, args, program=f"data_prep.{name}", description=description)
-    # From here on a signal stops between two batches.
-    serve_stop_signals()
-
-    def pack() -> None:
-        line = Packer(options)()
-        if line:
-            print(line, flush=True)
-
-    return run_program(pack, "what is packed stays: correct the cause, and run again")

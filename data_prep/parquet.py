@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep import packing
+from data_prep import packing, program
 from data_prep.images import Unusable
 from data_prep.listing import Found, Listings, Writer, fingerprint
 from data_prep.sources import (
@@ -542,7 +542,7 @@ def _footer(path: Path) -> bytes:
 
 
 def main(args: list[str] | None = None) -> int:
-    return packing.main(Parquet, args, __doc__)
+    return program.main(Parquet, args, __doc__)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from largescale.data.format import MANIFEST
-from largescale.data.parts import APPEND, JOB
+from largescale.data.parts import APPEND, JOB, engine_at_work
 from largescale.host.files import from_json
 
 # Seconds between two reports of a rank, the time that a rate is of, and that after which a rank that
@@ -42,7 +42,7 @@ class Progress:
         self._file = folder / f"rank_{rank}.json"
         self._about = {"rank": rank, "world_size": world_size}
         self._clock = clock
-        self._images = 0
+        self.images = 0  # counted so far
         # (time, images until then) in the last minutes.
         self._history = deque([(clock(), 0)])
         self._write()
@@ -50,10 +50,10 @@ class Progress:
     def update(self, images: int = 1) -> None:
         """Counts images that are packed, or left out."""
         self._bar.update(images)
-        self._images += images
+        self.images += images
         now = self._clock()
         if now - self._history[-1][0] >= EVERY_S:
-            self._history.append((now, self._images))
+            self._history.append((now, self.images))
             while now - self._history[0][0] > WINDOW_S:
                 self._history.popleft()
             self._write()
@@ -87,6 +87,12 @@ class _Done:
     parts: set[int] = field(default_factory=set)  # that are done
     of_whole_parts: int = 0  # images of the parts that are done
     skipped: int = 0
+
+
+def counted(folder: Path, rank: int) -> int:
+    """How many images a rank has reported since it began; 0 where it has reported nothing."""
+    report = _read(folder / f"rank_{rank}.json")
+    return int(report["history"][-1][1]) if report else 0
 
 
 def is_being_packed(out: Path) -> bool:
@@ -177,6 +183,10 @@ def _ranks(
     newest = max(ranks, key=lambda rank: rank["time"], default=None)
     world_size = newest["world_size"] if newest else 0
     here = {rank["rank"]: rank for rank in ranks if rank["world_size"] == world_size}
+    if engine := engine_at_work(folder):
+        # It deals parts out: none is expected of a worker that is gone, or has nothing to do.
+        working = sum(now - rank["time"] < SILENT_S for rank in here.values())
+        return f"{working} of {world_size} workers of {engine} at work"
     working, ended, lost = 0, 0, []
     for number in range(world_size):
         failed = folder / f"failed_{number}"

@@ -28,7 +28,7 @@ from tarfile import (  # type: ignore[attr-defined]
 from typing import IO, Any, Self
 from urllib.parse import urlparse
 
-from data_prep import packing
+from data_prep import packing, program
 from data_prep.images import Unusable
 from data_prep.listing import fingerprint
 from data_prep.sources import (
@@ -381,7 +381,7 @@ def _shards_named(name: str, allow_remote: bool) -> list[str]:
 
 
 def main(args: list[str] | None = None) -> int:
-    return packing.main(WebDataset, args, __doc__)
+    return program.main(WebDataset, args, __doc__)
 
 
 if __name__ == "__main__":

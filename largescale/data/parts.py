@@ -5,7 +5,8 @@ OUT/packing/job.json             what is being made; the first rank writes it, t
 OUT/packing/part_00000.json ...  what is done of each part
 OUT/packing/rank_0.lock ...      held while a rank works: two processes must not be the same rank
 OUT/packing/ranks.lock           held by all who work, who must agree on what it says: how many ranks
-                                 there are
+                                 there are, or which engine deals the parts out
+OUT/packing/part_00000.lock ...  with an engine: held while a process makes the part
 OUT/packing/failed_1 ...         why a rank failed, so that rank 0 does not wait for it
 """
 
@@ -17,7 +18,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,7 +47,13 @@ class Parts:
 
     places: from the flat keys of the job found here and of this one, those whose values may differ.
     A job that was started before is continued, and `job` is then that one.
+
+    With an engine any of its processes makes any part. The one that was started claims the job, as
+    rank 0 of 1; the others join it.
     """
+
+    engine: str | None = None
+    """What deals the parts out instead of ranks, in a word."""
 
     def __init__(
         self,
@@ -185,7 +192,11 @@ class Parts:
         self.folder.mkdir(parents=True, exist_ok=True)
         _create(job_file, json.dumps(self.job, indent=1))
         self._compare(self._job_in_folder())
-        self._lock = try_lock(self.folder / f"rank_{self.rank}.lock")
+        self._lock = try_lock(self.folder / f"{self.engine or f'rank_{self.rank}'}.lock")
+        if self._lock is None and self.engine:
+            raise DataError(
+                f"another program packs into {self.out} on {self.engine}; wait for it or stop it"
+            )
         if self._lock is None:
             raise DataError(
                 f"another process packs into {self.out} as the same rank; wait for it or stop it (a "
@@ -222,7 +233,7 @@ class Parts:
     def _join(self) -> None:
         """Raises DataError where others work here as another number of ranks: each of two packers
         would take parts of the other."""
-        layout = f"{self.world_size} ranks"
+        layout = self.engine or f"{self.world_size} ranks"
         path = self.folder / "ranks.lock"
         # The first of all says how many there are. Read again under the shared lock: between the two
         # another may have been the first.
@@ -237,6 +248,32 @@ class Parts:
                 f"another packer works in {self.out}, as {found}, and this one as {layout}; wait for "
                 "it or stop it, or give another --out"
             )
+
+    def join(self) -> None:
+        """Takes part in the work of the process that has claimed this job. Raises DataError where
+        this one would make something else."""
+        if differ := self._differences(self._job_in_folder()):
+            raise DataError(
+                f"this process would not make the set that was begun in {self.out}. What differs:\n  "
+                + "\n  ".join(differ)
+            )
+        self._join()
+
+    @contextmanager
+    def hold(self, part: int) -> Iterator[None]:
+        """No other process makes the part until the block ends: one on a machine that was given up
+        may still be at work. Waits for its end, for some minutes."""
+        path = self.folder / f"part_{part:05d}.lock"
+        started = time.monotonic()
+        # A machine that lost its power may hold a lock for ever. A process that works after minutes
+        # without its engine would write the same bytes.
+        while not (lock := try_lock(path)) and time.monotonic() - started < _GONE_S:
+            time.sleep(0.2)
+        try:
+            yield
+        finally:
+            if lock:
+                lock.close()
 
     def _compare(self, found: dict[str, Any]) -> None:
         """Raises DataError where the job found in the folder is another one."""
@@ -375,6 +412,14 @@ class Parts:
         for lock in (self._lock, self._together):
             if lock:
                 lock.close()
+
+
+def engine_at_work(folder: Path) -> str | None:
+    """The engine that deals out the parts of a job in this folder, or did so last; None for ranks."""
+    with suppress(OSError):
+        layout = (folder / "ranks.lock").read_text()
+        return None if layout.endswith(" ranks") else layout or None
+    return None
 
 
 def _changed(part: int) -> DataError:

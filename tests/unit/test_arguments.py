@@ -76,6 +76,6 @@ def test_every_program() -> None:
     """All read their command line in one place, which knows of ~."""
     files = {path: path.read_text() for folder in ("largescale", "data_prep", "eval") for path in (ROOT / folder).rglob("*.py")}
     programs = [text for text in files.values() if '__name__ == "__main__"' in text]
-    assert len(programs) >= 18 and all("parse_options(" in text or "packing.main(" in text for text in programs)
+    assert len(programs) >= 18 and all("parse_options(" in text or "program.main(" in text for text in programs)
     readers = {path.name for path, text in files.items() if re.search(r"tyro\.cli\(|parse_args\(|sys\.argv", text)}
     assert readers == {"command_line.py", "launch.py"}

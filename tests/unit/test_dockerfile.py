@@ -24,9 +24,9 @@ def test_what_is_taken_is_there() -> None:
 
 
 def test_its_extras() -> None:
-    """All but those for development, for the examples, for the site and for trackers."""
+    """All but those for development, for the examples, for the site, for trackers and for clusters that have their own image."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(re.findall(r"--extra ([\w-]+)", DOCKERFILE)) == set(project["optional-dependencies"]) - {"dev", "docs", "examples", "wandb", "mlflow"}
+    assert set(re.findall(r"--extra ([\w-]+)", DOCKERFILE)) == set(project["optional-dependencies"]) - {"dev", "docs", "examples", "wandb", "mlflow", "ray"}
 
 
 def test_where_its_python_is() -> None:

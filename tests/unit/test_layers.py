@@ -117,6 +117,7 @@ def test_one_door_each() -> None:
     assert users("torch.distributed") == {"largescale.distributed.ranks"}
     assert users("wandb") == {"largescale.monitoring.trackers.wandb"}
     assert users("mlflow") == {"largescale.monitoring.trackers.mlflow"}
+    assert users("ray") == {"data_prep.ray_engine"}
     assert users("torch.utils.tensorboard") == {"largescale.monitoring.trackers.tensorboard"}
 
 
