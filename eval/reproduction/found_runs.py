@@ -37,6 +37,7 @@ _FREE = (
     "data.path",
     "data.validation",
     "data.prefetch",
+    "data.stage",
     "data.verify",
     "checkpoint.",
     "telemetry.",
