@@ -36,6 +36,7 @@ _FREE = (
     "data.path",
     "data.validation",
     "data.prefetch",
+    "data.stage",
     "data.verify",
     "checkpoint.",
     "telemetry.",

@@ -30,7 +30,7 @@ LESS_MEMORY = (
 TORCH_BYTES = 300 * 10**6
 PROCESS_BYTES = 520 * 10**6
 # File systems that are reached over a network, by how the names that mounts have begin. Those that
-# programs serve, such as a bucket's, are fuse.NAME.
+# programs serve, such as a bucket's, are fuse.NAME or fuse.
 _NETWORK = (
     "lustre",
     "nfs",
@@ -113,7 +113,7 @@ def file_system(path: Path) -> str:
 
 def is_shared(kind: str) -> bool:
     """Whether a file system of this type is reached over a network."""
-    return kind.startswith(_NETWORK)
+    return kind == "fuse" or kind.startswith(_NETWORK)
 
 
 def has_swap() -> bool:

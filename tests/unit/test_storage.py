@@ -55,7 +55,7 @@ def test_the_file_system_of_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(machine, "_PROC", tmp_path)
     kinds = [file_system(Path(path)) for path in ("/home/x", "/lustre/a b/data", "/lustre/a", "/lustre2")]
     assert kinds == ["ext4", "lustre", "nfs4", "ext4"]
-    assert [is_shared(kind) for kind in (*kinds, "fuse.sshfs", "tmpfs", "")] == [False, True, True, False, True, False, False]
+    assert [is_shared(kind) for kind in (*kinds, "fuse.sshfs", "fuse", "fuseblk", "")] == [False, True, True, False, True, True, False, False]
     monkeypatch.setattr(machine, "_PROC", tmp_path / "nowhere")
     assert file_system(Path("/")) == ""
 
