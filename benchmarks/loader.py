@@ -6,7 +6,7 @@ in each library's own format by its own writer (loader_peers.py), on a local dis
 read once before anything is timed: all read from a warm page cache, so what is compared is
 software, not disks. Peers run in an environment of their own.
 
-- images/s: each library's own shuffle, batches of 256 as torch tensors, thrown away;
+- images/s: glibc keeps freed memory, for all; each library's own shuffle, batches of 256 as torch tensors, thrown away;
   OMP_NUM_THREADS=1 for all. Two processes are two ranks that read half each, started together,
   their rates summed. Peers get the number of DataLoader workers (0, 1 or 2 in all) that is best for
   them, found first; ours has its two threads.

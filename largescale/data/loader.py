@@ -132,12 +132,14 @@ class Loader(AbstractContextManager["Loader"]):
 
     def _load(self, step: int) -> Batch:
         indices = self._indices(step)
-        # Draws are made for the global batch, so that they do not depend on the number of ranks.
-        flip, choice = host_draws(self.seed, step, self.global_batch_size)
-        mine = self._rows.ravel()
-        rows = self.dataset.gather(
-            indices, flip[mine] if self.flip else None, choice[mine] if self.captions else None
-        )
+        flip = choice = None
+        if self.flip or self.captions:
+            # Drawn for the global batch, so that they do not depend on the number of ranks.
+            flips, choices = host_draws(self.seed, step, self.global_batch_size)
+            mine = self._rows.ravel()
+            flip = flips[mine] if self.flip else None
+            choice = choices[mine] if self.captions else None
+        rows = self.dataset.gather(indices, flip, choice)
 
         # (accum * micro, ...) -> (accum, micro, ...)
         batch: Batch = {}

@@ -22,9 +22,9 @@ class Lists(NamedTuple):
 
 @dataclass(frozen=True)
 class MappedShard:
-    """One shard's columns as NumPy views of the mapped file."""
+    """One shard's columns as NumPy views of the mapped file, and its labels in memory."""
 
-    label: Array
+    label: memoryview
     latent: Array  # (rows, C * H * W)
     latent_mirror: Array  # of the same shape; where there is none, the same array as `latent`
     lists: dict[str, Lists]

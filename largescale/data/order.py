@@ -106,7 +106,8 @@ ORDERS: dict[str, Callable[[npt.NDArray[np.int64], int, int, int], npt.NDArray[n
 def _epochs(
     positions: npt.NDArray[np.int64], n_rows: int, seed: int
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    """The key of each position's epoch, and its place there. Raises ValueError for a negative
+    """The key of each position's epoch (of one element, where they have one epoch), and its place
+    there. Raises ValueError for a negative
     position or no rows."""
     if n_rows < 1 or positions.min(initial=0) < 0:
         raise ValueError(
@@ -114,6 +115,9 @@ def _epochs(
             f"the lowest is {positions.min(initial=0)}"
         )
     epoch, index = np.divmod(positions.astype(np.uint64), np.uint64(n_rows))
+    # Of one epoch, as most calls are, one is enough for all.
+    if epoch.size > 1 and epoch.min() == epoch.max():
+        epoch = epoch.reshape(-1)[:1].reshape((1,) * epoch.ndim)
     # A key for each epoch, so that each has a permutation of its own.
     return _mix(_mix(np.full_like(epoch, seed)) ^ epoch), index
 
@@ -130,9 +134,9 @@ def _permute(
 
     # Cycle walking: follow the cycle of the permutation of the square until it is back inside.
     # This is rare, as the square has fewer than 2 sqrt(n) + 1 numbers too many.
-    sides = np.broadcast_to(side, index.shape)
+    keys, sides = np.broadcast_to(key, index.shape), np.broadcast_to(side, index.shape)
     while (outside := index >= n).any():
-        index[outside] = _feistel(index[outside], key[outside], sides[outside])
+        index[outside] = _feistel(index[outside], keys[outside], sides[outside])
     return index
 
 

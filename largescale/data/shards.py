@@ -192,16 +192,18 @@ class ShardDataset:
             takes_mirror = flip.tolist()
 
         images = []
+        labels = []
         places = zip(shard_of.tolist(), inside.tolist(), takes_mirror, strict=True)
         for i, (number, row, mirror) in enumerate(places):
             shard = self._mapped.get(number) or self._shard(number)
             images.append((shard.latent_mirror if mirror else shard.latent)[row])
-            rows["label"][i] = shard.label[row]
+            labels.append(shard.label[row])
             if choice is not None and self.info.captions:
                 _copy_caption(shard, row, choice[i], rows, i)
 
         # Each image is copied once, and without the GIL.
         np.concatenate(images, out=rows["latent"].reshape(-1))
+        rows["label"][:] = labels
         if flip is not None and not self.has_mirror:
             check_flip(self.info, self.has_mirror)
             rows["latent"][flip] = rows["latent"][flip][..., ::-1]
@@ -268,7 +270,7 @@ class ShardDataset:
         shard = self._shard(number)
         ids = shard.batch.column("id").to_pylist()
         for i, id in enumerate(ids):
-            row = {"id": id, "label": int(shard.label[i])}
+            row = {"id": id, "label": shard.label[i]}
             row["latent"] = shard.latent[i].reshape(self.info.shape)
             if self.has_mirror:
                 row["latent_mirror"] = shard.latent_mirror[i].reshape(self.info.shape)
@@ -309,8 +311,8 @@ class ShardDataset:
                 lists[name] = Lists(view(outer.offsets), view(inner.offsets), view(inner.values))
         shard = MappedShard(
             # Copied, as all threads of this process would stand still while Python reads a label
-            # from a page that is not in memory.
-            label=view(batch.column("label")).copy(),
+            # from a page that is not in memory. A memoryview gives a label as a plain number.
+            label=memoryview(view(batch.column("label")).copy()),
             latent=images[0],
             latent_mirror=images[-1],
             lists=lists,

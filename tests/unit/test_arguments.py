@@ -42,7 +42,9 @@ def test_a_launchers_variable_that_is_wrong(
     assert outcome.code == 2 and f"error: {says}".replace("error: rank", "error on rank") in outcome.err and "Traceback" not in outcome.err
 
 
-def test_a_launchers_variable_that_is_empty_counts_as_unset(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launchers_variable_that_is_empty_counts_as_unset(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A process of its own sets RANK and WORLD_SIZE before DeepSpeed reads them, which it does once.
+    assert run_here("--train.steps", 1, output=tmp_path / "first").code == 0
     for name in ("SLURM_RESTART_COUNT", "SLURM_CPUS_PER_TASK", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "")
     assert run_here("--train.steps", 2).code == 0
