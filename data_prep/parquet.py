@@ -274,17 +274,17 @@ class ParquetSource:
         for path in self._files:
             with _reading(path), pq.ParquetFile(path) as file:
                 for group in range(file.num_row_groups):
-                    # Sizes are checked before a column is expanded.
+                    # Sizes are checked before a column is expanded. Asked for a file as a whole,
+                    # pyarrow keeps what it has read until the end.
                     _largest(path, file.metadata.row_group(group), [name])
-                for batch in file.iter_batches(TEXTS_READ, columns=[name]):
-                    column = batch.column(name).cast(pa.large_string())
-                    if column.null_count and not nulls:
-                        is_null = column.is_null().to_numpy(zero_copy_only=False)
-                        first_null = self._where(row + int(np.argmax(is_null)))
-                    nulls += column.null_count
-                    row += len(column)
-                    if not nulls:
-                        yield column
+                    for column in _large_texts(file, group, name):
+                        if column.null_count and not nulls:
+                            is_null = column.is_null().to_numpy(zero_copy_only=False)
+                            first_null = self._where(row + int(np.argmax(is_null)))
+                        nulls += column.null_count
+                        row += len(column)
+                        if not nulls:
+                            yield column
         if nulls:
             raise DataError(
                 f"{first_null}: column {name} has no value ({nulls:,} such rows in all); "
@@ -424,6 +424,11 @@ def _in_folder(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.parquet"))
     refuse_splits(folder, splits_in(files), "give the files of one with --files")
     return files
+
+
+def _large_texts(file: pq.ParquetFile, group: int, name: str) -> Iterator[pa.Array]:
+    for batch in file.iter_batches(TEXTS_READ, row_groups=[group], columns=[name]):
+        yield batch.column(name).cast(pa.large_string())
 
 
 def _version(path: Path) -> tuple[int, int]:

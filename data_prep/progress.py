@@ -156,7 +156,8 @@ def _rate(ranks: list[dict[str, Any]], now: float, done: _Done, expected: int | 
             rate += (after - before) / (end - begin)
             span = max(span, end - begin)
     if not rate:
-        return "none: no rank has reported in the last minutes"
+        fresh = any(now - rank["time"] < SILENT_S for rank in ranks)
+        return "not known yet" if fresh else "none: no rank has reported in the last minutes"
     text = f"{rate:,.1f} images/s over the last {span / 60:.1f} minutes"
     if expected is None:
         return text

@@ -44,6 +44,8 @@ def test_how_far_all_ranks_are(tmp_path: Path) -> None:
     (folder / "failed_2").write_text("no space")
     assert "; rank 2 has failed: no space" in dict(describe_packing(tmp_path, end))["ranks"]
     assert dict(describe_packing(tmp_path, end + 9000))["rate"] == "none: no rank has reported in the last minutes"
+    reports(folder, 2, 3, end + 9000, 0, 1)             # has just begun
+    assert dict(describe_packing(tmp_path, end + 9000))["rate"] == "not known yet"
     # Tar files: how many images there are is known of those that are done.
     progress.write_plan(folder, None, 10, 0)
     found = dict(describe_packing(tmp_path, end))
