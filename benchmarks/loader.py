@@ -120,16 +120,16 @@ WIDTH = 768
 CAPTIONS = 5
 
 
-def make_environment() -> None:
+def make_environment(environment: Path = ENVIRONMENT, requirements: Path = REQUIREMENTS) -> None:
     """Make the peers' environment by the requirements, once."""
     # Copied last, so that an environment that was cut short is made again.
-    installed = ENVIRONMENT / "installed.txt"
-    if installed.is_file() and installed.read_text() == REQUIREMENTS.read_text():
+    installed = environment / "installed.txt"
+    if installed.is_file() and installed.read_text() == requirements.read_text():
         return
-    print(f"making {ENVIRONMENT} (minutes, some GB) ...", flush=True)
-    subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
-    command = [str(ENVIRONMENT / "bin/python"), "-m", "pip", "install", "-q"]
-    command += ["-r", str(REQUIREMENTS)]
+    print(f"making {environment} (minutes, some GB) ...", flush=True)
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    command = [str(environment / "bin/python"), "-m", "pip", "install", "-q"]
+    command += ["-r", str(requirements)]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         # pip ends with hints: the last error is what matters.
@@ -137,10 +137,10 @@ def make_environment() -> None:
         errors = [line for line in lines if line.startswith("ERROR")]
         last = (errors or lines or ["no message"])[-1]
         raise SystemExit(
-            f"pip could not install {REQUIREMENTS} ({last}); "
+            f"pip could not install {requirements} ({last}); "
             "it needs a package index: run this once where there is one"
         )
-    shutil.copy(REQUIREMENTS, installed)
+    shutil.copy(requirements, installed)
 
 
 class Bench:

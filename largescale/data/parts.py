@@ -29,7 +29,7 @@ from largescale.data.format import MANIFEST, read_manifest
 from largescale.data.shards import ShardDataset
 from largescale.errors import DataError, Stopped, usable
 from largescale.host.files import from_json, lock_shared, try_lock, write_atomically
-from largescale.host.launch import printable
+from largescale.host.launch import env_int, printable
 from largescale.host.signals import stop_requested
 
 JOB = "packing/job.json"
@@ -38,6 +38,8 @@ APPEND = "append"
 Flat = Mapping[str, Any]  # a job by dotted keys
 # Seconds without a new part, after which rank 0 looks which ranks still work.
 _GONE_S = 300.0
+# Seconds of waiting for a lock, after which that is said.
+_TELL_S = 5.0
 # Seconds between reports of what rank 0 waits for.
 _REPORT_S = 60.0
 
@@ -192,7 +194,8 @@ class Parts:
         self.folder.mkdir(parents=True, exist_ok=True)
         _create(job_file, json.dumps(self.job, indent=1))
         self._compare(self._job_in_folder())
-        self._lock = try_lock(self.folder / f"{self.engine or f'rank_{self.rank}'}.lock")
+        name = f"{self.engine or f'rank_{self.rank}'}.lock"
+        self._lock = _lock_within(self.folder / name, _patience_s())
         if self._lock is None and self.engine:
             raise DataError(
                 f"another program packs into {self.out} on {self.engine}; wait for it or stop it"
@@ -234,7 +237,22 @@ class Parts:
         """Raises DataError where others work here as another number of ranks: each of two packers
         would take parts of the other."""
         layout = self.engine or f"{self.world_size} ranks"
+        end = time.monotonic() + _patience_s()
+        while (found := self._layout_beside(layout)) != layout:
+            if stop_requested():
+                raise Stopped
+            if time.monotonic() > end:
+                raise DataError(
+                    f"another packer works in {self.out}, as {found}, and this one as {layout}; wait "
+                    "for it or stop it, or give another --out"
+                )
+            time.sleep(0.2)
+
+    def _layout_beside(self, layout: str) -> str:
+        """What all who work here agree on, `layout` where this process is the first."""
         path = self.folder / "ranks.lock"
+        if self._together:
+            self._together.close()
         # The first of all says how many there are. Read again under the shared lock: between the two
         # another may have been the first.
         if first := try_lock(path):
@@ -242,12 +260,7 @@ class Parts:
             first.write(layout)
             first.close()
         self._together = lock_shared(path)
-        found = path.read_text()
-        if self._together and found != layout:
-            raise DataError(
-                f"another packer works in {self.out}, as {found}, and this one as {layout}; wait for "
-                "it or stop it, or give another --out"
-            )
+        return path.read_text() if self._together else layout
 
     def join(self) -> None:
         """Takes part in the work of the process that has claimed this job. Raises DataError where
@@ -263,12 +276,9 @@ class Parts:
     def hold(self, part: int) -> Iterator[None]:
         """No other process makes the part until the block ends: one on a machine that was given up
         may still be at work. Waits for its end, for some minutes."""
-        path = self.folder / f"part_{part:05d}.lock"
-        started = time.monotonic()
         # A machine that lost its power may hold a lock for ever. A process that works after minutes
         # without its engine would write the same bytes.
-        while not (lock := try_lock(path)) and time.monotonic() - started < _GONE_S:
-            time.sleep(0.2)
+        lock = _lock_within(self.folder / f"part_{part:05d}.lock", _GONE_S)
         try:
             yield
         finally:
@@ -412,6 +422,26 @@ class Parts:
         for lock in (self._lock, self._together):
             if lock:
                 lock.close()
+
+
+def _patience_s() -> float:
+    """How long a start waits for locks that are held. One that Slurm has requeued may find those of
+    its own last start, on a node that was lost: the file system frees them after a while."""
+    return _GONE_S if env_int("SLURM_RESTART_COUNT", default=0) else 0.0
+
+
+def _lock_within(path: Path, seconds: float) -> IO[str] | None:
+    """The lock, as soon as it is free; None where it is not by then."""
+    start = time.monotonic()
+    told = False
+    while not (lock := try_lock(path)) and time.monotonic() - start < seconds:
+        if stop_requested():
+            raise Stopped
+        if time.monotonic() - start > _TELL_S and not told:
+            told = True
+            tqdm.write(f"another process holds {path}: waiting for its end", sys.stderr)
+        time.sleep(0.2)
+    return lock
 
 
 def engine_at_work(folder: Path) -> str | None:

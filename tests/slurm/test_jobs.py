@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from data_prep import imagenet
 from largescale.checkpoint.files import checkpoints
 from largescale.data.shards import ShardDataset
 from largescale.monitoring.run_record import read_starts
 from tests.conftest import assert_same_run, make_blobs
 from tests.slurm.conftest import STEPS, Job, Lab, Submit, wait_until
+from tests.unit.test_packing import files
 
 STARTED = 115  # a step at which the curriculum has moved, and will move again
 
@@ -232,6 +234,33 @@ def test_packing(submit: Submit, tmp_path: Path) -> None:
     job.save_and_restart()
     job.ended("COMPLETED", restarts=1)
     assert len(ShardDataset(out, verify=True)) == 120
+
+
+@pytest.mark.slow
+def test_packing_whose_node_fails(lab: Lab, submit: Submit, tmp_path: Path) -> None:
+    """A node that is gone from the network while both pack: Slurm requeues the job, and it goes on where it was. What comes out
+    is what one process makes."""
+    pictures, out = tmp_path / "images", tmp_path / "packed"
+    (pictures / "n0").mkdir(parents=True)
+    Image.radial_gradient("L").resize((3000, 2000)).save(pictures / "n0/0.jpg")
+    for i in range(1, 200):
+        (pictures / f"n0/{i}.jpg").hardlink_to(pictures / "n0/0.jpg")
+    options = ("--device", "cpu", "--resolution", 16, "--rows-per-shard", 5)
+    job = submit("pack_imagenet.sh", *options, run=out, job=("--nodes=2",), IMAGES=pictures, VAE="none", OUT=out)
+    job.wait_for("shards", lambda: len(list(out.glob("shard_*"))) > 4)
+    lab.cable("n2", "down")
+    lab("scontrol", "update", "NodeName=n2", "State=down", "Reason=test")
+    job.wait_for("a restart", lambda: job.fact("Restarts") == "1")
+    job.wait_for("the end of the first start", lambda: job.fact("JobState") == "PENDING")
+    done = [out / f"shard_{path.stem.removeprefix('part_')}.arrow" for path in out.glob("packing/part_*.json")]
+    times = {path: path.stat().st_mtime_ns for path in done}
+    assert times and not (out / "manifest.json").exists()
+    lab.cable("n2", "up")
+    lab.resume("n2")
+    job.ended("COMPLETED", restarts=1)
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in times.items())  # none was packed again
+    assert imagenet.main([*map(str, ("--images", pictures, "--vae", "none", "--out", tmp_path / "alone", *options))]) == 0
+    assert files(out) == files(tmp_path / "alone")
 
 
 def test_as_many_nodes_as_are_free(lab: Lab, training: Submit, tmp_path: Path) -> None:

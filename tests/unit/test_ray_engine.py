@@ -6,6 +6,7 @@ import os
 import re
 from collections import deque
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -212,6 +213,29 @@ def test_what_describe_says_of_workers(tmp_path: Path) -> None:
         (ours.folder / f"rank_{rank}.json").write_text(json.dumps(report))
     assert dict(progress.describe_packing(tmp_path, 1001))["ranks"] == "1 of 3 workers of ray at work"
     assert progress.counted(ours.folder, 1) == 50 and progress.counted(ours.folder, 2) == 0
+
+
+def test_a_requeued_job_waits_for_the_locks_of_its_lost_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same rank, and of another number of ranks; for minutes, and not for ever."""
+    lost = make(tmp_path, None, 2)
+    assert lost.claim()
+    monkeypatch.setattr(parts, "_GONE_S", 0.5)
+    with pytest.raises(DataError, match="as the same rank"):
+        make(tmp_path, None, 2).claim()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for ranks, message in (2, "as the same rank"), (1, "as the same rank"):
+        with pytest.raises(DataError, match=message):
+            make(tmp_path, None, ranks).claim()
+    assert lost._lock and lost._together
+    lost._lock.close()
+    alone = make(tmp_path, None)
+    with pytest.raises(DataError, match="as 2 ranks, and this one as 1 ranks"):
+        alone.claim()
+    alone.close()
+    free = Timer(0.2, lost._together.close)
+    free.start()
+    assert alone.claim()
+    free.join()
 
 
 # ---- before any work
