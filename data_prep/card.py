@@ -93,14 +93,22 @@ def card_text(data: ShardDataset, picture: bool) -> str:
 def front_matter(data: ShardDataset) -> str:
     """The card's metadata, in YAML."""
     captions = "captions" in data.manifest["columns"]
-    given = [licence for _, _, licence in _parts(data) if licence]
-    known = list(dict.fromkeys(each if LICENCE.fullmatch(each) else "other" for each in given))
+    # The hub knows licences by short names. Any other text is "other" there, with its name beside it.
+    known: dict[str, None] = {}
+    names: list[str] = []
+    for _, _, licence in _parts(data):
+        if licence and LICENCE.fullmatch(licence):
+            known[licence] = None
+        elif licence:
+            known["other"] = None
+            names.append(licence)
+    licences = list(known)
     size = next((name for limit, name in SIZES.items() if len(data) < limit), "n>1B")
     values: dict[str, Any] = {"pretty_name": data.info.name}
-    if known:
-        values["license"] = known[0] if len(known) == 1 else known
-    if "other" in known:
-        values["license_name"] = ", ".join(each for each in given if not LICENCE.fullmatch(each))
+    if licences:
+        values["license"] = licences[0] if len(licences) == 1 else licences
+    if "other" in licences:
+        values["license_name"] = ", ".join(names)
     values |= {
         "size_categories": [size],
         # The hub has no task for images of classes.
@@ -130,7 +138,8 @@ def _summary(data: ShardDataset) -> str:
         held += ", each also mirrored"
     if info.num_classes:
         held += f", of {info.num_classes:,} classes"
-        if names := manifest.get("class_names"):
+        names = manifest.get("class_names")
+        if names:
             held += f" ({_some(names)})"
     if "captions" in manifest["columns"]:
         held += f", with {manifest.get('captions', 0):,} captions"
@@ -185,13 +194,15 @@ def _made(data: ShardDataset) -> str:
         lines.append(f"{name} encoder: {_plain(identity)}{known}{precision}")
     if data.info.kind != "pixels":
         lines.append(f"scale factor {data.info.scale_factor:g}")
-    if statistics := from_manifest(manifest, data.path):
+    statistics = from_manifest(manifest, data.path)
+    if statistics:
         lines.append(
             f"latents of {statistics.images:,} images have, over their {len(statistics.mean)} "
             f"channels, means of {_numbers(statistics.mean)} and standard deviations of "
             f"{_numbers(statistics.std)}"
         )
-    if trip := manifest.get("round_trip"):
+    trip = manifest.get("round_trip")
+    if trip:
         lines.append(f"encoded and decoded again: PSNR of {round_trip_words(trip)}")
     return "\n".join(f"- {line}" for line in lines)
 

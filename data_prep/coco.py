@@ -109,9 +109,8 @@ def _write(
     # Whatever can be refused is refused before the first image is opened. The file is one JSON
     # document, which only the rank that lists has in memory, and only now.
     listed = parse(captions, splits)
-    in_order = sorted(listed.files.items())
-    names = ((number, file) for number, (_, file) in enumerate(in_order))
-    missing = missing_files(images, names, writer.scratch, writer.listed)
+    in_order = dict(sorted(listed.files.items()))
+    missing = missing_files(images, enumerate(in_order.values()), writer.scratch, writer.listed)
     if missing.count and not skip_missing:
         raise some_missing(missing, len(in_order), captions, images)
     of_packed, without = _choose(listed, missing, writer)
@@ -256,7 +255,8 @@ def _karpathy(path: Path, images: list[dict[str, Any]], splits: Sequence[str]) -
     """Karpathy's images of the splits as COCO's document."""
     # A split that is misspelt would silently give fewer images.
     found = sorted({image["split"] for image in images})
-    if unknown := set(splits) - set(found):
+    unknown = set(splits) - set(found)
+    if unknown:
         raise DataError(f"--splits {first_three(unknown)}: {path} has {', '.join(found)}")
     if not splits:
         refuse_splits(path, found, "choose with --splits, such as --splits train restval")

@@ -51,7 +51,8 @@ class Known:
 def _of_pixels(data: ShardDataset) -> npt.NDArray[np.uint64]:
     found = []
     for number in range(len(data.manifest["shards"])):
-        found += [content_hash(row["latent"]) for row in data.rows(number)]
+        for row in data.rows(number):
+            found.append(content_hash(row["latent"]))
     return np.sort(np.frombuffer(b"".join(found), _TYPE))
 
 

@@ -106,9 +106,11 @@ def _latents(data: ShardDataset) -> list[tuple[str, str]]:
     info = data.info
     if info.latent_mean and info.latent_std:
         facts.append(("of encoder", _ranges(info.latent_mean, info.latent_std)))
-    if statistics := from_manifest(data.manifest, data.path):
+    statistics = from_manifest(data.manifest, data.path)
+    if statistics:
         facts.append(("measured", _ranges(statistics.mean, statistics.std)))
-    if trip := data.manifest.get("round_trip"):
+    trip = data.manifest.get("round_trip")
+    if trip:
         facts.append(("round trip", round_trip_words(trip)))
     return facts
 
@@ -129,7 +131,9 @@ def measure(data: ShardDataset) -> None:
         raise ConfigError(f"{data.path} holds pixels, which need no --measure; leave it out")
     shards = tqdm(range(len(data.manifest["shards"])), "measure", unit="shard", delay=2)
     # Shard by shard, as the packer does: the same digits.
-    parts = (measure_rows([row["latent"] for row in data.rows(n)], info.kind) for n in shards)
+    parts = []
+    for number in shards:
+        parts.append(measure_rows([row["latent"] for row in data.rows(number)], info.kind))
     found = replace(merge(parts), encoder=info.encoders.get("vae"))
     file = data.path / MANIFEST
     manifest = json.loads(file.read_text()) | {"statistics": asdict(found)}
@@ -172,7 +176,8 @@ def _captions(info: DatasetInfo, manifest: dict[str, Any]) -> str:
     # What the loader pads to, and the two widths.
     text = f"{count}, up to {c.tokens} tokens of {c.width}, and one vector of {c.pooled_width}, "
     text += "a caption"
-    if cut := manifest.get("captions_cut"):
+    cut = manifest.get("captions_cut")
+    if cut:
         text += f"; {cut:,} were longer, and are cut"
     return text
 

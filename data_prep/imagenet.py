@@ -227,8 +227,10 @@ def _found(
 ) -> Found:
     """What is known of the images, with a note on classes that have none."""
     # Folders without images are errors before this; a list of classes may name some.
-    numbers = [number for number in range(num_classes) if number not in filled]
-    empty: list[Any] = [names[number] for number in numbers] if names else numbers
+    empty: list[Any] = []
+    for number in range(num_classes):
+        if number not in filled:
+            empty.append(names[number] if names else number)
     facts |= {"num_classes": num_classes, "classes_without_images": empty}
     notes = []
     if empty:

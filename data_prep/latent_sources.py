@@ -50,7 +50,8 @@ def open_source(
         if (inner / "dataset.json").is_file():
             return _numpy_folder(inner)
     # LightningDiT's shards; torch.save's files have the same keys nowhere.
-    if shards := sorted(folder.glob("*.safetensors")):
+    shards = sorted(folder.glob("*.safetensors"))
+    if shards:
         return _safetensors(folder, shards)
     if (folder / "index.json").is_file():
         return _mds(folder, column, shape, kind)
@@ -120,7 +121,8 @@ def _safetensors(folder: Path, shards: list[Path]) -> LatentSource:
     for path in shards:
         try:
             with safe_open(path, framework="np") as file:
-                if missing := {"latents", "labels"} - set(file.keys()):
+                missing = {"latents", "labels"} - set(file.keys())
+                if missing:
                     raise DataError(f"{path} has no {sorted(missing)[0]}, as LightningDiT's have")
                 found = tuple(file.get_slice("latents").get_shape())
                 labels.append(file.get_tensor("labels").astype(np.int64))
@@ -162,7 +164,8 @@ def _stats(path: Path, channels: int) -> tuple[Any, Any]:
         return None, None
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-        mean, std = (found[key].double().flatten().tolist() for key in ("mean", "std"))
+        mean = found["mean"].double().flatten().tolist()
+        std = found["std"].double().flatten().tolist()
     except Exception as error:
         raise DataError(f"{path} cannot be read ({error}); restore or remove it") from error
     if not len(mean) == len(std) == channels or not min(std) > 0:

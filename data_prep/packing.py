@@ -524,7 +524,9 @@ class Packer:
         """Adds to each row the embeddings of its captions; returns how many of them are cut."""
         assert self.text
         # All captions of the batch are encoded together, and then dealt out again.
-        texts = list(chain.from_iterable(row["captions"] for row in rows))
+        texts: list[str] = []
+        for row in rows:
+            texts += row["captions"]
         encoded = iter(self.text(texts))
         cut = []
         for row in rows:
@@ -556,7 +558,9 @@ class Packer:
         reasons = self._write_skipped(totals)
         if not totals.shards and self.base is None:
             with (out / SKIPPED).open() as file:
-                first = [tuple(json.loads(line).values()) for line in islice(file, 3)]
+                first = []
+                for line in islice(file, 3):
+                    first.append(tuple(json.loads(line).values()))
             (out / SKIPPED).unlink()
             raise DataError(
                 f"not one image of {self.source.name} could be used; the first: "
@@ -665,14 +669,19 @@ class Packer:
         each = -(-ROUND_TRIP_IMAGES // count)
         for part in np.linspace(0, self.parts.parts - 1, count).astype(int).tolist():
             items = self.source.part(part, self.options.rows_per_shard)
-            # A part whose images are all unusable is not read to its end.
-            decoded = (self.decode(item)[1] for item in islice(items, 10 * each))
-            usable = (image for image in decoded if not isinstance(image, str))
+            found = 0
             # One by one: a batch would need the memory of all. All is packed by now, and a source
             # that is gone is no reason to fail.
             with suppress(DataError, OSError):
-                for image in islice(usable, each):
+                # A part whose images are all unusable is not read to its end.
+                for item in islice(items, 10 * each):
+                    _, image = self.decode(item)
+                    if isinstance(image, str):
+                        continue
                     values.append(round(images.psnr(image, self._restored(image)), 2))
+                    found += 1
+                    if found == each:
+                        break
         return values
 
     def _restored(self, image: Image) -> Image:

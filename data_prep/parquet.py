@@ -202,12 +202,15 @@ class ParquetSource:
     def _items(self, batch: pa.RecordBatch, at: int, start: int, stop: int) -> Iterator[Item]:
         """The items of a batch, whose first row is `at`, that lie in [start, stop)."""
         numbers = range(max(start - at, 0), min(stop - at, len(batch)))
-        ids: Sequence[tuple[str, bool]] = [(str(at + i), True) for i in range(len(batch))]
-        if name := self._columns["id"]:
-            ids = list(map(_text, batch.column(name).cast(pa.large_string())))
+        id_column = self._columns["id"]
+        if id_column:
+            ids = list(map(_text, batch.column(id_column).cast(pa.large_string())))
+        else:
+            ids = [(str(at + i), True) for i in range(len(batch))]
+        label_column = self._columns["label"]
         labels = [0] * len(batch)
-        if name := self._columns["label"]:
-            texts = batch.column(name).cast(pa.large_string()).to_pylist()
+        if label_column:
+            texts = batch.column(label_column).cast(pa.large_string()).to_pylist()
             labels = [self._label_of[text] for text in texts]
         for i in numbers:
             yield self._item(*ids[i], labels[i], batch, i)

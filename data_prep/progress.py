@@ -184,7 +184,8 @@ def _ranks(
     newest = max(ranks, key=lambda rank: rank["time"], default=None)
     world_size = newest["world_size"] if newest else 0
     here = {rank["rank"]: rank for rank in ranks if rank["world_size"] == world_size}
-    if engine := engine_at_work(folder):
+    engine = engine_at_work(folder)
+    if engine:
         # It deals parts out: none is expected of a worker that is gone, or has nothing to do.
         working = sum(now - rank["time"] < SILENT_S for rank in here.values())
         return f"{working} of {world_size} workers of {engine} at work"

@@ -99,7 +99,9 @@ def split(options: Split) -> str:
     about = {key: value for key, value in data.manifest.items() if key not in _OF_THE_SHARDS}
     counts = dict.fromkeys(PARTS, 0)
     with ExitStack() as stack:
-        writers = {part: stack.enter_context(_writer(options, data, about, part)) for part in PARTS}
+        writers = {}
+        for part in PARTS:
+            writers[part] = stack.enter_context(_writer(options, data, about, part))
         shards = range(len(data.manifest["shards"]))
         for number in tqdm(shards, "split", unit="shard", delay=2):
             for row in data.rows(number):
