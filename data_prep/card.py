@@ -57,12 +57,14 @@ def write_card(data: ShardDataset) -> bool:
         return False
     if MARK not in there:
         return False
+    # A card with this fingerprint is of the set as it is: nothing has to be drawn.
     if data.fingerprint not in there:
         picture = _picture(data)
         if picture is not None:
             file = io.BytesIO()
             Image.fromarray(picture).save(file, "PNG")
             write_atomically(data.path / PICTURE, file.getvalue())
+        # After its picture: if this is killed between the two, the next start writes both.
         write_atomically(path, card_text(data, picture is not None))
     return True
 
@@ -77,6 +79,7 @@ def card_text(data: ShardDataset, picture: bool) -> str:
         f"# {_plain(data.info.name)}",
         _summary(data),
     ]
+    # Latents are shown without their VAE. The card says so, as the colours are not the true ones.
     if picture:
         what = "" if data.info.kind == "pixels" else ", by a linear map of their latents to colours"
         parts.append(f"![Some of the images{what}]({PICTURE})")
@@ -143,6 +146,7 @@ def _summary(data: ShardDataset) -> str:
             held += f" ({_some(names)})"
     if "captions" in manifest["columns"]:
         held += f", with {manifest.get('captions', 0):,} captions"
+        # Texts that were packed without an encoder have no tokens.
         if info.captions:
             held += f", encoded up to {info.captions.tokens} tokens"
     size = sum(shard["bytes"] for shard in manifest["shards"])
@@ -153,6 +157,7 @@ def _sources(data: ShardDataset) -> str:
     rows = []
     for job, images, licence in _parts(data):
         source = job["source"]
+        # Parquet counts rows. Of tar files only reading tells how many images there are.
         listed = source.get("images_listed", source.get("rows"))
         rows.append(
             (
@@ -235,6 +240,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def _picture(data: ShardDataset) -> npt.NDArray[np.uint8] | None:
     """A sheet of images from first to last; None of latents without their map to colours."""
+    # Evenly spread: in a set that is sorted by class the first images are all of one.
     rows = np.linspace(0, len(data) - 1, min(SHOWN, len(data))).astype(np.int64)
     latent = torch.from_numpy(data.gather(rows)["latent"])
     info = data.packed

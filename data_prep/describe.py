@@ -106,6 +106,7 @@ def _latents(data: ShardDataset) -> list[tuple[str, str]]:
     info = data.info
     if info.latent_mean and info.latent_std:
         facts.append(("of encoder", _ranges(info.latent_mean, info.latent_std)))
+    # Shown beside the encoder's own: data.normalize chooses between the two.
     statistics = from_manifest(data.manifest, data.path)
     if statistics:
         facts.append(("measured", _ranges(statistics.mean, statistics.std)))
@@ -134,8 +135,10 @@ def measure(data: ShardDataset) -> None:
     parts = []
     for number in shards:
         parts.append(measure_rows([row["latent"] for row in data.rows(number)], info.kind))
+    # With the encoder's identity, by which statistics of another encoder's latents are refused.
     found = replace(merge(parts), encoder=info.encoders.get("vae"))
     file = data.path / MANIFEST
+    # Read again, as the file has it: in data.manifest some values are objects already.
     manifest = json.loads(file.read_text()) | {"statistics": asdict(found)}
     write_atomically(file, json.dumps(manifest, indent=1) + "\n")
 
@@ -243,6 +246,7 @@ def _decoded(data: ShardDataset, latent: torch.Tensor, vae: str | None) -> npt.N
 
 def run(options: Describe) -> None:
     """Prints the description, verifies the files and draws the picture, as the options ask for."""
+    # Refused at once: to verify or to measure a large set takes long.
     if options.picture and options.picture.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ConfigError(
             f"--picture {options.picture} has no suffix of a picture; try {options.picture}.png"
@@ -256,6 +260,7 @@ def run(options: Describe) -> None:
     data = ShardDataset(options.data, verify=options.verify)
     if options.measure:
         measure(data)
+        # Opened again, to describe the statistics that are new.
         data = ShardDataset(options.data)
     # What a packing program adds to the manifest is not checked when it is read.
     try:

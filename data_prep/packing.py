@@ -310,6 +310,7 @@ class Packer:
         try:
             if not self.parts.claim():
                 self.source.discard()
+                # A start that was killed right after the manifest has left no card.
                 if self.rank == 0:
                     self.write_card()
                 return self.summary(ALREADY_PACKED) if self.rank == 0 else ""
@@ -368,6 +369,8 @@ class Packer:
         """Packs this rank's parts; returns how many images were packed now."""
         new = 0
         done = sum(self.parts.record(part)["items"] for part in self.parts.mine)
+        # What earlier starts have packed counts. In a log file each refresh is a line of its own,
+        # so there are only a few.
         bar = tqdm(
             total=self._share(),
             initial=done,
@@ -550,6 +553,7 @@ class Packer:
         """Writes the manifest once every part is done, and removes what only packing needed. For
         rank 0."""
         self.parts.wait_for_all()
+        # Looked at only now, when every part has been read from the source.
         if what := self.source.changed():
             raise source_changed(what)
         totals = Totals(self.parts.records())
@@ -613,9 +617,11 @@ class Packer:
         about = grown(base, self.parts.job, totals, reasons)
         if self.options.licence:
             about["additions"][-1]["licence"] = self.options.licence
+        # Each addition has its own file of hashes, and the set has all of them.
         for key, names in named.items():
             about[key] = [*manifest.get(key, ()), *names]
         columns = manifest["columns"]
+        # Every image of a source may have been left out: then there are no columns to compare.
         if totals.shards and totals.columns != columns:
             raise DataError(
                 f"--append: the new rows have the columns {totals.columns}, those of {base.path} "
@@ -768,6 +774,7 @@ def _ahead(pool: Executor, work: Callable[[A], B], items: Iterable[A], window: i
         weight = getattr(item, "held", 0)
         pending.append((pool.submit(work, item), weight))
         held += weight
+        # The oldest is waited for, even if later ones are done: rows keep the source's order.
         while len(pending) == window or (pending and held > MOST_HELD):
             future, weight = pending.popleft()
             held -= weight

@@ -88,6 +88,7 @@ def _require_own(part: Path) -> None:
 
 def is_held_out(id: str, share: float, seed: int = 0) -> bool:
     """Whether the row of this id belongs to the held-out part."""
+    # By the id alone: a row keeps its side when the set grows, or is packed in another order.
     digest = hashlib.sha256(f"{seed}:{id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
@@ -108,6 +109,7 @@ def split(options: Split) -> str:
                 part = PARTS[is_held_out(row["id"], options.share, options.seed)]
                 writers[part].write(**row)
                 counts[part] += 1
+        # Within the block: a writer that an error ends writes no manifest, and so no set.
         for part, count in counts.items():
             if not count:
                 raise DataError(
