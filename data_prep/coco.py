@@ -89,6 +89,7 @@ def read(
         "captions": str(captions.resolve()),
         "captions_sha256": sha256(captions),
     }
+    # Everything that changes the list is in its key. The order of the splits changes nothing.
     key = facts | {"skip_missing": skip_missing, "splits": sorted(splits)}
 
     def make(writer: Writer) -> Found:
@@ -244,6 +245,7 @@ def _id(value: Any) -> Id:
     if isinstance(value, str):
         if value.isdecimal() and str(int(value)) == value:
             return False, int(value)
+        # Texts come behind numbers, with which they cannot be compared: True sorts after False.
         return True, value
     number = int(value)
     if number != value:
@@ -271,6 +273,7 @@ def _karpathy(path: Path, images: list[dict[str, Any]], splits: Sequence[str]) -
         file = posixpath.join(image.get("filepath", ""), image["filename"])
         document["images"].append({"id": id, "file_name": file})
         for text in image["sentences"]:
+            # Without ids of their own, captions are numbered in the order of the file.
             sentence = text.get("sentid", next(number))
             document["annotations"].append({"image_id": id, "id": sentence, "caption": text["raw"]})
     return document

@@ -99,6 +99,7 @@ def _from_folders(
     facts: dict[str, Any],
 ) -> Found:
     folders = _folders_in(images)
+    # A label is the place of a folder's name in the list of classes, or among all folders, sorted.
     known = dict(zip(names or folders, range(len(names or folders)), strict=True))
     walk = Walk(images, names, writer.scratch, writer.listed)
 
@@ -110,6 +111,7 @@ def _from_folders(
         folder, slash, _ = files[0].partition("/")
         if slash:
             counts[folder] += len(files)
+            # -1 is never packed: _check_folders refuses all such folders in one message.
             writer.extend(files, known.get(folder, -1))
         else:
             outside += len(files)

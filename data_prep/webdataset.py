@@ -84,6 +84,7 @@ def read(
     """The source of these tar files. By default samples have captions, or labels where there are
     classes."""
     if caption_key is None:
+        # Samples of classes may have no captions, and each would be skipped for that.
         caption_key = "none" if num_classes else "txt"
     if caption_key == "none":
         caption_key = ""
