@@ -42,7 +42,9 @@ class AddedParts(Parts):
         places: Places,
     ) -> None:
         manifest = read_manifest(out)
+        # From 1. The names of the new shards carry it, so that they differ from all others.
         self.number = len(manifest.get("additions", ())) + 1
+        # By its fingerprint: once the set has grown otherwise, this job no longer fits it.
         addition = {"to": manifest["fingerprint"], "number": self.number}
         super().__init__(
             out,
@@ -86,6 +88,7 @@ def _differences(
     theirs: Mapping[str, Any], ours: Mapping[str, Any], free: Callable[[str], bool]
 ) -> list[str]:
     differ = []
+    # The keys of both: what only one of the jobs states is a difference too.
     for key in dict.fromkeys([*theirs, *ours]):
         there, here = theirs.get(key), ours.get(key)
         if there != here and not free(key) and not key.startswith(f"{APPEND}."):
@@ -123,6 +126,7 @@ def check_alike(data: ShardDataset, job: dict[str, Any], captioned: bool) -> Non
 def check_class_names(data: ShardDataset, names: Sequence[str]) -> None:
     """Raises DataError where labels stand for other classes than the set's."""
     known = data.manifest.get("class_names") or []
+    # Not strict: either may have no names. The numbers of classes are compared with the jobs.
     for number, (there, here) in enumerate(zip(known, names, strict=False)):
         if there != here:
             raise DataError(
@@ -148,10 +152,12 @@ def grown(
     the new parts; `skipped`: how often each reason occurs in the source. Raises DataError where the
     set is no longer what it was."""
     manifest = data.manifest
+    # Hours of encoding may lie between the first look at the set and this one.
     if read_manifest(data.path)["fingerprint"] != data.fingerprint:
         raise DataError(f"{data.path} has changed while images were added to it; run again")
     about = {key: value for key, value in manifest.items() if key not in _WRITTEN}
     count = skipped.total()
+    # Not all of them: a reason may have a file's name in it, and be another for each image.
     frequent = dict(skipped.most_common(20))
     entry = {
         "job": job,
@@ -161,6 +167,7 @@ def grown(
         "rows": sum(shard["rows"] for shard in totals.shards),
         "skipped": {"count": count, "reasons": frequent},
     }
+    # Added up, as skipped.jsonl lists what every source of the set has left out.
     before = manifest["skipped"]
     reasons = dict(before["reasons"])
     for reason, times in frequent.items():

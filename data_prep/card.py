@@ -57,12 +57,14 @@ def write_card(data: ShardDataset) -> bool:
         return False
     if MARK not in there:
         return False
+    # A card with this fingerprint is of the set as it is: nothing has to be drawn.
     if data.fingerprint not in there:
         picture = _picture(data)
         if picture is not None:
             file = io.BytesIO()
             Image.fromarray(picture).save(file, "PNG")
             write_atomically(data.path / PICTURE, file.getvalue())
+        # After its picture: if this is killed between the two, the next start writes both.
         write_atomically(path, card_text(data, picture is not None))
     return True
 
@@ -77,6 +79,7 @@ def card_text(data: ShardDataset, picture: bool) -> str:
         f"# {_plain(data.info.name)}",
         _summary(data),
     ]
+    # Latents are shown without their VAE. The card says so, as the colours are not the true ones.
     if picture:
         what = "" if data.info.kind == "pixels" else ", by a linear map of their latents to colours"
         parts.append(f"![Some of the images{what}]({PICTURE})")
@@ -93,14 +96,22 @@ def card_text(data: ShardDataset, picture: bool) -> str:
 def front_matter(data: ShardDataset) -> str:
     """The card's metadata, in YAML."""
     captions = "captions" in data.manifest["columns"]
-    given = [licence for _, _, licence in _parts(data) if licence]
-    known = list(dict.fromkeys(each if LICENCE.fullmatch(each) else "other" for each in given))
+    # The hub knows licences by short names. Any other text is "other" there, with its name beside it.
+    known: dict[str, None] = {}
+    names: list[str] = []
+    for _, _, licence in _parts(data):
+        if licence and LICENCE.fullmatch(licence):
+            known[licence] = None
+        elif licence:
+            known["other"] = None
+            names.append(licence)
+    licences = list(known)
     size = next((name for limit, name in SIZES.items() if len(data) < limit), "n>1B")
     values: dict[str, Any] = {"pretty_name": data.info.name}
-    if known:
-        values["license"] = known[0] if len(known) == 1 else known
-    if "other" in known:
-        values["license_name"] = ", ".join(each for each in given if not LICENCE.fullmatch(each))
+    if licences:
+        values["license"] = licences[0] if len(licences) == 1 else licences
+    if "other" in licences:
+        values["license_name"] = ", ".join(names)
     values |= {
         "size_categories": [size],
         # The hub has no task for images of classes.
@@ -130,10 +141,12 @@ def _summary(data: ShardDataset) -> str:
         held += ", each also mirrored"
     if info.num_classes:
         held += f", of {info.num_classes:,} classes"
-        if names := manifest.get("class_names"):
+        names = manifest.get("class_names")
+        if names:
             held += f" ({_some(names)})"
     if "captions" in manifest["columns"]:
         held += f", with {manifest.get('captions', 0):,} captions"
+        # Texts that were packed without an encoder have no tokens.
         if info.captions:
             held += f", encoded up to {info.captions.tokens} tokens"
     size = sum(shard["bytes"] for shard in manifest["shards"])
@@ -144,6 +157,7 @@ def _sources(data: ShardDataset) -> str:
     rows = []
     for job, images, licence in _parts(data):
         source = job["source"]
+        # Parquet counts rows. Of tar files only reading tells how many images there are.
         listed = source.get("images_listed", source.get("rows"))
         rows.append(
             (
@@ -185,13 +199,15 @@ def _made(data: ShardDataset) -> str:
         lines.append(f"{name} encoder: {_plain(identity)}{known}{precision}")
     if data.info.kind != "pixels":
         lines.append(f"scale factor {data.info.scale_factor:g}")
-    if statistics := from_manifest(manifest, data.path):
+    statistics = from_manifest(manifest, data.path)
+    if statistics:
         lines.append(
             f"latents of {statistics.images:,} images have, over their {len(statistics.mean)} "
             f"channels, means of {_numbers(statistics.mean)} and standard deviations of "
             f"{_numbers(statistics.std)}"
         )
-    if trip := manifest.get("round_trip"):
+    trip = manifest.get("round_trip")
+    if trip:
         lines.append(f"encoded and decoded again: PSNR of {round_trip_words(trip)}")
     return "\n".join(f"- {line}" for line in lines)
 
@@ -224,6 +240,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def _picture(data: ShardDataset) -> npt.NDArray[np.uint8] | None:
     """A sheet of images from first to last; None of latents without their map to colours."""
+    # Evenly spread: in a set that is sorted by class the first images are all of one.
     rows = np.linspace(0, len(data) - 1, min(SHOWN, len(data))).astype(np.int64)
     latent = torch.from_numpy(data.gather(rows)["latent"])
     info = data.packed

@@ -89,6 +89,7 @@ def read(
         "captions": str(captions.resolve()),
         "captions_sha256": sha256(captions),
     }
+    # Everything that changes the list is in its key. The order of the splits changes nothing.
     key = facts | {"skip_missing": skip_missing, "splits": sorted(splits)}
 
     def make(writer: Writer) -> Found:
@@ -109,9 +110,8 @@ def _write(
     # Whatever can be refused is refused before the first image is opened. The file is one JSON
     # document, which only the rank that lists has in memory, and only now.
     listed = parse(captions, splits)
-    in_order = sorted(listed.files.items())
-    names = ((number, file) for number, (_, file) in enumerate(in_order))
-    missing = missing_files(images, names, writer.scratch, writer.listed)
+    in_order = dict(sorted(listed.files.items()))
+    missing = missing_files(images, enumerate(in_order.values()), writer.scratch, writer.listed)
     if missing.count and not skip_missing:
         raise some_missing(missing, len(in_order), captions, images)
     of_packed, without = _choose(listed, missing, writer)
@@ -245,6 +245,7 @@ def _id(value: Any) -> Id:
     if isinstance(value, str):
         if value.isdecimal() and str(int(value)) == value:
             return False, int(value)
+        # Texts come behind numbers, with which they cannot be compared: True sorts after False.
         return True, value
     number = int(value)
     if number != value:
@@ -256,7 +257,8 @@ def _karpathy(path: Path, images: list[dict[str, Any]], splits: Sequence[str]) -
     """Karpathy's images of the splits as COCO's document."""
     # A split that is misspelt would silently give fewer images.
     found = sorted({image["split"] for image in images})
-    if unknown := set(splits) - set(found):
+    unknown = set(splits) - set(found)
+    if unknown:
         raise DataError(f"--splits {first_three(unknown)}: {path} has {', '.join(found)}")
     if not splits:
         refuse_splits(path, found, "choose with --splits, such as --splits train restval")
@@ -271,6 +273,7 @@ def _karpathy(path: Path, images: list[dict[str, Any]], splits: Sequence[str]) -
         file = posixpath.join(image.get("filepath", ""), image["filename"])
         document["images"].append({"id": id, "file_name": file})
         for text in image["sentences"]:
+            # Without ids of their own, captions are numbered in the order of the file.
             sentence = text.get("sentid", next(number))
             document["annotations"].append({"image_id": id, "id": sentence, "caption": text["raw"]})
     return document

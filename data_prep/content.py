@@ -30,12 +30,15 @@ class Known:
     computed; latents tell nothing, so that `complete` is False."""
 
     def __init__(self, data: ShardDataset) -> None:
+        # Mapped, and searched by halves: the hashes of a large set stay on the disk.
         names = data.manifest.get("content_hashes", [])
         self._sorted: list[npt.NDArray[np.uint64]] = []
         for name in names:
             self._sorted.append(np.memmap(data.path / name, _TYPE, "r"))
+        # One hash for each image: fewer mean that a part was packed by a version that kept none.
         self.complete = sum(map(len, self._sorted)) == len(data)
         if not self.complete and data.info.kind == "pixels":
+            # Pixels are stored just as they would have been hashed, so that it can be done now.
             self._sorted = [_of_pixels(data)]
             self.complete = True
 
@@ -51,7 +54,8 @@ class Known:
 def _of_pixels(data: ShardDataset) -> npt.NDArray[np.uint64]:
     found = []
     for number in range(len(data.manifest["shards"])):
-        found += [content_hash(row["latent"]) for row in data.rows(number)]
+        for row in data.rows(number):
+            found.append(content_hash(row["latent"]))
     return np.sort(np.frombuffer(b"".join(found), _TYPE))
 
 
@@ -72,6 +76,7 @@ def write_hashes(path: Path, records: Iterable[dict[str, Any]]) -> bool:
         hashes = np.memmap(temporary, _TYPE, "r+")
         hashes.sort()
         hashes.flush()
+        # On the disk before it has its name: the manifest, which names it, is written next.
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)

@@ -106,9 +106,12 @@ def _latents(data: ShardDataset) -> list[tuple[str, str]]:
     info = data.info
     if info.latent_mean and info.latent_std:
         facts.append(("of encoder", _ranges(info.latent_mean, info.latent_std)))
-    if statistics := from_manifest(data.manifest, data.path):
+    # Shown beside the encoder's own: data.normalize chooses between the two.
+    statistics = from_manifest(data.manifest, data.path)
+    if statistics:
         facts.append(("measured", _ranges(statistics.mean, statistics.std)))
-    if trip := data.manifest.get("round_trip"):
+    trip = data.manifest.get("round_trip")
+    if trip:
         facts.append(("round trip", round_trip_words(trip)))
     return facts
 
@@ -129,9 +132,13 @@ def measure(data: ShardDataset) -> None:
         raise ConfigError(f"{data.path} holds pixels, which need no --measure; leave it out")
     shards = tqdm(range(len(data.manifest["shards"])), "measure", unit="shard", delay=2)
     # Shard by shard, as the packer does: the same digits.
-    parts = (measure_rows([row["latent"] for row in data.rows(n)], info.kind) for n in shards)
+    parts = []
+    for number in shards:
+        parts.append(measure_rows([row["latent"] for row in data.rows(number)], info.kind))
+    # With the encoder's identity, by which statistics of another encoder's latents are refused.
     found = replace(merge(parts), encoder=info.encoders.get("vae"))
     file = data.path / MANIFEST
+    # Read again, as the file has it: in data.manifest some values are objects already.
     manifest = json.loads(file.read_text()) | {"statistics": asdict(found)}
     write_atomically(file, json.dumps(manifest, indent=1) + "\n")
 
@@ -172,7 +179,8 @@ def _captions(info: DatasetInfo, manifest: dict[str, Any]) -> str:
     # What the loader pads to, and the two widths.
     text = f"{count}, up to {c.tokens} tokens of {c.width}, and one vector of {c.pooled_width}, "
     text += "a caption"
-    if cut := manifest.get("captions_cut"):
+    cut = manifest.get("captions_cut")
+    if cut:
         text += f"; {cut:,} were longer, and are cut"
     return text
 
@@ -238,6 +246,7 @@ def _decoded(data: ShardDataset, latent: torch.Tensor, vae: str | None) -> npt.N
 
 def run(options: Describe) -> None:
     """Prints the description, verifies the files and draws the picture, as the options ask for."""
+    # Refused at once: to verify or to measure a large set takes long.
     if options.picture and options.picture.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ConfigError(
             f"--picture {options.picture} has no suffix of a picture; try {options.picture}.png"
@@ -251,6 +260,7 @@ def run(options: Describe) -> None:
     data = ShardDataset(options.data, verify=options.verify)
     if options.measure:
         measure(data)
+        # Opened again, to describe the statistics that are new.
         data = ShardDataset(options.data)
     # What a packing program adds to the manifest is not checked when it is read.
     try:

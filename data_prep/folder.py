@@ -38,6 +38,7 @@ def read(images: Path, listings: Listings | None = None) -> ListSource:
                 splits.add(top.lower())
             writer.extend(files)
         refuse_splits(images, splits, "give one with --images, or a folder of links to both")
+        # Names that are not UTF-8 are left out by the writer, and were listed all the same.
         listed = writer.rows + writer.skipped
         return Found({**facts, "images_listed": listed, "other_files": walk.others})
 

@@ -99,6 +99,7 @@ def _from_folders(
     facts: dict[str, Any],
 ) -> Found:
     folders = _folders_in(images)
+    # A label is the place of a folder's name in the list of classes, or among all folders, sorted.
     known = dict(zip(names or folders, range(len(names or folders)), strict=True))
     walk = Walk(images, names, writer.scratch, writer.listed)
 
@@ -110,6 +111,7 @@ def _from_folders(
         folder, slash, _ = files[0].partition("/")
         if slash:
             counts[folder] += len(files)
+            # -1 is never packed: _check_folders refuses all such folders in one message.
             writer.extend(files, known.get(folder, -1))
         else:
             outside += len(files)
@@ -227,8 +229,10 @@ def _found(
 ) -> Found:
     """What is known of the images, with a note on classes that have none."""
     # Folders without images are errors before this; a list of classes may name some.
-    numbers = [number for number in range(num_classes) if number not in filled]
-    empty: list[Any] = [names[number] for number in numbers] if names else numbers
+    empty: list[Any] = []
+    for number in range(num_classes):
+        if number not in filled:
+            empty.append(names[number] if names else number)
     facts |= {"num_classes": num_classes, "classes_without_images": empty}
     notes = []
     if empty:

@@ -50,7 +50,8 @@ def open_source(
         if (inner / "dataset.json").is_file():
             return _numpy_folder(inner)
     # LightningDiT's shards; torch.save's files have the same keys nowhere.
-    if shards := sorted(folder.glob("*.safetensors")):
+    shards = sorted(folder.glob("*.safetensors"))
+    if shards:
         return _safetensors(folder, shards)
     if (folder / "index.json").is_file():
         return _mds(folder, column, shape, kind)
@@ -120,10 +121,12 @@ def _safetensors(folder: Path, shards: list[Path]) -> LatentSource:
     for path in shards:
         try:
             with safe_open(path, framework="np") as file:
-                if missing := {"latents", "labels"} - set(file.keys()):
+                missing = {"latents", "labels"} - set(file.keys())
+                if missing:
                     raise DataError(f"{path} has no {sorted(missing)[0]}, as LightningDiT's have")
                 found = tuple(file.get_slice("latents").get_shape())
                 labels.append(file.get_tensor("labels").astype(np.int64))
+                # Either every shard has mirrors, or none are packed: rows have the same columns.
                 mirrored &= "latents_flip" in file.keys()  # noqa: SIM118, it is no dict
         except (SafetensorError, OSError) as error:
             raise DataError(f"{path} cannot be read ({error}); restore it") from error
@@ -161,10 +164,13 @@ def _stats(path: Path, channels: int) -> tuple[Any, Any]:
     if not path.is_file():
         return None, None
     try:
+        # weights_only: the file is somebody else's, and a pickle may run code.
         found = torch.load(path, map_location="cpu", weights_only=True)
-        mean, std = (found[key].double().flatten().tolist() for key in ("mean", "std"))
+        mean = found["mean"].double().flatten().tolist()
+        std = found["std"].double().flatten().tolist()
     except Exception as error:
         raise DataError(f"{path} cannot be read ({error}); restore or remove it") from error
+    # Latents are divided by their std, which must not be 0.
     if not len(mean) == len(std) == channels or not min(std) > 0:
         raise DataError(
             f"{path} has statistics of {len(mean)} channels, the latents have {channels}: they are "
@@ -179,6 +185,7 @@ def _mds(
     """Streaming's shards, as micro_diffusion writes them: float16 bytes of latents that are already
     multiplied by the encoder's scaling_factor, and captions."""
     shards = _json(folder / "index.json")["shards"]
+    # A shard that cannot be read is found now, and not after hours of packing.
     for shard in shards:
         if shard["format"] != "mds" or shard["compression"]:
             raise DataError(
@@ -187,6 +194,7 @@ def _mds(
             )
     names = shards[0]["column_names"]
     column = _column(folder, column, names)
+    # The index does not say how large a latent is; the first sample does, at two bytes a value.
     first = next(_mds_samples(folder, shards[:1]))
     number = len(first[column]) // 2
     shape = _shape(shape, number, f"the column {column} of {folder}")
@@ -211,11 +219,13 @@ def _mds_samples(folder: Path, shards: list[dict[str, Any]]) -> Iterator[dict[st
     for shard in shards:
         path = folder / shard["raw_data"]["basename"]
         try:
+            # Mapped, so that of a large shard only a sample at a time is in memory.
             data = np.memmap(path, np.uint8, "r")
             count = int(data[:4].view(np.uint32)[0])
             bounds = data[4 : 4 * (count + 2)].view(np.uint32).tolist()
         except (OSError, ValueError, IndexError) as error:
             raise DataError(f"{path} cannot be read ({error}); restore it") from error
+        # Bounds end with the size of the file, which shows a copy that was cut short.
         if count != shard["samples"] or bounds[-1] != len(data):
             raise DataError(f"{path} is cut short, or not the index's; restore it")
         for begin, end in pairwise(bounds):
@@ -245,12 +255,14 @@ def _datasets(
     batches = partial(_batches, files)
     first = next(batches())
     column = _column(folder, column, first.schema.names)
+    # A nested column tells its shape; a flat one only how many values there are.
     value = first.column(column)[0].as_py()
     found = np.array(value, np.float32)
     if shape is None and found.ndim == 3:
         shape = found.shape
     shape = _shape(shape, found.size, f"the column {column} of {folder}")
     labelled = "label" in first.schema.names
+    # A pass for the labels alone: a set states its classes before its first row is written.
     size, classes = 0, len(_class_names(folder))
     for batch in batches():
         size += batch.num_rows
@@ -261,6 +273,8 @@ def _datasets(
         number = 0
         for batch in batches():
             flat = batch.column(column)
+            # Levels of lists, or an extension over them, come off one by one: as Python's lists the
+            # values would take many times the memory.
             while not pa.types.is_floating(flat.type):
                 flat = (flat.storage if isinstance(flat, pa.ExtensionArray) else flat).flatten()
             latents = flat.to_numpy(zero_copy_only=False).reshape(-1, *shape)

@@ -70,6 +70,7 @@ def pack(options: Latents) -> str:
     """Writes the set; returns a line about it. Raises DataError and ConfigError."""
     options.check()
     source = open_source(options.latents, options.column, options.shape, options.kind)
+    # Nothing is encoded here: only what the VAE is, and how it normalises, is asked of it.
     vae = load_vae(options.vae, torch.device("cpu")) if options.vae else None
     info = _info(source, vae, options)
     _check_statistics(source, options.latents)
@@ -82,6 +83,7 @@ def pack(options: Latents) -> str:
         }
     }
     if options.vae:
+        # A folder by its full path: describe looks for it later, from another working folder.
         place = Path(options.vae).expanduser()
         about["made_with"] = {"vae": str(place.resolve()) if place.exists() else options.vae}
     with ShardWriter(options.out, info, options.rows_per_shard, **about) as writer:
@@ -98,6 +100,7 @@ def _info(source: LatentSource, vae: Vae | None, options: Latents) -> DatasetInf
     # Statistics beside the latents are how their own program normalises them.
     if source.mean:
         norm = Normalization(1.0, source.mean, source.std)
+    # What the user gives comes last, so that it wins.
     if options.scale_factor is not None:
         norm = replace(norm, scale_factor=options.scale_factor)
     info = DatasetInfo(
@@ -127,6 +130,7 @@ def _check_statistics(source: LatentSource, folder: Path) -> None:
     found = measure_rows(latents, source.kind)
     off = np.abs(np.array(found.mean) - source.mean) / source.std
     ratio = np.array(found.std) / source.std
+    # Wide bounds: a few hundred latents of the right encoder differ a little from all of them.
     if off.max() > 1 or ratio.max() > 2 or ratio.min() < 0.5:
         channel = int(np.argmax(np.maximum(off, np.abs(np.log2(ratio)))))
         raise DataError(
@@ -152,6 +156,7 @@ def _rows(source: LatentSource, vae: Vae | None, info: DatasetInfo) -> Iterator[
                 latent = latent / scaled
             else:
                 latent[:channels] -= shift
+            # A value beyond float16 becomes infinite, which the writer refuses with the row's id.
             with np.errstate(over="ignore"):
                 row[name] = latent.astype(np.float16)
         yield row

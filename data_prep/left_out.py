@@ -28,6 +28,7 @@ class Totals(Iterable[tuple[str, str]]):
             self.shards += record["shards"]
             self.captions += record["captions"]
             self.captions_cut += record.get("captions_cut", 0)
+            # A part of which every image was left out has no columns.
             self.columns = self.columns or record["columns"]
             yield from record["skipped"]
 

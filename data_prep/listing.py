@@ -73,6 +73,7 @@ class Writer:
         self._columns = ("file", *columns)
         self._pending: dict[str, list[Any]] = {name: [] for name in self._columns}
         self._schema = pa.schema([(name, COLUMNS[name]) for name in self._columns])
+        # If a file cannot be opened, the ones before it are closed.
         with ExitStack() as stack:
             sink = stack.enter_context(pa.OSFile(f"{base}.rows", "wb"))
             self._file = stack.enter_context(pa.ipc.new_file(sink, self._schema))
@@ -175,6 +176,7 @@ class Listing:
     def read(self, start: int, stop: int) -> Iterator[Row]:
         """The rows in [start, stop)."""
         with pa.OSFile(f"{self._base}.rows") as source, pa.ipc.open_file(source) as file:
+            # All batches but the last have BATCH rows, so that a row's number tells where it is.
             for number in range(start // BATCH, -(-stop // BATCH)):
                 first = number * BATCH
                 batch = file.get_batch(number)[max(start - first, 0) : stop - first]
@@ -205,6 +207,7 @@ class Listings:
         digest = hashlib.sha256(json.dumps([key, columns], sort_keys=True).encode()).hexdigest()
         base = self._folder / f"listing_{digest[:16]}"
         try:
+            # Without the lock at first: ranks that find a listing need not wait for each other.
             found = _usable(base)
             if found is None:
                 self._make_folders()
@@ -219,6 +222,7 @@ class Listings:
 
     def _make_folders(self) -> None:
         for folder in (*reversed(self._folder.parents), self._folder):
+            # Noted one by one, so that only what this process has made is removed again.
             if not folder.exists():
                 folder.mkdir(exist_ok=True)
                 self._made.append(folder)
@@ -227,6 +231,7 @@ class Listings:
         """Waits until no other rank lists."""
         path = self._folder / "listing.lock"
         self._made.append(path)
+        # Polled: while it waited for the lock, a rank would not notice that it is asked to stop.
         while not (lock := try_lock(path)):
             if stop_requested():
                 raise Stopped
@@ -253,6 +258,7 @@ class Listings:
                 os.rename(f"{mine}.folders", f"{base}.folders")
                 return before
             Path(f"{mine}.json").write_text(text)
+            # The .json comes last: without it the other files are no listing.
             for name in names:
                 os.rename(f"{mine}{name}", f"{base}{name}")
                 self._made.append(Path(f"{base}{name}"))
@@ -265,6 +271,7 @@ class Listings:
         """Removes what this process has made, unless a job has begun in the folder."""
         if (self._folder / "job.json").exists():
             return
+        # The innermost first. A folder in which something else lies cannot be removed, and stays.
         for path in reversed(self._made):
             with suppress(OSError):
                 path.rmdir() if path.is_dir() else path.unlink()
@@ -290,6 +297,7 @@ def _describe(base: Path, writer: Writer, found: Found, columns: Sequence[str]) 
                 sample.append(file)
             yield file
 
+    # Read back from the file, a batch at a time: all rows together may not fit in memory.
     about["fingerprint"] = fingerprint(
         files(),
         _texts(batches("id")) if "id" in columns else (),
@@ -336,6 +344,7 @@ def _usable(base: Path) -> dict[str, Any] | None:
         with open(f"{base}.folders") as file:
             for line in file:
                 folder, changed = json.loads(line)
+                # 0: it changed so shortly before it was listed that its time tells nothing.
                 if not changed or changed_ns(os.stat(folder)) != changed:
                     return None
         return found

@@ -310,6 +310,7 @@ class Packer:
         try:
             if not self.parts.claim():
                 self.source.discard()
+                # A start that was killed right after the manifest has left no card.
                 if self.rank == 0:
                     self.write_card()
                 return self.summary(ALREADY_PACKED) if self.rank == 0 else ""
@@ -368,6 +369,8 @@ class Packer:
         """Packs this rank's parts; returns how many images were packed now."""
         new = 0
         done = sum(self.parts.record(part)["items"] for part in self.parts.mine)
+        # What earlier starts have packed counts. In a log file each refresh is a line of its own,
+        # so there are only a few.
         bar = tqdm(
             total=self._share(),
             initial=done,
@@ -524,7 +527,9 @@ class Packer:
         """Adds to each row the embeddings of its captions; returns how many of them are cut."""
         assert self.text
         # All captions of the batch are encoded together, and then dealt out again.
-        texts = list(chain.from_iterable(row["captions"] for row in rows))
+        texts: list[str] = []
+        for row in rows:
+            texts += row["captions"]
         encoded = iter(self.text(texts))
         cut = []
         for row in rows:
@@ -548,6 +553,7 @@ class Packer:
         """Writes the manifest once every part is done, and removes what only packing needed. For
         rank 0."""
         self.parts.wait_for_all()
+        # Looked at only now, when every part has been read from the source.
         if what := self.source.changed():
             raise source_changed(what)
         totals = Totals(self.parts.records())
@@ -556,7 +562,9 @@ class Packer:
         reasons = self._write_skipped(totals)
         if not totals.shards and self.base is None:
             with (out / SKIPPED).open() as file:
-                first = [tuple(json.loads(line).values()) for line in islice(file, 3)]
+                first = []
+                for line in islice(file, 3):
+                    first.append(tuple(json.loads(line).values()))
             (out / SKIPPED).unlink()
             raise DataError(
                 f"not one image of {self.source.name} could be used; the first: "
@@ -609,9 +617,11 @@ class Packer:
         about = grown(base, self.parts.job, totals, reasons)
         if self.options.licence:
             about["additions"][-1]["licence"] = self.options.licence
+        # Each addition has its own file of hashes, and the set has all of them.
         for key, names in named.items():
             about[key] = [*manifest.get(key, ()), *names]
         columns = manifest["columns"]
+        # Every image of a source may have been left out: then there are no columns to compare.
         if totals.shards and totals.columns != columns:
             raise DataError(
                 f"--append: the new rows have the columns {totals.columns}, those of {base.path} "
@@ -665,14 +675,19 @@ class Packer:
         each = -(-ROUND_TRIP_IMAGES // count)
         for part in np.linspace(0, self.parts.parts - 1, count).astype(int).tolist():
             items = self.source.part(part, self.options.rows_per_shard)
-            # A part whose images are all unusable is not read to its end.
-            decoded = (self.decode(item)[1] for item in islice(items, 10 * each))
-            usable = (image for image in decoded if not isinstance(image, str))
+            found = 0
             # One by one: a batch would need the memory of all. All is packed by now, and a source
             # that is gone is no reason to fail.
             with suppress(DataError, OSError):
-                for image in islice(usable, each):
+                # A part whose images are all unusable is not read to its end.
+                for item in islice(items, 10 * each):
+                    _, image = self.decode(item)
+                    if isinstance(image, str):
+                        continue
                     values.append(round(images.psnr(image, self._restored(image)), 2))
+                    found += 1
+                    if found == each:
+                        break
         return values
 
     def _restored(self, image: Image) -> Image:
@@ -759,6 +774,7 @@ def _ahead(pool: Executor, work: Callable[[A], B], items: Iterable[A], window: i
         weight = getattr(item, "held", 0)
         pending.append((pool.submit(work, item), weight))
         held += weight
+        # The oldest is waited for, even if later ones are done: rows keep the source's order.
         while len(pending) == window or (pending and held > MOST_HELD):
             future, weight = pending.popleft()
             held -= weight

@@ -182,6 +182,7 @@ class ParquetSource:
 
     def _rows(self, path: Path, row: int, start: int, stop: int) -> Iterator[Item]:
         """The items of the rows in [start, stop); `row` is the number of the file's first."""
+        # Each once: two options may name the same column.
         columns = list(dict.fromkeys(filter(None, self._columns.values())))
         with pq.ParquetFile(path) as file:
             for number in range(file.num_row_groups):
@@ -202,12 +203,16 @@ class ParquetSource:
     def _items(self, batch: pa.RecordBatch, at: int, start: int, stop: int) -> Iterator[Item]:
         """The items of a batch, whose first row is `at`, that lie in [start, stop)."""
         numbers = range(max(start - at, 0), min(stop - at, len(batch)))
-        ids: Sequence[tuple[str, bool]] = [(str(at + i), True) for i in range(len(batch))]
-        if name := self._columns["id"]:
-            ids = list(map(_text, batch.column(name).cast(pa.large_string())))
+        id_column = self._columns["id"]
+        if id_column:
+            ids = list(map(_text, batch.column(id_column).cast(pa.large_string())))
+        else:
+            ids = [(str(at + i), True) for i in range(len(batch))]
+        # By their text, whatever the column's type: _read_labels has read labels as text.
+        label_column = self._columns["label"]
         labels = [0] * len(batch)
-        if name := self._columns["label"]:
-            texts = batch.column(name).cast(pa.large_string()).to_pylist()
+        if label_column:
+            texts = batch.column(label_column).cast(pa.large_string()).to_pylist()
             labels = [self._label_of[text] for text in texts]
         for i in numbers:
             yield self._item(*ids[i], labels[i], batch, i)
@@ -351,6 +356,7 @@ class ParquetSource:
     def _labels(self) -> Iterator[bytes]:
         """The numbers of all rows' labels, many at a time."""
         for column in self._read("label"):
+            # Each label is looked up once a batch, and not once a row.
             encoded = column.dictionary_encode()
             numbers = [self._label_of[text] for text in encoded.dictionary.to_pylist()]
             yield np.array(numbers, "<i4")[encoded.indices.to_numpy()].tobytes()
@@ -358,6 +364,7 @@ class ParquetSource:
     def _stored_class_names(self, column: str) -> tuple[str, ...]:
         """The names of the classes that the files' schemas have. Raises DataError where they
         differ."""
+        # Otherwise one label would stand for two classes.
         first = _class_names(self._files[0], column)
         for file in self._files[1:]:
             if _class_names(file, column) != first:
@@ -370,6 +377,7 @@ class ParquetSource:
     def _ids(self) -> Iterator[tuple[str, bool]]:
         """The ids of all rows, and whether each is UTF-8."""
         for column in self._read("id"):
+            # All at once is faster. It fails, before anything is yielded, where an id is not UTF-8.
             try:
                 for text in column.to_pylist():
                     yield text, True
@@ -378,12 +386,14 @@ class ParquetSource:
 
     def _check_ids(self, scratch: Path) -> None:
         """Raises DataError for ids that are given more than once."""
+        # Sorted, equal ids are neighbours: memory does not grow with the number of rows.
         twice = 0
         some: list[str] = []
         last, times = None, 1
         for id, _ in sorted_on_disk(self._ids(), scratch):
             times = times + 1 if id == last else 1
             last = id
+            # An id counts once, however often it is given.
             if times == 2:
                 twice += 1
                 some += [id] if len(some) < 4 else []

@@ -54,6 +54,7 @@ class Progress:
         now = self._clock()
         if now - self._history[-1][0] >= EVERY_S:
             self._history.append((now, self.images))
+            # Only the last minutes count: the rate says how fast packing is now.
             while now - self._history[0][0] > WINDOW_S:
                 self._history.popleft()
             self._write()
@@ -74,6 +75,7 @@ class Progress:
 def write_plan(folder: Path, images: int | None, parts: int, skipped: int) -> None:
     """Notes how much there is to do. `skipped`: what was left out before any image is read."""
     plan = {"images": images, "parts": parts, "skipped": skipped}
+    # All ranks write the same plan, each by a file of its own.
     temporary = folder / f"plan.json.{os.getpid()}.tmp"
     temporary.write_text(json.dumps(plan))
     os.rename(temporary, folder / "plan.json")
@@ -128,6 +130,7 @@ def describe_packing(out: Path, now: float | None = None) -> list[Fact]:
 def _count(folder: Path) -> _Done:
     done = _Done()
     for path in folder.glob("part_*.json"):
+        # Rank 0 may remove these files meanwhile, once all is packed.
         record = _read(path) or {}
         images = record.get("items", 0)
         done.images += images
@@ -150,6 +153,7 @@ def _of(done: _Done, total: int | None, parts: int | None) -> str:
 def _rate(ranks: list[dict[str, Any]], now: float, done: _Done, expected: int | None) -> str:
     """Images a second of the ranks at work, and how long the rest takes them."""
     rate, span = 0.0, 0.0
+    # Ranks work side by side, so that their rates add up; one that is silent adds nothing.
     for rank in ranks:
         (begin, before), (end, after) = rank["history"][0], rank["history"][-1]
         if now - rank["time"] < SILENT_S and end > begin:
@@ -161,6 +165,7 @@ def _rate(ranks: list[dict[str, Any]], now: float, done: _Done, expected: int | 
     text = f"{rate:,.1f} images/s over the last {span / 60:.1f} minutes"
     if expected is None:
         return text
+    # The expected number may be an estimate, and more be packed by now.
     left = max(expected - done.images, 0) / rate
     at = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + left))
     return f"{text}; done in about {_duration(left)}, at {at}"
@@ -184,7 +189,8 @@ def _ranks(
     newest = max(ranks, key=lambda rank: rank["time"], default=None)
     world_size = newest["world_size"] if newest else 0
     here = {rank["rank"]: rank for rank in ranks if rank["world_size"] == world_size}
-    if engine := engine_at_work(folder):
+    engine = engine_at_work(folder)
+    if engine:
         # It deals parts out: none is expected of a worker that is gone, or has nothing to do.
         working = sum(now - rank["time"] < SILENT_S for rank in here.values())
         return f"{working} of {world_size} workers of {engine} at work"
@@ -204,6 +210,7 @@ def _ranks(
     text = f"{working} of {world_size} at work"
     if ended:
         text += f", {ended} done"
+    # A machine that is gone takes all of its ranks along; a few of them are enough to find it.
     return "; ".join([text, *lost[:8]])
 
 

@@ -88,6 +88,7 @@ def _require_own(part: Path) -> None:
 
 def is_held_out(id: str, share: float, seed: int = 0) -> bool:
     """Whether the row of this id belongs to the held-out part."""
+    # By the id alone: a row keeps its side when the set grows, or is packed in another order.
     digest = hashlib.sha256(f"{seed}:{id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
@@ -99,13 +100,16 @@ def split(options: Split) -> str:
     about = {key: value for key, value in data.manifest.items() if key not in _OF_THE_SHARDS}
     counts = dict.fromkeys(PARTS, 0)
     with ExitStack() as stack:
-        writers = {part: stack.enter_context(_writer(options, data, about, part)) for part in PARTS}
+        writers = {}
+        for part in PARTS:
+            writers[part] = stack.enter_context(_writer(options, data, about, part))
         shards = range(len(data.manifest["shards"]))
         for number in tqdm(shards, "split", unit="shard", delay=2):
             for row in data.rows(number):
                 part = PARTS[is_held_out(row["id"], options.share, options.seed)]
                 writers[part].write(**row)
                 counts[part] += 1
+        # Within the block: a writer that an error ends writes no manifest, and so no set.
         for part, count in counts.items():
             if not count:
                 raise DataError(

@@ -92,6 +92,7 @@ class Walk:
         sorted; those that are folders end in a slash."""
         folder = os.path.join(self.root, prefix)
         status, entries = scan(folder)
+        # By device and inode: through a link to itself a folder has a new path each time.
         here = (status.st_dev, status.st_ino)
         if here in above:
             raise DataError(f"{folder} is a link to a folder that it lies in; remove the link")
@@ -123,6 +124,7 @@ def scan(folder: str) -> tuple[os.stat_result, Generator[os.DirEntry[str], None,
     """What a folder is, from before it is read, and its entries that do not begin with a dot. Raises
     DataError for one that cannot be listed."""
     try:
+        # Asked first: a change while the folder is read then shows as a later time.
         status = os.stat(folder)
         return status, _visible(folder, os.scandir(folder))
     except OSError as error:
@@ -225,6 +227,7 @@ def _files(
                 yield entry.name
 
     path = os.path.join(root, folder)
+    # A list may name files in a folder that is not there: they are missing, which is no error yet.
     if not os.path.isdir(path):
         listed(path, 0)  # it may come
         return iter(()), lambda: 0
@@ -236,12 +239,14 @@ def _files(
 def _compare(folder: str, keys: Iterator[str], there: Iterator[str], found: Missing) -> int:
     """Compares the sorted keys of one folder with the sorted names that are there; returns how many
     of the keys are."""
+    # Both are sorted: they are read side by side, one name of each in memory.
     present = 0
     last, last_number, there_now = None, 0, next(there, None)
     for key in keys:
         _, name, digits = key.split("\0")
         number = int(digits)
         if name == last:
+            # Of several such names the one that a reader of the list meets first.
             if found.twice is None or number < found.twice[1]:
                 found.twice = (last_number, number)
             continue

@@ -84,6 +84,7 @@ def read(
     """The source of these tar files. By default samples have captions, or labels where there are
     classes."""
     if caption_key is None:
+        # Samples of classes may have no captions, and each would be skipped for that.
         caption_key = "none" if num_classes else "txt"
     if caption_key == "none":
         caption_key = ""
@@ -122,30 +123,29 @@ class TarSource:
         if len(set(self._stems)) < len(self._stems):
             self._stems = [f"{number:05d}-{stem}" for number, stem in enumerate(self._stems)]
         # Local shards are identified by name and size, as a folder may move; remote ones by address.
-        local = []
+        self._local: list[str] = []
         names = []
         for shard, stem in zip(self._shards, self._stems, strict=True):
             is_local = os.path.isfile(shard)
             names.append(stem if is_local else shard)
             if is_local:
-                local.append(shard)
-        sizes = list(map(os.path.getsize, local))
-        self._local, self._sizes = local, sizes
+                self._local.append(shard)
+        self._sizes = list(map(os.path.getsize, self._local))
         self.fingerprint = fingerprint(
-            names, map(str, sizes), [caption_key, str(num_classes), label_key]
+            names, map(str, self._sizes), [caption_key, str(num_classes), label_key]
         )
 
         # The data set is named after the folder of its first shard.
         folder = self._stems[0]
-        if local:
-            folder = os.path.basename(os.path.dirname(os.path.abspath(local[0])))
+        if self._local:
+            folder = os.path.basename(os.path.dirname(os.path.abspath(self._local[0])))
         self.name = f"webdataset-{folder}"
         self.facts: dict[str, Any] = {
             "program": "data_prep.webdataset",
             "shards": patterns,
             "shard_files": len(self._shards),
-            "shard_bytes": sum(sizes),
-            "remote_shards": len(self._shards) - len(local),
+            "shard_bytes": sum(self._sizes),
+            "remote_shards": len(self._shards) - len(self._local),
             "num_classes": num_classes,
             "caption_key": caption_key or None,
             "label_key": label_key if num_classes else None,
