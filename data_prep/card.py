@@ -7,7 +7,7 @@ of it is read from the set itself, so that it is the same whoever writes it.
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -24,6 +24,7 @@ from largescale.data.loader import to_x_start
 from largescale.data.shards import ShardDataset
 from largescale.data.statistics import from_manifest
 from largescale.host.files import write_atomically
+from largescale.interop.markdown import code, plain, table
 
 CARD = "README.md"
 PICTURE = "images.png"
@@ -76,7 +77,7 @@ def card_text(data: ShardDataset, picture: bool) -> str:
         f"---\n{front_matter(data)}\n---",
         f"<!-- {MARK}, of the fingerprint {data.fingerprint}; without this line the card stays as it "
         "is when the set grows -->",
-        f"# {_plain(data.info.name)}",
+        f"# {plain(data.info.name)}",
         _summary(data),
     ]
     # Latents are shown without their VAE. The card says so, as the colours are not the true ones.
@@ -136,7 +137,7 @@ def _parts(data: ShardDataset) -> list[tuple[dict[str, Any], int, str | None]]:
 def _summary(data: ShardDataset) -> str:
     info = data.info
     manifest = data.manifest
-    held = f"{len(data):,} images, as {info.kind} of shape {_plain(list(info.shape))}"
+    held = f"{len(data):,} images, as {info.kind} of shape {plain(list(info.shape))}"
     if data.has_mirror:
         held += ", each also mirrored"
     if info.num_classes:
@@ -168,7 +169,7 @@ def _sources(data: ShardDataset) -> str:
                 licence or "none was given",
             )
         )
-    return _table(("source", "read by", "images listed", "in the set", "licence"), rows)
+    return table(("source", "read by", "images listed", "in the set", "licence"), rows)
 
 
 def _left_out(manifest: dict[str, Any]) -> str:
@@ -177,7 +178,7 @@ def _left_out(manifest: dict[str, Any]) -> str:
         return "Nothing."
     rows = [(reason, f"{count:,}") for reason, count in skipped["reasons"].items()]
     text = f"{skipped['count']:,} images, each with its reason in `skipped.jsonl`."
-    return f"{text}\n\n{_table(('reason', 'images'), rows)}"
+    return f"{text}\n\n{table(('reason', 'images'), rows)}"
 
 
 def _made(data: ShardDataset) -> str:
@@ -194,9 +195,9 @@ def _made(data: ShardDataset) -> str:
     for name, identity in data.info.encoders.items():
         place = str(made_with.get(name) or made_with.get(f"{name}_encoder") or "")
         # Where it lay on a disk tells nobody anything.
-        known = f", `{_plain(place)}`" if place and not re.match(r"(\w+:)?/", place) else ""
+        known = f", {code(place)}" if place and not re.match(r"(\w+:)?/", place) else ""
         precision = f", in {job['precision']}" if "precision" in job else ""
-        lines.append(f"{name} encoder: {_plain(identity)}{known}{precision}")
+        lines.append(f"{name} encoder: {plain(identity)}{known}{precision}")
     if data.info.kind != "pixels":
         lines.append(f"scale factor {data.info.scale_factor:g}")
     statistics = from_manifest(manifest, data.path)
@@ -220,22 +221,7 @@ def _numbers(values: Sequence[float]) -> str:
 def _some(names: Sequence[str]) -> str:
     """The first and the last of many names."""
     shown = names if len(names) < 12 else [*names[:5], "...", names[-1]]
-    return ", ".join(map(_plain, shown))
-
-
-def _plain(value: object) -> str:
-    """Text in one line of Markdown, also in a cell of a table."""
-    text = " ".join(str(value).encode("utf-8", "replace").decode().split())
-    for character in "\\`|<>[]*_":
-        text = text.replace(character, f"\\{character}")
-    return text
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for row in rows:
-        lines.append(f"| {' | '.join(map(_plain, row))} |")
-    return "\n".join(lines)
+    return ", ".join(map(plain, shown))
 
 
 def _picture(data: ShardDataset) -> npt.NDArray[np.uint8] | None:

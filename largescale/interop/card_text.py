@@ -1,7 +1,7 @@
 """The text of a model card: its metadata, and its sections in Markdown."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from largescale.config.schema import Config
 from largescale.config.serialise import from_dict
 from largescale.curriculum.curriculum import stage
 from largescale.interop.diffusers_pipeline import PipelineFacts
+from largescale.interop.markdown import code, plain, table
 
 GRID = "grid.png"
 # In a comment, which tells our cards from other people's.
@@ -66,7 +67,7 @@ def card_text(facts: CardFacts) -> str:
     parts.append(_curriculum(facts, config))
     if facts.diffusers:
         parts.append(_differences(facts, config))
-    licence = facts.license and f"`{plain(facts.license)}`."
+    licence = facts.license and f"{code(facts.license)}."
     parts.append(f"## Licence\n\n{licence or 'None was given when this card was written.'}\n")
     return "\n".join(parts)
 
@@ -129,21 +130,6 @@ def as_yaml(value: Any) -> str:
         else:
             shown.append(f"\\u{code:04X}" if code < 0x10000 else f"\\U{code:08X}")
     return "".join(shown)
-
-
-def plain(value: object) -> str:
-    """Text in one line of Markdown, also in a cell of a table."""
-    text = " ".join(str(value).encode("utf-8", "replace").decode().split())
-    for character in "\\`|<>[]*":
-        text = text.replace(character, f"\\{character}")
-    return text
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for row in rows:
-        lines.append(f"| {' | '.join(map(plain, row))} |")
-    return "\n".join(lines) + "\n"
 
 
 # ---- the sections
@@ -249,14 +235,14 @@ def _scores(rows: Sequence[dict[str, Any]]) -> str:
     names: dict[str, None] = {}
     for row in rows:
         names.update(dict.fromkeys(row["figures"]))
-    table = []
+    shown = []
     for row in rows:
         figures = []
         for name in names:
             value = row["figures"].get(name)
             figures.append(f"{value[0]:.5g} ± {value[1]:.2g}" if value else "")
         how = [row["sampler"] or "", row["steps"] or "", row["cfg_scale"] or ""]
-        table.append([row["step"], *how, row["n"], row["reference"], *figures])
+        shown.append([row["step"], *how, row["n"], row["reference"], *figures])
     head = [
         "step",
         "sampler",
@@ -266,7 +252,7 @@ def _scores(rows: Sequence[dict[str, Any]]) -> str:
         "reference",
         *map(plain, names),
     ]
-    return f"## Scores\n\n{_table(head, table)}"
+    return f"## Scores\n\n{table(head, shown)}\n"
 
 
 def _training(facts: CardFacts, config: Config) -> str:
@@ -293,7 +279,7 @@ def _training(facts: CardFacts, config: Config) -> str:
         ("seed", config.train.seed),
     ]
     of = "`largescale.json`" if facts.diffusers else f"`{EXPORT_CONFIG}`"
-    return f"## Training\n\n{_table(['setting', 'value'], rows)}\nAll settings are in {of}.\n"
+    return f"## Training\n\n{table(['setting', 'value'], rows)}\n\nAll settings are in {of}.\n"
 
 
 def _curriculum(facts: CardFacts, config: Config) -> str:
@@ -320,7 +306,7 @@ def _curriculum(facts: CardFacts, config: Config) -> str:
     if len(rows) > MOST_ROWS:
         half = MOST_ROWS // 2
         rows = [*rows[:half], ("...", "...", "..."), *rows[-half:]]
-    return f"{text}\n{_table(['step', 'curriculum index', 'stage'], rows)}"
+    return f"{text}\n{table(['step', 'curriculum index', 'stage'], rows)}\n"
 
 
 def _differences(facts: CardFacts, config: Config) -> str:

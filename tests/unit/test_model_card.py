@@ -10,8 +10,9 @@ import pytest
 from largescale import export
 from largescale.config.presets import PRESETS
 from largescale.config.serialise import to_dict
-from largescale.interop.card_text import CardFacts, as_yaml, card_text, plain
+from largescale.interop.card_text import CardFacts, as_yaml, card_text
 from largescale.interop.diffusers_pipeline import PipelineFacts
+from largescale.interop.markdown import code, plain
 from largescale.interop.model_card import (
     is_our_card,
     only_card,
@@ -82,6 +83,10 @@ def read_row(content: dict[str, Any]) -> dict[str, Any]:
 def test_half_a_character_becomes_a_whole_one() -> None:
     """As the bytes of a file's name that are not UTF-8."""
     assert yaml.safe_load(as_yaml("a\udc80")) == "a\ufffd" and plain("a\udc80") == "a?"
+
+
+def test_names_of_others_have_no_meaning_in_markdown() -> None:
+    assert plain("a_b_ |x|\n<i>") == r"a\_b\_ \|x\| \<i\>" and code("a_b`c\n|") == "`a_bc |`"
 
 
 def test_the_hubs_own_reader_takes_it() -> None:
