@@ -13,7 +13,7 @@ takes 8 bytes of memory for each weight and cluster.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,7 +30,7 @@ from largescale.checkpoint.files import checkpoints, find_checkpoint
 from largescale.checkpoint.weights import Trained, load_trained
 from largescale.config.command_line import check_counts, parse_options, run_program
 from largescale.config.derived import cluster_edges
-from largescale.data.compatibility import check_alike
+from largescale.data.compatibility import open_validation
 from largescale.data.fixed_noise_set import VALIDATION_SEED, FixedNoiseSet
 from largescale.data.shards import ShardDataset
 from largescale.distributed.ranks import check_cuda, local_device
@@ -76,14 +76,16 @@ class Gradients:
 class ClusterGradients:
     """The gradients of one run's checkpoints on a fixed set of noised images."""
 
-    def __init__(self, run: Path, options: Gradients, data: ShardDataset) -> None:
-        # A folder that is no run is an error before anything is computed.
+    def __init__(self, run: Path, options: Gradients) -> None:
+        """Raises CheckpointError for a folder that is no run, and DataError for a set that is not like
+        the training set, or shares rows with it."""
         find_checkpoint(run)
         config = config_of(run)
         training = ShardDataset(config.data.path)
         training.normalize(config.data.normalize)
-        check_alike(data, training, "--validation")
-        data.normalize_as(training)
+        held_out = replace(config.data, validation=str(options.validation))
+        data = open_validation(replace(config, data=held_out), training, option="--validation")
+        assert data is not None
         self.run = run
         self.options = options
         self.edges = cluster_edges(config)
@@ -189,7 +191,7 @@ def measure(options: Gradients) -> None:
     # What is wrong with any run is found before the first is measured.
     gradients = []
     for run in options.runs:
-        gradients.append(ClusterGradients(run, options, ShardDataset(options.validation)))
+        gradients.append(ClusterGradients(run, options))
     for each in gradients:
         for step in each.missing():
             each.add(step)

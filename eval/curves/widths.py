@@ -112,7 +112,7 @@ def held_out_losses(options: Curve) -> dict[Path, HeldOutLoss]:
             data = replace(config.data, validation=str(options.validation))
             training = ShardDataset(config.data.path)
             training.normalize(config.data.normalize)
-            held_out = open_validation(replace(config, data=data), training)
+            held_out = open_validation(replace(config, data=data), training, option="--validation")
             assert held_out is not None
             opened[key] = held_out
         found[run] = HeldOutLoss(

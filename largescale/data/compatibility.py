@@ -90,22 +90,23 @@ def open_validation(
     rank: int = 0,
     world_size: int = 1,
     copy: Path | None = None,
+    option: str = "--data.validation",
 ) -> ShardDataset | None:
     """The held-out images of data.validation, checked against the training set; None where there are
     none. Ranks share the comparison of ids. `copy`: a folder with copies of the files, which are
-    read in their place. Raises DataError."""
+    read in their place. `option`: the one that names the set. Raises DataError."""
     if config.data.validation is None:
         return None
     part = slice(rank, None, world_size)
     dataset = ShardDataset(config.data.validation, config.data.verify and copy is None, part)
     if copy is not None:
         read_copy(config, dataset, copy)
-    check_alike(dataset, training, "--data.validation")
+    check_alike(dataset, training, option)
     dataset.normalize_as(training)
     shared = _shared_rows(dataset, training, part)
     if shared:
         raise DataError(
-            f"--data.validation {dataset.path} shares {len(shared):,} rows with the training set "
+            f"{option} {dataset.path} shares {len(shared):,} rows with the training set "
             f"{training.path}, such as {shared[0]}: its loss would not be that of held-out images; "
             "set a part aside with python -m data_prep.split"
         )

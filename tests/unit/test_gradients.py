@@ -11,7 +11,6 @@ from eval import gradients
 from eval.gradients import ClusterGradients, Gradients, cosines, dot_products, norms
 from largescale.checkpoint.files import checkpoints
 from largescale.checkpoint.weights import load_trained
-from largescale.data.shards import ShardDataset
 from tests.conftest import RunHere, make_blobs
 
 
@@ -48,7 +47,7 @@ def test_a_run(run_here: RunHere, blobs: Path, tmp_path: Path, capsys: pytest.Ca
 
     # The loss along a gradient rises as fast as the gradient is long. In float64, where differences are exact enough.
     options = Gradients((run,), held_out, images=8, device="cpu")
-    each = ClusterGradients(run, options, ShardDataset(held_out))
+    each = ClusterGradients(run, options)
     trained = load_trained(run, 10, "raw")
     trained.model.double()
     each._set.x_start, each._set.noise = each._set.x_start.double(), each._set.noise.double()
@@ -70,13 +69,15 @@ def test_a_run(run_here: RunHere, blobs: Path, tmp_path: Path, capsys: pytest.Ca
 
 def test_bad_input(run_here: RunHere, blobs: Path, captioned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_here("--train.steps", 5).run
+    held_out = make_blobs(tmp_path / "held_out", seed=1, prefix="other")
     checkpoints(run)[-1].remove()   # step 0, a multiple of everything
     for args, said in (
         ((run, "--validation", blobs, "--images", 7), "images=7 must be even"),
-        ((run, "--validation", captioned), "--validation"),
+        ((run, "--validation", captioned), "error: --validation"),
         ((run, "--validation", tmp_path / "none"), "none"),
         ((tmp_path / "no_run", "--validation", blobs), "no_run"),
-        ((run, "--validation", blobs, "--every", 3), "keeps no checkpoint at a multiple of 3 steps"),
+        ((run, "--validation", blobs), "error: --validation"),
+        ((run, "--validation", held_out, "--every", 3), "keeps no checkpoint at a multiple of 3 steps"),
     ):
         assert measure(*args) == 2
         assert said in capsys.readouterr().err
