@@ -81,7 +81,7 @@ def stage_rates(
 
     from data_prep import images
     from data_prep.folder import Folder
-    from data_prep.packing import Packer
+    from data_prep.packer import Packer
 
     options = Folder(
         images=folder / MORE / "n0",
@@ -98,7 +98,7 @@ def stage_rates(
 
     def encode(_: int = 0) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = [{"id": str(i), "label": 0} for i in range(batch)]
-        packer._encode_images(pixels, rows)
+        packer.encoders.encode_images(pixels, rows)
         return rows
 
     rows = encode()

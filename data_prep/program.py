@@ -4,7 +4,8 @@ import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.packing import Packer, Packing
+from data_prep.packer import Packer
+from data_prep.packing import Packing
 from data_prep.ray_engine import pack_on_ray
 from largescale.config.command_line import parse_options, run_program
 from largescale.host.signals import serve_stop_signals

@@ -20,7 +20,8 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep.dealing import Dealer, Lost, Work
-from data_prep.packing import ALREADY_PACKED, Packing
+from data_prep.finish import ALREADY_PACKED
+from data_prep.packing import Packing
 from data_prep.progress import counted
 from data_prep.ray_worker import Begun, Packed, Wanted, Worker, given_files, marked, versions
 from largescale.errors import ConfigError, LargescaleError

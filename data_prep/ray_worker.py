@@ -17,7 +17,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data_prep.packing import Packer, Packing, announcement
+from data_prep import finish
+from data_prep.packer import Packer, announcement
+from data_prep.packing import Packing
 from data_prep.progress import Progress
 from largescale.data.format import MANIFEST
 from largescale.data.parts import Parts
@@ -197,12 +199,12 @@ class Worker:
             assert packer
             # A worker that died may have written the manifest.
             if packer.parts.finished:
-                packer.write_card()
+                finish.write_card(packer.options.out)
             else:
                 packer.parts.join()
                 packer.begin()
                 packer.finish()
-            return packer.summary(done)
+            return finish.summary(packer.options.out, done)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep import folder, imagenet, packing, webdataset
+from data_prep import encoding, folder, imagenet, webdataset
 from data_prep.append import ALREADY
 from largescale.data.format import fingerprint
 from largescale.data.shards import ShardDataset
@@ -144,7 +144,7 @@ def test_another_encoder_or_caption_limit(images: Path, tmp_path: Path, monkeypa
 
         return TextEncoder(spec, limit, 2, 3, encode, lambda captions, n: [2] * len(captions))  # type: ignore[arg-type]
 
-    monkeypatch.setattr(packing, "load_text_encoder", load)
+    monkeypatch.setattr(encoding, "load_text_encoder", load)
     paths = []
     for number in range(2):
         samples = [(f"{i}.{kind}", picture(10 * number + i) if kind == "png" else b"x") for i in range(3) for kind in ("png", "txt")]

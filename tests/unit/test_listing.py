@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep import folder, imagenet, left_out, listing, packing, parquet, spool, walk, webdataset
+from data_prep import folder, imagenet, left_out, listing, packer, parquet, spool, walk, webdataset
 from data_prep.listing import Found, Listings
 from data_prep.sources import ListSource
 from data_prep.walk import Walk, missing_files
@@ -168,10 +168,10 @@ def options(images: Path, out: Path) -> list[str]:
 def test_a_source_that_changes_while_it_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     """A file that is gone, and one of another size, stop the packing; once put back it goes on."""
-    images, out, finish = tree(tmp_path / "i", [f"{i}.png" for i in range(8)]), tmp_path / "out", packing.Packer.finish
+    images, out, finish = tree(tmp_path / "i", [f"{i}.png" for i in range(8)]), tmp_path / "out", packer.Packer.finish
 
     def before_the_end(change: Any) -> int:
-        monkeypatch.setattr(packing.Packer, "finish", lambda self: (change(), finish(self))[1])
+        monkeypatch.setattr(packer.Packer, "finish", lambda self: (change(), finish(self))[1])
         return folder.main(options(images, out))
 
     content = (images / "3.png").read_bytes()
@@ -186,8 +186,8 @@ def test_a_source_that_changes_while_it_is_packed(tmp_path: Path, monkeypatch: p
     (tmp_path / "6.png").rename(images / "6.png")
     assert before_the_end(lambda: (images / "6.png").unlink()) == 0     # all is packed by then
     assert len(ShardDataset(out)) == 8
-    read = packing.Packer.pack_part
-    monkeypatch.setattr(packing.Packer, "pack_part", lambda self, *args: ((images / "7.png").unlink(missing_ok=True), read(self, *args))[1])
+    read = packer.Packer.pack_part
+    monkeypatch.setattr(packer.Packer, "pack_part", lambda self, *args: ((images / "7.png").unlink(missing_ok=True), read(self, *args))[1])
     assert folder.main(options(images, tmp_path / "new")) == 2
     assert re_joined(capsys.readouterr().err).endswith("put it back as it was and run again, or delete --out and pack it anew")
     assert not (tmp_path / "new/manifest.json").exists()

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from data_prep import describe as data_inspect
-from data_prep import folder, imagenet, packing, webdataset
+from data_prep import encoding, folder, imagenet, packer, webdataset
 from data_prep.images import decode
 from data_prep.sources import Item
 from largescale.data.format import LATENT_RGB, fingerprint
@@ -106,7 +106,7 @@ def test_the_number_of_ranks_does_not_matter(images: Path, truth: Path, tmp_path
 
 def command(images: Path, out: Path, *more: Any, code: str = "") -> list[str]:
     """The program's arguments for Python; `code` breaks it."""
-    program = f"import os, sys, time; from data_prep import folder, packing; from largescale.data import parts\n{code}\nsys.exit(folder.main(sys.argv[1:]))"
+    program = f"import os, sys, time; from data_prep import encoding, folder, packer; from largescale.data import parts\n{code}\nsys.exit(folder.main(sys.argv[1:]))"
     args = ["--images", images, "--out", out, "--vae", "none", "--resolution", 16, "--rows-per-shard", 10, "--device", "cpu", *more]
     return ["-c", program, *map(str, args)]
 
@@ -129,7 +129,7 @@ def test_ranks_at_once(images: Path, truth: Path, tmp_path: Path) -> None:
 
 
 def test_rank_0_does_not_wait_for_one_that_failed(images: Path, truth: Path, tmp_path: Path) -> None:
-    broken = "packing.Packer.encode = lambda self, batch: (time.sleep(1), 1 / 0)"
+    broken = "encoding.Encoders.encode = lambda self, batch: (time.sleep(1), 1 / 0)"
     ranks = [start(images, tmp_path / "out", 0, 2), start(images, tmp_path / "out", 1, 2, code=broken)]
     said = [rank.communicate(timeout=900)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 1] and "rank 1 has failed: division by zero" in said[0]
@@ -156,9 +156,9 @@ def test_ranks_that_want_different_things(images: Path, tmp_path: Path) -> None:
 
 def test_two_processes_cannot_be_the_same_rank(images: Path, tmp_path: Path) -> None:
     """One works until the other is refused."""
-    slow = ("encode = packing.Packer.encode\ndef wait(self, batch):\n"
+    slow = ("encode = encoding.Encoders.encode\ndef wait(self, batch):\n"
             f"    while not os.path.exists({str(tmp_path / 'refused')!r}): time.sleep(0.05)\n"
-            "    return encode(self, batch)\npacking.Packer.encode = wait")
+            "    return encode(self, batch)\nencoding.Encoders.encode = wait")
     both = [start(images, tmp_path / "out", 0, 1, code=slow) for _ in range(2)]
     deadline = time.monotonic() + 900
     while all(process.poll() is None for process in both) and time.monotonic() < deadline:
@@ -174,7 +174,7 @@ def test_a_late_rank_finds_the_work_done(images: Path, truth: Path, tmp_path: Pa
     out = tmp_path / "out"
     shutil.copytree(truth, out)
     looked = iter([False])
-    monkeypatch.setattr(packing.Parts, "finished", property(lambda self: next(looked, True)))
+    monkeypatch.setattr(packer.Parts, "finished", property(lambda self: next(looked, True)))
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert pack(images, out) == 0 and files(out) == files(truth)
@@ -186,7 +186,7 @@ def test_batches_and_workers_do_not_matter(images: Path, truth: Path, tmp_path: 
     assert files(tmp_path / "out") == files(truth)
 
 
-def interrupted(self: packing.Packer) -> None:
+def interrupted(self: packer.Packer) -> None:
     raise Stopped
 
 
@@ -215,7 +215,7 @@ def test_stopped_at_any_write_it_goes_on(images: Path, truth: Path, tmp_path: Pa
                                          capsys: pytest.CaptureFixture[str], at: int) -> None:
     """Stopped before the n-th renaming of a file; at most one shard is encoded twice."""
     calls = encoded = 0
-    rename, decode_item = os.replace, packing.Packer.decode
+    rename, decode_item = os.replace, packer.Packer.decode
 
     def counted(*args: Any, **kwargs: Any) -> None:
         nonlocal calls
@@ -224,14 +224,14 @@ def test_stopped_at_any_write_it_goes_on(images: Path, truth: Path, tmp_path: Pa
             raise Stopped
         rename(*args, **kwargs)
 
-    def counting(self: packing.Packer, item: Any) -> Any:
+    def counting(self: packer.Packer, item: Any) -> Any:
         nonlocal encoded
         encoded += 1
         return decode_item(self, item)
 
     monkeypatch.setattr(os, "replace", counted)
     monkeypatch.setattr(Path, "replace", lambda path, target: counted(path, target))
-    monkeypatch.setattr(packing.Packer, "decode", counting)
+    monkeypatch.setattr(packer.Packer, "decode", counting)
     stopped = pack(images, tmp_path / "out")
     assert (stopped, "run the same command again" in capsys.readouterr().err) == ((75, True) if at <= 13 else (0, False))
     assert (tmp_path / "out/manifest.json").exists() == (at > 11)   # what follows is the card
@@ -246,8 +246,8 @@ def test_stopped_at_any_write_it_goes_on(images: Path, truth: Path, tmp_path: Pa
 def test_asked_to_stop_it_goes_on(images: Path, truth: Path, tmp_path: Path, number: signal.Signals) -> None:
     """The whole shards stay, the status asks for another start."""
     out = tmp_path / "out"
-    slow = ("decode, n = packing.Packer.decode, 0\ndef wait(self, item):\n    global n\n    n += 1; print(flush=True)\n"
-            "    while n > 20 and not packing.stop_requested(): time.sleep(0.01)\n"
+    slow = ("decode, n = packer.Packer.decode, 0\ndef wait(self, item):\n    global n\n    n += 1; print(flush=True)\n"
+            "    while n > 20 and not packer.stop_requested(): time.sleep(0.01)\n"
             "    return decode(self, item)\npacking.Packer.decode = wait")
     process = start_with_pipes(images, out, "--workers", 1, code=slow)
     assert process.stdout and process.stderr
@@ -266,8 +266,8 @@ def test_killed_it_goes_on(images: Path, truth: Path, tmp_path: Path) -> None:
     """With -9, at random moments, until it is done."""
     out, killed = tmp_path / "out", 0
     random = np.random.default_rng(0)
-    slow = ("decode = packing.Packer.decode\n"
-            "packing.Packer.decode = lambda self, item: (print(flush=True), time.sleep(0.03), decode(self, item))[2]")
+    slow = ("decode = packer.Packer.decode\n"
+            "packer.Packer.decode = lambda self, item: (print(flush=True), time.sleep(0.03), decode(self, item))[2]")
     while not (out / "manifest.json").exists():
         process = start_with_pipes(images, out, "--workers", 1, code=slow)
         assert process.stdout and process.stderr
@@ -287,7 +287,7 @@ def test_killed_it_goes_on(images: Path, truth: Path, tmp_path: Path) -> None:
 
 def test_a_half_written_shard_is_made_again(images: Path, truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(packing.Packer, "finish", interrupted)
+        patch.setattr(packer.Packer, "finish", interrupted)
         assert pack(images, tmp_path / "out") == 75
     with pytest.raises(DataError, match="run the command that packed it again"):
         ShardDataset(tmp_path / "out")
@@ -319,7 +319,7 @@ def test_a_folder_that_holds_another_data_set(images: Path, truth: Path, tmp_pat
     said = capsys.readouterr().err
     assert f"{truth} holds another data set" in said and "give another --out" in said and tree(truth) == before
     with monkeypatch.context() as patch:                # and one of which only a part is there
-        patch.setattr(packing.Packer, "finish", interrupted)
+        patch.setattr(packer.Packer, "finish", interrupted)
         pack(images, tmp_path / "out")
     before = tree(tmp_path / "out")
     assert pack(images, tmp_path / "out", *change) == 2 and tree(tmp_path / "out") == before
@@ -346,7 +346,7 @@ def test_a_folder_that_moved_is_the_same_data_set(images: Path, truth: Path, tmp
     mine = shutil.copytree(images, tmp_path / "a" / "elsewhere")
     with monkeypatch.context() as patch:
         if not finished:
-            patch.setattr(packing.Packer, "finish", interrupted)
+            patch.setattr(packer.Packer, "finish", interrupted)
         assert pack(mine, tmp_path / "out") == (0 if finished else 75)
     before = {name: stat for name, stat in tree(tmp_path / "out").items() if name.endswith(".arrow")}
     assert pack(images, tmp_path / "out") == 0
@@ -411,10 +411,10 @@ def test_large_files_do_not_wait_in_memory_by_the_hundred(monkeypatch: pytest.Mo
             most = max(most, under_way)
             yield Item(str(i), bytes, held=40)
 
-    monkeypatch.setattr(packing, "MOST_HELD", 100)
+    monkeypatch.setattr(packer, "MOST_HELD", 100)
     done = []
     with ThreadPoolExecutor(1) as pool:
-        for number in packing._ahead(pool, lambda item: int(item.id), items(), window=16):
+        for number in packer._ahead(pool, lambda item: int(item.id), items(), window=16):
             under_way -= 1
             done.append(number)
     assert done == list(range(20)) and most == 3
@@ -513,23 +513,23 @@ def test_tar_files(tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_tar_files_stopped_and_gone_on_with(tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     more = ("--text-encoder", "none", "--batch-size", 4)
     pack(tars, tmp_path / "truth", *more, program="webdataset")
-    written, write, decoded, decode_item = 0, packing.Shard.write, 0, packing.Packer.decode
+    written, write, decoded, decode_item = 0, packer.Shard.write, 0, packer.Packer.decode
 
-    def stopping(self: packing.Shard, path: Path) -> dict[str, Any]:
+    def stopping(self: packer.Shard, path: Path) -> dict[str, Any]:
         nonlocal written
         written += 1
         if written == at:
             raise Stopped
         return write(self, path)
 
-    def counting(self: packing.Packer, item: Any) -> Any:
+    def counting(self: packer.Packer, item: Any) -> Any:
         nonlocal decoded
         decoded += 1
         return decode_item(self, item)
 
-    monkeypatch.setattr(packing.Shard, "write", stopping)
+    monkeypatch.setattr(packer.Shard, "write", stopping)
     assert pack(tars, tmp_path / "out", *more, program="webdataset") == 75
-    monkeypatch.setattr(packing.Packer, "decode", counting)
+    monkeypatch.setattr(packer.Packer, "decode", counting)
     assert pack(tars, tmp_path / "out", *more, program="webdataset") == 0
     assert files(tmp_path / "out") == files(tmp_path / "truth")
     assert decoded == [45, 35, 25, 20, 10][at - 1]      # the whole shards are not decoded again
@@ -569,7 +569,7 @@ def test_captions_that_are_cut_are_counted(tars: Path, tmp_path: Path, monkeypat
 
         return TextEncoder("fake", limit, 2, 3, encode, count)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(packing, "load_text_encoder", load)
+    monkeypatch.setattr(encoding, "load_text_encoder", load)
     for limit, cut in (3, 43), (4, 0):
         out = tmp_path / str(limit)
         assert pack(tars, out, "--text-encoder", "fake", "--max-tokens", limit, program="webdataset") == 0
@@ -671,5 +671,5 @@ def test_every_thread_of_a_rank_is_on_its_gpu(tmp_path: Path, monkeypatch: pytes
     for name, value in {"is_available": lambda: True, "device_count": lambda: 8, "set_device": current.append}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    packing.Packer(folder.Folder(images=tmp_path, out=tmp_path / "out", vae="none", resolution=16, device="cuda"))
+    packer.Packer(folder.Folder(images=tmp_path, out=tmp_path / "out", vae="none", resolution=16, device="cuda"))
     assert current == [torch.device("cuda", 3)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data_prep import describe, packing, progress
+from data_prep import describe, packer, progress
 from data_prep.progress import Progress, describe_packing
 from largescale.errors import Stopped
 from tests.unit.test_append import pack
@@ -72,7 +72,7 @@ def test_while_it_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(progress, "EVERY_S", 0.0)
     for source, more in ("first", ()), ("more", ("--append",)):
         with monkeypatch.context() as patch:
-            patch.setattr(packing.Packer, "finish", stop)
+            patch.setattr(packer.Packer, "finish", stop)
             patch.setenv("WORLD_SIZE", "2")
             assert pack(tmp_path / source, out, *more) == 75
         lines = said()

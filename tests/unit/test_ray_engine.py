@@ -100,7 +100,7 @@ def test_either_goes_on_with_what_the_other_has_begun(first: str, in_process: An
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
         stops = lambda: len(list((out / "packing").glob("part_*.json"))) >= 2                                       # noqa: E731
-        patch.setattr("data_prep.packing.stop_requested" if first == "ranks" else "data_prep.dealing.stop_requested", stops)
+        patch.setattr("data_prep.packer.stop_requested" if first == "ranks" else "data_prep.dealing.stop_requested", stops)
         if first == "ranks":
             assert pack(images, out) == 75
         else:
