@@ -16,7 +16,19 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep import folder, imagenet, left_out, listing, packer, parquet, spool, walk, webdataset
+from data_prep import (
+    folder,
+    imagenet,
+    left_out,
+    listing,
+    packer,
+    parquet,
+    parquet_columns,
+    parquet_files,
+    spool,
+    walk,
+    webdataset,
+)
 from data_prep.listing import Found, Listings
 from data_prep.sources import ListSource
 from data_prep.walk import Walk, missing_files
@@ -235,7 +247,7 @@ def test_ids_and_labels_of_tables_are_streams(tmp_path: Path, monkeypatch: pytes
     table = {"image": pa.array([picture(i) for i in range(9)], pa.binary()), "l": list("cabcabcab"), "id": [f"{i:02d}" for i in range(9)]}
     pq.write_table(pa.table(table), tmp_path / "0.parquet", row_group_size=4)
     whole = parquet.ParquetSource([tmp_path / "0.parquet"], label_column="l", id_column="id")
-    monkeypatch.setattr(parquet, "TEXTS_READ", 2)
+    monkeypatch.setattr(parquet_files, "TEXTS_READ", 2)
     monkeypatch.setattr(spool, "RUN", 2)
     source = parquet.ParquetSource([tmp_path / "0.parquet"], label_column="l", id_column="id")
     assert source.fingerprint == whole.fingerprint and source.num_classes == 3
@@ -243,7 +255,7 @@ def test_ids_and_labels_of_tables_are_streams(tmp_path: Path, monkeypatch: pytes
     listings, columns = Listings(tmp_path / "out/packing"), ("image", "l", None, "id")
     parquet.ParquetSource([tmp_path / "0.parquet"], *columns, listings)
     with monkeypatch.context() as patch:
-        patch.setattr(parquet.ParquetSource, "_read", None)
+        patch.setattr(parquet_columns.Columns, "_read", None)
         later = parquet.ParquetSource([tmp_path / "0.parquet"], *columns, listings)
         assert (later.fingerprint, later.facts, later.class_names, later.notes) == (source.fingerprint, source.facts, ("a", "b", "c"), source.notes)
         os.utime(tmp_path / "0.parquet")

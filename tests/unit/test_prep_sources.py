@@ -19,7 +19,17 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep import coco, emoji, folder, imagenet, parquet, sources, walk, webdataset
+from data_prep import (
+    coco,
+    emoji,
+    folder,
+    imagenet,
+    parquet,
+    parquet_files,
+    sources,
+    walk,
+    webdataset,
+)
 from data_prep.images import Unusable, decode
 from data_prep.listing import Found, Listings, Writer
 from data_prep.sources import Item, ListSource, Source
@@ -781,7 +791,7 @@ def test_a_parquet_that_expands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda self, size, **options: read.append(size) or original(self, size, **options))
     found = items(parquet.ParquetSource([path]), 100)
     assert [len(item.read()) for item in found] == [item.held for item in found] == [2**20] * 100 and set(read) == {3}
-    monkeypatch.setattr(parquet, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(parquet_files, "MOST_BYTES", 2**20)
     with pytest.raises(DataError, match=r"1\.parquet: column image expands from [0-9,]+ bytes to 1,0[0-9,]+, more than 1,048,576"):
         items(parquet.ParquetSource([path]))
 
