@@ -14,7 +14,8 @@ from data_prep.content import Known
 from data_prep.left_out import Totals
 from largescale.config.serialise import flatten
 from largescale.data.format import read_manifest
-from largescale.data.parts import APPEND, Parts
+from largescale.data.job_folder import APPEND
+from largescale.data.parts import Parts
 from largescale.data.shards import ShardDataset
 from largescale.errors import DataError
 

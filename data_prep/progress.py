@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from largescale.data.format import MANIFEST
-from largescale.data.parts import APPEND, JOB, engine_at_work
+from largescale.data.job_folder import APPEND, JOB
+from largescale.data.parts import engine_at_work
 from largescale.host.files import from_json
 
 # Seconds between two reports of a rank, the time that a rate is of, and that after which a rank that

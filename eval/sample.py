@@ -37,7 +37,7 @@ from largescale.checkpoint.weights import load_trained, weights_sha256
 from largescale.config.command_line import check_counts, parse_options, run_program
 from largescale.config.validation import ema_note
 from largescale.data.format import KINDS, MANIFEST, DatasetInfo, normalization_of
-from largescale.data.parts import JOB
+from largescale.data.job_folder import JOB
 from largescale.diffusion.objective import Model, SamplerName
 from largescale.diffusion.samplers import evaluations
 from largescale.diffusion.sampling import SamplingConfig, check_guidance, draw_batches

@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 from largescale.data.format import MANIFEST, DatasetInfo
 from largescale.data.images import UNDECODED, grid, headed, titled, to_uint8
-from largescale.data.parts import JOB, Parts
+from largescale.data.job_folder import JOB
+from largescale.data.parts import Parts
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import Shard, write_manifest
 from largescale.errors import DataError, Stopped

@@ -22,7 +22,7 @@ from eval.score import RESULTS
 from eval.scoring.figures import short
 from largescale.config.serialise import flatten
 from largescale.data.format import read_manifest
-from largescale.data.parts import JOB
+from largescale.data.job_folder import JOB
 from largescale.diffusion.objective import SamplerName
 from largescale.errors import DataError, LargescaleError, usable
 from largescale.host.files import from_json

@@ -1,7 +1,6 @@
 """The progress of a data set that several ranks make. Ranks coordinate through these files only:
 
-OUT/packing/job.json             what is being made; the first rank writes it, the others must
-                                 want the same
+OUT/packing/job.json             what is being made (job_folder.py)
 OUT/packing/part_00000.json ...  what is done of each part
 OUT/packing/rank_0.lock ...      held while a rank works: two processes must not be the same rank
 OUT/packing/ranks.lock           held by all who work, who must agree on what it says: how many ranks
@@ -10,45 +9,30 @@ OUT/packing/part_00000.lock ...  with an engine: held while a process makes the 
 OUT/packing/failed_1 ...         why a rank failed, so that rank 0 does not wait for it
 """
 
-import hashlib
 import json
-import os
-import shutil
 import sys
 import time
-import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
 
-from largescale.config.serialise import flatten
-from largescale.data.format import MANIFEST, read_manifest
-from largescale.data.shards import ShardDataset
+from largescale.data.job_folder import APPEND, GONE_S, OTHER_JOB, Flat, JobFolder, is_complete
 from largescale.errors import DataError, Stopped, usable
 from largescale.host.files import from_json, lock_shared, try_lock, write_atomically
 from largescale.host.launch import env_int, printable
 from largescale.host.signals import stop_requested
 
-JOB = "packing/job.json"
-# The key of a job that adds to a set which is there.
-APPEND = "append"
-Flat = Mapping[str, Any]  # a job by dotted keys
-# Seconds without a new part, after which rank 0 looks which ranks still work.
-_GONE_S = 300.0
 # Seconds of waiting for a lock, after which that is said.
 _TELL_S = 5.0
 # Seconds between reports of what rank 0 waits for.
 _REPORT_S = 60.0
 
 
-class Parts:
+class Parts(JobFolder):
     """The parts of a job in a folder; part p is made by rank p % world_size.
-
-    places: from the flat keys of the job found here and of this one, those whose values may differ.
-    A job that was started before is continued, and `job` is then that one.
 
     With an engine any of its processes makes any part. The one that was started claims the job, as
     rank 0 of 1; the others join it.
@@ -66,50 +50,12 @@ class Parts:
         world_size: int,
         places: Callable[[Flat, Flat], Collection[str]] = lambda found, ours: (),
         *,
-        other: str = "another data set, or a part of one; give another --out, or delete the folder",
+        other: str = OTHER_JOB,
     ) -> None:
-        """`other`: what a folder of another job holds, and what to do about it."""
-        self.out, self.parts, self.rank, self.world_size = out, parts, rank, world_size
-        # As JSON has it, to be compared with what is read.
-        self.job: dict[str, Any] = json.loads(json.dumps(job))
-        self.folder = out / "packing"
-        self._places, self._other = places, other
+        super().__init__(out, job, rank, places, other=other)
+        self.parts, self.world_size = parts, world_size
         self._lock: IO[str] | None = None
         self._together: IO[str] | None = None
-        self._is_this_job()  # takes over a job that was started before
-
-    @property
-    def _digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.job, sort_keys=True).encode()).hexdigest()
-
-    def _job_in_folder(self) -> dict[str, Any]:
-        """The job that is done or started in the folder. Raises DataError or OSError where there is
-        none."""
-        if self.finished:
-            manifest = read_manifest(self.out)
-            job = manifest.get("job")
-            return job if isinstance(job, dict) else {"info": manifest["info"].plain()}
-        try:
-            return dict(from_json((self.out / JOB).read_text()))
-        except (TypeError, ValueError) as error:
-            raise DataError(
-                f"{self.out / JOB} cannot be used ({error}); delete {self.out}, and run again"
-            ) from error
-
-    def _differences(self, found: dict[str, Any]) -> list[str]:
-        """What differs between this job and `found`, which this one becomes where nothing does."""
-        theirs = dict(flatten(found))
-        ours = dict(flatten(self.job))
-        places = self._places(theirs, ours)
-        differences = []
-        for key in theirs | ours:
-            there, here = theirs.get(key), ours.get(key)
-            if there != here and key not in places:
-                differences.append(f"{key}: {there} there, {here} here")
-        # Values that may differ stay as the job was started with, also in the manifest.
-        if not differences:
-            self.job = found
-        return differences
 
     @property
     def mine(self) -> range:
@@ -122,78 +68,19 @@ class Parts:
         try:
             return self._claim()
         except (DataError, FileNotFoundError):
-            if self.finished and self._is_this_job() and _is_complete(self.out):
+            if self.finished and self._is_this_job() and is_complete(self.out):
                 return False  # rank 0 has finished while this late rank was looking
             raise
 
-    def _is_this_job(self) -> bool:
-        """Whether the folder is this job's, finished or started."""
-        with suppress(DataError, OSError):
-            return not self._differences(self._job_in_folder())
-        return False
-
-    def make_room(self) -> None:
-        """Removes, on rank 0, what another job has left here; the other ranks wait for that. Raises
-        DataError while a process still works on that job."""
-        if self._is_this_job():
-            return
-        if self.rank == 0:
-            self._replace_other_job()
-        else:
-            self._wait_for_this_job()
-
-    def _replace_other_job(self) -> None:
-        for path in sorted(self.folder.glob("rank_*.lock")):
-            lock = try_lock(path)
-            if lock is None:
-                raise DataError(
-                    f"a process still works in {self.out}; wait for it or stop it, before its "
-                    "work is replaced"
-                )
-            lock.close()
-
-        # The manifest first: there is no data set from here on.
-        for path in (self.out / MANIFEST, *self.out.glob("shard_*.arrow")):
-            path.unlink(missing_ok=True)
-        self.remove()
-        self.folder.mkdir(parents=True)
-        _create(self.out / JOB, json.dumps(self.job, indent=1))
-
-    def _wait_for_this_job(self) -> None:
-        started = time.monotonic()
-        while not self._is_this_job():
-            if stop_requested():
-                raise Stopped
-            if time.monotonic() - started > _GONE_S:
-                raise DataError(
-                    f"rank 0 has not removed what lies in {self.out}; see its messages, and run "
-                    "again"
-                )
-            time.sleep(0.2)
-
-    @property
-    def finished(self) -> bool:
-        return (self.out / MANIFEST).exists()
-
     def _claim(self) -> bool:
-        job_file = self.out / JOB
         if self.finished:
-            self._compare(self._job_in_folder())
-            if not _is_complete(self.out):
-                raise DataError(
-                    f"{self.out} lacks a shard, or has one of another size; restore it, or to pack "
-                    f"it anew, delete {self.out} first"
-                )
+            self._check_finished()
             # Left by a kill after the manifest was written; or of an addition that is under way.
             if self.rank == 0 and (APPEND in self.job or not self._is_growing()):
                 self.remove()
             return False
 
-        self._require_no_stray_shards()
-        # All ranks try to create the file, and then compare with the one that came first.
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _create(job_file, json.dumps(self.job, indent=1))
-        self._compare(self._job_in_folder())
+        self._begin()
         name = f"{self.engine or f'rank_{self.rank}'}.lock"
         self._lock = _lock_within(self.folder / name, _patience_s())
         if self._lock is None and self.engine:
@@ -213,21 +100,6 @@ class Parts:
             for failed in self.folder.glob("failed_*"):
                 failed.unlink(missing_ok=True)
         return True
-
-    def _is_growing(self) -> bool:
-        """Whether another job is adding to the set."""
-        with suppress(OSError, ValueError, TypeError):
-            return APPEND in from_json((self.out / JOB).read_text())
-        return False
-
-    def _require_no_stray_shards(self) -> None:
-        """Raises DataError for shards of an unknown job, which would be overwritten one by one."""
-        stray = list(self.out.glob("shard_*.arrow"))
-        if stray and not (self.out / JOB).exists():
-            raise DataError(
-                f"{self.out} holds {stray[0].name}, and nothing that says whose they are; give "
-                "another --out, or delete the folder"
-            )
 
     def shard_name(self, name: str) -> str:
         """The name of a shard's file, of which `name` is unique among those of this job."""
@@ -278,19 +150,12 @@ class Parts:
         may still be at work. Waits for its end, for some minutes."""
         # A machine that lost its power may hold a lock for ever. A process that works after minutes
         # without its engine would write the same bytes.
-        lock = _lock_within(self.folder / f"part_{part:05d}.lock", _GONE_S)
+        lock = _lock_within(self.folder / f"part_{part:05d}.lock", GONE_S)
         try:
             yield
         finally:
             if lock:
                 lock.close()
-
-    def _compare(self, found: dict[str, Any]) -> None:
-        """Raises DataError where the job found in the folder is another one."""
-        if differ := self._differences(found):
-            raise DataError(
-                f"{self.out} holds {self._other}. What differs:\n  " + "\n  ".join(differ)
-            )
 
     def record(self, part: int) -> dict[str, Any]:
         """The progress of a part; none where one of its shards is not as it was written."""
@@ -351,7 +216,7 @@ class Parts:
                     tqdm.write(f"waiting for {len(missing)} parts, of ranks {ranks}", sys.stderr)
                 if stop_requested():
                     raise Stopped
-                if time.monotonic() - progressed > _GONE_S:
+                if time.monotonic() - progressed > GONE_S:
                     self._check_at_work(missing)
                 time.sleep(0.5)
 
@@ -415,9 +280,6 @@ class Parts:
                     printable(str(error) or repr(error))
                 )
 
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def close(self) -> None:
         for lock in (self._lock, self._together):
             if lock:
@@ -427,7 +289,7 @@ class Parts:
 def _patience_s() -> float:
     """How long a start waits for locks that are held. One that Slurm has requeued may find those of
     its own last start, on a node that was lost: the file system frees them after a while."""
-    return _GONE_S if env_int("SLURM_RESTART_COUNT", default=0) else 0.0
+    return GONE_S if env_int("SLURM_RESTART_COUNT", default=0) else 0.0
 
 
 def _lock_within(path: Path, seconds: float) -> IO[str] | None:
@@ -454,22 +316,3 @@ def engine_at_work(folder: Path) -> str | None:
 
 def _changed(part: int) -> DataError:
     return DataError(f"the shards of part {part} were changed while packing; run again")
-
-
-def _is_complete(out: Path) -> bool:
-    """Whether a finished data set has all of its files."""
-    try:
-        ShardDataset(out)
-    except DataError:
-        return False
-    return True
-
-
-def _create(path: Path, text: str) -> None:
-    """Creates the file with its complete content, unless another process has done so."""
-    # A link either appears or fails, whoever else tries at the same time.
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(text)
-    with suppress(FileExistsError):
-        os.link(temporary, path)
-    temporary.unlink()

@@ -1,6 +1,5 @@
 """Random access to a packed data set (see format.py)."""
 
-import math
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, replace
@@ -15,9 +14,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from largescale.data.format import (
-    EMBEDDINGS,
     FORMAT,
-    IMAGES,
     KINDS,
     METADATA_KEY,
     DatasetInfo,
@@ -26,7 +23,7 @@ from largescale.data.format import (
     read_manifest,
     remedy,
 )
-from largescale.data.mapped import Array, Lists, MappedShard
+from largescale.data.mapped import Array, MappedShard
 from largescale.data.statistics import Normalize, normalized
 from largescale.errors import DataError, StorageError
 from largescale.host.files import from_json, sha256
@@ -199,7 +196,7 @@ class ShardDataset:
             images.append((shard.latent_mirror if mirror else shard.latent)[row])
             labels.append(shard.label[row])
             if choice is not None and self.info.captions:
-                _copy_caption(shard, row, choice[i], rows, i)
+                shard.copy_caption(row, choice[i], rows, i)
 
         # Each image is copied once, and without the GIL.
         np.concatenate(images, out=rows["latent"].reshape(-1))
@@ -298,28 +295,7 @@ class ShardDataset:
         if shard := self._mapped.get(number):
             return shard
         batch, address = self._map(self._shards[number])
-        names = IMAGES[: 1 + self.has_mirror]
-        # Not to_numpy(), which imports pandas where that is installed, and takes half a second.
-        view = np.from_dlpack
-        size = math.prod(self.info.shape)
-        images = [view(batch.column(name).values).reshape(-1, size) for name in names]
-        lists = {}
-        if self.info.captions:
-            for name in EMBEDDINGS:
-                outer = batch.column(name)
-                inner = outer.values
-                lists[name] = Lists(view(outer.offsets), view(inner.offsets), view(inner.values))
-        shard = MappedShard(
-            # Copied, as all threads of this process would stand still while Python reads a label
-            # from a page that is not in memory. A memoryview gives a label as a plain number.
-            label=memoryview(view(batch.column("label")).copy()),
-            latent=images[0],
-            latent_mirror=images[-1],
-            lists=lists,
-            batch=batch,
-            address=address,
-        )
-
+        shard = MappedShard.of(batch, address, self.info, self.has_mirror)
         # The oldest goes: a loader in random order asks for all of them alike.
         with self._lock:
             if len(self._mapped) >= MAX_MAPPED:
@@ -387,18 +363,3 @@ def check_flip(info: DatasetInfo, has_mirror: bool) -> None:
             f"data set {info.name!r} has {info.kind} without a latent_mirror column, so images "
             "cannot be flipped; try --data.no-horizontal-flip, or pack it with mirrors"
         )
-
-
-def _copy_caption(
-    shard: MappedShard, row: int, choice: float, rows: dict[str, Array], i: int
-) -> None:
-    """Copies one caption of a shard's row into row i of a batch."""
-    tokens = shard.lists["caption_tokens"]
-    pooled = shard.lists["caption_pooled"]
-    # Row `row` has the captions first .. end, of which `choice` in [0, 1) picks one.
-    first, end = tokens.outer[row : row + 2]
-    chosen = first + int(choice * (end - first))
-    embedding = tokens.element(chosen)
-    rows["caption_length"][i] = len(embedding) // rows["caption_tokens"].shape[2]
-    rows["caption_tokens"][i].reshape(-1)[: len(embedding)] = embedding
-    rows["caption_pooled"][i] = pooled.element(chosen)

@@ -140,7 +140,7 @@ def test_rank_0_does_not_wait_for_one_that_failed(images: Path, truth: Path, tmp
 def test_rank_0_does_not_wait_for_one_that_died(images: Path, truth: Path, tmp_path: Path) -> None:
     """Without a word, as one that the kernel killed for its memory."""
     died = "os.kill(os.getpid(), 9)"
-    ranks = [start(images, tmp_path / "out", 0, 2, code="parts._GONE_S = 3"), start(images, tmp_path / "out", 1, 2, code=died)]
+    ranks = [start(images, tmp_path / "out", 0, 2, code="parts.GONE_S = 3"), start(images, tmp_path / "out", 1, 2, code=died)]
     said = [rank.communicate(timeout=900)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, -9] and "rank 1 is not at work" in said[0]
     ranks = [start(images, tmp_path / "out", rank, 2) for rank in range(2)]

@@ -199,7 +199,7 @@ def test_a_part_that_a_lost_machine_still_makes(tmp_path: Path, monkeypatch: pyt
     assert ours.claim()
     with ours.hold(3):
         assert try_lock(ours.folder / "part_00003.lock") is None
-        monkeypatch.setattr(parts, "_GONE_S", 0.1)
+        monkeypatch.setattr(parts, "GONE_S", 0.1)
         with make(tmp_path, "ray").hold(3):             # after minutes
             pass
     assert try_lock(ours.folder / "part_00003.lock")
@@ -219,7 +219,7 @@ def test_a_requeued_job_waits_for_the_locks_of_its_lost_node(tmp_path: Path, mon
     """Of the same rank, and of another number of ranks; for minutes, and not for ever."""
     lost = make(tmp_path, None, 2)
     assert lost.claim()
-    monkeypatch.setattr(parts, "_GONE_S", 0.5)
+    monkeypatch.setattr(parts, "GONE_S", 0.5)
     with pytest.raises(DataError, match="as the same rank"):
         make(tmp_path, None, 2).claim()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
