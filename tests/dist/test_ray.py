@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.ranks import PYTHONPATH, ROOT
-from tests.unit.test_packing import files
+from tests.unit.packed_pictures import files
 
 pytestmark = pytest.mark.slow  # a cluster takes a quarter of a minute to start, and its workers as long
 IMAGES = 100

@@ -20,7 +20,7 @@ from largescale.data.shards import ShardDataset
 from largescale.monitoring.run_record import read_starts
 from tests.conftest import assert_same_run, make_blobs
 from tests.slurm.conftest import STEPS, Job, Lab, Submit, wait_until
-from tests.unit.test_packing import files
+from tests.unit.packed_pictures import files
 
 STARTED = 115  # a step at which the curriculum has moved, and will move again
 

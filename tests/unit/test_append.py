@@ -14,8 +14,8 @@ from data_prep.append import ALREADY
 from largescale.data.format import fingerprint
 from largescale.data.shards import ShardDataset
 from largescale.errors import Stopped
-from tests.unit.test_packing import files, picture
-from tests.unit.test_prep_sources import tar
+from tests.unit.packed_pictures import files, picture
+from tests.unit.source_files import tar
 
 
 @pytest.fixture(scope="module")

@@ -1,399 +1,38 @@
-"""eval.compare: that runs differ in their method only, that the statistics are right, and that it goes on where it was."""
+"""eval.compare: a comparison, what it says when something is wrong, and that it goes on where it was."""
 
-import dataclasses
 import json
-import math
 import shutil
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from PIL import Image
-from torch import Tensor, nn
 
-from eval import compare, score
+from eval import compare
 from eval.compare import Compare, Comparison
 from eval.comparison import report
-from eval.comparison.methods import METHODS, read_methods
-from eval.comparison.plan import plan
-from eval.comparison.statistics import (
-    against_first,
-    cluster_table,
-    holm,
-    mean,
-    paired,
-    standings,
-    summary,
-    t_test,
-    table,
-)
 from eval.comparison.validation_loss import ValidationLoss, figure
 from eval.curves.scores import Curves
-from eval.scoring.extractors import Extractor, Features
-from eval.training_runs import Run, TrainingFailed, differences
+from eval.training_runs import Run
 from largescale import train as train_program
 from largescale.checkpoint.files import CheckpointDir, checkpoints, named_weights
 from largescale.checkpoint.weights import load_trained
-from largescale.config.presets import PRESETS
-from largescale.config.schema import Config
-from largescale.config.serialise import flatten, to_dict
-from largescale.config.validation import ema_note, validate
-from largescale.data.fixed_noise_set import VALIDATION_SEED
 from largescale.data.format import DatasetInfo
-from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
 from largescale.diffusion.build import build_objective
-from largescale.diffusion.objective import Losses
 from largescale.distributed.ranks import Ranks
-from largescale.errors import ConfigError, DataError, Stopped
+from largescale.errors import ConfigError
 from largescale.host import signals
 from largescale.monitoring.telemetry import read_metrics
-from largescale.randomness import step_draws
 from largescale.training import startup
 from tests.conftest import QUIET
-from tests.unit.test_page import Reader
+from tests.unit.comparisons import one_thread, tiny_extractor  # noqa: F401
+from tests.unit.pages import Reader
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    torch.set_num_threads(threads)
-
-
-# ---- methods
-
-OF_METHOD: dict[str, dict[str, Any]] = {
-    "vanilla": {"curriculum.pacing": "none"},
-    "curriculum": {},
-    "naive": {"curriculum.pacing": "fixed"},
-    "anti": {"curriculum.order": "hard_first"},
-    "separate": {"curriculum.stages": "separate"},
-    "min_snr": {"curriculum.pacing": "none", "noise.weighting": "min_snr"},
-    "p2": {"curriculum.pacing": "none", "noise.weighting": "p2"},
-    "logit_normal": {"curriculum.pacing": "none", "noise.sampling": "logit_normal"},
-    "loss_second_moment": {"curriculum.pacing": "none", "noise.sampling": "loss_second_moment"},
-    "speed": {"curriculum.pacing": "none", "noise.sampling": "speed", "noise.weighting": "p2"},
-    "laplace": {"curriculum.pacing": "none", "noise.sampling": "laplace"},
-    "beta@noise.beta_alpha=2,noise.beta_beta=0.5": {
-        "curriculum.pacing": "none", "noise.sampling": "beta", "noise.beta_alpha": 2.0, "noise.beta_beta": 0.5},
-    "mode": {"curriculum.pacing": "none", "noise.sampling": "mode"},
-    "curriculum+cosine_map": {"noise.sampling": "cosine_map"},
-    "curriculum+min_snr": {"noise.weighting": "min_snr"},
-    "p2+curriculum": {"noise.weighting": "p2"},
-    "vanilla+p2": {"curriculum.pacing": "none", "noise.weighting": "p2"},
-    "speed+p2": {"curriculum.pacing": "none", "noise.sampling": "speed", "noise.weighting": "p2"},
-    "naive+anti+separate": {"curriculum.pacing": "fixed", "curriculum.order": "hard_first", "curriculum.stages": "separate"},
-    "curriculum@patience=50": {"curriculum.patience": 50},
-    "curriculum@loss-smoothing=0.99": {"curriculum.loss_smoothing": 0.99},
-    "curriculum@n-clusters=10,optimizer.ema_decay=0.5": {"curriculum.n_clusters": 10, "optimizer.ema_decay": 0.5},
-    "anti@patience=3": {"curriculum.order": "hard_first", "curriculum.patience": 3},
-    "naive@interval=7": {"curriculum.pacing": "fixed", "curriculum.interval": 7},
-    "min_snr@noise.min-snr-gamma=2": {"curriculum.pacing": "none", "noise.weighting": "min_snr", "noise.min_snr_gamma": 2.0},
-}
-
-
-@pytest.mark.parametrize("name", OF_METHOD)
-def test_what_a_method_is_to_the_training_program(name: str) -> None:
-    """Its options, read by that program itself."""
-    assert METHODS.keys() <= {word for method in OF_METHOD for word in method.partition("@")[0].split("+")}
-    preset = PRESETS["debug"]()
-    [method] = read_methods(name)
-    assert method.name == name
-    config = train_program.parse(["debug", *method.arguments])
-    validate(config, 1)
-    before, after = (dict(flatten(to_dict(c))) for c in (preset, config))
-    assert {key: value for key, value in after.items() if before[key] != value} == OF_METHOD[name]
-
-
-def test_lists_of_methods() -> None:
-    text = "vanilla, curriculum@patience=50,n_clusters=5,curriculum@n_clusters=5 , min_snr+curriculum"
-    assert [method.name for method in read_methods(text)] == [
-        "vanilla", "curriculum@patience=50,n_clusters=5", "curriculum@n_clusters=5", "min_snr+curriculum"]
-
-
-@pytest.mark.parametrize(("text", "message"), [
-    ("vanila", "unknown method 'vanila'; did you mean 'vanilla'"),
-    ("vanilla,", "unknown method ''"),
-    ("vanilla,patience=5", "unknown method 'patience=5'"),
-    ("curriculum+minsnr", "unknown method 'minsnr'; did you mean 'min_snr'"),
-    ("vanilla,vanilla", "names vanilla twice"),
-    ("vanilla+curriculum", "vanilla sets curriculum.pacing=none and curriculum curriculum.pacing=patience"),
-    ("speed+min_snr", "speed sets noise.weighting=p2 and min_snr noise.weighting=min_snr"),
-    ("logit_normal+curriculum+speed", "logit_normal sets noise.sampling=logit_normal and speed noise.sampling=speed"),
-    ("curriculum@pacing=none", "curriculum sets curriculum.pacing=patience and @ curriculum.pacing=none"),
-    ("vanilla@patience=5", "curriculum.patience has no effect with curriculum.pacing=none"),
-    ("naive@patience=5", "curriculum.patience has no effect with curriculum.pacing=fixed"),
-    ("curriculum@interval=5", "curriculum.interval has no effect with curriculum.pacing=patience; leave it out, or name a method whose pacing is fixed"),
-    ("p2@n_clusters=5", "curriculum.n_clusters has no effect"),
-    ("curriculum@patince=5", "'patince=5' is no setting of a method; write FIELD=VALUE, such as curriculum.patience=..."),
-    ("curriculum@patience", "'patience' is no setting"),
-    ("curriculum@train.steps=5", "'train.steps=5' is no setting"),
-    ("curriculum@data.path=x", "'data.path=x' is no setting"),
-    ("curriculum@order=a/b", "leave out the slash"),
-])
-def test_bad_methods(text: str, message: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        read_methods(text)
-    assert message in str(error.value)
-
-
-# ---- the runs
-
-def planned(methods: str = "vanilla,naive,curriculum", seeds: int = 2, every: int | None = None, naive_interval: int | None = None,
-            extra: tuple[str, ...] = (), preset: str = "digits") -> list[Run]:
-    return plan(preset, read_methods(methods), seeds=seeds, out=Path("out"), every=every, naive_interval=naive_interval, extra=extra)
-
-
-def test_runs_differ_in_their_method_only() -> None:
-    runs = planned(extra=("--train.seed", "5", "--train.steps", "1001"))
-    assert [(run.method, run.seed) for run in runs] == [(m, s) for s in (5, 6) for m in ("vanilla", "naive", "curriculum")]
-    first = runs[0].config
-    assert (first.train.steps, first.checkpoint.every, first.checkpoint.keep_every) == (1001, 101, 101)
-    for run in runs:
-        assert run.config == train_program.parse(list(run.arguments))
-        assert run.folder == Path(f"out/{run.method}/seed_{run.seed}") and run.config.train.seed == run.seed
-        changed = {line.partition(":")[0] for line in differences(to_dict(run.config), to_dict(first))}
-        own = {"vanilla": set(), "naive": {"curriculum.pacing", "curriculum.interval"}, "curriculum": {"curriculum.pacing"}}[run.method]
-        assert changed == own | ({"train.seed"} if run.seed == 6 else set())
-        assert run.command(1) == [sys.executable, "-m", "largescale.train", *run.arguments]
-        assert run.command(2)[1:8] == ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
-                                       "--nproc-per-node", "2"]
-
-
-def test_how_long_naive_takes() -> None:
-    """Half of the run for its N stages, where nobody says otherwise."""
-    def interval(methods: str, **more: Any) -> int:
-        return planned(methods, seeds=1, **more)[-1].config.curriculum.interval
-
-    assert interval("naive") == 240                     # 2400 steps, N = 5
-    assert interval("naive@n_clusters=10") == 120
-    assert interval("naive", extra=("--train.steps", "3")) == 1
-    assert interval("naive", naive_interval=33) == 33 and interval("naive+anti", naive_interval=33) == 33
-    assert interval("naive@interval=44", naive_interval=33) == 44
-    assert interval("curriculum", naive_interval=33) == Config("").curriculum.interval
-
-
-@pytest.mark.parametrize(("options", "message"), [
-    ({"preset": "digit"}, "unknown preset 'digit'; did you mean 'digits'"),
-    ({"methods": "vanilla,curriculum,curriculum@patience=10"}, "methods 'curriculum' and 'curriculum@patience=10' are the same training"),
-    ({"methods": "min_snr+curriculum,curriculum+min_snr"}, "are the same training"),
-    ({"methods": "naive,naive@interval=240"}, "are the same training"),
-    ({"extra": ("--curriculum.pacing", "none")}, "--curriculum.pacing after -- is for all runs"),
-    ({"extra": ("--curriculum.interval", "7"), "methods": "naive@interval=3"}, "--curriculum.interval after -- is for all runs"),
-    ({"extra": ("--checkpoint.keep-every", "3")}, "--checkpoint.keep-every after -- is for all runs"),
-    ({"extra": ("--output", "here")}, "--output after -- is for all runs"),
-])
-def test_bad_plans(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        planned(**options)
-    assert message in str(error.value)
-
-
-def test_interval_for_all_is_naives() -> None:
-    """Not among the methods' own settings, but set for each: it would be overruled in silence."""
-    with pytest.raises(ConfigError, match="--curriculum.interval after -- is for all runs"):
-        planned("naive", extra=("--curriculum.interval", "7"))
-
-
-class Recorded(Run):
-    """Runs a program of a line in place of training."""
-
-    program = ""
-
-    def command(self, nproc: int) -> list[str]:
-        return [sys.executable, "-c", self.program]
-
-
-@pytest.mark.parametrize(("status", "ours"), [(2, 2), (75, 75), (1, 1), (-9, 1), (3, 1)])
-def test_training_that_fails(status: int, ours: int) -> None:
-    run = Recorded("vanilla", 0, PRESETS["debug"](), ())
-    exit_so = f"import sys; sys.exit({status})" if status > 0 else f"import os; os.kill(os.getpid(), {-status})"
-    with pytest.raises(TrainingFailed, match=f"ended with status {status}") as error:
-        type("Fails", (Recorded,), {"program": exit_so})(*dataclasses.astuple(run)[:2], run.config, ()).train(1)
-    assert error.value.exit_status == ours
-
-
-def test_a_stop_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The training program is asked to save, and waited for."""
-    ready, saved = tmp_path / "ready", tmp_path / "saved"
-    program = f"""
-import signal, sys, time
-from pathlib import Path
-def stop(number, frame):
-    time.sleep(0.3)
-    Path({str(saved)!r}).write_text(str(number))
-    sys.exit(75)
-signal.signal(signal.SIGTERM, stop)
-Path({str(ready)!r}).touch()
-time.sleep(600)
-"""
-    def ask() -> None:
-        while not ready.exists():
-            threading.Event().wait(0.02)
-        signals._requested = True
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    with pytest.raises(Stopped):
-        type("Waits", (Recorded,), {"program": program})("vanilla", 0, PRESETS["debug"](), ()).train(1)
-    asking.join()
-    assert saved.read_text() == str(int(signal.SIGTERM))
-
-
-# ---- statistics
-
-def rows(*values: float | None, name: str = "FD") -> list[dict[str, Any]]:
-    return [{"step": 100 * (i + 1), "figures": {name: {"value": value}, "other": {"value": 0.0}}} for i, value in enumerate(values)]
-
-
-def test_means_and_differences() -> None:
-    assert mean([2.0, 4.0, 9.0]) == mean([9.0, 2.0, 4.0]) and mean([2.0, 4.0, 9.0]).value == 5
-    assert mean([2.0, 4.0, 9.0]).spread == pytest.approx(math.sqrt((9 + 1 + 16) / 2))
-    assert mean([3.0]).spread is None and str(mean([3.0])) == "3" and str(mean([1.0, 2.0])) == "1.5 ± 0.71"
-    # Seeds spread by 10, each difference is -1 but for 0.1: pairing shows what the means hide.
-    found = paired([9.0, 19.1, 28.9], [10.0, 20.0, 30.0])
-    assert found.value == pytest.approx(-1.0) and found.error == pytest.approx(0.1 / math.sqrt(3)) and found.is_significant
-    assert str(found) == "-1 ± 0.058, better (p = 0.00332)"
-    assert str(paired([1.0, 1.2], [0.0, 0.0])) == "+1.1 ± 0.1, no significant difference (p = 0.0577)"
-    assert str(paired([1.0, 1.02], [0.0, 0.0])) == "+1.01 ± 0.01, worse (p = 0.0063)" and str(paired([2.0], [1.0])) == "+1"
-    assert not paired([2.0], [1.0]).is_significant and not paired([1.0, 1.0], [1.0, 1.0]).is_significant
-    for seeds, quantile in enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228), 2):  # a table's, of 97.5 %
-        assert t_test(quantile * 1.001, 1.0, seeds) < 0.05 < t_test(-quantile * 0.999, 1.0, seeds)
-
-
-def test_p_values() -> None:
-    """Of 1 and 2 degrees of freedom in closed form; of more, as scipy has them from the values."""
-    for t in (0.3, 1.0, 4.0):
-        assert t_test(2 * t, 2.0, 2) == pytest.approx(1 - 2 / math.pi * math.atan(t))
-        assert t_test(-t, 1.0, 3) == pytest.approx(1 - t / math.sqrt(2 + t**2))
-    ours, theirs = [1.0, 2.5, 3.0, 5.5], [1.5, 2.0, 4.5, 6.0]
-    assert paired(ours, theirs).p_value == pytest.approx(scipy.stats.ttest_rel(ours, theirs).pvalue)
-    assert t_test(0.0, 0.0, 3) == 1 and t_test(0.1, 0.0, 3) == 0  # all differences alike
-
-
-def test_holms_correction() -> None:
-    """By hand: 0.01 x 4; 0.02 x 3; 0.03 x 2, as large as the one before; 0.9 x 1."""
-    assert holm([0.03, 0.01, 0.9, 0.02]) == pytest.approx([0.06, 0.04, 0.9, 0.06])
-    assert holm([0.5, 0.6]) == [1, 1] and holm([0.04]) == [0.04] and holm([]) == []
-
-
-def test_many_methods_that_do_nothing() -> None:
-    """One of twenty looks significant by chance, every other time; with the correction, at most one time of twenty."""
-    draws = np.random.default_rng(0).normal(size=(200, 21, 4))
-    raw = adjusted = 0
-    for draw in draws:
-        found = against_first({str(i): list(values) for i, values in enumerate(draw)}).values()
-        assert all(d.p_value is not None and d.p_adjusted is not None and d.p_adjusted >= d.p_value for d in found)
-        raw += any(d.p_value < 0.05 for d in found if d.p_value is not None)
-        adjusted += any(d.is_significant for d in found)
-    assert adjusted <= 0.07 * 200 < 0.3 * 200 < raw
-
-
-def test_standings() -> None:
-    runs = {
-        "vanilla": {0: rows(9, 5, 4, 4.5), 1: rows(10, 6, 5, 3)},           # best 4 at 300, 3 at 400
-        "fast": {0: rows(5, 4, 3, 2), 1: rows(6, 3, 2, 1)},                 # reach these at 200, 200
-        "half": {0: rows(5, 4.5, 4.2, 3.5), 1: rows(9, 8, 7, 6)},           # at 400, never
-        "never": {0: rows(9, 8, 7, 6), 1: rows(9, 8, 7, 7)},
-    }
-    found = standings(runs, "FD")
-    vanilla, fast, half, never = (found[name] for name in runs)
-    assert vanilla.final == mean([4.5, 3]) and vanilla.best == mean([4, 3]) and vanilla.best_at == 350
-    assert vanilla.difference is None and vanilla.reached == (300, 400) and vanilla.speedup == 1
-    assert fast.difference == replace(paired([2, 1], [4.5, 3]), p_adjusted=fast.difference.p_adjusted) and fast.reached == (200, 200) and fast.speedup == 1.75
-    assert half.reached == (400, None) and half.speedup is None
-    assert never.reached == (None, None) and never.best == mean([6, 7]) and never.best_at == 350
-    lines = table(found).markdown
-    assert lines[2] == "| vanilla | 3.75 ± 1.1 | 3.5 ± 0.71 |  | 350 | 1.00 |"
-    assert [s.difference.p_adjusted for s in (fast, half, never) if s.difference] == holm(
-        [s.difference.p_value or 0 for s in (fast, half, never) if s.difference])
-    assert lines[3].endswith("| -2.25 ± 0.25, no significant difference (p = 0.211, raw 0.0704) | 200 | 1.75 |")
-    assert lines[4].endswith("| 400 (1 of 2 seeds) |  |") and lines[5].endswith("| not reached |  |")
-    said = summary(found, "FD", 400)
-    assert "at step 400, FD is 3.75 ± 1.1 by vanilla; 1.5 ± 0.71 by fast (difference -2.25 ± 0.25, no significant difference (p = 0.211, raw 0.0704); reaches vanilla's best at step 200)" in said
-    assert "reaches vanilla's best at step 400 (1 of 2 seeds)" in said and "reaches vanilla's best never" in said and "\n" not in said
-
-
-def test_a_distance_that_was_not_finite() -> None:
-    """It is left out; the curve goes on without it."""
-    found = standings({"vanilla": {0: rows(None, 5, 4)}, "other": {0: rows(9, None, 4)}}, "FD")
-    assert found["vanilla"].reached == (300,) and found["other"].reached == (300,) and found["other"].best.value == 4
-    with pytest.raises(DataError, match="FD was finite at no checkpoint"):
-        standings({"vanilla": {0: rows(None, None)}}, "FD")
-
-
-def test_clusters_in_percent() -> None:
-    def run(*clusters: float) -> list[dict[str, Any]]:
-        return [{"step": 1, "figures": {figure("EMA", f" C{i}"): {"value": v} for i, v in enumerate(clusters, 1)}}]
-
-    lines = cluster_table({"vanilla": {0: run(2.0, 4.0), 1: run(4.0, 4.0)}, "other": {0: run(1.0, 4.4), 1: run(2.0, 4.8)}}, 2, "EMA").markdown
-    assert lines == ["| method | C1 | C2 |", "|---|---|---|", "| vanilla | 3 | 4 |", "| other | -50.00 % ± 0.00 | +15.00 % ± 5.00 |"]
-
-
-def test_what_is_said_of_a_long_ema() -> None:
-    config = PRESETS["debug"]()                         # 20 steps at 0.99
-    assert ema_note(config) == ("The EMA still holds 82% of the untrained weights at step 20: ema_decay=0.99 is for longer runs, for "
-                                "20 steps try --optimizer.ema-decay 0.5.")
-    digits = PRESETS["digits"]()                        # 2,400 at 0.997
-    assert not ema_note(digits) and not ema_note(digits, 1533) and "below 1%" in ema_note(digits, 1532)
-    assert ema_note(digits, 200) == "The EMA still holds 55% of the untrained weights at step 200: from step 1,533 on it is below 1%."
-    none = replace(digits, optimizer=replace(digits.optimizer, ema_decay=0.0))
-    assert ema_note(none, 0) and not ema_note(none, 1)
-
-
-# ---- the validation loss
-
-class Levels:
-    """An objective whose loss is the noise level."""
-
-    def draw(self, v: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
-        return v
-
-    def training_losses(self, model: Any, x_start: Tensor, t: Tensor, noise: Tensor, y: Any) -> Losses:
-        return Losses(t, t, t)
-
-
-@pytest.fixture
-def validation(blobs: Path) -> Callable[..., ValidationLoss]:
-    def make(edges: tuple[float, ...], images: int, batch_size: int = 7) -> ValidationLoss:
-        return ValidationLoss(ShardDataset(blobs), PRESETS["debug"](), edges, images, batch_size, CPU)
-
-    return make
-
-
-def test_which_noise_levels_a_cluster_has(validation: Callable[..., ValidationLoss]) -> None:
-    """Evenly spaced in each: the mean is its middle."""
-    found = validation((0.0, 0.1, 0.6, 1.0), 5)(nn.Identity(), Levels())  # type: ignore[arg-type]
-    assert found == pytest.approx([0.05, 0.35, 0.8])
-
-
-def test_the_loss_of_a_model_that_says_nothing(validation: Callable[..., ValidationLoss]) -> None:
-    """It is that of the noise: its mean square."""
-    config = PRESETS["debug"]()
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, learn_sigma=False))
-    noise = step_draws(VALIDATION_SEED, 0, 12, (1, 16, 16), dropout_prob=0.0, posterior=False, device=CPU).noise
-    found = validation((0.0, 0.2, 0.5, 1.0), 4)(lambda x, t, y: torch.zeros_like(x), build_objective(config))  # type: ignore[arg-type]
-    assert found == pytest.approx(noise.square().reshape(3, -1).mean(1).double().numpy())
-
-
-# ---- comparisons
-
-def tiny(images: Tensor) -> Features:
-    x = torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)
-    return Features(x, None, x * 20)
 
 
 @pytest.fixture
@@ -414,12 +53,6 @@ def trained_here(monkeypatch: pytest.MonkeyPatch, one_rank: Ranks) -> list[tuple
 def train_here(run: Run, nproc: int) -> None:
     assert nproc == 1 and train_program.main(list(run.arguments)) == 0
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def tiny_extractor(monkeypatch: pytest.MonkeyPatch) -> None:
-    extractor = Extractor("tiny", "tiny sha256:0", 12, None, 12, CPU, tiny)
-    monkeypatch.setattr(score, "load_extractor", lambda spec, *args, **more: extractor)
 
 
 @pytest.fixture

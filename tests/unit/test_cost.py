@@ -1,8 +1,6 @@
-"""The cost model against brute force, DeepSpeed's own calls, and arithmetic done by hand."""
+"""The cost model against DeepSpeed's own calls, and arithmetic done by hand."""
 
 import json
-import math
-import random
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,43 +13,14 @@ from torch.utils._pytree import tree_leaves
 
 from largescale.config.deepspeed import load_ds_config
 from largescale.config.presets import PRESETS
-from largescale.config.schema import Config
 from largescale.models.build import blank_condition, build_model, latent_shape
 from largescale.monitoring.telemetry import peak_flops
-from largescale.planning.cost import (
-    BLOCK_CODE,
-    Plan,
-    Workload,
-    compute_parts,
-    daly,
-    slowdown,
-    step,
-    young,
-)
-from largescale.planning.hardware import (
-    ATTENTION_SHARE,
-    GAP_S,
-    HARDWARE,
-    PRODUCT_SHARE,
-    Hardware,
-    Rates,
-)
-from largescale.planning.memory import activation_bytes, largest_micro_batch, memory
+from largescale.planning.cost import BLOCK_CODE, Plan, compute_parts, step
+from largescale.planning.hardware import ATTENTION_SHARE, GAP_S, HARDWARE, PRODUCT_SHARE, Rates
 from largescale.training.dry_run import prediction_source, span, workload
 from tests.conftest import QUIET, RunHere
 from tests.ranks import ranks_of
-
-ROUND = Hardware("round", peak_flops=2e12, memory_bytes=1e9, memory_bandwidth=1e12, intra_bandwidth=4e9, inter_bandwidth=0.5e9,
-                 gpus_per_node=4, mfu=0.5, launch_s=0.0, data_bandwidth=1e9, host_bandwidth=1e9, write_bandwidth=1e9,
-                 storage_bandwidth=8e9, node_mtbf_hours=10.0, restart_s=60.0)
-WORK = Workload(parameters=10**9, flops_per_image=3e12, kernels=1000, global_batch_size=8, grad_accum_steps=1, weight_bytes=2,
-                reduce_bytes=4, reduce_bucket_size=250_000_000, image_bytes=1000.0)
-
-
-def dit_l() -> tuple[Config, dict[str, Any]]:
-    config = PRESETS["dit_l2_imagenet256"]()
-    return config, load_ds_config(config.train.ds_config)
-
+from tests.unit.costs import ROUND, WORK, dit_l
 
 # ---- the step
 
@@ -300,148 +269,6 @@ def test_peaks_are_those_of_the_log() -> None:
 def test_computing_is_no_bottleneck() -> None:
     s = step(WORK, ROUND, 4)
     assert max(s.parts, key=s.parts.__getitem__) == "compute" and s.bottleneck == "gradient reduction"
-
-
-# ---- checkpoints
-
-
-def simulate(interval: float, stall: float, write: float, mtbf: float, restart: float, work: float) -> float:
-    """Wall time over `work`: failures at random, also during a restart; a checkpoint counts `write` after its stall."""
-    chance = random.Random(0)
-    clock, done, saved, pending = 0.0, 0.0, 0.0, math.inf  # `pending`: when the one that is written will count
-    failure = chance.expovariate(1 / mtbf)
-    while done < work:
-        end = clock + interval + stall
-        if failure > end:
-            clock, saved = end, max(saved, done if pending <= end else saved)
-            done += interval
-            pending = end + write
-            continue
-        saved = done if pending <= failure else saved
-        clock = failure
-        while True:  # the restart may fail too
-            failure = clock + chance.expovariate(1 / mtbf)
-            if failure > clock + restart:
-                clock += restart
-                break
-            clock = failure
-        done, pending = saved, math.inf
-    return clock / done
-
-
-@pytest.mark.parametrize(("interval", "stall", "write", "restart"), [(100, 5, 0, 0), (600, 20, 0, 30), (300, 2, 60, 60), (1200, 60, 0, 300)])
-def test_slowdown_is_that_of_simulated_failures(interval: float, stall: float, write: float, restart: float) -> None:
-    expected = slowdown(interval, stall_s=stall, write_s=write, mtbf_s=3600, restart_s=restart)
-    assert simulate(interval, stall, write, 3600, restart, work=4e7) - 1 == pytest.approx(expected - 1, rel=0.03)
-
-
-@pytest.mark.parametrize("stall", [0.1, 1, 10, 100, 400])
-def test_daly_is_the_best_interval(stall: float) -> None:
-    """By trying all. Young's is further off, the more so the longer a checkpoint takes."""
-    cost = {"stall_s": stall, "write_s": 0.0, "mtbf_s": 1000.0, "restart_s": 0.0}
-    best = min((10 ** (i / 1000) for i in range(4000)), key=lambda interval: slowdown(interval, **cost))
-    assert daly(stall, 1000) == pytest.approx(best, rel=0.005)
-    assert abs(young(stall, 1000) - best) > abs(daly(stall, 1000) - best)
-    assert slowdown(daly(stall, 1000), **cost) <= 1.0001 * slowdown(best, **cost)
-
-
-def test_daly_where_a_checkpoint_takes_longer_than_a_failure() -> None:
-    assert daly(2000, 1000) == daly(5000, 1000) == 1000
-
-
-def test_what_is_never_completed_is_never_done() -> None:
-    assert slowdown(1e6, stall_s=1, write_s=0, mtbf_s=1, restart_s=0) == math.inf
-
-
-def test_plan_by_hand() -> None:
-    plan = Plan(WORK, ROUND, gpus=8, steps=1000, every=100)
-    assert plan.mtbf_s == 3600 * 10 / 2
-    assert plan.stall_s == pytest.approx((16 / 8 + 2) * 1e9 / 1e9)
-    assert plan.write_s == pytest.approx(4.0)  # of rank 0; all 18 GB take 2.25 s
-    assert replace(plan, hardware=replace(ROUND, storage_bandwidth=1e9)).write_s == pytest.approx(18.0)
-    bare = 1000 * plan.step.seconds / 3600
-    assert plan.hours == pytest.approx(bare * plan.slowdown(100)) and plan.hours > bare
-    assert plan.wasted(plan.best_every) < min(plan.wasted(plan.best_every * 2), plan.wasted(plan.best_every / 2))
-
-
-def test_checkpoints_wait_for_each_other() -> None:
-    """One that takes longer to write than the interval holds up the steps."""
-    plan = Plan(WORK, replace(ROUND, write_bandwidth=0.01e9, node_mtbf_hours=1e6), gpus=4, steps=1000, every=1)
-    assert plan.slowdown(1) == pytest.approx((plan.write_s + plan.stall_s) / plan.step.seconds, rel=1e-3)
-    often = replace(plan, hardware=replace(plan.hardware, node_mtbf_hours=1.0))
-    assert daly(often.stall_s, often.mtbf_s) < often.write_s / 2
-    assert often.best_every * often.step.seconds == pytest.approx(often.write_s, rel=0.01)
-
-
-def test_bytes_of_a_checkpoint(run_here: RunHere) -> None:
-    run = run_here("--train.steps", 5).run
-    written = sum(path.stat().st_size for path in run.glob("checkpoints/step_00000005/*.pt"))
-    config = PRESETS["debug"]()
-    expected = workload(config, load_ds_config(config.train.ds_config), 1).checkpoint_bytes
-    assert expected < written < 1.2 * expected + 30_000  # names, and the position embedding, come on top
-
-
-# ---- memory
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("told", ["labels", "captions"])
-@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, True), (torch.bfloat16, False)])
-def test_activations_are_those_that_autograd_keeps(dtype: torch.dtype, fused: bool, told: str, checkpointing: bool) -> None:
-    """Of a real model on the CPU, whose kernel is fused in float32 and a product in bf16."""
-    size = replace(PRESETS["dit_s2_coco256" if told == "captions" else "dit_s2_imagenet256"]().model, hidden_size=192, num_heads=3, depth=4)
-    model = build_model(size).to(dtype)
-    model.checkpoint_blocks = checkpointing
-    weights, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if (storage := tensor.untyped_storage())._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    inputs: list[torch.Tensor] = []
-    if checkpointing:  # what a block is given is kept by the checkpoint, out of autograd's sight
-        for block in model.blocks:
-            block.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(torch.zeros(1, *latent_shape(size)), torch.zeros(1, dtype=torch.long), blank_condition(size, 1))
-    assert output.requires_grad
-    found = sum((kept | {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in inputs}).values())
-    counted = activation_bytes(size, dtype, checkpointing=checkpointing, fused_attention=fused)
-    if checkpointing:  # and one block in full, less its input
-        one, two = (activation_bytes(replace(size, depth=d), dtype, checkpointing=False, fused_attention=fused) for d in (1, 2))
-        found += two - one - 4 * 256 * 192
-    assert counted == pytest.approx(found, rel=0.02)
-
-
-def test_memory_by_hand() -> None:
-    config, ds = dit_l()
-    weights, gradients, buckets, states, activations = memory(config, ds, 8, 16).values()
-    n = 457_840_672
-    assert (weights, gradients, states) == (2 * n, 4 * n / 8, 16 * n / 8)
-    assert buckets == 50_000_000 * (2 * 2 + 2 + 4)  # two in bf16, one of them flattened, and cast to fp32
-    assert activations == 16 * activation_bytes(config.model, torch.bfloat16, checkpointing=False)
-    small = PRESETS["debug"]()
-    parts = memory(small, load_ds_config(small.train.ds_config), 2, 8)
-    assert parts["buckets of gradients on their way"] == 50_000_000 * 2 * 4 + 2 * parts["gradients (this rank's part in fp32)"]
-
-
-def test_memory_falls_with_ranks_and_checkpointing() -> None:
-    config, ds = dit_l()
-    few, many = (sum(memory(config, ds, n, 16).values()) for n in (2, 8))
-    assert few - many == pytest.approx(20 * 457_840_672 * 3 / 8)
-    less = replace(config, train=replace(config.train, activation_checkpointing=True))
-    assert sum(memory(less, ds, 8, 16).values()) < many / 2
-
-
-def test_largest_micro_batch() -> None:
-    config, ds = dit_l()
-    assert memory(config, ds, 1, 1)["buckets of gradients on their way"] == 0
-    for gib in (12, 40, 79, 500):
-        n = largest_micro_batch(config, ds, 1, gib * 2**30)
-        assert n > 0 and sum(memory(config, ds, 1, n).values()) <= gib * 2**30
-        assert n == 256 or sum(memory(config, ds, 1, 2 * n).values()) > gib * 2**30
-    assert largest_micro_batch(config, ds, 1, 5 * 2**30) == 0
 
 
 # ---- what --dry-run says

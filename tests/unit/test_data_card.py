@@ -10,9 +10,9 @@ from PIL import Image
 
 from data_prep import imagenet
 from largescale.data.shards import ShardDataset
+from tests.unit.packed_pictures import picture
+from tests.unit.source_files import tar
 from tests.unit.test_append import pack
-from tests.unit.test_packing import picture
-from tests.unit.test_prep_sources import tar
 
 
 def read(out: Path) -> tuple[dict[str, Any], str]:

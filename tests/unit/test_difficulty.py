@@ -1,7 +1,6 @@
 """eval.difficulty: what it measures, what it trains, what it leaves alone, and what it says when something is wrong."""
 
 import json
-import math
 import re
 import shlex
 import shutil
@@ -9,238 +8,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from eval import difficulty, score, training_runs
 from eval.difficulty_study import report
 from eval.difficulty_study import study as study_module
-from eval.difficulty_study.convergence import LossCurve, converge, rank_correlation, read_losses
-from eval.difficulty_study.denoising import (
-    Spliced,
-    SplicedSampler,
-    asked_levels,
-    bounds,
-    check_fits,
-    noise_level_of,
-)
+from eval.difficulty_study.convergence import read_losses
+from eval.difficulty_study.denoising import SplicedSampler
 from eval.difficulty_study.relative_entropy import noise_levels, one_kernel
 from eval.difficulty_study.study import STUDIES, Plan, Study
 from eval.sample import Sample
 from eval.training_runs import Run, TrainingFailed
 from largescale import train as train_program
-from largescale.checkpoint.weights import Trained
-from largescale.config.derived import cluster_edges
 from largescale.config.presets import PRESETS
 from largescale.config.schema import Config
 from largescale.diffusion.build import build_objective
-from largescale.diffusion.sampling import SamplingConfig, draw_samples
-from largescale.errors import CheckpointError, Stopped
-from largescale.models.build import build_model, latent_shape
+from largescale.errors import Stopped
 from tests.conftest import RunHere
-from tests.unit.test_score import EXTRACTOR
-
-# ---- how a loss converges
-
-
-def curve(loss: np.ndarray) -> LossCurve:
-    return LossCurve(np.arange(1, len(loss) + 1), np.asarray(loss, float))
-
-
-def test_a_loss_that_only_falls() -> None:
-    step = np.arange(1, 4001)
-    found = converge(curve(0.3 + np.exp(-step / 500)), patience=200)
-    assert (found.rises, found.smoothed_rises, found.oscillates_from, found.steps) == (0, 0, None, 4000)
-    # of the mean of the last 100 of exp(-s / tau), all but the start; below a tenth of its range
-    lag = (math.exp(100 / 500) - 1) / (100 * (1 - math.exp(-1 / 500)))
-    assert found.final == pytest.approx(0.3 + math.exp(-8) * lag * math.exp(-1 / 500), rel=1e-3)
-    assert found.falls_until == pytest.approx(500 * math.log(10 * lag), abs=8)
-
-
-def test_rises_are_counted_after_step_100() -> None:
-    """A saw of four steps up and one down has 4 rises in 5 steps; those up to step 100 do not count."""
-    loss = np.tile([1.0, 2.0, 3.0, 4.0, 5.0], 60)       # 300 steps: up to each but the first of five
-    found = converge(curve(loss), patience=200)
-    assert found.rises == 160
-    assert converge(curve(loss[:100]), patience=200).rises == 0 and converge(curve(loss[:103]), patience=200).rises == 2
-    assert found.smoothed_rises == 0                    # W = 15: the mean is the same at all of them
-
-
-def test_the_smoothed_loss() -> None:
-    loss = np.random.default_rng(0).normal(size=3000)
-    smoothed = curve(loss).smoothed
-    assert curve(loss).window == 100 and curve(loss[:300]).window == 15 and curve(loss[:3]).window == 1
-    assert smoothed[99:] == pytest.approx(np.convolve(loss, np.full(100, 0.01), "valid"))
-    assert smoothed[:3] == pytest.approx([loss[0], loss[:2].mean(), loss[:3].mean()])
-    assert curve(loss).normalised.max() == 1 and curve(loss).normalised.min() == 0
-    assert curve(np.full(40, 2.0)).normalised.tolist() == [0] * 40
-
-
-def test_where_it_begins_to_oscillate() -> None:
-    """It falls to step 1,000 and stays above that from there on; with a patience that outlasts the rest, nowhere."""
-    step = np.arange(1, 2001)
-    loss = np.where(step <= 1000, 2 - step / 1000, 1.0 + 1e-3 * np.sin(step) ** 2)
-    w = 100                                             # the mean over the last 100 is least when all of them are flat
-    least = int(np.argmin(curve(loss).smoothed)) + 1
-    assert 1000 + w <= least + 60 and converge(curve(loss), patience=200).oscillates_from is not None
-    flat = np.where(step <= 1000, 2 - step / 1000, 1.5)
-    assert converge(curve(flat), patience=200).oscillates_from == 1000
-    assert converge(curve(flat), patience=1000).oscillates_from == 1000
-    assert converge(curve(flat), patience=1001).oscillates_from is None
-
-
-def test_slower_is_told_from_faster() -> None:
-    """By all numbers but the count of single steps, which the noise of a batch decides."""
-    step, random = np.arange(1, 5001), np.random.default_rng(1)
-    found = [converge(curve(np.exp(-step / tau) + random.normal(0, 0.02, 5000)), patience=200) for tau in (1500, 600, 150)]
-    for name, falling in (("smoothed_rises", False), ("oscillates_from", True), ("falls_until", True)):
-        values = [getattr(c, name) if getattr(c, name) is not None else 5001 for c in found]
-        assert values == sorted(values, reverse=falling) and values[0] != values[-1], name
-    rises = [c.rises / 4900 for c in found]
-    assert max(rises) - min(rises) < 0.03 and rises == pytest.approx([0.5] * 3, abs=0.03)
-
-
-def test_a_late_peak() -> None:
-    """What the loss was before its largest value does not count as having fallen."""
-    loss = np.concatenate([np.zeros(5), np.linspace(10, 0, 95)])
-    assert converge(curve(loss), patience=5).falls_until > 80
-
-
-def test_reading_losses(tmp_path: Path) -> None:
-    rows = [{"step": 0, "event": "started", "loss": 9.0}, {"step": 2, "loss": 2.0}, {"step": 1, "loss": 1.0},
-            {"step": 2, "reference/C1": 0.1}, {"step": 2, "loss": 3.0}, {"step": 4, "loss": 4.0}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "lo')
-    found = read_losses(tmp_path)
-    assert (found.step.tolist(), found.loss.tolist()) == ([1, 2, 4], [1.0, 3.0, 4.0])
-    assert len(read_losses(tmp_path / "nothing").step) == 0
-
-
-def test_rank_correlation() -> None:
-    assert rank_correlation([5, 4, 2, 1]) == pytest.approx(-1) and rank_correlation([1, 10, 100]) == pytest.approx(1)
-    assert rank_correlation([None, 7, 3]) == pytest.approx(-1)              # not at all: later than any
-    assert rank_correlation([1, 3, 2, 4, 5]) == pytest.approx(1 - 6 * 2 / (5 * 24))
-    assert rank_correlation([1, 1, 2]) == pytest.approx(math.sqrt(3) / 2)   # ties share a rank
-    assert rank_correlation([1, 1, 2, 3]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-    assert rank_correlation([1, 2]) is None and rank_correlation([3, 3, 3, 3]) is None
-
-
-# ---- M_i inside its interval, the full model elsewhere
-
-CONFIGS = {name: replace(PRESETS[name](), name=name) for name in ("debug", "debug_sit", "debug_edm")}
-HOW = {"debug": ("ddpm", 50), "debug_sit": ("euler", 40), "debug_edm": ("euler", 40)}
-
-
-def untrained(name: str, seed: int) -> Trained:
-    """Of weights that are not those at the start, where networks say 0."""
-    config = CONFIGS[name]
-    torch.manual_seed(seed)
-    model = build_model(config.model).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter += 0.02 * torch.randn_like(parameter)
-    return Trained(model, build_objective(config), config, {"data_info": {"kind": "pixels"}, "step": 1})
-
-
-@pytest.fixture(scope="module")
-def models() -> dict[str, tuple[Trained, Trained]]:
-    torch.set_num_threads(1)
-    return {name: (untrained(name, 0), untrained(name, 1)) for name in CONFIGS}
-
-
-def draw(trained: Trained, model: Any, **how: Any) -> Tensor:
-    sampler, steps = HOW[trained.config.name]
-    config = SamplingConfig(sampler=sampler, steps=steps, cfg_scale=how.pop("cfg_scale", 1.0), **how)
-    return draw_samples(model, trained.objective, config, index=[0], shape=latent_shape(trained.config.model),
-                        condition=lambda index: torch.tensor(index), num_classes=10, batch_size=1, device=torch.device("cpu"))
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_each_is_asked_where_it_was_trained(name: str, models: dict[str, tuple[Trained, Trained]]) -> None:
-    """Every time that training draws for C_i is one at which M_i is asked, and none of the other clusters' is."""
-    part, _ = models[name]
-    edges = cluster_edges(part.config)
-    for i in range(1, len(edges)):
-        def inside(x: Tensor, t: Tensor, y: Any) -> Tensor:
-            return torch.ones_like(x)
-
-        def outside(x: Tensor, t: Tensor, y: Any) -> Tensor:
-            return torch.zeros_like(x)
-
-        spliced = Spliced(inside, outside, noise_level_of(part), *edges[i - 1 : i + 1])
-        for k in range(1, len(edges)):
-            v = torch.tensor([1e-9, 0.1, 0.5, 0.9, 1 - 1e-9], dtype=torch.float64)
-            t = part.objective.draw(v, *edges[k - 1 : k + 1])
-            given = t.log() / 4 if name == "debug_edm" else t               # as the network is
-            assert spliced(torch.zeros(5, 1, 2, 2), given, torch.zeros(5)).mean() == (1 if i == k else 0), (i, k)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_splicing(name: str, models: dict[str, tuple[Trained, Trained]]) -> None:
-    """The same model twice is that model; another one counts in its interval; all of the axis is that other one."""
-    part, full = models[name]
-    level, edges = noise_level_of(full), cluster_edges(full.config)
-    plain = draw(full, full.model)
-    assert torch.equal(draw(full, Spliced(full.model, full.model, level, 0.2, 0.6)), plain)
-    assert torch.equal(draw(full, Spliced(part.model, full.model, level, 0.0, 1.0)), draw(full, part.model))
-    spliced = [draw(full, Spliced(part.model, full.model, level, *edges[i - 1 : i + 1])) for i in range(1, len(edges))]
-    for i, samples in enumerate(spliced):
-        assert samples.isfinite().all() and not torch.equal(samples, plain)
-        assert all(not torch.equal(samples, other) for other in spliced[:i])
-    by_hand = [full.model, part.model]
-
-    def choose(x: Tensor, t: Tensor, y: Any) -> Tensor:
-        u = {"debug": lambda: (t + 0.5) / 1000, "debug_sit": lambda: 1 - t,
-             "debug_edm": lambda: torch.special.ndtr((4 * t + 1.2) / 1.2)}[name]()
-        return by_hand[0.4 <= u[0] < 0.6](x, t, y)
-
-    assert torch.equal(spliced[2], draw(full, choose))
-
-
-def test_rows_of_both_kinds(models: dict[str, tuple[Trained, Trained]]) -> None:
-    """Each row has the answer of the model that it belongs to, and guidance, which asks twice, works."""
-    part, full = models["debug"]
-    x, t, y = torch.randn(4, 1, 16, 16), torch.tensor([0, 399, 400, 999]), torch.arange(4)
-    spliced = Spliced(part.model, full.model, noise_level_of(full), 0.4, 0.6)
-    expected = torch.cat([(part if i == 2 else full).model(x[i : i + 1], t[i : i + 1], y[i : i + 1]) for i in range(4)])
-    assert torch.allclose(spliced(x, t, y), expected, atol=1e-5)
-    guided = [draw(full, model, cfg_scale=2.0) for model in (full.model, spliced, part.model)]
-    assert not torch.equal(guided[0], guided[1]) and not torch.equal(guided[1], guided[2])
-
-
-def test_the_levels_that_a_sampler_asks_for(models: dict[str, tuple[Trained, Trained]]) -> None:
-    """In order, whatever the network says; EDM's 40 steps leave some of 20 intervals out, and reach beyond both ends."""
-    levels = {name: asked_levels(full, SamplingConfig(sampler=HOW[name][0], steps=HOW[name][1], cfg_scale=2.0))
-              for name, (_, full) in models.items()}
-    for name, found in levels.items():
-        asked: list[float] = []
-        full = models[name][1]
-
-        def listening(x: Tensor, t: Tensor, y: Any, full: Trained = full, asked: list[float] = asked) -> Tensor:
-            asked.append(noise_level_of(full)(t)[0].item())
-            return full.model(x, t, y)
-
-        draw(full, listening)
-        assert found == asked == sorted(found, reverse=True) and len(found) == HOW[name][1]
-    assert levels["debug"][0] == 0.9995 and levels["debug"][-1] == 0.0005
-    assert levels["debug_sit"][0] == 1.0 and levels["debug_sit"][-1] == pytest.approx(1 / 40)
-    edges = [i / 20 for i in range(21)]
-    inside = [sum(low <= u < high for u in levels["debug_edm"]) for low, high in (bounds(*edges[i : i + 2]) for i in range(20))]
-    assert sum(inside) == 40 and min(inside) == 0 < inside[0] and inside[-1] > 0
-
-
-def test_models_that_do_not_fit(models: dict[str, tuple[Trained, Trained]]) -> None:
-    part, full = models["debug"]
-    check_fits(part, full, Path("part"), Path("full"))
-    others = [replace(full, config=models["debug_sit"][1].config),
-              replace(full, config=replace(full.config, model=replace(full.config.model, num_classes=3))),
-              replace(full, info={"data_info": {"kind": "latents"}})]
-    for other, why in zip(others, ("diffusion is", "num_classes is 10", "kind of the data is pixels"), strict=True):
-        with pytest.raises(CheckpointError, match=why):
-            check_fits(part, other, Path("part"), Path("full"))
-
-
-# ---- the program
+from tests.unit.tiny_extractor import EXTRACTOR
 
 
 def test_the_papers_settings() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.utils.dynamic_modules_utils import get_cached_module_file
 from safetensors.torch import load_file
 
 from largescale.config.presets import PRESETS
@@ -32,7 +33,6 @@ from largescale.randomness import stream_seed
 from tests.random_models import STOCK, make_trained, make_vae
 
 diffusers = pytest.importorskip("diffusers")
-from diffusers.utils.dynamic_modules_utils import get_cached_module_file  # noqa: E402
 
 CPU = torch.device("cpu")
 SAME = 1e-4  # of the range of the image
@@ -289,27 +289,6 @@ def test_names_of_classes(tmp_path: Path, vae: Vae) -> None:
     assert pipe.get_label_ids(["nought", "é", "null"]) == [0, 9, 0] and names[9] == "é"
     pipe.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again/model_index.json").read_text())["null_class"] == 10
-
-
-def test_imagenets_names() -> None:
-    pytest.importorskip("torchvision")
-    trained = make_trained(**STOCK)
-    trained.info["data_info"]["name"] = "ImageNet256"
-    names = class_names(None, trained)
-    assert len(names) == 1000 and names[0] == "tench" and names[207] == "golden retriever"
-
-
-@pytest.mark.parametrize(("content", "says"), [
-    (b"\n".join([b"a"] * 12), "names 12 classes, and the model has 10; give one line for each class"),
-    (b"a\nb\n", "names 2 classes, and the model has 10"),
-    (b"\xff\xfe", "cannot be read .*codec"),
-    (None, "cannot be read .*No such file"),
-])
-def test_names_that_do_not_fit(content: bytes | None, says: str, tmp_path: Path) -> None:
-    if content is not None:
-        (tmp_path / "names.txt").write_bytes(content)
-    with pytest.raises(ConfigError, match=says):
-        class_names(tmp_path / "names.txt", make_trained())
 
 
 # ---- what cannot be exported

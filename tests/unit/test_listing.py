@@ -35,7 +35,7 @@ from data_prep.walk import Walk, missing_files
 from largescale.data.parts import Parts
 from largescale.data.shards import ShardDataset
 from largescale.errors import DataError
-from tests.unit.test_prep_sources import tar
+from tests.unit.source_files import tar
 
 
 def picture(shade: int = 0, size: int = 8) -> bytes:

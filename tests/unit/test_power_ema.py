@@ -28,7 +28,7 @@ from largescale.training.ema_snapshots import EmaSnapshots
 from largescale.training.step import TrainStep
 from tests.conftest import RunHere, assert_same_run, cut, make_blobs
 from tests.ranks import ranks_of
-from tests.unit.test_page import Reader
+from tests.unit.pages import Reader
 
 EVERY_STEP = ("--checkpoint.every", 1, "--checkpoint.keep-last", 100, "--checkpoint.keep-every", 0)
 WIDTHS = ("--optimizer.ema-widths", 0.05, 0.1)

@@ -10,8 +10,8 @@ import pytest
 from data_prep import describe, packer, progress
 from data_prep.progress import Progress, describe_packing
 from largescale.errors import Stopped
+from tests.unit.packed_pictures import picture
 from tests.unit.test_append import pack
-from tests.unit.test_packing import picture
 
 BAR: Any = SimpleNamespace(update=lambda n: None, set_postfix=lambda **more: None)
 

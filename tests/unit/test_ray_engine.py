@@ -21,7 +21,7 @@ from largescale.data.parts import Parts
 from largescale.errors import ConfigError, DataError, Stopped
 from largescale.host.files import try_lock
 from tests.ranks import free_port
-from tests.unit.test_packing import files, images, one_thread, pack, truth  # noqa: F401
+from tests.unit.packed_pictures import files, one_thread, pack  # noqa: F401
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -55,7 +55,7 @@ class InProcess:
 
 
 @pytest.fixture
-def in_process(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: F811
+def in_process(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in PLACE:
         monkeypatch.setenv(name, "0" if "RANK" in name else "1")
     monkeypatch.chdir(Path.cwd())
@@ -67,7 +67,7 @@ def in_process(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return calls
 
 
-def test_what_dies_goes_to_another(in_process: Any, truth: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_what_dies_goes_to_another(in_process: Any, truth: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Before it has packed anything, after it has packed all without a word, and when the set was finished: the same to the byte."""
     calls = in_process({("pack", 1): "before", ("pack", 2): "after", ("finish", "37"): ""})
     line = pack_with(Dealer(calls, 2, ray_engine._tell), "here")
@@ -79,7 +79,7 @@ def test_what_dies_goes_to_another(in_process: Any, truth: Path, tmp_path: Path,
     assert "already packed" in pack_with(Dealer(in_process({}), 2), "here")
 
 
-def test_finished_by_one_that_died(in_process: Any, truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_finished_by_one_that_died(in_process: Any, truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = in_process({})
     ended = []
 
@@ -95,7 +95,7 @@ def test_finished_by_one_that_died(in_process: Any, truth: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("first", ["ray", "ranks"])
-def test_either_goes_on_with_what_the_other_has_begun(first: str, in_process: Any, images: Path, truth: Path, tmp_path: Path,  # noqa: F811
+def test_either_goes_on_with_what_the_other_has_begun(first: str, in_process: Any, images: Path, truth: Path, tmp_path: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
@@ -249,7 +249,7 @@ def test_a_requeued_job_waits_for_the_locks_of_its_lost_node(tmp_path: Path, mon
     (("--engine", "ray"), {"WORLD_SIZE": "2"}, "--engine ray is started once, and not as 2 ranks by torchrun or srun"),
     (("--address", "local"), {}, "--address local is for --engine ray; give both or neither"),
 ])
-def test_refused(more: tuple[str, ...], env: dict[str, str], message: str, images: Path, tmp_path: Path,  # noqa: F811
+def test_refused(more: tuple[str, ...], env: dict[str, str], message: str, images: Path, tmp_path: Path,
                  monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(ray_engine, "find_spec", lambda name: None if env.pop("no ray", None) else True)
     for name, value in env.items():
@@ -277,17 +277,17 @@ def test_a_node_that_lacks_something(change: dict[str, Any], message: str, tmp_p
     assert found and re.fullmatch(message, found), found
 
 
-def test_a_worker_on_a_node_that_lacks_something(images: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_worker_on_a_node_that_lacks_something(images: Path, tmp_path: Path) -> None:
     options = Folder(images=images, out=tmp_path, vae="none")
     with pytest.raises(ConfigError, match=r"^on node \S+: the node does not see /nowhere, where this program was started"):
         Worker(options, wanted(tmp_path, folder="/nowhere"), 0, 1, 1).begin()
 
 
-def test_a_new_worker_finds_the_set_finished(truth: Path) -> None:  # noqa: F811
+def test_a_new_worker_finds_the_set_finished(truth: Path) -> None:
     assert wanted(truth, marker="/nowhere").missing_here(again=True) is None
 
 
-def test_what_is_looked_for(images: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_what_is_looked_for(images: Path, tmp_path: Path) -> None:
     options = Folder(images=images, out=tmp_path, vae=__file__, text_encoder=f"hf:{tmp_path}", licence="cc0-1.0")
     assert given_files(options) == {str(images): None, __file__: os.path.getsize(__file__), str(tmp_path): None}
 
