@@ -1,5 +1,5 @@
-"""The card of a packed set: README.md, as the hub shows it, and a picture of some of its images. All
-of it is read from the set itself, so that it is the same whoever writes it.
+"""The card of a packed set: README.md, as the hub shows it, and a picture of some of its images.
+All of it is read from the set itself, so that it is the same whoever writes it.
 
     OUT/README.md  OUT/images.png
 """
@@ -75,8 +75,8 @@ def card_text(data: ShardDataset, picture: bool) -> str:
     manifest = data.manifest
     parts = [
         f"---\n{front_matter(data)}\n---",
-        f"<!-- {MARK}, of the fingerprint {data.fingerprint}; without this line the card stays as it "
-        "is when the set grows -->",
+        f"<!-- {MARK}, of the fingerprint {data.fingerprint}; without this line the card stays as "
+        "it is when the set grows -->",
         f"# {plain(data.info.name)}",
         _summary(data),
     ]
@@ -97,7 +97,8 @@ def card_text(data: ShardDataset, picture: bool) -> str:
 def front_matter(data: ShardDataset) -> str:
     """The card's metadata, in YAML."""
     captions = "captions" in data.manifest["columns"]
-    # The hub knows licences by short names. Any other text is "other" there, with its name beside it.
+    # The hub knows licences by short names. Any other text is "other" there, with its name beside
+    # it.
     known: dict[str, None] = {}
     names: list[str] = []
     for _, _, licence in _parts(data):
@@ -124,8 +125,8 @@ def front_matter(data: ShardDataset) -> str:
 
 
 def _parts(data: ShardDataset) -> list[tuple[dict[str, Any], int, str | None]]:
-    """The sources of the set: the job of each, how many of its images there are, and the licence that
-    was given."""
+    """The sources of the set: the job of each, how many of its images there are, and the licence
+    that was given."""
     manifest = data.manifest
     additions = manifest.get("additions", [])
     parts = [(manifest["job"], data.first_rows, manifest.get("licence"))]

@@ -214,8 +214,8 @@ def _mds(
 
 
 def _mds_samples(folder: Path, shards: list[dict[str, Any]]) -> Iterator[dict[str, bytes]]:
-    """The columns of each sample. A shard has the number of samples, where each begins and ends, and
-    the samples: the sizes of columns without a fixed one, then the columns."""
+    """The columns of each sample. A shard has the number of samples, where each begins and ends,
+    and the samples: the sizes of columns without a fixed one, then the columns."""
     for shard in shards:
         path = folder / shard["raw_data"]["basename"]
         try:
@@ -315,8 +315,8 @@ def _column(folder: Path, asked: str | None, names: list[str]) -> str:
         if name in names:
             return name
     raise ConfigError(
-        f"{folder} has the columns {', '.join(names)}, none of them {' or '.join(wanted)}; name the "
-        "one with the latents by --column"
+        f"{folder} has the columns {', '.join(names)}, none of them {' or '.join(wanted)}; name "
+        "the one with the latents by --column"
     )
 
 

@@ -40,8 +40,8 @@ class Latents:
     out: Path
     """The folder for the shards. Run again, it is written anew."""
     vae: str | None = None
-    """The VAE that made the latents, a folder, a file or a name on the hub: its hash becomes a part of
-    the set, so that samples can be decoded. By default it is not known."""
+    """The VAE that made the latents, a folder, a file or a name on the hub: its hash becomes a part
+    of the set, so that samples can be decoded. By default it is not known."""
     scale_factor: float | None = None
     """x_start is a latent times this; by default the VAE's, or 1."""
     column: str | None = None
@@ -49,8 +49,8 @@ class Latents:
     shape: tuple[int, int, int] | None = None
     """Channels, height and width of a row's values in MDS or datasets; by default 4 channels."""
     kind: Literal["latents", "moments"] | None = None
-    """What a row of MDS or datasets is: latents, or moments, which are means and then log-variances; by
-    default latents."""
+    """What a row of MDS or datasets is: latents, or moments, which are means and then
+    log-variances; by default latents."""
     rows_per_shard: int = 4096
     """Images in a shard."""
 
@@ -134,10 +134,10 @@ def _check_statistics(source: LatentSource, folder: Path) -> None:
     if off.max() > 1 or ratio.max() > 2 or ratio.min() < 0.5:
         channel = int(np.argmax(np.maximum(off, np.abs(np.log2(ratio)))))
         raise DataError(
-            f"the statistics beside the latents in {folder} are another encoder's: channel {channel} "
-            f"has mean {source.mean[channel]:.3g} and std {source.std[channel]:.3g} there, "
-            f"{found.mean[channel]:.3g} and {found.std[channel]:.3g} in {found.images} latents; "
-            "restore the file, or remove it"
+            f"the statistics beside the latents in {folder} are another encoder's: channel "
+            f"{channel} has mean {source.mean[channel]:.3g} and std {source.std[channel]:.3g} "
+            f"there, {found.mean[channel]:.3g} and {found.std[channel]:.3g} in {found.images} "
+            "latents; restore the file, or remove it"
         )
 
 

@@ -1,5 +1,5 @@
-"""What a source holds, in files: found once, by the rank that comes first, and read part by part, so
-that no rank keeps it in memory.
+"""What a source holds, in files: found once, by the rank that comes first, and read part by part,
+so that no rank keeps it in memory.
 
 OUT/packing/listing_KEY.rows      the images in order: file, and where there are ids, labels, captions
 OUT/packing/listing_KEY.skipped   what is left out before any image is read, as skipped.jsonl has it
@@ -63,8 +63,8 @@ class Found:
 
 
 class Writer:
-    """Writes the rows of a listing, and what is left out. `columns`: which of id, label and captions
-    its rows have."""
+    """Writes the rows of a listing, and what is left out. `columns`: which of id, label and
+    captions its rows have."""
 
     def __init__(self, base: Path, columns: Sequence[str], scratch: Path) -> None:
         self.scratch = scratch  # for what does not fit in memory either
@@ -202,8 +202,8 @@ class Listings:
     def get(
         self, key: Mapping[str, Any], columns: Sequence[str], make: Callable[[Writer], Found]
     ) -> Listing:
-        """The listing of what `key` names: the one that is there, while the folders are as they were,
-        or one that `make` writes now. Raises DataError where it cannot be written."""
+        """The listing of what `key` names: the one that is there, while the folders are as they
+        were, or one that `make` writes now. Raises DataError where it cannot be written."""
         digest = hashlib.sha256(json.dumps([key, columns], sort_keys=True).encode()).hexdigest()
         base = self._folder / f"listing_{digest[:16]}"
         try:

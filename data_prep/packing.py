@@ -51,19 +51,19 @@ class Packing:
     """What the encoders compute in; by default bf16 on a GPU, fp32 on a CPU."""
 
     append: bool = False
-    """Add the images to the set that --out holds already, as new rows behind its own. Its settings must
-    be those of the set. Images that it has, by their pixels, are left out."""
+    """Add the images to the set that --out holds already, as new rows behind its own. Its settings
+    must be those of the set. Images that it has, by their pixels, are left out."""
 
     engine: Literal["ranks", "ray"] = "ranks"
-    """What shares the work among processes. ranks: torchrun or srun, or there is one process. ray: a Ray
-    cluster, on which this program is started once."""
+    """What shares the work among processes. ranks: torchrun or srun, or there is one process. ray:
+    a Ray cluster, on which this program is started once."""
     address: str = "auto"
-    """With --engine ray: the cluster's address. auto: of the cluster on this machine, or RAY_ADDRESS;
-    HOST:PORT; local: a cluster of this machine alone, which ends with the program."""
+    """With --engine ray: the cluster's address. auto: of the cluster on this machine, or
+    RAY_ADDRESS; HOST:PORT; local: a cluster of this machine alone, which ends with the program."""
 
     licence: str | None = None
-    """The licence of the images, which the set's card names: as the hub spells it, such as cc-by-4.0, or
-    any other name."""
+    """The licence of the images, which the set's card names: as the hub spells it, such as
+    cc-by-4.0, or any other name."""
 
     def source(self) -> Source:
         raise NotImplementedError

@@ -99,8 +99,8 @@ class _RayCalls:
 
 @contextmanager
 def connected(address: str) -> Iterator[Any]:
-    """Ray, connected to the cluster; or started here, for "local". Raises ConfigError where there is
-    none."""
+    """Ray, connected to the cluster; or started here, for "local". Raises ConfigError where there
+    is none."""
     if find_spec("ray") is None:
         raise ConfigError(
             "--engine ray: Ray is not installed; pip install 'largescale[ray]', in the clone: "
@@ -146,8 +146,8 @@ def connected(address: str) -> Iterator[Any]:
 
 
 def importable(options: Packing) -> Packing:
-    """The same options, of a class that another process finds by its module's name: that of a program
-    is in __main__."""
+    """The same options, of a class that another process finds by its module's name: that of a
+    program is in __main__."""
     program = type(options)
     spec = getattr(sys.modules.get(program.__module__), "__spec__", None)
     if program.__module__ != "__main__" or spec is None:
@@ -181,8 +181,8 @@ def pack_on_ray(options: Packing) -> str:
     options.check()
     if env_world_size() > 1:
         raise ConfigError(
-            f"--engine ray is started once, and not as {env_world_size()} ranks by torchrun or srun; "
-            "Ray starts its workers itself"
+            f"--engine ray is started once, and not as {env_world_size()} ranks by torchrun or "
+            "srun; Ray starts its workers itself"
         )
     with connected(options.address) as ray:
         nodes = [node for node in ray.nodes() if node["Alive"]]

@@ -70,8 +70,8 @@ class Wanted:
     versions: dict[str, str]
 
     def missing_here(self, again: bool = False) -> str | None:
-        """What this node lacks, in words; None where it lacks nothing. The process is in the driver's
-        folder from then on. `again`: the set may be finished by now."""
+        """What this node lacks, in words; None where it lacks nothing. The process is in the
+        driver's folder from then on. `again`: the set may be finished by now."""
         found = versions()
         differ = []
         for name, wanted in self.versions.items():
@@ -109,8 +109,8 @@ class Wanted:
 
 @contextmanager
 def marked(out: Path) -> Iterator[str]:
-    """A new file in the folder, which goes again, with the folders that were made for it. The name of
-    one that a kill has left says what it is."""
+    """A new file in the folder, which goes again, with the folders that were made for it. The name
+    of one that a kill has left says what it is."""
     made = []
     for folder in (*reversed(out.parents), out):
         if not folder.exists():
@@ -216,6 +216,6 @@ def on_this_node() -> Iterator[None]:
         raise type(error)(f"on node {socket.gethostname()}: {error}") from error
     except OSError as error:
         raise DataError(
-            f"on node {socket.gethostname()}: {error}; what is packed stays: correct the cause, and "
-            "run again"
+            f"on node {socket.gethostname()}: {error}; what is packed stays: correct the cause, "
+            "and run again"
         ) from error

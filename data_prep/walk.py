@@ -51,8 +51,9 @@ class Walk:
 
     def __iter__(self) -> Iterator[list[str]]:
         """The paths, some of one folder at a time."""
-        # A stack instead of recursion: folders may be nested more deeply than Python allows. Of each
-        # folder the entries are sorted, which sorts the paths, as a folder's name ends in a slash.
+        # A stack instead of recursion: folders may be nested more deeply than Python allows. Of
+        # each folder the entries are sorted, which sorts the paths, as a folder's name ends in a
+        # slash.
         with tqdm(desc=f"list {self.root}", unit="file", delay=2, disable=env_rank() != 0) as bar:
             stack = [self._folder("", frozenset(), bar)]
             while stack:
@@ -121,8 +122,8 @@ class _Unlistable(DataError):
 
 
 def scan(folder: str) -> tuple[os.stat_result, Generator[os.DirEntry[str], None, None]]:
-    """What a folder is, from before it is read, and its entries that do not begin with a dot. Raises
-    DataError for one that cannot be listed."""
+    """What a folder is, from before it is read, and its entries that do not begin with a dot.
+    Raises DataError for one that cannot be listed."""
     try:
         # Asked first: a change while the folder is read then shows as a later time.
         status = os.stat(folder)
@@ -154,8 +155,8 @@ def changed_ns(status: os.stat_result) -> int:
 
 
 def list_images(root: Path, folders: Container[str] | None = None) -> tuple[list[str], int]:
-    """Relative paths of the image files below `root`, sorted, and the number of other files, as Walk
-    has them."""
+    """Relative paths of the image files below `root`, sorted, and the number of other files, as
+    Walk has them."""
     walk = Walk(root, folders)
     return list(chain.from_iterable(walk)), walk.others
 

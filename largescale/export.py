@@ -1,5 +1,5 @@
-"""python -m largescale.export RUN: the EMA weights as safetensors with their config and a model card,
-or with --format diffusers a folder that diffusers opens. Needs no DeepSpeed."""
+"""python -m largescale.export RUN: the EMA weights as safetensors with their config and a model
+card, or with --format diffusers a folder that diffusers opens. Needs no DeepSpeed."""
 
 import dataclasses
 import re
@@ -81,11 +81,11 @@ class Export:
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """The type that the weights are stored in. By default fp32, and of an export what it has."""
     scheduler: SchedulerName = "ddim"
-    """With --format diffusers: the sampler that the pipeline begins with; another can take its place
-    there."""
+    """With --format diffusers: the sampler that the pipeline begins with; another can take its
+    place there."""
     vae: str | None = None
-    """With --format diffusers: where the VAE of a latent model lies now; by default where it was when
-    the data were packed. none: leave it out."""
+    """With --format diffusers: where the VAE of a latent model lies now; by default where it was
+    when the data were packed. none: leave it out."""
     labels: Path | None = None
     """With --format diffusers: a text file with the name of each class on a line; by default
     ImageNet's names for it, where torchvision is installed, else numbers."""

@@ -67,7 +67,8 @@ class Pipeline:
             precision = trained.info.get("precision", "fp32") if on_gpu else "fp32"
         if precision not in get_args(Precision):
             raise ConfigError(
-                f"unknown precision={precision!r}; choose one of auto, {', '.join(get_args(Precision))}"
+                f"unknown precision={precision!r}; choose one of auto, "
+                f"{', '.join(get_args(Precision))}"
             )
         if self.device.type == "cpu":
             check_on_cpu(precision, "precision={}")
@@ -259,7 +260,8 @@ class Pipeline:
             # numpy's whole numbers are labels too; texts and fractions are none.
             if not isinstance(label, (int, np.integer)):
                 raise ConfigError(
-                    f"label {label!r} is no whole number; give those of the classes, 0..{classes - 1}"
+                    f"label {label!r} is no whole number; give those of the classes, "
+                    f"0..{classes - 1}"
                 )
             if not 0 <= label < classes:
                 raise ConfigError(
@@ -290,8 +292,8 @@ def load(
 
     `source`: a run directory, such as runs/digits, an export, a name on the hub, or anything else
     that `largescale.convert` takes; what it assumed is in `trained.info["converted"]`. `step`: of a
-    run, the checkpoint; by default the newest valid one. `ema_width`: of a run that was trained with
-    optimizer.ema_widths, the width of the average; by default the EMA. `options` are those of
+    run, the checkpoint; by default the newest valid one. `ema_width`: of a run that was trained
+    with optimizer.ema_widths, the width of the average; by default the EMA. `options` are those of
     `Pipeline`. Raises CheckpointError where there is no model.
     """
     path = Path(source).expanduser()

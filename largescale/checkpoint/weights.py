@@ -68,8 +68,8 @@ def load_trained(
     kind: WeightsName | None = None,
     ema_width: float | None = None,
 ) -> Trained:
-    """Load a model from the folder of an export or of a run: by default the EMA weights of a run, and
-    what an export holds; with `ema_width` a run's power-function average of that width. Raises
+    """Load a model from the folder of an export or of a run: by default the EMA weights of a run,
+    and what an export holds; with `ema_width` a run's power-function average of that width. Raises
     CheckpointError for a folder that is neither, or another model's."""
     return build_trained(*read_weights(path, step, kind, ema_width), path)
 
@@ -100,9 +100,9 @@ def read_weights(
     kind: WeightsName | None = None,
     ema_width: float | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and provenance, and the weights by name in fp32, of the folder of an export or of a run:
-    by default the EMA of a run, and what an export holds; with `ema_width` a run's power-function
-    average of that width. Raises CheckpointError for a folder that is neither."""
+    """Config and provenance, and the weights by name in fp32, of the folder of an export or of a
+    run: by default the EMA of a run, and what an export holds; with `ema_width` a run's
+    power-function average of that width. Raises CheckpointError for a folder that is neither."""
     if ema_width is not None:
         return _read_average(path, step, kind, ema_width)
     if (path / EXPORT_CONFIG).exists():
@@ -114,8 +114,8 @@ def read_weights(
         return description, {name: tensor.float() for name, tensor in weights.items()}
     if is_export(path):
         raise CheckpointError(
-            f"the export {path} is not complete: it has no {EXPORT_CONFIG}, which is written last; an "
-            "export writes it now, or was killed: wait for it, or export again"
+            f"the export {path} is not complete: it has no {EXPORT_CONFIG}, which is written last; "
+            "an export writes it now, or was killed: wait for it, or export again"
         )
     checkpoint = find_checkpoint(path, step)
     description = describe(checkpoint)

@@ -31,8 +31,8 @@ def ema_decay(config: Config, step: int) -> float:
 
 
 def power_ema_decays(config: Config, step: int) -> dict[str, float]:
-    """The decays of the averages of optimizer.ema_widths in the update after `step` applied ones, by
-    their names in the optimizer's state."""
+    """The decays of the averages of optimizer.ema_widths in the update after `step` applied ones,
+    by their names in the optimizer's state."""
     return {state_key(width): decay(width, step + 1) for width in config.optimizer.ema_widths}
 
 
@@ -117,8 +117,8 @@ def schedule_note(config: Config) -> str:
     if o.schedule == "inverse_sqrt" and not 0 < decay_steps(o, steps) < steps:
         return (
             f"the learning rate of the inverse_sqrt schedule is constant: it falls from "
-            f"optimizer.decay_steps on, {decay_steps(o, steps):,}, by default the warm-up's end; set "
-            f"--optimizer.decay-steps below {steps:,}"
+            f"optimizer.decay_steps on, {decay_steps(o, steps):,}, by default the warm-up's end; "
+            f"set --optimizer.decay-steps below {steps:,}"
         )
     # The others have no end that could miss the run's.
     if o.schedule not in ("cosine", "linear", "wsd"):
@@ -139,6 +139,6 @@ def schedule_note(config: Config) -> str:
             f"the learning rate ends at {learning_rate(config, steps):.3g}, not at {o.final_lr:g}"
         )
     return (
-        f"the {o.schedule} schedule ends at step {end:,}, the run at step {steps:,}: {then}; to end "
-        f"together, leave out --optimizer.decay-steps"
+        f"the {o.schedule} schedule ends at step {end:,}, the run at step {steps:,}: {then}; to "
+        f"end together, leave out --optimizer.decay-steps"
     )

@@ -191,26 +191,27 @@ class DataConfig:
     path: str = "data/imagenet256"
     """A folder of Arrow shards, made by one of the programs in data_prep."""
     validation: str | None = None
-    """A folder of held-out images, packed as the training data are: data_prep.split sets a part of a
-    set aside. Their loss is logged every telemetry.validation_every steps."""
+    """A folder of held-out images, packed as the training data are: data_prep.split sets a part of
+    a set aside. Their loss is logged every telemetry.validation_every steps."""
     horizontal_flip: bool = True
     """Whether to mirror images at random."""
     augment: Annotated[float, between(0, 1)] = 0.0
     """Probability of each of EDM's augmentations, whose labels the network gets
     (model.unet.augment_dim=9); 0: none."""
     normalize: Literal["encoder", "dataset", "none"] = "encoder"
-    """What makes x_start of a latent. encoder: its own scale_factor, and mean and std of each channel
-    where it has them. dataset: mean and std of each channel that were measured while packing, so that
-    each has mean 0 and std 1. none: latents as they are stored. Of pixels always encoder."""
+    """What makes x_start of a latent. encoder: its own scale_factor, and mean and std of each
+    channel where it has them. dataset: mean and std of each channel that were measured while
+    packing, so that each has mean 0 and std 1. none: latents as they are stored. Of pixels always
+    encoder."""
     grown: Literal["refuse", "next_epoch"] = "refuse"
-    """What a resumed run does where images were added to its set (data_prep --append). refuse: it ends
-    with an error that says so. next_epoch: it finishes the epoch in the old order, as if nothing were
-    added, and the next epoch has all rows."""
+    """What a resumed run does where images were added to its set (data_prep --append). refuse: it
+    ends with an error that says so. next_epoch: it finishes the epoch in the old order, as if
+    nothing were added, and the next epoch has all rows."""
     order: Literal["full", "blocks"] = "full"
     """In which order an epoch visits the rows. full: every row may come next, by one small read for
-    each. blocks: for slow shared storage, by long reads ahead: each place of the global batch takes 64
-    neighbouring rows in random order, then 64 from elsewhere, so a batch is of as many places of the
-    set as it has rows."""
+    each. blocks: for slow shared storage, by long reads ahead: each place of the global batch takes
+    64 neighbouring rows in random order, then 64 from elsewhere, so a batch is of as many places of
+    the set as it has rows."""
     prefetch: Annotated[int, at_least(1, 1024)] = 4
     """Steps whose data a thread reads ahead."""
     stage: str | None = None
@@ -233,8 +234,8 @@ class OptimizerConfig:
     lr: Annotated[float, above(0, 1000)] = 1e-4
     """Learning rate after the warm-up, and before any decay."""
     schedule: Literal["constant", "cosine", "linear", "inverse_sqrt", "wsd"] = "constant"
-    """The learning rate after the warm-up. cosine, linear: to final_lr in decay_steps, by default the
-    rest of the run. wsd (warm-up, stable, decay): constant, and linear to final_lr in the last
+    """The learning rate after the warm-up. cosine, linear: to final_lr in decay_steps, by default
+    the rest of the run. wsd (warm-up, stable, decay): constant, and linear to final_lr in the last
     decay_steps, by default a tenth of the run. inverse_sqrt: lr sqrt(decay_steps / step) from step
     decay_steps on, by default the warm-up's end, as in EDM2 (arXiv:2312.02696)."""
     warmup_steps: Annotated[int, at_least(0, 1_000_000_000, zero_means="no warm-up")] = 0
@@ -292,8 +293,8 @@ class TrainConfig:
     device: Literal["cuda", "cpu"] = "cuda"
     """What to train on."""
     init_from: str | None = None
-    """Weights to start from in place of random ones: a run directory (its EMA) or an export, such as
-    largescale.convert makes of published weights. After the first checkpoint they are not needed
+    """Weights to start from in place of random ones: a run directory (its EMA) or an export, such
+    as largescale.convert makes of published weights. After the first checkpoint they are not needed
     any more."""
     init_new: tuple[str, ...] = ()
     """Parts of the network that start anew all the same, as in y_embedder final_layer: where
@@ -319,8 +320,8 @@ class CheckpointConfig:
     """Keep the checkpoint whose EMA, or raw weights, have the least loss on data.validation; one is
     written when the loss falls."""
     ema_snapshot_every: Annotated[int | None, at_least(1, 1_000_000_000)] = None
-    """Steps between snapshots of the averages of optimizer.ema_widths, in half precision; by default
-    keep_every, or `every` where that is 0. One more is written at the end."""
+    """Steps between snapshots of the averages of optimizer.ema_widths, in half precision; by
+    default keep_every, or `every` where that is 0. One more is written at the end."""
     ema_snapshots: Annotated[int, at_least(0, 1_000_000, zero_means="all")] = 0
     """How many of the newest of these snapshots to keep."""
 
@@ -346,8 +347,8 @@ class TelemetryConfig:
     log_every: Annotated[int, at_least(1, 1_000_000_000)] = 100
     """Steps between rows of the log."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
-    """Where a run is shown besides metrics.jsonl; without a name nowhere. wandb and mlflow are extras
-    of their own, and take project, server and keys from their own environment variables."""
+    """Where a run is shown besides metrics.jsonl; without a name nowhere. wandb and mlflow are
+    extras of their own, and take project, server and keys from their own environment variables."""
     reference_every: Annotated[int, at_least(0, 1_000_000_000, zero_means="never")] = 5_000
     """Steps between evaluations of the loss on a fixed set of (image, u, noise) per cluster."""
     reference_images: Annotated[int, at_least(1, 10_000)] = 16

@@ -15,7 +15,8 @@ from largescale.models.build import latent_shape
 
 def open_dataset(config: Config, rank: int = 0, world_size: int = 1) -> ShardDataset:
     """The data set, checked against the model; ranks share the hashing. Raises DataError."""
-    # Rank r verifies every world_size-th file: no file is hashed twice. Copies are verified as such.
+    # Rank r verifies every world_size-th file: no file is hashed twice. Copies are verified as
+    # such.
     verify = config.data.verify and config.data.stage is None
     dataset = ShardDataset(config.data.path, verify, slice(rank, None, world_size))
     if dataset.info.x_shape != latent_shape(config.model):
@@ -92,9 +93,9 @@ def open_validation(
     copy: Path | None = None,
     option: str = "--data.validation",
 ) -> ShardDataset | None:
-    """The held-out images of data.validation, checked against the training set; None where there are
-    none. Ranks share the comparison of ids. `copy`: a folder with copies of the files, which are
-    read in their place. `option`: the one that names the set. Raises DataError."""
+    """The held-out images of data.validation, checked against the training set; None where there
+    are none. Ranks share the comparison of ids. `copy`: a folder with copies of the files, which
+    are read in their place. `option`: the one that names the set. Raises DataError."""
     if config.data.validation is None:
         return None
     part = slice(rank, None, world_size)
@@ -135,8 +136,8 @@ def check_condition(dataset: ShardDataset, config: Config) -> None:
     path = config.data.path
     if model.num_classes and not info.num_classes:
         raise DataError(
-            f"{path} has no labels, the model wants {model.num_classes} classes; choose other data, "
-            "or train without: --model.num-classes 0 --model.class-dropout-prob 0"
+            f"{path} has no labels, the model wants {model.num_classes} classes; choose other "
+            "data, or train without: --model.num-classes 0 --model.class-dropout-prob 0"
         )
     # Fewer labels than the model has classes are fine: `validation.remarks` reports them.
     if 0 < model.num_classes < info.num_classes:

@@ -89,8 +89,8 @@ class Parts(JobFolder):
             )
         if self._lock is None:
             raise DataError(
-                f"another process packs into {self.out} as the same rank; wait for it or stop it (a "
-                "launcher other than torchrun and srun must set RANK and WORLD_SIZE)"
+                f"another process packs into {self.out} as the same rank; wait for it or stop it "
+                "(a launcher other than torchrun and srun must set RANK and WORLD_SIZE)"
             )
 
         self._join()
@@ -115,8 +115,8 @@ class Parts(JobFolder):
                 raise Stopped
             if time.monotonic() > end:
                 raise DataError(
-                    f"another packer works in {self.out}, as {found}, and this one as {layout}; wait "
-                    "for it or stop it, or give another --out"
+                    f"another packer works in {self.out}, as {found}, and this one as {layout}; "
+                    "wait for it or stop it, or give another --out"
                 )
             time.sleep(0.2)
 
@@ -125,8 +125,8 @@ class Parts(JobFolder):
         path = self.folder / "ranks.lock"
         if self._together:
             self._together.close()
-        # The first of all says how many there are. Read again under the shared lock: between the two
-        # another may have been the first.
+        # The first of all says how many there are. Read again under the shared lock: between the
+        # two another may have been the first.
         if first := try_lock(path):
             first.truncate(0)
             first.write(layout)
@@ -139,8 +139,8 @@ class Parts(JobFolder):
         this one would make something else."""
         if differ := self._differences(self._job_in_folder()):
             raise DataError(
-                f"this process would not make the set that was begun in {self.out}. What differs:\n  "
-                + "\n  ".join(differ)
+                f"this process would not make the set that was begun in {self.out}. What "
+                "differs:\n  " + "\n  ".join(differ)
             )
         self._join()
 

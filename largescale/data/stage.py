@@ -142,14 +142,14 @@ def paths_to_copy(config: Config) -> list[str]:
 
 
 def plan_copies(paths: Sequence[str], stage: str) -> tuple[list[StagedCopy], int]:
-    """The copies of these data sets in the folder `stage`, which is made, and the bytes that are not
-    there yet. Nothing is copied. Raises DataError where they do not fit on its disk, with the
+    """The copies of these data sets in the folder `stage`, which is made, and the bytes that are
+    not there yet. Nothing is copied. Raises DataError where they do not fit on its disk, with the
     sizes."""
     folder = Path(stage)
     if (folder / MANIFEST).exists():
         raise DataError(
-            f"--data.stage {folder} is a packed data set; give a folder for copies, on the node's own "
-            "disk"
+            f"--data.stage {folder} is a packed data set; give a folder for copies, on the node's "
+            "own disk"
         )
     copies = [StagedCopy(Path(path), folder) for path in paths]
     # Not the folders above it: a disk that is not mounted would be made a folder of another disk.
@@ -166,9 +166,9 @@ def plan_copies(paths: Sequence[str], stage: str) -> tuple[list[StagedCopy], int
         raise DataError(
             f"--data.stage {folder} on {socket.gethostname()} has {free / 1e9:,.3g} GB free, and "
             f"{needed / 1e9:,.3g} GB of {' and '.join(paths)} "
-            f"({total / 1e9:,.3g} GB) are not there yet; give a folder on a larger disk, delete what "
-            f"is not needed any more in {folder}{_others(folder, copies)}, or leave it out and take "
-            "--data.order blocks"
+            f"({total / 1e9:,.3g} GB) are not there yet; give a folder on a larger disk, delete "
+            f"what is not needed any more in {folder}{_others(folder, copies)}, or leave it out "
+            "and take --data.order blocks"
         )
     return copies, needed
 
@@ -207,8 +207,8 @@ def _differs(source: Path, entry: dict[str, Any], copy: Path) -> DataError | Sto
     if sha256(source) != entry["sha256"]:
         return DataError(f"{source} was altered: its hash is not the manifest's; restore the file")
     return StorageError(
-        f"{copy} is not what was written to it, on {socket.gethostname()}; its disk is damaged: give "
-        "another folder as --data.stage"
+        f"{copy} is not what was written to it, on {socket.gethostname()}; its disk is damaged: "
+        "give another folder as --data.stage"
     )
 
 

@@ -99,8 +99,8 @@ class Ranks:
         self._roll: Any = _connect_to_store() if self.world_size > 1 else None
 
     def limit_waiting(self, group: Any = None) -> None:
-        """Give a process group, by default that of all ranks, this run's time limit for collectives.
-        A group that others make, as DeepSpeed does, has torch's own limit until then."""
+        """Give a process group, by default that of all ranks, this run's time limit for
+        collectives. A group that others make, as DeepSpeed does, has torch's own limit until then."""
         if hasattr(dist, "set_timeout"):
             dist.set_timeout(self._collective_timeout, group)
         else:  # torch 2.11 has it under this name
@@ -119,8 +119,8 @@ class Ranks:
         if env_local_rank() == 0:
             who = "the other ranks" if self.rank == 0 else "rank 0"
             print(
-                f"rank {self.rank} of {self.world_size} has waited {SAID_AFTER_S:g} s for {who}, to "
-                f"meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, "
+                f"rank {self.rank} of {self.world_size} has waited {SAID_AFTER_S:g} s for {who}, "
+                f"to meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, "
                 f"MASTER_PORT), and waits for {timeout_s:g} s in all; are all of them started, and "
                 "is that rank 0's address?",
                 file=sys.stderr,
@@ -418,8 +418,8 @@ def local_device(device: str) -> torch.device:
     visible = torch.cuda.device_count()
     if visible > 1 and local_rank >= visible:
         raise DeviceError(
-            f"local rank {local_rank} has no GPU of its own, {visible} are visible; start {visible} "
-            "here"
+            f"local rank {local_rank} has no GPU of its own, {visible} are visible; start "
+            f"{visible} here"
         )
 
     # The GPU of the rank's own number, or the only one where the launcher shows it no other.

@@ -149,8 +149,8 @@ def load_vae(spec: str, device: torch.device, dtype: torch.dtype = torch.float32
 
     spec: a hub name or a folder in diffusers' layout, of the VAE or of a pipeline with a subfolder
     `vae`; a folder with one pair NAME_encoder.pth, NAME_decoder.pth of github madebyollin/taesd
-    (taesd, taesdxl, taesd3, taef1, taef2); or a file of weights under latent-diffusion's names, such
-    as VA-VAE's.
+    (taesd, taesdxl, taesd3, taef1, taef2); or a file of weights under latent-diffusion's names,
+    such as VA-VAE's.
     """
     folder = Path(spec).expanduser()
     pairs = set()
@@ -218,9 +218,9 @@ def _normalization(config: Any) -> Normalization:
     channels = config.latent_channels
     if not len(mean) == len(std) == channels or not min(std) > 0:
         raise DataError(
-            f"latents_mean and latents_std in the VAE's config.json have {len(mean)} and {len(std)} "
-            f"values, the latents {channels} channels, and std has to be above 0; they are another "
-            "encoder's: fetch the config anew"
+            f"latents_mean and latents_std in the VAE's config.json have {len(mean)} and "
+            f"{len(std)} values, the latents {channels} channels, and std has to be above 0; they "
+            "are another encoder's: fetch the config anew"
         )
     return Normalization(scale_factor, tuple(map(float, mean)), tuple(map(float, std)))
 
@@ -344,8 +344,8 @@ def _load_taesd(folder: Path, pairs: list[str]) -> Any:
     """AutoencoderTiny with the weights of the one pair of files in `folder`."""
     if len(pairs) > 1:
         raise DataError(
-            f"{folder} holds several of TAESD's family ({', '.join(pairs)}); give a folder with one "
-            "pair"
+            f"{folder} holds several of TAESD's family ({', '.join(pairs)}); give a folder with "
+            "one pair"
         )
     encoder = folder / f"{pairs[0]}_encoder.pth"
     decoder = folder / f"{pairs[0]}_decoder.pth"

@@ -21,8 +21,8 @@ from largescale.errors import ConfigError
 
 WRITTEN_AGAINST = "0.19.8"
 # A rank's part of the flat weights is padded to a multiple of so many elements, by device: for NCCL
-# to 64 bytes in half precision. On CPUs it stays DeepSpeed's, so that old runs continue bitwise (how
-# AdamW rounds depends on where a part ends).
+# to 64 bytes in half precision. On CPUs it stays DeepSpeed's, so that old runs continue bitwise
+# (how AdamW rounds depends on where a part ends).
 ALIGNMENT = {"cuda": 32, "cpu": 2}
 OTHER_DEEPSPEED = (
     "deepspeed {version}: {what} is not what largescale overrides, so training could go wrong "
@@ -85,9 +85,9 @@ def code_hash(code: Any) -> str:
 
 def patch_before_build() -> None:
     """Override what must be overridden before `deepspeed.initialize`."""
-    # The C++ extensions that this machine could build. To find out runs a compiler, 0.4 s a start, and
-    # one of them would be built at once, 25 s: for collectives between CPU ranks, where gloo does as
-    # well. Needless once DeepSpeed looks for an extension only where it is asked for.
+    # The C++ extensions that this machine could build. To find out runs a compiler, 0.4 s a start,
+    # and one of them would be built at once, 25 s: for collectives between CPU ranks, where gloo
+    # does as well. Needless once DeepSpeed looks for an extension only where it is asked for.
     deepspeed.ops.__compatible_ops__ = {}
 
     # On GPUs parts of the flat weights and gradients start at multiples of 64 bytes, not 4: NCCL
@@ -109,9 +109,9 @@ def patch_before_build() -> None:
     if accelerator.device_name() == "cpu":
         accelerator.is_fp16_supported = lambda: True
 
-    # Where pynvml is installed, DeepSpeed takes the entries of CUDA_VISIBLE_DEVICES for numbers, and
-    # crashes on a GPU's UUID. The driver knows the free memory of torch's own device. Needless once
-    # DeepSpeed asks torch.
+    # Where pynvml is installed, DeepSpeed takes the entries of CUDA_VISIBLE_DEVICES for numbers,
+    # and crashes on a GPU's UUID. The driver knows the free memory of torch's own device. Needless
+    # once DeepSpeed asks torch.
     if accelerator.device_name() == "cuda":
         accelerator.available_memory = lambda index=None: torch.cuda.mem_get_info(index)[0]
 
@@ -136,7 +136,8 @@ class StepPatches:
         zero.check_overflow = lambda **_: None
         zero.scaled_global_norm = self._global_norm
 
-        # Needless once DeepSpeed gives its optimizer `found_inf` and `grad_scale`, as torch.amp does.
+        # Needless once DeepSpeed gives its optimizer `found_inf` and `grad_scale`, as torch.amp
+        # does.
         if hasattr(zero.optimizer, "update"):
             zero.step = self._step_ahead_of_host
 

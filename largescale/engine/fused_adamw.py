@@ -59,8 +59,8 @@ def adamw_kernel(
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Numbers of one update of AdamW (Loshchilov and Hutter, arXiv:1711.05101) and of the EMA, which
-    the host computes in double precision."""
+    """Numbers of one update of AdamW (Loshchilov and Hutter, arXiv:1711.05101) and of the EMA,
+    which the host computes in double precision."""
 
     kept: float
     """Of the weight, after weight decay: 1 - lr weight_decay."""
@@ -124,8 +124,8 @@ class FusedAdamW(torch.optim.Optimizer):
     def update(
         self, p: Tensor, grad: Tensor, half: Tensor | None, *, finite: Tensor, factor: Tensor
     ) -> None:
-        """Update p by grad x factor, and write it to `half` too, unless `finite` is 0: 0-dim float32
-        tensors on the device of p. `count` what was updated afterwards."""
+        """Update p by grad x factor, and write it to `half` too, unless `finite` is 0: 0-dim
+        float32 tensors on the device of p. `count` what was updated afterwards."""
         (group,) = (g for g in self.param_groups if any(p is each for each in g["params"]))
         state = self.state[p]
         if not state:

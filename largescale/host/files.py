@@ -108,8 +108,8 @@ def try_lock_byte(file: IO[str], number: int) -> bool:
 
 
 def lock_shared(path: Path) -> IO[str] | None:
-    """Lock a file, together with others who do so, until it is closed or the process dies; waits for
-    one who holds it alone. None on a file system without locks."""
+    """Lock a file, together with others who do so, until it is closed or the process dies; waits
+    for one who holds it alone. None on a file system without locks."""
     # To be read too: NFS locks only so what others may lock as well.
     file = path.open("a+")
     try:

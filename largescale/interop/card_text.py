@@ -118,8 +118,8 @@ def _index(facts: CardFacts, config: Config, task: str) -> dict[str, Any]:
 def as_yaml(value: Any) -> str:
     """A value on one line of YAML."""
     text = json.dumps(value, ensure_ascii=False)
-    # What is not printable, such as a line separator, has an escape in YAML too. Half of a surrogate
-    # pair is not a character.
+    # What is not printable, such as a line separator, has an escape in YAML too. Half of a
+    # surrogate pair is not a character.
     shown = []
     for character in text:
         code = ord(character)
@@ -289,8 +289,8 @@ def _curriculum(facts: CardFacts, config: Config) -> str:
     state = facts.description.get("curriculum") or {}
     n = len(state["edges"]) - 1 if "edges" in state else c.n_clusters
     text = (
-        f"## Curriculum\n\nThat of [arXiv:2403.10348](https://arxiv.org/abs/2403.10348): {n} clusters of "
-        f"noise levels ({c.clusters}), {c.order}, {c.stages}; pacing {c.pacing}"
+        f"## Curriculum\n\nThat of [arXiv:2403.10348](https://arxiv.org/abs/2403.10348): {n} "
+        f"clusters of noise levels ({c.clusters}), {c.order}, {c.stages}; pacing {c.pacing}"
     )
     if c.pacing == "patience" and c.loss_smoothing:
         smoothed = f"on losses smoothed by {c.loss_smoothing}, which is not the paper's"
@@ -327,9 +327,9 @@ def _differences(facts: CardFacts, config: Config) -> str:
         worst = max(pipeline.stock_off.values())
         by_time = ", ".join(f"{off:.1g} at t = {t}" for t, off in pipeline.stock_off.items())
         lines.append(
-            "- diffusers' own `DiTTransformer2DModel` opens the weights too, and is off: one forward "
-            f"pass by up to {worst:.1g} of the output's range ({by_time}). No other weights make it "
-            "exact, as its frequencies are others."
+            "- diffusers' own `DiTTransformer2DModel` opens the weights too, and is off: one "
+            f"forward pass by up to {worst:.1g} of the output's range ({by_time}). No other "
+            "weights make it exact, as its frequencies are others."
         )
     if pipeline and pipeline.off:
         worst = max(pipeline.off.values())
@@ -346,7 +346,7 @@ def _differences(facts: CardFacts, config: Config) -> str:
     )
     if config.model.learn_sigma:
         lines.append(
-            "- The pipeline drops the learned variance, so DDPM's samples have another variance than "
-            "those of `eval.sample --sampler ddpm`. DDIM and DPM-Solver++ do not use it."
+            "- The pipeline drops the learned variance, so DDPM's samples have another variance "
+            "than those of `eval.sample --sampler ddpm`. DDIM and DPM-Solver++ do not use it."
         )
     return "\n".join(lines) + "\n"

@@ -91,20 +91,20 @@ def find_transformer(folder: Path) -> Path:
         found = _json(folder / PIPELINE).get("_class_name")
         if found != PIPELINE_CLASS:
             raise CheckpointError(
-                f"{folder} is a pipeline of diffusers' class {found}, and only {PIPELINE_CLASS} can "
-                "be converted"
+                f"{folder} is a pipeline of diffusers' class {found}, and only {PIPELINE_CLASS} "
+                "can be converted"
             )
         if not (folder / "transformer" / CONFIG).is_file():
             raise CheckpointError(
-                f"{folder} lacks transformer/{CONFIG}; fetch the complete pipeline, as `hf download "
-                "NAME --local-dir DIR` does"
+                f"{folder} lacks transformer/{CONFIG}; fetch the complete pipeline, as `hf "
+                "download NAME --local-dir DIR` does"
             )
         folder = folder / "transformer"
     if not (folder / CONFIG).is_file():
         raise CheckpointError(
             f"{folder} holds {names_of(visible(folder)) or 'nothing'}, and neither {CONFIG} nor "
-            f"{PIPELINE}; give a folder in diffusers' layout, a run or an export of largescale, or a "
-            "file of weights"
+            f"{PIPELINE}; give a folder in diffusers' layout, a run or an export of largescale, or "
+            "a file of weights"
         )
     config = _json(folder / CONFIG)
     if config.get("_class_name") not in CLASSES:
@@ -139,8 +139,8 @@ def read_diffusers(folder: Path) -> DiffusersModel:
 
 
 def read_weights(transformer: Path, input_size: int) -> tuple[dict[str, Tensor], list[Path]]:
-    """The weights in a transformer's folder, under our names and in float32, and the files that hold
-    them. Raises CheckpointError where they are not those of a DiT."""
+    """The weights in a transformer's folder, under our names and in float32, and the files that
+    hold them. Raises CheckpointError where they are not those of a DiT."""
     file = _weights_file(transformer)
     if file.suffix == ".json":
         weights = read_shards(file)
@@ -201,8 +201,8 @@ def _require_dit(config: dict[str, Any], path: Path) -> None:
     for key, allowed in _FIXED.items():
         if key in config and config[key] not in allowed:
             raise CheckpointError(
-                f"{path} has {key}={config[key]}, and a DiT has {allowed[0]}; this is another model "
-                "of diffusers, which cannot be converted"
+                f"{path} has {key}={config[key]}, and a DiT has {allowed[0]}; this is another "
+                "model of diffusers, which cannot be converted"
             )
     for key, value in config.items():
         if key in _DEFAULTS and not _is_possible(key, value):
@@ -258,9 +258,9 @@ def _schedule(path: Path) -> DiffusionConfig:
         kind, schedule = "trained betas", _schedule_of(trained, timesteps)
     if schedule is None or changed:
         raise CheckpointError(
-            f"{path} has a noise schedule that largescale does not ({kind}, beta {first} to {last}, "
-            f"{timesteps} timesteps{', changed further' if changed else ''}); such a model cannot be "
-            "converted"
+            f"{path} has a noise schedule that largescale does not ({kind}, beta {first} to "
+            f"{last}, {timesteps} timesteps{', changed further' if changed else ''}); such a model "
+            "cannot be converted"
         )
     large = config.get("variance_type") == "fixed_large"
     return DiffusionConfig(

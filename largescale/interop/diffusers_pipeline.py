@@ -124,8 +124,8 @@ def check_exportable(config: Config) -> None:
         raise ConfigError(f"diffusers has no DiT that takes captions as this one does; {instead}")
     if int(model.hidden_size * model.mlp_ratio) != 4 * model.hidden_size:
         raise ConfigError(
-            f"diffusers' DiT has an MLP of 4 times the width, this model.mlp_ratio={model.mlp_ratio}"
-            f"; {instead}"
+            "diffusers' DiT has an MLP of 4 times the width, this "
+            f"model.mlp_ratio={model.mlp_ratio}; {instead}"
         )
 
 
@@ -149,15 +149,15 @@ def reasons(parts: PipelineParts) -> tuple[str, ...]:
         found.append("the VAE has a shift_factor, which DiTPipeline ignores")
     if parts.normalization:
         found.append(
-            "the latents are normalised otherwise than by the VAE's scaling_factor, which DiTPipeline "
-            "divides by"
+            "the latents are normalised otherwise than by the VAE's scaling_factor, which "
+            "DiTPipeline divides by"
         )
     return tuple(found)
 
 
 def write_pipeline(folder: Path, parts: PipelineParts) -> PipelineFacts:
-    """Write a pipeline into an empty folder. Raises CheckpointError for weights that are not finite,
-    and DataError where diffusers is missing or the VAE cannot be carried."""
+    """Write a pipeline into an empty folder. Raises CheckpointError for weights that are not
+    finite, and DataError where diffusers is missing or the VAE cannot be carried."""
     diffusers = library("diffusers", "hub")
     trained = parts.trained
     weights = _with_labels(trained.model.state_dict())
@@ -338,8 +338,8 @@ def _imagenet() -> tuple[str, ...]:
 
 
 def open_vae(spec: str | None, trained: Trained) -> tuple[Vae | None, str]:
-    """The VAE that a latent model's folder gets, and a note where it gets none. Raises DataError for
-    one that cannot be opened, ConfigError for another than made the latents.
+    """The VAE that a latent model's folder gets, and a note where it gets none. Raises DataError
+    for one that cannot be opened, ConfigError for another than made the latents.
 
     `spec`: a folder or a name, "none", or None for the one that the data were packed with.
     """

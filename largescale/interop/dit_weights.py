@@ -38,8 +38,8 @@ def shape_of(weights: Mapping[str, Tensor], name: str, dimensions: int) -> tuple
     shape = tuple(weights[name].shape)
     if len(shape) != dimensions:
         raise CheckpointError(
-            f"{name} has the shape {shape}, of {len(shape)} dimensions instead of {dimensions}: this "
-            "is another network, which cannot be converted"
+            f"{name} has the shape {shape}, of {len(shape)} dimensions instead of {dimensions}: "
+            "this is another network, which cannot be converted"
         )
     return shape
 
@@ -61,8 +61,8 @@ def dit_config(
         )
     if outputs not in (patch**2 * channels, patch**2 * 2 * channels):
         raise CheckpointError(
-            f"final_layer.linear.weight has {outputs} outputs, and patches of {patch} x {patch} with "
-            f"{channels} channels have {patch**2 * channels}, or twice as many with a learned "
+            f"final_layer.linear.weight has {outputs} outputs, and patches of {patch} x {patch} "
+            f"with {channels} channels have {patch**2 * channels}, or twice as many with a learned "
             "variance; this is another network, which cannot be converted"
         )
     labels = 0

@@ -48,9 +48,9 @@ class Converted:
 
 
 def read_source(source: str, choices: Choices, step: int | None = None) -> Converted:
-    """The weights and the description that SOURCE becomes: a file of weights, a folder in diffusers'
-    layout, a name on the hub, or a run or export of ours. Raises CheckpointError or ConfigError with
-    what is wrong with it."""
+    """The weights and the description that SOURCE becomes: a file of weights, a folder in
+    diffusers' layout, a name on the hub, or a run or export of ours. Raises CheckpointError or
+    ConfigError with what is wrong with it."""
     path = _locate(source)
     # The weights of an export are never read alone: what they are is described beside them.
     own = path.parent if path.name == EXPORT_WEIGHTS else path
@@ -77,8 +77,8 @@ def _locate(source: str) -> Path:
     if hub.is_hub_name(source):
         return hub.fetch(source)
     raise CheckpointError(
-        f"there is no file or folder {source}; give a file of weights, a folder in diffusers' layout, "
-        "a run or an export, or a name on the hub (OWNER/NAME)"
+        f"there is no file or folder {source}; give a file of weights, a folder in diffusers' "
+        "layout, a run or an export, or a name on the hub (OWNER/NAME)"
     )
 
 
@@ -89,8 +89,8 @@ def _diffusers_folder(path: Path) -> Path | None:
         # Samples, and data sets, have weights of their own elsewhere.
         if (path / MANIFEST).is_file():
             raise CheckpointError(
-                f"{path} is a data set or samples, and has no weights; give the run or the export that "
-                "samples are of, which their provenance.json names"
+                f"{path} is a data set or samples, and has no weights; give the run or the export "
+                "that samples are of, which their provenance.json names"
             )
         return path
     names = (
@@ -140,7 +140,8 @@ def _diffusers(folder: Path, facts: Facts) -> Source:
     )
     if choices.objective not in (None, "gaussian"):
         raise ConfigError(
-            f"--objective {choices.objective} is not what diffusers' DiT was trained with; leave it out"
+            f"--objective {choices.objective} is not what diffusers' DiT was trained with; leave "
+            "it out"
         )
     found = diffusers_folder.read_diffusers(folder)
     published: Literal["linear", "cosine"] = "linear"
@@ -220,8 +221,8 @@ def _data(read: Source, name: str, facts: Facts) -> tuple[DatasetInfo, dict[str,
     spec = facts.choices.vae or (str(read.vae) if read.vae else None)
     if spec is None:
         facts.assumed["vae"] = (
-            "none known: give the one that made the latents to eval.sample with --vae DIR, which cannot "
-            "check it (for published DiT and SiT, stabilityai/sd-vae-ft-ema or -mse)"
+            "none known: give the one that made the latents to eval.sample with --vae DIR, which "
+            "cannot check it (for published DiT and SiT, stabilityai/sd-vae-ft-ema or -mse)"
         )
         return info, {}
     vae = load_vae(spec, torch.device("cpu"))

@@ -1,5 +1,5 @@
-"""The weights in a checkpoint of another program: the EMA or the others, without the prefixes of their
-names, in float32."""
+"""The weights in a checkpoint of another program: the EMA or the others, without the prefixes of
+their names, in float32."""
 
 import argparse
 import re
@@ -72,8 +72,8 @@ def to_fp32(weights: Mapping[str, Tensor], path: object) -> dict[str, Tensor]:
     for name, tensor in weights.items():
         if not tensor.is_floating_point() or tensor.layout != torch.strided:
             raise CheckpointError(
-                f"{path}: {name} is of type {types_text({tensor.dtype})} ({tensor.layout}), and weights are "
-                "dense, in fp32, fp16 or bf16; quantised weights cannot be converted"
+                f"{path}: {name} is of type {types_text({tensor.dtype})} ({tensor.layout}), and "
+                "weights are dense, in fp32, fp16 or bf16; quantised weights cannot be converted"
             )
         if not tensor.isfinite().all():
             raise CheckpointError(
@@ -94,8 +94,8 @@ def without_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kept = ".".join(part for part in parts if part not in _WRAPPED_PARTS)
         if kept in renamed:
             raise CheckpointError(
-                f"the weights have {kept} twice, with and without a prefix ({name}); save the state "
-                "dict of one model"
+                f"the weights have {kept} twice, with and without a prefix ({name}); save the "
+                "state dict of one model"
             )
         if name != _AVERAGED:
             renamed[kept] = tensor
@@ -134,8 +134,8 @@ def _chosen(
     ema = [key for key in CONTAINERS["ema"] if content.get(key) is not None]
     if which is None and ema and "ema" not in found:
         raise CheckpointError(
-            f"{path} has an EMA ({ema[0]}) that is not weights by their names; save its state dict, "
-            "or take the other weights with --weights model"
+            f"{path} has an EMA ({ema[0]}) that is not weights by their names; save its state "
+            "dict, or take the other weights with --weights model"
         )
     chosen = which or ("ema" if "ema" in found else "model")
     if chosen not in found:

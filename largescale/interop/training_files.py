@@ -29,12 +29,12 @@ def read_file(path: Path, facts: Facts) -> Source:
         return _edm(found, path, facts)
     if any(name.startswith("transformer_blocks.") for name in found.weights):
         raise CheckpointError(
-            f"{path} has diffusers' names, and no {diffusers_folder.CONFIG} beside it, which has the "
-            "number of heads; give the folder of the transformer or of the pipeline"
+            f"{path} has diffusers' names, and no {diffusers_folder.CONFIG} beside it, which has "
+            "the number of heads; give the folder of the transformer or of the pipeline"
         )
     raise CheckpointError(
-        f"{path} has the weights of another model ({listed(found.weights)}); those of DiT, SiT, REPA, "
-        "EDM's DDPM++ and diffusers' DiT can be converted"
+        f"{path} has the weights of another model ({listed(found.weights)}); those of DiT, SiT, "
+        "REPA, EDM's DDPM++ and diffusers' DiT can be converted"
     )
 
 
@@ -47,8 +47,8 @@ def _edm(found: StateDict, path: Path, facts: Facts) -> Source:
     if facts.choices.objective not in (None, "edm"):
         raise ConfigError(f"--objective {facts.choices.objective} is not that of EDM; leave it out")
     facts.assumed["diffusion.objective"] = (
-        "edm with sigma_data=0.5, as EDM's own preconditioning has it; the weights of networks with "
-        "VP's, VE's or iDDPM's look the same"
+        "edm with sigma_data=0.5, as EDM's own preconditioning has it; the weights of networks "
+        "with VP's, VE's or iDDPM's look the same"
     )
     weights = from_edm(to_fp32(found.weights, path))
     model = edm_weights.ddpmpp_config(weights)
@@ -157,8 +157,8 @@ def _dit_model(
 
 def _contradiction(path: Path, said: str, found: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} contradicts itself: its settings say {said}, and its weights have {found}; take the "
-        "file of one training"
+        f"{path} contradicts itself: its settings say {said}, and its weights have {found}; take "
+        "the file of one training"
     )
 
 
@@ -216,8 +216,8 @@ def _interpolant(args: dict[str, Any], path: Path, facts: Facts) -> Literal["lin
     said = None if path_type is None else _PATHS.get(str(path_type).lower())
     if path_type is not None and said is None:
         raise CheckpointError(
-            f"{path} was trained on the path {path_type}, which largescale does not have (linear and "
-            "gvp); such a model cannot be converted"
+            f"{path} was trained on the path {path_type}, which largescale does not have (linear "
+            "and gvp); such a model cannot be converted"
         )
     published: Literal["linear", "gvp"] = "linear"
     why = "as SiT was published"

@@ -47,8 +47,8 @@ def load_content(path: Path) -> dict[str, Any]:
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
-    """The weights of sharded safetensors by their index file. Raises CheckpointError for shards that
-    are missing, or are not those of this index."""
+    """The weights of sharded safetensors by their index file. Raises CheckpointError for shards
+    that are missing, or are not those of this index."""
     with _readable(index):
         where = from_json(index.read_text())["weight_map"]
         shards = sorted(set(where.values()))
@@ -56,8 +56,8 @@ def read_shards(index: Path) -> dict[str, Tensor]:
         paths = [index.parent / Path(name).name for name in shards]
     if missing := [path.name for path in paths if not path.is_file()]:
         raise CheckpointError(
-            f"{index.parent} lacks {listed(missing)}, of the {len(shards)} shards that {index.name} "
-            "names; fetch the folder again"
+            f"{index.parent} lacks {listed(missing)}, of the {len(shards)} shards that "
+            f"{index.name} names; fetch the folder again"
         )
     weights: dict[str, Tensor] = {}
     types: dict[str, set[torch.dtype]] = {}
@@ -67,16 +67,16 @@ def read_shards(index: Path) -> dict[str, Tensor]:
         if wrong := shard.keys() ^ wanted:
             raise CheckpointError(
                 f"{path} is not the shard that {index.name} describes: they differ in "
-                f"{listed(wrong)}; the shards are of several downloads or models, fetch all of them "
-                "again into an empty folder"
+                f"{listed(wrong)}; the shards are of several downloads or models, fetch all of "
+                "them again into an empty folder"
             )
         types[name] = {tensor.dtype for tensor in shard.values()}
         weights.update(shard)
     for name, stored in types.items():
         if stored != types[shards[0]]:
             raise CheckpointError(
-                f"{name} has {types_text(stored)} and {shards[0]} {types_text(types[shards[0]])}: the shards "
-                "are of several downloads, fetch all of them again into an empty folder"
+                f"{name} has {types_text(stored)} and {shards[0]} {types_text(types[shards[0]])}: "
+                "the shards are of several downloads, fetch all of them again into an empty folder"
             )
     return weights
 
@@ -133,8 +133,8 @@ def _unpickled(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
     if code is None:
         return _no_checkpoint(path, error)
     return CheckpointError(
-        f"{path} is a pickle with code ({code}), which would run when it is read, so it is not read; "
-        "where it comes from, save the weights alone: torch.save(model.state_dict(), PATH)"
+        f"{path} is a pickle with code ({code}), which would run when it is read, so it is not "
+        "read; where it comes from, save the weights alone: torch.save(model.state_dict(), PATH)"
     )
 
 
@@ -157,8 +157,8 @@ def _first_global(path: Path) -> str | None:
 def _no_checkpoint(path: Path, error: Exception) -> CheckpointError:
     reason = (str(error).splitlines() or [""])[0][:120]
     return CheckpointError(
-        f"{path} is no file of weights, or a damaged one ({type(error).__name__}: {reason}); give a "
-        "file of safetensors or of torch.save, and fetch a damaged one again"
+        f"{path} is no file of weights, or a damaged one ({type(error).__name__}: {reason}); give "
+        "a file of safetensors or of torch.save, and fetch a damaged one again"
     )
 
 

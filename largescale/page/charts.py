@@ -232,8 +232,8 @@ def _curve(line: Line, style: int, x: Scale, y: Scale) -> Iterator[str]:
 def _spoken(line: Line, over: str) -> str:
     c = line.curve
     return (
-        f"{line.name} from {short(c.mean[0])} at {over} {place(c.step[0])} to {short(c.mean[-1])} at "
-        f"{over} {place(c.step[-1])}, lowest {short(c.low.min())}, highest {short(c.high.max())}"
+        f"{line.name} from {short(c.mean[0])} at {over} {place(c.step[0])} to {short(c.mean[-1])} "
+        f"at {over} {place(c.step[-1])}, lowest {short(c.low.min())}, highest {short(c.high.max())}"
     )
 
 

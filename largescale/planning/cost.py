@@ -1,5 +1,5 @@
-"""What a step, a checkpoint and a run cost on n GPUs: arithmetic on data sheets and on the bytes that
-compiled code moves, to be checked by measuring.
+"""What a step, a checkpoint and a run cost on n GPUs: arithmetic on data sheets and on the bytes
+that compiled code moves, to be checked by measuring.
 
 What DeepSpeed 0.19.8 does in stage 2 (runtime/zero/stage_1_and_2.py), which decides the bytes:
 
@@ -54,9 +54,9 @@ class BlockCode:
     """The share of a pass's matrix products that compute GELU too, in a slower kernel."""
 
 
-# By train.kernels (eager: train.compile=off), without captions and with: of DiT-L/2 with 32 images on
-# an H100, from the code that Inductor writes, as `benchmarks/roofline.py` counts it, or from PyTorch's
-# operations. Fewer images take up to a tenth more, for sums in two passes.
+# By train.kernels (eager: train.compile=off), without captions and with: of DiT-L/2 with 32 images
+# on an H100, from the code that Inductor writes, as `benchmarks/roofline.py` counts it, or from
+# PyTorch's operations. Fewer images take up to a tenth more, for sums in two passes.
 BLOCK_CODE = {
     ("inductor", False): BlockCode(42.2, 108.9, 39),
     ("inductor", True): BlockCode(58.2, 128.7, 59),
@@ -261,9 +261,9 @@ def slowdown(
     `interval_s` of steps and failures at random (Daly 2006): to first order 1 + stall/interval +
     (interval/2 + write + restart)/mtbf.
 
-    Our checkpoints are written while training continues and count once they are on disk, so a failure
-    takes back `write_s` more than with one that is waited for. Infinite where no interval is ever
-    completed."""
+    Our checkpoints are written while training continues and count once they are on disk, so a
+    failure takes back `write_s` more than with one that is waited for. Infinite where no interval
+    is ever completed."""
     exponent = (interval_s + stall_s) / mtbf_s
     if exponent + (restart_s + write_s) / mtbf_s > 700:  # beyond the range of exp
         return math.inf
@@ -348,8 +348,8 @@ class Plan:
         return replace(self, hardware=replace(self.hardware, mfu=mfu))
 
     def in_fp32(self, *, tf32: bool) -> "Plan":
-        """The same run with products of float32 matrices, from above: the bytes that were counted in
-        half precision are doubled, though a part of them is of float32 already.
+        """The same run with products of float32 matrices, from above: the bytes that were counted
+        in half precision are doubled, though a part of them is of float32 already.
 
         `tf32`: at half the rate of half precision, as on every card of the table; else by the
         units of float32. `work` has the bytes of weights and gradients."""
@@ -380,8 +380,8 @@ class Plan:
 
     @property
     def sampling_seconds(self) -> float:
-        """Seconds of one GPU for the model's answer to one image: a third of its forward and backward
-        passes, as a forward pass has a third of their operations."""
+        """Seconds of one GPU for the model's answer to one image: a third of its forward and
+        backward passes, as a forward pass has a third of their operations."""
         return sum(compute_parts(self.work, self.hardware, self.gpus).values()) / (
             3 * self.work.global_batch_size / self.gpus
         )

@@ -184,10 +184,10 @@ def print_cost(plan: Plan) -> None:
         shares.append(f"{100 * mfu:.0f}")
     origin = "predicted" if plan.work.blocks else "assumed"
     print(
-        f"time: {span(plan.hours)} at an MFU of {100 * plan.mfu:.0f} %, {origin}; {' to '.join(times)} "
-        f"where forward and backward reach {' to '.join(shares)} % of the peak, as in published "
-        f"trainers; on {plan.gpus} x {hardware.name}, never measured on a GPU here; previews come on "
-        "top"
+        f"time: {span(plan.hours)} at an MFU of {100 * plan.mfu:.0f} %, {origin}; "
+        f"{' to '.join(times)} where forward and backward reach {' to '.join(shares)} % of the "
+        f"peak, as in published trainers; on {plan.gpus} x {hardware.name}, never measured on a "
+        "GPU here; previews come on top"
     )
     print(f"      {prediction_source(plan)}")
     # What limits a step, and how often to save at the assumed rate of failures.
@@ -218,7 +218,8 @@ def prediction_source(plan: Plan) -> str:
     return (
         f"predicted from {moved:.0f} bytes per residual element and block, counted in the code of "
         f"its kernels (benchmarks/roofline.py), and {rates.products / 1e12:.0f} TFLOP/s and "
-        f"{rates.copies / 1e12:.1f} TB/s ({'measured on such a card' if rates.measured else 'assumed'})"
+        f"{rates.copies / 1e12:.1f} TB/s "
+        f"({'measured on such a card' if rates.measured else 'assumed'})"
         f", of which products are assumed to reach {100 * PRODUCT_SHARE:.0f} %, attention "
         f"{100 * ATTENTION_SHARE:.0f} %; of a step: {', '.join(shown)}"
     )
@@ -306,8 +307,8 @@ def print_order(config: Config, dataset: ShardDataset) -> None:
     where = f" of {kind}" * bool(kind)
     if config.data.order == "blocks":
         print(
-            f"order: blocks, {batch} x {CHUNK_ROWS} neighbouring rows at a time, each read ahead by "
-            f"the rank that needs them in pieces of {CHUNK_ROWS * row / 2**20:,.2f} MiB{where}"
+            f"order: blocks, {batch} x {CHUNK_ROWS} neighbouring rows at a time, each read ahead "
+            f"by the rank that needs them in pieces of {CHUNK_ROWS * row / 2**20:,.2f} MiB{where}"
         )
         return
     print(
@@ -317,8 +318,8 @@ def print_order(config: Config, dataset: ShardDataset) -> None:
     # Small sets are in the page cache soon.
     if is_shared(kind) and dataset.nbytes > _SOON_CACHED_BYTES:
         print(
-            f"note: small reads are slow on {kind}: take --data.stage DIR, a folder on each node's own "
-            "disk, or where the data do not fit there --data.order blocks, which reads ahead"
+            f"note: small reads are slow on {kind}: take --data.stage DIR, a folder on each node's "
+            "own disk, or where the data do not fit there --data.order blocks, which reads ahead"
         )
 
 
