@@ -61,7 +61,7 @@ def test_asked_to_stop_it_goes_on(images: Path, truth: Path, tmp_path: Path, num
     out = tmp_path / "out"
     slow = ("decode, n = packer.Packer.decode, 0\ndef wait(self, item):\n    global n\n    n += 1; print(flush=True)\n"
             "    while n > 20 and not packer.stop_requested(): time.sleep(0.01)\n"
-            "    return decode(self, item)\npacking.Packer.decode = wait")
+            "    return decode(self, item)\npacker.Packer.decode = wait")
     process = start_with_pipes(images, out, "--workers", 1, code=slow)
     assert process.stdout and process.stderr
     for _ in range(20):
