@@ -70,9 +70,9 @@ def test_compiled() -> None:
 
 def test_a_run_with_fused_kernels(run_here: RunHere, tmp_path: Path) -> None:
     """Its losses are the other kernels' to rounding, in fp32 over 200 steps, and in bf16 as near to fp32 as theirs
-    are."""
+    are. Later than 20 steps, bf16's rounding has been amplified: how far a loss is off is then chance."""
     losses: dict[tuple[str, str], torch.Tensor] = {}
-    for precision, steps in (("fp32", 200), ("bf16", 80)):
+    for precision, steps in (("fp32", 200), ("bf16", 20)):
         for kernels in ("inductor", "fused"):
             run = run_here("--train.steps", steps, "--train.ds-config", f"ds_configs/zero2_{precision}.json", "--train.kernels", kernels,
                            "--curriculum.pacing", "fixed", "--curriculum.interval", 20, output=tmp_path / f"{precision}_{kernels}")
@@ -81,7 +81,7 @@ def test_a_run_with_fused_kernels(run_here: RunHere, tmp_path: Path) -> None:
     exact = losses.pop(("fp32", "inductor"))
     far = {name: (loss - exact[: len(loss)]).abs() / exact[: len(loss)] for name, loss in losses.items()}
     assert 0 < far["fp32", "fused"].max() < 1e-4
-    assert far["bf16", "fused"].mean() < 1.5 * far["bf16", "inductor"].mean()
+    assert far["bf16", "fused"].mean() < 1.2 * far["bf16", "inductor"].mean()
 
 
 def test_another_network(run_here: RunHere) -> None:
