@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-diffusers = pytest.importorskip("diffusers")
+from tests.lazy import Lazy
+
+diffusers = Lazy("diffusers")
 
 
 @pytest.fixture(autouse=True)

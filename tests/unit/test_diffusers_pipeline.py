@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.utils.dynamic_modules_utils import get_cached_module_file
 from safetensors.torch import load_file
 
 from largescale.config.presets import PRESETS
@@ -30,9 +29,10 @@ from largescale.interop.diffusers_pipeline import (
 )
 from largescale.models.build import latent_shape
 from largescale.randomness import stream_seed
+from tests.lazy import Lazy
 from tests.random_models import STOCK, make_trained, make_vae
 
-diffusers = pytest.importorskip("diffusers")
+diffusers = Lazy("diffusers")
 
 CPU = torch.device("cpu")
 SAME = 1e-4  # of the range of the image
@@ -148,6 +148,8 @@ def test_the_stock_class_is_off_as_the_facts_say(vae: Vae, tmp_path: Path) -> No
 
 
 def test_code_is_run_only_if_it_is_trusted(vae: Vae, tmp_path: Path) -> None:
+    from diffusers.utils.dynamic_modules_utils import get_cached_module_file
+
     if "trust_remote_code" not in inspect.signature(get_cached_module_file).parameters:
         pytest.skip("this version of diffusers runs the code of a local folder unasked")
     write_pipeline(tmp_path, PipelineParts(trained := make_trained(), vae, class_names(None, trained)))

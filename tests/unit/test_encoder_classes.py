@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from largescale.encoders.normalization import Normalization
 from largescale.encoders.vae import Vae, load_vae
 from largescale.errors import DataError
+from tests.lazy import Lazy
 
-diffusers = pytest.importorskip("diffusers")
+diffusers = Lazy("diffusers")
 
 CPU = torch.device("cpu")
 KL: dict[str, Any] = {

@@ -9,19 +9,20 @@ import pytest
 import torch
 
 from largescale.encoders.text import load_text_encoder
+from tests.lazy import Lazy
 from tests.unit.text_models import (  # noqa: F401
     CONFIG,
     CPU,
     assert_close,
     models,
     offline,
+    open_clip,
     save_as_transformers,
     save_tokenizer,
     tiny_clip,
 )
 
-open_clip = pytest.importorskip("open_clip")
-transformers = pytest.importorskip("transformers")
+transformers = Lazy("transformers")
 
 CAPTIONS = ["a cat on a mat", "", "Déjà vu: 3 cafés!", "red " * 100, "two dogs, it's raining"]
 

@@ -16,6 +16,7 @@ import torch
 
 from largescale.encoders.text import load_text_encoder
 from largescale.errors import DataError
+from tests.lazy import Lazy
 from tests.unit.text_models import (  # noqa: F401
     CONFIG,
     CPU,
@@ -28,8 +29,7 @@ from tests.unit.text_models import (  # noqa: F401
     tiny_clip,
 )
 
-open_clip = pytest.importorskip("open_clip")
-transformers = pytest.importorskip("transformers")
+transformers = Lazy("transformers")
 
 
 def t5() -> Any:

@@ -21,8 +21,9 @@ from largescale.encoders import identity
 from largescale.encoders.identity import weights_identity
 from largescale.encoders.vae import load_vae
 from largescale.errors import DataError
+from tests.lazy import Lazy
 
-diffusers = pytest.importorskip("diffusers")
+diffusers = Lazy("diffusers")
 
 CPU = torch.device("cpu")
 SHARED = Path(os.environ.get("LARGESCALE_SHARED") or Path(__file__).parents[2].parent / "shared")

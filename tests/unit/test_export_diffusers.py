@@ -25,10 +25,11 @@ from largescale.interop.pipeline_folder import is_pipeline
 from largescale.randomness import stream_seed
 from tests.conftest import RunHere
 from tests.diffusers_models import save_pipeline, their_dit
+from tests.lazy import Lazy
 from tests.random_models import STOCK, make_trained, make_vae
 from tests.unit.exported_pipelines import content, modules_of_folders  # noqa: F401
 
-diffusers = pytest.importorskip("diffusers")
+diffusers = Lazy("diffusers")
 
 FILES = ["README.md", "largescale.json", "largescale_dit_pipeline.py", "model_index.json", "scheduler", "transformer"]
 

@@ -14,9 +14,10 @@ from largescale import convert, export
 from largescale.checkpoint.weights import load_trained
 from tests.conftest import RunHere
 from tests.hub_server import TOKEN, Hub, serve
+from tests.lazy import Lazy
 from tests.unit.exported_pipelines import content, modules_of_folders  # noqa: F401
 
-diffusers = pytest.importorskip("diffusers")
+diffusers = Lazy("diffusers")
 hub = pytest.importorskip("huggingface_hub")
 
 

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ import pytest
 import torch
 
 from largescale.encoders.text import EncodedCaption
+from tests.lazy import Lazy
 
-open_clip = pytest.importorskip("open_clip")
-transformers = pytest.importorskip("transformers")
+open_clip = Lazy("open_clip")
+transformers = Lazy("transformers")
 
 CPU = torch.device("cpu")
 TEXT = {"width": 32, "heads": 2, "layers": 2, "context_length": 77, "vocab_size": 49408}
@@ -30,7 +30,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True, scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """open_clip's models and tiny ones: plain, with OpenAI's activation, with a tower of its own, and of other kinds."""
-    factory = sys.modules["open_clip.factory"]
+    factory = open_clip.factory
     before = dict(factory._MODEL_CONFIGS), list(factory._MODEL_CONFIG_PATHS)
     folder = tmp_path_factory.mktemp("models")
     for name, config in {"Tiny": CONFIG, "Tiny-quickgelu": CONFIG | {"quick_gelu": True}, "Tiny-custom": CONFIG | {"custom_text": True},
@@ -55,7 +55,7 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer = open_clip.SimpleTokenizer()
     named = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     (folder / "vocab.json").write_text(json.dumps({named.get(k, k): v for k, v in tokenizer.encoder.items()}))
-    packed = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
+    packed = Path(open_clip.factory.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
     merges = gzip.decompress(packed.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
     special = {"bos_token": "<|startoftext|>", "unk_token": "<|endoftext|>", "eos_token": "<|endoftext|>",
