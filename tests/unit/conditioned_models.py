@@ -1,4 +1,4 @@
-"""Models that are told something, and data sets of captions."""
+"""Models with class labels or captions, and data sets of captions."""
 
 from dataclasses import replace
 from typing import Any, cast
