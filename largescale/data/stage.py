@@ -6,6 +6,10 @@ STAGE/0123456789abcdef/     by the hash of the files' hashes: each set has a fol
     copying                 whose byte i is locked by the process that copies file i
     manifest.json           written last: the copy is a data set too
 
+What another copy there has, such as that of the set before it has grown, is not copied again: the file
+gets a second name (a hard link), so that each copy is whole, and either can be deleted. Files are
+therefore never written to under their names.
+
 Processes share the work by those locks alone: ranks of one job or of two, and one that is killed
 leaves the rest to the others.
 """
@@ -18,12 +22,13 @@ import shutil
 import socket
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from largescale.config.schema import Config
 from largescale.data.format import MANIFEST, all_files, read_manifest
-from largescale.errors import DataError, StorageError
+from largescale.errors import DataError, LargescaleError, StorageError
 from largescale.host.files import PERMANENT, fsync_dir, sha256, try_lock_byte, write_atomically
 from largescale.host.launch import heartbeat
 from largescale.host.signals import stop_requested
@@ -66,11 +71,35 @@ class StagedCopy:
         needed = 0
         for number in self.missing():
             entry = self._files[number]
+            if entry["sha256"] in self._elsewhere:
+                continue
             needed += entry["bytes"]
             # What is there of it will grow, or is overwritten.
             with contextlib.suppress(FileNotFoundError):
                 needed -= self._temporary(entry).stat().st_size
         return max(0, needed)
+
+    def files_to_link(self) -> int:
+        """How many files that are not there yet another copy has."""
+        missing = [self._files[number]["sha256"] for number in self.missing()]
+        return sum(digest in self._elsewhere for digest in missing)
+
+    @cached_property
+    def _elsewhere(self) -> dict[str, Path]:
+        """Files of this set that other copies in the folder have, by their hash in the manifests."""
+        ours = {entry["sha256"]: entry["bytes"] for entry in self._files}
+        found = {}
+        for manifest in sorted(self.folder.parent.glob(f"*/{MANIFEST}")):
+            if manifest.parent == self.folder:
+                continue
+            # A copy that cannot be used, or is being deleted, has nothing to give.
+            with contextlib.suppress(LargescaleError, OSError):
+                theirs = read_manifest(manifest.parent)
+                for entry in all_files(theirs["shards"], theirs.get("empty_caption")):
+                    file = manifest.parent / entry["file"]
+                    if entry["sha256"] in ours and _is_our_own(file, ours[entry["sha256"]]):
+                        found[entry["sha256"]] = file
+        return found
 
     def fill(self, seconds: float) -> bool:
         """Copies files that no other process copies; whether all are there. Returns after about so
@@ -108,8 +137,27 @@ class StagedCopy:
         # Another process may have finished it a moment ago.
         if self._has(entry):
             return False
-        self._copy(entry)
+        if not self._link(entry):
+            self._copy(entry)
         return True
+
+    def _link(self, entry: dict[str, Any]) -> bool:
+        """Takes a file from another copy, where one has it with the manifest's hash."""
+        # Once: what cannot be taken counts as missing from here on.
+        other = self._elsewhere.pop(entry["sha256"], None)
+        if other is None:
+            return False
+        # What cannot be linked is copied from the data set: the other copy may be gone by now, and some
+        # file systems have no links.
+        with contextlib.suppress(OSError):
+            # Hashed again: it may have been altered since it was copied.
+            if sha256(other) == entry["sha256"]:
+                file = self.folder / entry["file"]
+                file.unlink(missing_ok=True)  # one that was cut short
+                os.link(other, file)
+                fsync_dir(self.folder)
+                return True
+        return False
 
     def _copy(self, entry: dict[str, Any]) -> None:
         """Copies a file, completely or not at all."""
@@ -134,6 +182,15 @@ class StagedCopy:
 
     def _temporary(self, entry: dict[str, Any]) -> Path:
         return self.folder / f"{entry['file']}.tmp"
+
+
+def _is_our_own(file: Path, size: int) -> bool:
+    """Whether it is there, has this size, and can be linked: Linux mostly forbids links to files of
+    other users."""
+    with contextlib.suppress(OSError):
+        facts = file.stat()
+        return facts.st_size == size and facts.st_uid == os.geteuid()
+    return False
 
 
 def paths_to_copy(config: Config) -> list[str]:
@@ -178,7 +235,7 @@ def _others(folder: Path, copies: list[StagedCopy]) -> str:
     names = []
     for manifest in sorted(folder.glob(f"*/{MANIFEST}")):
         if manifest.parent not in [copy.folder for copy in copies]:
-            with contextlib.suppress(DataError):
+            with contextlib.suppress(LargescaleError):
                 names.append(
                     f"{manifest.parent.name}: {read_manifest(manifest.parent)['info'].name}"
                 )

@@ -34,7 +34,11 @@ def stage_data(config: Config, ranks: Ranks, log: Callable[[str], None]) -> dict
         filled = not ranks.any(not is_filled)
         if not filled:
             left = sum(copy.bytes_to_copy() for copy in copies)
-            log(f"data: {left / 1e9:,.3g} of {to_copy / 1e9:,.3g} GB are to be copied to {stage}")
+            links = sum(copy.files_to_link() for copy in copies)
+            also = f", {links:,} files of other copies there are to be compared" if links else ""
+            log(
+                f"data: {left / 1e9:,.3g} of {to_copy / 1e9:,.3g} GB are to be copied to {stage}{also}"
+            )
 
     for copy in copies:
         log(f"data: {copy.path} is read from {copy.folder}, {copy.nbytes / 1e9:,.3g} GB")

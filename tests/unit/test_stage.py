@@ -11,12 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from largescale.checkpoint.files import checkpoints
 from largescale.data import stage
+from largescale.data.format import read_manifest
 from largescale.data.shards import ShardDataset
 from largescale.data.stage import StagedCopy, plan_copies
+from largescale.data.writer import write_manifest
 from largescale.errors import DataError, StorageError
 from tests.conftest import RunHere, make_blobs
 
@@ -41,6 +44,24 @@ def filled(data: Path, folder: Path) -> Path:
     (copy,), _ = plan_copies([str(data)], str(folder))
     assert copy.fill(ENOUGH_S) and copy.bytes_to_copy() == 0
     return copy.folder
+
+
+def grown(data: Path, path: Path) -> Path:
+    """The data set with two more shards, as `--append` adds them."""
+    more = make_blobs(path.with_name(f"{path.name}_more"), seed=5, rows=150, prefix="m")
+    shutil.copytree(data, path)
+    manifest = read_manifest(path)
+    for entry in read_manifest(more)["shards"]:
+        name = entry["file"].replace("shard_", "shard_a1_")
+        shutil.copyfile(more / entry["file"], path / name)
+        manifest["shards"].append(entry | {"file": name})
+    write_manifest(path, manifest["info"], manifest["columns"], manifest["shards"])
+    return path
+
+
+def inodes(folder: Path) -> dict[str, tuple[int, int]]:
+    """Of the shards: which file it is, and when it was written."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.arrow")}
 
 
 def in_child(work: Callable[[], Any]) -> int:
@@ -193,6 +214,110 @@ def test_the_folder_of_another_set_and_one_half_copied(blobs: Path, tmp_path: Pa
     (folder / "manifest.json").unlink()
     assert StagedCopy(blobs, local).missing() == [0, 1]
     assert contents(filled(blobs, local)) == contents(blobs)
+
+
+def test_of_a_set_that_has_grown_the_new_shards_are_copied(blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that has room for no more; a job that reads the older copy is not disturbed, and either copy may go."""
+    local, data = tmp_path / "local", grown(blobs, tmp_path / "data")
+    before = filled(blobs, local)
+    job = ShardDataset(blobs)
+    job.read_copy(before)
+    rows = job.gather(np.arange(300))["latent"]
+    old, new = inodes(before), [data / f"shard_a1_{i:05d}.arrow" for i in range(2)]
+    size = sum(file.stat().st_size for file in new)
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
+    (copy,), needed = plan_copies([str(data)], str(local))
+    assert needed == size and copy.files_to_link() == 3
+    copied, copy_file = [], StagedCopy._copy
+    monkeypatch.setattr(StagedCopy, "_copy", lambda self, entry: copied.append(entry["file"]) or copy_file(self, entry))
+    after = filled(data, local)
+    assert copied == [file.name for file in new] and after != before
+    assert contents(after) == contents(data) and contents(before) == contents(blobs)
+    assert inodes(before) == old and old.items() < inodes(after).items()
+
+    # Back to the older set, and on: nothing is copied for either.
+    assert plan_copies([str(blobs)], str(local))[1] == plan_copies([str(data)], str(local))[1] == 0
+    shutil.rmtree(after)
+    assert np.array_equal(job.gather(np.arange(300))["latent"], rows) and contents(before) == contents(blobs)
+    after = filled(data, local)
+    shutil.rmtree(before)
+    assert ShardDataset(after, verify=True).fingerprint == ShardDataset(data).fingerprint
+    assert np.array_equal(job.gather(np.arange(300))["latent"], rows)
+
+
+@pytest.mark.parametrize("at", ["the second link", "half of a new shard"])
+def test_a_kill_while_a_grown_set_is_copied(blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    """The older copy is what it was: nothing is ever written to a file that both have."""
+    local, data = tmp_path / "local", grown(blobs, tmp_path / "data")
+    before = filled(blobs, local)
+    old = inodes(before)
+    link, left = os.link, 1
+
+    def second(*args: Any) -> None:
+        nonlocal left
+        link(*args)
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+
+    def half(file: Any, source: Path) -> bytes:
+        if file.tell():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return bytes(file.read(1000))
+
+    with monkeypatch.context() as patch:
+        if at == "the second link":
+            patch.setattr(os, "link", second)
+        else:
+            patch.setattr(stage, "_read", half)
+        assert status_of(in_child(lambda: filled(data, local))) == -signal.SIGKILL
+    copy = StagedCopy(data, local)
+    assert copy.missing() == ([2, 3, 4] if at == "the second link" else [3, 4]) and not (copy.folder / "manifest.json").exists()
+    assert contents(filled(data, local)) == contents(data)
+    assert inodes(before) == old and contents(before) == contents(blobs)
+
+
+@pytest.mark.parametrize("case", ["altered", "cut short", "gone", "of another user", "no links", "of a newer version", "another set"])
+def test_what_another_copy_cannot_give_is_copied(blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    local, data = tmp_path / "local", grown(blobs, tmp_path / "data")
+    before = filled(make_blobs(tmp_path / "other", seed=3) if case == "another set" else blobs, local)
+    file = before / NAMES[1]
+    taken = {*NAMES}
+    if case == "altered":
+        alter(file)
+    elif case == "cut short":
+        os.truncate(file, 5000)
+    elif case == "gone":
+        file.unlink()
+    if case in ("altered", "cut short", "gone"):
+        taken -= {NAMES[1]}
+    else:
+        taken = set()
+    if case == "of a newer version":
+        (before / "manifest.json").write_text((before / "manifest.json").read_text().replace('"format": 1', '"format": 99'))
+    with monkeypatch.context() as patch:
+        if case == "of another user":
+            patch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        if case == "no links":
+            patch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+        then = contents(before)
+        after = filled(data, local)
+    assert contents(after) == contents(data) and contents(before) == then
+    assert inodes(before).items() & inodes(after).items() == {item for item in inodes(before).items() if item[0] in taken}
+
+
+def test_a_shard_of_the_set_that_is_another_now(blobs: Path, tmp_path: Path) -> None:
+    """Packed anew, at the same size and under the same name: the manifest's hash tells."""
+    data = grown(blobs, tmp_path / "data")
+    before = filled(data, tmp_path / "local")
+    other = make_blobs(tmp_path / "other", seed=3)
+    shutil.copyfile(other / NAMES[0], data / NAMES[0])
+    manifest = read_manifest(data)
+    shards = [read_manifest(other)["shards"][0], *manifest["shards"][1:]]
+    write_manifest(data, manifest["info"], manifest["columns"], shards)
+    after = filled(data, tmp_path / "local")
+    assert contents(after) == contents(data) != contents(before)
+    assert {name for name, file in inodes(after).items() if inodes(before)[name] != file} == {NAMES[0]}
 
 
 def test_an_altered_copy_and_an_altered_source(run_here: RunHere, blobs: Path, tmp_path: Path) -> None:
