@@ -111,7 +111,8 @@ def _write(
     # document, which only the rank that lists has in memory, and only now.
     listed = parse(captions, splits)
     in_order = dict(sorted(listed.files.items()))
-    missing = missing_files(images, enumerate(in_order.values()), writer.scratch, writer.listed)
+    names = [list(in_order.values())]
+    missing = missing_files(images, names, lambda: names, writer.scratch, writer.listed)
     if missing.count and not skip_missing:
         raise some_missing(missing, len(in_order), captions, images)
     of_packed, without = _choose(listed, missing, writer)
@@ -141,10 +142,11 @@ def _choose(listed: Listed, missing: Missing, writer: Writer) -> tuple[int, int]
     no_text = dict(listed.no_text)
     of_packed = without = 0
     # The reason is that of the first thing that lacks.
-    for number, (image, file) in enumerate(sorted(listed.files.items())):
+    absent = missing.among(0, len(listed.files))
+    for is_gone, (image, file) in zip(absent, sorted(listed.files.items()), strict=True):
         id = str(image[1])
         captions = listed.captions.get(image)
-        if number in missing:
+        if is_gone:
             writer.skip(id, "the file is missing")
         elif captions:
             writer.add(file, id, captions=captions)

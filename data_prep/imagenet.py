@@ -9,31 +9,33 @@ Without --labels the folders in --images are the classes, in sorted order, as to
 ImageNet's 0 .. 999.
 """
 
-import csv
 import sys
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, compress
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from data_prep import packing, program
+from data_prep.labels_csv import Place, read_rows
 from data_prep.listing import Found, Listings, Writer
 from data_prep.sources import (
+    MOST_CLASSES,
     SPLIT,
     ListSource,
     class_labels,
     first_three,
     name_of,
-    open_text,
     refuse_splits,
-    relative_name,
     require_file,
     some_missing,
     text_of,
 )
 from data_prep.spool import Spool
-from data_prep.walk import Walk, missing_files, scan
+from data_prep.walk import Missing, Walk, missing_files, scan
 from largescale.errors import DataError
 from largescale.host.files import sha256
 
@@ -56,9 +58,8 @@ class ImageNet(packing.Packing):
         return read(self.images, self.labels, self.classes, self.skip_missing, self.listings)
 
 
-# A row of the CSV file: its line, the file and the label. Not a class: ten million are written and
-# read in half of the time.
-Row = tuple[int, str, str]
+# Some rows of the CSV file: the files, and which of the labels each has.
+Rows = tuple[list[str], list[int]]
 
 
 def read(
@@ -132,7 +133,7 @@ def _from_folders(
 def _folders_in(images: Path) -> list[str]:
     """The folders in one, sorted. Raises DataError where it cannot be listed."""
     _, entries = scan(str(images))
-    return sorted(entry.name for entry in entries if entry.is_dir())
+    return sorted(entry.name for entry in chain.from_iterable(entries) if entry.is_dir())
 
 
 def _check_folders(
@@ -172,56 +173,100 @@ def _from_csv(
     skip_missing: bool,
     facts: dict[str, Any],
 ) -> Found:
-    # Once for the labels that there are, once for the images that are missing, and once to write.
-    counts: Counter[str] = Counter()
-    first: dict[str, Row] = {}
-    rows = Spool(_counted(path, counts, first), writer.scratch)
-    if not counts:
-        raise DataError(f"{path} lists no images; give one line for each")
-    numbered = ((line, file) for line, file, _ in rows)
-    missing = missing_files(images, numbered, writer.scratch, writer.listed)
-    if missing.twice:
-        before, again = missing.twice
-        file = next(file for line, file, _ in rows if line == again)
-        raise DataError(
-            f"{path}, line {again}: {file} is given a second time, first in line {before}; keep one"
-        )
+    # Read once, for the labels that there are and the images that are missing; then once to write.
+    seen = Labels(path)
+    rows: Spool[Rows] = Spool((), writer.scratch)
 
-    def where(label: str) -> str:
-        line, file, _ = first[label]
-        return f"{path}, line {line} ({file})"
+    def files() -> Iterator[list[str]]:
+        for some in seen.read():
+            rows.add(some)
+            yield some[0]
+
+    again = partial(map, itemgetter(0), rows)
+    missing = missing_files(images, files(), again, writer.scratch, writer.listed)
+    if not seen.counts:
+        raise DataError(f"{path} lists no images; give one line for each")
+    if missing.twice:
+        first, second, file = missing.twice
+        raise DataError(
+            f"{Place(path, second)}: {file} is given a second time, first in line "
+            f"{Place(path, first).line}; keep one"
+        )
 
     # Numbers are labels; words are sorted, or looked up in --classes.
     index_of, names, count = class_labels(
-        counts, names or (), where, "correct it, or give the label map with --classes FILE"
+        seen.counts,
+        names or (),
+        seen.where,
+        "correct it, or give the label map with --classes FILE",
     )
     if missing.count and not skip_missing:
-        raise some_missing(missing, counts.total(), path, images)
+        raise some_missing(missing, seen.counts.total(), path, images)
 
-    # In the order of the file, which is that of the data set.
-    filled: set[int] = set()
-    for line, file, label in rows:
-        if missing.count and line in missing:
-            writer.skip(file, "the file is missing")
-        else:
-            filled.add(index_of[label])
-            writer.add(file, label=index_of[label])
+    filled = _write(writer, rows, [index_of[label] for label in seen.counts], missing)
     facts = facts | {
-        "images_listed": counts.total(),
+        "images_listed": seen.counts.total(),
         "images_missing": missing.count,
         "images_not_listed": missing.unlisted,
     }
     return _found(facts, filled, count, names)
 
 
-def _counted(path: Path, counts: Counter[str], first: dict[str, Row]) -> Iterator[Row]:
-    """The rows; how often each label occurs, and the row that has it first, by the way."""
-    for row in _rows(path):
-        label = row[2]
-        counts[label] += 1
-        if label not in first:
-            first[label] = row
-        yield row
+class Labels:
+    """The labels of a CSV file, in the order in which each first comes: how often, and where."""
+
+    def __init__(self, path: Path) -> None:
+        self.counts: Counter[str] = Counter()
+        self._path = path
+        self._numbers: dict[str, int] = {}
+        self._first: list[tuple[Place, str]] = []
+
+    def read(self) -> Iterator[Rows]:
+        """All rows of the file, with the numbers of the labels."""
+        start = 0
+        for files, labels in read_rows(self._path):
+            self.counts.update(labels)
+            if len(self.counts) > len(self._numbers):
+                self._add(start, files, labels)
+            yield files, list(map(self._numbers.__getitem__, labels))
+            start += len(files)
+
+    def _add(self, start: int, files: list[str], labels: list[str]) -> None:
+        """Numbers the labels that are new."""
+        for i, label in enumerate(labels):
+            if label not in self._numbers:
+                self._numbers[label] = len(self._numbers)
+                self._first.append((Place(self._path, start + i), files[i]))
+        # Each is in memory. So many are ids, or the names of files.
+        if len(self._numbers) > MOST_CLASSES:
+            raise DataError(
+                f"{self._path} has more than {MOST_CLASSES:,} labels; the column label must name "
+                "classes"
+            )
+
+    def where(self, label: str) -> str:
+        """The place at which a label first comes."""
+        place, file = self._first[self._numbers[label]]
+        return f"{place} ({file})"
+
+
+def _write(writer: Writer, rows: Iterable[Rows], classes: list[int], missing: Missing) -> set[int]:
+    """Writes the rows in the order of the file, which is that of the data set; returns the classes
+    that have images. `classes`: of each number of a label."""
+    filled: set[int] = set()
+    start = 0
+    for files, numbers in rows:
+        labels = [classes[number] for number in numbers]
+        if missing.count:
+            gone = missing.among(start, len(files))
+            there = [not is_gone for is_gone in gone]
+            for file in compress(files, gone):
+                writer.skip(file, "the file is missing")
+            start += len(files)
+            files, labels = list(compress(files, there)), list(compress(labels, there))
+        filled.update(labels)
+        writer.extend(files, labels)
+    return filled
 
 
 def _found(
@@ -253,34 +298,6 @@ def _class_names(path: Path) -> list[str]:
             )
         names[name] = None
     return list(names)
-
-
-def _rows(path: Path) -> Iterator[Row]:
-    """The rows, in the order of the CSV file."""
-    with open_text(path) as text:
-        reader = csv.reader(text)
-        try:
-            names = next(reader, [])
-            if not {"file", "label"} <= set(names):
-                raise DataError(
-                    f"{path} has the columns {', '.join(names)}; its first line must name file and "
-                    "label"
-                )
-            # Of a name that is given twice the last counts.
-            place = {name: number for number, name in enumerate(names)}
-            file_at, label_at = place["file"], place["label"]
-            least = max(file_at, label_at) + 1
-            for row in reader:
-                if not row:
-                    continue
-                where = f"{path}, line {reader.line_num}"
-                if len(row) < least or not row[file_at] or not (label := row[label_at].strip()):
-                    raise DataError(
-                        f"{where}: no file, or no label; complete the line, or remove it"
-                    )
-                yield reader.line_num, relative_name(row[file_at].strip(), where), label
-        except csv.Error as error:  # a field of more than 131,072 characters
-            raise DataError(f"{path} is no CSV ({error}); give one line for each image") from error
 
 
 def main(args: list[str] | None = None) -> int:

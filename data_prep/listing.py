@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from data_prep.fingerprints import fingerprint, not_utf8
 from data_prep.walk import changed_ns
 from largescale.errors import DataError, Stopped
 from largescale.host.files import from_json, is_unicode, try_lock
@@ -93,28 +93,27 @@ class Writer:
                 values.append(label)
             else:
                 values.append(id if name == "id" else captions)
-        self._added(1, label)
+        self._added(1, label, label)
 
-    def extend(self, files: list[str], label: int = 0) -> None:
-        """Adds images that have the same label, and no ids or captions."""
+    def extend(self, files: Sequence[str], labels: int | Sequence[int] = 0) -> None:
+        """Adds images without ids and captions. `labels`: of each, or the one that all have."""
+        if isinstance(labels, int):
+            labels = [labels] * len(files)
         # All at once, unless one has such a name.
         if not is_unicode("".join(files)):
-            for file in files:
+            for file, label in zip(files, labels, strict=True):
                 self.add(file, label=label)
-            return
-        self._pending["file"] += files
-        if "label" in self._pending:
-            self._pending["label"] += [label] * len(files)
-        self._added(len(files), label)
+        elif files:
+            self._pending["file"] += files
+            if "label" in self._pending:
+                self._pending["label"] += labels
+            self._added(len(files), min(labels), max(labels))
 
-    def _added(self, rows: int, label: int) -> None:
+    def _added(self, rows: int, least: int, greatest: int) -> None:
         self.rows += rows
-        # Most labels are neither less nor greater than those before.
-        if "label" in self._pending and not (
-            self.labels and self.labels[0] <= label <= self.labels[1]
-        ):
-            low, high = self.labels or (label, label)
-            self.labels = (min(low, label), max(high, label))
+        if "label" in self._pending:
+            low, high = self.labels or (least, greatest)
+            self.labels = (min(low, least), max(high, greatest))
         while len(self._pending["file"]) >= BATCH:
             self._write()
 
@@ -286,24 +285,26 @@ def _describe(base: Path, writer: Writer, found: Found, columns: Sequence[str]) 
         "columns": ["file", *columns],
         "found": asdict(found),
     }
-    batches = partial(_column, base)
+    columns_of = partial(_column, base)
     # The files whose sizes are looked at come by the way.
     sample: list[str] = []
     step = -(-writer.rows // SIZES) or 1
 
-    def files() -> Iterator[str]:
-        for number, file in enumerate(_texts(batches("file"))):
-            if number % step == 0:
-                sample.append(file)
-            yield file
+    def files() -> Iterator[pa.Array]:
+        start = 0
+        for array in columns_of("file"):
+            for i in range(-start % step, len(array), step):
+                sample.append(array[i].as_py())
+            yield array
+            start += len(array)
 
     # Read back from the file, a batch at a time: all rows together may not fit in memory.
     about["fingerprint"] = fingerprint(
         files(),
-        _texts(batches("id")) if "id" in columns else (),
+        columns_of("id") if "id" in columns else (),
         found.class_names,
-        map(_joined, _texts(batches("captions"))) if "captions" in columns else (),
-        map(_label_bytes, batches("label")) if "label" in columns else b"",
+        map(_joined, _lists(columns_of("captions"))) if "captions" in columns else (),
+        map(_label_bytes, columns_of("label")) if "label" in columns else b"",
     )
     return about | {"sample": sample}
 
@@ -315,7 +316,7 @@ def _column(base: Path, name: str) -> Iterator[pa.Array]:
             yield file.get_batch(number).column(name)
 
 
-def _texts(arrays: Iterable[pa.Array]) -> Iterator[Any]:
+def _lists(arrays: Iterable[pa.Array]) -> Iterator[list[str]]:
     for array in arrays:
         yield from array.to_pylist()
 
@@ -349,40 +350,3 @@ def _usable(base: Path) -> dict[str, Any] | None:
                     return None
         return found
     return None
-
-
-def fingerprint(*columns: bytes | Iterable[str | bytes]) -> str:
-    """sha256 of columns of text, read as streams, and of bytes."""
-    # Streams, as the texts of millions of files would take gigabytes.
-    digest = hashlib.sha256()
-    for column in columns:
-        length = 0
-        for chunk in [column] if isinstance(column, bytes) else _chunks(column):
-            digest.update(chunk)
-            length += len(chunk)
-        # The end of the column: what follows is not part of it.
-        digest.update(f"#{length}".encode())
-    return digest.hexdigest()
-
-
-def _chunks(values: Iterable[str | bytes]) -> Iterator[bytes]:
-    """The bytes of many texts, each with its length before it; bytes as they are."""
-    values = iter(values)
-    first = next(values, b"")
-    if isinstance(first, bytes):
-        yield first
-        yield from values  # type: ignore[misc]
-        return
-    values = chain([first], values)
-    while some := list(islice(values, BATCH)):
-        try:
-            yield "".join(f"{len(text)}:{text!s}" for text in some).encode()
-        except UnicodeEncodeError as error:
-            raise not_utf8(error) from error
-
-
-def not_utf8(error: UnicodeEncodeError) -> DataError:
-    return DataError(
-        f"{error.object[max(error.start - 40, 0) : error.end + 10]!r}: a name that is not "
-        "UTF-8; rename the file"
-    )

@@ -3,14 +3,16 @@
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.listing import Found, Writer, fingerprint
+from data_prep.fingerprints import fingerprint
+from data_prep.hashes import Hashes, given_twice
+from data_prep.listing import Found, Writer
 from data_prep.parquet_files import (
     class_names,
     fits,
@@ -22,7 +24,6 @@ from data_prep.parquet_files import (
     texts_of_group,
 )
 from data_prep.sources import class_labels, first_three
-from data_prep.spool import sorted_on_disk
 from largescale.errors import DataError
 
 # What a column has to be, for a message.
@@ -66,7 +67,7 @@ class Columns:
             found.class_names,
             map(str, self._rows),
             self._labels() if self._names["label"] else b"",
-            (text for text, _ in self._ids()) if self._names["id"] else (),
+            chain.from_iterable(self._ids()) if self._names["id"] else (),
             *map(footer, self._files),
         )
         found.facts["labels"] = self._label_of
@@ -198,31 +199,25 @@ class Columns:
                 )
         return first
 
-    def _ids(self) -> Iterator[tuple[str, bool]]:
-        """The ids of all rows, and whether each is UTF-8."""
+    def _ids(self) -> Iterator[list[str]]:
+        """The ids of all rows, many at a time. Bytes that are not UTF-8 stand as \\xNN."""
         for column in self._read("id"):
-            # All at once is faster. It fails, before anything is yielded, where an id is not UTF-8.
+            # All at once is faster. It fails where an id is not UTF-8.
             try:
-                for text in column.to_pylist():
-                    yield text, True
+                ids = column.to_pylist()
             except UnicodeDecodeError:
-                yield from map(text_of, column)
+                ids = [text for text, _ in map(text_of, column)]
+            yield ids
 
     def _check_ids(self, scratch: Path) -> None:
         """Raises DataError for ids that are given more than once."""
-        # Sorted, equal ids are neighbours: memory does not grow with the number of rows.
-        twice = 0
-        some: list[str] = []
-        last, times = None, 1
-        for id, _ in sorted_on_disk(self._ids(), scratch):
-            times = times + 1 if id == last else 1
-            last = id
-            # An id counts once, however often it is given.
-            if times == 2:
-                twice += 1
-                some += [id] if len(some) < 4 else []
-        if twice:
+        hashes = Hashes(scratch)
+        for ids in self._ids():
+            hashes.add(ids)
+        count, twice = given_twice(hashes, self._ids)
+        if count:
             raise DataError(
-                f"column {self._names['id']}: {twice:,} ids are given more than once: "
-                f"{first_three(some)}; give another --id-column, or none to number the rows"
+                f"column {self._names['id']}: {count:,} ids are given more than once: "
+                f"{first_three(id for _, _, id in twice)}; give another --id-column, or none to number "
+                "the rows"
             )

@@ -5,14 +5,16 @@ import os
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
+from data_prep.fingerprints import fingerprint
 from data_prep.images import Unusable
-from data_prep.listing import Listing, fingerprint
+from data_prep.listing import Listing
 from data_prep.walk import SUFFIXES, Missing
 from largescale.errors import DataError
 from largescale.host.files import is_unicode
@@ -359,23 +361,14 @@ def require_file(path: Path) -> None:
         raise DataError(f"{path} cannot be read ({error}); correct the path") from error
 
 
-def open_text(path: Path) -> IO[str]:
-    """A file of lines, however long it is, to be read. Raises DataError for one that is missing, or
-    not UTF-8."""
+def not_utf8_file(path: Path) -> DataError:
+    """The error of a text file that is not UTF-8, with the line."""
     number = 0
-    try:
-        with path.open("rb") as file:
-            for line in file:
-                number += 1
-                # Decoded line by line, which finds the line; csv would see the block that it is in.
-                if not line.isascii():
-                    line.decode()
-    except UnicodeDecodeError as error:
-        raise _line_not_utf8(path, number) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error}); correct the path") from error
-    # With newline="" csv itself finds the ends of lines, also inside quotes.
-    return path.open(encoding="utf-8-sig", newline="")
+    with path.open("rb") as file, suppress(UnicodeDecodeError):
+        for line in file:
+            number += 1
+            line.decode()
+    return _line_not_utf8(path, number)
 
 
 def _line_not_utf8(path: Path, line: int) -> DataError:

@@ -26,6 +26,10 @@ class Spool(Generic[T]):
         while chunk := list(islice(values, _CHUNK)):
             pickle.dump(chunk, self._file, 5)
 
+    def add(self, value: T) -> None:
+        """Adds a large value, to be in memory by itself. Not once the values are read."""
+        pickle.dump([value], self._file, 5)
+
     def __iter__(self) -> Iterator[T]:
         self._file.seek(0)
         while True:

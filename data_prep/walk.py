@@ -2,16 +2,18 @@
 grows with the number of files."""
 
 import os
-import posixpath
 import time
-from collections.abc import Callable, Container, Generator, Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import chain, groupby, starmap
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
+from data_prep.hashes import Hashes, Texts, given_twice, lacking, texts_at
 from data_prep.spool import sorted_on_disk
 from largescale.errors import DataError
 from largescale.host.launch import env_rank
@@ -22,7 +24,11 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".
 _RECENT_NS = 2 * 10**9
 # Paths that are handed on together: one by one, ten million take a minute longer.
 _AT_A_TIME = 1000
+# Folders of a list that are remembered, so as to be sorted once.
+_MOST_FOLDERS = 2**17
 
+Entries = Generator[list[os.DirEntry[str]], None, None]
+"""What a folder holds, some at a time."""
 Listed = Callable[[str, int], None]
 """Told of each folder that is listed, with the time of its last change in nanoseconds; 0 where that
 does not tell whether it changes again."""
@@ -101,27 +107,28 @@ class Walk:
         names = sorted_on_disk(self._names(entries, bar), self.scratch)
         return prefix, above | {here}, names
 
-    def _names(self, entries: Iterator[os.DirEntry[str]], bar: Any) -> Iterator[str]:
-        count = 0
-        for count, entry in enumerate(entries, start=1):
-            name = entry.name
-            if entry.is_dir():
-                yield f"{name}/"
-            # A link to nothing too: reading it will give the error.
-            elif name.lower().endswith(SUFFIXES) and (entry.is_file() or entry.is_symlink()):
-                yield name
-            else:
-                self.others += 1
-            if count % _AT_A_TIME == 0:
-                bar.update(_AT_A_TIME)
-        bar.update(count % _AT_A_TIME)
+    def _names(self, entries: Entries, bar: Any) -> Iterator[str]:
+        for some in entries:
+            for entry in some:
+                name = entry.name
+                is_image = name.lower().endswith(SUFFIXES)
+                if is_image and entry.is_file():
+                    yield name
+                elif entry.is_dir():
+                    yield f"{name}/"
+                # A link to nothing: reading it will give the error.
+                elif is_image and entry.is_symlink():
+                    yield name
+                else:
+                    self.others += 1
+            bar.update(len(some))
 
 
 class _Unlistable(DataError):
     """A folder that cannot be listed."""
 
 
-def scan(folder: str) -> tuple[os.stat_result, Generator[os.DirEntry[str], None, None]]:
+def scan(folder: str) -> tuple[os.stat_result, Entries]:
     """What a folder is, from before it is read, and its entries that do not begin with a dot.
     Raises DataError for one that cannot be listed."""
     try:
@@ -132,12 +139,12 @@ def scan(folder: str) -> tuple[os.stat_result, Generator[os.DirEntry[str], None,
         raise _unlistable(folder, error) from error
 
 
-def _visible(folder: str, entries: Any) -> Generator[os.DirEntry[str], None, None]:
+def _visible(folder: str, entries: Any) -> Entries:
     try:
         with entries:
-            for entry in entries:
-                if not entry.name.startswith("."):
-                    yield entry
+            found = iter(entries)
+            while some := list(islice(found, _AT_A_TIME)):
+                yield [entry for entry in some if entry.name[0] != "."]
     except OSError as error:
         raise _unlistable(folder, error) from error
 
@@ -165,97 +172,87 @@ def list_images(root: Path, folders: Container[str] | None = None) -> tuple[list
 class Missing:
     """What of a list of files is not there."""
 
-    count: int = 0
-    first: list[str] = field(default_factory=list)  # a few, for a message
-    unlisted: int = 0  # images in the same folders that the list does not name
-    twice: tuple[int, int] | None = None  # the numbers of a name that is given twice
-    _bits: bytearray = field(default_factory=bytearray)
+    count: int
+    first: list[str]  # a few, for a message
+    unlisted: int  # images in the same folders that the list does not name
+    twice: tuple[int, int, str] | None  # the numbers of a name that is given twice, and the name
+    _bits: npt.NDArray[np.uint8]
 
-    def add(self, number: int, name: str) -> None:
-        self.count += 1
-        if len(self.first) < 4:
-            self.first.append(name)
-        byte, bit = divmod(number, 8)
-        self._bits.extend(bytes(max(byte + 1 - len(self._bits), 0)))
-        self._bits[byte] |= 1 << bit
-
-    def __contains__(self, number: int) -> bool:
+    def among(self, start: int, count: int) -> list[bool]:
+        """Which of `count` names are missing, from the number `start` on."""
         # A bit for each: a set of a million numbers would take a hundred megabytes.
-        byte, bit = divmod(number, 8)
-        return byte < len(self._bits) and bool(self._bits[byte] >> bit & 1)
+        first = start // 8
+        bits = np.unpackbits(self._bits[first : first + count // 8 + 2], bitorder="little")
+        some: list[bool] = bits[start - 8 * first :][:count].astype(bool).tolist()
+        return some
 
 
 def missing_files(
     root: Path,
-    names: Iterable[tuple[int, str]],
+    names: Iterable[Sequence[str]],
+    again: Texts,
     scratch: Path | None = None,
     listed: Listed = _nobody,
 ) -> Missing:
-    """Which of the names, each with its number, are not files below `root`. Raises DataError where
-    `root` cannot be listed."""
+    """Which of the names, some at a time and counted from 0, are not files below `root`. `again`: the
+    same names once more. Raises DataError where `root` cannot be listed."""
     # An unreadable root is an error of its own.
     status, entries = scan(str(root))
     next(entries, None)
     entries.close()
     listed(str(root), changed_ns(status))
-    found = Missing()
-    # Sorted by folder: each is listed once, as asking for each of millions of files takes hours.
-    keys = sorted_on_disk(starmap(_key, names), scratch)
-    for folder, group in groupby(keys, key=lambda key: key.partition("\0")[0]):
-        there, images = _files(root, folder, scratch, listed)
-        present = _compare(folder, group, there, found)
-        found.unlisted += images() - present
-    return found
 
-
-def _key(number: int, name: str) -> str:
-    """Folder, name and number as one text: what is sorted by it, is sorted by folder."""
-    folder, _, file = name.rpartition("/")
-    return f"{folder}\0{file}\0{number:012d}"
-
-
-def _files(
-    root: Path, folder: str, scratch: Path | None, listed: Listed
-) -> tuple[Iterator[str], Callable[[], int]]:
-    """The names of a folder's files, sorted, and what tells how many of them are images."""
+    # Each folder is listed once, as asking for each of millions of files takes hours.
+    asked, there = Hashes(scratch), Hashes(scratch)
     images = 0
+    for folder, _ in groupby(sorted_on_disk(_folders(names, asked), scratch)):
+        images += _add_files(root, folder, there, listed)
 
-    def names(entries: Iterator[os.DirEntry[str]]) -> Iterator[str]:
-        nonlocal images
-        for entry in entries:
-            if entry.is_file():
-                images += entry.name.lower().endswith(SUFFIXES)
-                yield entry.name
+    count = 0
+    first: list[int] = []
+    bits = np.zeros(len(asked) // 8 + 2, np.uint8)
+    for numbers in lacking(asked, there):
+        count += len(numbers)
+        first = sorted([*first, *numbers[:4].tolist()])[:4]
+        np.bitwise_or.at(bits, numbers // 8, (1 << numbers % 8).astype(np.uint8))
+    _, twice = given_twice(asked, again)
+    return Missing(
+        count,
+        list(texts_at(again(), first).values()),
+        images - (len(asked) - count),
+        twice[0] if twice else None,
+        bits,
+    )
 
-    path = os.path.join(root, folder)
+
+def _folders(names: Iterable[Sequence[str]], asked: Hashes) -> Iterator[str]:
+    """The folders of the names, few of them more than once; the names are added to `asked`."""
+    seen: set[str] = set()
+    for some in names:
+        asked.add(some)
+        new = {name[: name.rfind("/") + 1] for name in some} - seen
+        yield from new
+        # Not of a list that has another folder for each of millions of files.
+        if len(seen) > _MOST_FOLDERS:
+            seen.clear()
+        seen |= new
+
+
+def _add_files(root: Path, folder: str, there: Hashes, listed: Listed) -> int:
+    """Adds the paths of a folder's files; returns how many of them are images. `folder`: relative
+    to `root`, with a slash behind it, or empty."""
+    path = os.path.join(root, folder.removesuffix("/"))
     # A list may name files in a folder that is not there: they are missing, which is no error yet.
     if not os.path.isdir(path):
         listed(path, 0)  # it may come
-        return iter(()), lambda: 0
+        return 0
     status, entries = scan(path)
     listed(path, changed_ns(status))
-    return sorted_on_disk(names(entries), scratch), lambda: images
-
-
-def _compare(folder: str, keys: Iterator[str], there: Iterator[str], found: Missing) -> int:
-    """Compares the sorted keys of one folder with the sorted names that are there; returns how many
-    of the keys are."""
-    # Both are sorted: they are read side by side, one name of each in memory.
-    present = 0
-    last, last_number, there_now = None, 0, next(there, None)
-    for key in keys:
-        _, name, digits = key.split("\0")
-        number = int(digits)
-        if name == last:
-            # Of several such names the one that a reader of the list meets first.
-            if found.twice is None or number < found.twice[1]:
-                found.twice = (last_number, number)
-            continue
-        last, last_number = name, number
-        while there_now is not None and there_now < name:
-            there_now = next(there, None)
-        if there_now == name:
-            present += 1
-        else:
-            found.add(number, posixpath.join(folder, name))
-    return present
+    images = 0
+    for some in entries:
+        names = [entry.name for entry in some if entry.is_file()]
+        there.add([folder + name for name in names])
+        # All at once: no name has a slash in it.
+        text = "/".join([*names, ""]).lower()
+        images += sum(text.count(f"{suffix}/") for suffix in SUFFIXES)
+    return images

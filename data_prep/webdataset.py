@@ -29,8 +29,8 @@ from typing import IO, Any, Self
 from urllib.parse import urlparse
 
 from data_prep import packing, program
+from data_prep.fingerprints import fingerprint
 from data_prep.images import Unusable
-from data_prep.listing import fingerprint
 from data_prep.sources import (
     Item,
     Skips,

@@ -18,7 +18,9 @@ from PIL import Image
 
 from data_prep import (
     folder,
+    hashes,
     imagenet,
+    labels_csv,
     left_out,
     listing,
     packer,
@@ -65,7 +67,10 @@ NAMES = [f"{folder}{name}.png" for folder in ("", "a/", "a.b/", "a/c/", "a-b/", 
 @pytest.mark.parametrize("run", [3, 1000])
 def test_what_does_not_fit_in_memory_is_sorted_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: int) -> None:
     monkeypatch.setattr(spool, "RUN", run)
+    monkeypatch.setattr(hashes, "RANGE", run)
+    monkeypatch.setattr(hashes, "BLOCK", run)
     monkeypatch.setattr(walk, "_AT_A_TIME", 2)
+    monkeypatch.setattr(walk, "_MOST_FOLDERS", run)
     monkeypatch.setattr(listing, "BATCH", 4)
     tree(tmp_path / "i", NAMES)
     (tmp_path / "i/a/notes.txt").touch()
@@ -76,12 +81,15 @@ def test_what_does_not_fit_in_memory_is_sorted_all_the_same(tmp_path: Path, monk
     # In the order of a list, of which some are missing, and of folders that hold more than the list names.
     asked = [*NAMES[::2], "a/gone.png", "gone/1.png", "a/c/gone.png"]
     random.Random(0).shuffle(asked)
-    missing = missing_files(tmp_path / "i", enumerate(asked), tmp_path)
-    gone = [i for i, name in enumerate(asked) if name not in NAMES]
-    assert [i for i in range(len(asked)) if i in missing] == gone and missing.count == 3 and missing.twice is None
+    cut = [asked[:5], asked[5:]]
+    missing = missing_files(tmp_path / "i", cut, lambda: cut, tmp_path)
+    gone = [name not in NAMES for name in asked]
+    assert missing.count == 3 and missing.twice is None and missing.first == [name for name in asked if name not in NAMES]
+    assert [missing.among(start, len(asked) - start) for start in range(len(asked))] == [gone[start:] for start in range(len(asked))]
     folders = {os.path.dirname(name) for name in asked}
     assert missing.unlisted == sum(os.path.dirname(name) in folders for name in NAMES) - len(NAMES[::2])
-    assert missing_files(tmp_path / "i", enumerate(["x", *asked[:4], "x", asked[1], asked[1]]), tmp_path).twice == (0, 5)
+    twice = [["x", *asked[:4]], ["x", asked[1], asked[1]]]
+    assert missing_files(tmp_path / "i", twice, lambda: twice, tmp_path).twice == (0, 5, "x")
 
 
 class Entry:
@@ -123,6 +131,9 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(spool, "_CHUNK", 5)
     monkeypatch.setattr(walk, "_AT_A_TIME", 100)
     monkeypatch.setattr(listing, "BATCH", 100)
+    monkeypatch.setattr(labels_csv, "AT_A_TIME", 100)
+    monkeypatch.setattr(hashes, "RANGE", 250)
+    monkeypatch.setattr(hashes, "BLOCK", 100)
     scandir, n = os.scandir, 0
     monkeypatch.setattr(os, "scandir", lambda path: Entries(n) if str(path).startswith(str(tmp_path / "i")) else scandir(path))
     (tmp_path / "i").mkdir()
@@ -170,6 +181,19 @@ def test_a_start_after_the_first_lists_nothing(tmp_path: Path, monkeypatch: pyte
     assert len(sorted((tmp_path / "out/packing").iterdir())) == len(found) + 1
     with pytest.raises(DataError, match="cannot write .* free space, or correct --out"):
         Listings(tmp_path / "i/n1/a.png").get({}, (), lambda writer: Found({}))
+
+
+def test_files_at_equal_steps_stand_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their sizes tell two folders apart; which files they are is the same in every version."""
+    monkeypatch.setattr(listing, "BATCH", 3)
+    monkeypatch.setattr(listing, "SIZES", 3)
+    names = [f"{i:02d}.png" for i in range(11)]
+    source = folder.read(tree(tmp_path, names))
+    before = source.changed()
+    for name in names:
+        (tmp_path / name).write_bytes(b"another size" if name in names[::4] else b"")
+        assert (source.changed() is not None) == (name in names[::4]) and before is None
+        (tmp_path / name).unlink()
 
 
 def options(images: Path, out: Path) -> list[str]:
