@@ -12,6 +12,7 @@ from data_prep.listing import Listings
 from data_prep.sources import Source
 from largescale.checkpoint.files import require_outside_checkpoints
 from largescale.config.command_line import check_counts
+from largescale.data.format import read_manifest
 from largescale.distributed.ranks import check_cuda
 from largescale.errors import ConfigError
 from largescale.models.half_precision import check_on_cpu
@@ -92,3 +93,5 @@ class Packing:
         require_outside_checkpoints(self.out, "--out")
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"--out {self.out} is a file; give a folder")
+        if self.append:
+            read_manifest(self.out)  # there has to be a set that can grow

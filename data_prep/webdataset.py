@@ -375,6 +375,10 @@ def _shards_named(name: str, allow_remote: bool) -> list[str]:
                 "by running commands; correct the path, or allow them with --allow-remote"
             )
         return [name]
+    if os.path.isdir(name):
+        raise DataError(
+            f"--shards {name} is a folder; name its tar files: '{os.path.join(name, '*.tar')}'"
+        )
     found = sorted(glob.glob(name)) if glob.has_magic(name) else []
     refuse_splits(name, splits_in(found), "name those of one with --shards")
     return found

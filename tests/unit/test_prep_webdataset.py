@@ -205,6 +205,8 @@ def test_missing_tars(tmp_path: Path) -> None:
                              "${NOT_SET}.tar": "cannot be expanded: missing environment variable", "{0..": "1 shards are missing|cannot be expanded"}.items():
         with pytest.raises(DataError, match=message):
             webdataset.read([f"{tmp_path}/{pattern}"])
+    with pytest.raises(DataError, match=rf"is a folder; name its tar files: '{tmp_path}/\*\.tar'"):
+        webdataset.read([str(tmp_path)])
     with pytest.raises(DataError, match="--shards names no tar file"):
         webdataset.read([])
     for i in 5, 3, 9, 7, 8, 6:
