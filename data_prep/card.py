@@ -7,8 +7,10 @@ All of it is read from the set itself, so that it is the same whoever writes it.
 import io
 import json
 import re
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,9 +48,16 @@ SIZES = {
 LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
-def write_card(data: ShardDataset) -> bool:
-    """Writes the card of the set as it is, unless it is there; returns False, and writes nothing,
-    where somebody else's README.md lies there."""
+def write_card(out: Path) -> None:
+    """Writes the card of a packed set as it is now. Somebody else's README.md stays, which is
+    said."""
+    if not _write(ShardDataset(out)):
+        print(f"note: {out / CARD} is not ours, and stays as it is", file=sys.stderr, flush=True)
+
+
+def _write(data: ShardDataset) -> bool:
+    """Writes the card, unless it is there already; returns False, and writes nothing, where
+    somebody else's README.md lies there."""
     path = data.path / CARD
     try:
         there = path.read_text(encoding="utf-8")

@@ -19,10 +19,11 @@ from largescale.host.files import fsync_dir
 _TYPE = np.dtype("<u8")
 
 
-def content_hash(image: npt.NDArray[np.uint8]) -> bytes:
-    """8 bytes that are the same for the same pixels, after the crop and before any encoder."""
+def content_hash(content: npt.NDArray[Any]) -> bytes:
+    """8 bytes that are the same for the same pixels, after the crop and before any encoder; or for
+    the same latents, where others have encoded them."""
     # Of ten million images two are taken for one with a probability of 3 in a million.
-    return hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=8).digest()
+    return hashlib.blake2b(np.ascontiguousarray(content).data, digest_size=8).digest()
 
 
 class Known:

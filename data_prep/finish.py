@@ -2,7 +2,6 @@
 beside it."""
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -14,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep import card, images
+from data_prep import images
 from data_prep.append import grown
+from data_prep.card import write_card
 from data_prep.content import write_hashes
-from data_prep.encoding import Encoders, Image
+from data_prep.encoding import Content, Encoding
 from data_prep.left_out import SKIPPED, Totals, write_skipped
-from data_prep.packing import Packing
+from data_prep.packing import PackerOptions
 from data_prep.sources import Item, Source, first_reasons, source_changed
 from largescale.data.format import LATENT_RGB, DatasetInfo
 from largescale.data.loader import to_x_start
@@ -36,16 +36,16 @@ HASHES = "content{}.hashes"
 
 @dataclass(frozen=True, kw_only=True)
 class Finish:
-    """Makes a data set of the parts that all ranks have packed. `decode`: an item with its cropped
-    image, or with the reason why there is none; `base`: the set that grows."""
+    """Makes a data set of the parts that all ranks have packed. `decode`: an item with its content,
+    or with the reason why there is none; `base`: the set that grows."""
 
-    options: Packing
+    options: PackerOptions
     source: Source
-    encoders: Encoders
+    encoders: Encoding
     info: DatasetInfo
     parts: Parts
     base: ShardDataset | None
-    decode: Callable[[Item], tuple[Item, Image | str]]
+    decode: Callable[[Item], tuple[Item, Content | str]]
 
     def __call__(self) -> None:
         """Writes the manifest once every part is done, and removes what only packing needed."""
@@ -128,7 +128,7 @@ class Finish:
         if self.encoders.text:
             (encoding,) = self.encoders.text([""])
             empty = write_empty_caption(out, self.info, encoding.tokens, encoding.pooled)
-        trip = self.round_trip() if self.encoders.vae else []
+        trip = self.round_trip() if self.encoders.has_encoded else []
         about: dict[str, Any] = {}
         if trip:
             about["round_trip"] = {"images": len(trip), "psnr": trip}
@@ -145,7 +145,7 @@ class Finish:
             captions=totals.captions,
             captions_cut=totals.captions_cut,
             skipped={"count": reasons.total(), "reasons": dict(reasons.most_common(20))},
-            made_with={"vae": _resolved(self.options.vae), "text_encoder": self._text_encoder()},
+            made_with=self.encoders.made_with(),
             **named,
             **about,
         )
@@ -178,14 +178,14 @@ class Finish:
                         break
         return values
 
-    def _restored(self, image: Image) -> Image:
+    def _restored(self, image: Content) -> Content:
         """What an image becomes by way of its latent; of moments, their mean."""
         vae = self.encoders.vae
         assert vae
         stored = vae.encode(torch.from_numpy(image)[None].to(self.encoders.device)).cpu()
         no_noise = torch.zeros(1, *self.info.x_shape)
         x_start = to_x_start(stored, self.info.kind, self.info.normalization, no_noise)
-        restored: Image = vae.decode(x_start)[0].numpy()
+        restored: Content = vae.decode(x_start)[0].numpy()
         return restored
 
     def _some_latents(self) -> torch.Tensor:
@@ -196,18 +196,6 @@ class Finish:
         # Of moments the mean: the posterior without noise.
         no_noise = torch.zeros(len(rows), *data.info.x_shape)
         return to_x_start(latent, self.info.kind, self.info.normalization, no_noise)
-
-    def _text_encoder(self) -> str | None:
-        scheme, _, where = (self.options.text_encoder or "").partition(":")
-        return f"{scheme}:{_resolved(where)}" if self.encoders.text else None
-
-
-def write_card(out: Path) -> None:
-    """Writes the card of a packed set, which a start writes that was killed before it could."""
-    if not card.write_card(ShardDataset(out)):
-        print(
-            f"note: {out / card.CARD} is not ours, and stays as it is", file=sys.stderr, flush=True
-        )
 
 
 def summary(out: Path, done: str) -> str:
@@ -232,10 +220,3 @@ def summary(out: Path, done: str) -> str:
         f"({size / len(data):,.0f} bytes an image){encoders}; {done}; {left_out} left "
         f"out{listed}"
     )
-
-
-def _resolved(spec: str | None) -> str | None:
-    """A local path made absolute; a hub name as it is."""
-    if spec and Path(spec).expanduser().exists():
-        return str(Path(spec).expanduser().resolve())
-    return spec

@@ -30,11 +30,13 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from data_prep import finish, images
+from data_prep import finish
 from data_prep.append import ALREADY, AddedParts, check_alike, check_class_names, known_images
+from data_prep.card import write_card
 from data_prep.content import Known, content_hash
-from data_prep.encoding import Encoders, Image
-from data_prep.packing import Packing
+from data_prep.encoding import Content
+from data_prep.images import Unusable
+from data_prep.packing import PackerOptions
 from data_prep.progress import Progress, write_plan
 from data_prep.sources import Item, Source
 from largescale.data.parts import Parts
@@ -66,7 +68,7 @@ B = TypeVar("B")
 class Packer:
     """A source, the encoders, and this process's share of the parts."""
 
-    def __init__(self, options: Packing) -> None:
+    def __init__(self, options: PackerOptions) -> None:
         # Everything that can be wrong is found before the encoders are loaded.
         options.check()
         self.options = options
@@ -80,14 +82,12 @@ class Packer:
     def _prepare(self) -> None:
         """Loads the encoders, and finds out what is packed already."""
         options = self.options
-        self.encoders = Encoders(options, self.source)
+        self.encoders = options.encoding(self.source)
         self.info = self.encoders.info()
 
         # Ranks do not talk to each other: each takes parts that no other has claimed.
         self.rank = env_rank()
         self.world_size = env_world_size()
-        # A quarter of the resolution: smaller images would be enlarged more than four times.
-        self.min_side = options.min_side or max(options.resolution // 4, 1)
         parts = self.source.parts(options.rows_per_shard)
         place = (parts, self.rank, self.world_size, _places)
         self.base: ShardDataset | None = None  # the set that grows
@@ -108,15 +108,10 @@ class Packer:
 
     def _job(self) -> dict[str, Any]:
         """Everything that the shards depend on, to the byte."""
-        options = self.options
         return {
             "source": self.source.facts | {"fingerprint": self.source.fingerprint},
             "info": self.info.plain(),
-            "rows_per_shard": options.rows_per_shard,
-            "crop": "ADM's centre crop",
-            "min_side": self.min_side,
-            "max_pixels": options.max_pixels,
-            "mirror": self.encoders.vae is not None and options.mirror,
+            "rows_per_shard": self.options.rows_per_shard,
             **self.encoders.settings(),
         }
 
@@ -130,7 +125,7 @@ class Packer:
                 if self.rank != 0:
                     return ""
                 # A start that was killed right after the manifest has left no card.
-                finish.write_card(self.options.out)
+                write_card(self.options.out)
                 return finish.summary(self.options.out, finish.ALREADY_PACKED)
             if self.rank == 0:
                 print(announcement(self.source), file=sys.stderr, flush=True)
@@ -236,7 +231,7 @@ class Packer:
             chunk = _Counted(islice(items, rows_per_shard))
             shard = Shard(self.info)
             hashes = b""
-            decoded = _ahead(decoders, self.decode, chunk, 2 * self.options.batch_size)
+            decoded = _ahead(decoders, self.decode, chunk, 2 * self.encoders.batch_size)
             batches = self.batches(decoded, record["skipped"], progress)
             for rows in _ahead(encoder, self.encoders.encode, batches, batches_ahead):
                 progress.update(len(rows))
@@ -263,20 +258,17 @@ class Packer:
             self.parts.save(part, record)
         return encoded
 
-    def decode(self, item: Item) -> tuple[Item, Image | str]:
-        """The item with its cropped image, or with the reason why there is none."""
-        options = self.options
+    def decode(self, item: Item) -> tuple[Item, Content | str]:
+        """The item with its content, such as the cropped image, or with the reason why there is
+        none."""
         try:
             if not is_unicode(item.id):
-                raise images.Unusable("its name is not UTF-8")
-            data = item.read()
-            if self.source.captioned and not item.captions:
-                raise images.Unusable("it has no caption")
-            image = images.decode(data, options.resolution, self.min_side, options.max_pixels)
-            if self._known is not None and content_hash(image) in self._known:
-                raise images.Unusable(ALREADY)
-            return item, image
-        except (images.Unusable, FileNotFoundError) as error:
+                raise Unusable("its name is not UTF-8")
+            content = self.encoders.decode(item)
+            if self._known is not None and content_hash(content) in self._known:
+                raise Unusable(ALREADY)
+            return item, content
+        except (Unusable, FileNotFoundError) as error:
             return item, str(error)
         except OSError as error:
             # A file system with errors must not thin out the data set.
@@ -286,23 +278,23 @@ class Packer:
 
     def batches(
         self,
-        decoded: Iterable[tuple[Item, Image | str]],
+        decoded: Iterable[tuple[Item, Content | str]],
         skipped: list[list[str]],
         progress: Progress,
-    ) -> Iterator[list[tuple[Item, Image]]]:
-        """Batches of the images that could be decoded; the others are added to `skipped`."""
-        batch: list[tuple[Item, Image]] = []
-        for item, image in decoded:
+    ) -> Iterator[list[tuple[Item, Content]]]:
+        """Batches of the items that could be decoded; the others are added to `skipped`."""
+        batch: list[tuple[Item, Content]] = []
+        for item, content in decoded:
             if stop_requested():
                 raise Stopped
             # A text is the reason why there is no image.
-            if isinstance(image, str):
+            if isinstance(content, str):
                 progress.update()
-                skipped.append([item.id, image])
+                skipped.append([item.id, content])
                 progress.left_out(len(skipped))
             else:
-                batch.append((item, image))
-            if len(batch) == self.options.batch_size:
+                batch.append((item, content))
+            if len(batch) == self.encoders.batch_size:
                 yield batch
                 batch = []
         if batch:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data_prep.dealing import Dealer, Lost, Work
 from data_prep.finish import ALREADY_PACKED
-from data_prep.packing import Packing
+from data_prep.packing import PackerOptions
 from data_prep.progress import counted
 from data_prep.ray_worker import Begun, Packed, Wanted, Worker, given_files, marked, versions
 from largescale.errors import ConfigError, LargescaleError
@@ -145,7 +145,7 @@ def connected(address: str) -> Iterator[Any]:
             ray.shutdown()
 
 
-def importable(options: Packing) -> Packing:
+def importable(options: PackerOptions) -> PackerOptions:
     """The same options, of a class that another process finds by its module's name: that of a
     program is in __main__."""
     program = type(options)
@@ -154,7 +154,7 @@ def importable(options: Packing) -> Packing:
         return options
     found = getattr(importlib.import_module(spec.name), program.__qualname__)
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    made: Packing = found(**values)
+    made: PackerOptions = found(**values)
     return made
 
 
@@ -176,7 +176,7 @@ def check_nodes(ray: Any, nodes: Collection[Node], wanted: Wanted) -> None:
             raise ConfigError(f"Ray's node {node['NodeManagerAddress']} {missing}")
 
 
-def pack_on_ray(options: Packing) -> str:
+def pack_on_ray(options: PackerOptions) -> str:
     """Packs on a Ray cluster; returns a line to print."""
     options.check()
     if env_world_size() > 1:

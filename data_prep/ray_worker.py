@@ -18,8 +18,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data_prep import finish
+from data_prep.card import write_card
 from data_prep.packer import Packer, announcement
-from data_prep.packing import Packing
+from data_prep.packing import PackerOptions
 from data_prep.progress import Progress
 from largescale.data.format import MANIFEST
 from largescale.data.parts import Parts
@@ -47,7 +48,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def given_files(options: Packing) -> dict[str, int | None]:
+def given_files(options: PackerOptions) -> dict[str, int | None]:
     """The files and folders that the options name, with the files' sizes."""
     found: dict[str, int | None] = {}
     for field in dataclasses.fields(options):
@@ -148,7 +149,7 @@ class Worker:
     """A process of the cluster that holds the encoders, and packs the parts that it is given."""
 
     def __init__(
-        self, options: Packing, wanted: Wanted, number: int, workers: int, own_cores: int
+        self, options: PackerOptions, wanted: Wanted, number: int, workers: int, own_cores: int
     ) -> None:
         self._options, self._wanted = options, wanted
         self._number, self._workers, self._cores = number, workers, own_cores
@@ -199,7 +200,7 @@ class Worker:
             assert packer
             # A worker that died may have written the manifest.
             if packer.parts.finished:
-                finish.write_card(packer.options.out)
+                write_card(packer.options.out)
             else:
                 packer.parts.join()
                 packer.begin()
