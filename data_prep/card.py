@@ -86,7 +86,7 @@ def card_text(data: ShardDataset, picture: bool) -> str:
         f"---\n{front_matter(data)}\n---",
         f"<!-- {MARK}, of the fingerprint {data.fingerprint}; without this line the card stays as "
         "it is when the set grows -->",
-        f"# {plain(data.info.name)}",
+        f"# {plain(_title(data))}",
         _summary(data),
     ]
     # Latents are shown without their VAE. The card says so, as the colours are not the true ones.
@@ -118,7 +118,7 @@ def front_matter(data: ShardDataset) -> str:
             names.append(licence)
     licences = list(known)
     size = next((name for limit, name in SIZES.items() if len(data) < limit), "n>1B")
-    values: dict[str, Any] = {"pretty_name": data.info.name}
+    values: dict[str, Any] = {"pretty_name": _title(data)}
     if licences:
         values["license"] = licences[0] if len(licences) == 1 else licences
     if "other" in licences:
@@ -133,12 +133,21 @@ def front_matter(data: ShardDataset) -> str:
     return text.rstrip()
 
 
+def _title(data: ShardDataset) -> str:
+    split = data.manifest.get("split")
+    return f"{data.info.name}, {split['part']}" if split else data.info.name
+
+
 def _parts(data: ShardDataset) -> list[tuple[dict[str, Any], int, str | None]]:
-    """The sources of the set: the job of each, how many of its images there are, and the licence
-    that was given."""
+    """The sources of the set, or of the one that it is a part of: the job of each, how many of its
+    images there are, and the licence that was given."""
     manifest = data.manifest
-    additions = manifest.get("additions", [])
-    parts = [(manifest["job"], data.first_rows, manifest.get("licence"))]
+    whole = manifest.get("split", {})
+    # A part may have grown itself.
+    additions = [*whole.get("additions", ()), *manifest.get("additions", ())]
+    first_rows = whole.get("first_rows", data.first_rows)
+    # Programs that encode nothing, and older versions, may have noted no job.
+    parts = [(manifest.get("job", {}), first_rows, manifest.get("licence"))]
     for addition in additions:
         parts.append((addition["job"], addition["rows"], addition.get("licence")))
     return parts
@@ -156,7 +165,8 @@ def _summary(data: ShardDataset) -> str:
         if names:
             held += f" ({_some(names)})"
     if "captions" in manifest["columns"]:
-        held += f", with {manifest.get('captions', 0):,} captions"
+        count = f"{manifest['captions']:,} " if "captions" in manifest else ""
+        held += f", with {count}captions"
         # Texts that were packed without an encoder have no tokens.
         if info.captions:
             held += f", encoded up to {info.captions.tokens} tokens"
@@ -167,34 +177,52 @@ def _summary(data: ShardDataset) -> str:
 def _sources(data: ShardDataset) -> str:
     rows = []
     for job, images, licence in _parts(data):
-        source = job["source"]
+        source = job.get("source", {})
         # Parquet counts rows. Of tar files only reading tells how many images there are.
         listed = source.get("images_listed", source.get("rows"))
+        of_format = f", {source['format']}" if "format" in source else ""
         rows.append(
             (
-                job["info"]["name"],
-                source.get("program", ""),
+                job.get("info", {}).get("name", data.info.name),
+                source.get("program", "") + of_format,
                 "" if listed is None else f"{listed:,}",
                 f"{images:,}",
                 licence or "none was given",
             )
         )
-    return table(("source", "read by", "images listed", "in the set", "licence"), rows)
+    sources = table(("source", "read by", "images listed", "in the set", "licence"), rows)
+    return f"{_part_of(data)}{sources}"
+
+
+def _part_of(data: ShardDataset) -> str:
+    """A paragraph about the set that this is a part of; "" where it is a whole one."""
+    split = data.manifest.get("split")
+    if not split:
+        return ""
+    rows = f" of {split['rows']:,} images" if "rows" in split else ""
+    return (
+        f"This is the part {code(split['part'])} of a set{rows} with the fingerprint "
+        f"{code(split['of'])}. Rows are held out by the hash of their ids: a share of "
+        f"{split['share']:g}, with the seed {split['seed']}. The sources of the whole set:\n\n"
+    )
 
 
 def _left_out(manifest: dict[str, Any]) -> str:
-    skipped = manifest["skipped"]
+    skipped = manifest.get("skipped")
+    if skipped is None:
+        return "Not noted."
     if not skipped["count"]:
         return "Nothing."
     rows = [(reason, f"{count:,}") for reason, count in skipped["reasons"].items()]
-    text = f"{skipped['count']:,} images, each with its reason in `skipped.jsonl`."
+    of = " of the whole set" if "split" in manifest else ""
+    text = f"{skipped['count']:,} images{of}, each with its reason in `skipped.jsonl`."
     return f"{text}\n\n{table(('reason', 'images'), rows)}"
 
 
 def _made(data: ShardDataset) -> str:
     manifest = data.manifest
-    job = manifest["job"]
-    lines = [job["crop"]]
+    job = manifest.get("job", {})
+    lines = [job["crop"]] if "crop" in job else []
     # Versions before this one noted less.
     if "min_side" in job and "max_pixels" in job:
         lines.append(
@@ -209,6 +237,8 @@ def _made(data: ShardDataset) -> str:
         precision = f", in {job['precision']}" if "precision" in job else ""
         lines.append(f"{name} encoder: {plain(identity)}{known}{precision}")
     if data.info.kind != "pixels":
+        if not data.info.encoders:
+            lines.append("encoder: not known")
         lines.append(f"scale factor {data.info.scale_factor:g}")
     statistics = from_manifest(manifest, data.path)
     if statistics:
@@ -220,7 +250,7 @@ def _made(data: ShardDataset) -> str:
     trip = manifest.get("round_trip")
     if trip:
         lines.append(f"encoded and decoded again: PSNR of {round_trip_words(trip)}")
-    return "\n".join(f"- {line}" for line in lines)
+    return "\n".join(f"- {line}" for line in lines) or "Not noted."
 
 
 def _numbers(values: Sequence[float]) -> str:

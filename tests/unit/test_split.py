@@ -7,10 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
-from data_prep import split
+from data_prep import split, webdataset
 from largescale.data.shards import ShardDataset
 from tests.conftest import CAPTIONED, RunHere
+from tests.unit.packed_pictures import one_thread, picture  # noqa: F401
+from tests.unit.source_files import tar
+from tests.unit.test_append import pack
 
 
 def rows_of(path: Path) -> dict[str, dict[str, Any]]:
@@ -37,7 +41,8 @@ def test_each_row_is_in_one_part_and_as_it_was(name: str, tmp_path: Path, reques
         assert row.keys() == every[id].keys() and all(same(value, every[id][key]) for key, value in row.items()), id
     assert {*held_out} == {id for id in every if split.is_held_out(id, 0.2)}
     manifest = json.loads((tmp_path / "validation/manifest.json").read_text())
-    assert manifest["split"] == {"of": ShardDataset(path).fingerprint, "part": "validation", "share": 0.2, "seed": 0}
+    assert manifest["split"] == {"of": ShardDataset(path).fingerprint, "part": "validation", "share": 0.2, "seed": 0,
+                                 "rows": len(every), "first_rows": len(every), "additions": []}
     if name == "captioned":
         assert all(map(same, ShardDataset(tmp_path / "train").empty_caption, ShardDataset(path).empty_caption))
 
@@ -53,6 +58,67 @@ def test_a_row_keeps_its_side(tmp_path: Path, blobs: Path) -> None:
 
 
 PINNED = [True, False, False, True, False, True, False, False]
+
+
+def test_cards_say_of_which_set_and_share(tmp_path: Path) -> None:
+    """Of a set that has grown: its sources and their licences, and the whole of what was left out."""
+    for name, numbers in ("first", range(20)), ("more", range(20, 40)):
+        (tmp_path / name).mkdir()
+        for i in numbers:
+            (tmp_path / name / f"{i:03d}.png").write_bytes(picture(i))
+    (tmp_path / "more/bad.png").write_bytes(b"no image")
+    data = tmp_path / "data"
+    assert pack(tmp_path / "first", data, "--licence", "cc-by-4.0") == pack(tmp_path / "more", data, "--append", "--licence", "Mine") == 0
+    out = tmp_path / "out"
+    assert split.main([str(data), "--out", str(out), "--share", "0.25"]) == 0
+    counts = []
+    for part in split.PARTS:
+        _, front, body = (out / part / "README.md").read_text().split("---\n", 2)
+        found = yaml.safe_load(front)
+        assert (found["pretty_name"], found["license"], found["license_name"]) == (f"folder-first, {part}", ["cc-by-4.0", "other"], "Mine")
+        assert f"the part `{part}` of a set of 40 images with the fingerprint `{ShardDataset(data).fingerprint}`" in body
+        assert "a share of 0.25, with the seed 0. The sources of the whole set:" in body
+        assert "| folder-first | data\\_prep.folder | 20 | 20 | cc-by-4.0 |\n| folder-more | data\\_prep.folder | 21 | 20 | Mine |" in body
+        assert "1 images of the whole set, each with its reason in `skipped.jsonl`." in body and "- ADM's centre crop\n" in body and (out / part / "images.png").exists()
+        counts.append(len(ShardDataset(out / part)))
+        assert f"{counts[-1]} images, as pixels" in body
+    assert sum(counts) == 40 and min(counts) > 0
+    # A part of a part names that part, and the same sources. Somebody's own card stays.
+    (tmp_path / "again/train").mkdir(parents=True)
+    (tmp_path / "again/train/README.md").write_text("# mine")
+    assert split.main([str(out / "train"), "--out", str(tmp_path / "again"), "--share", "0.5", "--seed", "1"]) == 0
+    assert (tmp_path / "again/train/README.md").read_text() == "# mine"
+    # A part that grows has the sources of the whole set, and its own.
+    (tmp_path / "third").mkdir()
+    (tmp_path / "third/x.png").write_bytes(picture(99))
+    (tmp_path / "third/bad.png").write_bytes(b"no image")
+    assert pack(tmp_path / "third", out / "train", "--append", "--licence", "cc0-1.0") == 0
+    assert [json.loads(line)["id"] for line in (out / "train/skipped.jsonl").read_text().splitlines()] == ["bad.png", "bad.png"]
+    body = (out / "train/README.md").read_text()
+    assert f"{counts[0] + 1} images" in body and "21 | 20 | Mine |\n| folder-third | data\\_prep.folder | 2 | 1 | cc0-1.0 |" in body
+    (out / "validation/skipped.jsonl").unlink()         # as older versions left it
+    assert pack(tmp_path / "third", out / "validation", "--append") == 0 and len(ShardDataset(out / "validation")) == counts[1] + 1
+    body = (tmp_path / "again/validation/README.md").read_text()
+    assert f"of a set of {counts[0]} images" in body and "| folder-more | data\\_prep.folder | 21 | 20 | Mine |" in body
+
+
+def test_a_set_that_notes_nothing(blobs: Path, tmp_path: Path) -> None:
+    """As eval.sample's, or those of older versions."""
+    assert split.main([str(blobs), "--out", str(tmp_path), "--share", "0.2"]) == 0
+    body = (tmp_path / "validation/README.md").read_text()
+    assert "| blobs |  |  | 300 | none was given |" in body and body.count("\n\nNot noted.\n") == 2
+
+
+def test_texts_without_encodings(tmp_path: Path) -> None:
+    """They stay with their rows, and are counted."""
+    samples = [(f"{i}.{kind}", picture(i) if kind == "png" else f"text {i}".encode()) for i in range(20) for kind in ("png", "txt")]
+    assert pack(tar(tmp_path / "0.tar", *samples), tmp_path / "data", "--text-encoder", "none", program=webdataset) == 0
+    assert split.main([str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--share", "0.3"]) == 0
+    for part in split.PARTS:
+        data = ShardDataset(tmp_path / "out" / part, verify=True)
+        assert data.manifest["captions"] == len(data) < 20
+        assert data.texts(np.arange(len(data))) == [[f"text {id.removeprefix('0/')}"] for _, id in data.ids()]
+        assert f"with {len(data)} captions" in (data.path / "README.md").read_text()
 
 
 def test_the_parts_train_and_validate(run_here: RunHere, captioned: Path, tmp_path: Path) -> None:
