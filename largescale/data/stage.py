@@ -208,6 +208,11 @@ def plan_copies(paths: Sequence[str], stage: str) -> tuple[list[StagedCopy], int
             f"--data.stage {folder} is a packed data set; give a folder for copies, on the node's "
             "own disk"
         )
+    # Another start would find it again: no reason to be requeued.
+    if folder.exists() and not folder.is_dir():
+        raise DataError(
+            f"--data.stage {folder} is a file; give a folder for copies, on the node's own disk"
+        )
     copies = [StagedCopy(Path(path), folder) for path in paths]
     # Not the folders above it: a disk that is not mounted would be made a folder of another disk.
     try:

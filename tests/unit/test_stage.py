@@ -349,6 +349,9 @@ def test_a_disk_that_returns_something_else(blobs: Path, tmp_path: Path, monkeyp
 def test_what_is_no_folder_for_copies(run_here: RunHere, blobs: Path, tmp_path: Path) -> None:
     refused = run_here("--data.stage", blobs)
     assert refused.code == 2 and f"--data.stage {blobs} is a packed data set; give a folder for copies" in refused.err
+    (tmp_path / "file").touch()
+    refused = run_here("--data.stage", tmp_path / "file")
+    assert refused.code == 2 and f"--data.stage {tmp_path}/file is a file; give a folder for copies" in refused.err
     refused = run_here("--data.stage", tmp_path / "not mounted/local")
     assert refused.code == 2 and not (tmp_path / "not mounted").exists()
     assert "No such file or directory; give a folder on the node's own disk that is there" in refused.err
