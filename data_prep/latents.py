@@ -8,37 +8,36 @@ The VAE is only named by its hash, and says how its latents are scaled; it encod
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from data_prep.latent_sources import LatentSource, open_source
-from largescale.checkpoint.files import require_outside_checkpoints
-from largescale.config.command_line import check_counts, parse_options, run_program
+from data_prep import program
+from data_prep.content import content_hash
+from data_prep.encoding import Content, EncodedRow, Encoding, resolved
+from data_prep.latent_files import NpyFolder, open_source
+from data_prep.latent_sources import LatentSource, RowFiles
+from data_prep.packing import PackerOptions
+from data_prep.sources import Item, Source
 from largescale.data.format import DatasetInfo
-from largescale.data.shards import ShardDataset
 from largescale.data.statistics import measure_rows
-from largescale.data.writer import ShardWriter
 from largescale.encoders.normalization import Normalization
+from largescale.encoders.text import TextEncoder
 from largescale.encoders.vae import Vae, load_vae
 from largescale.errors import ConfigError, DataError
 
-# Latents that are measured before all are written, to compare them with statistics beside them.
-SAMPLE = 256
+# Latents that are measured before any is packed, to compare them with statistics beside them.
+MEASURED = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Latents:
+class Latents(PackerOptions):
     latents: Path
     """The folder that holds them."""
-    out: Path
-    """The folder for the shards. Run again, it is written anew."""
     vae: str | None = None
     """The VAE that made the latents, a folder, a file or a name on the hub: its hash becomes a part
     of the set, so that samples can be decoded. By default it is not known."""
@@ -51,13 +50,9 @@ class Latents:
     kind: Literal["latents", "moments"] | None = None
     """What a row of MDS or datasets is: latents, or moments, which are means and then
     log-variances; by default latents."""
-    rows_per_shard: int = 4096
-    """Images in a shard."""
 
     def check(self) -> None:
-        """Raises ConfigError, or CheckpointError for --out."""
-        check_counts(self, "rows_per_shard")
-        require_outside_checkpoints(self.out, "--out")
+        super().check()
         if self.scale_factor is not None and not 0 < self.scale_factor < 1000:
             raise ConfigError(
                 f"--scale-factor {self.scale_factor} must lie in (0, 1000); SD's is 0.18215"
@@ -65,60 +60,111 @@ class Latents:
         if not self.latents.is_dir():
             raise ConfigError(f"--latents {self.latents} is not a folder; give the one of latents")
 
+    def source(self) -> NpyFolder | RowFiles:
+        return open_source(self.latents, self.column, self.shape, self.kind, self.listings)
 
-def pack(options: Latents) -> str:
-    """Writes the set; returns a line about it. Raises DataError and ConfigError."""
-    options.check()
-    source = open_source(options.latents, options.column, options.shape, options.kind)
-    # Nothing is encoded here: only what the VAE is, and how it normalises, is asked of it.
-    vae = load_vae(options.vae, torch.device("cpu")) if options.vae else None
-    info = _info(source, vae, options)
-    _check_statistics(source, options.latents)
-    about: dict[str, Any] = {
-        "job": {
-            "program": "data_prep.latents",
-            "format": source.format,
-            "latents": str(options.latents.resolve()),
-            "images": source.size,
-        }
-    }
-    if options.vae:
-        # A folder by its full path: describe looks for it later, from another working folder.
-        place = Path(options.vae).expanduser()
-        about["made_with"] = {"vae": str(place.resolve()) if place.exists() else options.vae}
-    with ShardWriter(options.out, info, options.rows_per_shard, **about) as writer:
-        for row in tqdm(_rows(source, vae, info), "repack", source.size, unit="image", delay=2):
-            writer.write(**row)
-    data = ShardDataset(options.out)
-    encoder = info.encoders.get("vae", "of an encoder that --vae did not name")
-    return f"{options.out}: {len(data):,} {info.kind} {info.shape} of {source.format}, {encoder}"
+    def encoding(self, source: Source) -> Encoding:
+        assert isinstance(source, LatentSource)
+        return Stored(self, source)
 
 
-def _info(source: LatentSource, vae: Vae | None, options: Latents) -> DatasetInfo:
-    """What the set is. Raises ConfigError for a VAE that did not make such latents."""
-    norm = vae.normalization if vae else Normalization()
-    # Statistics beside the latents are how their own program normalises them.
-    if source.mean:
-        norm = Normalization(1.0, source.mean, source.std)
-    # What the user gives comes last, so that it wins.
-    if options.scale_factor is not None:
-        norm = replace(norm, scale_factor=options.scale_factor)
-    info = DatasetInfo(
-        source.name,
-        source.kind,
-        source.shape,
-        source.num_classes,
-        norm.scale_factor,
-        {"vae": vae.identity} if vae else {},
-        latent_mean=norm.mean,
-        latent_std=norm.std,
-    )
-    if vae and vae.latent_channels != info.x_shape[0]:
-        raise ConfigError(
-            f"--vae {options.vae} has latents of {vae.latent_channels} channels, those in "
-            f"{options.latents} have {info.x_shape[0]}; give the VAE that made them"
+class Stored:
+    """Latents as a set stores them: in float16, without the encoder's shift, and not scaled.
+    Nothing is encoded.
+
+    Raises ConfigError for a VAE that did not make such latents, and DataError where the statistics
+    beside them are not theirs.
+    """
+
+    device = torch.device("cpu")
+    batch_size = 64
+    text: TextEncoder | None = None
+    has_encoded = False
+
+    def __init__(self, options: Latents, source: LatentSource) -> None:
+        self._options, self._source = options, source
+        _check_statistics(source, options.latents)
+        torch.set_num_threads(1)  # the map to colours is the same on any number of cores
+        vae = load_vae(options.vae, self.device) if options.vae else None
+        # Statistics beside the latents are how their own program normalises them.
+        norm = vae.normalization if vae else Normalization()
+        if source.mean:
+            norm = Normalization(1.0, source.mean, source.std)
+        # What the user gives comes last, so that it wins.
+        if options.scale_factor is not None:
+            norm = replace(norm, scale_factor=options.scale_factor)
+        self._info = DatasetInfo(
+            source.name,
+            source.kind,
+            source.shape,
+            source.num_classes,
+            norm.scale_factor,
+            {"vae": vae.identity} if vae else {},
+            latent_mean=norm.mean,
+            latent_std=norm.std,
         )
-    return info
+        source.notes.append(f"{source.kind} {source.shape} of {source.format}")
+        self._shift = vae.shift_factor if vae else 0.0
+        self.vae: Vae | None = None
+        if vae:
+            self._check_vae(vae)
+            self.vae = vae.normalized(norm)
+        else:
+            source.notes.append("of an encoder that --vae does not name")
+
+    def _check_vae(self, vae: Vae) -> None:
+        channels, *sides = self._info.x_shape
+        if vae.latent_channels != channels:
+            raise ConfigError(
+                f"--vae {self._options.vae} has latents of {vae.latent_channels} channels, those "
+                f"in {self._options.latents} have {channels}; give the VAE that made them"
+            )
+        # It could not decode them.
+        if vae.only_resolution:
+            side = vae.only_resolution // vae.downsampling
+            if sides != [side, side]:
+                raise ConfigError(
+                    f"--vae {self._options.vae} has latents of {side} x {side}, those in "
+                    f"{self._options.latents} are {sides[0]} x {sides[1]}; give the VAE that made "
+                    "them"
+                )
+
+    def info(self) -> DatasetInfo:
+        return self._info
+
+    def settings(self) -> dict[str, Any]:
+        # A VAE's identity is that of its weights, and the shift stands in its config.
+        return {"crop": "cropped and encoded by others", "shift_factor": self._shift}
+
+    def made_with(self) -> dict[str, str | None]:
+        return {"vae": resolved(self._options.vae)}
+
+    def decode(self, item: Item) -> Content:
+        """The latent as it is stored, and where there is one, behind it that of the mirrored image:
+        (1 or 2, C, H, W) float16."""
+        channels = self._info.x_shape[0]
+        stored = []
+        for latent in self._source.latents(item.id, item.read()):
+            latent = latent.astype(np.float32)
+            # Scaled latents are shifted already.
+            if self._source.scaled:
+                latent /= self._info.scale_factor
+            else:
+                latent[:channels] -= self._shift
+            # A value beyond float16 becomes infinite, which the shard refuses with the row's id.
+            with np.errstate(over="ignore"):
+                stored.append(latent.astype(np.float16))
+        return np.stack(stored)
+
+    def encode(self, batch: list[tuple[Item, Content]]) -> list[EncodedRow]:
+        rows: list[EncodedRow] = []
+        for item, content in batch:
+            row: dict[str, Any] = {"id": item.id, "label": item.label}
+            row |= dict(zip(("latent", "latent_mirror"), content, strict=False))
+            if self._source.captioned:
+                row["captions"] = list(item.captions)
+            rows.append((row, 0, content_hash(content)))
+        return rows
 
 
 def _check_statistics(source: LatentSource, folder: Path) -> None:
@@ -126,7 +172,9 @@ def _check_statistics(source: LatentSource, folder: Path) -> None:
     if source.mean is None or source.std is None:
         return
     # From all of the first rows: shards have images of all classes, in their loader's order.
-    latents = [row["latent"] for row in islice(source.rows(), SAMPLE)]
+    latents = []
+    for item in source.part(0, MEASURED):
+        latents.append(source.latents(item.id, item.read())[0])
     found = measure_rows(latents, source.kind)
     off = np.abs(np.array(found.mean) - source.mean) / source.std
     ratio = np.array(found.std) / source.std
@@ -141,30 +189,8 @@ def _check_statistics(source: LatentSource, folder: Path) -> None:
         )
 
 
-def _rows(source: LatentSource, vae: Vae | None, info: DatasetInfo) -> Iterator[dict[str, Any]]:
-    """The rows as they are stored: in float16, without the encoder's shift, and not scaled."""
-    channels = info.x_shape[0]
-    shift = vae.shift_factor if vae else 0.0
-    scaled = info.scale_factor if source.scaled else 1.0
-    for row in source.rows():
-        for name in ("latent", "latent_mirror"):
-            if name not in row:
-                continue
-            latent = row[name].astype(np.float32)
-            # Scaled latents are shifted already.
-            if source.scaled:
-                latent = latent / scaled
-            else:
-                latent[:channels] -= shift
-            # A value beyond float16 becomes infinite, which the writer refuses with the row's id.
-            with np.errstate(over="ignore"):
-                row[name] = latent.astype(np.float16)
-        yield row
-
-
 def main(args: Sequence[str] | None = None) -> int:
-    options = parse_options(Latents, args, program="data_prep.latents", description=__doc__)
-    return run_program(lambda: print(pack(options)), "correct the cause, and run again")
+    return program.main(Latents, args, __doc__)
 
 
 if __name__ == "__main__":

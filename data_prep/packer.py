@@ -57,6 +57,7 @@ PLACES = {
     "source.classes",
     "source.files",
     "source.shards",
+    "source.latents",
 }
 # Bytes of image files that wait in memory to be decoded.
 MOST_HELD = 2**30
