@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from data_prep.fingerprints import fingerprint
 from data_prep.latent_columns import Mds, OnDisk
 from data_prep.latent_sources import (
     SAMPLE,
@@ -23,7 +24,7 @@ from data_prep.latent_sources import (
     name_of_folder,
     reading,
 )
-from data_prep.listing import Found, Listings, Writer, fingerprint
+from data_prep.listing import Found, Listings, Writer
 from data_prep.sources import Item, ListSource, given
 from largescale.errors import ConfigError, DataError
 from largescale.host.files import sha256

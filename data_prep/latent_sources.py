@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.fingerprints import fingerprint
 from data_prep.images import Unusable
-from data_prep.listing import fingerprint
 from data_prep.sources import Item, Skips, file_size, other_size
 from largescale.errors import DataError, LargescaleError
 from largescale.host.files import from_json
