@@ -25,6 +25,7 @@ RANGE = 2**18
 # How many of the texts that are given twice are named.
 MOST_NAMED = 4
 
+# Named, so that tests can have two texts with one hash.
 _hash = hash
 
 

@@ -124,6 +124,7 @@ class OnDisk(RowFiles):
         self.kind = kind or "latents"
         rows: list[int] = []
         first: pa.RecordBatch | None = None
+        # Streams have no index of their rows: the heads of all batches are read.
         for path in files:
             rows.append(0)
             for batch in _batches(path):

@@ -102,6 +102,7 @@ def _labels_of(index: Path) -> dict[str, int]:
         raise DataError(f"{index} lists no labels, by which the latents are found; restore it")
     labels = {}
     with reading(index):
+        # The index of images has the same form.
         for name, label in entries:
             if Path(name).suffix == ".npy":
                 labels[inside(name, index)] = int(label)
@@ -212,6 +213,7 @@ def open_source(
 ) -> NpyFolder | RowFiles:
     """The latents in a folder, whatever their format. `column`, `shape`, `kind`: what a column of
     MDS or `datasets` does not say. Raises DataError or ConfigError."""
+    # REPA's encoder writes into a folder of this name beside the images.
     for inner in (folder, folder / "vae-sd"):
         if (inner / "dataset.json").is_file():
             _refuse_options(NpyFolder.format, column=column, shape=shape, kind=kind)

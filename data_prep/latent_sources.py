@@ -96,6 +96,7 @@ class RowFiles(LatentSource):
         self.size: int | None = self._starts[-1]
         if not self.size:
             raise no_rows(folder)
+        # Found while the labels are hashed, as they are read but once.
         low, high = 0, -1
 
         def hashed() -> Iterator[bytes]:

@@ -114,6 +114,7 @@ class Stored:
 
     def _check_vae(self, vae: Vae) -> None:
         channels, *sides = self._info.x_shape
+        # Samples could not be decoded, which would be found after the training.
         if vae.latent_channels != channels:
             raise ConfigError(
                 f"--vae {self._options.vae} has latents of {vae.latent_channels} channels, those "
@@ -163,6 +164,7 @@ class Stored:
             row |= dict(zip(("latent", "latent_mirror"), content, strict=False))
             if self._source.captioned:
                 row["captions"] = list(item.captions)
+            # Captions are packed as texts, which nothing cuts.
             rows.append((row, 0, content_hash(content)))
         return rows
 
