@@ -6,13 +6,11 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tyro import _unsafe_cache
 
 from largescale import train as train_program
 from largescale.checkpoint.files import CheckpointDir, checkpoints, named_weights, seal
@@ -22,6 +20,7 @@ from largescale.distributed.ranks import Ranks
 from largescale.host import signals
 from largescale.host.machine import available_bytes, cores
 from largescale.monitoring.telemetry import read_metrics
+from tests.kept_parsers import keep_parsers
 from tests.ranks import ROOT, Done, ranks_of
 
 QUIET = ("--telemetry.trackers", "--telemetry.preview-every", 0, "--telemetry.reference-every", 0)
@@ -30,8 +29,7 @@ QUIET = ("--telemetry.trackers", "--telemetry.preview-every", 0, "--telemetry.re
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# Where it sees pytest, tyro checks a tenth of what it has cached by computing it anew: half of a parse.
-_unsafe_cache.sys = SimpleNamespace(modules={})  # type: ignore[attr-defined]
+keep_parsers()
 
 # What is loaded by now stays: looking through it again and again for cycles is a twentieth of the tests' time.
 gc.freeze()

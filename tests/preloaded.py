@@ -22,6 +22,9 @@ from largescale.config.yaml_files import to_yaml
 from largescale.engine.deepspeed_patches import check_deepspeed
 from largescale.planning.memory import activation_bytes
 from largescale.train import parse
+from tests.kept_parsers import keep_parsers
+
+keep_parsers()
 
 # Their first calls read source files, and count what a model keeps for its backward pass.
 debug = parse(["debug"])

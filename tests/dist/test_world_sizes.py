@@ -22,13 +22,13 @@ from largescale.errors import CheckpointError
 from tests.conftest import QUIET, Train, ds_json, trace
 from tests.ranks import ranks_of
 
-CUT, STEPS, BATCH, NUMEL = 8, 16, 24, 32_451
+CUT, STEPS, BATCH, NUMEL = 7, 13, 24, 32_451
 # The number of parameters is odd: `debug` has 51,168, which no number of ranks up to 8 pads. Stages end after a fixed
 # number of steps, or rounding could move a transition, and with it every draw after it.
 ARGS = ("--train.steps", STEPS, "--train.global-batch-size", BATCH, "--model.depth", 1, "--model.mlp-ratio", 4.1,
-        "--curriculum.pacing", "fixed", "--curriculum.interval", 5,
+        "--curriculum.pacing", "fixed", "--curriculum.interval", 4,
         "--checkpoint.every", CUT, "--checkpoint.keep-last", 100, "--telemetry.log-every", 1)
-TRANSITIONS = [[5, 4], [10, 3], [15, 2]]
+TRANSITIONS = [[4, 4], [8, 3], [12, 2]]
 MICRO = {1: 6, 2: 6, 3: 4, 4: 6, 8: 3}  # so there are 4, 2, 2, 1 and 1 accumulation steps
 PADDING = {n: -NUMEL % (ALIGNMENT["cpu"] * n) for n in (1, 2, 3, 4, 8)}
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
