@@ -65,8 +65,11 @@ class FrechetReference:
                 f"the covariance has the eigenvalue {values[0]:.3g}; give one of features, in "
                 "float64"
             )
-        # root root^T = cov.
-        self._root = vectors * values.clamp(min=0).sqrt()
+        # root root^T = cov. Only the columns of its numerical rank (as numpy.linalg.matrix_rank has
+        # it): the others are rounding, and with fewer images than features most of the work.
+        rounding = values[-1] * len(values) * torch.finfo(values.dtype).eps
+        kept = values > rounding
+        self._root = vectors[:, kept] * values[kept].sqrt()
 
     def distance(self, mean: Array, cov: Array) -> float:
         """|m1 - m2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)) (arXiv:1706.08500, eq. 6). Raises DataError.

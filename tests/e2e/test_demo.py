@@ -35,6 +35,7 @@ def test_make_demo_interrupted_and_again(tmp_path: Path) -> None:
     stopped = max(row["step"] for row in read_metrics(run))
     assert 20 <= stopped < 60 and "run again to continue" in said
 
+    command.append("RANKS=1")
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2400)
     assert again.returncode == 0, again.stdout + again.stderr
     resumed = next(line for line in again.stderr.splitlines() if line.startswith(f"resumed {run} at step "))
@@ -47,7 +48,7 @@ def test_make_demo_interrupted_and_again(tmp_path: Path) -> None:
         assert np.asarray(Image.open(run / f"eval/cfg{scale}/grid.png")).std() > 0
     # A third time there is nothing left to do, and nothing is done twice.
     grid = (run / "eval/cfg2.0/grid.png").stat().st_mtime_ns
-    third = subprocess.run([*command, "RANKS=1"], cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    third = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert "left alone" in third.stdout and (run / "eval/cfg2.0/grid.png").stat().st_mtime_ns == grid
     assert "classifier: trained" in again.stderr and "classifier: trained" not in third.stderr
     assert "cfg2.0:" in third.stdout

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +119,9 @@ def test_trained_interrupted_resumed_and_sampled(packed: Path, coco: tuple[Path,
     assert checkpoints(tmp_path / "run")[0].manifest()["state"]["curriculum"]["pacing"]["index"] < 20
 
     def sample(out: str, *more: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "eval.sample", tmp_path / "run", "--out", tmp_path / out, "--num-samples", "5", "--steps", "4",
-             "--device", "cpu", *more], cwd=ROOT, capture_output=True, text=True)
+        (done,) = ranks_of("-m", "eval.sample", tmp_path / "run", "--out", tmp_path / out, "--num-samples", "5", "--steps", "4",
+                           "--device", "cpu", *more, ranks=1)
+        return done
 
     done = sample("prompts", "--prompts", "a cat on a mat", "a red bus")
     assert done.returncode == 0, done.stderr
