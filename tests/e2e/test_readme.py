@@ -101,13 +101,13 @@ def test_the_commands_in_order(tmp_path: Path) -> None:
         if "largescale.train" in words and "digits" in words:
             program += SHORT["digits"]
         if "eval.sample" in words:
-            program += ["--steps", "4", "--num-samples", "20"]
+            program += ["--steps", "4", "--num-samples", "10"]
         if "eval.score" in words or "eval.curve" in words:
             program += ["--reference", "samples/cfg2.0"]  # thousands of images take minutes
         if "eval.curve" in words:
-            program += ["--steps", "4", "--num-samples", "20"]
+            program += ["--steps", "4", "--num-samples", "10"]
         if "eval.difficulty" in words:
-            program += ["--stages", "train", "entropy", "report", "--intervals", "2", "--steps", "4", "--entropy-images", "1000",
+            program += ["--stages", "train", "entropy", "report", "--intervals", "1", "--steps", "4", "--entropy-images", "1000",
                         "--entropy-samples", "20"]
         if "eval.compare" in words:
             program += ["--seeds", "1", "--num-samples", "0", "--loss-images", "4", "--every", "2", "--", "--train.steps", "2"]
