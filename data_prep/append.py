@@ -10,11 +10,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_prep.content import Known
+import numpy.typing as npt
+
+from data_prep.content import Known, content_hash
+from data_prep.ids import ID_TAKEN, KnownIds
 from data_prep.left_out import Totals
+from data_prep.listing import Listings
 from largescale.config.serialise import flatten
 from largescale.data.format import read_manifest
-from largescale.data.job_folder import APPEND
+from largescale.data.job_folder import APPEND, JOB
 from largescale.data.parts import Parts
 from largescale.data.shards import ShardDataset
 from largescale.errors import DataError
@@ -22,7 +26,15 @@ from largescale.errors import DataError
 # Why an image is left out that the set has.
 ALREADY = "its image is in the set already"
 # What of a job an addition may have otherwise: where it comes from, and how the work is cut.
-_FREE = ("source.", "info.name", "rows_per_shard", "batch_size", "device", f"{APPEND}.")
+_FREE = (
+    "source.",
+    "info.name",
+    "rows_per_shard",
+    "batch_size",
+    "device",
+    "id_prefix",
+    f"{APPEND}.",
+)
 # Entries of a manifest that write_manifest makes anew.
 _WRITTEN = ("format", "info", "columns", "fingerprint", "rows", "shards", "empty_caption")
 
@@ -61,6 +73,11 @@ class AddedParts(Parts):
     @property
     def finished(self) -> bool:
         return self._addition() is not None
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing was begun in the folder."""
+        return not (self.out / JOB).exists()
 
     def _addition(self) -> dict[str, Any] | None:
         """The job of this addition in the manifest, once that has it."""
@@ -136,14 +153,28 @@ def check_class_names(data: ShardDataset, names: Sequence[str]) -> None:
             )
 
 
-def known_images(data: ShardDataset) -> tuple[Known, list[str]]:
-    """The images of the set, by which doubles are found, and a note where they are not."""
-    known = Known(data)
-    if known.complete:
-        return known, []
-    return known, [
-        "images that the set has already are not found: a version that kept no hashes packed it"
-    ]
+class SetSoFar:
+    """The images and the ids that a set has when it grows, and notes on what cannot be known."""
+
+    def __init__(self, data: ShardDataset, listings: Listings) -> None:
+        self._images = Known(data)
+        self.ids = KnownIds(data, listings)
+        self.notes: list[str] = []
+        if not self.images_known:
+            self.notes.append(
+                "images that the set has already are not found: a version that kept no hashes packed it"
+            )
+
+    @property
+    def images_known(self) -> bool:
+        """Whether it can be told which images the set has."""
+        return self._images.complete
+
+    def has(self, id: str, content: npt.NDArray[Any]) -> str | None:
+        """Why a new image is left out; None where it is not."""
+        if content_hash(content) in self._images:
+            return ALREADY
+        return ID_TAKEN if id in self.ids else None
 
 
 def grown(

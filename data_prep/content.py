@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.hashes import among
 from largescale.data.shards import ShardDataset
 from largescale.host.files import fsync_dir
 
@@ -44,12 +45,8 @@ class Known:
             self.complete = True
 
     def __contains__(self, digest: bytes) -> bool:
-        value = np.frombuffer(digest, _TYPE)[0]
-        for hashes in self._sorted:
-            at = int(np.searchsorted(hashes, value))
-            if at < len(hashes) and hashes[at] == value:
-                return True
-        return False
+        value = np.frombuffer(digest, _TYPE)
+        return any(among(hashes, value)[0] for hashes in self._sorted)
 
 
 def _of_pixels(data: ShardDataset) -> npt.NDArray[np.uint64]:
@@ -63,20 +60,27 @@ def _of_pixels(data: ShardDataset) -> npt.NDArray[np.uint64]:
 def write_hashes(path: Path, records: Iterable[dict[str, Any]]) -> bool:
     """Writes the hashes that the records of all parts have; False, and nothing, where there are none,
     or a part was made by a version without."""
+    try:
+        return write_sorted(path, (bytes.fromhex(record["hashes"]) for record in records))
+    except KeyError:
+        return False
+
+
+def write_sorted(path: Path, hashes: Iterable[bytes]) -> bool:
+    """Writes hashes, sorted, which are given many at a time; False, and nothing, where there are
+    none."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
-            for record in records:
-                if "hashes" not in record:
-                    return False
-                file.write(bytes.fromhex(record["hashes"]))
+            for some in hashes:
+                file.write(some)
             size = file.tell()
         if not size:
             return False
         # Sorted in the file.
-        hashes = np.memmap(temporary, _TYPE, "r+")
-        hashes.sort()
-        hashes.flush()
+        mapped = np.memmap(temporary, _TYPE, "r+")
+        mapped.sort()
+        mapped.flush()
         # On the disk before it has its name: the manifest, which names it, is written next.
         with temporary.open("rb") as written:
             os.fsync(written.fileno())

@@ -2,6 +2,7 @@
 beside it."""
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -18,6 +19,7 @@ from data_prep.append import grown
 from data_prep.card import write_card
 from data_prep.content import write_hashes
 from data_prep.encoding import Content, Encoding
+from data_prep.ids import ID_TAKEN
 from data_prep.left_out import SKIPPED, Totals, write_skipped
 from data_prep.packing import PackerOptions
 from data_prep.sources import Item, Source, first_reasons, source_changed
@@ -84,7 +86,9 @@ class Finish:
         """Lists what was left out, behind what the set that grows has left out; returns how often
         each reason occurs in the source."""
         path = self.options.out / SKIPPED
-        left_out = chain(self.source.skipped, totals)
+        prefix = self.options.id_prefix
+        of_source = ((prefix + id, reason) for id, reason in self.source.skipped)
+        left_out = chain(of_source, totals)
         # A part of a set may have no list, as older versions of data_prep.split wrote none.
         if self.base is None or not path.is_file():
             return write_skipped(path, left_out)
@@ -119,6 +123,13 @@ class Finish:
         shards = [*manifest["shards"], *totals.shards]
         empty = manifest.get("empty_caption")
         write_manifest(base.path, base.packed, columns, shards, empty, **about)
+        if taken := reasons[ID_TAKEN]:
+            print(
+                f"note: {taken:,} images were left out whose ids the set has, of other images; the same "
+                "command with --id-prefix adds them too",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _write_set(
         self, totals: Totals, reasons: Counter[str], named: dict[str, list[str]]

@@ -74,11 +74,15 @@ def lacking(asked: Hashes, there: Hashes) -> Iterator[Numbers]:
         others.sort()
         # Sorted too: a search for one after the other is five times as fast as anywhere.
         order = np.argsort(digests)
-        digests = digests[order]
-        at = np.searchsorted(others, digests)
-        found = at < len(others)
-        found[found] = others[at[found]] == digests[found]
-        yield np.sort(numbers[order[~found]])
+        yield np.sort(numbers[order[~among(others, digests[order])]])
+
+
+def among(ordered: Digests, digests: Digests) -> npt.NDArray[np.bool_]:
+    """Which of the digests are in an array that is sorted."""
+    at = np.searchsorted(ordered, digests)
+    found = at < len(ordered)
+    found[found] = ordered[at[found]] == digests[found]
+    return found
 
 
 def given_twice(hashes: Hashes, texts: Texts) -> tuple[int, list[tuple[int, int, str]]]:

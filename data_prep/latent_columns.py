@@ -61,10 +61,9 @@ class Mds(RowFiles):
         self._describe(folder, files, rows, column=self._column, shape=self.shape)
 
     def _rows(self, number: int, first: int, last: int) -> Iterator[Item]:
-        row = self._starts[number] + first
-        for columns in _mds_rows(self._files[number], self._shards[number], first, last):
-            yield self._item(f"{row:09d}", columns)
-            row += 1
+        rows = _mds_rows(self._files[number], self._shards[number], first, last)
+        for row, columns in enumerate(rows, first):
+            yield self._item(self._id(number, row), columns)
 
     def _item(self, id: str, columns: Mapping[str, bytes]) -> Item:
         data = columns[self._column]
@@ -180,10 +179,9 @@ class OnDisk(RowFiles):
             flat = flat.storage if isinstance(flat, pa.ExtensionArray) else flat.flatten()
         values = flat.to_numpy(zero_copy_only=False).astype(np.float32)
         labels = self._labels_of(batch, self._files[number]).tolist()
-        row += self._starts[number]
         for i, latent in enumerate(values.reshape(len(labels), -1)):
             data = latent.tobytes()
-            yield Item(f"{row + i:09d}", given(data), labels[i], (), len(data))
+            yield Item(self._id(number, row + i), given(data), labels[i], (), len(data))
 
 
 def _class_names(folder: Path) -> Sequence[str]:

@@ -155,7 +155,10 @@ class Safetensors(RowFiles):
                 arrays = [image[start:stop].float().numpy() for image in images]
                 for i, label in enumerate(labels[start:stop].long().tolist()):
                     data = b"".join(array[i].tobytes() for array in arrays)
-                    yield Item(f"{path.stem}/{start + i:05d}", given(data), label, (), len(data))
+                    yield Item(self._id(number, start + i), given(data), label, (), len(data))
+
+    def _id(self, number: int, row: int) -> str:
+        return f"{self._files[number].stem}/{row:05d}"
 
 
 @contextmanager

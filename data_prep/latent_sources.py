@@ -23,6 +23,8 @@ Kind = Literal["latents", "moments"]
 # Files of which latents are read to tell one folder from another: files of as many latents of one
 # shape have one size, whatever is in them.
 SAMPLE = 256
+# Ids that are made at a time.
+IDS_AT_A_TIME = 4096
 
 
 class LatentSource:
@@ -143,6 +145,16 @@ class RowFiles(LatentSource):
             if first < stop and start < last:
                 with reading(self._files[file]):
                     yield from self._rows(file, max(start - first, 0), min(stop, last) - first)
+
+    def _id(self, number: int, row: int) -> str:
+        """The id of a row of a file."""
+        return f"{self._starts[number] + row:09d}"
+
+    def ids(self) -> Iterator[Sequence[str]]:
+        for number, (first, last) in enumerate(pairwise(self._starts)):
+            for start in range(0, last - first, IDS_AT_A_TIME):
+                stop = min(start + IDS_AT_A_TIME, last - first)
+                yield [self._id(number, row) for row in range(start, stop)]
 
     def some(self) -> Iterator[bytes]:
         step = -(-len(self._files) // SAMPLE)

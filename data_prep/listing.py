@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from data_prep.fingerprints import fingerprint, not_utf8
 from data_prep.walk import changed_ns
-from largescale.errors import DataError, Stopped
+from largescale.errors import DataError, LargescaleError, Stopped
 from largescale.host.files import from_json, is_unicode, try_lock
 from largescale.host.launch import env_rank
 from largescale.host.signals import stop_requested
@@ -172,6 +172,11 @@ class Listing:
         self.found = Found(**found["found"])
         self.skipped = Skipped(Path(f"{base}.skipped"), found["skipped"])
 
+    def ids(self) -> Iterator[list[str]]:
+        """The ids of all rows, many at a time."""
+        for array in _column(self._base, "id" if "id" in self.columns else "file"):
+            yield array.to_pylist()
+
     def read(self, start: int, stop: int) -> Iterator[Row]:
         """The rows in [start, stop)."""
         with pa.OSFile(f"{self._base}.rows") as source, pa.ipc.open_file(source) as file:
@@ -214,10 +219,27 @@ class Listings:
                 with self._lock():
                     found = _usable(base) or self._make(base, columns, make)
         except OSError as error:
-            raise DataError(
-                f"cannot write {base}: {error}; free space, or correct --out, and run again"
-            ) from error
+            raise _cannot_write(base, error) from error
         return Listing(base, found, self.discard)
+
+    def file(self, name: str, make: Callable[[Path], None]) -> Path:
+        """The path of a file in the folder: the one that is there, or one that `make` writes now, under
+        the path that it is given. Raises DataError where it cannot be written."""
+        path = self._folder / name
+        try:
+            if not path.exists():
+                self._make_folders()
+                with self._lock():
+                    if not path.exists():
+                        mine = path.with_name(f"{name}.{env_rank()}")
+                        make(mine)
+                        os.rename(mine, path)
+                        self._made.append(path)
+        except LargescaleError:
+            raise
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        return path
 
     def _make_folders(self) -> None:
         for folder in (*reversed(self._folder.parents), self._folder):
@@ -274,6 +296,10 @@ class Listings:
         for path in reversed(self._made):
             with suppress(OSError):
                 path.rmdir() if path.is_dir() else path.unlink()
+
+
+def _cannot_write(path: Path, error: OSError) -> DataError:
+    return DataError(f"cannot write {path}: {error}; free space, or correct --out, and run again")
 
 
 def _describe(base: Path, writer: Writer, found: Found, columns: Sequence[str]) -> dict[str, Any]:

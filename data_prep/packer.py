@@ -31,10 +31,10 @@ import torch
 from tqdm import tqdm
 
 from data_prep import finish
-from data_prep.append import ALREADY, AddedParts, check_alike, check_class_names, known_images
+from data_prep.append import AddedParts, SetSoFar, check_alike, check_class_names
 from data_prep.card import write_card
-from data_prep.content import Known, content_hash
 from data_prep.encoding import Content
+from data_prep.ids import IdCheck
 from data_prep.images import Unusable
 from data_prep.packing import PackerOptions
 from data_prep.progress import Progress, write_plan
@@ -73,12 +73,19 @@ class Packer:
         # Everything that can be wrong is found before the encoders are loaded.
         options.check()
         self.options = options
+        self._listings = options.listings
         self.source = options.source()
         try:
             self._prepare()
         except BaseException:
-            self.source.discard()
+            self.discard()
             raise
+
+    def discard(self) -> None:
+        """Removes what this process has left in OUT/packing, unless a job has begun there."""
+        self._listings.discard()
+        # Last: it has made the folder.
+        self.source.discard()
 
     def _prepare(self) -> None:
         """Loads the encoders, and finds out what is packed already."""
@@ -92,28 +99,48 @@ class Packer:
         parts = self.source.parts(options.rows_per_shard)
         place = (parts, self.rank, self.world_size, _places)
         self.base: ShardDataset | None = None  # the set that grows
-        self._known: Known | None = None
+        self._so_far: SetSoFar | None = None  # what it has
         job = self._job()
         if options.append:
             self.base = ShardDataset(options.out)
             check_alike(self.base, job, self.source.captioned)
             check_class_names(self.base, self.source.class_names)
-            self._known, notes = known_images(self.base)
-            self.source.notes += notes
             # The set keeps its name.
             self.info = replace(self.info, name=self.base.info.name)
-            self.parts: Parts = AddedParts(options.out, job, *place)
+            added = AddedParts(options.out, job, *place)
+            self.parts: Parts = added
+            if not added.finished:
+                self._look_at_set(self.base, added)
         else:
             self.parts = Parts(options.out, job, *place)
         self.parts.engine = None if options.engine == "ranks" else options.engine
 
+    def _look_at_set(self, base: ShardDataset, added: AddedParts) -> None:
+        """Finds out what the set has that grows. Raises DataError where ids of other images would be
+        given a second time."""
+        self._so_far = SetSoFar(base, self._listings)
+        self.source.notes += self._so_far.notes
+        # Not where the addition was begun, maybe by an older version: half of it is packed.
+        if added.is_new:
+            IdCheck(
+                known=self._so_far.ids,
+                data=base,
+                source=self.source,
+                prefix=self.options.id_prefix,
+                decode=self.decode,
+                images_known=self._so_far.images_known,
+            ).once(self._listings)
+
     def _job(self) -> dict[str, Any]:
         """Everything that the shards depend on, to the byte."""
+        # Not where there is none, as in jobs of versions that had none.
+        prefix = {"id_prefix": self.options.id_prefix} if self.options.id_prefix else {}
         return {
             "source": self.source.facts | {"fingerprint": self.source.fingerprint},
             "info": self.info.plain(),
             "rows_per_shard": self.options.rows_per_shard,
             **self.encoders.settings(),
+            **prefix,
         }
 
     def __call__(self) -> str:
@@ -122,7 +149,7 @@ class Packer:
         start = time.perf_counter()
         try:
             if not self.parts.claim():
-                self.source.discard()
+                self.discard()
                 if self.rank != 0:
                     return ""
                 # A start that was killed right after the manifest has left no card.
@@ -138,7 +165,7 @@ class Packer:
             raise  # not a failure: the same ranks continue later
         except BaseException as error:
             self.parts.failed(error)
-            self.source.discard()  # not where a job has begun
+            self.discard()
             raise
         finally:
             self.parts.close()
@@ -260,17 +287,18 @@ class Packer:
         return encoded
 
     def decode(self, item: Item) -> tuple[Item, Content | str]:
-        """The item with its content, such as the cropped image, or with the reason why there is
-        none."""
+        """The item under its row's id, with its content, such as the cropped image, or with the
+        reason why there is none."""
+        row = replace(item, id=self.options.id_prefix + item.id)
         try:
             if not is_unicode(item.id):
                 raise Unusable("its name is not UTF-8")
             content = self.encoders.decode(item)
-            if self._known is not None and content_hash(content) in self._known:
-                raise Unusable(ALREADY)
-            return item, content
+            if self._so_far and (reason := self._so_far.has(row.id, content)):
+                raise Unusable(reason)
+            return row, content
         except (Unusable, FileNotFoundError) as error:
-            return item, str(error)
+            return row, str(error)
         except OSError as error:
             # A file system with errors must not thin out the data set.
             raise DataError(
@@ -303,6 +331,8 @@ class Packer:
 
     def finish(self) -> None:
         """Makes the data set once every part is done. For rank 0."""
+        # It maps a file that is removed now, which NFS would keep until then.
+        self._so_far = None
         finish.Finish(
             options=self.options,
             source=self.source,

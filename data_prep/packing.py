@@ -12,6 +12,8 @@ from largescale.config.command_line import check_counts
 from largescale.data.format import read_manifest
 from largescale.distributed.ranks import check_cuda
 from largescale.errors import ConfigError
+from largescale.host.files import is_unicode
+from largescale.host.launch import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,10 @@ class PackerOptions:
     append: bool = False
     """Add the images to the set that --out holds already, as new rows behind its own. Its settings
     must be those of the set. Images that it has, by their pixels or their latents, are left out."""
+
+    id_prefix: str = ""
+    """Put this before every id, such as more/: for --append, where the source has ids that other images
+    of the set have."""
 
     engine: Literal["ranks", "ray"] = "ranks"
     """What shares the work among processes. ranks: torchrun or srun, or there is one process. ray:
@@ -64,6 +70,8 @@ class PackerOptions:
             check_cuda(self.device)
         if self.engine != "ray" and self.address != "auto":
             raise ConfigError(f"--address {self.address} is for --engine ray; give both or neither")
+        if not is_unicode(self.id_prefix):
+            raise ConfigError(f"--id-prefix {printable(self.id_prefix)} is not UTF-8; give another")
         require_outside_checkpoints(self.out, "--out")
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"--out {self.out} is a file; give a folder")

@@ -92,7 +92,7 @@ class ParquetSource:
             "caption": caption_column,
             "id": id_column,
         }
-        columns = Columns(self._files, self._names)
+        self._columns = columns = Columns(self._files, self._names)
         self._starts = columns.starts
         self.size: int | None = self._starts[-1]
         if not self.size:
@@ -141,6 +141,9 @@ class ParquetSource:
             if first < stop and start < last:
                 with reading(file):
                     yield from self._rows(file, first, start, stop)
+
+    def ids(self) -> Iterator[Sequence[str]]:
+        return self._columns.ids()
 
     def changed(self) -> str | None:
         return other_size(map(str, self._files), self._sizes, map(file_size, map(str, self._files)))

@@ -14,6 +14,7 @@ from data_prep.fingerprints import fingerprint
 from data_prep.hashes import Hashes, given_twice
 from data_prep.listing import Found, Writer
 from data_prep.parquet_files import (
+    TEXTS_READ,
     class_names,
     fits,
     footer,
@@ -67,7 +68,7 @@ class Columns:
             found.class_names,
             map(str, self._rows),
             self._labels() if self._names["label"] else b"",
-            chain.from_iterable(self._ids()) if self._names["id"] else (),
+            chain.from_iterable(self.ids()) if self._names["id"] else (),
             *map(footer, self._files),
         )
         found.facts["labels"] = self._label_of
@@ -199,8 +200,13 @@ class Columns:
                 )
         return first
 
-    def _ids(self) -> Iterator[list[str]]:
-        """The ids of all rows, many at a time. Bytes that are not UTF-8 stand as \\xNN."""
+    def ids(self) -> Iterator[list[str]]:
+        """The ids of all rows, many at a time: their numbers, where no column has them. Bytes that are
+        not UTF-8 stand as \\xNN."""
+        if not self._names["id"]:
+            for start in range(0, self.starts[-1], TEXTS_READ):
+                yield list(map(str, range(start, min(start + TEXTS_READ, self.starts[-1]))))
+            return
         for column in self._read("id"):
             # All at once is faster. It fails where an id is not UTF-8.
             try:
@@ -212,9 +218,9 @@ class Columns:
     def _check_ids(self, scratch: Path) -> None:
         """Raises DataError for ids that are given more than once."""
         hashes = Hashes(scratch)
-        for ids in self._ids():
+        for ids in self.ids():
             hashes.add(ids)
-        count, twice = given_twice(hashes, self._ids)
+        count, twice = given_twice(hashes, self.ids)
         if count:
             raise DataError(
                 f"column {self._names['id']}: {count:,} ids are given more than once: "

@@ -55,7 +55,7 @@ def given_files(options: PackerOptions) -> dict[str, int | None]:
         value = getattr(options, field.name)
         for each in value if isinstance(value, (list, tuple)) else [value]:
             name = str(each).removeprefix("hf:") if isinstance(each, (str, Path)) else ""
-            if field.name != "out" and name and os.path.exists(name):
+            if field.name not in ("out", "id_prefix") and name and os.path.exists(name):
                 found[name] = os.path.getsize(name) if os.path.isfile(name) else None
     return found
 
@@ -173,7 +173,7 @@ class Worker:
             packer = self._packer = self._packer or Packer(self._options)
             # It has listed the source for nothing.
             if packer.parts.finished:
-                packer.source.discard()
+                packer.discard()
             return Begun(packer.parts, announcement(packer.source), packer.source.size)
 
     def pack(self, part: int) -> Packed:

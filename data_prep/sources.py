@@ -69,6 +69,9 @@ class Source(Protocol):
     def part(self, number: int, rows_per_shard: int) -> Iterator[Item]:
         """The items of a part, the same each time, in the same order."""
 
+    def ids(self) -> Iterator[Sequence[str]] | None:
+        """The ids of all items in their order, some at a time; None where only reading tells."""
+
     def changed(self) -> str | None:
         """What is no longer as it was when the source was made; None where nothing is known to
         be. What is gone does not count."""
@@ -147,6 +150,9 @@ class ListSource:
         for row in self._listing.read(first, min(first + rows_per_shard, self._listing.rows)):
             path = os.path.join(self._root, row.file)
             yield Item(row.id, partial(_read, path), row.label, row.captions)
+
+    def ids(self) -> Iterator[Sequence[str]]:
+        return self._listing.ids()
 
     def changed(self) -> str | None:
         return other_size(self._listing.sample, self._sizes, self._sizes_now())

@@ -181,6 +181,9 @@ class TarSource:
                 "leave it out of --shards"
             ) from error
 
+    def ids(self) -> None:
+        return None  # they are those of the files in the archives
+
     def changed(self) -> str | None:
         return other_size(self._local, self._sizes, map(file_size, self._local))
 

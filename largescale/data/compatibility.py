@@ -116,15 +116,18 @@ def open_validation(
 
 def _shared_rows(validation: ShardDataset, training: ShardDataset, part: slice) -> list[str]:
     """The ids of rows of these training shards that the other set has too, with the same content."""
-    rows = {id: row for row, id in validation.ids()}
+    # Several rows: older versions gave an id again to what was added to a set.
+    rows: dict[str, list[int]] = {}
+    for row, id in validation.ids():
+        rows.setdefault(id, []).append(row)
     shared = []
     for row, id in training.ids(part):
         if id not in rows:
             continue
         # Numbers, such as 00017, are the ids of many sets.
         ours = training.gather(np.array([row]))["latent"]
-        theirs = validation.gather(np.array([rows[id]]))["latent"]
-        if np.array_equal(ours, theirs):
+        theirs = validation.gather(np.array(rows[id]))["latent"]
+        if (ours == theirs).all(axis=(1, 2, 3)).any():
             shared.append(id)
     return shared
 

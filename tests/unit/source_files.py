@@ -46,6 +46,8 @@ def items(source: Source, rows_per_shard: int = 2) -> list[Item]:
     found = [item for part in every for item in part]
     assert source.size in (None, len(found)) and len({item.id for item in found}) == len(found)
     assert json.loads(json.dumps(source.facts)) == source.facts
+    known = source.ids()
+    assert known is None or [id for some in known for id in some] == [item.id for item in found]
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep import encoding, folder, imagenet, webdataset
+from data_prep import encoding, folder, imagenet, parquet, webdataset
 from data_prep.append import ALREADY
 from largescale.data.format import fingerprint
 from largescale.data.shards import ShardDataset
@@ -31,7 +31,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pack(source: Path, out: Path, *more: Any, program: Any = folder) -> int:
-    where = "--shards" if program is webdataset else "--images"
+    where = {webdataset: "--shards", parquet: "--files"}.get(program, "--images")
     args = [where, source, "--out", out, "--vae", "none", "--resolution", 16, "--rows-per-shard", 5, "--device", "cpu", "--workers", 1]
     return int(program.main([str(arg) for arg in [*args, *more]]))
 
@@ -93,8 +93,8 @@ def test_ranks_and_kills_do_not_matter(images: Path, base: Path, truth: Path, tm
             raise Stopped
         rename(*args)
 
-    # A shard, its record, ... the list, the hashes, the manifest, the card's picture and the card.
-    for at in 1, 8, 9, 10, 11, 13, 14:
+    # The hashes of the ids, a shard, its record, ... the list, the hashes, the manifest, the card's picture and the card.
+    for at in 1, 2, 9, 10, 11, 12, 14, 15:
         out = shutil.copytree(base, tmp_path / str(at))
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", counted)
@@ -104,19 +104,19 @@ def test_ranks_and_kills_do_not_matter(images: Path, base: Path, truth: Path, tm
         if status == 0:
             break
         stops += 1
-        assert at < 14
+        assert at < 15
         usable = ShardDataset(out, verify=True)
-        assert status == 75 and len(usable) == (13 if at < 12 else 25)
-        assert at >= 12 or usable.fingerprint == ShardDataset(base).fingerprint
-        if at < 12:                                     # the set's own command ends nothing
-            assert pack(images / "first", out) == 0 and (out / "packing/job.json").exists()
+        assert status == 75 and len(usable) == (13 if at < 13 else 25)
+        assert at >= 13 or usable.fingerprint == ShardDataset(base).fingerprint
+        if at < 13:                                     # the set's own command ends nothing
+            assert pack(images / "first", out) == 0 and (out / "packing/job.json").exists() == (at > 1)
         with monkeypatch.context() as patch:
             patch.setenv("WORLD_SIZE", "2")
             for rank in "1", "0":
                 patch.setenv("RANK", rank)
                 assert pack(images / "more", out, "--append") == 0
         assert files(out) == files(truth)
-    assert stops == 6
+    assert stops == 7
 
 
 @pytest.mark.parametrize("more, message", [
@@ -166,7 +166,7 @@ def test_labels_that_stand_for_other_classes(tmp_path: Path, capsys: pytest.Capt
     for root, names in ("i", "ab"), ("j", "bc"), ("k", "b"):
         for name in names:
             (tmp_path / root / name).mkdir(parents=True)
-            (tmp_path / root / name / "x.png").write_bytes(picture(ord(name) + ord(root)))
+            (tmp_path / root / name / f"{root}.png").write_bytes(picture(ord(name) + ord(root)))
     out = tmp_path / "out"
     assert pack(tmp_path / "i", out, program=imagenet) == 0
     assert pack(tmp_path / "j", out, "--append", program=imagenet) == 2

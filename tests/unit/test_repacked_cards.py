@@ -1,6 +1,7 @@
 """The card of repacked latents, their map to colours, and latents that are added to a set."""
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import pytest
 import torch
 import yaml
 
+from data_prep import latent_sources
 from data_prep.append import ALREADY
+from data_prep.latent_files import open_source
+from data_prep.listing import Listings
 from largescale.data.format import LATENT_RGB
 from largescale.data.shards import ShardDataset
 from tests.random_models import make_vae
-from tests.unit.latent_folders import N, mds, repa, run
+from tests.unit.latent_folders import N, lightningdit, mds, on_disk, repa, run
 from tests.unit.packed_pictures import files, one_thread  # noqa: F401
 
 
@@ -63,9 +67,24 @@ def test_an_addition(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     before = {name: content for name, content in files(out).items() if name.endswith(".arrow")}
     assert run(tmp_path / "more", out, "--append", "--scale-factor", 0.5) == 2
     assert "info.scale_factor: 1.0 there, 0.5 here" in capsys.readouterr().err
-    assert run(tmp_path / "more", out, "--append") == 0
+    # Rows are numbered in both, and one is another.
+    assert run(tmp_path / "more", out, "--append") == 2
+    assert "9 of the source's 9 ids are in" in (said := capsys.readouterr().err) and "1 of 9 that were looked at, such as 000000008" in said
+    assert run(tmp_path / "more", out, "--append", "--id-prefix", "more/") == 0
     data = ShardDataset(out, verify=True)
     assert len(data) == N + 1 and data.manifest["skipped"]["reasons"] == {ALREADY: N - 1} and data.manifest["captions"] == N + 1
     assert before.items() <= files(out).items()
     row = data.gather(np.array([N]))["latent"][0]
     assert np.array_equal(row, z[8].astype(np.float16)[::-1]) and "| more | data\\_prep.latents, MDS | 9 | 1 |" in card(out)[1]
+
+
+@pytest.mark.parametrize("make", [repa, lightningdit, mds, on_disk])
+def test_ids_are_those_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
+    make(tmp_path / "in")
+    source = open_source(tmp_path / "in", None, None, None, Listings())
+    ids = [item.id for item in source.part(0, 99)]
+    for at_a_time in 2, 4096:
+        monkeypatch.setattr(latent_sources, "IDS_AT_A_TIME", at_a_time)
+        assert list(chain.from_iterable(source.ids())) == ids and len({*ids}) == N
+    assert run(tmp_path / "in", tmp_path / "out", "--id-prefix", "x/") == 0
+    assert [id for _, id in ShardDataset(tmp_path / "out").ids()] == [f"x/{id}" for id in ids]
