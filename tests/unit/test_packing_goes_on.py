@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,23 +78,25 @@ def test_asked_to_stop_it_goes_on(images: Path, truth: Path, tmp_path: Path, num
 
 def test_killed_it_goes_on(images: Path, truth: Path, tmp_path: Path) -> None:
     """With -9, at random moments, until it is done."""
+    # Counted in images and not in seconds: a start may take any time before its first image, and any
+    # for a shard. A part is saved before the next one begins, so that after 11 images one more is done.
     out, killed = tmp_path / "out", 0
-    random = np.random.default_rng(0)
-    slow = ("decode = packer.Packer.decode\n"
-            "packer.Packer.decode = lambda self, item: (print(flush=True), time.sleep(0.03), decode(self, item))[2]")
+    random = np.random.default_rng(4)
     while not (out / "manifest.json").exists():
+        last = int(random.integers(5, 16))
+        slow = (f"decode, n = packer.Packer.decode, 0\ndef wait(self, item):\n    global n\n    n += 1; print(flush=True)\n"
+                f"    time.sleep(0.01 if n < {last + 3} else 3600)    # it does not end before it is killed\n"
+                "    return decode(self, item)\npacker.Packer.decode = wait")
         process = start_with_pipes(images, out, "--workers", 1, code=slow)
         assert process.stdout and process.stderr
-        begun = process.stdout.readline()               # to decode; or nothing was left to
-        assert begun or process.wait(900) == 0, (process.returncode, process.stderr.read())
-        try:
-            # a shard takes 0.3 s, or longer on a slow machine, and is done in the end
-            process.wait((0.3 + 0.5 * random.random()) * 1.2**killed)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            killed += 1
-    assert killed >= 1
+        begun = sum(bool(process.stdout.readline()) for _ in range(last))
+        time.sleep(0.04 * random.random())
+        if begun == last:
+            process.send_signal(signal.SIGKILL)         # of a process that has ended by itself meanwhile nothing comes
+        _, err = process.communicate()
+        assert process.returncode == (-signal.SIGKILL if process.returncode else 0), (process.returncode, err)
+        killed += process.returncode == -signal.SIGKILL
+    assert killed >= 3
     assert pack(images, out) == 0
     assert files(out) == files(truth)
 
