@@ -65,8 +65,8 @@ class Coco(packing.Packing):
     """Pack what is there when images that the captions file names are missing; without this they
     are an error."""
 
-    def source(self) -> ListSource:
-        return read(self.images, self.captions, self.skip_missing, self.splits, self.listings)
+    def source(self, listings: Listings) -> ListSource:
+        return read(self.images, self.captions, self.skip_missing, self.splits, listings)
 
 
 def read(

@@ -57,11 +57,11 @@ class Emoji(packing.Packing):
     max_tokens: int | None = 16
     """Cut captions after so many tokens."""
 
-    def source(self) -> ListSource:
+    def source(self, listings: Listings) -> ListSource:
         # Another encoder does not need the package.
         if self.text_encoder == _text_encoder() and _package(ENCODER) is None:
             raise _not_installed(ENCODER)
-        source = read(self.listings)
+        source = read(listings)
         # The licence asks for it.
         if env_rank() == 0:
             print(LICENCE, flush=True)

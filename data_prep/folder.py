@@ -18,8 +18,8 @@ class Folder(packing.Packing):
     images: Path
     """The folder; images in folders below it count too."""
 
-    def source(self) -> ListSource:
-        return read(self.images, self.listings)
+    def source(self, listings: Listings) -> ListSource:
+        return read(self.images, listings)
 
 
 def read(images: Path, listings: Listings | None = None) -> ListSource:

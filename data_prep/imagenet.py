@@ -54,8 +54,8 @@ class ImageNet(packing.Packing):
     """Pack what is there when images that the CSV file names are missing; without this they are an
     error."""
 
-    def source(self) -> ListSource:
-        return read(self.images, self.labels, self.classes, self.skip_missing, self.listings)
+    def source(self, listings: Listings) -> ListSource:
+        return read(self.images, self.labels, self.classes, self.skip_missing, listings)
 
 
 # Some rows of the CSV file: the files, and which of the labels each has.

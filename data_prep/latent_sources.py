@@ -178,9 +178,6 @@ class RowFiles(LatentSource):
         names = list(map(str, self._files))
         return other_size(names, self._sizes, map(file_size, names)) or self.other_latents()
 
-    def discard(self) -> None:
-        pass  # nothing is listed
-
 
 def inside(name: Any, index: Path) -> str:
     """The name of a file in a folder, as its index has it. Raises DataError for one that leads out

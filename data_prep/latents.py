@@ -21,6 +21,7 @@ from data_prep.content import content_hash
 from data_prep.encoding import Content, EncodedRow, Encoding, resolved
 from data_prep.latent_files import NpyFolder, open_source
 from data_prep.latent_sources import LatentSource, RowFiles
+from data_prep.listing import Listings
 from data_prep.packing import PackerOptions
 from data_prep.sources import Item, Source
 from largescale.data.format import DatasetInfo
@@ -60,8 +61,8 @@ class Latents(PackerOptions):
         if not self.latents.is_dir():
             raise ConfigError(f"--latents {self.latents} is not a folder; give the one of latents")
 
-    def source(self) -> NpyFolder | RowFiles:
-        return open_source(self.latents, self.column, self.shape, self.kind, self.listings)
+    def source(self, listings: Listings) -> NpyFolder | RowFiles:
+        return open_source(self.latents, self.column, self.shape, self.kind, listings)
 
     def encoding(self, source: Source) -> Encoding:
         assert isinstance(source, LatentSource)

@@ -160,10 +160,9 @@ class Skipped(Iterable[tuple[str, str]]):
 class Listing:
     """A list of images in a file, of which a part is read at a time."""
 
-    def __init__(self, base: Path, found: Mapping[str, Any], discard: Callable[[], None]) -> None:
+    def __init__(self, base: Path, found: Mapping[str, Any], listings: "Listings") -> None:
         self._base = base
-        self.discard = discard
-        """Removes what this process has written, unless a job has begun there."""
+        self._listings = listings  # a temporary folder goes with it
         self.rows: int = found["rows"]
         self.columns: Sequence[str] = found["columns"]
         self.labels: Sequence[int] | None = found["labels"]
@@ -201,7 +200,9 @@ class Listings:
         self._folder = folder or Path(tempfile.mkdtemp(prefix="listing"))
         if folder is None:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        self._made: list[Path] = []  # files and folders, the innermost last
+        # What this process has made; of the folders the innermost is the last.
+        self._files: list[Path] = []
+        self._folders: list[Path] = []
 
     def get(
         self, key: Mapping[str, Any], columns: Sequence[str], make: Callable[[Writer], Found]
@@ -220,7 +221,7 @@ class Listings:
                     found = _usable(base) or self._make(base, columns, make)
         except OSError as error:
             raise _cannot_write(base, error) from error
-        return Listing(base, found, self.discard)
+        return Listing(base, found, self)
 
     def file(self, name: str, make: Callable[[Path], None]) -> Path:
         """The path of a file in the folder: the one that is there, or one that `make` writes now, under
@@ -234,7 +235,7 @@ class Listings:
                         mine = path.with_name(f"{name}.{env_rank()}")
                         make(mine)
                         os.rename(mine, path)
-                        self._made.append(path)
+                        self._files.append(path)
         except LargescaleError:
             raise
         except OSError as error:
@@ -246,12 +247,12 @@ class Listings:
             # Noted one by one, so that only what this process has made is removed again.
             if not folder.exists():
                 folder.mkdir(exist_ok=True)
-                self._made.append(folder)
+                self._folders.append(folder)
 
     def _lock(self) -> IO[str]:
         """Waits until no other rank lists."""
         path = self._folder / "listing.lock"
-        self._made.append(path)
+        self._files.append(path)
         # Polled: while it waited for the lock, a rank would not notice that it is asked to stop.
         while not (lock := try_lock(path)):
             if stop_requested():
@@ -282,7 +283,7 @@ class Listings:
             # The .json comes last: without it the other files are no listing.
             for name in names:
                 os.rename(f"{mine}{name}", f"{base}{name}")
-                self._made.append(Path(f"{base}{name}"))
+                self._files.append(Path(f"{base}{name}"))
             return dict(json.loads(text))
         finally:
             for name in names:
@@ -292,10 +293,14 @@ class Listings:
         """Removes what this process has made, unless a job has begun in the folder."""
         if (self._folder / "job.json").exists():
             return
-        # The innermost first. A folder in which something else lies cannot be removed, and stays.
-        for path in reversed(self._made):
+        # A folder in which something else lies cannot be removed. This one goes with the last rank that
+        # is refused, whichever made it.
+        for path in self._files:
             with suppress(OSError):
-                path.rmdir() if path.is_dir() else path.unlink()
+                path.unlink()
+        for folder in (self._folder, *reversed(self._folders)):
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _cannot_write(path: Path, error: OSError) -> DataError:

@@ -36,6 +36,7 @@ from data_prep.card import write_card
 from data_prep.encoding import Content
 from data_prep.ids import IdCheck
 from data_prep.images import Unusable
+from data_prep.listing import Listings
 from data_prep.packing import PackerOptions
 from data_prep.progress import Progress, write_plan
 from data_prep.sources import Item, Source
@@ -73,9 +74,9 @@ class Packer:
         # Everything that can be wrong is found before the encoders are loaded.
         options.check()
         self.options = options
-        self._listings = options.listings
-        self.source = options.source()
+        self._listings = Listings(options.out / "packing")
         try:
+            self.source = options.source(self._listings)
             self._prepare()
         except BaseException:
             self.discard()
@@ -84,8 +85,6 @@ class Packer:
     def discard(self) -> None:
         """Removes what this process has left in OUT/packing, unless a job has begun there."""
         self._listings.discard()
-        # Last: it has made the folder.
-        self.source.discard()
 
     def _prepare(self) -> None:
         """Loads the encoders, and finds out what is packed already."""

@@ -49,18 +49,15 @@ class PackerOptions:
         """What a process needs besides its cores."""
         return "cpu"
 
-    def source(self) -> Source:
+    def source(self, listings: Listings) -> Source:
+        """What is packed. `listings`: where the source keeps the list of what it holds, for all
+        ranks. Raises DataError or ConfigError for one that cannot be."""
         raise NotImplementedError
 
     def encoding(self, source: Source) -> Encoding:
         """What makes rows of the source's items. Raises ConfigError for options that do not fit
         it."""
         raise NotImplementedError
-
-    @property
-    def listings(self) -> Listings:
-        """Where a source keeps the list of what it holds, for all ranks."""
-        return Listings(self.out / "packing")
 
     def check(self) -> None:
         """Raises ConfigError, or CheckpointError for --out, before anything is read."""

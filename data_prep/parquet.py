@@ -57,14 +57,14 @@ class Parquet(packing.Packing):
     id_column: str | None = None
     """The column of unique ids; by default rows are numbered."""
 
-    def source(self) -> "ParquetSource":
+    def source(self, listings: Listings) -> "ParquetSource":
         return ParquetSource(
             self.files,
             self.image_column,
             self.label_column,
             self.caption_column,
             self.id_column,
-            self.listings,
+            listings,
         )
 
 
@@ -147,9 +147,6 @@ class ParquetSource:
 
     def changed(self) -> str | None:
         return other_size(map(str, self._files), self._sizes, map(file_size, map(str, self._files)))
-
-    def discard(self) -> None:
-        self._listing.discard()
 
     def _rows(self, path: Path, row: int, start: int, stop: int) -> Iterator[Item]:
         """The items of the rows in [start, stop); `row` is the number of the file's first."""

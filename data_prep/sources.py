@@ -76,9 +76,6 @@ class Source(Protocol):
         """What is no longer as it was when the source was made; None where nothing is known to
         be. What is gone does not count."""
 
-    def discard(self) -> None:
-        """Removes what making the source has left in the folder of the set."""
-
 
 class Skips(Protocol):
     """What is left out before any image is read, (id, reason) each. There may be millions."""
@@ -156,9 +153,6 @@ class ListSource:
 
     def changed(self) -> str | None:
         return other_size(self._listing.sample, self._sizes, self._sizes_now())
-
-    def discard(self) -> None:
-        self._listing.discard()
 
 
 def other_size(files: Iterable[str], before: Iterable[int], now: Iterable[int]) -> str | None:

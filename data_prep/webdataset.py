@@ -31,6 +31,7 @@ from urllib.parse import urlparse
 from data_prep import packing, program
 from data_prep.fingerprints import fingerprint
 from data_prep.images import Unusable
+from data_prep.listing import Listings
 from data_prep.sources import (
     Item,
     Skips,
@@ -68,7 +69,7 @@ class WebDataset(packing.Packing):
     """Allow addresses that run shell commands (pipe:, https:, s3: ...), as webdataset opens
     them."""
 
-    def source(self) -> "TarSource":
+    def source(self, listings: Listings) -> "TarSource":
         return read(
             self.shards, self.caption_key, self.num_classes, self.label_key, self.allow_remote
         )
@@ -186,9 +187,6 @@ class TarSource:
 
     def changed(self) -> str | None:
         return other_size(self._local, self._sizes, map(file_size, self._local))
-
-    def discard(self) -> None:
-        pass  # a list of tar files is short
 
     def _items(self, id: str, sample: dict[str, Any], shard: str) -> Iterator[Item]:
         """The item of a sample; several where dots in file names put several images into one."""

@@ -174,7 +174,9 @@ def test_a_start_after_the_first_lists_nothing(tmp_path: Path, monkeypatch: pyte
     listed, third = lists()
     assert listed and third.size == 3 and third.fingerprint != first[1].fingerprint
     # What nobody began to pack is not left behind.
-    Listings(tmp_path / "other").get({}, (), lambda writer: Found({})).discard()
+    other = Listings(tmp_path / "other")
+    other.get({}, (), lambda writer: Found({}))
+    other.discard()
     assert not (tmp_path / "other").exists()
     (tmp_path / "out/packing/job.json").touch()
     listings.discard()

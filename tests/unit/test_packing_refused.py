@@ -1,0 +1,94 @@
+"""What is refused before packing begins: by one line that says what to do, and nothing is left."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_prep import coco, folder, imagenet, latents, listing, parquet, webdataset
+from tests.unit.latent_folders import repa
+from tests.unit.packed_pictures import picture
+from tests.unit.source_files import captions_file, pictures, rows, table, tar
+
+PIXELS = ("--vae", "none", "--resolution", "16")
+Case = tuple[Any, list[Any]]
+
+
+def some(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(picture(1))
+    return root
+
+
+def no_images(root: Path) -> Case:
+    (root / "i").mkdir()
+    return folder, ["--images", root / "i", *PIXELS]
+
+
+def several_splits(root: Path) -> Case:
+    return folder, ["--images", some(root / "i", "train/a.png", "test/b.png"), *PIXELS]
+
+
+def no_text_encoder(root: Path) -> Case:
+    file = captions_file(root / "x.json", [(1, "a.png")], [(1, 1, "b")])
+    return coco, ["--images", some(root / "i", "a.png"), "--captions", file, *PIXELS]
+
+
+def label_outside(root: Path) -> Case:
+    labels = table(root / "x.csv", ("a.png", 0), ("b.png", -1))
+    return imagenet, ["--images", some(root / "i", "a.png", "b.png"), "--labels", labels, *PIXELS]
+
+
+def all_missing(root: Path) -> Case:
+    labels = table(root / "x.csv", ("c.png", 0))
+    return imagenet, ["--images", some(root / "i", "a.png"), "--labels", labels, "--skip-missing", *PIXELS]
+
+
+def no_caption(root: Path) -> Case:
+    file = captions_file(root / "x.json", [(1, "a.png")], [])
+    return coco, ["--images", some(root / "i", "a.png"), "--captions", file, *PIXELS]
+
+
+def id_twice(root: Path) -> Case:
+    file = rows(root / "x.parquet", image=pictures(2), id=["a", "a"])
+    return parquet, ["--files", file, "--id-column", "id", *PIXELS]
+
+
+def odd_latents(root: Path) -> Case:
+    repa(root / "l")
+    (first, *_) = sorted((root / "l/vae-sd/00000").iterdir())
+    np.save(first, np.zeros((4, 4), np.float32))
+    return latents, ["--latents", root / "l"]
+
+
+def captions_without_encoder(root: Path) -> Case:
+    return webdataset, ["--shards", tar(root / "x.tar", ("a.png", picture(1)), ("a.txt", b"a")), "--text-encoder", "none", "--max-tokens", 0, *PIXELS]
+
+
+CASES = [no_images, several_splits, no_text_encoder, label_outside, all_missing, no_caption, id_twice, odd_latents, captions_without_encoder]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_left(case: Callable[[Path], Case], tmp_path: Path) -> None:
+    """Neither OUT nor the folders above it, where they were made; a folder that was there stays."""
+    program, args = case(tmp_path)
+    for out in tmp_path / "new/out", tmp_path:
+        before = sorted(tmp_path.rglob("*"))
+        assert program.main([str(arg) for arg in [*args, "--out", out, *([] if program is latents else ["--device", "cpu"])]]) == 2
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_ranks_that_are_all_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever made the folder, and whichever is the last."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    first, second = (listing.Listings(tmp_path / "out/packing") for _ in range(2))
+    for rank, of_rank in ("0", first), ("1", second):
+        monkeypatch.setenv("RANK", rank)
+        of_rank.get({"rank": rank}, (), lambda writer: listing.Found({}))
+    first.discard()
+    assert list((tmp_path / "out/packing").iterdir())
+    second.discard()
+    assert not (tmp_path / "out/packing").exists()
