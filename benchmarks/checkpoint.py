@@ -182,7 +182,9 @@ def main() -> None:
     medians: dict[str, dict[str, float]] = {}
     for way, of in result["found"].items():
         medians[way] = {key: statistics.median(values) for key, values in of.items()}
-    size = f"{result['parameters']:,} parameters, {result['bytes'] / 1e6:,.0f} MB a checkpoint"
+    from largescale.host.sizes import size_text
+
+    size = f"{result['parameters']:,} parameters, {size_text(result['bytes'])} a checkpoint"
     print(f"{options.preset}: {size}, 2 ranks")
     print(f"{'':12} {'stall':>9} {'slower':>9} {'steps meanwhile':>16} {'of waiting':>11}")
     # All that a way costs, as a share of waiting.

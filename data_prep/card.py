@@ -26,6 +26,7 @@ from largescale.data.loader import to_x_start
 from largescale.data.shards import ShardDataset
 from largescale.data.statistics import from_manifest
 from largescale.host.files import write_atomically
+from largescale.host.sizes import size_text
 from largescale.interop.markdown import code, plain, table
 
 CARD = "README.md"
@@ -171,7 +172,7 @@ def _summary(data: ShardDataset) -> str:
         if info.captions:
             held += f", encoded up to {info.captions.tokens} tokens"
     size = sum(shard["bytes"] for shard in manifest["shards"])
-    return f"{held}: {size / 1e6:,.1f} MB in {len(manifest['shards']):,} shards."
+    return f"{held}: {size_text(size)} in {len(manifest['shards']):,} shards."
 
 
 def _sources(data: ShardDataset) -> str:

@@ -31,6 +31,7 @@ from largescale.encoders.vae import load_vae
 from largescale.errors import ConfigError, DataError
 from largescale.host.files import write_atomically
 from largescale.host.launch import printable
+from largescale.host.sizes import size_text
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _content(data: ShardDataset) -> list[tuple[str, str]]:
     # What a copy to another disk takes.
     shards = manifest["shards"]
     size = sum(shard["bytes"] for shard in shards)
-    on_disk = f"{size / 1e6:,.1f} MB, shards: {len(shards)}, {size / len(data):,.0f} bytes an image"
+    on_disk = f"{size_text(size)}, shards: {len(shards)}, {size / len(data):,.0f} bytes an image"
     facts.append(("on disk", on_disk))
     return facts
 

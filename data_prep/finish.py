@@ -30,6 +30,7 @@ from largescale.data.shards import ShardDataset
 from largescale.data.writer import write_empty_caption, write_manifest
 from largescale.errors import DataError
 from largescale.host.files import write_atomically
+from largescale.host.sizes import size_text
 
 ALREADY_PACKED = "already packed; to pack it anew, delete the folder first"
 ROUND_TRIP_IMAGES = 8
@@ -228,7 +229,7 @@ def summary(out: Path, done: str) -> str:
     left_out = manifest["skipped"]["count"]
     listed = f", see {data.path / 'skipped.jsonl'}" if left_out else ""
     return (
-        f"{data.path}: {len(data):,} images{captions}, {size / 1e6:.1f} MB "
+        f"{data.path}: {len(data):,} images{captions}, {size_text(size)} "
         f"({size / len(data):,.0f} bytes an image){encoders}; {done}; {left_out} left "
         f"out{listed}"
     )

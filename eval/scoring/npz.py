@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from largescale.errors import DataError
+from largescale.host.sizes import size_text
 
 Array = npt.NDArray[Any]
 # The most bytes of an array that is a hundredth of that when compressed.
@@ -73,7 +74,7 @@ def mapped(path: Path, archive: zipfile.ZipFile, name: str) -> Array:
     # Compressed bytes cannot be mapped.
     if info.compress_type != zipfile.ZIP_STORED:
         print(
-            f"{path}: {name} is compressed, so all of its {info.file_size / 1e9:.1f} GB are read "
+            f"{path}: {name} is compressed, so all of its {size_text(info.file_size)} are read "
             "into memory",
             file=sys.stderr,
         )

@@ -32,6 +32,7 @@ from largescale.errors import DataError, LargescaleError, StorageError
 from largescale.host.files import PERMANENT, fsync_dir, sha256, try_lock_byte, write_atomically
 from largescale.host.launch import heartbeat
 from largescale.host.signals import stop_requested
+from largescale.host.sizes import size_text
 
 _LOCKS = "copying"
 _BYTES_A_READ = 2**22
@@ -226,9 +227,9 @@ def plan_copies(paths: Sequence[str], stage: str) -> tuple[list[StagedCopy], int
         total += copy.nbytes
     if needed > free:
         raise DataError(
-            f"--data.stage {folder} on {socket.gethostname()} has {free / 1e9:,.3g} GB free, and "
-            f"{needed / 1e9:,.3g} GB of {' and '.join(paths)} "
-            f"({total / 1e9:,.3g} GB) are not there yet; give a folder on a larger disk, delete "
+            f"--data.stage {folder} on {socket.gethostname()} has {size_text(free)} free, and "
+            f"{size_text(needed)} of {' and '.join(paths)} "
+            f"({size_text(total)}) are not there yet; give a folder on a larger disk, delete "
             f"what is not needed any more in {folder}{_others(folder, copies)}, or leave it out "
             "and take --data.order blocks"
         )

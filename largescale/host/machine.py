@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from largescale.errors import ConfigError
 from largescale.host.launch import env_local_rank, local_world_size
+from largescale.host.sizes import size_text
 
 _PROC = Path("/proc")
 _CPUS = Path("/sys/devices/system/cpu")
@@ -131,7 +132,7 @@ class MemoryBound:
 
     def __str__(self) -> str:
         who = "the machine has" if self.folder is None else "the job's memory cgroup has a limit of"
-        return f"{who} {self.bytes / 1e9:.1f} GB"
+        return f"{who} {size_text(self.bytes)}"
 
     def killed_since(self, kills: int) -> str | None:
         """A message where the kernel has killed a process since there were so many `kills`, or
@@ -202,7 +203,7 @@ def _too_little(needed: int, bound: MemoryBound) -> str:
     # Then a smaller model would not help much.
     whose = ", most of it for torch and DeepSpeed" if 2 * ranks * PROCESS_BYTES > needed else ""
     return (
-        f"{who} about {needed / 1e9:.2f} GB of this machine's memory{whose}, but {bound}: "
+        f"{who} about {size_text(needed)} of this machine's memory{whose}, but {bound}: "
         f"{LESS_MEMORY}"
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from largescale.curriculum import stage
+from largescale.host.sizes import size_text
 from largescale.monitoring.run_facts import Facts
 from largescale.monitoring.run_record import duration
 
@@ -81,10 +82,6 @@ def number(value: Any, how: str = ".4f") -> str:
     return format(value, how) if isinstance(value, int | float) else "-"
 
 
-def size(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
-
-
 def date(unix_s: float | None) -> str:
     # A damaged record can have a year that does not exist.
     with contextlib.suppress(OverflowError, ValueError, OSError):
@@ -104,7 +101,7 @@ def checkpoint_row(f: Facts, c: Facts) -> tuple[str, ...]:
     return (
         f"{c['step']:,}",
         date(c["written_unix_s"]),
-        size(c["bytes"]),
+        size_text(c["bytes"]),
         number(c["world_size"], "d"),
         c["reason"],
         number(c["index"], "d"),

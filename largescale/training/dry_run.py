@@ -25,6 +25,7 @@ from largescale.engine.optimizer import check_apex
 from largescale.errors import DataError
 from largescale.host.launch import env_world_size, printable_lines
 from largescale.host.machine import file_system, is_shared
+from largescale.host.sizes import size_text
 from largescale.models.build import build_model, flops_per_image
 from largescale.models.half_precision import IN_TRAINING, check_on_cpu
 from largescale.monitoring.run_record import duration
@@ -194,7 +195,7 @@ def print_cost(plan: Plan) -> None:
     print(
         f"      so {step.images_per_s:,.0f} images/s; compute "
         f"{100 * step.share('compute'):.0f} % of a step, first bottleneck beside it: {largest}, "
-        f"{100 * step.share(largest):.1f} %; data: up to {step.data_rate / 1e6:,.0f} MB/s; with a "
+        f"{100 * step.share(largest):.1f} %; data: up to {size_text(step.data_rate)}/s; with a "
         f"failure every {plan.mtbf_s / 3600:,.0f} h (assumed, nodes: {hardware.nodes(plan.gpus)}), "
         f"checkpoints are best every {plan.best_every:,} steps (Daly); configured: {plan.every:,}, "
         f"which wastes {100 * plan.wasted(plan.every):.2f} % of the time (best: "
@@ -233,8 +234,8 @@ def print_disk(config: Config, checkpoint_bytes: float) -> None:
     best = c.keep_best != "none"
     kept = c.keep_last + for_ever + 1 + best
     print(
-        f"disk: {checkpoint_bytes / 1e9:.3g} GB a checkpoint, {kept * checkpoint_bytes / 1e9:,.3g} "
-        f"GB for the {kept} that are kept: the last {c.keep_last}, {for_ever} for ever, 1 of a stop"
+        f"disk: {size_text(checkpoint_bytes)} a checkpoint, {size_text(kept * checkpoint_bytes)} "
+        f"for the {kept} that are kept: the last {c.keep_last}, {for_ever} for ever, 1 of a stop"
         + ", the best"
         * best
     )
@@ -250,8 +251,8 @@ def print_ema_snapshots(config: Config, parameters: int) -> None:
     kept = min(steps, config.checkpoint.ema_snapshots or steps)
     each = 2 * parameters * len(widths)
     print(
-        f"      {each / 1e9:.3g} GB for snapshots of {len(widths)} averages every {every:,} steps, "
-        f"{kept * each / 1e9:,.3g} GB for the {kept} that are kept"
+        f"      {size_text(each)} for snapshots of {len(widths)} averages every {every:,} steps, "
+        f"{size_text(kept * each)} for the {kept} that are kept"
     )
 
 
@@ -293,10 +294,10 @@ def print_copies(config: Config) -> None:
     copies = [StagedCopy(Path(path), folder) for path in paths_to_copy(config)]
     total = sum(copy.nbytes for copy in copies)
     to_copy = sum(copy.bytes_to_copy() for copy in copies)
-    here = f"on this machine {to_copy / 1e9:,.3g} GB are to be copied"
+    here = f"on this machine {size_text(to_copy)} are to be copied"
     if folder.is_dir():
-        here += f", {shutil.disk_usage(folder).free / 1e9:,.3g} GB are free"
-    print(f"copies: {total / 1e9:,.3g} GB in {folder} on each node; {here}")
+        here += f", {size_text(shutil.disk_usage(folder).free)} are free"
+    print(f"copies: {size_text(total)} in {folder} on each node; {here}")
 
 
 def print_order(config: Config, dataset: ShardDataset) -> None:
@@ -313,7 +314,7 @@ def print_order(config: Config, dataset: ShardDataset) -> None:
         return
     print(
         f"order: full, each step {batch} reads of {row / 2**10:,.1f} KiB anywhere in "
-        f"{dataset.nbytes / 1e9:,.3g} GB{where}"
+        f"{size_text(dataset.nbytes)}{where}"
     )
     # Small sets are in the page cache soon.
     if is_shared(kind) and dataset.nbytes > _SOON_CACHED_BYTES:

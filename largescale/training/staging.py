@@ -7,6 +7,7 @@ from pathlib import Path
 from largescale.config.schema import Config
 from largescale.data.stage import StagedCopy, paths_to_copy, plan_copies
 from largescale.distributed.ranks import Ranks
+from largescale.host.sizes import size_text
 from largescale.training.early_stop import asked_to_stop
 
 # How long a rank copies before it meets the others: those of nodes that have finished wait here, and
@@ -37,13 +38,13 @@ def stage_data(config: Config, ranks: Ranks, log: Callable[[str], None]) -> dict
             links = sum(copy.files_to_link() for copy in copies)
             also = f", {links:,} files of other copies there are to be compared" if links else ""
             log(
-                f"data: {left / 1e9:,.3g} of {to_copy / 1e9:,.3g} GB are to be copied to {stage}{also}"
+                f"data: {size_text(left)} of {size_text(to_copy)} are to be copied to {stage}{also}"
             )
 
     for copy in copies:
-        log(f"data: {copy.path} is read from {copy.folder}, {copy.nbytes / 1e9:,.3g} GB")
+        log(f"data: {copy.path} is read from {copy.folder}, {size_text(copy.nbytes)}")
     if to_copy:
-        log(f"data: {to_copy / 1e9:,.3g} GB copied in {time.monotonic() - begin:,.0f} s")
+        log(f"data: {size_text(to_copy)} copied in {time.monotonic() - begin:,.0f} s")
     return {path: copy.folder for path, copy in zip(paths, copies, strict=True)}
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from data_prep import imagenet
 from largescale.data.shards import ShardDataset
+from largescale.host.sizes import size_text
 from tests.unit.packed_pictures import picture
 from tests.unit.source_files import tar
 from tests.unit.test_append import pack
@@ -40,7 +41,8 @@ def test_a_card_says_what_is_known(images: Path, tmp_path: Path) -> None:
     front, body = read(out)
     assert front == {"pretty_name": "imagenet-first", "license": "cc-by-4.0", "size_categories": ["n<1K"],
                      "task_categories": ["unconditional-image-generation"], "tags": ["largescale", "diffusion", "pixels"]}
-    assert "6 images, as pixels of shape \\[3, 16, 16\\], of 2 classes (cat, dog\\_1): 0.0 MB in 2 shards." in body
+    size = size_text(sum(shard["bytes"] for shard in ShardDataset(out).manifest["shards"]))
+    assert f"6 images, as pixels of shape \\[3, 16, 16\\], of 2 classes (cat, dog\\_1): {size} in 2 shards." in body and size.endswith(" KB")
     assert "| imagenet-first | data\\_prep.imagenet | 7 | 6 | cc-by-4.0 |" in body and str(tmp_path) not in body and str(images) not in body
     assert "1 images, each with its reason in `skipped.jsonl`." in body and "cannot identify image file" in body
     assert "- ADM's centre crop\n- without images whose shorter side is below 4, or that have more than 178,956,970 pixels" in body

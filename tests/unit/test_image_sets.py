@@ -17,6 +17,7 @@ from eval.scoring.image_sets import open_images
 from largescale.data.format import CaptionInfo, DatasetInfo
 from largescale.data.writer import ShardWriter
 from largescale.errors import DataError
+from largescale.host.sizes import size_text
 from tests.unit.image_files import ORDER, PIXELS, H, N, W, alter, expected, npz
 
 LABELS = np.arange(N) % 7
@@ -275,7 +276,7 @@ def test_an_npz_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
             assert torch.equal(open_images(tmp_path / f"{name}.npz").read(ORDER), expected(ORDER))
     assert capsys.readouterr().err == ""
     open_images(tmp_path / "compressed.npz")
-    assert "arr_0.npy is compressed, so all of its 0.0 GB are read into memory" in capsys.readouterr().err
+    assert f"arr_0.npy is compressed, so all of its {size_text(PIXELS.nbytes + 128)} are read into memory" in capsys.readouterr().err
 
 
 def test_bad_npz(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from largescale import requeue, status
 from largescale.host import machine
 from largescale.host.machine import MemoryBound
+from largescale.host.sizes import size_text
 from largescale.monitoring import run_record
 from largescale.planning import memory
 from tests.conftest import RunHere
@@ -50,11 +51,11 @@ def test_enough(limit: Path, run_here: RunHere) -> None:
 
 
 @pytest.mark.parametrize(("size", "swap", "dry", "code", "says"), [
-    (520_100_000, False, False, 0, "warning: 1 rank needs about 0.5"),
-    (5 * 10**8, False, False, 0, "warning: 1 rank needs about 0.5"),
-    (2 * 10**8, True, False, 0, "warning: 1 rank needs about 0.5"),
-    (2 * 10**8, False, False, 2, "error: 1 rank needs about 0.5"),
-    (2 * 10**8, False, True, 0, "warning: 1 rank needs about 0.5"),  # it may be meant for another machine
+    (520_100_000, False, False, 0, "warning: 1 rank needs about 52"),
+    (5 * 10**8, False, False, 0, "warning: 1 rank needs about 52"),
+    (2 * 10**8, True, False, 0, "warning: 1 rank needs about 52"),
+    (2 * 10**8, False, False, 2, "error: 1 rank needs about 52"),
+    (2 * 10**8, False, True, 0, "warning: 1 rank needs about 52"),  # it may be meant for another machine
 ])
 def test_said_before(limit: Path, size: int, swap: bool, dry: bool, code: int, says: str, run_here: RunHere,
                      monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +64,7 @@ def test_said_before(limit: Path, size: int, swap: bool, dry: bool, code: int, s
     outcome = run_here("--train.steps", 1, *(["--dry-run"] if dry else []))
     assert outcome.code == code
     (line,) = [line for line in outcome.err.splitlines() if line.startswith(says)]
-    assert f"but the job's memory cgroup has a limit of {size / 1e9:.1f} GB: {LESS}" in line
+    assert f"but the job's memory cgroup has a limit of {size_text(size)}: {LESS}" in line
     assert outcome.run.exists() == (code == 0 and not dry)
 
 
@@ -106,8 +107,8 @@ def test_the_kernels_own_limit_is_read_before_torch_is_loaded(real_cgroup: Path,
         ["sh", "-c", enter, "sh", sys.executable, "-m", "largescale.train", "debug", "--data.path", blobs, "--output", tmp_path / "run"],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "WORLD_SIZE": "1"})
     assert done.returncode == 2, done.stderr
-    assert "error: 1 rank needs about 0.52 GB of this machine's memory" in done.stderr
-    assert "the job's memory cgroup has a limit of 0.2 GB" in done.stderr
+    assert "error: 1 rank needs about 520 MB of this machine's memory" in done.stderr
+    assert "the job's memory cgroup has a limit of 200 MB" in done.stderr
 
 
 def killed(run: Path) -> run_record.Start:
@@ -123,7 +124,7 @@ def test_named_by_the_next_start(limit: Path, run_here: RunHere, tmp_path: Path)
     start.seen_unix_s = 20.0  # long ago: it does not run
     run_record.write(run, start, seen=False)
     count(limit, 4)
-    said = f"killed by signal 9; the job's memory cgroup has a limit of 0.9 GB, and counts an out-of-memory kill: {LESS}"
+    said = f"killed by signal 9; the job's memory cgroup has a limit of 900 MB, and counts an out-of-memory kill: {LESS}"
     assert said in status.facts(run)["standing"]
     again, why = requeue.decide(run, 137, 5, "7", 0)
     assert again and said in why

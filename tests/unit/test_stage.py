@@ -21,6 +21,7 @@ from largescale.data.shards import ShardDataset
 from largescale.data.stage import StagedCopy, plan_copies
 from largescale.data.writer import write_manifest
 from largescale.errors import DataError, StorageError
+from largescale.host.sizes import size_text
 from tests.conftest import RunHere, make_blobs
 
 NAMES = ["shard_00000.arrow", "shard_00001.arrow", "shard_00002.arrow"]
@@ -88,14 +89,14 @@ def test_a_run_reads_the_copy_and_is_the_same_run(run_here: RunHere, blobs: Path
     first = run_here("--train.steps", 3, "--data.stage", local, data=data, output=tmp_path / "staged")
     assert first.code == 0, first.err
     copied = StagedCopy(data, local)
-    assert f"data: {data} is read from {copied.folder}" in first.err and "GB copied in" in first.err
+    assert f"data: {data} is read from {copied.folder}" in first.err and " copied in " in first.err
     assert contents(copied.folder) == contents(data)
 
     # What is read is the copy: a source that is altered, at the same size, changes nothing.
     for name in NAMES:
         alter(data / name)
     second = run_here("--train.steps", 5, "--data.stage", local, data=data, output=tmp_path / "staged")
-    assert second.code == 0 and "GB copied in" not in second.err, second.err
+    assert second.code == 0 and " copied in " not in second.err, second.err
     shutil.rmtree(data)
     shutil.copytree(blobs, data)
     third = run_here("--train.steps", 7, "--data.stage", other, data=data, output=tmp_path / "staged")
@@ -114,10 +115,10 @@ def test_held_out_images_are_copied_too(run_here: RunHere, blobs: Path, tmp_path
     for data in (blobs, held_out):
         assert contents(StagedCopy(data, tmp_path / "local").folder) == contents(data)
     said = run_here("--dry-run", *validation, "--data.stage", tmp_path / "local").err
-    total = sum(StagedCopy(data, tmp_path).nbytes for data in (blobs, held_out)) / 1e9
-    assert f"copies: {total:.3g} GB in {tmp_path}/local on each node; on this machine 0 GB are to be copied, " in said
-    assert "GB are free" in said and "anywhere in 8.53e-05 GB" in said
-    assert "GB are free" not in run_here("--dry-run", "--data.stage", "/nowhere/local").err
+    total = sum(StagedCopy(data, tmp_path).nbytes for data in (blobs, held_out))
+    assert f"copies: {size_text(total)} in {tmp_path}/local on each node; on this machine 0 B are to be copied, " in said
+    assert "B are free" in said and "anywhere in 85.3 KB" in said
+    assert "B are free" not in run_here("--dry-run", "--data.stage", "/nowhere/local").err
 
 
 def test_two_processes_share_the_work(blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +193,7 @@ def test_what_does_not_fit_is_refused_with_sizes(run_here: RunHere, blobs: Path,
     refused = run_here("--data.stage", local)
     assert refused.code == 2 and not StagedCopy(blobs, local).folder.exists()
     name = StagedCopy(other, local).folder.name
-    assert f"has 3e-05 GB free, and 8.53e-05 GB of {blobs} (8.53e-05 GB) are not there yet" in refused.err
+    assert f"has 30 KB free, and 85.3 KB of {blobs} (85.3 KB) are not there yet" in refused.err
     assert f"delete what is not needed any more in {local} ({name}: blobs)" in refused.err
     assert plan_copies([str(other)], str(local))[1] == 0
     with monkeypatch.context() as patch:                # all but one of three files

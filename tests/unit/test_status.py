@@ -136,9 +136,8 @@ def test_everything_in_words(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert section(text, "losses") == [
         [str(step), "32.0", str(5 - step // 10), "0.5000", "-", "-", "-"] for step in (5, 25, 30, 35, 40, 45)]
     assert "\n  step  images/s  index    loss  mse  vb  grad norm\n     5      32.0      5  0.5000    -   -  -\n" in text
-    assert [[r[0], *r[3:]] for r in section(text, "checkpoints")] == [
-        ["40", "0.1", "MB", "2", "stop", "1", "valid"], ["30", "0.1", "MB", "2", "schedule", "2", "valid"],
-        ["20", "0.1", "MB", "2", "schedule", "3", "valid"]]
+    assert [[r[0], *r[4:]] for r in section(text, "checkpoints")] == [
+        ["40", "KB", "2", "stop", "1", "valid"], ["30", "KB", "2", "schedule", "2", "valid"], ["20", "KB", "2", "schedule", "3", "valid"]]
     assert [[r[0], *r[3:]] for r in section(text, "starts")] == [
         ["1", "7/0", "2", "0", "35", "2", "min", "killed"], ["2", "7/1", "2", "30", "40", "2", "min", "stopped"],
         ["3", "-", "2", "40", "47", "2", "min", "running"]]

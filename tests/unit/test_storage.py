@@ -37,7 +37,7 @@ def test_a_run_in_blocks_is_resumed_bitwise_and_stays_in_blocks(run_here: RunHer
 def test_a_dry_run_says_which_order_to_take(kind: str, run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_run, "file_system", lambda path: kind)
     said = run_here("--dry-run").err
-    assert f"order: full, each step 16 reads of 0.3 KiB anywhere in 8.53e-05 GB of {kind}" in said and "slow on" not in said
+    assert f"order: full, each step 16 reads of 0.3 KiB anywhere in 85.3 KB of {kind}" in said and "slow on" not in said
     monkeypatch.setattr(dry_run, "_SOON_CACHED_BYTES", 1000)
     assert ("small reads are slow on lustre: take --data.stage DIR" in run_here("--dry-run").err) == (kind == "lustre")
     said = run_here("--dry-run", "--data.order", "blocks").err

@@ -175,13 +175,13 @@ def test_who_kills_whoever_takes_too_much(box: Path) -> None:
     bound = machine.memory_bound()
     assert bound and (bound.bytes, bound.folder, bound.kills()) == (32_000 * 1024, None, 4)
     assert bound.killed_since(4) is None
-    assert str(bound.killed_since(3)).startswith("perhaps killed by signal 9; the machine has 0.0 GB, and counts an out-of-memory")
+    assert str(bound.killed_since(3)).startswith("perhaps killed by signal 9; the machine has 32.8 MB, and counts an out-of-memory")
     for around, most in (("slurm/job/step", "10000"), ("slurm/job", "10000"), ("slurm", "20000")):
         limit(box / "cgroup" / around, most)
     write(box / "cgroup/slurm/job/memory.events", "oom 5\noom_kill 3\noom_group_kill 0")
     bound = machine.memory_bound()
     assert bound and (bound.bytes, bound.folder, bound.kills()) == (10000, box / "cgroup/slurm/job", 3)
-    assert str(bound.killed_since(1)).startswith("killed by signal 9; the job's memory cgroup has a limit of 0.0 GB, and counts 2 out")
+    assert str(bound.killed_since(1)).startswith("killed by signal 9; the job's memory cgroup has a limit of 10 KB, and counts 2 out")
 
 
 def test_limits_above_what_there_is(box: Path) -> None:
