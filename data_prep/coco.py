@@ -110,6 +110,8 @@ def _write(
     # Whatever can be refused is refused before the first image is opened. The file is one JSON
     # document, which only the rank that lists has in memory, and only now.
     listed = parse(captions, splits)
+    if not listed.files:
+        raise DataError(f"{captions} lists no images; give the captions file of those in {images}")
     in_order = dict(sorted(listed.files.items()))
     names = [list(in_order.values())]
     missing = missing_files(images, names, lambda: names, writer.scratch, writer.listed)

@@ -66,6 +66,8 @@ class Finish:
                 for line in islice(file, 3):
                     first.append(tuple(json.loads(line).values()))
             (out / SKIPPED).unlink()
+            if not first:
+                raise DataError(f"{self.source.name} holds no images; give a source that does")
             raise DataError(
                 f"not one image of {self.source.name} could be used; the first: "
                 f"{first_reasons(first)}"

@@ -74,6 +74,10 @@ def read_rows(path: Path) -> Iterator[tuple[list[str], list[str]]]:
 
 
 def _header(path: Path, names: Sequence[str]) -> Header:
+    if not names:
+        raise DataError(
+            f"{path} is empty, or begins with an empty line; its first line must name file and label"
+        )
     if not {"file", "label"} <= set(names):
         raise DataError(
             f"{path} has the columns {', '.join(names)}; its first line must name file and label"

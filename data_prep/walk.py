@@ -150,6 +150,8 @@ def _visible(folder: str, entries: Any) -> Entries:
 
 
 def _unlistable(folder: str, error: OSError) -> DataError:
+    if isinstance(error, NotADirectoryError):
+        return _Unlistable(f"{folder.rstrip('/')} is a file; give the folder that holds the images")
     return _Unlistable(
         f"{folder} cannot be listed ({error.strerror}); correct the path, or make it readable"
     )

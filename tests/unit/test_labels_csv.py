@@ -42,8 +42,8 @@ def test_quotes_over_lines_and_commas(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ("", r"x\.csv has the columns ; its first line must name file and label"),
-    ("\nfile,label\na.png,0", "has the columns ; its first line"),
+    ("", r"x\.csv is empty, or begins with an empty line; its first line must name file and label"),
+    ("\nfile,label\na.png,0", "begins with an empty line; its first line"),
     ("path;label\na.png;0", "has the columns path;label; its first line must name file and label"),
     ("file,label\na.png,0\nb.png\n", "line 3: no file, or no label; complete the line, or remove it"),
     ("file,label\na.png,0\n\n\nb.png,\nc.png,1", "line 5: no file, or no label"),

@@ -92,3 +92,38 @@ def test_ranks_that_are_all_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list((tmp_path / "out/packing").iterdir())
     second.discard()
     assert not (tmp_path / "out/packing").exists()
+
+
+def a_file(root: Path) -> list[Case]:
+    image = some(root, "a.png") / "a.png"
+    return [(folder, ["--images", image]), (imagenet, ["--images", image]),
+            (imagenet, ["--images", image, "--labels", table(root / "x.csv", ("b.png", 0))]),
+            (coco, ["--images", image, "--captions", captions_file(root / "x.json", [(1, "b.png")], [(1, 1, "b")]), "--text-encoder", "none"])]
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_file_where_a_folder_is_expected(number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program, args = a_file(tmp_path)[number]
+    assert program.main([str(arg) for arg in [*args, "--out", tmp_path / "out", "--device", "cpu", *PIXELS]]) == 2
+    assert f"error: {tmp_path}/a.png is a file; give the folder that holds the images\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "is empty, or begins with an empty line; its first line must name file and label"),
+    ("\nfile,label\n", "is empty, or begins with an empty line; its first line must name file and label"),
+    ("file,label\n", "lists no images; give one line for each"),
+])
+def test_a_csv_without_images(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.csv").write_text(text)
+    args = ["--images", some(tmp_path / "i", "a.png"), "--labels", tmp_path / "x.csv", "--out", tmp_path / "out", "--device", "cpu", *PIXELS]
+    assert imagenet.main([str(arg) for arg in args]) == 2 and f"error: {tmp_path}/x.csv {message}\n" in capsys.readouterr().err
+
+
+def test_other_lists_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, out = some(tmp_path / "i", "a.png"), ["--out", tmp_path / "out", "--device", "cpu", *PIXELS]
+    args = ["--images", images, "--captions", captions_file(tmp_path / "x.json", [], []), "--text-encoder", "none", *out]
+    assert coco.main([str(arg) for arg in args]) == 2
+    assert f"error: {tmp_path}/x.json lists no images; give the captions file of those in {images}\n" in capsys.readouterr().err
+    args = ["--shards", tar(tmp_path / "x/0.tar"), "--caption-key", "none", *out]
+    assert webdataset.main([str(arg) for arg in args]) == 2
+    assert "error: webdataset-x holds no images; give a source that does\n" in capsys.readouterr().err

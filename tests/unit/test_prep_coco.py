@@ -36,7 +36,7 @@ def test_coco(tmp_path: Path) -> None:
     ({"images": [(float("inf"), "a.png")]}, "is not COCO captions .*infinity"),
     ({"captions": [(1, 1, None)]}, "not one of 2 images can be packed; the first: 1: its caption is no text; 2: it has no caption"),
     ({"images": []}, "captions of images that it does not list"),
-    ({"images": [], "captions": []}, "no images were found"),
+    ({"images": [], "captions": []}, "x.json lists no images; give the captions file"),
     ({"captions": []}, "not one of 2 images can be packed"),
 ])
 def test_bad_coco(tmp_path: Path, change: dict[str, Any], message: str) -> None:
