@@ -18,6 +18,7 @@ from largescale.data.format import MANIFEST
 from largescale.data.job_folder import APPEND, JOB
 from largescale.data.parts import engine_at_work
 from largescale.host.files import from_json
+from largescale.host.lease import identity, is_gone
 
 # Seconds between two reports of a rank, the time that a rate is of, and that after which a rank that
 # reports nothing is no longer at work.
@@ -41,7 +42,7 @@ class Progress:
     ) -> None:
         self._bar = bar
         self._file = folder / f"rank_{rank}.json"
-        self._about = {"rank": rank, "world_size": world_size}
+        self._about = {"rank": rank, "world_size": world_size, "process": identity()}
         self._clock = clock
         self.images = 0  # counted so far
         # (time, images until then) in the last minutes.
@@ -157,12 +158,12 @@ def _rate(ranks: list[dict[str, Any]], now: float, done: _Done, expected: int | 
     # Ranks work side by side, so that their rates add up; one that is silent adds nothing.
     for rank in ranks:
         (begin, before), (end, after) = rank["history"][0], rank["history"][-1]
-        if now - rank["time"] < SILENT_S and end > begin:
+        if _is_at_work(rank, now) and end > begin:
             rate += (after - before) / (end - begin)
             span = max(span, end - begin)
     if not rate:
-        fresh = any(now - rank["time"] < SILENT_S for rank in ranks)
-        return "not known yet" if fresh else "none: no rank has reported in the last minutes"
+        fresh = any(_is_at_work(rank, now) for rank in ranks)
+        return "not known yet" if fresh else "none: no rank is at work"
     text = f"{rate:,.1f} images/s over the last {span / 60:.1f} minutes"
     if expected is None:
         return text
@@ -170,6 +171,12 @@ def _rate(ranks: list[dict[str, Any]], now: float, done: _Done, expected: int | 
     left = max(expected - done.images, 0) / rate
     at = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + left))
     return f"{text}; done in about {_duration(left)}, at {at}"
+
+
+def _is_at_work(report: dict[str, Any], now: float) -> bool:
+    """Whether a rank works, by its last report: one of this machine while its process runs. Reports of
+    older versions, and of other machines, tell no more than when they were written."""
+    return now - report["time"] < SILENT_S and not is_gone(report.get("process", {}))
 
 
 def _duration(seconds: float) -> str:
@@ -193,7 +200,7 @@ def _ranks(
     engine = engine_at_work(folder)
     if engine:
         # It deals parts out: none is expected of a worker that is gone, or has nothing to do.
-        working = sum(now - rank["time"] < SILENT_S for rank in here.values())
+        working = sum(_is_at_work(rank, now) for rank in here.values())
         return f"{working} of {world_size} workers of {engine} at work"
     working, ended, lost = 0, 0, []
     for number in range(world_size):
@@ -204,10 +211,13 @@ def _ranks(
             ended += 1
         elif number not in here:
             lost.append(f"rank {number} has not begun")
-        elif (silent := now - here[number]["time"]) < SILENT_S:
+        elif _is_at_work(here[number], now):
             working += 1
+        elif is_gone(here[number].get("process", {})):
+            lost.append(f"rank {number} has ended")
         else:
-            lost.append(f"rank {number} silent for {_duration(silent)}, dead or stuck")
+            silent = _duration(now - here[number]["time"])
+            lost.append(f"rank {number} silent for {silent}, dead or stuck")
     text = f"{working} of {world_size} at work"
     if ended:
         text += f", {ended} done"

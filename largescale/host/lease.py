@@ -54,7 +54,7 @@ class Lease:
         # Why this process does not hold the lease any more.
         self.lost: str | None = None
         self._file = file
-        self._identity = _identity()
+        self._identity = identity()
         self._renewals = 0
         self._renewed = clock()
         # The thread renews it, and so does the main thread before it writes.
@@ -278,7 +278,7 @@ def is_gone(owner: dict[str, Any]) -> bool:
     of this machine, or an earlier start of this batch job."""
     if owner.get("state") == "released":
         return True
-    own = _identity()
+    own = identity()
     try:
         if own["job"] and owner["job"] == own["job"] and owner["restart"] < own["restart"]:
             return True
@@ -319,8 +319,8 @@ def _fields(pid: int) -> list[str]:
     return _text(_PROC / f"{pid}/stat").rpartition(")")[2].split()
 
 
-def _identity() -> dict[str, Any]:
-    """What the processes that want a lease are told of this one."""
+def identity() -> dict[str, Any]:
+    """What other processes are told of this one, by which `is_gone` knows it."""
     job = os.environ.get("SLURM_JOB_ID", "")
     # In another namespace the same number is another process.
     namespace = ""

@@ -1,6 +1,7 @@
 """What data_prep.describe says of a set that is being packed: of all ranks, in one place."""
 
 import json
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from data_prep import describe, packer, progress
 from data_prep.progress import Progress, describe_packing
 from largescale.errors import Stopped
+from largescale.host import lease
 from tests.unit.packed_pictures import picture
 from tests.unit.test_append import pack
 
@@ -43,13 +45,35 @@ def test_how_far_all_ranks_are(tmp_path: Path) -> None:
     assert found["ranks"] == "1 of 3 at work; rank 1 silent for 16 min, dead or stuck; rank 2 has not begun"
     (folder / "failed_2").write_text("no space")
     assert "; rank 2 has failed: no space" in dict(describe_packing(tmp_path, end))["ranks"]
-    assert dict(describe_packing(tmp_path, end + 9000))["rate"] == "none: no rank has reported in the last minutes"
+    assert dict(describe_packing(tmp_path, end + 9000))["rate"] == "none: no rank is at work"
     reports(folder, 2, 3, end + 9000, 0, 1)             # has just begun
     assert dict(describe_packing(tmp_path, end + 9000))["rate"] == "not known yet"
     # Tar files: how many images there are is known of those that are done.
     progress.write_plan(folder, None, 10, 0)
     found = dict(describe_packing(tmp_path, end))
     assert found["packing"] == "x: 1,400 images, 1 of 10 parts" and "done in about 1 h 11 min" in found["rate"]
+
+
+def test_ranks_that_were_killed(tmp_path: Path) -> None:
+    """Of this machine at once; of another, and of older versions, only once they are silent."""
+    folder = tmp_path / "packing"
+    folder.mkdir()
+    progress.write_plan(folder, 10_000, 10, 0)
+    end = 100_000.0
+    for rank in range(4):
+        reports(folder, rank, 4, end - 100, 100, 2)
+    killed = subprocess.Popen(["sleep", "600"])
+    of_killed = {"pid": killed.pid, "started": lease.identity()["started"]}
+    killed.kill()
+    killed.wait()
+    for rank, change in (1, of_killed), (2, of_killed | {"host": "another"}), (3, None):
+        path = folder / f"rank_{rank}.json"
+        report = json.loads(path.read_text())
+        report["process"] = None if change is None else report["process"] | change
+        path.write_text(json.dumps({key: value for key, value in report.items() if value is not None}))
+    found = dict(describe_packing(tmp_path, end))
+    assert found["ranks"] == "3 of 4 at work; rank 1 has ended" and found["rate"].startswith("6.0 images/s")
+    assert dict(describe_packing(tmp_path, end + 9000))["ranks"].startswith("0 of 4 at work; rank 0 silent for 2 h 30 min, dead or stuck; rank 1 has ended; ")
 
 
 def test_while_it_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
