@@ -67,6 +67,13 @@ class StagedCopy:
             return (self.folder / entry["file"]).stat().st_size == entry["bytes"]
         return False
 
+    def _has_manifest(self) -> bool:
+        """Whether the copy has a manifest of its files. A disk that failed may have cut it short."""
+        with contextlib.suppress(LargescaleError, OSError):
+            manifest = read_manifest(self.folder)
+            return all_files(manifest["shards"], manifest.get("empty_caption")) == self._files
+        return False
+
     def bytes_to_copy(self) -> int:
         """The disk space that the copy still needs."""
         needed = 0
@@ -110,7 +117,7 @@ class StagedCopy:
         DataError for one that is not the manifest's, and for a folder that cannot be written.
         """
         end = time.monotonic() + seconds
-        if not self.missing() and (self.folder / MANIFEST).exists():
+        if not self.missing() and self._has_manifest():
             return True
         try:
             self.folder.mkdir(exist_ok=True)
@@ -122,7 +129,8 @@ class StagedCopy:
                     # The others are at work on the rest.
                     if not copied:
                         time.sleep(_LOOK_EVERY_S)
-                if try_lock_byte(locks, len(self._files)):
+                # One process writes it: the others would have the same temporary file.
+                if try_lock_byte(locks, len(self._files)) and not self._has_manifest():
                     write_atomically(self.folder / MANIFEST, (self.path / MANIFEST).read_bytes())
         except StorageError:
             raise
@@ -241,7 +249,7 @@ def _others(folder: Path, copies: list[StagedCopy]) -> str:
     names = []
     for manifest in sorted(folder.glob(f"*/{MANIFEST}")):
         if manifest.parent not in [copy.folder for copy in copies]:
-            with contextlib.suppress(LargescaleError):
+            with contextlib.suppress(LargescaleError, OSError):
                 names.append(
                     f"{manifest.parent.name}: {read_manifest(manifest.parent)['info'].name}"
                 )

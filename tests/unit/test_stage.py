@@ -107,6 +107,19 @@ def test_a_run_reads_the_copy_and_is_the_same_run(run_here: RunHere, blobs: Path
     assert manifests[0]["dataset"] == manifests[1]["dataset"]
 
 
+@pytest.mark.parametrize("content", [b"", b'{"format": 1, "sha', b"\0" * 700, b"[]", b"{}", b"[" * 100_000, None])
+def test_a_copy_whose_manifest_is_broken(blobs: Path, tmp_path: Path, content: bytes | None) -> None:
+    """It is written anew, and nothing else is; beside another copy it is in nobody's way."""
+    copy = filled(blobs, tmp_path)
+    shards = inodes(copy)
+    (copy / "manifest.json").unlink()
+    if content is not None:
+        (copy / "manifest.json").write_bytes(content)
+    other = filled(make_blobs(tmp_path / "other", seed=3), tmp_path)
+    assert contents(other) == contents(tmp_path / "other")
+    assert filled(blobs, tmp_path) == copy and contents(copy) == contents(blobs) and inodes(copy) == shards
+
+
 def test_held_out_images_are_copied_too(run_here: RunHere, blobs: Path, tmp_path: Path) -> None:
     held_out = make_blobs(tmp_path / "held_out", seed=7, rows=40, prefix="v")
     validation = ("--data.validation", held_out, "--telemetry.validation-every", 2, "--telemetry.validation-images", 4)
