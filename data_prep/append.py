@@ -18,7 +18,7 @@ from data_prep.left_out import Totals
 from data_prep.listing import Listings
 from largescale.config.serialise import flatten
 from largescale.data.format import read_manifest
-from largescale.data.job_folder import APPEND, JOB
+from largescale.data.job_folder import APPEND, JOB, difference
 from largescale.data.parts import Parts
 from largescale.data.shards import ShardDataset
 from largescale.errors import DataError
@@ -110,7 +110,7 @@ def _differences(
     for key in dict.fromkeys([*theirs, *ours]):
         there, here = theirs.get(key), ours.get(key)
         if there != here and not free(key) and not key.startswith(f"{APPEND}."):
-            differ.append(f"{key}: {there} there, {here} here")
+            differ.append(difference(key, there, here))
     return differ
 
 

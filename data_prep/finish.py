@@ -22,7 +22,8 @@ from data_prep.encoding import Content, Encoding
 from data_prep.ids import ID_TAKEN
 from data_prep.left_out import SKIPPED, Totals, write_skipped
 from data_prep.packing import PackerOptions
-from data_prep.sources import Item, Source, first_reasons, source_changed
+from data_prep.source_files import source_changed
+from data_prep.sources import Item, Source, first_reasons
 from largescale.data.format import LATENT_RGB, DatasetInfo
 from largescale.data.loader import to_x_start
 from largescale.data.parts import Parts

@@ -55,9 +55,9 @@ class NpyFolder(ListSource, LatentSource):
         name = name_of_folder(folder.parent if folder.name == "vae-sd" else folder)
         super().__init__(name, folder, listings.get(facts, ("label",), make))
         # Of many files some are looked at: the others are read hours later.
-        for file, size in zip(self._listing.sample, self._sizes, strict=True):
-            if size < 0:
-                raise DataError(f"{folder / file} is missing, and {index} lists it; restore it")
+        for file in self.files:
+            if file.size < 0:
+                raise DataError(f"{file.path} is missing, and {index} lists it; restore it")
         first = next(self.part(0, 1))
         shape = self._array(first.id, first.read()).shape
         if len(shape) != 3 or shape[0] % 2:

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from data_prep.fingerprints import fingerprint
 from data_prep.images import Unusable
-from data_prep.sources import Item, Skips, file_size, other_size
+from data_prep.source_files import SourceFile, other_content, seen
+from data_prep.sources import Item, Skips
 from largescale.errors import DataError, LargescaleError
 from largescale.host.files import from_json
 
@@ -109,11 +110,12 @@ class RowFiles(LatentSource):
                 yield array.astype("<i8").tobytes()
 
         # Sizes and a few latents stand for the files' content, which would take hours to hash.
-        self._sizes = list(map(file_size, map(str, files)))
+        self.files: Sequence[SourceFile] = seen(map(str, files))
+        sizes = [file.size for file in self.files]
         self.fingerprint = fingerprint(
             [self.format, self.kind, json.dumps(settings, sort_keys=True)],
             (file.relative_to(folder).as_posix() for file in files),
-            map(str, self._sizes),
+            map(str, sizes),
             map(str, rows),
             hashed(),
         )
@@ -125,7 +127,7 @@ class RowFiles(LatentSource):
         self.facts = self.state_facts(folder) | {
             "rows": self.size,
             "files": len(files),
-            "bytes": sum(self._sizes),
+            "bytes": sum(sizes),
             **settings,
             "sample": fingerprint(self.some()),
         }
@@ -175,8 +177,7 @@ class RowFiles(LatentSource):
         return list(values.view(self.dtype).reshape(self.per_row, *self.shape))
 
     def changed(self) -> str | None:
-        names = list(map(str, self._files))
-        return other_size(names, self._sizes, map(file_size, names)) or self.other_latents()
+        return other_content(self.files) or self.other_latents()
 
 
 def inside(name: Any, index: Path) -> str:

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.fingerprints import fingerprint, not_utf8
+from data_prep.source_files import SAMPLE, other_list, source_changed
 from data_prep.walk import changed_ns
 from largescale.errors import DataError, LargescaleError, Stopped
 from largescale.host.files import from_json, is_unicode, try_lock
@@ -33,8 +34,6 @@ from largescale.host.signals import stop_requested
 
 # Rows that are read and written at a time.
 BATCH = 4096
-# Files whose sizes distinguish two folders of the same names: all of millions would take hours.
-SIZES = 1000
 COLUMNS = {
     "file": pa.string(),
     "id": pa.string(),
@@ -279,6 +278,7 @@ class Listings:
             if before is not None and before == json.loads(text):
                 os.rename(f"{mine}.folders", f"{base}.folders")
                 return before
+            self._refuse_other(base, before, mine, listing)
             Path(f"{mine}.json").write_text(text)
             # The .json comes last: without it the other files are no listing.
             for name in names:
@@ -288,6 +288,20 @@ class Listings:
         finally:
             for name in names:
                 Path(f"{mine}{name}").unlink(missing_ok=True)
+
+    def _refuse_other(
+        self, base: Path, before: dict[str, Any] | None, mine: Path, found: dict[str, Any]
+    ) -> None:
+        """Raises DataError for a list that is not that of the job which was begun here: processes that
+        work on it read that one."""
+        job = None
+        with suppress(OSError, LookupError, TypeError, ValueError):
+            job = from_json((self._folder / "job.json").read_text())["source"]["fingerprint"]
+        if before is None or before["fingerprint"] != job or found["fingerprint"] == job:
+            return
+        there, here = Listing(base, before, self), Listing(mine, found, self)
+        counts = f"({here.rows:,} images, and {there.rows:,} then)"
+        raise source_changed(other_list(there.read(0, there.rows), here.read(0, here.rows), counts))
 
     def discard(self) -> None:
         """Removes what this process has made, unless a job has begun in the folder."""
@@ -319,7 +333,7 @@ def _describe(base: Path, writer: Writer, found: Found, columns: Sequence[str]) 
     columns_of = partial(_column, base)
     # The files whose sizes are looked at come by the way.
     sample: list[str] = []
-    step = -(-writer.rows // SIZES) or 1
+    step = -(-writer.rows // SAMPLE) or 1
 
     def files() -> Iterator[pa.Array]:
         start = 0

@@ -39,6 +39,7 @@ from data_prep.images import Unusable
 from data_prep.listing import Listings
 from data_prep.packing import PackerOptions
 from data_prep.progress import Progress, write_plan
+from data_prep.source_files import note_files, refuse_changed
 from data_prep.sources import Item, Source
 from largescale.data.parts import Parts
 from largescale.data.shards import ShardDataset
@@ -113,6 +114,7 @@ class Packer:
         else:
             self.parts = Parts(options.out, job, *place)
         self.parts.engine = None if options.engine == "ranks" else options.engine
+        refuse_changed(self.parts, self.source.files)
 
     def _look_at_set(self, base: ShardDataset, added: AddedParts) -> None:
         """Finds out what the set has that grows. Raises DataError where ids of other images would be
@@ -177,6 +179,8 @@ class Packer:
     def begin(self) -> None:
         """What follows from the job in the folder, before the first part."""
         write_plan(self.parts.folder, self.source.size, self.parts.parts, len(self.source.skipped))
+        if self.rank == 0:
+            note_files(self.parts.folder, self.source.files)
         # A job that was started under another name keeps it.
         if self.base is None:
             self.info = replace(self.info, name=self.parts.job["info"]["name"])

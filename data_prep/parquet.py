@@ -4,7 +4,6 @@ python -m data_prep.parquet --files train.parquet --label-column label --vae non
 --out data/cifar10
 """
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,15 +19,14 @@ from data_prep.images import Unusable
 from data_prep.listing import Listings
 from data_prep.parquet_columns import Columns
 from data_prep.parquet_files import largest_chunk, reading, text_of, version
+from data_prep.source_files import SourceFile, other_content, seen
 from data_prep.sources import (
     Item,
     Skips,
     clean,
-    file_size,
     first_three,
     given,
     name_of,
-    other_size,
     refuse_splits,
     refuse_twice,
     splits_in,
@@ -117,7 +115,7 @@ class ParquetSource:
         self.num_classes = found.num_classes
         self.notes += found.notes
         self.fingerprint: str = found.facts["fingerprint"]
-        self._sizes = list(map(os.path.getsize, self._files))
+        self.files: Sequence[SourceFile] = seen(map(str, self._files))
         self.facts = self._facts()
 
     def _facts(self) -> dict[str, Any]:
@@ -125,7 +123,7 @@ class ParquetSource:
             "program": "data_prep.parquet",
             "files": list(map(str, self._files)),
             "rows": self.size,
-            "bytes": sum(self._sizes),
+            "bytes": sum(file.size for file in self.files),
             "columns": self._names,
             "num_classes": self.num_classes,
         }
@@ -146,7 +144,7 @@ class ParquetSource:
         return self._columns.ids()
 
     def changed(self) -> str | None:
-        return other_size(map(str, self._files), self._sizes, map(file_size, map(str, self._files)))
+        return other_content(self.files)
 
     def _rows(self, path: Path, row: int, start: int, stop: int) -> Iterator[Item]:
         """The items of the rows in [start, stop); `row` is the number of the file's first."""

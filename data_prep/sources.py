@@ -15,6 +15,7 @@ from typing import Any, NoReturn, Protocol
 from data_prep.fingerprints import fingerprint
 from data_prep.images import Unusable
 from data_prep.listing import Listing
+from data_prep.source_files import SourceFile, other_content, seen, source_changed
 from data_prep.walk import SUFFIXES, Missing
 from largescale.errors import DataError
 from largescale.host.files import is_unicode
@@ -62,6 +63,7 @@ class Source(Protocol):
     fingerprint: str  # of what determines content and order, not of the pixels
     skipped: "Skips"  # left out before any image is read
     size: int | None  # items in all; None where only reading tells
+    files: Sequence[SourceFile]  # that are looked at, to find whether it changes
 
     def parts(self, rows_per_shard: int) -> int:
         """How many parts there are; one rank packs a part on its own."""
@@ -110,8 +112,10 @@ class ListSource:
         self._check(root)
 
         # A list is identified by names, labels and captions, and its images by some of their sizes.
-        self._sizes = self._sizes_now()
-        self.facts["sizes"] = fingerprint(map(str, self._sizes))
+        self.files: Sequence[SourceFile] = seen(
+            os.path.join(self._root, file) for file in listing.sample
+        )
+        self.facts["sizes"] = fingerprint(str(file.size) for file in self.files)
         self.size: int | None = listing.rows
         self.fingerprint = listing.fingerprint
 
@@ -135,9 +139,6 @@ class ListSource:
                 f"num_classes={self.num_classes})"
             )
 
-    def _sizes_now(self) -> list[int]:
-        return [file_size(os.path.join(self._root, file)) for file in self._listing.sample]
-
     def parts(self, rows_per_shard: int) -> int:
         return -(-self._listing.rows // rows_per_shard)
 
@@ -152,32 +153,7 @@ class ListSource:
         return self._listing.ids()
 
     def changed(self) -> str | None:
-        return other_size(self._listing.sample, self._sizes, self._sizes_now())
-
-
-def other_size(files: Iterable[str], before: Iterable[int], now: Iterable[int]) -> str | None:
-    """The first file that has another size now, in words; None where there is none. One that is
-    gone, of size -1, does not count."""
-    for file, size, size_now in zip(files, before, now, strict=True):
-        if size_now not in (size, -1):
-            return f"{file} has {size_now:,} bytes, and had {size:,} when packing began"
-    return None
-
-
-def source_changed(what: str) -> DataError:
-    """The error of a source that is not as it was listed. `what`: what is other now."""
-    return DataError(
-        f"{what}: the source changed while it was packed; put it back as it was and run again, or "
-        "delete --out and pack it anew"
-    )
-
-
-def file_size(path: str) -> int:
-    """A file's size; -1 for one that is missing, which may be skipped later."""
-    try:
-        return os.path.getsize(path)
-    except OSError:
-        return -1
+        return other_content(self.files)
 
 
 def _read(path: str) -> bytes:

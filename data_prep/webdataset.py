@@ -32,15 +32,14 @@ from data_prep import packing, program
 from data_prep.fingerprints import fingerprint
 from data_prep.images import Unusable
 from data_prep.listing import Listings
+from data_prep.source_files import SourceFile, other_content, seen
 from data_prep.sources import (
     Item,
     Skips,
     class_index,
     clean,
-    file_size,
     first_three,
     given,
-    other_size,
     refuse_splits,
     refuse_twice,
     splits_in,
@@ -131,9 +130,10 @@ class TarSource:
             names.append(stem if is_local else shard)
             if is_local:
                 self._local.append(shard)
-        self._sizes = list(map(os.path.getsize, self._local))
+        self.files: Sequence[SourceFile] = seen(self._local)
+        sizes = [file.size for file in self.files]
         self.fingerprint = fingerprint(
-            names, map(str, self._sizes), [caption_key, str(num_classes), label_key]
+            names, map(str, sizes), [caption_key, str(num_classes), label_key]
         )
 
         # The data set is named after the folder of its first shard.
@@ -145,7 +145,7 @@ class TarSource:
             "program": "data_prep.webdataset",
             "shards": patterns,
             "shard_files": len(self._shards),
-            "shard_bytes": sum(self._sizes),
+            "shard_bytes": sum(sizes),
             "remote_shards": len(self._shards) - len(self._local),
             "num_classes": num_classes,
             "caption_key": caption_key or None,
@@ -186,7 +186,7 @@ class TarSource:
         return None  # they are those of the files in the archives
 
     def changed(self) -> str | None:
-        return other_size(self._local, self._sizes, map(file_size, self._local))
+        return other_content(self.files)
 
     def _items(self, id: str, sample: dict[str, Any], shard: str) -> Iterator[Item]:
         """The item of a sample; several where dots in file names put several images into one."""

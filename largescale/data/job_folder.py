@@ -8,6 +8,7 @@ OUT/manifest.json                names the job too, once it is done
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -26,6 +27,7 @@ from largescale.host.signals import stop_requested
 JOB = "packing/job.json"
 # The key of a job that adds to a set which is there.
 APPEND = "append"
+_SHA256 = re.compile("[0-9a-f]{64}")
 Flat = Mapping[str, Any]  # a job by dotted keys
 # What a folder of another job holds, and what to do about it.
 OTHER_JOB = "another data set, or a part of one; give another --out, or delete the folder"
@@ -84,11 +86,18 @@ class JobFolder:
         for key in theirs | ours:
             there, here = theirs.get(key), ours.get(key)
             if there != here and key not in places:
-                differences.append(f"{key}: {there} there, {here} here")
+                differences.append(difference(key, there, here))
         # Values that may differ stay as the job was started with, also in the manifest.
         if not differences:
             self.job = found
         return differences
+
+    def differing(self) -> list[str]:
+        """What differs between this job and that of the folder, a line each; nothing where the folder
+        has none."""
+        with suppress(DataError, OSError):
+            return self._differences(self._job_in_folder())
+        return []
 
     def _is_this_job(self) -> bool:
         """Whether the folder is this job's, finished or started."""
@@ -180,6 +189,14 @@ class JobFolder:
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def difference(key: str, there: object, here: object) -> str:
+    """A line on what two jobs have otherwise."""
+    # Hashes tell a reader nothing else.
+    if all(isinstance(value, str) and _SHA256.fullmatch(value) for value in (there, here)):
+        return f"{key}: not the same"
+    return f"{key}: {there} there, {here} here"
 
 
 def is_complete(out: Path) -> bool:

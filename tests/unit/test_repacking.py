@@ -213,7 +213,7 @@ def test_a_source_that_changes(source: Path, truth: Path, tmp_path: Path, monkey
         said = " ".join(capsys.readouterr().err.split())
         assert status == 2 and "has other latents than when packing began, in files of one size: the source changed while it was packed" in said
         assert run(source, out) == 2
-        assert re.search(r"What differs: source\.sample: \w+ there, \w+ here", " ".join(capsys.readouterr().err.split()))
+        assert "has other latents than when packing began: the source changed while it was packed" in " ".join(capsys.readouterr().err.split())
         assert not (out / "manifest.json").exists()
     finally:
         put_back[0]()
