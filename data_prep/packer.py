@@ -350,8 +350,11 @@ class Packer:
 def _places(found: Mapping[str, Any], ours: Mapping[str, Any]) -> set[str]:
     """The keys by which a job does not differ from another: lists, sizes and hashes tell two data
     sets apart, and names and places of folders do not."""
-    # A job of an older version, without sizes, is still identified by its places.
-    return {"source.sizes"} if "source.sizes" in ours.keys() - found.keys() else PLACES
+    # What an older version did not note says nothing.
+    new = ours.keys() - found.keys()
+    unknown = {"source.shard_ends"} & new
+    # A job without sizes is still identified by its places.
+    return {"source.sizes"} if "source.sizes" in new else PLACES | unknown
 
 
 def announcement(source: Source) -> str:

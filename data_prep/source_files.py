@@ -3,6 +3,7 @@
 OUT/packing/files.json    those that are looked at, as they were when packing began
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -17,17 +18,40 @@ from largescale.host.files import from_json
 
 # Files of a folder of images that are looked at: all of millions would take hours.
 SAMPLE = 1000
+# Bytes at the start and at the end of a file that stand for its content.
+_END = 2**16
 FILES = "files.json"
 
 
 class SourceFile(NamedTuple):
     path: str
     size: int  # in bytes; -1 for one that is missing, which may be skipped later
+    ends: str = ""  # the hash of its first and last bytes; empty where they are not looked at
 
 
 def seen(paths: Iterable[str]) -> list[SourceFile]:
     """Files as they are now."""
     return [SourceFile(path, _size(path)) for path in paths]
+
+
+def with_ends(files: Sequence[SourceFile]) -> list[SourceFile]:
+    """The same files; of up to SAMPLE of them the ends too, by which one that was written anew with as
+    many bytes is found. Not by its time, which copies may not have."""
+    step = -(-len(files) // SAMPLE) or 1
+    found = []
+    for number, file in enumerate(files):
+        found.append(file if number % step else file._replace(ends=_ends(file.path)))
+    return found
+
+
+def _ends(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(_END)
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _END))
+            return hashlib.sha256(start + file.read(_END)).hexdigest()
+    except OSError:
+        return ""
 
 
 def _size(path: str) -> int:
@@ -46,6 +70,8 @@ def other_content(files: Iterable[SourceFile]) -> str | None:
             return f"{file.path} is there now, and was missing when packing began"
         if size not in (file.size, -1):
             return f"{file.path} has {size:,} bytes, and had {file.size:,} when packing began"
+        if file.ends and _ends(file.path) not in (file.ends, ""):
+            return f"{file.path} has other content than when packing began, in as many bytes"
     return None
 
 

@@ -32,7 +32,7 @@ from data_prep import packing, program
 from data_prep.fingerprints import fingerprint
 from data_prep.images import Unusable
 from data_prep.listing import Listings
-from data_prep.source_files import SourceFile, other_content, seen
+from data_prep.source_files import SourceFile, other_content, seen, with_ends
 from data_prep.sources import (
     Item,
     Skips,
@@ -130,7 +130,7 @@ class TarSource:
             names.append(stem if is_local else shard)
             if is_local:
                 self._local.append(shard)
-        self.files: Sequence[SourceFile] = seen(self._local)
+        self.files: Sequence[SourceFile] = with_ends(seen(self._local))
         sizes = [file.size for file in self.files]
         self.fingerprint = fingerprint(
             names, map(str, sizes), [caption_key, str(num_classes), label_key]
@@ -146,6 +146,7 @@ class TarSource:
             "shards": patterns,
             "shard_files": len(self._shards),
             "shard_bytes": sum(sizes),
+            "shard_ends": fingerprint(file.ends for file in self.files),
             "remote_shards": len(self._shards) - len(self._local),
             "num_classes": num_classes,
             "caption_key": caption_key or None,

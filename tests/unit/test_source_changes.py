@@ -1,13 +1,15 @@
 """A source that changed between two starts: the error names a file, or says what changed."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data_prep import folder, imagenet, packer, parquet, webdataset
+from data_prep import folder, imagenet, packer, parquet, source_files, webdataset
+from largescale.data.shards import ShardDataset
 from tests.unit.packed_pictures import interrupted, picture
 from tests.unit.source_files import pictures, rows, table, tar
 
@@ -93,4 +95,51 @@ def test_tables_and_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     # What an older version has begun says no more than before.
     (tmp_path / "w/packing/files.json").unlink()
     assert "source.shard_files: 2 there, 1 here" in said(webdataset, command, capsys)
-    assert json.loads((tmp_path / "p/packing/files.json").read_text()) == [[str(table), before]]
+    assert json.loads((tmp_path / "p/packing/files.json").read_text()) == [[str(table), before, ""]]
+
+
+def test_an_archive_that_was_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With as many bytes, and by a copy that has the old time; the set of an older version, which did not look, goes on."""
+    shards = [tar(tmp_path / f"s/{i}.tar", (f"{i}.png", picture(i)), ("big.bin", bytes(300_000))) for i in range(2)]
+    command = begin(webdataset, tmp_path / "w", monkeypatch, "--shards", tmp_path / "s/*.tar", "--caption-key", "none")
+    before, times = shards[1].read_bytes(), (shards[1].stat().st_atime, shards[1].stat().st_mtime)
+    other = bytearray(before)
+    other[:before.index(b"ustar")] = other[:before.index(b"ustar")].replace(b"1.png", b"7.png")
+
+    def rewrite() -> None:
+        shards[1].write_bytes(other)
+        os.utime(shards[1], times)
+
+    rewrite()
+    what = f"{shards[1]} has other content than when packing began, in as many bytes{REMEDY}"
+    assert what in said(webdataset, command, capsys)
+    # While it is packed.
+    shards[1].write_bytes(before)
+    finish = packer.Packer.finish
+    with monkeypatch.context() as patch:
+        patch.setattr(packer.Packer, "finish", lambda self: (rewrite(), finish(self))[1])
+        assert what in said(webdataset, command, capsys)
+    job = json.loads((tmp_path / "w/packing/job.json").read_text())
+    del job["source"]["shard_ends"]
+    (tmp_path / "w/packing/job.json").write_text(json.dumps(job))
+    shards[1].write_bytes(before)
+    assert webdataset.main(command) == 0
+    assert "shard_ends" not in ShardDataset(tmp_path / "w").manifest["job"]["source"]
+    assert webdataset.main(command) == 0
+
+
+def test_ends_of_some_of_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_files, "SAMPLE", 3)
+    for i in range(7):
+        (tmp_path / str(i)).write_bytes(bytes([i]) * (100_000 + 50_000 * i))
+    files = source_files.with_ends(source_files.seen([*(str(tmp_path / str(i)) for i in range(7)), str(tmp_path / "gone")]))
+    assert [bool(file.ends) for file in files] == [True, False, False, True, False, False, True, False]
+    assert files[-1].size == -1 and source_files.with_ends([]) == [] and source_files.other_content(files) is None
+    for at in 0, 2**16 - 1, -(2**16), -1:
+        content = bytearray((tmp_path / "6").read_bytes())
+        content[at] ^= 1
+        (tmp_path / "6").write_bytes(content)
+        assert (source_files.other_content(files) or "").startswith(f"{tmp_path}/6 has other content")
+        content[at] ^= 1
+        (tmp_path / "6").write_bytes(content)
+        assert source_files.other_content(files) is None
