@@ -3,8 +3,8 @@ so that no rank keeps it in memory.
 
 OUT/packing/listing_KEY.rows      the images in order: file, and where there are ids, labels, captions
 OUT/packing/listing_KEY.skipped   what is left out before any image is read, as skipped.jsonl has it
-OUT/packing/listing_KEY.folders   the folders that were listed, and when each changed last
-OUT/packing/listing_KEY.json      what follows from all of it; written last
+OUT/packing/listing_KEY.json      what follows from all of it
+OUT/packing/listing_KEY.folders   the folders that were listed, and when each changed last; renamed last
 """
 
 import hashlib
@@ -264,7 +264,7 @@ class Listings:
     ) -> dict[str, Any]:
         # A name of each rank's own: a file system without locks would mix two ranks' files.
         mine = base.with_name(f"{base.name}.{env_rank()}")
-        names = (".rows", ".skipped", ".folders", ".json")
+        names = (".rows", ".skipped", ".json", ".folders")
         try:
             writer = Writer(mine, columns, self._folder)
             try:
@@ -280,7 +280,7 @@ class Listings:
                 return before
             self._refuse_other(base, before, mine, listing)
             Path(f"{mine}.json").write_text(text)
-            # The .json comes last: without it the other files are no listing.
+            # The .folders come last: without them, or with those of before, the others are no listing.
             for name in names:
                 os.rename(f"{mine}{name}", f"{base}{name}")
                 self._files.append(Path(f"{base}{name}"))

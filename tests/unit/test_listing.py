@@ -7,6 +7,7 @@ import random
 import time
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from data_prep.sources import ListSource
 from data_prep.walk import Walk, missing_files
 from largescale.data.parts import Parts
 from largescale.data.shards import ShardDataset
-from largescale.errors import DataError
+from largescale.errors import DataError, Stopped
 from tests.unit.source_files import tar
 
 
@@ -149,6 +150,30 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path, monkeypatch: pytes
         tracemalloc.stop()
         assert (read, left_out) == ((n, 0) if kind == "folder" else (n - -(-n // 3), -(-n // 3)))
     assert peaks[2] < 1.05 * peaks[1] + 40_000          # a file object for each run
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_killed_while_a_list_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """At any renaming: what lies there then is a whole list, or none."""
+    tree(tmp_path / "i", ["a.png"])
+    age(tmp_path / "i")
+    assert folder.read(tmp_path / "i", Listings(tmp_path / "out")).size == 1
+    tree(tmp_path / "i", ["b.png", "c.png"])
+    age(tmp_path / "i")
+    renamed, rename = [], os.rename
+
+    def killed(*args: Any) -> None:
+        if len(renamed) == at:
+            raise Stopped
+        renamed.append(args)
+        rename(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", killed)
+        with pytest.raises(Stopped) if at < 4 else nullcontext():
+            folder.read(tmp_path / "i", Listings(tmp_path / "out"))
+    source = folder.read(tmp_path / "i", Listings(tmp_path / "out"))
+    assert source.size == 3 and [item.id for item in source.part(0, 9)] == ["a.png", "b.png", "c.png"]
 
 
 def test_a_start_after_the_first_lists_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
