@@ -41,9 +41,12 @@ Decode = Callable[[Item], tuple[Item, Any]]
 
 def _digests(ids: Iterable[str]) -> bytes:
     """8 bytes of each id."""
-    # An id that is not UTF-8 is left out later; here it must not stop the others.
-    encoded = (id.encode(errors="surrogatepass") for id in ids)
-    return b"".join(hashlib.blake2b(id, digest_size=8).digest() for id in encoded)
+    digests = bytearray()
+    for id in ids:
+        # One that is not UTF-8 is left out later; here it must not stop the others.
+        encoded = id.encode(errors="surrogatepass")
+        digests += hashlib.blake2b(encoded, digest_size=8).digest()
+    return bytes(digests)
 
 
 class KnownIds:
@@ -65,9 +68,15 @@ class KnownIds:
 
 
 def _write(data: ShardDataset, path: Path) -> None:
+    write_sorted(path, _of_shards(data))
+
+
+def _of_shards(data: ShardDataset) -> Iterator[bytes]:
+    """The hashes of the ids of one shard after the other."""
     shards = range(len(data.manifest["shards"]))
-    bar = tqdm(shards, "read the set's ids", unit="shard", delay=2, disable=env_rank() != 0)
-    write_sorted(path, (_digests(id for _, id in data.ids(slice(n, n + 1))) for n in bar))
+    quiet = env_rank() != 0
+    for n in tqdm(shards, "read the set's ids", unit="shard", delay=2, disable=quiet):
+        yield _digests(id for _, id in data.ids(slice(n, n + 1)))
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,8 @@ class IdCheck:
         else:
             count, taken, numbers = _taken(self.known, ids, self.prefix)
             what = f"{taken:,} of the source's {count:,} ids are"
-            items = chain.from_iterable(self.source.part(number, 1) for number in numbers)
+            one_row_parts = partial(self.source.part, rows_per_shard=1)
+            items = chain.from_iterable(map(one_row_parts, numbers))
         looked_at = 0
         others = []
         for row, content in map(self.decode, items):

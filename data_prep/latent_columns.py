@@ -30,6 +30,7 @@ class Mds(RowFiles):
         with reading(index):
             self._shards: list[dict[str, Any]] = json_of(index)["shards"]
             names = self._shards[0]["column_names"]
+            files, rows = [], []
             # A shard that cannot be read is found now, and not after hours of packing.
             for shard in self._shards:
                 if shard["format"] != "mds" or shard["compression"]:
@@ -43,9 +44,8 @@ class Mds(RowFiles):
                         f"{index} has shards of the columns {names} and {shard['column_names']}; "
                         "give a folder of one set"
                     )
-            names_of_files = [shard["raw_data"]["basename"] for shard in self._shards]
-            rows = [int(shard["samples"]) for shard in self._shards]
-        files = [folder / inside(name, index) for name in names_of_files]
+                files.append(folder / inside(shard["raw_data"]["basename"], index))
+                rows.append(int(shard["samples"]))
         self.kind = kind or "latents"
         self.scaled = self.kind != "moments"
         self.captioned = "caption" in names

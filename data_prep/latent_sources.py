@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from data_prep.fingerprints import fingerprint
 from data_prep.images import Unusable
-from data_prep.source_files import SourceFile, other_content, seen
+from data_prep.source_files import SourceFile, other_content, seen, sizes
 from data_prep.sources import Item, Skips
 from largescale.errors import DataError, LargescaleError
 from largescale.host.files import from_json
@@ -111,11 +111,10 @@ class RowFiles(LatentSource):
 
         # Sizes and a few latents stand for the files' content, which would take hours to hash.
         self.files: Sequence[SourceFile] = seen(map(str, files))
-        sizes = [file.size for file in self.files]
         self.fingerprint = fingerprint(
             [self.format, self.kind, json.dumps(settings, sort_keys=True)],
             (file.relative_to(folder).as_posix() for file in files),
-            map(str, sizes),
+            map(str, sizes(self.files)),
             map(str, rows),
             hashed(),
         )
@@ -127,7 +126,7 @@ class RowFiles(LatentSource):
         self.facts = self.state_facts(folder) | {
             "rows": self.size,
             "files": len(files),
-            "bytes": sum(sizes),
+            "bytes": sum(sizes(self.files)),
             **settings,
             "sample": fingerprint(self.some()),
         }

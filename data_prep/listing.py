@@ -70,8 +70,11 @@ class Writer:
         self.rows = self.skipped = 0
         self.labels: tuple[int, int] | None = None  # the least and the greatest
         self._columns = ("file", *columns)
-        self._pending: dict[str, list[Any]] = {name: [] for name in self._columns}
-        self._schema = pa.schema([(name, COLUMNS[name]) for name in self._columns])
+        self._pending: dict[str, list[Any]] = {}
+        self._schema = pa.schema([])
+        for name in self._columns:
+            self._pending[name] = []
+            self._schema = self._schema.append(pa.field(name, COLUMNS[name]))
         # If a file cannot be opened, the ones before it are closed.
         with ExitStack() as stack:
             sink = stack.enter_context(pa.OSFile(f"{base}.rows", "wb"))

@@ -19,7 +19,7 @@ from data_prep.images import Unusable
 from data_prep.listing import Listings
 from data_prep.parquet_columns import Columns
 from data_prep.parquet_files import largest_chunk, reading, text_of, version
-from data_prep.source_files import SourceFile, other_content, seen
+from data_prep.source_files import SourceFile, other_content, seen, sizes
 from data_prep.sources import (
     Item,
     Skips,
@@ -123,7 +123,7 @@ class ParquetSource:
             "program": "data_prep.parquet",
             "files": list(map(str, self._files)),
             "rows": self.size,
-            "bytes": sum(file.size for file in self.files),
+            "bytes": sum(sizes(self.files)),
             "columns": self._names,
             "num_classes": self.num_classes,
         }

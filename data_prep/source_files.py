@@ -34,6 +34,10 @@ def seen(paths: Iterable[str]) -> list[SourceFile]:
     return [SourceFile(path, _size(path)) for path in paths]
 
 
+def sizes(files: Iterable[SourceFile]) -> list[int]:
+    return [file.size for file in files]
+
+
 def with_ends(files: Sequence[SourceFile]) -> list[SourceFile]:
     """The same files; of up to SAMPLE of them the ends too, by which one that was written anew with as
     many bytes is found. Not by its time, which copies may not have."""
@@ -102,7 +106,8 @@ def _difference(
 ) -> str | None:
     """What differs between the files of two starts, in words; None where that is not known. `differ`:
     what does between their jobs."""
-    there, here = {file.path for file in before}, {file.path for file in now}
+    there = {file.path for file in before}
+    here = {file.path for file in now}
     # None in common: it was moved, or is another one.
     if not there & here:
         return None

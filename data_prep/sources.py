@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Protocol
 from data_prep.fingerprints import fingerprint
 from data_prep.images import Unusable
 from data_prep.listing import Listing
-from data_prep.source_files import SourceFile, other_content, seen, source_changed
+from data_prep.source_files import SourceFile, other_content, seen, sizes, source_changed
 from data_prep.walk import SUFFIXES, Missing
 from largescale.errors import DataError
 from largescale.host.files import is_unicode
@@ -112,10 +112,9 @@ class ListSource:
         self._check(root)
 
         # A list is identified by names, labels and captions, and its images by some of their sizes.
-        self.files: Sequence[SourceFile] = seen(
-            os.path.join(self._root, file) for file in listing.sample
-        )
-        self.facts["sizes"] = fingerprint(str(file.size) for file in self.files)
+        paths = map(partial(os.path.join, self._root), listing.sample)
+        self.files: Sequence[SourceFile] = seen(paths)
+        self.facts["sizes"] = fingerprint(map(str, sizes(self.files)))
         self.size: int | None = listing.rows
         self.fingerprint = listing.fingerprint
 

@@ -32,7 +32,7 @@ from data_prep import packing, program
 from data_prep.fingerprints import fingerprint
 from data_prep.images import Unusable
 from data_prep.listing import Listings
-from data_prep.source_files import SourceFile, other_content, seen, with_ends
+from data_prep.source_files import SourceFile, other_content, seen, sizes, with_ends
 from data_prep.sources import (
     Item,
     Skips,
@@ -131,10 +131,8 @@ class TarSource:
             if is_local:
                 self._local.append(shard)
         self.files: Sequence[SourceFile] = with_ends(seen(self._local))
-        sizes = [file.size for file in self.files]
-        self.fingerprint = fingerprint(
-            names, map(str, sizes), [caption_key, str(num_classes), label_key]
-        )
+        settings = [caption_key, str(num_classes), label_key]
+        self.fingerprint = fingerprint(names, map(str, sizes(self.files)), settings)
 
         # The data set is named after the folder of its first shard.
         folder = self._stems[0]
@@ -145,7 +143,7 @@ class TarSource:
             "program": "data_prep.webdataset",
             "shards": patterns,
             "shard_files": len(self._shards),
-            "shard_bytes": sum(sizes),
+            "shard_bytes": sum(sizes(self.files)),
             "shard_ends": fingerprint(file.ends for file in self.files),
             "remote_shards": len(self._shards) - len(self._local),
             "num_classes": num_classes,
