@@ -7,6 +7,7 @@ OUT/packing/rank_0.json ...  what each rank has done in the last minutes
 import json
 import os
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -77,8 +78,8 @@ class Progress:
 def write_plan(folder: Path, images: int | None, parts: int, skipped: int) -> None:
     """Notes how much there is to do. `skipped`: what was left out before any image is read."""
     plan = {"images": images, "parts": parts, "skipped": skipped}
-    # All ranks write the same plan, each by a file of its own.
-    temporary = folder / f"plan.json.{os.getpid()}.tmp"
+    # All ranks write the same plan, each by a file of its own; two nodes may have the same process id.
+    temporary = folder / f"plan.json.{uuid.uuid4().hex}.tmp"
     temporary.write_text(json.dumps(plan))
     os.rename(temporary, folder / "plan.json")
 

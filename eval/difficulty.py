@@ -27,10 +27,10 @@ processes that train a run.
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -206,8 +206,9 @@ class Difficulty(Plan):
         kept = o.out / f"reference_{hashlib.sha256(what.encode()).hexdigest()[:8]}.npz"
         if kept.exists():
             return self._scorer(kept)
-        # Another task may be writing the same statistics: each has a file of its own until then.
-        own = kept.with_suffix(f".{os.getpid()}.npz")
+        # Another task may be writing the same statistics: each has a file of its own until then, also
+        # where two nodes have the same process id.
+        own = kept.with_suffix(f".{uuid.uuid4().hex}.npz")
         scorer = self._scorer(self.data.path, save_reference=own)
         own.replace(kept)
         return scorer
