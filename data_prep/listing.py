@@ -28,7 +28,7 @@ from data_prep.fingerprints import fingerprint, not_utf8
 from data_prep.source_files import SAMPLE, other_list, source_changed
 from data_prep.walk import changed_ns
 from largescale.errors import DataError, LargescaleError, Stopped
-from largescale.host.files import from_json, is_unicode, try_lock
+from largescale.host.files import from_json, is_unicode, system_reason, try_lock
 from largescale.host.launch import env_rank
 from largescale.host.signals import stop_requested
 
@@ -321,7 +321,8 @@ class Listings:
 
 
 def _cannot_write(path: Path, error: OSError) -> DataError:
-    return DataError(f"cannot write {path}: {error}; free space, or correct --out, and run again")
+    what = f"{error.filename or path.parent}: {system_reason(error)}"
+    return DataError(f"cannot write {what}; free space, or correct --out, and run again")
 
 
 def _describe(base: Path, writer: Writer, found: Found, columns: Sequence[str]) -> dict[str, Any]:
@@ -389,12 +390,11 @@ def _read(base: Path) -> dict[str, Any] | None:
 def _usable(base: Path) -> dict[str, Any] | None:
     """A listing that is there, and whose folders have not changed since."""
     found = _read(base)
-    with suppress(OSError, ValueError):
-        with open(f"{base}.folders") as file:
-            for line in file:
-                folder, changed = json.loads(line)
-                # 0: it changed so shortly before it was listed that its time tells nothing.
-                if not changed or changed_ns(os.stat(folder)) != changed:
-                    return None
+    with suppress(OSError, ValueError), open(f"{base}.folders") as file:
+        for line in file:
+            folder, changed = json.loads(line)
+            # 0: it changed so shortly before it was listed that its time tells nothing.
+            if not changed or changed_ns(os.stat(folder)) != changed:
+                return None
         return found
     return None

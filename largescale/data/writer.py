@@ -30,7 +30,7 @@ from largescale.data.format import (
 )
 from largescale.data.statistics import Statistics, measure_rows, merge
 from largescale.errors import DataError
-from largescale.host.files import fsync_dir, sha256, write_atomically
+from largescale.host.files import fsync_dir, sha256, system_reason, write_atomically
 
 Array = npt.NDArray[Any]
 STATISTICS = "statistics"
@@ -221,7 +221,7 @@ def _write_file(
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise DataError(
-            f"cannot write {path}: {error}; what is packed stays: free space, and run again"
+            f"cannot write {path} ({system_reason(error)}); what is packed stays: free space, and run again"
         ) from error
     return entry
 

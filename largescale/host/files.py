@@ -50,6 +50,12 @@ def from_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def system_reason(error: OSError) -> str:
+    """What an error of the system says, without its number and path: those of libraries have them
+    several times."""
+    return os.strerror(error.errno) if error.errno else str(error)
+
+
 def is_unicode(text: str) -> bool:
     """Whether the text can be encoded in UTF-8."""
     # Half of a surrogate pair cannot. JSON can spell half an emoji so, and Python the bytes of file
@@ -182,10 +188,16 @@ def require_writable(*files: Path, remedy: str) -> None:
             # A folder that is there, and in which nothing can be made, such as /proc.
             no_new_names = error.errno == errno.ENOENT and existing.is_dir()
             if error.errno in PERMANENT or no_new_names:
+                if existing != file and existing.is_file():
+                    raise CheckpointError(
+                        f"cannot write to {file}: {existing} is a file; {remedy}"
+                    ) from error
                 raise CheckpointError(
                     f"cannot write to {file}: {error.strerror}; {_whose(existing)}; {remedy}"
                 ) from error
-            raise StorageError(f"cannot write to {file} at present: {error}") from error
+            raise StorageError(
+                f"cannot write to {file} at present: {system_reason(error)}; {remedy}, or run again later"
+            ) from error
 
 
 def _require_names(file: Path, existing: Path) -> None:
