@@ -176,8 +176,9 @@ def parse(path: Path, splits: Sequence[str] = ()) -> Listed:
     except DataError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
+        what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
         raise DataError(
-            f"{path} is not COCO captions ({error!r}): images need id and file_name, annotations "
+            f"{path} is not COCO captions ({what}): images need id and file_name, annotations "
             "id, image_id and caption; give a file such as captions_train2014.json"
         ) from error
 
@@ -213,6 +214,8 @@ def _images_and_annotations(
 ) -> tuple[list[tuple[Id, str]], list[Annotation]]:
     """The ids and file names of the images, and the captions sorted by image and then by their own
     id."""
+    if not isinstance(document, dict):
+        raise TypeError("it is no object in braces")
     if "annotations" not in document and _has_sentences(document.get("images", ())):
         document = _karpathy(path, document["images"], splits)
     elif splits:

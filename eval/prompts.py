@@ -206,8 +206,9 @@ def _parse(path: Path, text: str) -> list[_Caption]:
         for row in document["annotations"]:
             captions.append((int(row["image_id"]), int(row["id"]), row["caption"]))
     except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
+        what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
         raise DataError(
-            f"{path} is not COCO captions ({error!r}): images need id and file_name, annotations "
+            f"{path} is not COCO captions ({what}): images need id and file_name, annotations "
             "id, image_id and caption; give a file such as captions_val2014.json"
         ) from error
 

@@ -50,7 +50,7 @@ def test_coco_of_another_kind(tmp_path: Path) -> None:
     file = tmp_path / "instances_val2017.json"
     with pytest.raises(DataError, match=r"instances_val2017\.json cannot be read"):
         coco.read(tmp_path, file)
-    for text, message in {"{": "is not JSON", "[" * 200_000: "is not JSON .it is nested too deeply", "[1]": "is not COCO captions", "{}": "is not COCO captions"}.items():
+    for text, message in {"{": "is not JSON", "[" * 200_000: "is not JSON .it is nested too deeply", "[1]": "is not COCO captions .it is no object in braces", "{}": "is not COCO captions .annotations is missing."}.items():
         file.write_text(text)
         with pytest.raises(DataError, match=message):
             coco.read(tmp_path, file)
