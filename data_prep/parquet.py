@@ -94,7 +94,7 @@ class ParquetSource:
         self._starts = columns.starts
         self.size: int | None = self._starts[-1]
         if not self.size:
-            raise DataError(f"{first_three(self._files)} hold no rows; correct --files")
+            raise DataError(f"there are no rows in {first_three(self._files)}; correct --files")
 
         self.name = f"parquet-{name_of(files[0])}"
         self.captioned = caption_column is not None

@@ -21,6 +21,8 @@ def reading(path: Path) -> Iterator[None]:
     """Makes errors of reading a file a DataError."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist; restore it, or correct --files") from error
     except (OSError, pa.ArrowException) as error:
         raise DataError(
             f"{path} cannot be read as Parquet ({error}); restore it, or leave it out of --files"
