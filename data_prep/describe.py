@@ -163,7 +163,7 @@ def _origin(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         source = addition["job"]["info"]["name"]
         facts.append(("added", f"{addition['rows']:,} images of {source}"))
     skipped = manifest["skipped"]
-    facts.append(("left out", f"{skipped['count']} images"))
+    facts.append(("left out", f"{skipped['count']:,} images"))
     for reason, count in skipped["reasons"].items():
         facts.append(("", f"{count} x {reason}"))
     return facts

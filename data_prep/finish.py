@@ -67,6 +67,8 @@ class Finish:
                 for line in islice(file, 3):
                     first.append(tuple(json.loads(line).values()))
             (out / SKIPPED).unlink()
+            # No image is lost with it, and the next start may have other options.
+            self.parts.remove()
             if not first:
                 raise DataError(f"{self.source.name} holds no images; give a source that does")
             raise DataError(
@@ -233,6 +235,6 @@ def summary(out: Path, done: str) -> str:
     listed = f", see {data.path / 'skipped.jsonl'}" if left_out else ""
     return (
         f"{data.path}: {len(data):,} images{captions}, {size_text(size)} "
-        f"({size / len(data):,.0f} bytes an image){encoders}; {done}; {left_out} left "
+        f"({size / len(data):,.0f} bytes an image){encoders}; {done}; {left_out:,} left "
         f"out{listed}"
     )

@@ -174,6 +174,10 @@ def test_nothing_that_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "images/a.png").write_bytes(b"no image")
     assert pack(tmp_path / "images", tmp_path / "out") == 2
     assert "not one image of folder-images could be used; the first: a.png:" in capsys.readouterr().err
+    # The next start may have other options.
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "images/a.png").write_bytes(picture(1))
+    assert pack(tmp_path / "images", tmp_path / "out", "--min-side", 25) == 2 and pack(tmp_path / "images", tmp_path / "out") == 0
 
 
 @pytest.mark.parametrize(("more", "message"), [
