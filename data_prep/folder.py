@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_prep import packing, program
 from data_prep.listing import Found, Listings, Writer
-from data_prep.sources import SPLIT, ListSource, name_of, refuse_splits
+from data_prep.sources import SPLIT, ListSource, name_of, refuse_splits, require_outside
 from data_prep.walk import Walk
 
 
@@ -19,6 +19,7 @@ class Folder(packing.Packing):
     """The folder; images in folders below it count too."""
 
     def source(self, listings: Listings) -> ListSource:
+        require_outside(self.out, self.images)
         return read(self.images, listings)
 
 

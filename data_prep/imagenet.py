@@ -31,6 +31,7 @@ from data_prep.sources import (
     name_of,
     refuse_splits,
     require_file,
+    require_outside,
     some_missing,
     text_of,
 )
@@ -55,6 +56,9 @@ class ImageNet(packing.Packing):
     error."""
 
     def source(self, listings: Listings) -> ListSource:
+        # A list names its images, wherever the set lies.
+        if self.labels is None:
+            require_outside(self.out, self.images)
         return read(self.images, self.labels, self.classes, self.skip_missing, listings)
 
 

@@ -72,6 +72,9 @@ class PackerOptions:
         require_outside_checkpoints(self.out, "--out")
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"--out {self.out} is a file; give a folder")
+        for folder in self.out.parents:
+            if folder.is_file():
+                raise ConfigError(f"--out {self.out}: {folder} is a file; give another folder")
         if self.append:
             read_manifest(self.out)  # there has to be a set that can grow
 

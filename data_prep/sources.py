@@ -328,6 +328,16 @@ def text_of(path: Path) -> str:
         raise DataError(f"{path} cannot be read ({error}); correct the path") from error
 
 
+def require_outside(out: Path, images: Path) -> None:
+    """Raises DataError for a set that would lie in the folder whose images are packed: its pictures
+    would be images of the source at the next start."""
+    if out.resolve().is_relative_to(images.resolve()):
+        raise DataError(
+            f"--out {out} lies in --images {images}, all of whose images are packed, so those of the "
+            "set's card too; give an --out outside of it"
+        )
+
+
 def require_file(path: Path) -> None:
     """Raises DataError for a file that cannot be opened."""
     try:

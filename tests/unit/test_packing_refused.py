@@ -127,3 +127,21 @@ def test_other_lists_without_images(tmp_path: Path, capsys: pytest.CaptureFixtur
     args = ["--shards", tar(tmp_path / "x/0.tar"), "--caption-key", "none", *out]
     assert webdataset.main([str(arg) for arg in args]) == 2
     assert "error: webdataset-x holds no images; give a source that does\n" in capsys.readouterr().err
+
+
+def test_a_set_within_its_own_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its images.png would be one of the source at the next start. A list says itself what it is of."""
+    images = some(tmp_path / "i", "a/a.png")
+    for program in folder, imagenet:
+        for out in images, images / "packed":
+            assert program.main([str(arg) for arg in ["--images", images, "--out", out, "--device", "cpu", *PIXELS]]) == 2
+            assert f"error: --out {out} lies in --images {images}, all of whose images are packed" in capsys.readouterr().err
+    assert [path.name for path in sorted(images.rglob("*"))] == ["a", "a.png"]
+    args = ["--images", images, "--labels", table(tmp_path / "x.csv", ("a/a.png", 0)), "--out", images / "packed", "--device", "cpu", *PIXELS]
+    assert imagenet.main(list(map(str, args))) == 0 == imagenet.main(list(map(str, args)))
+
+
+def test_out_below_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--images", some(tmp_path, "a.png"), "--out", tmp_path / "a.png/b/c", "--device", "cpu", *PIXELS]
+    assert folder.main(list(map(str, args))) == 2
+    assert f"error: --out {tmp_path}/a.png/b/c: {tmp_path}/a.png is a file; give another folder\n" in capsys.readouterr().err
