@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
+from tarfile import BLOCKSIZE
 from typing import Any, NamedTuple
 
 from largescale.data.parts import Parts
@@ -63,6 +64,29 @@ def _size(path: str) -> int:
         return os.path.getsize(path)
     except OSError:
         return -1
+
+
+def whole_tars(paths: Iterable[str]) -> list[SourceFile]:
+    """Tar files as they are now. Raises DataError for one that is empty, or ends within a block, as most
+    that are not whole do: before packing begins, since from then on none may have another size."""
+    files = seen(paths)
+    for file in files:
+        if not file.size or (file.size % BLOCKSIZE and _ends_in_content(file)):
+            raise DataError(
+                f"{file.path} is cut short: it ends after {file.size:,} bytes, and not with the mark "
+                "of an archive's end; restore or download it again, or leave it out of --shards"
+            )
+    return files
+
+
+def _ends_in_content(file: SourceFile) -> bool:
+    """Whether it is a tar file, not a compressed one, and its last bytes are not those of the mark
+    that ends an archive, of which a part is enough."""
+    with suppress(OSError), open(file.path, "rb") as opened:
+        is_tar = opened.read(BLOCKSIZE)[257:262] == b"ustar"
+        opened.seek(file.size - file.size % BLOCKSIZE)
+        return is_tar and any(opened.read(BLOCKSIZE))
+    return False
 
 
 def other_content(files: Iterable[SourceFile]) -> str | None:

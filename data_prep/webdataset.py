@@ -32,7 +32,7 @@ from data_prep import packing, program
 from data_prep.fingerprints import fingerprint
 from data_prep.images import Unusable
 from data_prep.listing import Listings
-from data_prep.source_files import SourceFile, other_content, seen, sizes, with_ends
+from data_prep.source_files import SourceFile, other_content, sizes, whole_tars, with_ends
 from data_prep.sources import (
     Item,
     Skips,
@@ -130,7 +130,7 @@ class TarSource:
             names.append(stem if is_local else shard)
             if is_local:
                 self._local.append(shard)
-        self.files: Sequence[SourceFile] = with_ends(seen(self._local))
+        self.files: Sequence[SourceFile] = with_ends(whole_tars(self._local))
         settings = [caption_key, str(num_classes), label_key]
         self.fingerprint = fingerprint(names, map(str, sizes(self.files)), settings)
 
@@ -177,8 +177,9 @@ class TarSource:
             # A ValueError may be webdataset's, whose other arguments are the complete sample.
             reason = error.args[0] if isinstance(error, ValueError) and error.args else error
             raise DataError(
-                f"{shard} cannot be read to its end: {reason}; restore or download it again, or "
-                "leave it out of --shards"
+                f"{shard} cannot be read to its end: {reason}; restored with as many bytes, the same "
+                "command goes on; else download it again, or leave it out of --shards, with another "
+                "--out"
             ) from error
 
     def ids(self) -> None:

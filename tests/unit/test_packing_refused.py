@@ -1,5 +1,6 @@
 """What is refused before packing begins: by one line that says what to do, and nothing is left."""
 
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from data_prep import coco, folder, imagenet, latents, listing, parquet, webdataset
 from tests.unit.latent_folders import repa
 from tests.unit.packed_pictures import picture
-from tests.unit.source_files import captions_file, pictures, rows, table, tar
+from tests.unit.source_files import SAMPLES, captions_file, pictures, rows, table, tar
 
 PIXELS = ("--vae", "none", "--resolution", "16")
 Case = tuple[Any, list[Any]]
@@ -145,3 +146,18 @@ def test_out_below_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     args = ["--images", some(tmp_path, "a.png"), "--out", tmp_path / "a.png/b/c", "--device", "cpu", *PIXELS]
     assert folder.main(list(map(str, args))) == 2
     assert f"error: --out {tmp_path}/a.png/b/c: {tmp_path}/a.png is a file; give another folder\n" in capsys.readouterr().err
+
+
+def test_a_tar_that_is_cut_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before packing begins, so that the whole file can take its place. Compressed ones have any length, and zeros end an archive."""
+    path = tar(tmp_path / "x/0.tar", *SAMPLES)
+    whole = path.read_bytes()
+    args = ["--shards", path, "--text-encoder", "none", "--out", tmp_path / "out", "--device", "cpu", *PIXELS, "--min-side", 1]
+    cut = len(whole.rstrip(b"\0")) // 2 // 512 * 512 + 300
+    path.write_bytes(whole[:cut - 512] + b"x" * 512)
+    assert webdataset.main(list(map(str, args))) == 2
+    assert f"error: {path} is cut short: it ends after {cut:,} bytes, and not with the mark of an archive's end; restore or download it again" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    for good in whole[:-100], gzip.compress(whole), whole:
+        path.write_bytes(good)
+        assert webdataset.main([*map(str, args), "--id-prefix", str(len(good)), "--out", str(tmp_path / str(len(good)))]) == 0

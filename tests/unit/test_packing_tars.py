@@ -82,7 +82,7 @@ def test_tar_files_stopped_and_gone_on_with(tars: Path, tmp_path: Path, monkeypa
 
 def test_a_tar_that_is_cut_short_stops_the_packing(tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tar = tmp_path / "00001.tar"
-    tar.write_bytes(tar.read_bytes()[:20_000])
+    tar.write_bytes(tar.read_bytes()[:20_480])
     assert pack(tars, tmp_path / "out", "--text-encoder", "none", program="webdataset") == 2
     said = capsys.readouterr().err
     assert "00001.tar cannot be read to its end" in said and not (tmp_path / "out/manifest.json").exists()

@@ -139,7 +139,7 @@ def test_a_tar_cut_anywhere_is_an_error(tmp_path: Path) -> None:
     end = max(i for i in range(0, len(whole), 512) if whole[i:i + 512].strip(b"\0")) + 512
     for length in [0, 1, *range(511, end + 512, 128), *range(512, end + 1, 512)]:
         cut.write_bytes(whole[:length])
-        with pytest.raises(DataError, match=r"cut\.tar cannot be read to its end: .*; restore"):
+        with pytest.raises(DataError, match=r"cut\.tar (is cut short: |cannot be read to its end: ).*; restore"):
             items(webdataset.read([str(cut)]))
     cut.write_bytes(whole[:end + 512])                  # one block of the mark will do
     assert len(items(webdataset.read([str(cut)]))) == 2
@@ -148,7 +148,7 @@ def test_a_tar_cut_anywhere_is_an_error(tmp_path: Path) -> None:
     assert ids(webdataset.read([str(tmp_path / "whole.tar.gz")])) == ["whole/1", "whole/d/2"]
     for length in range(0, len(packed) - 200, 7):
         (tmp_path / "whole.tar.gz").write_bytes(packed[:length])
-        with pytest.raises(DataError, match="cannot be read to its end"):
+        with pytest.raises(DataError, match="cannot be read to its end" if length else "is cut short"):
             items(webdataset.read([str(tmp_path / "whole.tar.gz")]))
 
 
