@@ -82,8 +82,13 @@ class JobFolder:
         theirs = dict(flatten(found))
         ours = dict(flatten(self.job))
         places = self._places(theirs, ours)
+        # Programs note other things about their sources: that the program is another says it all.
+        program = "source.program"
+        is_other = theirs.get(program) != ours.get(program)
         differences = []
         for key in theirs | ours:
+            if is_other and key.startswith("source.") and key != program:
+                continue
             there, here = theirs.get(key), ours.get(key)
             if there != here and key not in places:
                 differences.append(difference(key, there, here))
@@ -194,7 +199,7 @@ class JobFolder:
 def difference(key: str, there: object, here: object) -> str:
     """A line on what two jobs have otherwise."""
     # Hashes tell a reader nothing else.
-    if all(isinstance(value, str) and _SHA256.fullmatch(value) for value in (there, here)):
+    if any(isinstance(value, str) and _SHA256.fullmatch(value) for value in (there, here)):
         return f"{key}: not the same"
     return f"{key}: {there} there, {here} here"
 

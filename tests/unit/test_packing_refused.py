@@ -161,3 +161,13 @@ def test_a_tar_that_is_cut_short(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for good in whole[:-100], gzip.compress(whole), whole:
         path.write_bytes(good)
         assert webdataset.main([*map(str, args), "--id-prefix", str(len(good)), "--out", str(tmp_path / str(len(good)))]) == 0
+
+
+def test_what_another_program_has_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What only one of them notes of its source is not listed, nor are hashes."""
+    out = ["--out", tmp_path / "out", "--device", "cpu", *PIXELS, "--min-side", 1]
+    assert folder.main([str(arg) for arg in ["--images", some(tmp_path / "i", "a.png"), *out]]) == 0
+    file = rows(tmp_path / "x.parquet", image=pictures(2))
+    assert parquet.main([str(arg) for arg in ["--files", file, *out, "--rows-per-shard", 7]]) == 2
+    _, _, differ = capsys.readouterr().err.partition("What differs:\n")
+    assert differ == "  source.program: data_prep.folder there, data_prep.parquet here\n  rows_per_shard: 4096 there, 7 here\n"
