@@ -83,7 +83,8 @@ def test_an_unconditional_model_ignores_labels_and_captions(run_here: RunHere, c
     (("--model.max-caption-tokens", 4), "--model.max-caption-tokens 5 --model.caption-width 8 --model.caption-pooled-width 6"),
     (("--model.caption-width", 9), "(tokens, width, pooled width) (5, 8, 6), the model takes (5, 9, 6)"),
     (("--model.caption-pooled-width", 7), "the model takes (5, 8, 7)"),
-    (("--model.max-caption-tokens", 0, "--model.num-classes", 3), "has no labels, the model wants 3 classes"),
+    (("--model.max-caption-tokens", 0, "--model.num-classes", 3), "has no labels, the model wants 3 classes; choose other data, or train without: "
+     "--model.num-classes 0 --model.class-dropout-prob 0 --telemetry.preview-cfg-scale 1"),
 ])
 def test_captions_that_do_not_fit_the_model(run_here: RunHere, captioned: Path, change: tuple[Any, ...], message: str) -> None:
     for more in ((), ("--dry-run",)):
