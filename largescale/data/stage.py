@@ -15,6 +15,7 @@ leaves the rest to the others.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -288,6 +289,9 @@ def _cannot_write(folder: Path, error: OSError) -> DataError | StorageError:
     text = f"cannot write to --data.stage {folder} on {socket.gethostname()}: {error.strerror}"
     if error.errno in PERMANENT or isinstance(error, FileNotFoundError):
         return DataError(f"{text}; give a folder on the node's own disk that is there")
+    # A disk that has failed may be read-only since: on another node the same command may go on.
+    if error.errno == errno.EROFS:
+        return StorageError(f"{text}; give another folder, or take another node")
     return StorageError(
         f"{text}; free space there, or give another folder: what is copied stays, and the same "
         "command copies the rest"

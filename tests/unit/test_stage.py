@@ -1,6 +1,7 @@
 """Copies of data sets on a node's own disk: whole, verified, shared by processes, and no part of what a run is."""
 
 import contextlib
+import errno
 import os
 import resource
 import shutil
@@ -358,6 +359,16 @@ def test_a_disk_that_returns_something_else(blobs: Path, tmp_path: Path, monkeyp
     with pytest.raises(StorageError, match=r"shard_00000.arrow.tmp is not what was written to it, on .*; its disk is damaged"):
         filled(blobs, tmp_path / "local")
     assert not contents(StagedCopy(blobs, tmp_path / "local").folder)
+
+
+def test_a_disk_that_is_read_only_is_not_told_to_be_full(run_here: RunHere, blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another node's may be writable: the batch script may start the run again."""
+    def refuse(path: Path, **options: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    refused = run_here("--data.stage", tmp_path / "local")
+    assert refused.code == 75 and "Read-only file system; give another folder, or take another node" in refused.err
 
 
 def test_what_is_no_folder_for_copies(run_here: RunHere, blobs: Path, tmp_path: Path) -> None:
