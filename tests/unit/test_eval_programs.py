@@ -129,7 +129,7 @@ def test_a_folder_that_cannot_be_drawn_into(export: Path, tmp_path: Path, monkey
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")
     monkeypatch.setattr(sample, "load_trained", lambda *args: 1 / 0)
-    for out, says in ((tmp_path / "file", f"cannot write to {tmp_path}/file/cfg1.5/manifest.json: Not a directory; {tmp_path}/file belongs to"),
+    for out, says in ((tmp_path / "file", f"cannot write to {tmp_path}/file/cfg1.5/manifest.json: {tmp_path}/file is a file; "),
                       (checkpoint.parent, f"{checkpoint.parent} lies in the checkpoints of the run {tmp_path}/run"), (checkpoint, "lies in the checkpoints")):
         assert draw(export, out, "--cfg-scale", "1.5") == 2
         said = capsys.readouterr().err
@@ -317,7 +317,7 @@ def test_results_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(digits, "score", lambda *sets: 1 / 0)
     assert digits.main([str(tmp_path), "--out", str(tmp_path / "file/digits.json")]) == 2
-    assert f"error: cannot write to {tmp_path}/file/digits.json: Not a directory" in capsys.readouterr().err
+    assert f"error: cannot write to {tmp_path}/file/digits.json: {tmp_path}/file is a file; " in capsys.readouterr().err
 
 
 def test_the_split_is_stratified_and_always_the_same() -> None:

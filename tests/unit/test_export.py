@@ -109,11 +109,11 @@ def test_an_export_that_cannot_be_written(run_here: RunHere, tmp_path: Path, rea
     monkeypatch.setattr(export, "read_weights", lambda *where: 1 / 0)
     read_only(tmp_path / "theirs")
     (tmp_path / "theirs").mkdir()
-    for folder, what in (("file/export", "Not a directory"), ("theirs/export", "Permission denied")):
+    for folder, what in (("file/export", "{} is a file"), ("theirs/export", "Permission denied; {} belongs to ")):
         capsys.readouterr()
         assert export.main([str(run), "--out", str(tmp_path / folder)]) == 2
         said = capsys.readouterr().err
-        assert said.startswith(f"error: cannot write to {tmp_path / folder}/model.safetensors: {what}; {(tmp_path / folder).parent} belongs to ")
+        assert said.startswith(f"error: cannot write to {tmp_path / folder}/model.safetensors: {what.format((tmp_path / folder).parent)}")
         assert said.endswith("; choose another --out\n") and len(said.splitlines()) == 1
 
 

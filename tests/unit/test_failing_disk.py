@@ -231,6 +231,8 @@ def test_a_failed_write_is_said_and_tried_again(run_here: RunHere, monkeypatch: 
         return write(state, path)
 
     monkeypatch.setattr(writer, "_write", full)
+    # A step takes as long as the thread that writes, whichever of them is slow here.
+    monkeypatch.setattr(writer.Writer, "busy", property(lambda self: not self.wait(600)))
     outcome = run_here("--train.steps", 8, "--checkpoint.every", 2)
     assert outcome.code == 0
     assert "checkpoint of step 4 was not written: rank 0: OSError: [Errno 28] No space left on device" in outcome.err

@@ -99,10 +99,11 @@ def test_a_vae_that_does_not_fit_the_preset_is_said_by_the_dry_run(images: Path,
 
 def test_every_thread_of_a_rank_is_on_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not on the first one, where a stray allocation of each of eight ranks would take half a gigabyte."""
-    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "images/a.png")
     current: list[torch.device] = []
     for name, value in {"is_available": lambda: True, "device_count": lambda: 8, "set_device": current.append}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    packer.Packer(folder.Folder(images=tmp_path, out=tmp_path / "out", vae="none", resolution=16, device="cuda"))
+    packer.Packer(folder.Folder(images=tmp_path / "images", out=tmp_path / "out", vae="none", resolution=16, device="cuda"))
     assert current == [torch.device("cuda", 3)]

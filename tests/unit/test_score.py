@@ -183,7 +183,7 @@ def test_what_cannot_be_written_is_said_before_the_work(sets: Path, tmp_path: Pa
         patch.setattr(score, "open_images", lambda *path, **options: 1 / 0)
         for option, name in (("--out", "rows"), ("--save-reference", "reference.npz")):
             assert run(*args, option, tmp_path / "file" / name) == 2
-            assert f"error: cannot write to {tmp_path}/file/{name}: Not a directory; " in capsys.readouterr().err
+            assert f"error: cannot write to {tmp_path}/file/{name}: {tmp_path}/file is a file; " in capsys.readouterr().err
         read_only(sets / "good")
         assert run(*args) == 2
         assert "give --out FILE, which is enough" in capsys.readouterr().err
