@@ -209,6 +209,11 @@ def main() -> None:
     parser.add_argument("--lightningdit", metavar="PATH")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
+    from data_prep.finish import ROUND_TRIP_IMAGES
+
+    # So many are decoded again at the end: of fewer, the difference of two runs would have decoding too.
+    if not ROUND_TRIP_IMAGES <= args.some < args.count:
+        parser.error(f"--some {args.some}: give {ROUND_TRIP_IMAGES} or more, and less than --count")
     if args.img2dataset:
         from loader import make_environment
 
