@@ -142,7 +142,7 @@ def test_two_processes_share_the_work(blobs: Path, tmp_path: Path, monkeypatch: 
     copied = tmp_path / "copied"
 
     def noted(self: StagedCopy, entry: dict[str, Any]) -> None:
-        time.sleep(0.02)                                # so that both have some
+        time.sleep(0.2)                                 # so that both have some, also where one begins late
         with copied.open("a") as file:
             file.write(f"{os.getpid()} {entry['file']}\n")
         copy_file(self, entry)
