@@ -138,13 +138,13 @@ def check_condition(dataset: ShardDataset, config: Config) -> None:
     info = dataset.info
     path = config.data.path
     if model.num_classes and not info.num_classes:
+        without = "--model.num-classes 0 --model.class-dropout-prob 0"
         # Without classes there is nothing to guide previews with.
-        previews = config.telemetry.preview_cfg_scale != 1
+        if config.telemetry.preview_cfg_scale != 1:
+            without += " --telemetry.preview-cfg-scale 1"
         raise DataError(
             f"{path} has no labels, the model wants {model.num_classes} classes; choose other "
-            "data, or train without: --model.num-classes 0 --model.class-dropout-prob 0"
-            + " --telemetry.preview-cfg-scale 1"
-            * previews
+            f"data, or train without: {without}"
         )
     # Fewer labels than the model has classes are fine: `validation.remarks` reports them.
     if 0 < model.num_classes < info.num_classes:
