@@ -71,7 +71,7 @@ class Split:
         for part in PARTS:
             if (self.out / part).resolve() == self.data.resolve():
                 raise ConfigError(f"--out {self.out} would overwrite {self.data}; choose another")
-            _require_own(self.out / part)
+            self._require_own(self.out / part)
         # In a run, or in a packed set, the parts would be taken for files of it.
         if is_run(self.out) or (self.out / MANIFEST).exists():
             raise ConfigError(
@@ -81,13 +81,23 @@ class Split:
             *(self.out / part / MANIFEST for part in PARTS), remedy="choose another --out"
         )
 
-
-def _require_own(part: Path) -> None:
-    """Raises ConfigError where a folder holds a packed set that is no part of a split."""
-    if (part / MANIFEST).exists() and "split" not in read_manifest(part):
-        raise ConfigError(
-            f"{part} holds a packed set that data_prep.split did not write; choose another --out"
-        )
+    def _require_own(self, part: Path) -> None:
+        """Raises ConfigError where a folder holds a packed set that is no part of such a split."""
+        if not (part / MANIFEST).exists():
+            return
+        written = read_manifest(part).get("split")
+        if written is None:
+            raise ConfigError(
+                f"{part} holds a packed set that data_prep.split did not write; choose another --out"
+            )
+        # With the same ones, a set that has grown is split again and each row keeps its side.
+        # Otherwise rows that somebody has trained with would be held out.
+        if (written["share"], written["seed"]) != (self.share, self.seed):
+            raise ConfigError(
+                f"{part} is of a split with --share {written['share']} and --seed "
+                f"{written['seed']}, not {self.share} and {self.seed}; choose another --out, or "
+                "delete it first"
+            )
 
 
 def is_held_out(id: str, share: float, seed: int = 0) -> bool:

@@ -140,7 +140,7 @@ def test_what_cannot_be_split(blobs: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_what_is_not_overwritten(blobs: Path, run_here: RunHere, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A packed set that is no part of a split; the folders of a set and of a run. A split is written again."""
+    """A packed set that is no part of a split; the folders of a set and of a run; another split. The same one is written again."""
     shutil.copytree(blobs, tmp_path / "mine/train")
     before = (tmp_path / "mine/train/manifest.json").read_bytes()
     (tmp_path / "file").write_text("")
@@ -150,5 +150,9 @@ def test_what_is_not_overwritten(blobs: Path, run_here: RunHere, tmp_path: Path,
         assert split.main([str(blobs), "--share", "0.2", "--out", str(out)]) == 2
         assert says in capsys.readouterr().err and not (out / "validation").exists()
     assert (tmp_path / "mine/train/manifest.json").read_bytes() == before
-    for share in ("0.2", "0.3"):
-        assert split.main([str(blobs), "--share", share, "--out", str(tmp_path / "out")]) == 0
+    typed = [str(blobs), "--share", "0.2", "--out", str(tmp_path / "out")]
+    assert split.main(typed) == split.main(typed) == 0
+    before = rows_of(tmp_path / "out/validation").keys()
+    for other, says in (["--share", "0.3"], "--share 0.2 and --seed 0, not 0.3 and 0;"), (["--seed", "1"], "--share 0.2 and --seed 0, not 0.2 and 1;"):
+        assert split.main([*typed, *other]) == 2
+        assert says in capsys.readouterr().err and rows_of(tmp_path / "out/validation").keys() == before
