@@ -25,6 +25,7 @@ from torch.nn.utils import parameters_to_vector
 
 from eval.curves.rows import Row, rows_of_protocol, steps_of
 from eval.curves.scores import config_of
+from eval.log_axis import plain_log_axis
 from eval.score import RESULTS
 from largescale.checkpoint.files import checkpoints, find_checkpoint
 from largescale.checkpoint.weights import Trained, load_trained
@@ -249,7 +250,9 @@ def draw_norms(axis: Any, run: Path, rows: list[Row]) -> None:
         of_steps.append(norms(np.array(row["dot_products"])))
     for number, values in enumerate(np.transpose(of_steps), 1):
         axis.plot(steps, values, marker=".", label=f"C_{number}")
-    axis.set(title=str(run), xlabel="step", ylabel="norm of the gradient", yscale="log")
+    axis.set(xlabel="step", ylabel="norm of the gradient", yscale="log")
+    axis.set_title(str(run), fontsize="small")
+    plain_log_axis(axis.yaxis)
     axis.legend(fontsize="x-small")
 
 
@@ -265,7 +268,8 @@ def draw_cosines(axis: Any, plots: Any, row: Row) -> None:
     # Numbers where they can be read.
     if len(values) <= 10:
         for (i, j), value in np.ndenumerate(values):
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize="x-small")
+            color = "white" if abs(value) > 0.6 else "black"
+            axis.text(j, i, f"{value:.2f}", color=color, ha="center", va="center", fontsize=7)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -29,6 +29,7 @@ from eval.comparison.statistics import (
 )
 from eval.comparison.validation_loss import WEIGHTS, figure
 from eval.curves.rows import Row, main_figure, steps_of
+from eval.log_axis import plain_log_axis
 from eval.training_runs import Run
 from largescale.checkpoint.files import checkpoints
 from largescale.config.validation import ema_note
@@ -36,6 +37,9 @@ from largescale.errors import DataError
 from largescale.host.files import write_atomically
 from largescale.host.machine import cores
 from largescale.monitoring.run_record import KINDS, read_starts
+
+# Of a scale that is linear between -5 and 5 % and logarithmic beyond.
+PERCENT_TICKS = (-50, -20, -10, -5, 0, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 @dataclass(frozen=True)
@@ -310,9 +314,10 @@ def plot_panels(runs: OfRuns, names: Sequence[str], path: Path, relative: bool =
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     first = next(iter(runs))
-    columns = min(4, len(names))
+    columns = min(3, len(names))
     rows = -(-len(names) // columns)
     plots, axes = plt.subplots(
         rows,
@@ -333,10 +338,14 @@ def plot_panels(runs: OfRuns, names: Sequence[str], path: Path, relative: bool =
         if relative:
             axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
             axis.set_yscale("symlog", linthresh=5)
+            axis.yaxis.set_major_locator(FixedLocator(PERCENT_TICKS))
+            axis.yaxis.set_minor_locator(NullLocator())
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         else:
-            axis.set(xscale="log", yscale="log")
-    axes.flat[0].legend(fontsize="x-small")
+            axis.set_yscale("log")
+            plain_log_axis(axis.yaxis)
+    lines, methods = axes.flat[0].get_legend_handles_labels()
+    plots.legend(lines, methods, loc="outside lower center", ncols=columns, fontsize="small")
     save(plots, path)
 
 

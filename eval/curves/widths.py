@@ -11,6 +11,7 @@ from eval.curves.pages import widths_page
 from eval.curves.rows import HELD_OUT_LOSS, Row, best_row, curve_of, figure_text, main_figure
 from eval.curves.scores import Curves, config_of
 from eval.held_out_loss import HeldOutLoss
+from eval.log_axis import plain_log_axis
 from eval.score import Scorer
 from largescale.checkpoint.ema_snapshots import newest_step
 from largescale.checkpoint.weights import Trained
@@ -161,6 +162,7 @@ def plot_widths(of_runs: dict[Path, list[Row]], path: Path) -> None:
             draw_widths(axis, f"{run}, step {rows[-1]['step']:,}", rows, name)
     for axis in axes[0]:
         axis.set_xscale("log")
+        plain_log_axis(axis.xaxis)
         axis.legend(fontsize="small")
     temporary = path.with_name("widths.tmp.png")
     plots.savefig(temporary, dpi=120)
