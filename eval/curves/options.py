@@ -42,13 +42,14 @@ class Curve:
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run directories, such as runs/vanilla runs/curriculum."""
-    reference: Path
-    """Real images, or statistics of them (eval.score --save-reference)."""
+    reference: Path | None = None
+    """Real images, or statistics of them (eval.score --save-reference); not needed without samples."""
     out: Path | None = None
     """The folder for curve.html, curve.png and curve.json, and for everything of a run that may only
     be read; by default RUN/curve of the first run."""
     num_samples: int = 10_000
-    """Samples drawn of each checkpoint."""
+    """Samples drawn of each checkpoint; 0, with --ema-widths and --validation: none, and the held-out
+    loss alone."""
     cfg_scale: float = 1.0
     """Guidance scale; 1 is no guidance."""
     sampler: SamplerName | None = None
@@ -114,14 +115,25 @@ class Curve:
                 raise CheckpointError(
                     f"{run} holds no checkpoint; give the folders of runs, such as runs/digits"
                 )
+        self._check_samples()
+        if self.device == "cpu" and self.precision != "auto":
+            check_on_cpu(self.precision, "--precision {}")
+
+    def _check_samples(self) -> None:
+        """Raises ConfigError for samples that cannot be scored."""
+        if self.num_samples == 0 and self.validation:
+            return
         # The jackknife needs a sample in each of its groups.
         if self.num_samples < GROUPS:
             raise ConfigError(
                 f"num_samples={self.num_samples} are too few for any figure; set --num-samples "
-                f"{GROUPS} or more"
+                f"{GROUPS} or more, or 0 with --ema-widths and --validation"
             )
-        if self.device == "cpu" and self.precision != "auto":
-            check_on_cpu(self.precision, "--precision {}")
+        if self.reference is None:
+            raise ConfigError(
+                "samples are compared with real images; give --reference, or --num-samples 0 with "
+                "--ema-widths and --validation"
+            )
 
     def widths(self) -> list[float]:
         """The widths of --ema-widths. Raises ConfigError."""

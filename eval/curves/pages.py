@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.curves.report import figure_names, summary
-from eval.curves.rows import HELD_OUT_LOSS, Row, curve_of, figure_text, main_figure
+from eval.curves.rows import Row, curve_of, figure_text, figures_of_widths
 from largescale.page.charts import Line, Stage
 from largescale.page.figures import figure_of
 from largescale.page.frame import frame
@@ -47,7 +47,7 @@ def widths_page(of_runs: OfRuns, best: Sequence[str]) -> str:
     # Distances of two extractors have nothing to do with each other.
     of_names: dict[str, list[Line]] = {}
     for run, rows in of_runs.items():
-        for name in (main_figure(rows), HELD_OUT_LOSS):
+        for name in figures_of_widths(rows):
             curve = curve_of(rows, name, "ema_width")
             if curve:
                 line = Line(f"{run}, step {rows[-1]['step']:,}", curve)

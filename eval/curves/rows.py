@@ -58,8 +58,18 @@ def steps_to_score(run: Path, known: Sequence[int], every: int) -> list[int]:
 
 
 def main_figure(rows: Sequence[Row]) -> str:
-    """The Frechet distance, by the name that it has for this extractor."""
+    """The Frechet distance, by the name that it has for this extractor; without samples, the held-out
+    loss."""
     return next(iter(rows[0]["figures"]))
+
+
+def figures_of_widths(rows: Sequence[Row]) -> list[str]:
+    """What is shown against the width: the Frechet distance, and the held-out loss; each where it was
+    measured."""
+    names = [main_figure(rows)]
+    if HELD_OUT_LOSS in rows[0]["figures"]:
+        names.append(HELD_OUT_LOSS)
+    return list(dict.fromkeys(names))
 
 
 def steps_to_match_best_of(one: Sequence[Row], other: Sequence[Row]) -> tuple[int, int] | None:

@@ -81,12 +81,10 @@ class Curves:
 
         # What is wrong with a model or the reference is an error before the work, not in it.
         existing = [(run, step) for run, step in missing if self.exists(run, step)]
-        if existing:
-            self._ready[existing[0]] = self.sampler(*existing[0])
         if self.rank == 0:
             self.remove_scored()
-            if existing:
-                self.scorer()
+        if existing:
+            self.prepare(*existing[0])
 
         # Training that is still under way may remove a checkpoint before its turn.
         for run, step in missing:
@@ -98,6 +96,12 @@ class Curves:
                     "meanwhile",
                     flush=True,
                 )
+
+    def prepare(self, run: Path, step: int) -> None:
+        """Make the sampler of the first checkpoint, and on rank 0 the scorer."""
+        self._ready[run, step] = self.sampler(run, step)
+        if self.rank == 0:
+            self.scorer()
 
     def exists(self, run: Path, step: int) -> bool:
         """Whether the weights of that step are still there."""
@@ -172,17 +176,13 @@ class Curves:
         return sampler
 
     def add(self, run: Path, step: int) -> None:
-        """Draw the samples of one checkpoint, on all ranks, and score them, on rank 0."""
+        """Score one checkpoint, on all ranks, and add its row, on rank 0."""
         o = self.options
-        out = self.folder(run, step)
-        # The first sampler was made before the work, to find errors.
-        sampler = self._ready.pop((run, step), None) or self.sampler(run, step)
-        sampler()
+        trained, scored = self.score_samples(run, step)
         if self.rank != 0:
             return
 
-        scored = self.scorer()(folder_of(out, o.cfg_scale))
-        info = sampler.trained.info
+        info = trained.info
 
         # All that a curve needs, as the checkpoint itself may be removed.
         row = {
@@ -191,12 +191,13 @@ class Curves:
             "images": info.get("samples_seen"),
             "protocol": self.protocol(),
             "transitions": (info.get("curriculum") or {}).get("transitions", []),
-            "figures": scored["figures"] | self.more_figures(run, sampler.trained),
+            "figures": scored["figures"] | self.more_figures(run, trained),
             "notes": scored["notes"],
             "extractor": scored["extractor"],
             "n": scored["n"],
             "reference": scored["reference"],
         }
+        self.homes[run].mkdir(parents=True, exist_ok=True)
         append_line(self.homes[run] / RESULTS, json.dumps(row))
 
         shown = []
@@ -206,11 +207,23 @@ class Curves:
         print(f"{run} at step {step:,}{width}: {', '.join(shown)}", flush=True)
 
         # Samples of a checkpoint take far more disk than its row.
-        if not o.keep_samples:
+        out = self.folder(run, step)
+        if not o.keep_samples and out.exists():
             shutil.rmtree(out)
             # Not empty where another step's samples lie in it.
             with suppress(OSError):
                 out.parent.rmdir()
+
+    def score_samples(self, run: Path, step: int) -> tuple[Trained, Row]:
+        """Draw the samples of one checkpoint, on all ranks: the model that drew them, and on rank 0
+        their scores."""
+        # The first sampler was made before the work, to find errors.
+        sampler = self._ready.pop((run, step), None) or self.sampler(run, step)
+        sampler()
+        if self.rank != 0:
+            return sampler.trained, {}
+        samples = folder_of(self.folder(run, step), self.options.cfg_scale)
+        return sampler.trained, self.scorer()(samples)
 
     def more_figures(self, run: Path, trained: Trained) -> Row:
         """Figures beside the scores of the samples, of the model that drew them."""
@@ -253,6 +266,7 @@ def config_of(run: Path) -> Config:
 def make_scorer(o: Curve, sizes: Sequence[tuple[int, int]] = ()) -> Scorer:
     """The scorer for samples of these sizes. Raises DataError for what is wrong with the reference
     or the extractor."""
+    assert o.reference is not None
     score = Score(
         samples=(),
         reference=o.reference,

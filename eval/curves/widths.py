@@ -8,13 +8,20 @@ from typing import Any
 
 from eval.curves.options import Curve
 from eval.curves.pages import widths_page
-from eval.curves.rows import HELD_OUT_LOSS, Row, best_row, curve_of, figure_text, main_figure
+from eval.curves.rows import (
+    HELD_OUT_LOSS,
+    Row,
+    best_row,
+    curve_of,
+    figure_text,
+    figures_of_widths,
+)
 from eval.curves.scores import Curves, config_of
 from eval.held_out_loss import HeldOutLoss
 from eval.log_axis import plain_log_axis
 from eval.score import Scorer
 from largescale.checkpoint.ema_snapshots import newest_step
-from largescale.checkpoint.weights import Trained
+from largescale.checkpoint.weights import Trained, load_trained
 from largescale.config.derived import cluster_edges
 from largescale.data.compatibility import open_validation
 from largescale.data.fixed_noise_set import over_all
@@ -48,6 +55,16 @@ class ScoresOfWidth(Curves):
         if self.options.validation:
             protocol["validation"] = str(self.options.validation)
         return protocol
+
+    def prepare(self, run: Path, step: int) -> None:
+        if self.options.num_samples:
+            super().prepare(run, step)
+
+    def score_samples(self, run: Path, step: int) -> tuple[Trained, Row]:
+        if self.options.num_samples:
+            return super().score_samples(run, step)
+        none: Row = {"figures": {}, "notes": [], "extractor": None, "n": 0, "reference": None}
+        return load_trained(run, step, ema_width=self.width), none
 
     def more_figures(self, run: Path, trained: Trained) -> Row:
         if run not in self._losses:
@@ -130,19 +147,13 @@ def held_out_losses(options: Curve) -> dict[Path, HeldOutLoss]:
 def best_texts(run: Path, rows: list[Row]) -> list[str]:
     """The best width of one run, by each figure."""
     found = []
-    for name in shown_figures(rows):
+    for name in figures_of_widths(rows):
         best = best_row(rows, name)
         found.append(
             f"{run}: best {name} {figure_text(best['figures'][name])} at width "
             f"{best['ema_width']:g} of step {best['step']:,}"
         )
     return found
-
-
-def shown_figures(rows: list[Row]) -> list[str]:
-    """The Frechet distance, and the held-out loss where it was measured."""
-    names = [main_figure(rows)]
-    return [*names, HELD_OUT_LOSS] if HELD_OUT_LOSS in rows[0]["figures"] else names
 
 
 def plot_widths(of_runs: dict[Path, list[Row]], path: Path) -> None:
@@ -153,12 +164,12 @@ def plot_widths(of_runs: dict[Path, list[Row]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     # The runs' distances may be of two extractors; their losses have one axis.
-    with_loss = any(HELD_OUT_LOSS in shown_figures(rows) for rows in of_runs.values())
+    panels = max(len(figures_of_widths(rows)) for rows in of_runs.values())
     plots, axes = plt.subplots(
-        1, 1 + with_loss, figsize=(6 + 5 * with_loss, 4), layout="constrained", squeeze=False
+        1, panels, figsize=(5 * panels + 1, 4), layout="constrained", squeeze=False
     )
     for run, rows in of_runs.items():
-        for axis, name in zip(axes[0], shown_figures(rows), strict=False):
+        for axis, name in zip(axes[0], figures_of_widths(rows), strict=False):
             draw_widths(axis, f"{run}, step {rows[-1]['step']:,}", rows, name)
     for axis in axes[0]:
         axis.set_xscale("log")

@@ -317,6 +317,25 @@ def held_out_loss(run: Path, snapshot: str, data: Path) -> float:
     return float(losses.double().mean())  # clusters of equal width
 
 
+def test_a_scan_of_widths_by_the_loss_alone(run: Path, blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without samples: no reference, no network of features, no distance."""
+    held_out = make_blobs(tmp_path / "held_out", seed=1, rows=100, prefix="h")
+    args = [str(run), "--num-samples", "0", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert curve.main([*args, "--ema-widths", "0.05", "0.2", "--validation", str(held_out)]) == 0
+    said = capsys.readouterr().out
+    rows = json.loads((tmp_path / "out/widths.json").read_text())[str(run)]
+    assert [list(row["figures"]) for row in rows] == [["held-out loss"]] * 2 and [row["n"] for row in rows] == [0, 0]
+    losses = [row["figures"]["held-out loss"]["value"] for row in rows]
+    assert losses[0] == pytest.approx(held_out_loss(run, "step_00000012_width_0.05.safetensors", held_out), rel=1e-4)
+    assert losses[0] != losses[1] and said.count("best held-out loss") == 1 and "FD" not in said
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["widths.html", "widths.json", "widths.png"]
+    page = " ".join(Reader((tmp_path / "out/widths.html").read_text()).text)
+    assert page.count("held-out loss") >= 2 and "FD" not in page
+    assert curve.main([*args, "--ema-widths", "0.05"]) == 2
+    assert "num_samples=0 are too few for any figure; set --num-samples 10 or more, or 0 with --ema-widths and --validation" in capsys.readouterr().err
+    assert curve.main([str(run)]) == 2 and "give --reference, or --num-samples 0 with --ema-widths and --validation" in capsys.readouterr().err
+
+
 def test_a_scan_of_widths(run: Path, blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(curve_options.Curve((run,), blobs, ema_widths=("0.02:0.25",)).widths()) == 8
     monkeypatch.setattr(curve_options, "SCANNED", 2)  # each takes 5 s
