@@ -110,9 +110,11 @@ def curve_of(rows: Sequence[Row], name: str, over: str = "step") -> Curve | None
 
 
 def figure_text(figure: Row, sign: str = "+-") -> str:
-    """A figure with its error."""
+    """A figure with its error; a held-out loss, which has none, without."""
     if figure["value"] is None or figure["error"] is None:
         return "not finite"
+    if not figure["error"]:
+        return f"{figure['value']:.5g}"
     return f"{figure['value']:.5g} {sign} {figure['error']:.2g}"
 
 
