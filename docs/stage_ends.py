@@ -1,0 +1,88 @@
+"""python docs/stage_ends.py RUN ...: did a stage of the curriculum end because the loss had converged, or
+by chance?
+
+A stage ends when `curriculum.patience` steps have not undercut its lowest loss. For each stage the
+batch of that lowest loss is named, with its place among the stage's batches by the noise levels that
+they drew, and by nothing else: by the mean over the batch of the loss that is to be expected at each
+level, interpolated between the clusters' held-out losses at the first checkpoint behind the stage.
+1: the batch with the easiest noise levels of the stage.
+
+RUN: trained by eval.compare, with the paper's pacing and uniform noise levels.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from eval.comparison.validation_loss import figure
+from eval.curves.rows import Row, lines
+from eval.score import RESULTS
+from largescale.checkpoint.files import checkpoints
+from largescale.config.derived import cluster_edges
+from largescale.config.schema import Config
+from largescale.config.serialise import from_dict
+from largescale.randomness import step_draws
+
+Array = npt.NDArray[np.float64]
+
+
+def drawn(config: Config, step: int) -> Array:
+    """The draws in (0, 1) from which the noise levels of a step follow, (batch,)."""
+    draws = step_draws(
+        config.train.seed,
+        step,
+        config.train.global_batch_size,
+        (),
+        dropout_prob=0.0,
+        posterior=False,
+        device=torch.device("cpu"),
+    )
+    return draws.v.numpy()
+
+
+def expected_loss(u: Array, edges: Array, row: Row) -> Array:
+    """The loss to be expected at noise levels, by the held-out losses of a checkpoint."""
+    losses = []
+    for i in range(1, len(edges)):
+        losses.append(row["figures"][figure("raw weights", f" C{i}")]["value"])
+    # Losses of clusters differ by factors: straight lines between their logarithms.
+    return np.exp(np.interp(u, (edges[:-1] + edges[1:]) / 2, np.log(losses)))
+
+
+def lowest_loss_at(end: int, patience: int) -> int:
+    """The step, from 1 on, of the lowest loss of a stage that ended after step `end`."""
+    # Patience + 1 steps did not undercut it.
+    return end - patience - 1
+
+
+def main(run: Path) -> None:
+    state = checkpoints(run)[0].manifest()["state"]
+    config = from_dict(state["config"])
+    if config.curriculum.pacing != "patience" or config.noise.sampling != "uniform":
+        sys.exit(f"{run} has other pacing or noise levels than this is about")
+    edges = np.array(cluster_edges(config))
+    rows = lines(run / "loss" / RESULTS)
+    begin = 0
+    for end, index in state["curriculum"]["transitions"]:
+        lowest = edges[index + 1]
+        row = next(row for row in rows if row["step"] >= end)
+        expected = []
+        # Step k has the draws of number k - 1.
+        for number in range(begin, end):
+            u = lowest + (1 - lowest) * drawn(config, number)
+            expected.append(expected_loss(u, edges, row).mean())
+        best = lowest_loss_at(end, config.curriculum.patience)
+        place = 1 + int(np.sum(np.array(expected) < expected[best - begin - 1]))
+        print(
+            f"{run}: the stage of steps {begin + 1:,} to {end:,} had its lowest loss in the batch of "
+            f"step {best:,}, number {place} of {end - begin:,} by its noise levels"
+        )
+        begin = end
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        main(Path(argument))
