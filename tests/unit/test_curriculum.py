@@ -27,6 +27,28 @@ from largescale.noise_schedule import log_snr, make_betas
 ROOT = Path(__file__).parents[2]
 
 
+def test_a_loss_that_does_not_fall_ends_a_stage_by_chance() -> None:
+    """The lowest of k losses stays so up to the m-th with probability k / m, from which the mean follows, whatever the noise."""
+    patience = 20
+    # f[m]: the m-th loss is the lowest so far, and the stage still lasts.
+    f = np.zeros(60 * patience)
+    f[1] = 1
+    for m in range(2, len(f)):
+        k = np.arange(max(1, m - patience - 1), m)
+        f[m] = (f[k] * k).sum() / (m * (m - 1))
+    k = np.arange(1, len(f))
+    ends = f[1:] * k / (k + patience + 1)
+    expected = (ends * (k + patience + 1)).sum() / ends.sum()
+    pacing, rng, lengths = PatiencePacing(patience), np.random.default_rng(0), []
+    for _ in range(2000):
+        state, length = pacing.start(1), 0
+        while state.index:
+            state, length = pacing.advance(state, float(rng.normal())), length + 1
+        lengths.append(length)
+    assert ends.sum() > 0.99 and 1.75 < expected / patience < 2
+    assert np.mean(lengths) == pytest.approx(expected, rel=0.03)
+
+
 def transcription(losses: list[float], n: int, tau_max: int) -> list[int]:
     """Algorithms 1 and 2 of arXiv:2403.10348, line by line: the curriculum index after each loss."""
     index, best, tau, indices = n, math.inf, 0, []
