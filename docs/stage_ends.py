@@ -24,6 +24,7 @@ from largescale.checkpoint.files import checkpoints
 from largescale.config.derived import cluster_edges
 from largescale.config.schema import Config
 from largescale.config.serialise import from_dict
+from largescale.curriculum import active_levels
 from largescale.randomness import step_draws
 
 Array = npt.NDArray[np.float64]
@@ -58,27 +59,37 @@ def lowest_loss_at(end: int, patience: int) -> int:
     return end - patience - 1
 
 
+def place(config: Config, row: Row, begin: int, end: int, index: int) -> int:
+    """The place of the batch with a stage's lowest loss among its batches, by their noise levels. The
+    stage is that of `index`, of the steps behind `begin` up to `end`."""
+    edges = cluster_edges(config)
+    low, high = active_levels(edges, index)
+    expected = []
+    # Step k has the draws of number k - 1.
+    for number in range(begin, end):
+        u = low + (high - low) * drawn(config, number)
+        expected.append(expected_loss(u, np.array(edges), row).mean())
+    best = lowest_loss_at(end, config.curriculum.patience)
+    return 1 + int(np.sum(np.array(expected) < expected[best - 1 - begin]))
+
+
 def main(run: Path) -> None:
     state = checkpoints(run)[0].manifest()["state"]
     config = from_dict(state["config"])
     if config.curriculum.pacing != "patience" or config.noise.sampling != "uniform":
         sys.exit(f"{run} has other pacing or noise levels than this is about")
-    edges = np.array(cluster_edges(config))
     rows = lines(run / "loss" / RESULTS)
     begin = 0
     for end, index in state["curriculum"]["transitions"]:
-        lowest = edges[index + 1]
-        row = next(row for row in rows if row["step"] >= end)
-        expected = []
-        # Step k has the draws of number k - 1.
-        for number in range(begin, end):
-            u = lowest + (1 - lowest) * drawn(config, number)
-            expected.append(expected_loss(u, edges, row).mean())
+        later = [row for row in rows if row["step"] >= end]
+        if not later:
+            sys.exit(f"{run} has no held-out loss behind step {end:,} yet")
+        # The index that a transition notes is that of the next stage.
+        number = place(config, later[0], begin, end, index + 1)
         best = lowest_loss_at(end, config.curriculum.patience)
-        place = 1 + int(np.sum(np.array(expected) < expected[best - begin - 1]))
         print(
             f"{run}: the stage of steps {begin + 1:,} to {end:,} had its lowest loss in the batch of "
-            f"step {best:,}, number {place} of {end - begin:,} by its noise levels"
+            f"step {best:,}, number {number} of {end - begin:,} by its noise levels"
         )
         begin = end
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from largescale.config.schema import Config, CurriculumConfig, TrainConfig
 from largescale.curriculum import Curriculum, PatiencePacing, uniform_clusters
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +29,23 @@ def test_the_step_of_the_lowest_loss(stage_ends: Any, patience: int) -> None:
     losses = [5.0, 4.0, 1.0, *[2.0] * 20]
     end = next(step for step, loss in enumerate(losses, 1) if curriculum.observe(loss))
     assert stage_ends.lowest_loss_at(end, patience) == 1 + losses.index(min(losses))
+
+
+def test_the_place_of_a_batch(stage_ends: Any) -> None:
+    """By the mean over the batch, computed here for the second stage of five: u in [0.6, 1)."""
+    config = Config("x", curriculum=CurriculumConfig(n_clusters=5, patience=3), train=TrainConfig(global_batch_size=4, seed=7))
+    row = {"figures": {f"validation loss (raw weights) C{i}": {"value": 10.0**-i} for i in range(1, 6)}}
+    means = []
+    for number in range(20, 60):
+        u = 0.6 + 0.4 * stage_ends.drawn(config, number)
+        means.append(np.mean(10.0 ** -np.interp(u, [0.1, 0.3, 0.5, 0.7, 0.9], range(1, 6))))
+    places = []
+    for end in range(30, 60):
+        # The lowest loss was patience + 1 steps ago.
+        lowest = means[end - 20 - 5]
+        places.append(stage_ends.place(config, row, 20, end, index=4))
+        assert places[-1] == 1 + sum(mean < lowest for mean in means[: end - 20])
+    assert len({*places}) > 10
 
 
 def test_the_expected_loss(stage_ends: Any) -> None:
