@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -71,7 +72,6 @@ class Split:
         for part in PARTS:
             if (self.out / part).resolve() == self.data.resolve():
                 raise ConfigError(f"--out {self.out} would overwrite {self.data}; choose another")
-            self._require_own(self.out / part)
         # In a run, or in a packed set, the parts would be taken for files of it.
         if is_run(self.out) or (self.out / MANIFEST).exists():
             raise ConfigError(
@@ -80,24 +80,6 @@ class Split:
         require_writable(
             *(self.out / part / MANIFEST for part in PARTS), remedy="choose another --out"
         )
-
-    def _require_own(self, part: Path) -> None:
-        """Raises ConfigError where a folder holds a packed set that is no part of such a split."""
-        if not (part / MANIFEST).exists():
-            return
-        written = read_manifest(part).get("split")
-        if written is None:
-            raise ConfigError(
-                f"{part} holds a packed set that data_prep.split did not write; choose another --out"
-            )
-        # With the same ones, a set that has grown is split again and each row keeps its side.
-        # Otherwise rows that somebody has trained with would be held out.
-        if (written["share"], written["seed"]) != (self.share, self.seed):
-            raise ConfigError(
-                f"{part} is of a split with --share {written['share']} and --seed "
-                f"{written['seed']}, not {self.share} and {self.seed}; choose another --out, or "
-                "delete it first"
-            )
 
 
 def is_held_out(id: str, share: float, seed: int = 0) -> bool:
@@ -111,8 +93,24 @@ def split(options: Split) -> str:
     """Writes both sets, and returns a line about them."""
     options.check()
     data = ShardDataset(options.data)
+    earlier = _earlier_seeds(data)
+    # Of a part all rows have that seed's hash below the share, or none has.
+    if options.seed in earlier:
+        raise ConfigError(
+            f"{options.data} is itself part of a split with --seed {options.seed}, which would divide "
+            f"it again by the same hash; give another --seed than {sorted(earlier)}"
+        )
+    for part in PARTS:
+        _require_same_split(options, data, options.out / part)
+    # Before a split that is there is replaced.
+    counts = Counter(_part_of(id, options) for _, id in data.ids())
+    for part in PARTS:
+        if not counts[part]:
+            raise DataError(
+                f"none of the {len(data):,} rows of {options.data} falls into {part}; choose another "
+                "--share or --seed"
+            )
     about = {key: value for key, value in data.manifest.items() if key not in _OF_THE_SHARDS}
-    counts = dict.fromkeys(PARTS, 0)
     captions = dict.fromkeys(PARTS, 0)
     with ExitStack() as stack:
         writers = {}
@@ -121,17 +119,11 @@ def split(options: Split) -> str:
         shards = range(len(data.manifest["shards"]))
         for number in tqdm(shards, "split", unit="shard", delay=2):
             for row in data.rows(number):
-                part = PARTS[is_held_out(row["id"], options.share, options.seed)]
+                part = _part_of(row["id"], options)
                 writers[part].write(**row)
-                counts[part] += 1
                 captions[part] += len(row.get("captions", ()))
-        # Within the block: a writer that an error ends writes no manifest, and so no set.
-        for part, count in counts.items():
-            if not count:
-                raise DataError(
-                    f"none of the {len(data):,} rows of {options.data} falls into {part}; choose "
-                    "another --share or --seed"
-                )
+        # Within the block, whose end writes the manifests.
+        for part in PARTS:
             writers[part].about["captions"] = captions[part]
     # Beside the data, and no part of them: how latents are shown without their VAE, and what was
     # left out of the whole set.
@@ -147,6 +139,45 @@ def split(options: Split) -> str:
     )
 
 
+def _part_of(id: str, options: Split) -> str:
+    return PARTS[is_held_out(id, options.share, options.seed)]
+
+
+def _earlier_seeds(data: ShardDataset) -> set[int]:
+    """The seeds of the splits that have made a set; none where it is whole."""
+    made_by = data.manifest.get("split")
+    return {made_by["seed"], *made_by.get("earlier_seeds", ())} if made_by else set()
+
+
+def _require_same_split(options: Split, data: ShardDataset, part: Path) -> None:
+    """Raises ConfigError where a folder holds another packed set than this split has made, or had made
+    before the data grew."""
+    if not (part / MANIFEST).exists():
+        return
+    manifest = read_manifest(part)
+    written = manifest.get("split")
+    if manifest.get("additions"):
+        raise ConfigError(
+            f"{part} has images that were added after the split, and would be lost; choose another --out"
+        )
+    if written is None:
+        raise ConfigError(
+            f"{part} holds a packed set that data_prep.split did not write; choose another --out"
+        )
+    # A set that has grown is split again, and each row keeps its side. Otherwise rows that somebody
+    # has trained with would be held out.
+    if (written["share"], written["seed"]) != (options.share, options.seed):
+        raise ConfigError(
+            f"{part} is of a split with --share {written['share']} and --seed {written['seed']}, not "
+            f"{options.share} and {options.seed}; choose another --out, or delete it first"
+        )
+    if not data.is_or_was(written["of"], data.packed.name):
+        raise ConfigError(
+            f"{part} is of a split of other data than {options.data}, with the fingerprint "
+            f"{written['of']}; choose another --out, or delete it first"
+        )
+
+
 def _writer(options: Split, data: ShardDataset, about: dict[str, Any], part: str) -> ShardWriter:
     # Of a part of a part, the sources are those of the first whole.
     whole = data.manifest.get("split", {})
@@ -155,6 +186,7 @@ def _writer(options: Split, data: ShardDataset, about: dict[str, Any], part: str
         "part": part,
         "share": options.share,
         "seed": options.seed,
+        "earlier_seeds": sorted(_earlier_seeds(data)),
         "rows": len(data),
         "first_rows": whole.get("first_rows", data.first_rows),
         "additions": [*whole.get("additions", ()), *data.manifest.get("additions", ())],

@@ -149,6 +149,10 @@ class ShardDataset:
                 return int(self._starts[number])
         return None
 
+    def is_or_was(self, other: str, name: str) -> bool:
+        """Whether the fingerprint `other` is of this content, now or before it has grown."""
+        return self.has_fingerprint(other, name) or self.rows_when(other, name) is not None
+
     def _fingerprints(self, shards: list[dict[str, Any]], name: str) -> tuple[str, str]:
         content = shards, self.manifest.get("empty_caption")
         named = fingerprint(replace(self.packed, name=name), *content, named=True)

@@ -41,7 +41,7 @@ def test_each_row_is_in_one_part_and_as_it_was(name: str, tmp_path: Path, reques
         assert row.keys() == every[id].keys() and all(same(value, every[id][key]) for key, value in row.items()), id
     assert {*held_out} == {id for id in every if split.is_held_out(id, 0.2)}
     manifest = json.loads((tmp_path / "validation/manifest.json").read_text())
-    assert manifest["split"] == {"of": ShardDataset(path).fingerprint, "part": "validation", "share": 0.2, "seed": 0,
+    assert manifest["split"] == {"of": ShardDataset(path).fingerprint, "part": "validation", "share": 0.2, "seed": 0, "earlier_seeds": [],
                                  "rows": len(every), "first_rows": len(every), "additions": []}
     if name == "captioned":
         assert all(map(same, ShardDataset(tmp_path / "train").empty_caption, ShardDataset(path).empty_caption))
@@ -156,3 +156,47 @@ def test_what_is_not_overwritten(blobs: Path, run_here: RunHere, tmp_path: Path,
     for other, says in (["--share", "0.3"], "--share 0.2 and --seed 0, not 0.3 and 0;"), (["--seed", "1"], "--share 0.2 and --seed 0, not 0.2 and 1;"):
         assert split.main([*typed, *other]) == 2
         assert says in capsys.readouterr().err and rows_of(tmp_path / "out/validation").keys() == before
+    # Other data, of which all rows would be lost, and rows of which none falls into a part.
+    for name, share, says in ("other", "0.2", "is of a split of other data than"), ("one", "0.2", "none of the 1 rows"):
+        pictures = tmp_path / name
+        pictures.mkdir()
+        for i in range(1 if name == "one" else 30):
+            (pictures / f"{i}.png").write_bytes(picture(i))
+        data = tmp_path / f"{name}_data"
+        assert pack(pictures, data) == 0
+        out = tmp_path / "out" if name == "other" else tmp_path / "one_out"
+        if name == "one":
+            shutil.copytree(tmp_path / "out", out)
+            for part in split.PARTS:
+                manifest = json.loads((out / part / "manifest.json").read_text())
+                manifest["split"]["of"] = ShardDataset(data).fingerprint
+                (out / part / "manifest.json").write_text(json.dumps(manifest))
+        assert split.main([str(data), "--share", share, "--out", str(out)]) == 2
+        assert says in capsys.readouterr().err and rows_of(out / "validation").keys() == before
+
+
+def test_a_part_is_not_split_by_the_same_hash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of its rows lie on one side of it, at whatever depth."""
+    for i in range(60):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        (tmp_path / f"pictures/{i}.png").write_bytes(picture(i))
+    assert pack(tmp_path / "pictures", tmp_path / "data") == 0
+    assert split.main([str(tmp_path / "data"), "--share", "0.2", "--out", str(tmp_path / "1")]) == 0
+    assert split.main([str(tmp_path / "1/train"), "--share", "0.4", "--seed", "1", "--out", str(tmp_path / "2")]) == 0
+    for part, seeds in ("1/train", "[0]"), ("1/validation", "[0]"), ("2/train", "[0, 1]"):
+        assert split.main([str(tmp_path / part), "--share", "0.5", "--out", str(tmp_path / "3")]) == 2
+        assert f"part of a split with --seed 0, which would divide it again by the same hash; give another --seed than {seeds}" in capsys.readouterr().err
+    assert split.main([str(tmp_path / "2/train"), "--share", "0.5", "--seed", "2", "--out", str(tmp_path / "3")]) == 0
+
+
+def test_a_set_that_has_grown_is_split_again(tmp_path: Path) -> None:
+    for name, numbers in ("first", range(20)), ("more", range(20, 40)):
+        (tmp_path / name).mkdir()
+        for i in numbers:
+            (tmp_path / name / f"{i:03d}.png").write_bytes(picture(i))
+    typed = [str(tmp_path / "data"), "--share", "0.25", "--out", str(tmp_path / "out")]
+    assert pack(tmp_path / "first", tmp_path / "data") == split.main(typed) == 0
+    before = {part: rows_of(tmp_path / "out" / part).keys() for part in split.PARTS}
+    assert pack(tmp_path / "more", tmp_path / "data", "--append") == split.main(typed) == 0
+    after = {part: rows_of(tmp_path / "out" / part).keys() for part in split.PARTS}
+    assert all(before[part] <= after[part] for part in split.PARTS) and sum(map(len, after.values())) == 40
