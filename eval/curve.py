@@ -21,6 +21,7 @@ from eval.curves.options import Curve
 from eval.curves.scores import Curves
 from eval.curves.widths import scan_widths
 from largescale.config.command_line import parse_options, run_program
+from largescale.errors import ConfigError
 from largescale.host.launch import leave
 from largescale.host.signals import serve_stop_signals
 
@@ -30,6 +31,8 @@ def main(args: Sequence[str] | None = None) -> int:
     serve_stop_signals()
 
     def score() -> None:
+        if not options.runs:
+            raise ConfigError("name at least one run directory")
         # Averages of several widths are scored at the newest snapshot only, not along the run.
         if options.ema_widths:
             options.check()

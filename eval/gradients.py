@@ -13,7 +13,7 @@ takes 8 bytes of memory for each weight and cluster.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,20 +24,18 @@ import tyro
 from torch.nn.utils import parameters_to_vector
 
 from eval.curves.rows import Row, rows_of_protocol, steps_of
-from eval.curves.scores import config_of
+from eval.held_out_loss import held_out_set, training_set
 from eval.log_axis import plain_log_axis
 from eval.score import RESULTS
-from largescale.checkpoint.files import checkpoints, find_checkpoint
+from largescale.checkpoint.files import checkpoints, require_outside_checkpoints
 from largescale.checkpoint.weights import Trained, load_trained
 from largescale.config.command_line import check_counts, parse_options, run_program
 from largescale.config.derived import cluster_edges
-from largescale.data.compatibility import open_validation
 from largescale.data.fixed_noise_set import VALIDATION_SEED, FixedNoiseSet
-from largescale.data.shards import ShardDataset
 from largescale.distributed.ranks import check_cuda, local_device
 from largescale.encoders.identity import library
 from largescale.errors import CheckpointError, ConfigError
-from largescale.host.files import append_line, write_atomically
+from largescale.host.files import append_line, require_writable, write_atomically
 from largescale.host.launch import leave
 from largescale.host.signals import serve_stop_signals, stop_requested
 from largescale.models.build import latent_shape
@@ -65,9 +63,11 @@ class Gradients:
     """What the gradients are computed on; by default a GPU if there is one."""
 
     def check(self) -> None:
-        """Raises ConfigError for options that cannot work."""
+        """Raises ConfigError, or CheckpointError, for options that cannot work."""
         if not self.runs:
             raise ConfigError("name at least one run directory")
+        if self.out:
+            require_outside_checkpoints(self.out, "--out")
         check_counts(self, "images", "every", "batch_size")
         if self.images % 2:
             raise ConfigError(f"images={self.images} must be even, as they are halved")
@@ -80,13 +80,8 @@ class ClusterGradients:
     def __init__(self, run: Path, options: Gradients) -> None:
         """Raises CheckpointError for a folder that is no run, and DataError for a set that is not like
         the training set, or shares rows with it."""
-        find_checkpoint(run)
-        config = config_of(run)
-        training = ShardDataset(config.data.path)
-        training.normalize(config.data.normalize)
-        held_out = replace(config.data, validation=str(options.validation))
-        data = open_validation(replace(config, data=held_out), training, option="--validation")
-        assert data is not None
+        config, training = training_set(run)
+        data = held_out_set(options.validation, config, training)
         self.run = run
         self.options = options
         self.edges = cluster_edges(config)
@@ -191,18 +186,19 @@ def measure(options: Gradients) -> None:
     found: dict[Path, list[Row]] = {}
     # What is wrong with any run is found before the first is measured.
     gradients = []
+    out = options.out or options.runs[0] / "gradients"
+    require_writable(out / "gradients.json", out / "gradients.png", remedy="choose another --out")
     for run in options.runs:
-        gradients.append(ClusterGradients(run, options))
+        each = ClusterGradients(run, options)
+        if not each.rows() and not each.missing():
+            raise CheckpointError(
+                f"{run} keeps no checkpoint at a multiple of {options.every or 1} steps; set --every"
+            )
+        gradients.append(each)
     for each in gradients:
         for step in each.missing():
             each.add(step)
         found[each.run] = each.rows()
-        if not found[each.run]:
-            raise CheckpointError(
-                f"{each.run} keeps no checkpoint at a multiple of {options.every or 1} steps; set "
-                "--every"
-            )
-    out = options.out or options.runs[0] / "gradients"
     out.mkdir(parents=True, exist_ok=True)
     plain = {str(run): rows for run, rows in found.items()}
     write_atomically(out / "gradients.json", json.dumps(plain, indent=1) + "\n")

@@ -55,6 +55,7 @@ from largescale.host.signals import serve_stop_signals, stop_requested
 from largescale.models.build import latent_shape
 from largescale.models.half_precision import check_on_cpu
 from largescale.models.inference import compile_pays, prepare
+from largescale.power_ema import residual_note
 
 # Latents that are decoded at a time: the decoder needs far more memory than the model.
 DECODED_AT_ONCE = 16
@@ -558,13 +559,13 @@ def main(args: Sequence[str] | None = None) -> int:
         # An EMA early in a run still holds the weights of the start, and draws noise. Of converted
         # weights neither decay nor step are known.
         note = ema_note(sampler.trained.config, sampler.trained.info["step"])
-        # A power-function average holds nothing of them.
-        if (
-            note
-            and options.ema_width is None
-            and sampler.rank == 0
-            and "converted" not in sampler.trained.info
-        ):
+        if "converted" in sampler.trained.info:
+            note = ""
+        # A power-function average holds nothing of the start, but may be another than it should be.
+        if options.ema_width is not None:
+            ema = sampler.trained.info["ema"]
+            note = residual_note(ema["width"], ema["residual"])
+        if note and sampler.rank == 0:
             print(f"note: {note}", file=sys.stderr, flush=True)
         sampler()
 

@@ -21,9 +21,7 @@ from largescale.checkpoint.export_folder import (
 from largescale.checkpoint.weights import EXPORT_WEIGHTS, read_weights
 from largescale.config.command_line import parse_options, run_program
 from largescale.interop.model_card import remove_card
-
-# A reconstruction whose profile is off by more is worth a warning.
-LARGE_RESIDUAL = 0.05
+from largescale.power_ema import residual_note
 
 
 @dataclass(frozen=True)
@@ -53,12 +51,8 @@ def run(options: Ema) -> None:
         f"average of width {options.width:g} at step {description['step']:,}: "
         f"{out / EXPORT_WEIGHTS}, from {description['ema']['snapshots']} snapshots; {how}"
     )
-    if residual > LARGE_RESIDUAL:
-        print(
-            f"note: {residual:.0%} is much: the width is far from those that were kept, or there are "
-            "too few snapshots (--checkpoint.ema-snapshot-every)",
-            file=sys.stderr,
-        )
+    if note := residual_note(options.width, residual):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -56,6 +56,7 @@ from largescale.interop.pipeline_folder import (
     replaced,
     require_pipeline_folder,
 )
+from largescale.power_ema import residual_note
 
 # Options that only one format reads.
 _OF_DIFFUSERS = ("scheduler", "vae", "labels", "max_shard_size")
@@ -176,6 +177,9 @@ def write(options: Export) -> Written:
     # A short run's EMA may still contain much of the first weights.
     if description.get("weights") != "raw" and "ema" not in description:
         notes.append(ema_note(from_dict(description["config"]), description["step"]))
+    if "ema" in description:
+        ema = description["ema"]
+        notes.append(residual_note(ema["width"], ema["residual"]))
     return Written(options.folder, description, tuple(filter(None, notes)))
 
 

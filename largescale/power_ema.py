@@ -14,6 +14,8 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
+# A sum whose profile is off by more is worth a warning.
+LARGE_RESIDUAL = 0.05
 # Above it lies gamma < 0.1, a profile that is almost flat; the widest, flat one has 0.2887.
 WIDEST = 0.28
 
@@ -61,6 +63,17 @@ class Reconstruction:
     residual: float
     """The distance between the wanted profile and the sum's, as a share of the wanted one's length
     (L2): 0 where it is exact."""
+
+
+def residual_note(width: float, residual: float) -> str:
+    """What to say of an average whose profile is off by so much; "" where that is little."""
+    if residual <= LARGE_RESIDUAL:
+        return ""
+    return (
+        f"the profile of the average of width {width:g} is off by {residual:.0%}, which is much: the "
+        "width is far from those that were kept, or there are too few snapshots "
+        "(--checkpoint.ema-snapshot-every)"
+    )
 
 
 def inner_product(a: Profile, b: Profile) -> float:

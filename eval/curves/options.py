@@ -11,6 +11,7 @@ import tyro
 from eval.curves.rows import Row
 from eval.scoring.figures import GROUPS
 from largescale.checkpoint.files import checkpoints, require_outside_checkpoints
+from largescale.config.command_line import check_counts
 from largescale.diffusion.objective import SamplerName
 from largescale.errors import CheckpointError, ConfigError
 from largescale.models.half_precision import check_on_cpu
@@ -18,6 +19,8 @@ from largescale.power_ema import WIDEST
 
 # Widths of the averages in a range of --ema-widths.
 SCANNED = 8
+# Widths are rounded to so much.
+NARROWEST = 0.0001
 # The options that change what a score is: rows that differ in one of them lie on other curves.
 PROTOCOL = (
     "reference",
@@ -100,6 +103,7 @@ class Curve:
         if self.out:
             require_outside_checkpoints(self.out, "--out")
         self.widths()
+        check_counts(self, "batch_size")
         if self.validation and not self.ema_widths:
             raise ConfigError(
                 "--validation is for --ema-widths; train with --data.validation for the loss of each "
@@ -144,9 +148,9 @@ class Curve:
                 ends = [float(low), float(high or low)]
             except ValueError:
                 ends = [0.0, 0.0]
-            if not 0 < ends[0] <= ends[1] <= WIDEST or (colon and not high):
+            if not NARROWEST <= ends[0] <= ends[1] <= WIDEST or (colon and not high):
                 raise ConfigError(
-                    f"--ema-widths {word} must be a width above 0 and at most {WIDEST}, or two as in "
+                    f"--ema-widths {word} must be a width from {NARROWEST} to {WIDEST}, or two as in "
                     "0.02:0.25"
                 )
             # By equal ratios, rounded to what a name can have.

@@ -22,13 +22,24 @@ HELD_OUT_LOSS = "held-out loss"
 def lines(path: Path) -> list[Row]:
     """The rows of a file of JSON lines; a line that was cut short is left out."""
     found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        # A crash while writing leaves a part of the last line.
+    # A crash while writing leaves a part of the last line.
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
         with suppress(ValueError):
             row = from_json(line)
             if isinstance(row, dict):
                 found.append(row)
     return found
+
+
+def is_scored(row: Row, name: str) -> bool:
+    """Whether a row has this figure, as eval.score and eval.curve write it: with a value and an error,
+    which are null where they are not finite."""
+    figures = row.get("figures")
+    figure = figures.get(name) if isinstance(figures, dict) else None
+    return isinstance(figure, dict) and all(
+        isinstance(figure.get(key, ""), float | int | None) for key in ("value", "error")
+    )
 
 
 def rows_of_protocol(path: Path, protocol: Row) -> list[Row]:

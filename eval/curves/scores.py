@@ -219,11 +219,25 @@ class Curves:
         their scores."""
         # The first sampler was made before the work, to find errors.
         sampler = self._ready.pop((run, step), None) or self.sampler(run, step)
+        if self.rank == 0:
+            self.require_same_reference(run)
         sampler()
         if self.rank != 0:
             return sampler.trained, {}
         samples = folder_of(self.folder(run, step), self.options.cfg_scale)
         return sampler.trained, self.scorer()(samples)
+
+    def require_same_reference(self, run: Path) -> None:
+        """Raises DataError where the rows of a run are against another reference than there is now."""
+        now = self.scorer().reference
+        for row in self.rows(run):
+            before = row.get("reference")
+            if now and before and before["fingerprint"] != now.facts["fingerprint"]:
+                raise DataError(
+                    f"{self.homes[run] / RESULTS} was scored against other images in {before['path']} "
+                    "than there are now, and distances to both are not comparable; give the former "
+                    "--reference, or this one under another name"
+                )
 
     def more_figures(self, run: Path, trained: Trained) -> Row:
         """Figures beside the scores of the samples, of the model that drew them."""

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,20 @@ from eval.curves.rows import (
     figure_text,
     figures_of_widths,
 )
-from eval.curves.scores import Curves, config_of
-from eval.held_out_loss import HeldOutLoss
+from eval.curves.scores import Curves
+from eval.held_out_loss import HeldOutLoss, held_out_set, training_set
 from eval.log_axis import plain_log_axis
 from eval.score import Scorer
-from largescale.checkpoint.ema_snapshots import newest_step
+from largescale.checkpoint.ema_snapshots import newest_step, snapshots
 from largescale.checkpoint.weights import Trained, load_trained
 from largescale.config.derived import cluster_edges
-from largescale.data.compatibility import open_validation
 from largescale.data.fixed_noise_set import over_all
+from largescale.data.format import read_manifest
 from largescale.data.shards import ShardDataset
 from largescale.distributed.ranks import local_device
 from largescale.host.files import write_atomically
 from largescale.host.launch import env_rank
+from largescale.power_ema import Profile, reconstruct, residual_note
 
 
 class ScoresOfWidth(Curves):
@@ -38,13 +38,20 @@ class ScoresOfWidth(Curves):
         self,
         options: Curve,
         width: float,
+        steps: Mapping[Path, int],
         losses: Mapping[Path, HeldOutLoss],
         scorer: Scorer | None = None,
     ) -> None:
-        """`losses`: of each run, where its held-out loss is measured too."""
+        """`steps`: of each run, that of its newest snapshot. `losses`: of each run, where its held-out
+        loss is measured too."""
         super().__init__(options, scorer)
         self.width = width
+        self._steps = steps
         self._losses = losses
+        # Other images, or more of them, under the same name are another protocol.
+        self._validation = None
+        if options.validation:
+            self._validation = read_manifest(options.validation)["fingerprint"]
 
     def exists(self, run: Path, step: int) -> bool:
         # Of an average that cannot be made any more, its own error says why.
@@ -52,8 +59,8 @@ class ScoresOfWidth(Curves):
 
     def protocol(self) -> Row:
         protocol = super().protocol() | {"ema_width": self.width}
-        if self.options.validation:
-            protocol["validation"] = str(self.options.validation)
+        if self._validation:
+            protocol["validation"] = self._validation
         return protocol
 
     def prepare(self, run: Path, step: int) -> None:
@@ -76,22 +83,24 @@ class ScoresOfWidth(Curves):
         return {HELD_OUT_LOSS: {"value": over_all(clusters, loss.edges), "error": 0.0}}
 
     def missing(self, run: Path) -> list[int]:
-        return [] if self.newest(run) else [newest_step(run)]
+        return [] if self.newest(run) else [self._steps[run]]
 
     def newest(self, run: Path) -> list[Row]:
         """The row of the newest snapshot, if it has been scored."""
-        newest = newest_step(run)
-        return [row for row in self.rows(run) if row["step"] == newest]
+        return [row for row in self.rows(run) if row["step"] == self._steps[run]]
 
 
 def scan_widths(options: Curve) -> None:
     """Score the averages of all widths of all runs, and write widths.json, widths.png and
     widths.html."""
+    # Once for all widths: a run that is trained meanwhile has newer ones at each look.
+    steps = {run: newest_step(run) for run in options.runs}
+    notes = residual_notes(options, steps)
     losses = held_out_losses(options)
     scorer = None
     found: dict[Path, list[Row]] = {run: [] for run in options.runs}
     for width in options.widths():
-        scores = ScoresOfWidth(options, width, losses, scorer)
+        scores = ScoresOfWidth(options, width, steps, losses, scorer)
         scores.score()
         # The reference's features are computed once.
         scorer = scores.shared_scorer
@@ -105,13 +114,26 @@ def scan_widths(options: Curve) -> None:
     plain = {str(run): rows for run, rows in found.items()}
     write_atomically(out / "widths.json", json.dumps(plain, indent=1) + "\n")
     plot_widths(found, out / "widths.png")
-    best: list[str] = []
+    best = [f"note: {note}" for note in notes]
     for run, rows in found.items():
         best += best_texts(run, rows)
     write_atomically(out / "widths.html", widths_page(found, best))
     for line in best:
         print(line, flush=True)
     print(f"{len(options.widths())} widths of {len(found)} runs: {out / 'widths.png'}", flush=True)
+
+
+def residual_notes(options: Curve, steps: Mapping[Path, int]) -> list[str]:
+    """Notes on widths of which the snapshots give no good average, each with a run that it is of."""
+    found: dict[str, Path] = {}
+    for width in options.widths():
+        for run, step in steps.items():
+            kept = [each for each in snapshots(run) if each.step <= step]
+            note = residual_note(width, reconstruct(kept, Profile(step, width)).residual)
+            # Runs that are compared mostly have the same snapshots.
+            if note:
+                found.setdefault(note, run)
+    return [f"{run}: {note}" for note, run in found.items()]
 
 
 def held_out_losses(options: Curve) -> dict[Path, HeldOutLoss]:
@@ -124,15 +146,10 @@ def held_out_losses(options: Curve) -> dict[Path, HeldOutLoss]:
     # Runs are mostly of the same data, whose ids need to be compared only once.
     opened: dict[tuple[str, str], ShardDataset] = {}
     for run in options.runs:
-        config = config_of(run)
+        config, training = training_set(run)
         key = (config.data.path, config.data.normalize)
         if key not in opened:
-            data = replace(config.data, validation=str(options.validation))
-            training = ShardDataset(config.data.path)
-            training.normalize(config.data.normalize)
-            held_out = open_validation(replace(config, data=data), training, option="--validation")
-            assert held_out is not None
-            opened[key] = held_out
+            opened[key] = held_out_set(options.validation, config, training)
         found[run] = HeldOutLoss(
             opened[key],
             config,

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,10 @@ def test_lines_that_were_cut_short(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("args", "message"), [
     (("RUNS/data", "--reference", "RUNS/data"), "data holds no checkpoint; give the folders of runs"),
     (("RUNS/vanilla", "RUNS/vanilla", "--reference", "RUNS/data"), "a run is named twice"),
+    (("--reference", "RUNS/data"), "name at least one run directory"),
+    (("--reference", "RUNS/data", "--ema-widths", "0.05"), "name at least one run directory"),
+    (("RUNS/vanilla", "--reference", "RUNS/data", "--batch-size", "-3"), "batch_size=-3 must be at least 1"),
+    (("RUNS/vanilla", "--reference", "RUNS/data", "--ema-widths", "0.00004"), "--ema-widths 0.00004 must be a width from 0.0001 to 0.28"),
     (("RUNS/vanilla", "--reference", "RUNS/data", "--every", "0"), "every=0 must be at least 1"),
     (("RUNS/vanilla", "--reference", "RUNS/nothing"), "nothing does not exist"),
     (("RUNS/vanilla", "--reference", "RUNS/data", "--vae", "x"), "leave out vae (--vae)"),
@@ -198,3 +203,17 @@ def test_only_one_rank_scores(runs: Path, monkeypatch: pytest.MonkeyPatch) -> No
     options = Curve((runs / "vanilla",), runs / "data", num_samples=20, steps=2, seed=5, extractor="tiny", every=12, device="cpu")
     scores.Curves(options)()
     assert not list((runs / "vanilla/curve").rglob("*/step_00000012/cfg1.0/part_*"))  # 20 samples are one shard, rank 0's
+
+
+def test_other_images_of_the_same_name(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Distances to them are no continuation of the curve; with nothing left to score they are not looked at."""
+    reference = make_blobs(tmp_path / "reference", seed=3, rows=40)
+    typed = (runs / "vanilla", "--reference", reference, "--out", tmp_path / "out")
+    assert draw_curve(*typed, "--every", 12) == 0
+    shutil.rmtree(reference)
+    make_blobs(reference, seed=4, rows=40)
+    capsys.readouterr()
+    assert draw_curve(*typed) == 2
+    said = capsys.readouterr()
+    assert f"was scored against other images in {reference} than there are now" in said.err and "drawn" not in said.out
+    assert draw_curve(*typed, "--every", 12) == 0

@@ -1,13 +1,14 @@
 """eval.gradients: gradients by cluster against finite differences, and dot products that chance does not raise."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from eval import gradients
+from eval import curve, gradients
 from eval.gradients import ClusterGradients, Gradients, cosines, dot_products, norms
 from largescale.checkpoint.files import checkpoints
 from largescale.checkpoint.weights import load_trained
@@ -81,3 +82,27 @@ def test_bad_input(run_here: RunHere, blobs: Path, captioned: Path, tmp_path: Pa
     ):
         assert measure(*args) == 2
         assert said in capsys.readouterr().err
+    # Before anything is measured.
+    again = run_here("--train.steps", 5, output=tmp_path / "again").run
+    (tmp_path / "file").write_text("")
+    for options, said in (
+        ((again, run, "--every", 3), "keeps no checkpoint at a multiple of 3"),
+        ((run, "--out", tmp_path / "file"), "cannot write to"),
+        ((run, "--out", checkpoints(run)[0].path), "--out"),
+    ):
+        assert measure(*options, "--validation", held_out) == 2
+        assert said in capsys.readouterr().err
+    assert not (again / "gradients").exists() and not (run / "gradients").exists()
+
+
+def test_other_data_than_were_trained_on(run_here: RunHere, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of them nobody knows whether the images of --validation were trained on."""
+    data = make_blobs(tmp_path / "data")
+    held_out = make_blobs(tmp_path / "held_out", seed=1, prefix="other")
+    run = run_here("--train.steps", 5, "--data.path", data, "--optimizer.ema-widths", 0.05, 0.1, "--checkpoint.ema-snapshot-every", 5).run
+    shutil.rmtree(data)
+    make_blobs(data, seed=2)
+    widths = (run, "--num-samples", 0, "--ema-widths", 0.05, "--device", "cpu")
+    for program in (lambda: measure(run, "--validation", held_out), lambda: curve.main([*map(str, widths), "--validation", str(held_out)])):
+        assert program() == 2
+        assert f"{data} holds other data than {run} was trained on, so which images are held out cannot be told" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from eval import curve, sample
 from eval.curves import options as curve_options
+from eval.curves import widths
 from largescale import ema, export
 from largescale.checkpoint import ema_snapshots
 from largescale.checkpoint.ema_snapshots import average, snapshots
@@ -269,7 +270,7 @@ def test_the_program(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(torch.equal(value, expected.weights[name]) for name, value in trained.model.state_dict().items())
     assert trained.info["ema"] == expected.describe() and trained.info["step"] == 12 and trained.info["samples_seen"] == 12 * 16
     assert ema.main([str(run), "--width", "0.1", "--step", "9"]) == 0 and "; exact" in capsys.readouterr().out
-    assert ema.main([str(run), "--width", "0.02"]) == 0 and "is much: the width is far from" in capsys.readouterr().err
+    assert ema.main([str(run), "--width", "0.02"]) == 0 and "which is much: the width is far from" in capsys.readouterr().err
     assert ema.main([str(run), "--width", "0.5"]) == 2 and "must be above 0 and at most 0.28" in capsys.readouterr().err
     assert ema.main([str(run / "ema_0.07"), "--width", "0.1", "--out", str(run / "x")]) == 2
     assert "is an export, which has one average; give the run" in capsys.readouterr().err
@@ -334,6 +335,45 @@ def test_a_scan_of_widths_by_the_loss_alone(run: Path, blobs: Path, tmp_path: Pa
     assert curve.main([*args, "--ema-widths", "0.05"]) == 2
     assert "num_samples=0 are too few for any figure; set --num-samples 10 or more, or 0 with --ema-widths and --validation" in capsys.readouterr().err
     assert curve.main([str(run)]) == 2 and "give --reference, or --num-samples 0 with --ema-widths and --validation" in capsys.readouterr().err
+
+
+def test_a_scan_while_the_run_goes_on(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All widths are of one step."""
+    steps = iter((9, 12, 12))
+    monkeypatch.setattr(widths, "newest_step", lambda run: next(steps))
+    held_out = make_blobs(tmp_path / "held_out", seed=1, rows=100, prefix="h")
+    args = [str(run), "--num-samples", "0", "--device", "cpu", "--out", str(tmp_path / "out"), "--validation", str(held_out)]
+    assert curve.main([*args, "--ema-widths", "0.05", "0.2"]) == 0
+    assert [row["step"] for row in json.loads((tmp_path / "out/widths.json").read_text())[str(run)]] == [9, 9]
+
+
+def test_other_held_out_images_of_the_same_name(run: Path, tmp_path: Path) -> None:
+    """They are measured anew."""
+    held_out = make_blobs(tmp_path / "held_out", seed=1, rows=100, prefix="h")
+    args = [str(run), "--num-samples", "0", "--device", "cpu", "--out", str(tmp_path / "out"), "--ema-widths", "0.05", "--validation", str(held_out)]
+    losses = []
+    for seed in (1, 2):
+        shutil.rmtree(held_out)
+        make_blobs(held_out, seed=seed, rows=100, prefix="h")
+        assert curve.main(args) == 0
+        losses.append(json.loads((tmp_path / "out/widths.json").read_text())[str(run)][0]["figures"]["held-out loss"]["value"])
+    assert losses[0] != losses[1]
+
+
+def test_a_width_that_the_snapshots_do_not_give(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every program that takes one says so."""
+    held_out = make_blobs(tmp_path / "held_out", seed=1, rows=100, prefix="h")
+    residual = reconstruct(snapshots(run), Profile(12, 0.02)).residual
+    assert residual > 0.05
+    note = f"note: {{}}the profile of the average of width 0.02 is off by {residual:.0%}, which is much"
+    assert curve.main([str(run), "--num-samples", "0", "--device", "cpu", "--out", str(tmp_path / "out"), "--ema-widths", "0.02", "0.05", "--validation", str(held_out)]) == 0
+    assert note.format(f"{run}: ") in capsys.readouterr().out
+    assert f"is off by {residual:.0%}, which" in " ".join(Reader((tmp_path / "out/widths.html").read_text()).text)
+    assert sample.main([str(run), "--ema-width", "0.02", "--out", str(tmp_path / "s"), "--num-samples", "4", "--steps", "4", "--device", "cpu"]) == 0
+    assert note.format("") in capsys.readouterr().err
+    assert export.main([str(run), "--out", str(tmp_path / "e"), "--ema-width", "0.02"]) == 0
+    said = capsys.readouterr()
+    assert note.format("") in said.err + said.out
 
 
 def test_a_scan_of_widths(run: Path, blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
