@@ -30,11 +30,12 @@ from eval.reproduction.paper_size import paper
 from eval.reproduction.pictures import write_pictures
 from eval.reproduction.progress import status_lines, steps, with_row_filter
 from eval.reproduction.rows import Scale
-from eval.reproduction.steps import Step, Train
+from eval.reproduction.steps import Standing, Step, Train
 from eval.reproduction.table import read_tables, table_lines
 from eval.reproduction.toy import toy
 from largescale.checkpoint.files import require_outside_checkpoints
 from largescale.config.command_line import parse_options, run_program
+from largescale.data.format import read_manifest
 from largescale.errors import ConfigError, LargescaleError, Stopped
 from largescale.host.files import require_writable, write_atomically
 from largescale.host.launch import env_world_size, leave
@@ -75,8 +76,8 @@ class Paper:
         return self.root or Path("runs/paper_toy" if self.scale == "toy" else "runs/paper")
 
     def check(self) -> None:
-        """Raises ConfigError for options that cannot work, and CheckpointError for a root in the
-        checkpoints of a run."""
+        """Raises ConfigError for options that cannot work, CheckpointError for a root in the
+        checkpoints of a run, and DataError for a --cifar10 that is no packed set."""
         require_outside_checkpoints(self.folder, "--root")
         if self.action == "run" and self.scale == "paper":
             raise ConfigError(
@@ -85,6 +86,8 @@ class Paper:
             )
         if self.cifar10 and self.scale == "paper":
             raise ConfigError("--cifar10 is of --scale toy; the paper's rows read data/cifar10")
+        if self.cifar10:
+            read_manifest(self.cifar10)
         if self.root and self.action != "run" and not self.root.is_dir():
             raise ConfigError(f"--root {self.root} is no folder; give the one that holds the runs")
         # Under torchrun or srun every rank would do every step.
@@ -141,6 +144,10 @@ def run(options: Paper) -> None:
     scale = options.chosen()
     # Steps that several cells share come once, where they are needed first.
     todo = list(dict.fromkeys(steps(scale)))
+    # What is there is nobody's to remove but a person's, and said before anything is done.
+    found = find_runs(options.folder)
+    for step in todo:
+        _require_usable(step.standing(found))
     start = time.monotonic()
     for number, step in enumerate(todo, 1):
         if stop_requested():
@@ -150,9 +157,7 @@ def run(options: Paper) -> None:
         standing = step.standing(found)
         if standing.state == "done":
             continue
-        # What is there is nobody's to remove but a person's.
-        if standing.state in ("refused", "running"):
-            raise ConfigError(f"{standing.text}; choose another --root")
+        _require_usable(standing)
         program, arguments = step.call(found)
         minutes = (time.monotonic() - start) / 60
         print(
@@ -162,6 +167,12 @@ def run(options: Paper) -> None:
         do(step, found)
     table(options)
     figures(options)
+
+
+def _require_usable(standing: Standing) -> None:
+    """Raises ConfigError for what lies in the way of a step."""
+    if standing.state in ("refused", "running"):
+        raise ConfigError(f"{standing.text}; choose another --root")
 
 
 def do(step: Step, found: FoundRuns) -> None:

@@ -17,6 +17,7 @@ from largescale.config.schema import Config
 from largescale.config.serialise import flatten, from_dict, to_dict
 from largescale.data.format import read_manifest
 from largescale.errors import LargescaleError, usable
+from largescale.host.files import system_reason
 from largescale.monitoring.run_record import read_starts
 
 # A run that takes steps writes its record every few seconds.
@@ -118,8 +119,8 @@ def find_runs(root: Path) -> FoundRuns:
     """The runs below `root`, in the order of their paths. The models of a difficulty study, each of
     one interval of noise levels, are none of them."""
     runs = []
-    unreadable = {}
-    for folder in _run_folders(root):
+    unreadable: dict[Path, str] = {}
+    for folder in _run_folders(root, unreadable):
         try:
             with usable(folder):
                 run = read_run(folder)
@@ -132,10 +133,21 @@ def find_runs(root: Path) -> FoundRuns:
     return FoundRuns(root, runs, unreadable)
 
 
-def _run_folders(root: Path) -> list[Path]:
+def _run_folders(root: Path, unreadable: dict[Path, str]) -> list[Path]:
+    """The folders of runs; those that cannot be listed are noted."""
+
+    def note(error: OSError) -> None:
+        unreadable[Path(error.filename)] = system_reason(error)
+
     found = []
-    for path, folders, _ in os.walk(root):
+    # Through links, as runs may lie on several disks; once, as links may lead in circles.
+    seen = set()
+    for path, folders, _ in os.walk(root, onerror=note, followlinks=True):
         folders.sort()
+        if (real := os.path.realpath(path)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         if {"checkpoints", "starts"} & {*folders}:
             found.append(Path(path))
             # What lies in a run are its samples and pictures.

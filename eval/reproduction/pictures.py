@@ -14,7 +14,7 @@ from eval.difficulty_study.pictures import draw
 from eval.drawing.sample_set import GRID, PROVENANCE, pictures
 from eval.reproduction.found_runs import FoundRuns
 from eval.reproduction.rows import Cell, Row, Scale
-from eval.reproduction.sample_steps import Draw, ScoreOverTraining
+from eval.reproduction.sample_steps import Draw, ScoreOverTraining, reference_of
 from eval.reproduction.study_steps import StudyStage
 from largescale.config.serialise import flatten
 from largescale.data.images import grid
@@ -182,10 +182,20 @@ def _write_curves(row: Row, found: FoundRuns, out: Path) -> Written:
         # A curve grows with its run: a part of it is worth a look.
         if standing.state != "done":
             missing.append(f"{row.name}, {cell.name}: {standing.text}")
-        if rows:
-            model, _, method = cell.name.rpartition(", ")
-            panels.setdefault(model, {})[method] = [rows[number] for number in sorted(rows)]
-            figure = step.figure
+        if not rows:
+            continue
+        model, _, method = cell.name.rpartition(", ")
+        panel = panels.setdefault(model, {})
+        curve = [rows[number] for number in sorted(rows)]
+        # Distances to other images have another scale.
+        others = [
+            each for each in panel.values() if reference_of(each[0]) != reference_of(curve[0])
+        ]
+        if others:
+            missing.append(f"{row.name}, {cell.name}: against other images than the panel's first")
+            continue
+        panel[method] = curve
+        figure = step.figure
     if not panels:
         return [], missing
 

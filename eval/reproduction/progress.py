@@ -58,7 +58,7 @@ def notes_on(scale: Scale, found: FoundRuns, cells: list[CellStanding]) -> list[
     for cell in cells:
         notes.update(dict.fromkeys(cell.notes))
     names = set()
-    for train in trainings(scale):
+    for train in trainings(scale.whole or scale):
         names.add((train.name, train.kind))
     # A run of another size or another project is worth a word: it may be a mistake.
     for run in found.runs:
@@ -133,7 +133,7 @@ def with_row_filter(scale: Scale, names: tuple[str, ...]) -> Scale:
     """The scale with these rows only, and the data that they need."""
     # Without the data no other row could be made.
     kept = [row for row in scale.rows if row.name in ("Data", *names)]
-    return dataclasses.replace(scale, rows=tuple(kept))
+    return dataclasses.replace(scale, rows=tuple(kept), whole=scale)
 
 
 def score_of(cell: Cell) -> ScoreSamples | None:

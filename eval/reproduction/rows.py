@@ -47,6 +47,8 @@ class Scale:
     root: Path
     rows: tuple[Row, ...]
     scoring: Scoring
+    whole: "Scale | None" = None
+    """The scale that these rows were chosen of; None for all rows."""
 
     def row(self, name: str) -> Row:
         """The row of that name."""

@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eval.curves.rows import Row, lines
+from eval.curves.rows import Row, is_scored, lines
 from eval.drawing.sample_set import PROVENANCE
 from eval.reproduction.found_runs import FoundRuns
 from eval.reproduction.steps import (
@@ -181,17 +181,22 @@ class ScoreSamples(Step):
         chosen = None
         notes = []
         for row in lines(folder / RESULTS):
-            figures = row.get("figures", {})
             if row.get("fingerprint") != fingerprint or row.get("n") != self.draw.num_samples:
                 notes.append(f"{folder} was scored with {row.get('n')} samples, or with others")
-            elif frechet in figures:
+            elif is_scored(row, frechet):
                 chosen = row
             else:
-                other = next(iter(figures), "nothing")
+                other = next(iter(row.get("figures") or ()), "nothing")
                 notes.append(
                     f"{folder} was scored by another network: {other}, which is no {frechet}"
                 )
         return chosen, list(dict.fromkeys(notes))
+
+
+def reference_of(row: Row) -> str | None:
+    """The fingerprint of the images that a row is against."""
+    found: str | None = (row.get("reference") or {}).get("fingerprint")
+    return found
 
 
 @dataclass(frozen=True)
@@ -257,15 +262,19 @@ class ScoreOverTraining(Step):
             "extractor": self.scoring.extractor,
             "guidance_interval": [0.0, 1.0],
         }
-        rows = {}
+        rows: dict[int, Row] = {}
         others = 0
-        for row in lines(folder / RESULTS):
-            protocol = row.get("protocol", {})
+        reference = None
+        # From the newest row on: all are against the images that it is against.
+        for row in reversed(lines(folder / RESULTS)):
+            protocol = row.get("protocol") or {}
             # Rows of an average of another width are not of the EMA.
             same = wanted.items() <= protocol.items() and "ema_width" not in protocol
-            if same and self.figure in row.get("figures", {}):
-                if row["step"] in self.wanted:
-                    rows[row["step"]] = row
-            else:
+            same = same and is_scored(row, self.figure) and "step" in row
+            if same and reference is None:
+                reference = reference_of(row)
+            if not same or reference_of(row) != reference:
                 others += 1
+            elif row["step"] in self.wanted:
+                rows.setdefault(row["step"], row)
         return rows, [f"{folder} has {others} rows of another protocol"] if others else []

@@ -12,7 +12,7 @@ from eval.difficulty_study.study import STUDIES, Study
 from eval.reproduction.found_runs import FoundRuns, other_settings, read_run
 from eval.reproduction.steps import DONE, MISSING, NO_RUNS, DataSet, Standing, Step, environment
 from largescale.config.command_line import parse_options
-from largescale.errors import usable
+from largescale.errors import LargescaleError, usable
 
 # The stages of a difficulty study that measure something.
 Measured = Literal["train", "denoise", "entropy"]
@@ -81,8 +81,11 @@ class StudyStage(Step):
         """How the runs that are there differ from those of the row; None where none does."""
         # The models are compared with one another, so each of them has to be the row's.
         for run in self.plan.runs:
-            with usable(run.folder):
-                found = read_run(run.folder)
+            try:
+                with usable(run.folder):
+                    found = read_run(run.folder)
+            except LargescaleError as error:
+                return f"{run.folder} cannot be read: {error}"
             wrong = other_settings(found, run) if found else []
             if wrong:
                 return f"{run.folder} has other settings than the row: {'; '.join(wrong)}"

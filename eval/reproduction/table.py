@@ -6,6 +6,7 @@ from typing import Any
 from eval.reproduction.found_runs import FoundRuns
 from eval.reproduction.progress import CellStanding, cells_of, notes_on, score_of, survey
 from eval.reproduction.rows import FIGURES, Row, Scale
+from eval.reproduction.sample_steps import reference_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def read_tables(scale: Scale, found: FoundRuns) -> Tables:
             run = step.draw.train.chosen(found)
             result = step.row(found)
             assert run and result
-            reference = (result.get("reference") or {}).get("fingerprint")
+            reference = reference_of(result)
             data = step.draw.train.data.name
             first_dataset, first_reference = first.setdefault(data, (run.dataset, reference))
             folder = step.draw.folder(found)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import sys
@@ -246,6 +247,34 @@ def test_a_run_may_lie_anywhere(copy: Path, blobs: Path) -> None:
     assert f"next: python -m eval.score {copy}/mine/eval/cfg1.5 --reference" in said
 
 
+def test_a_run_behind_a_link(copy: Path, blobs: Path, tmp_path: Path) -> None:
+    """On another disk, for example; found once, also where links lead in circles."""
+    (copy / "tiny_dit_b2_imagenet256_linear").rename(tmp_path / "elsewhere")
+    for place, target in ((copy / "mine", tmp_path / "elsewhere"), (copy / "again", tmp_path / "elsewhere"), (copy / "circle", copy)):
+        place.symlink_to(target)
+    assert standing(tiny(copy, blobs, rows=TABLE_A), copy)["Table A, linear, vanilla"] == "done"
+
+
+def test_a_folder_that_cannot_be_listed(copy: Path, blobs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs may lie in it."""
+    walk = os.walk
+
+    def fails(root: Path, onerror: Any, **options: Any) -> Any:
+        onerror(PermissionError(13, "Permission denied", str(copy / "mine")))
+        return walk(root, **options)
+
+    monkeypatch.setattr(os, "walk", fails)
+    scale = tiny(copy, blobs, rows=TABLE_A)
+    assert f"  {copy}/mine cannot be read: Permission denied" in status_lines(scale, find_runs(copy))
+
+
+def test_chosen_rows_have_no_notes_on_others(made: Path, blobs: Path) -> None:
+    """Runs of rows that were not asked for are no strangers."""
+    scale = tiny(made, blobs)
+    chosen = with_row_filter(scale, ("Figure A",))
+    assert status_lines(chosen, find_runs(made))[-1].endswith(", 0 notes") and [row.name for row in chosen.rows] == ["Data", "Figure A"]
+
+
 # ---- bad input: listed, and not counted
 
 
@@ -369,3 +398,54 @@ def test_a_run_that_cannot_be_read(copy: Path, blobs: Path) -> None:
     newest = checkpoints(run)[0].path / "manifest.json"
     newest.write_text(newest.read_text().replace('"step": 4', '"step": 5'))
     assert f"{run} cannot be read: " in listed(tiny(copy, blobs, rows=TABLE_A), copy)
+
+
+def test_a_model_of_a_study_that_cannot_be_read(copy: Path, blobs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It ends no look at the others."""
+    run = copy / "difficulty/tiny_dit_b2_imagenet256/interval_02"
+    newest = checkpoints(run)[0].path / "manifest.json"
+    newest.write_text(newest.read_text()[:100])
+    scale = tiny(copy, blobs)
+    lines = status_lines(scale, find_runs(copy))
+    assert any(line.startswith(f"  {run} cannot be read: ") for line in lines)
+    assert standing(scale, copy)["Table A, cosine, vanilla"] == "done"
+    written, missing = write_pictures(scale, find_runs(copy), copy / "figures")
+    assert any("Figure A" in line for line in missing) and copy / "figures/figure_f.png" in written
+
+
+@pytest.mark.parametrize("foreign", [
+    b'{"figures": null, "n": 20, "protocol": null}\n', b'{"figures": {"FD-tiny-20": null}, "fingerprint": null}\n', b'{"figures": {"FD-tiny-20": {"value": "1"}}}\n',
+    b"{}\n", b"[1]\n", b"\xff\xfe\n",
+])
+def test_rows_of_another_program(foreign: bytes, copy: Path, blobs: Path) -> None:
+    """They count for nothing, and hide nothing."""
+    run = copy / "tiny_dit_b2_imagenet256/vanilla"
+    for path in (run / "eval/cfg1.5/results.jsonl", run / "curve/results.jsonl"):
+        path.write_bytes(path.read_bytes() + foreign)
+    found = standing(tiny(copy, blobs), copy)
+    assert found["Table A, cosine, vanilla"] == "done" == found["Figure F, DiT-S/2, vanilla"]
+
+
+def test_curves_against_other_images(copy: Path, blobs: Path) -> None:
+    """Within a run the newest row's images count; a panel has the curves against those of its first."""
+    scale = tiny(copy, blobs, rows=("Figure F",))
+    path = copy / "tiny_dit_b2_imagenet256/vanilla/curve/results.jsonl"
+    first, *rest = path.read_text().splitlines()
+    other = json.dumps(json.loads(first) | {"reference": {"fingerprint": "0"}})
+    path.write_text("\n".join([other, *rest]) + "\n")
+    assert standing(scale, copy)["Figure F, DiT-S/2, vanilla"] == "1 of 2 checkpoints scored"
+    path.write_text("\n".join(json.dumps(json.loads(line) | {"reference": {"fingerprint": "0"}}) for line in (first, *rest)) + "\n")
+    assert standing(scale, copy)["Figure F, DiT-S/2, vanilla"] == "done"
+    _, missing = write_pictures(scale, find_runs(copy), copy / "figures")
+    assert sum("against other images than the panel's first" in line for line in missing) > 0
+
+
+def test_what_lies_in_the_way_is_said_first(copy: Path, blobs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is made that comes before it."""
+    monkeypatch.setattr(paper, "toy", lambda root, cifar10: tiny(root, blobs))
+    shutil.copytree(copy / "tiny_dit_b2_imagenet256_linear/vanilla", copy / "again")
+    shutil.rmtree(copy / "tiny_dit_b2_imagenet256/vanilla/eval")
+    assert paper.main(["run", "--scale", "toy", "--root", str(copy)]) == 2
+    said = capsys.readouterr()
+    assert "two runs for one cell" in said.err and "[" not in said.out and not (copy / "tiny_dit_b2_imagenet256/vanilla/eval").exists()
+    assert paper.main(["status", "--scale", "toy", "--root", str(copy), "--cifar10", str(copy / "none")]) == 2 and "none" in capsys.readouterr().err
