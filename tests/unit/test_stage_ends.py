@@ -9,6 +9,8 @@ import pytest
 
 from largescale.config.schema import Config, CurriculumConfig, TrainConfig
 from largescale.curriculum import Curriculum, PatiencePacing, uniform_clusters
+from largescale.errors import CheckpointError, ConfigError, DataError
+from tests.conftest import RunHere
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +36,7 @@ def test_the_step_of_the_lowest_loss(stage_ends: Any, patience: int) -> None:
 def test_the_place_of_a_batch(stage_ends: Any) -> None:
     """By the mean over the batch, computed here for the second stage of five: u in [0.6, 1)."""
     config = Config("x", curriculum=CurriculumConfig(n_clusters=5, patience=3), train=TrainConfig(global_batch_size=4, seed=7))
-    row = {"figures": {f"validation loss (raw weights) C{i}": {"value": 10.0**-i} for i in range(1, 6)}}
+    row = {"protocol": {"edges": np.linspace(0, 1, 6).tolist()}, "figures": {f"validation loss (raw weights) C{i}": {"value": 10.0**-i} for i in range(1, 6)}}
     means = []
     for number in range(20, 60):
         u = 0.6 + 0.4 * stage_ends.drawn(config, number)
@@ -50,6 +52,19 @@ def test_the_place_of_a_batch(stage_ends: Any) -> None:
 
 def test_the_expected_loss(stage_ends: Any) -> None:
     """In a cluster's middle it is the cluster's; half-way between two the geometric mean."""
-    row = {"figures": {f"validation loss (raw weights) C{i}": {"value": value} for i, value in ((1, 0.4), (2, 0.1))}}
-    found = stage_ends.expected_loss(np.array([0.25, 0.5, 0.75]), np.array([0, 0.5, 1]), row)
+    row = {"protocol": {"edges": [0, 0.5, 1]}, "figures": {f"validation loss (raw weights) C{i}": {"value": value} for i, value in ((1, 0.4), (2, 0.1))}}
+    found = stage_ends.expected_loss(np.array([0.25, 0.5, 0.75]), row)
     assert found == pytest.approx([0.4, 0.2, 0.1])
+
+
+def test_what_it_is_not_about(stage_ends: Any, run_here: RunHere, tmp_path: Path) -> None:
+    """The paper's curriculum only, for which its places hold."""
+    for number, options in enumerate((("--curriculum.order", "hard_first"), ("--curriculum.loss-smoothing", 0.5), ("--noise.sampling", "mode"), ("--curriculum.pacing", "fixed"))):
+        run = run_here("--train.steps", 1, *options, output=tmp_path / str(number)).run
+        with pytest.raises(ConfigError, match="was not trained with the paper's curriculum"):
+            stage_ends.lines_of(run)
+    run = run_here("--train.steps", 8, "--curriculum.pacing", "patience", "--curriculum.patience", 0, output=tmp_path / "papers").run
+    with pytest.raises(DataError, match=r"has no held-out loss behind step \d; run eval.compare first"):
+        stage_ends.lines_of(run)
+    with pytest.raises(CheckpointError, match="none"):
+        stage_ends.lines_of(tmp_path / "none")
