@@ -95,6 +95,8 @@ def read_method(name: str) -> Method:
         own: dict[str, str] = {}
         for part in settings.split(","):
             key, value = setting(name, part)
+            if key in own:
+                raise ConfigError(f"method {name!r} sets {key} twice; set it once")
             own[key] = value
         parts["@"] = own
     options = merge(name, parts)

@@ -69,6 +69,10 @@ def run_program(action: Callable[[], int | None], remedy: str) -> int:
         # A disk that fails is not the user's mistake, but has a remedy all the same.
         print_error(StorageError(f"{error}; {remedy}"))
         return 2
+    except KeyboardInterrupt:
+        # Of programs that do not wait for a good moment to stop.
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
 
 
 def check_counts(options: Any, *names: str) -> None:

@@ -47,9 +47,6 @@ class Range:
         return ""
 
 
-ANY_NUMBER = Range("finite", lambda value: True)
-
-
 def at_least(low: float, at_most: float | None = None, zero_means: str = "") -> Range:
     """`zero_means`: where 0 is no amount, what it stands for."""
     note = f", 0 for {zero_means}" if zero_means else ""

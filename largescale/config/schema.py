@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from largescale.config.ranges import ANY_NUMBER, above, at_least, between, one_of
+from largescale.config.ranges import above, at_least, between, one_of
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class DiffusionConfig:
     """How the objective flow mixes: linear is x_t = (1 - u) x_start + u noise, gvp the same by
     cosine and sine."""
     # EDM's noise levels (table 1 of arXiv:2206.00364)
-    p_mean: Annotated[float, ANY_NUMBER] = -1.2
+    p_mean: Annotated[float, between(-20, 20)] = -1.2
     """Mean of ln(sigma) in training, for the objective edm."""
     p_std: Annotated[float, at_least(0.001, 100)] = 1.2
     """Standard deviation of ln(sigma) in training, for the objective edm."""
@@ -121,7 +121,7 @@ class NoiseConfig:
     each active one of diffusion.timesteps has been drawn 10 times. speed: fewer where noise hardly
     grows, arXiv:2405.17403 (its weights are weighting=p2). laplace: log SNR from a Laplace
     distribution, arXiv:2407.03297. beta: t from a beta distribution (ECCV 2024)."""
-    logit_mean: Annotated[float, ANY_NUMBER] = 0.0
+    logit_mean: Annotated[float, between(-100, 100)] = 0.0
     """Mean of logit(u) with sampling=logit_normal."""
     logit_std: Annotated[float, at_least(0.001, 1000)] = 1.0
     """Standard deviation of logit(u) with sampling=logit_normal."""
@@ -139,7 +139,7 @@ class NoiseConfig:
     levels with much noise."""
     mode_scale: Annotated[float, between(-1, 1.7519)] = 1.29
     """The s of sampling=mode: above 0 the middle is drawn more often, below 0 the ends."""
-    shift: Annotated[float, above(0, 1000)] = 1.0
+    shift: Annotated[float, between(0.001, 1000)] = 1.0
     """The s of t -> s t / (1 + (s - 1) t), t = u, applied to what sampling draws: the shift by
     resolution of arXiv:2403.03206, s = sqrt(pixels / base pixels); above 1 for more noise. With
     objective=flow and the linear interpolant."""

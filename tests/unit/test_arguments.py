@@ -9,6 +9,7 @@ import pytest
 
 from eval import sample
 from largescale import export, requeue, status
+from largescale.config.command_line import run_program
 from largescale.host.launch import arguments
 from tests.conftest import RunHere
 from tests.ranks import ROOT
@@ -79,3 +80,12 @@ def test_every_program() -> None:
     assert len(programs) >= 18 and all("parse_options(" in text or "program.main(" in text for text in programs)
     readers = {path.name for path, text in files.items() if re.search(r"tyro\.cli\(|parse_args\(|sys\.argv", text)}
     assert readers == {"command_line.py", "launch.py"}
+
+
+def test_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line and a shell's status, where a program does not wait for a good moment to stop."""
+    def work() -> None:
+        raise KeyboardInterrupt
+
+    assert run_program(work, "") == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"

@@ -82,6 +82,7 @@ def test_lists_of_methods() -> None:
     ("vanilla,patience=5", "unknown method 'patience=5'"),
     ("curriculum+minsnr", "unknown method 'minsnr'; did you mean 'min_snr'"),
     ("vanilla,vanilla", "names vanilla twice"),
+    ("curriculum@patience=5,patience=6", "sets curriculum.patience twice; set it once"),
     ("vanilla+curriculum", "vanilla sets curriculum.pacing=none and curriculum curriculum.pacing=patience"),
     ("speed+min_snr", "speed sets noise.weighting=p2 and min_snr noise.weighting=min_snr"),
     ("logit_normal+curriculum+speed", "logit_normal sets noise.sampling=logit_normal and speed noise.sampling=speed"),

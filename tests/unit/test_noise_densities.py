@@ -271,7 +271,10 @@ def test_the_shift_of_diffusers() -> None:
     ({"objective": "flow", "interpolant": "gvp"}, {"shift": 3.0}, "diffusion.interpolant=linear"),
     ({"objective": "edm"}, {"shift": 3.0}, r"set --diffusion.p-mean -0.1014, which does the same"),
     ({"objective": "flow"}, {"shift": 3.0, "sampling": "speed"}, "noise.shift=3.0 must be 1 with noise.sampling=speed"),
-    ({"objective": "flow"}, {"shift": 0.0}, "noise.shift=0.0 must be above 0"),
+    ({"objective": "flow"}, {"shift": 0.0}, r"noise.shift=0.0 must be in \[0.001, 1000\]"),
+    ({"objective": "flow"}, {"shift": 1e-20}, r"noise.shift=1e-20 must be in \[0.001, 1000\]"),
+    ({}, {"sampling": "logit_normal", "logit_mean": 1e300}, r"noise.logit_mean=1e\+300 must be in \[-100, 100\]"),
+    ({"objective": "edm", "p_mean": 1e300}, {}, r"diffusion.p_mean=1e\+300 must be in \[-20, 20\]"),
 ])
 def test_what_makes_no_density_is_an_error_at_the_start(diffusion: dict[str, Any], noise: dict[str, Any], said: str) -> None:
     config = Config("x", model=ModelConfig(learn_sigma=False), diffusion=DiffusionConfig(**diffusion), noise=NoiseConfig(**noise))
