@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval.curves.rows import lines
+from eval.curves.rows import lines, require_same_reference
 from eval.difficulty_study.denoising import SplicedSampler, asked_levels, bounds
 from eval.difficulty_study.findings import Findings
 from eval.difficulty_study.relative_entropy import (
@@ -114,7 +114,10 @@ class Difficulty(Plan):
             self.log(note)
         # A reference that cannot be used is an error before any sample is drawn.
         if todo and self.rank == 0:
-            self.scorer  # noqa: B018
+            reference = self.scorer.reference
+            # The training set is the same in all of a study.
+            if reference and self.options.reference:
+                require_same_reference(self.scored().values(), reference.facts, self.rows_file)
         for i in todo:
             self.sample_and_score(i)
 

@@ -2,7 +2,7 @@
 missing."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from largescale.checkpoint.files import checkpoints
+from largescale.errors import DataError
 from largescale.host.files import from_json
 from largescale.page.series import Curve
 
@@ -40,6 +41,18 @@ def is_scored(row: Row, name: str) -> bool:
     return isinstance(figure, dict) and all(
         isinstance(figure.get(key, ""), float | int | None) for key in ("value", "error")
     )
+
+
+def require_same_reference(rows: Iterable[Row], facts: Row, file: Path) -> None:
+    """Raises DataError where rows of `file` are against other images than the reference of these
+    `facts`, which has the same path."""
+    for row in rows:
+        before = row.get("reference")
+        if before and before["fingerprint"] != facts["fingerprint"]:
+            raise DataError(
+                f"{file} has scores against other images in {before['path']} than there are now, and "
+                "distances to both are not comparable; put the former back, or give these another name"
+            )
 
 
 def rows_of_protocol(path: Path, protocol: Row) -> list[Row]:

@@ -11,7 +11,14 @@ from pathlib import Path
 from eval.curves.options import Curve
 from eval.curves.pages import curve_page
 from eval.curves.report import plot, summary
-from eval.curves.rows import Row, figure_text, rows_of_protocol, steps_of, steps_to_score
+from eval.curves.rows import (
+    Row,
+    figure_text,
+    require_same_reference,
+    rows_of_protocol,
+    steps_of,
+    steps_to_score,
+)
 from eval.sample import Sample, Sampler, folder_of
 from eval.score import RESULTS, Score, Scorer
 from largescale.checkpoint.files import CheckpointDir, checkpoints
@@ -19,10 +26,11 @@ from largescale.checkpoint.weights import Trained
 from largescale.config.schema import Config
 from largescale.config.serialise import from_dict
 from largescale.config.validation import ema_note
+from largescale.data.format import MANIFEST, read_manifest
 from largescale.diffusion.build import build_objective
 from largescale.diffusion.samplers import quick_sampler
 from largescale.errors import CheckpointError, ConfigError, DataError, StorageError, usable
-from largescale.host.files import append_line, require_writable, write_atomically
+from largescale.host.files import append_line, require_writable, sha256, write_atomically
 from largescale.host.launch import env_rank
 
 
@@ -45,6 +53,7 @@ class Curves:
             sampler, steps = quick_sampler(objective, options.sampler, options.steps)
             options = replace(options, sampler=sampler, steps=steps)
         self.options = options
+        self._texts = texts_of(options)
         self.rank = env_rank()
         # None until it is needed.
         self.shared_scorer = scorer
@@ -138,7 +147,7 @@ class Curves:
 
     def protocol(self) -> Row:
         """The settings that rows must share to lie on one curve."""
-        return self.options.protocol()
+        return self.options.protocol() | self._texts
 
     def missing(self, run: Path) -> list[int]:
         """The steps of the checkpoints that have no row of this protocol."""
@@ -219,25 +228,13 @@ class Curves:
         their scores."""
         # The first sampler was made before the work, to find errors.
         sampler = self._ready.pop((run, step), None) or self.sampler(run, step)
-        if self.rank == 0:
-            self.require_same_reference(run)
+        if self.rank == 0 and (reference := self.scorer().reference):
+            require_same_reference(self.rows(run), reference.facts, self.homes[run] / RESULTS)
         sampler()
         if self.rank != 0:
             return sampler.trained, {}
         samples = folder_of(self.folder(run, step), self.options.cfg_scale)
         return sampler.trained, self.scorer()(samples)
-
-    def require_same_reference(self, run: Path) -> None:
-        """Raises DataError where the rows of a run are against another reference than there is now."""
-        now = self.scorer().reference
-        for row in self.rows(run):
-            before = row.get("reference")
-            if now and before and before["fingerprint"] != now.facts["fingerprint"]:
-                raise DataError(
-                    f"{self.homes[run] / RESULTS} was scored against other images in {before['path']} "
-                    "than there are now, and distances to both are not comparable; give the former "
-                    "--reference, or this one under another name"
-                )
 
     def more_figures(self, run: Path, trained: Trained) -> Row:
         """Figures beside the scores of the samples, of the model that drew them."""
@@ -268,6 +265,17 @@ class Curves:
             print(line, flush=True)
         count = sum(map(len, of_runs.values()))
         print(f"{count} checkpoints on the curve: {out / 'curve.png'}", flush=True)
+
+
+def texts_of(o: Curve) -> Row:
+    """The part of a protocol that says which texts are drawn for: by their content, as another file
+    may have their name. What cannot be read is an error of the sampler."""
+    found: Row = {}
+    if o.captions and (o.captions / MANIFEST).is_file():
+        found["captions"] = read_manifest(o.captions)["fingerprint"]
+    if o.prompts_file and o.prompts_file.is_file():
+        found["prompts_file"] = sha256(o.prompts_file)
+    return found
 
 
 def config_of(run: Path) -> Config:

@@ -25,7 +25,7 @@ from largescale.config.presets import PRESETS
 from largescale.config.schema import Config
 from largescale.diffusion.build import build_objective
 from largescale.errors import Stopped
-from tests.conftest import RunHere
+from tests.conftest import RunHere, make_blobs
 from tests.unit.tiny_extractor import EXTRACTOR
 
 
@@ -197,6 +197,14 @@ def test_other_settings_are_other_scores(study: Any, tmp_path: Path, monkeypatch
     assert code == 0 and "denoise: 1 of 1" in said
     rows = [json.loads(line) for line in (tmp_path / "out/denoising.jsonl").read_text().splitlines()]
     assert [(row["interval"], row["figure"]) for row in rows] == [(2, "FD-tiny-20"), (2, "FD-tiny-24")]
+    # A reference of the same name with other images.
+    for seed in (1, 2):
+        shutil.rmtree(tmp_path / "reference", ignore_errors=True)
+        typed = ("--stages", "denoise", "--full", elsewhere, "--interval", seed, "--reference", make_blobs(tmp_path / "reference", seed=seed, rows=40))
+        if seed == 1:
+            study("--stages", "train", "--full", elsewhere, "--interval", 1)
+        code, said, _ = study(*typed)
+        assert (code, "has scores against other images in" in said) == ((0, False), (2, True))[seed - 1], said
     assert rows[0]["drawn"]["sampler"] == "ddim" and rows[0]["reference"]["count"] == 300
     provenance = json.loads((tmp_path / "out/denoising/interval_02/cfg1.0/provenance.json").read_text())
     assert provenance["spliced"]["interval"] == pytest.approx([1 / 3, 2 / 3]) and provenance["spliced"]["step"] == 8

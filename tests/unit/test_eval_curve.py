@@ -16,6 +16,7 @@ from eval.curves import rows as score_rows
 from eval.curves.options import Curve
 from eval.scoring import figures
 from largescale.data.format import DatasetInfo
+from largescale.data.shards import ShardDataset
 from largescale.data.writer import ShardWriter
 from largescale.host import signals
 from tests.conftest import QUIET, make_blobs
@@ -215,5 +216,18 @@ def test_other_images_of_the_same_name(runs: Path, tmp_path: Path, capsys: pytes
     capsys.readouterr()
     assert draw_curve(*typed) == 2
     said = capsys.readouterr()
-    assert f"was scored against other images in {reference} than there are now" in said.err and "drawn" not in said.out
+    assert f"has scores against other images in {reference} than there are now" in said.err and "drawn" not in said.out
     assert draw_curve(*typed, "--every", 12) == 0
+
+
+def test_texts_are_known_by_their_content(runs: Path, captioned: Path, tmp_path: Path) -> None:
+    """Another file of the same name makes another curve."""
+    prompts, captions = tmp_path / "prompts.txt", tmp_path / "captions"
+    found = []
+    for number in range(2):
+        prompts.write_text(f"{number} apples")
+        shutil.rmtree(captions, ignore_errors=True)
+        shutil.copytree(captioned, captions)
+        for options in ({"prompts_file": prompts}, {"captions": captions}):
+            found.append(scores.Curves(Curve((runs / "vanilla",), runs / "data", num_samples=20, device="cpu", **options)).protocol())
+    assert found[0] != found[2] and found[1] == found[3] and found[1]["captions"] == ShardDataset(captioned).fingerprint
