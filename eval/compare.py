@@ -42,7 +42,7 @@ from eval.comparison.plan import plan
 from eval.comparison.report import Findings, seeds_of, write_report
 from eval.comparison.validation_loss import ValidationLoss
 from eval.curves.options import Curve
-from eval.curves.rows import steps_of, steps_to_score
+from eval.curves.rows import rows_at, steps_of, steps_to_score
 from eval.curves.scores import Curves, make_scorer
 from eval.sample import Sample, Sampler, folder_of
 from eval.score import Scorer
@@ -404,7 +404,9 @@ class Comparison:
         for run in runs:
             loss[run.folder] = self.loss.rows(run.folder)
             if self.curve:
-                frechet[run.folder] = self.curves(run).rows(run.folder)
+                rows = self.curves(run).rows(run.folder)
+                # Earlier commands may have asked for more steps, of some runs only.
+                frechet[run.folder] = rows_at(rows, self.curve.every, run.config.train.steps)
             # A picture of each method, by the first seed.
             if self.curve and run.seed == seeds[0]:
                 grids[run.method] = self.grid(run)

@@ -69,6 +69,11 @@ def steps_of(rows: Sequence[Row]) -> list[int]:
     return [row["step"] for row in rows]
 
 
+def rows_at(rows: Sequence[Row], every: int, last: int) -> list[Row]:
+    """The rows at multiples of `every`, and at step `last`."""
+    return [row for row in rows if row["step"] % every == 0 or row["step"] == last]
+
+
 def steps_to_score(run: Path, known: Sequence[int], every: int) -> list[int]:
     """The steps of a run's checkpoints that are not `known`: multiples of `every`, and the newest,
     but never step 0, at which nothing is trained."""

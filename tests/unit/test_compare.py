@@ -320,6 +320,12 @@ def test_samples_of_fewer_checkpoints(arguments: Arguments, trained_here: Starte
     for run in json.loads((tmp_path / "out/results.json").read_text())["runs"]:
         assert [row["step"] for row in run["loss"]] == [4, 8, 9] and [row["step"] for row in run["frechet"]] == [8, 9]
     assert "by tiny, at steps 8, 9." in capsys.readouterr().out
+    # More of one run, by another command: the report is of the steps that are asked for.
+    before = json.loads((tmp_path / "out/results.json").read_text())["runs"]
+    assert compare.main(arguments("--seeds", 1, "--frechet-every", 4, "--only", "naive")) == 0
+    assert len((tmp_path / "out/naive/seed_0/curve/results.jsonl").read_text().splitlines()) == 3
+    assert compare.main(arguments("--seeds", 1, "--frechet-every", 8)) == 0
+    assert json.loads((tmp_path / "out/results.json").read_text())["runs"] == before
 
 
 def test_clusters_of_the_loss_are_the_presets(blobs: Path, tmp_path: Path) -> None:
