@@ -370,14 +370,19 @@ def plot_side_by_side(grids: Mapping[str, Path], path: Path) -> None:
     for method, grid in grids.items():
         pictures[method] = np.asarray(Image.open(grid).convert("RGB"))
     height, width = np.max([picture.shape[:2] for picture in pictures.values()], axis=0)
+    columns = min(3, len(pictures))
+    rows = -(-len(pictures) // columns)
     plots, axes = plt.subplots(
-        1,
-        len(pictures),
+        rows,
+        columns,
         squeeze=False,
         layout="constrained",
-        figsize=(5 * len(pictures), 5 * height / width + 0.4),
+        figsize=(5 * columns, rows * (5 * height / width + 0.4)),
     )
-    for (method, picture), axis in zip(pictures.items(), axes.flat, strict=True):
+    # The last line of panels may have room to spare.
+    for unused in axes.flat[len(pictures) :]:
+        unused.set_axis_off()
+    for (method, picture), axis in zip(pictures.items(), axes.flat, strict=False):
         # Pixels as they are: interpolation would flatter the samples.
         axis.imshow(picture, interpolation="nearest")
         axis.set_title(method)

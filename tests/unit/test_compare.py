@@ -350,3 +350,18 @@ def test_a_method_without_effect_is_named(arguments: Arguments, trained_here: St
     """Of 1,000 timesteps none has been drawn 10 times."""
     assert compare.main(arguments(*NO_SAMPLES, "--methods", "vanilla,loss_second_moment,p2")) == 0
     assert "The same as vanilla to the last digit, and so without effect in these steps: loss_second_moment. (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("methods", "columns", "rows"), [(1, 1, 1), (3, 3, 1), (4, 3, 2)])
+def test_samples_side_by_side(methods: int, columns: int, rows: int, tmp_path: Path) -> None:
+    """Three in a row, that of a method in its place."""
+    grids = {}
+    for i in range(methods):
+        Image.new("RGB", (60, 30), (0, 60 * (i + 1), 0)).save(tmp_path / f"{i}.png")
+        grids[f"method {i}"] = tmp_path / f"{i}.png"
+    report.plot_side_by_side(grids, tmp_path / "all.png")
+    found = np.asarray(Image.open(tmp_path / "all.png").convert("RGB"))
+    height, width = (np.array(found.shape[:2]) / (rows, columns)).astype(int)
+    for i in range(methods):
+        assert tuple(found[i // 3 * height + height // 2, i % 3 * width + width // 2]) == (0, 60 * (i + 1), 0)
+    assert width == 600
