@@ -38,9 +38,9 @@ def is_scored(row: Row, name: str) -> bool:
     which are null where they are not finite."""
     figures = row.get("figures")
     figure = figures.get(name) if isinstance(figures, dict) else None
-    return isinstance(figure, dict) and all(
-        isinstance(figure.get(key, ""), float | int | None) for key in ("value", "error")
-    )
+    if not isinstance(figure, dict) or not {"value", "error"} <= figure.keys():
+        return False
+    return all(isinstance(figure[key], float | int | None) for key in ("value", "error"))
 
 
 def require_same_reference(rows: Iterable[Row], facts: Row, file: Path) -> None:

@@ -188,10 +188,8 @@ def _write_curves(row: Row, found: FoundRuns, out: Path) -> Written:
         panel = panels.setdefault(model, {})
         curve = [rows[number] for number in sorted(rows)]
         # Distances to other images have another scale.
-        others = [
-            each for each in panel.values() if reference_of(each[0]) != reference_of(curve[0])
-        ]
-        if others:
+        first = next(iter(panel.values()), curve)
+        if reference_of(curve[0]) != reference_of(first[0]):
             missing.append(f"{row.name}, {cell.name}: against other images than the panel's first")
             continue
         panel[method] = curve
