@@ -93,6 +93,9 @@ def test_cards_say_of_which_set_and_share(tmp_path: Path) -> None:
     (tmp_path / "third/x.png").write_bytes(picture(99))
     (tmp_path / "third/bad.png").write_bytes(b"no image")
     assert pack(tmp_path / "third", out / "train", "--append", "--licence", "cc0-1.0") == 0
+    # It is not replaced by a split of the set that does not have them.
+    grown = rows_of(out / "train").keys()
+    assert split.main([str(data), "--out", str(out), "--share", "0.25"]) == 2 and rows_of(out / "train").keys() == grown
     assert [json.loads(line)["id"] for line in (out / "train/skipped.jsonl").read_text().splitlines()] == ["bad.png", "bad.png"]
     body = (out / "train/README.md").read_text()
     assert f"{counts[0] + 1} images" in body and "21 | 20 | Mine |\n| folder-third | data\\_prep.folder | 2 | 1 | cc0-1.0 |" in body
